@@ -1,0 +1,32 @@
+"""What every test has: caches of its own, one thread of torch, and the sample data where a checkout has it beside it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Set before anything imports torch: exact comparisons and small tensors gain nothing by more threads, and subprocesses
+# started by tests inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download weights fails at once
+
+
+@pytest.fixture(scope="session")
+def sample_data() -> Path:
+    """Folder of the sample images and teachers (`$CSKD_DATA`, else `shared` beside the checkout); skips when absent."""
+    path = Path(os.environ.get("CSKD_DATA", ROOT.parent / "shared"))
+    if not (path / "data").is_dir() or not (path / "teachers").is_dir():
+        pytest.skip(f"no sample data at {path}; set CSKD_DATA to a folder with data/ and teachers/")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's model caches."""
+    base = tmp_path_factory.getbasetemp()
+    for name in ("HF_HOME", "TORCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(base / name.lower()))
