@@ -1,0 +1,210 @@
+"""The command line: parse, import lazily, call. Every command prints for people, or one JSON object with --json.
+
+Exit codes: 0; 1 failed, and says why in one line; 2 usage; 130 / 143 interrupted, and prints the line that resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+import cskd
+from cskd.errors import CskdError
+
+app = typer.Typer(
+    name="cskd",
+    cls=TyperGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Distil a CNN into a ViT from a teacher cache that is computed once (CSKD, arXiv 2307.08500).",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no progress.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; repeatable.")]
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config; the shipped ones are in configs/.")]
+CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="Folder made by cskd cache-teacher.")]
+Data = Annotated[Path | None, typer.Option("--data", help="Folder of the image shards, where they have moved.")]
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if version:
+        print(cskd.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(help="Folder for everything it makes.")] = Path("demo"),
+    epochs: Annotated[int | None, typer.Option(help="Epochs of every student.")] = None,
+    json_: Json = False,
+) -> None:
+    """Everything on real handwritten digits, in minutes on a CPU."""
+    from pipeline.demo import render, run_demo
+
+    _print(run_demo(out, epochs=epochs, quiet=json_), json_, render)
+
+
+@app.command()
+def pack(
+    src: Annotated[Path, typer.Argument(help="Folder of class folders, a tar or tar.gz of one, or webdataset shards.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the shards and their inventory.")],
+    classes: Annotated[Path | None, typer.Option(help="Class names in label order, one a line.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
+    shard_size: Annotated[int, typer.Option(help="Images a shard.")] = 4096,
+    block: Annotated[int, typer.Option(help="Images a block of whole shards: the unit of the cache.")] = 8192,
+    short_side: Annotated[int | None, typer.Option(help="Re-encode images whose short side is larger, pixels.")] = None,
+    json_: Json = False,
+) -> None:
+    """A folder of class folders (or a tar of one) to shuffled webdataset shards with an inventory."""
+    from pipeline.packing import pack_data, render
+
+    report = pack_data(src, out, classes, seed, shard_size, block, short_side, quiet=json_)
+    _print(report, json_, render)
+
+
+@app.command()
+def index(
+    shards: Annotated[Path, typer.Argument(help="Folder of webdataset shards.")],
+    classes: Annotated[Path | None, typer.Option(help="Class names in label order, one a line.")] = None,
+    block: Annotated[int, typer.Option(help="Images a block of whole shards: the unit of the cache.")] = 8192,
+    json_: Json = False,
+) -> None:
+    """The inventory of existing webdataset shards, which stay as they are."""
+    from pipeline.packing import index_data, render
+
+    _print(index_data(shards, classes, block, quiet=json_), json_, render)
+
+
+@app.command(name="cache-teacher")
+def cache_teacher(config: ConfigPath, set_: Set = None, json_: Json = False) -> None:
+    """Stage 1: run the teacher once over every view. The same command resumes."""
+    from cskd.config import load_config
+    from pipeline.cache_teacher import cache_teacher, render
+
+    _print(cache_teacher(load_config(config, set_), quiet=json_), json_, render)
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    set_: Set = None,
+    verify_replay: Annotated[bool, typer.Option(help="Check the digest of every sample.")] = True,
+    json_: Json = False,
+) -> None:
+    """Stage 2: train the student from the cache; the teacher never runs. The same command resumes."""
+    from cskd.config import load_config
+    from pipeline.train import render, train
+
+    _print(train(load_config(config, set_), verify_replay=verify_replay, quiet=json_), json_, render)
+
+
+@app.command(name="eval")
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="Result folder of cskd train.")],
+    data: Annotated[Path, typer.Argument(help="Folder made by cskd pack.")],
+    batch: Annotated[int, typer.Option(help="Images a forward.")] = 256,
+    workers: Annotated[int, typer.Option(help="Processes that decode.")] = 2,
+    crop_pct: Annotated[float | None, typer.Option(help="Share of the short side; default: as in training.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    json_: Json = False,
+) -> None:
+    """Top-1 and top-5 of every head of a trained student, and of their averages."""
+    from pipeline.evaluate import evaluate_checkpoint, render
+
+    _print(evaluate_checkpoint(checkpoint, data, batch, workers, crop_pct, device, quiet=json_), json_, render)
+
+
+@app.command()
+def inspect(
+    cache: CachePath,
+    data: Data = None,
+    sample: Annotated[str | None, typer.Option(help="Key or number of a sample to show.")] = None,
+    view: Annotated[int, typer.Option(help="Which view of it.")] = 0,
+    blend: Annotated[float, typer.Option(help="1 = each cell's own logits, 0 = the whole image's.")] = 0.5,
+    png: Annotated[Path | None, typer.Option(help="Write the sample's picture here.")] = None,
+    json_: Json = False,
+) -> None:
+    """What a cache holds: a table, one sample as text, and its dense maps as a picture."""
+    from pipeline.inspect_cache import inspect, render
+
+    _print(inspect(cache, data=data, sample=sample, view=view, blend=blend, png=png), json_, render)
+
+
+@app.command()
+def doctor(json_: Json = False) -> None:
+    """Versions, decoder, start methods, disk and GPU of this machine."""
+    from pipeline.doctor import doctor, render
+
+    _print(doctor(), json_, render)
+
+
+def _print(report: Any, as_json: bool, render: Any) -> None:
+    import dataclasses
+
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    facts = dataclasses.asdict(report) if dataclasses.is_dataclass(report) and not isinstance(report, type) else report
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        from rich.console import Console
+
+        render(report, Console())
+
+
+def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + signum)
+
+
+def main() -> None:
+    """Entry point of the `cskd` script."""
+    signal.signal(signal.SIGTERM, _terminated)
+    code: object = 0
+    try:
+        code = app(standalone_mode=False) or 0
+    except CskdError as e:
+        if "--debug" in sys.argv:
+            raise
+        print(f"cskd: {e}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit as e:
+        code = e.code or 0
+    except Exception as e:
+        code = _usage_or_bug(e)
+    if code in (130, 143):
+        print(f"\ninterrupted; go on with: {shlex.join(['cskd', *sys.argv[1:]])}", file=sys.stderr)
+    sys.exit(code if isinstance(code, int) else 1)
+
+
+def _usage_or_bug(error: Exception) -> int:
+    """Click's own errors show themselves; anything else is ours, and is shown whole with --debug."""
+    if hasattr(error, "show") and hasattr(error, "exit_code"):
+        error.show()
+        return int(error.exit_code)
+    if type(error).__name__ in ("Exit", "Abort"):
+        return 130 if type(error).__name__ == "Abort" else int(getattr(error, "exit_code", 0))
+    if "--debug" in sys.argv:
+        raise error
+    text = " ".join(str(error).split())
+    print(f"cskd: unexpected {type(error).__name__}: {text}; run `cskd --debug ...` for the traceback", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""A view's parameters are data: everything random about one augmented image, drawn from its seed before any pixel is read.
+
+`sample_params(seed, ...) -> ViewParams`, then `apply(image, params)` in `ops`, which draws nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cskd.config import RecipeConfig
+from cskd.seeds import Draws
+
+RECIPE_CODE_VERSION = 1  # raised whenever a seed would give other pixels; part of every digest and fingerprint
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle in pixels: rows top .. top+height-1, columns left .. left+width-1."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class ViewParams:
+    """One view: `crop` of the image (of the zero-padded image for `padded` crops), resized to `size`, then flipped."""
+
+    size: int
+    crop: Box
+    padding: int
+    flip: bool
+
+
+def sample_params(seed: int, height: int, width: int, recipe: RecipeConfig) -> ViewParams:
+    """Draw one view's parameters.
+
+    Args:    seed, of the view (`cskd.seeds.view_seeds`); height, width of the decoded image, pixels.
+    Returns: ViewParams; the same for the same arguments, everywhere.
+    """
+    if recipe.crop == "padded":
+        crop, padding = _padded_crop(seed, height, width, recipe)
+    elif recipe.crop == "resized":
+        crop, padding = _resized_crop(seed, height, width, recipe), 0
+    else:
+        side = min(height, width)
+        crop, padding = Box((height - side) // 2, (width - side) // 2, side, side), 0
+    return ViewParams(recipe.size, crop, padding, Draws(seed, "flip").uniform() < recipe.flip)
+
+
+def _resized_crop(seed: int, height: int, width: int, recipe: RecipeConfig) -> Box:
+    """Random resized crop as in torchvision and timm: ten tries at an area and a log-uniform ratio, then a centre crop."""
+    draws = Draws(seed, "crop")
+    log_low, log_high = math.log(recipe.ratio[0]), math.log(recipe.ratio[1])
+    for _ in range(10):
+        area = height * width * draws.uniform(recipe.scale[0], recipe.scale[1])
+        ratio = math.exp(draws.uniform(log_low, log_high))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return Box(draws.integer(height - h + 1), draws.integer(width - w + 1), h, w)
+    w = min(width, max(1, round(height * recipe.ratio[1])))
+    h = min(height, max(1, round(width / recipe.ratio[0])))
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def _padded_crop(seed: int, height: int, width: int, recipe: RecipeConfig) -> tuple[Box, int]:
+    """A size x size window of the image padded by `padding` zeros a side; smaller or larger images are resized first."""
+    draws = Draws(seed, "crop")
+    span = 2 * recipe.padding + 1
+    return Box(draws.integer(span), draws.integer(span), recipe.size, recipe.size), recipe.padding

@@ -1,0 +1,190 @@
+"""YAML to `Config`, strictly: an unknown key or a wrong type is an error that names the key and the nearest known one."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cskd.config.schema import (
+    CacheConfig,
+    DataConfig,
+    LossConfig,
+    RecipeConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from cskd.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run: what is cached and how the student is trained."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    given: frozenset[str] = frozenset()  # dotted keys that the user wrote; the others are defaults
+
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML config, apply `section.key=value` overrides (values in YAML), expand `${NAME:-default}` in strings.
+
+    Raises:  ConfigError for a missing or malformed file, an unknown key, a wrong type, an unset variable.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no config at {path}; give the path of a YAML file (the shipped ones are in configs/)") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as e:
+        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(raw, dict | None):
+        raise ConfigError(f"{path} holds a {type(raw).__name__}, expected sections such as 'teacher:' and 'train:'")
+    raw = raw or {}
+    for override in overrides or []:
+        _override(raw, override)
+    return from_dict(raw)
+
+
+def from_dict(raw: dict[str, Any]) -> Config:
+    """The config a nested dict states; missing keys take their defaults. Raises ConfigError as `load_config`."""
+    given = frozenset(f"{s}.{key}" for s, section in raw.items() if isinstance(section, dict) for key in section)
+    config = _build(Config, _expand(raw), "")
+    assert isinstance(config, Config)
+    return dataclasses.replace(config, given=given)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config, or a section of one, as plain dicts and lists: what `from_dict` reads back."""
+    plain = dataclasses.asdict(config)
+    plain.pop("given", None)
+    return plain
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML, every key written out."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    key, eq, value = text.partition("=")
+    if not eq or not key.strip():
+        raise ConfigError(f"--set {text!r} is not KEY=VALUE, for example --set train.epochs=10")
+    *sections, last = key.strip().split(".")
+    at = raw
+    for section in sections:
+        below = at.setdefault(section, {})
+        if below is None:
+            below = at[section] = {}
+        if not isinstance(below, dict):
+            raise ConfigError(f"--set {text}: {section} holds a value, not keys")
+        at = below
+    try:
+        at[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {text}: {value!r} is not a YAML value; put it in quotes") from None
+
+
+def _expand(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _expand(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_expand(v) for v in value]
+    return _VARIABLE.sub(_variable, value) if isinstance(value, str) else value
+
+
+def _variable(match: re.Match[str]) -> str:
+    name, default = match[1], match[2]
+    value = os.environ.get(name, default)
+    if value is None:
+        raise ConfigError(f"the config uses ${{{name}}}, which is not set; export {name}=...")
+    return value
+
+
+def _build(cls: type[Any], raw: dict[str, Any], prefix: str) -> Any:
+    known = {name: kind for name, kind in typing.get_type_hints(cls).items() if name != "given"}
+    for key in raw:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), _all_keys(), n=1, cutoff=0.5)
+            inside = [k for k in difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.5)]
+            hint = prefix + inside[0] if inside else (near[0] if near else "one of " + ", ".join(prefix + k for k in known))
+            raise ConfigError(f"unknown key '{prefix}{key}'; the nearest known one is '{hint}'")
+    values = {key: _check(known[key], value, prefix + key) for key, value in raw.items()}
+    return cls(**values)
+
+
+def _all_keys() -> list[str]:
+    sections = typing.get_type_hints(Config)
+    return [f"{s}.{k}" for s, cls in sections.items() if s != "given" for k in typing.get_type_hints(cls)]
+
+
+def _check(kind: Any, value: Any, key: str) -> Any:
+    """`value` as type `kind`, or a ConfigError that names the key, the value and what was expected."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict | None):
+            raise ConfigError(f"{key} is {value!r}, expected a section of keys")
+        return _build(typing.cast(type[Any], kind), value or {}, key + ".")
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        for option in typing.get_args(kind):
+            try:
+                return _check(option, value, key)
+            except ConfigError:
+                continue
+        raise ConfigError(f"{key} is {value!r}, expected {_describe(kind)}")
+    if typing.get_origin(kind) is typing.Literal:
+        if value in typing.get_args(kind):
+            return value
+        near = difflib.get_close_matches(str(value), [str(a) for a in typing.get_args(kind)], n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise ConfigError(f"{key} is {value!r}, expected {_describe(kind)}{hint}")
+    if typing.get_origin(kind) is list and isinstance(value, list):
+        return [_check(typing.get_args(kind)[0], v, f"{key}[{i}]") for i, v in enumerate(value)]
+    if typing.get_origin(kind) is dict and isinstance(value, dict):
+        return {str(k): v for k, v in value.items()}
+    if kind is float:
+        value = _number(value)
+    if isinstance(kind, type) and isinstance(value, kind) and not (kind is not bool and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{key} is {value!r}, expected {_describe(kind)}")
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text; integers are numbers too. NaN and infinities stay what they are and are refused."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value if not isinstance(value, float) or abs(value) < float("inf") else str(value)
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+
+
+def _describe(kind: Any) -> str:
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return " or ".join(_describe(o) for o in typing.get_args(kind))
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is list:
+        return "a list, each " + _describe(typing.get_args(kind)[0])
+    return _NAMES.get(kind, "a mapping")

@@ -1,0 +1,175 @@
+"""What a config may say: each section a frozen dataclass, each field with its default, unit and reason.
+
+A field's type is what YAML must give; `load.py` checks it. Fields that only make sense together are checked in
+`__post_init__`, where the offending value is printed beside what was expected.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cskd.errors import ConfigError
+
+Method = Literal["none", "deit-hard", "deit-soft", "cskd-hard", "cskd-soft"]
+Decay = Literal["linear", "quadratic", "cosine", "local", "global"]
+Autocast = Literal["auto", "none", "bf16"]
+
+
+def _need(ok: bool, key: str, value: object, expected: str) -> None:
+    if not ok:
+        raise ConfigError(f"{key} is {value!r}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Folders made by `cskd pack` or `cskd index`."""
+
+    train: str = ""
+    val: str = ""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The CNN whose outputs are cached."""
+
+    model: str = ""  # a timm name, or path/to/file.py:build
+    weights: str | None = None  # path of .safetensors / .pt / .pth; 'hub' = timm's pretrained weights; null = as built
+    kwargs: dict[str, Any] = field(default_factory=dict)  # for timm.create_model or build()
+    input_size: int | None = None  # pixels; null = the model's own
+    mean: list[float] | None = None  # of RGB in [0, 1]; null = the model's own
+    std: list[float] | None = None
+    interpolation: Literal["bicubic", "bilinear"] | None = None  # of the clean-image check; null = the model's own
+    crop_pct: float | None = None  # of the clean-image check; null = the model's own
+    classes: str | list[int] | None = None  # label -> teacher output: a list of indices, or a file of teacher class names
+    dense: Literal["exact", "per_cell"] = "exact"  # per_cell: apply a head that is not linear to every cell all the same
+    grid: list[int] | None = None  # [h, w]: pool the teacher's map to this; null = the teacher's own
+    autocast: Autocast = "none"  # of the backbone only; classifier and codecs always run in float32
+    channels_last: bool = True
+    compile: bool = False
+    batch: int = 64  # images a forward; part of the fingerprint
+    check_images: int = 512  # clean images for the top-1 check before the first unit
+    min_top1: float | None = None  # refuse below this; null = twice chance
+
+    def __post_init__(self) -> None:
+        _need(self.batch > 0 and self.batch % 4 == 0, "teacher.batch", self.batch, "a positive multiple of 4 (quads)")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            _need(value is None or len(value) == 3, f"teacher.{name}", value, "three numbers, one a channel")
+        _need(self.grid is None or (len(self.grid) == 2 and min(self.grid) > 0), "teacher.grid", self.grid, "[h, w]")
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """Everything random about a view. Part of the cache: the student replays it."""
+
+    size: int = 224  # pixels of the square view
+    seed: int = 0
+    crop: Literal["resized", "padded", "center"] = "resized"
+    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # share of the area, crop: resized
+    ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])  # width / height, crop: resized
+    padding: int = 4  # pixels a side, crop: padded
+    flip: float = 0.5  # probability of a left-right flip
+    mixup: float = 0.8  # alpha of the Beta distribution of lambda; 0 = off
+    cutmix: float = 1.0
+    mix_prob: float = 1.0  # share of pairs that are mixed at all
+    mix_switch: float = 0.5  # share of cutmix where both are on
+    mix_group: int = 3  # views in which a sample meets each other member of its quad once
+
+    def __post_init__(self) -> None:
+        _need(self.size > 0, "recipe.size", self.size, "a positive number of pixels")
+        for name in ("flip", "mix_prob", "mix_switch"):
+            _need(0.0 <= getattr(self, name) <= 1.0, f"recipe.{name}", getattr(self, name), "a probability in [0, 1]")
+        for name in ("mixup", "cutmix"):
+            _need(getattr(self, name) >= 0.0, f"recipe.{name}", getattr(self, name), "an alpha >= 0")
+        for name in ("scale", "ratio"):
+            value = getattr(self, name)
+            _need(len(value) == 2 and 0 < value[0] <= value[1], f"recipe.{name}", value, "[low, high], 0 < low <= high")
+        _need(1 <= self.mix_group <= 3, "recipe.mix_group", self.mix_group, "1, 2 or 3: a quad has three matchings")
+
+    @property
+    def mixes(self) -> bool:
+        return self.mix_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Where the cache lies and what it holds."""
+
+    path: str = ""
+    views: int = 6
+    codecs: list[str] = field(default_factory=lambda: ["envelope"])  # envelope, int8, topk10, topk:K
+    max_quarantine: float = 0.001  # share of unreadable images that stops stage 1
+    workers: int = 2  # processes that decode and augment
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _need(self.views > 0, "cache.views", self.views, "at least 1")
+        _need(len(self.codecs) > 0, "cache.codecs", self.codecs, "at least one of envelope, int8, topk:K")
+        _need(self.workers >= 0, "cache.workers", self.workers, "0 or more processes")
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The ViT."""
+
+    model: str = ""  # a timm name
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    init: str | None = None  # checkpoint to start from; position embeddings are resized to this student's grid
+    mean: list[float] | None = None  # null = the model's own
+    std: list[float] | None = None
+    drop_path: float = 0.0  # CSKD's; DeiT's is 0.1
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The method: what the student is taught. Section 3 of the paper."""
+
+    method: Method = "cskd-hard"
+    decay: Decay = "linear"  # of the blend of local and global teacher outputs
+    alpha: float = 0.5  # share of the distillation token's term; 1 - alpha is the label's
+    patch_weight: float = 1.0  # weight of the patch tokens' term
+    tau: float = 3.0  # temperature of the soft terms
+    smoothing: float = 0.1  # of the label term only
+    soft_reduction: Literal["consistent", "paper"] = "consistent"  # what the soft terms are divided by; see cskd/losses.py
+
+    def __post_init__(self) -> None:
+        _need(0.0 <= self.alpha <= 1.0, "loss.alpha", self.alpha, "a share in [0, 1]")
+        _need(self.tau > 0, "loss.tau", self.tau, "a temperature above 0")
+        _need(0.0 <= self.smoothing < 1.0, "loss.smoothing", self.smoothing, "a share in [0, 1)")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Stage 2: DeiT's optimiser recipe."""
+
+    output: str = ""
+    epochs: int = 300
+    global_batch: int = 1024  # over all ranks; even per rank
+    repeats: int = 1  # views of an image in one epoch (repeated augmentation); divides mix_group and views
+    seed: int = 0
+    opt: str = "adamw"  # any name of timm's optimiser factory
+    lr: float = 1e-3
+    lr_batch: int | None = None  # lr holds for this batch and is scaled linearly; null = lr is used as it is
+    weight_decay: float = 0.05
+    warmup_epochs: float = 5
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+    clip_grad: float | None = None  # largest gradient norm
+    ema: float | None = None  # decay of the averaged weights, evaluated beside the live ones
+    autocast: Autocast = "auto"  # auto: bf16 where the device gains by it
+    compile: bool = False
+    workers: int = 2
+    device: str = "auto"
+    eval_every: int = 1  # epochs
+    keep: int = 2  # newest resume states kept
+    save_every: int = 0  # steps between resume states inside an epoch; 0 = only at its end
+    window: int = 8  # blocks within which quads are shuffled
+    max_steps: int = 0  # stop after this many steps; 0 = train to the end
+    tensorboard: bool = False
+    prefetch: int = 4  # batches a worker keeps ready
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "global_batch", "repeats", "eval_every", "keep", "window", "prefetch"):
+            _need(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "at least 1")
+        _need(self.workers >= 0, "train.workers", self.workers, "0 or more processes")

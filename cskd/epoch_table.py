@@ -1,0 +1,103 @@
+"""The epoch table: what the workers need of the cache for a stretch of one epoch, in the order of the plan.
+
+A folder of .npy columns, memory-mapped and shared by all workers, so that they never open a unit. Hard targets: one
+table an epoch, the units evaluated once at the epoch's blend (h*w uint16 a sample). Soft targets: the codec's own arrays,
+one table a window of blocks, decoded on the device.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cskd.plan import EpochPlan
+
+if TYPE_CHECKING:
+    from cskd.store.cache import Cache
+
+COPIED = ("seed", "digest", "mode", "lam", "box")
+
+
+@dataclass(frozen=True)
+class EpochTable:
+    """Columns, each with one row a planned (sample, view); `targets` names those that are teacher outputs."""
+
+    columns: dict[str, NDArray[Any]]
+    targets: list[str]
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """Which targets the loss reads: 'none', 'global' (argmax g), 'cells' (and the CKF target of each cell at `blend`,
+    in 1/65536), or 'soft' (the codec's arrays)."""
+
+    kind: str
+    codec: str
+    blend: int
+
+
+def segments(plan: EpochPlan, spec: TargetSpec, batch: int) -> list[tuple[int, int]]:
+    """(first, stop) positions of each table of an epoch, at batch borders: one for hard targets, one a window for soft."""
+    n = len(plan.sample)
+    ends = [n] if spec.kind != "soft" else sorted({min(n, -(-int(e) // batch) * batch) for e in plan.ends} | {n})
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def build_table(cache: Cache, plan: EpochPlan, spec: TargetSpec, first: int, stop: int, folder: Path) -> Path:
+    """Write the table of positions first .. stop-1 to `folder`, whole or not at all; an existing one is replaced."""
+    sample, view = plan.sample[first:stop], plan.view[first:stop]
+    temp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temp, ignore_errors=True)
+    temp.mkdir(parents=True)
+    columns: dict[str, NDArray[Any]] = {}
+    block = np.searchsorted(cache.inventory.blocks, sample, side="right") - 1
+    order = np.lexsort((view, block))
+    starts = np.flatnonzero(np.diff(block[order], prepend=-1) | np.diff(view[order], prepend=-1))
+    targets: list[str] = []
+    for rows in np.split(order, starts[1:]):
+        b, v = int(block[rows[0]]), int(view[rows[0]])
+        unit = cache.read(b, v, spec.codec)
+        found = np.searchsorted(unit.position, sample[rows] - cache.block_range(b)[0])
+        chosen = cache.codecs[spec.codec].take(unit.targets, found)
+        values = {name: unit.fields[name][found] for name in COPIED}
+        wanted = _targets(cache, spec, chosen)
+        targets = list(wanted)
+        for name, value in (values | wanted).items():
+            if name not in columns:
+                columns[name] = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+                    temp / f"{name}.npy", "w+", value.dtype, (stop - first, *value.shape[1:])
+                )
+            columns[name][rows] = value
+    del columns
+    np.save(temp / "sample.npy", sample)
+    np.save(temp / "view.npy", view)
+    (temp / "table.json").write_text(json.dumps({"targets": targets}))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(temp, folder)
+    return folder
+
+
+def open_table(folder: Path) -> EpochTable:
+    """A table written by `build_table`, memory-mapped."""
+    about = json.loads((folder / "table.json").read_text())
+    columns = {p.stem: np.load(p, mmap_mode="r", allow_pickle=False) for p in sorted(folder.glob("*.npy"))}
+    return EpochTable(columns, list(about["targets"]))
+
+
+def _targets(cache: Cache, spec: TargetSpec, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    codec = cache.codecs[spec.codec]
+    if spec.kind == "none":
+        return {}
+    if spec.kind == "soft":
+        return {f"target.{name}": array for name, array in arrays.items()}
+    wanted: dict[str, NDArray[Any]] = {"global_class": codec.global_class(arrays)}
+    if spec.kind == "cells":
+        wanted["cell_class"] = codec.hard(arrays, spec.blend)
+    return wanted

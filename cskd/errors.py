@@ -1,0 +1,37 @@
+"""One tree of exceptions. The text of each is the one line a user sees: what, what was expected, what to do next."""
+
+
+class CskdError(Exception):
+    """Anything the user can mend. The command line prints it as one line and exits with 1."""
+
+
+class ConfigError(CskdError):
+    """A key, type or value of a config, or a combination of them, is not usable."""
+
+
+class DataError(CskdError):
+    """A source, shard, inventory or image is missing, damaged or disagrees with what was recorded."""
+
+
+class TeacherError(CskdError):
+    """The teacher can't be built, has no exact dense form, or its outputs are not usable."""
+
+
+class StudentError(CskdError):
+    """The student can't be built, or does not fit the cached teacher grid or classes."""
+
+
+class CodecError(CskdError):
+    """Teacher outputs that a codec can't hold, or stored arrays that are not this codec's."""
+
+
+class CacheError(CskdError):
+    """A cache is missing, unfinished, damaged, or made from something else than asked for."""
+
+
+class PlanError(CskdError):
+    """Views, repeats, group and batch size do not fit together."""
+
+
+class ReplayError(CskdError):
+    """A replayed view is not, byte for byte, what the teacher saw."""

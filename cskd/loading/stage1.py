@@ -1,0 +1,71 @@
+"""Stage 1's batches: a chunk of one block's quads, each image decoded once for all views of the pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cskd.errors import ImageError
+from cskd.loading.views import ViewMaker
+from cskd.replay import pixel_crc
+from cskd.seeds import view_seeds
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One task: `position` int64 [n] within the block that starts at sample `first`, in the order of its quads."""
+
+    block: int
+    views: tuple[int, ...]
+    first: int
+    position: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ChunkViews:
+    """One result: pixels uint8 [V, n, H, W, 3] (zeros where bad), crc int64 [V, n], bad: row -> reason."""
+
+    task: Chunk
+    pixels: torch.Tensor
+    crc: NDArray[np.int64]
+    bad: dict[int, str]
+
+
+class ChunkMaker:
+    """The worker of stage 1."""
+
+    def __init__(self, maker: ViewMaker, inventory_id: str) -> None:
+        self.maker, self.inventory_id = maker, inventory_id
+
+    def __call__(self, task: Chunk) -> ChunkViews:
+        maker, n, size = self.maker, len(task.position), self.maker.recipe.size
+        pixels = np.zeros((len(task.views), n, size, size, 3), np.uint8)
+        crc = np.zeros((len(task.views), n), np.int64)
+        bad: dict[int, str] = {}
+        samples = task.first + task.position
+        hashes = maker.inventory.key_hash[samples]
+        seeds = [view_seeds(maker.recipe.seed, self.inventory_id, hashes, v) for v in task.views]
+        for row, sample in enumerate(samples.tolist()):
+            try:
+                image = maker.image(sample)
+            except ImageError as e:  # an I/O error is not an ImageError, and stops the stage
+                bad[row] = str(e)
+                continue
+            for v in range(len(task.views)):
+                pixels[v, row] = maker.view(image, int(seeds[v][row]))
+                crc[v, row] = pixel_crc(pixels[v, row])
+        return ChunkViews(task, torch.from_numpy(pixels), crc, bad)
+
+
+def chunks(block: int, views: tuple[int, ...], first: int, order: NDArray[np.int64], batch: int) -> list[Chunk]:
+    """The tasks of one pass over a block: `batch` positions each, in the order of the quads; the last may be short."""
+    return [Chunk(block, views, first, order[i : i + batch]) for i in range(0, len(order), batch)]
+
+
+def pad_rows(x: Any, rows: int) -> Any:
+    """A tensor's first axis padded to `rows` with copies of its first row: teacher batches have one fixed size."""
+    return x if len(x) == rows else torch.cat([x, x[:1].expand(rows - len(x), *x.shape[1:])])

@@ -1,0 +1,78 @@
+"""Tasks in, results out, in order, over any number of worker processes. One pool lives as long as the stage does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from torch.utils.data import DataLoader, Dataset
+
+from cskd.errors import CskdError
+
+T = TypeVar("T")
+T_contra = TypeVar("T_contra", contravariant=True)
+R_co = TypeVar("R_co", covariant=True)
+R = TypeVar("R")
+
+
+class Worker(Protocol[T_contra, R_co]):
+    """What runs in the workers: a picklable object that turns one task into one result."""
+
+    def __call__(self, task: T_contra) -> R_co: ...
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error on its way out of a worker, so that the user sees its one line and not the worker's traceback."""
+
+    error: CskdError
+
+
+class _Tasks(Dataset[Any]):
+    def __init__(self, worker: Worker[Any, Any]) -> None:
+        self.worker = worker
+
+    def __getitem__(self, task: Any) -> Any:
+        try:
+            return self.worker(task)
+        except CskdError as e:
+            return _Failure(e)
+
+
+def _as_it_is(result: Any) -> Any:
+    return result
+
+
+class Stream(Generic[T, R]):
+    """`worker(task)` for every task, in order. Tasks are drawn lazily, a few ahead of the result that is read.
+
+    workers: processes (0 = in this one); prefetch: results a worker keeps ready; start: 'forkserver' by default, since a
+    forked copy of a process with threads can hang.
+    """
+
+    def __init__(
+        self,
+        worker: Worker[T, R],
+        tasks: Iterable[T],
+        workers: int,
+        prefetch: int = 4,
+        pin_memory: bool = False,
+        start: str = "forkserver",
+    ) -> None:
+        self._loader: DataLoader[Any] = DataLoader(
+            _Tasks(worker),
+            sampler=tasks,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            multiprocessing_context=start if workers else None,
+            pin_memory=pin_memory,
+            collate_fn=_as_it_is,
+        )
+
+    def __iter__(self) -> Iterator[R]:
+        for result in self._loader:
+            if isinstance(result, _Failure):
+                raise result.error
+            yield result

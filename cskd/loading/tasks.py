@@ -1,0 +1,83 @@
+"""The whole run as one lazy list of tasks: every step of every epoch, evaluation after an epoch, tables built ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from cskd.epoch_table import TargetSpec, build_table, segments
+from cskd.loading.stage2 import EvalTask, TrainTask
+from cskd.plan import PlanSpec, epoch_plan, rank_share
+from cskd.store.cache import Cache
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps first .. stop-1 of an epoch, which share one epoch table."""
+
+    epoch: int
+    first: int
+    stop: int
+
+
+class RunTasks:
+    """One rank's tasks from step `start` to the end, in the order the training loop consumes results.
+
+    targets: epoch -> which targets to read. evaluate: epoch -> evaluation tasks that follow it. The table after the one in
+    use is built in a thread; `retire` deletes those of an epoch that has been consumed.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        plan: PlanSpec,
+        targets: Callable[[int], TargetSpec],
+        evaluate: Callable[[int], list[EvalTask]],
+        scratch: Path,
+        start: int,
+        stop: int,
+        rank: int = 0,
+    ) -> None:
+        self.cache, self.plan, self.targets, self.evaluate = cache, plan, targets, evaluate
+        self.scratch, self.start, self.stop, self.rank = scratch, start, stop, rank
+
+    def __iter__(self) -> Iterator[TrainTask | EvalTask]:
+        share = self.plan.global_batch // self.plan.ranks
+        stretches = self._stretches()
+        with ThreadPoolExecutor(1, "epoch-table") as pool:
+            ahead = pool.submit(next, stretches, None)
+            while (ready := ahead.result()) is not None:
+                stretch, table = ready
+                ahead = pool.submit(next, stretches, None)
+                for step in range(stretch.first, stretch.stop):
+                    if self.start <= stretch.epoch * self.plan.steps + step < self.stop:
+                        at = (step - stretch.first) * share
+                        yield TrainTask(table, at, at + share)
+                if stretch.stop == self.plan.steps:
+                    yield from self.evaluate(stretch.epoch)
+
+    def _stretches(self) -> Iterator[tuple[Stretch, Path]]:
+        """Build one table after the other, as they are asked for."""
+        steps, batch = self.plan.steps, self.plan.global_batch
+        share = batch // self.plan.ranks
+        for epoch in range(self.start // steps, -(-self.stop // steps)):
+            mine = rank_share(epoch_plan(self.plan, epoch), batch, self.rank, self.plan.ranks)
+            for first, stop in segments(mine, self.targets(epoch), share):
+                stretch = Stretch(epoch, first // share, stop // share)
+                if epoch * steps + stretch.stop <= self.start:
+                    continue
+                folder = self._folder(epoch) / f"{stretch.first:07d}"
+                yield stretch, build_table(self.cache, mine, self.targets(epoch), first, stop, folder)
+
+    def _folder(self, epoch: int) -> Path:
+        return self.scratch / f"rank{self.rank:03d}" / f"epoch{epoch:05d}"
+
+    def retire(self, epoch: int) -> None:
+        """Delete the tables of an epoch whose results have all been consumed."""
+        folder = self._folder(epoch)
+        for path in sorted(folder.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        if folder.exists():
+            folder.rmdir()

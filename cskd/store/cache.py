@@ -1,0 +1,245 @@
+"""A teacher cache: its identity, its inventory, and its units. Reading and committing; no teacher, no images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cskd.codecs import Arrays, Codec, get_codec
+from cskd.config import RecipeConfig
+from cskd.errors import CacheError
+from cskd.inventory import Inventory, copy_inventory, open_inventory
+from cskd.seeds import view_seeds
+from cskd.store.commit import Commit, publish, read_commit, write_file, write_json
+from cskd.store.format import FORMAT, INVENTORY, MANIFEST, VIEW_FIELDS
+from cskd.store.unit import content_hash, pack_unit, read_unit
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One view of one block, decoded. Row r is the block's sample `position[r]`.
+
+    position int64 [R]; fields, see `format.VIEW_FIELDS`; targets, the arrays of one codec.
+    """
+
+    position: NDArray[np.int64]
+    fields: dict[str, NDArray[Any]]
+    targets: Arrays
+
+
+class Cache:
+    """An open cache. `root` folder; `manifest` its facts; `identity` the part that must never change."""
+
+    def __init__(self, root: Path, manifest: dict[str, Any], inventory: Inventory) -> None:
+        self.root, self.manifest, self.inventory = root, manifest, inventory
+        self.identity: dict[str, Any] = manifest["identity"]
+        self.fingerprint: str = manifest["fingerprint"]
+        self.views = int(manifest["views"])
+        self.grid: tuple[int, int] = tuple(self.identity["grid"])
+        self.classes = inventory.classes
+        self.recipe = RecipeConfig(**self.identity["recipe"])
+        self.codecs: dict[str, Codec] = {
+            name: get_codec(name, len(self.classes), self.grid) for name in self.identity["codecs"]
+        }
+
+    @property
+    def blocks(self) -> int:
+        return len(self.inventory.blocks) - 1
+
+    def block_range(self, block: int) -> tuple[int, int]:
+        """First sample of a block and the one after its last, as indices of the inventory."""
+        return int(self.inventory.blocks[block]), int(self.inventory.blocks[block + 1])
+
+    def commit_of(self, block: int, view: int) -> Commit | None:
+        """The unit's commit record, None while it is missing. CacheError when damaged or of another identity."""
+        commit = read_commit(self.root, block, view)
+        if commit is not None and commit.fingerprint != self.fingerprint:
+            raise CacheError(
+                f"unit block {block}, view {view} was made for fingerprint {commit.fingerprint[:12]}, "
+                f"this cache is {self.fingerprint[:12]}; run `cskd repair {self.root}`"
+            )
+        return commit
+
+    def missing(self, views: list[int] | None = None) -> list[tuple[int, int]]:
+        """(block, view) of every unit that has no commit record, in the order of stage 1."""
+        wanted = range(self.views) if views is None else views
+        return [(b, v) for b in range(self.blocks) for v in wanted if self.commit_of(b, v) is None]
+
+    def quarantined(self) -> NDArray[np.bool_]:
+        """bool [n]: samples of the inventory that have no targets. CacheError when the views of a block disagree."""
+        bad = np.zeros(self.inventory.n, bool)
+        for block in range(self.blocks):
+            seen: set[str] | None = None
+            for view in range(self.views):
+                commit = self.commit_of(block, view)
+                if commit is None:
+                    continue
+                if seen is not None and seen != set(commit.quarantine):
+                    raise CacheError(
+                        f"block {block}: view {view} quarantines other samples than the views before it; "
+                        f"run `cskd repair {self.root}`"
+                    )
+                seen = set(commit.quarantine)
+            bad[[self.block_range(block)[0] + int(i) for i in seen or ()]] = True
+        return bad
+
+    def add_unit(
+        self,
+        block: int,
+        view: int,
+        fields: dict[str, NDArray[Any]],
+        targets: dict[str, Arrays],
+        quarantine: dict[int, str],
+        stats: dict[str, float],
+    ) -> Commit:
+        """Write and commit one unit; rows in block order without the quarantined ones."""
+        first, stop = self.block_range(block)
+        rows = len(fields["key_hash"])
+        if rows + len(quarantine) != stop - first:
+            raise CacheError(
+                f"block {block}, view {view}: {rows} cached + {len(quarantine)} quarantined samples, "
+                f"the inventory has {stop - first}"
+            )
+        fields = {name: np.asarray(fields[name], dtype) for name, (dtype, _) in VIEW_FIELDS.items()}
+        names = {name: dimensions for name, (_, dimensions) in VIEW_FIELDS.items()}
+        files = []
+        for name, codec in self.codecs.items():
+            codec.check(targets[name], rows, len(self.classes))
+            about = {"codec": name, "block": block, "view": view, "inventory": self.inventory.id}
+            data = pack_unit(fields, targets[name], {**names, **codec.dimensions}, about)
+            empty = pack_unit(fields, {}, names, about)
+            files.append(write_file(self.root, block, view, name, data, len(data) - len(empty)))
+        commit = Commit(
+            block=block,
+            view=view,
+            files=files,
+            content_hash=content_hash(fields, targets),
+            fingerprint=self.fingerprint,
+            samples=stop - first,
+            cached=rows,
+            quarantine={str(i): reason for i, reason in sorted(quarantine.items())},
+            stats=stats,
+        )
+        publish(self.root, commit)
+        return commit
+
+    def read(self, block: int, view: int, codec: str) -> Unit:
+        """One unit with one codec's targets, checked against the inventory and the seeds of its view."""
+        commit = self.commit_of(block, view)
+        where = f"block {block}, view {view}"
+        if commit is None:
+            raise CacheError(f"{self.root} has no unit for {where}; run `cskd cache-teacher` again to finish it")
+        path = next((self.root / f.path for f in commit.files if f.codec == codec), None)
+        if path is None:
+            raise CacheError(f"{where} has no codec {codec!r}, only {[f.codec for f in commit.files]}")
+        fields, targets = read_unit(path)
+        first, stop = self.block_range(block)
+        position = np.setdiff1d(np.arange(stop - first), [int(i) for i in commit.quarantine])
+        for name, (dtype, _) in VIEW_FIELDS.items():
+            if name not in fields or fields[name].dtype != dtype or len(fields[name]) != len(position):
+                raise CacheError(f"{path}: array {name} is missing or not {len(position)} x {np.dtype(dtype)}")
+        key_hash = self.inventory.key_hash[first:stop][position]
+        if not np.array_equal(fields["key_hash"], key_hash):
+            raise CacheError(f"{path} holds other samples than the inventory's {where}; run `cskd repair`")
+        seeds = view_seeds(self.recipe.seed, self.inventory.id, key_hash, view)
+        if not np.array_equal(fields["seed"], seeds):
+            row = int(np.flatnonzero(fields["seed"] != seeds)[0])
+            raise CacheError(
+                f"{path}: sample '{self.inventory.key(first + int(position[row]))}' has seed {fields['seed'][row]:016x}, "
+                f"view {view} of it has {seeds[row]:016x}; run `cskd repair`"
+            )
+        self.codecs[codec].check(targets, len(position), len(self.classes))
+        return Unit(position, fields, targets)
+
+    def content_root(self) -> str:
+        """One hash over the content of every unit that exists, in order: two caches with equal roots hold equal targets."""
+        h = hashlib.sha256(self.fingerprint.encode())
+        for block in range(self.blocks):
+            for view in range(self.views):
+                commit = self.commit_of(block, view)
+                h.update(f"{block}:{view}:{commit.content_hash if commit else None};".encode())
+        return h.hexdigest()
+
+
+def fingerprint_of(identity: dict[str, Any]) -> str:
+    """sha256 of the canonical JSON of a cache's identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def create_cache(root: Path, identity: dict[str, Any], views: int, facts: dict[str, Any], inventory: Inventory) -> Cache:
+    """A new cache, or the one already at `root` when its identity is the same (then `views` may have grown).
+
+    identity: grid, codecs, recipe, recipe_code, teacher, inventory, classes; JSON-able. facts: versions, checks, paths.
+    Raises:   CacheError naming the first field that differs, both values, and what to do.
+    """
+    identity = json.loads(json.dumps(identity))
+    if (root / MANIFEST).exists():
+        cache = open_cache(root)
+        difference = first_difference(cache.identity, identity)
+        if difference:
+            field, old, new = difference
+            raise CacheError(
+                f"{root} was made with {field} = {_short(old)}, this config has {_short(new)}; "
+                f"set {field} back, or cache into another folder (--set cache.path=...)"
+            )
+        if views > cache.views:
+            write_json(root / MANIFEST, {**cache.manifest, "views": views})
+            cache = open_cache(root)
+        return cache
+    root.mkdir(parents=True, exist_ok=True)
+    if not (root / INVENTORY).exists():
+        copy_inventory(inventory, root)
+    manifest = {
+        "format": FORMAT,
+        "identity": identity,
+        "fingerprint": fingerprint_of(identity),
+        "views": views,
+        **facts,
+    }
+    write_json(root / MANIFEST, manifest)
+    return open_cache(root)
+
+
+def open_cache(root: str | Path, data: Path | None = None) -> Cache:
+    """Open a cache for reading. `data`: folder of the image shards, where they have moved.
+
+    Raises:  CacheError when there is none, when it is of another format, or its manifest is damaged.
+    """
+    root = Path(root)
+    try:
+        manifest = json.loads((root / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        raise CacheError(f"no cache at {root} ({MANIFEST} is missing); make one with `cskd cache-teacher CONFIG`") from None
+    except (ValueError, OSError) as e:
+        raise CacheError(f"{root / MANIFEST} is not readable: {e}") from None
+    if manifest.get("format") != FORMAT:
+        raise CacheError(f"{root} has format {manifest.get('format')!r}, this version reads {FORMAT}; cache it again")
+    if fingerprint_of(manifest["identity"]) != manifest["fingerprint"]:
+        raise CacheError(f"{root / MANIFEST} does not match its own fingerprint; restore it from a copy")
+    shards = data or Path(manifest.get("data", "."))
+    inventory = open_inventory(root / INVENTORY, data=shards)
+    if inventory.id != manifest["identity"]["inventory"]:
+        raise CacheError(f"{root}: its inventory is {inventory.id[:12]}, the manifest says {manifest['identity']['inventory'][:12]}")
+    return Cache(root, manifest, inventory)
+
+
+def first_difference(old: Any, new: Any, field: str = "") -> tuple[str, Any, Any] | None:
+    """Dotted name and both values of the first field in which two nested dicts differ; None when equal."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            below = first_difference(old.get(key), new.get(key), f"{field}.{key}" if field else key)
+            if below:
+                return below
+        return None
+    return None if old == new else (field, old, new)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,140 @@
+"""How a unit comes to exist: files first, then one record that is put in place whole and only once.
+
+temp file, fsync, read back and check, rename to a name that holds the hash, fsync of the folder; then the record, itself
+a fsynced temp file put in place by os.link, which fails when a record is already there: of several writers the first one
+counts, and a torn record can't block. Only valid records define what exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cskd.errors import CacheError
+from cskd.store.format import FORMAT, commit_file, unit_file
+
+
+@dataclass(frozen=True)
+class UnitFile:
+    """One codec's file of a unit: path inside the cache, bytes, hex sha256 of the bytes, bytes of its target arrays."""
+
+    codec: str
+    path: str
+    size: int
+    sha256: str
+    target_bytes: int
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A commit record: what one unit is. `cached` + len(quarantine) = samples of the block in the inventory."""
+
+    block: int
+    view: int
+    files: list[UnitFile]
+    content_hash: str
+    fingerprint: str
+    samples: int
+    cached: int
+    quarantine: dict[str, str]  # position in the block -> reason
+    stats: dict[str, float] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+def write_file(root: Path, block: int, view: int, codec: str, data: bytes, target_bytes: int) -> UnitFile:
+    """Put a unit's bytes in place, durably, under a name that holds their hash."""
+    digest = hashlib.sha256(data).hexdigest()
+    relative = unit_file(block, view, codec, digest)
+    path = root / relative
+    temp = _write_temp(path, data)
+    if hashlib.sha256(temp.read_bytes()).hexdigest() != digest:
+        temp.unlink()
+        raise CacheError(f"{temp} read back differs from what was written; check the disk")
+    os.replace(temp, path)
+    _fsync_folder(path.parent)
+    return UnitFile(codec, str(relative), len(data), digest, target_bytes)
+
+
+def publish(root: Path, commit: Commit) -> bool:
+    """Put the record in place; False when another writer's valid record is already there, whose unit then counts."""
+    path = root / commit_file(commit.block, commit.view)
+    body = _canonical(asdict(commit))
+    record = json.dumps({"commit": asdict(commit), "sha256": hashlib.sha256(body).hexdigest()}, indent=1, sort_keys=True)
+    temp = _write_temp(path, record.encode())
+    try:
+        os.link(temp, path)
+        won = True
+    except FileExistsError:
+        won = False
+    finally:
+        temp.unlink()
+    _fsync_folder(path.parent)
+    return won
+
+
+def read_commit(root: Path, block: int, view: int) -> Commit | None:
+    """The unit's record, None where there is none. Raises CacheError for one that is damaged."""
+    path = root / commit_file(block, view)
+    try:
+        raw = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as e:
+        raise CacheError(f"{path} is not a readable commit record ({e}); run `cskd repair`") from None
+    return _parse(raw, path, block, view)
+
+
+def _parse(raw: Any, path: Path, block: int, view: int) -> Commit:
+    try:
+        body = raw["commit"]
+        if hashlib.sha256(_canonical(body)).hexdigest() != raw["sha256"]:
+            raise CacheError(f"{path} does not match its own hash; run `cskd repair`")
+        commit = Commit(**{**body, "files": [UnitFile(**f) for f in body["files"]]})
+    except (KeyError, TypeError, AttributeError):
+        raise CacheError(f"{path} is not a commit record of format {FORMAT}; run `cskd repair`") from None
+    if (commit.format, commit.block, commit.view) != (FORMAT, block, view):
+        raise CacheError(
+            f"{path} is a record of block {commit.block}, view {commit.view}, format {commit.format}; "
+            f"expected {block}, {view}, {FORMAT}; run `cskd repair`"
+        )
+    return commit
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A small JSON file, written whole or not at all."""
+    temp = _write_temp(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+    os.replace(temp, path)
+    _fsync_folder(path.parent)
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _write_temp(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = path.parent / f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with open(temp, "xb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temp.unlink()
+        raise
+    return temp
+
+
+def _fsync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

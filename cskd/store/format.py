@@ -1,0 +1,61 @@
+"""The on-disk format of a cache, in this one place. Raise FORMAT with every change; golden files keep the old ones readable.
+
+    CACHE/
+      manifest.json                     identity (what the cache is of), fingerprint (its hash), versions, checks
+      resolved.yaml                     the config that made it
+      inventory/                        copy of the data set's inventory (see cskd/inventory.py)
+      units/b00012/v0003.envelope.0f3a….zarr.zip
+                                        one view of one block, one codec; named by the hash of its bytes; never rewritten
+      commits/b00012/v0003.json         the only thing that makes a unit exist (see cskd/store/commit.py)
+
+A unit file is a zipped zarr 3 group, stored (not deflated), members sorted, dates fixed. Rows are the block's samples in
+block order without the quarantined ones; R rows, h x w teacher grid:
+
+    key_hash   uint64 [R]      hash of the sample's key: joins a row to the inventory
+    seed       uint64 [R]      of the view (cskd.seeds.view_seeds)
+    digest     uint32 [R]      of pixels and mixing fields (cskd.replay.view_digest)
+    label      int32  [R]      of the sample itself, unmixed
+    partner    int32  [R]      mixing partner, position in the block; -1 = unmixed
+    mode       uint8  [R]      0 none, 1 mixup, 2 cutmix
+    lam        uint16 [R]      own share of pixels and label, 1/65536; 0 where unmixed
+    box        uint16 [R, 4]   top, bottom, left, right in pixels of the view
+    targets/…                  the codec's own arrays (cskd/codecs)
+
+Every array is one chunk up to CHUNK_BYTES (else chunked along its first axis): bytes -> zstd -> crc32c. All chunks are
+written, so a missing one is corruption and never zeros.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+
+import numpy as np
+
+FORMAT = 1
+CHUNK_BYTES = 64 * 2**20
+ZSTD_LEVEL = 9
+
+VIEW_FIELDS: dict[str, tuple[type[np.generic], tuple[str, ...]]] = {
+    "key_hash": (np.uint64, ("sample",)),
+    "seed": (np.uint64, ("sample",)),
+    "digest": (np.uint32, ("sample",)),
+    "label": (np.int32, ("sample",)),
+    "partner": (np.int32, ("sample",)),
+    "mode": (np.uint8, ("sample",)),
+    "lam": (np.uint16, ("sample",)),
+    "box": (np.uint16, ("sample", "edge")),
+}
+
+MANIFEST = "manifest.json"
+RESOLVED = "resolved.yaml"
+INVENTORY = "inventory"
+
+
+def unit_file(block: int, view: int, codec: str, digest: str) -> PurePosixPath:
+    """Path of a unit's file inside the cache; `digest` is the hex sha256 of its bytes."""
+    return PurePosixPath("units") / f"b{block:05d}" / f"v{view:04d}.{codec}.{digest[:16]}.zarr.zip"
+
+
+def commit_file(block: int, view: int) -> PurePosixPath:
+    """Path of a unit's commit record inside the cache."""
+    return PurePosixPath("commits") / f"b{block:05d}" / f"v{view:04d}.json"

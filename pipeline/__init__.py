@@ -1,0 +1,1 @@
+"""The two stages and inspection: one readable spine each."""

@@ -1,0 +1,204 @@
+"""Stage 1: run the CNN once over every view and keep what a student will ever ask of it.
+
+    plan      which units (one view of one block) are missing
+    load      the teacher, checked on clean images before the first unit
+    loop      augmented quads -> mixed on the device -> dense and global logits -> codecs
+    commit    a unit at a time; killing the process loses at most the pass it was in
+
+The same command resumes. Launch: `cskd cache-teacher configs/imagenet_sample.yaml`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cskd.augment.device import mix_pixels
+from cskd.augment.mixing import NONE, quads
+from cskd.codecs import get_codec
+from cskd.config import Config, to_yaml
+from cskd.devices import pick_device
+from cskd.errors import CacheError, ConfigError
+from cskd.identity import identity_of, library_versions
+from cskd.inventory import Inventory, open_inventory
+from cskd.loading.stage1 import Chunk, ChunkMaker, ChunkViews, chunks, pad_rows
+from cskd.loading.stream import Stream
+from cskd.loading.views import ViewMaker
+from cskd.store.cache import Cache, create_cache
+from cskd.store.format import RESOLVED
+from cskd.teacher import Teacher, check_clean, clean_top1, compare_probe, load_teacher
+from cskd.unit_builder import UnitBuilder
+from pipeline.progress import Progress, bound_by
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What one run of stage 1 did."""
+
+    cache: str
+    units: int  # made by this run
+    images: int  # views made by this run
+    seconds: float
+    clean_top1: float
+    quarantined: int
+    content_root: str
+    bound_by: str
+
+
+def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
+    """Make, finish or extend the cache of a config. Raises CskdError; whatever was committed stays."""
+    start = time.perf_counter()
+    if not config.cache.path:
+        raise ConfigError("cache.path is empty; say where the cache goes, for example --set cache.path=caches/mine")
+    inventory = open_inventory(Path(config.data.train))
+    device = pick_device(config.cache.device)
+    teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
+    maker = ViewMaker(inventory, config.recipe)
+    cache = _open_or_create(config, inventory, teacher, maker)
+
+    passes = _passes(cache)
+    total = sum(len(views) * (cache.block_range(block)[1] - cache.block_range(block)[0]) for block, views in passes)
+    tasks = (task for block, views in passes for task in _tasks(cache, block, views, config.teacher.batch))
+    seconds: Counter[str] = Counter()
+    images = units = quarantined = 0
+    with Progress("cache-teacher", total=total, unit="views", quiet=quiet) as progress:
+        results = iter(Stream(ChunkMaker(maker, inventory.id), tasks, config.cache.workers))
+        for block, views in passes:
+            commits = _make_units(cache, block, views, results, teacher, config, seconds, progress, images)
+            images += sum(c.samples for c in commits)
+            quarantined += len(commits[0].quarantine)
+            units += len(commits)
+    return CacheReport(
+        cache=str(cache.root),
+        units=units,
+        images=images,
+        seconds=time.perf_counter() - start,
+        clean_top1=cache.manifest["clean_top1"],
+        quarantined=quarantined,
+        content_root=cache.content_root(),
+        bound_by=bound_by(dict(seconds)) if seconds else "nothing was missing",
+    )
+
+
+def _open_or_create(config: Config, inventory: Inventory, teacher: Teacher, maker: ViewMaker) -> Cache:
+    """The cache of this config: identity compared, the teacher's outputs on the probe images compared too."""
+    root = Path(config.cache.path)
+    codecs = [get_codec(name, teacher.classes, teacher.grid).name for name in config.cache.codecs]
+    identity = identity_of(inventory, config.recipe, teacher.fingerprint, teacher.grid, codecs)
+    probe = teacher.probe()
+    facts: dict[str, Any] = {}
+    if not (root / "manifest.json").exists():
+        count = min(config.teacher.check_images, inventory.n)
+        chosen = np.linspace(0, inventory.n - 1, count).astype(int).tolist()
+        top1 = clean_top1(teacher, (maker.image(i) for i in chosen), [int(inventory.label[i]) for i in chosen])
+        check_clean(top1, teacher.classes, count, config.teacher.min_top1)
+        data = str(Path(config.data.train).resolve())
+        facts = {"clean_top1": top1, "clean_images": count, "probe": probe, "versions": library_versions(), "data": data}
+    cache = create_cache(root, identity, config.cache.views, facts, inventory)
+    (root / RESOLVED).write_text(to_yaml(config), encoding="utf-8")
+    difference = compare_probe(cache.manifest["probe"], probe)
+    if difference:
+        raise CacheError(f"{root}: the teacher no longer gives the outputs the cache was begun with ({difference})")
+    return cache
+
+
+def _passes(cache: Cache) -> list[tuple[int, tuple[int, ...]]]:
+    """(block, views) of each pass: the missing views of one mixing group of one block, made from one decoding."""
+    by_pass: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+    for block, view in cache.missing():
+        by_pass[view // cache.recipe.mix_group, block].append(view)
+    return [(block, tuple(views)) for (_, block), views in sorted(by_pass.items())]
+
+
+def _tasks(cache: Cache, block: int, views: tuple[int, ...], batch: int) -> Iterator[Chunk]:
+    first, stop = cache.block_range(block)
+    yield from chunks(block, views, first, _order(cache, block, views, stop - first), batch)
+
+
+def _order(cache: Cache, block: int, views: tuple[int, ...], n: int) -> NDArray[np.int64]:
+    return quads(n, cache.recipe, cache.inventory.id, block, views[0] // cache.recipe.mix_group)
+
+
+def _make_units(
+    cache: Cache,
+    block: int,
+    views: tuple[int, ...],
+    results: Iterator[ChunkViews],
+    teacher: Teacher,
+    config: Config,
+    seconds: Counter[str],
+    progress: Progress,
+    done: int,
+) -> list[Any]:
+    """One pass: every view of `views` for every sample of the block, then one commit a view."""
+    first, stop = cache.block_range(block)
+    order = _order(cache, block, views, stop - first)
+    builders = [UnitBuilder(cache.inventory, config.recipe, cache.codecs, v, first, order) for v in views]
+    quarantine: dict[int, str] = {}
+    seen = 0
+    while seen < len(order):
+        clock = time.perf_counter()
+        chunk = next(results)
+        seconds["decode and augment (waited for)"] += time.perf_counter() - clock
+        position = chunk.task.position
+        bad = {int(position[row]): reason for row, reason in chunk.bad.items()}
+        quarantine |= bad
+        _refuse_too_many(quarantine, stop - first, cache, first, config.cache.max_quarantine)
+        good = np.array([row for row in range(len(position)) if row not in chunk.bad], np.int64)
+        for v, builder in enumerate(builders):
+            builder.drop(np.array(list(bad), np.int64))
+            if len(good) == 0:
+                continue
+            clock = time.perf_counter()
+            dense, logits = _teacher_batch(teacher, chunk.pixels[v], position, builder, config.teacher.batch, good)
+            seconds["teacher"] += time.perf_counter() - clock
+            clock = time.perf_counter()
+            encoded = {name: codec.encode(dense, logits) for name, codec in cache.codecs.items()}
+            builder.add(position[good], chunk.crc[v][good], encoded)
+            seconds["encode"] += time.perf_counter() - clock
+        seen += len(position)
+        progress.update(done + seen * len(views))
+    clock = time.perf_counter()
+    commits = [cache.add_unit(block, v, *b.finish(), quarantine, {}) for v, b in zip(views, builders, strict=True)]
+    seconds["write"] += time.perf_counter() - clock
+    return commits
+
+
+def _teacher_batch(
+    teacher: Teacher, views_BHWC: torch.Tensor, position: NDArray[np.int64], builder: UnitBuilder, batch: int, good: NDArray[np.int64]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mix one chunk on the device as the student's input is mixed, and run the teacher on it, padded to a fixed size.
+
+    Returns: dense float32 [G, K, h, w] and global float32 [G, K] logits of the rows `good`.
+    """
+    m = builder.mixing
+    row_of = np.full(int(position.max()) + 1, -1, np.int64)
+    row_of[position] = np.arange(len(position))
+    rows = np.arange(len(position))
+    partner = np.where(m.mode[position] == NONE, rows, row_of[np.maximum(m.partner[position], position.min())])
+    fields = (partner, m.mode[position], m.lam[position].astype(np.int64), m.box[position].astype(np.int64))
+    device = next(teacher.parameters()).device
+    pixels = mix_pixels(
+        views_BHWC.to(device, non_blocking=True), *(torch.from_numpy(np.ascontiguousarray(f)).to(device) for f in fields)
+    )
+    dense, logits = teacher.forward_dense(pad_rows(pixels, batch))
+    keep = torch.from_numpy(good).to(device)
+    return dense[keep], logits[keep]
+
+
+def _refuse_too_many(quarantine: dict[int, str], n: int, cache: Cache, first: int, limit: float) -> None:
+    if len(quarantine) > max(1, limit * n):
+        position, reason = next(iter(quarantine.items()))
+        raise CacheError(
+            f"{len(quarantine)} of {n} images of a block are unreadable, more than cache.max_quarantine {limit}; the first is "
+            f"'{cache.inventory.key(first + position)}': {reason}; mend the data set, or raise the limit"
+        )
+

@@ -1,0 +1,66 @@
+"""Metrics of a run: JSON lines, the same as CSV, TensorBoard where asked for. A resumed run drops what it makes again."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from cskd.errors import ConfigError
+
+
+class MetricsLog:
+    """One row an epoch in `metrics.jsonl` and `metrics.csv`. `start_epoch`: rows of this and later epochs are dropped."""
+
+    def __init__(self, folder: Path, start_epoch: int, tensorboard: bool = False) -> None:
+        self.folder = folder
+        self.rows = [r for r in read_metrics(folder) if r["epoch"] < start_epoch]
+        self._board = _summary_writer(folder) if tensorboard else None
+        self._write()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._board is not None:
+            self._board.close()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """One epoch's figures; `epoch` is required."""
+        self.rows.append(row)
+        self._write()
+        if self._board is not None:
+            for name, value in row.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(name, value, row["epoch"])
+
+    def _write(self) -> None:
+        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+        (self.folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        with open(self.folder / "metrics.csv", "w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, names)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run so far; a torn last line is left out."""
+    path = folder / "metrics.jsonl"
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _summary_writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError("train.tensorboard is on and tensorboard is not installed; pip install 'cskd[tensorboard]'") from None
+    return SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
