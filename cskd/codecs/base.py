@@ -1,0 +1,212 @@
+"""What every codec of teacher outputs promises, and the exact meaning of a hard target.
+
+Shapes: N samples of a unit, B batch, K classes, h w teacher grid (7 7).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from cskd.errors import CodecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Arrays = dict[str, NDArray[Any]]
+U16 = NDArray[np.uint16]
+F32 = NDArray[np.float32]
+
+BLEND_ONE = 1 << 16  # blends are whole numbers of 2^-16, from the cache and online alike
+HARD_CHUNK = 16  # samples whose logits are decoded at a time where hard targets need them
+MAX_CLASSES = (1 << 16) - 1  # class ids, and the number of extra segments of a cell, are uint16
+
+
+def quantise_blend(a: float) -> int:
+    """The blend as a whole number of 2^-16: round(a * 65536), 0..65536. Raises CodecError outside [0, 1]."""
+    if not 0.0 <= a <= 1.0:  # false for NaN too
+        raise CodecError(f"blend {a} is outside [0, 1]; a decay must fall from 1 (local) towards 0 (global)")
+    return round(a * BLEND_ONE)
+
+
+def check_blend(blend: int) -> None:
+    """Raises CodecError unless `blend` is what `quantise_blend` gives."""
+    if isinstance(blend, float) or not 0 <= blend <= BLEND_ONE:
+        raise CodecError(f"blend {blend!r} is not a whole number in 0..{BLEND_ONE}; pass quantise_blend(a)")
+
+
+def direct_hard(dense_BKhw: Tensor, global_BK: Tensor, blend: int) -> Tensor:
+    """The hard CKF target, computed directly: the class of the largest a * D_c + (1 - a) * g_c, the lowest on ties.
+
+    With a = blend / 65536 both products of a float32 are exact in float64; their sum is compared together with its
+    rounding error (Knuth's TwoSum), so the result is that of exact arithmetic on any device, fused or not. A plain
+    float64 argmax differs only where two classes agree to 53 bits without being equal.
+
+    Args:    dense_BKhw, global_BK float32 logits; blend 0..65536 (see `quantise_blend`), 65536 = local only.
+    Returns: int64 [B, h, w].
+    Raises:  CodecError for a blend outside 0..65536.
+    Source:  arXiv 2307.08500, section on CKF.
+    """
+    check_blend(blend)
+    local = dense_BKhw.double() * blend
+    image = (global_BK.double() * (BLEND_ONE - blend))[:, :, None, None]
+    total = local + image
+    tied = total == total.amax(1, keepdim=True)
+    winner = tied.byte().argmax(1)
+    for b, i, j in (tied.sum(1) > 1).nonzero().tolist():
+        x, y, s = local[b, :, i, j], image[b, :, 0, 0], total[b, :, i, j]
+        v = s - x
+        error = (x - (s - v)) + (y - v)
+        winner[b, i, j] = error.masked_fill(~tied[b, :, i, j], -math.inf).argmax()
+    return winner
+
+
+class Field(NamedTuple):
+    """One stored array: its dtypes (the first is the usual one) and the names of its dimensions."""
+
+    dtypes: tuple[DTypeLike, ...]
+    dims: tuple[str, ...]
+
+
+class Codec(ABC):
+    """Teacher outputs of a unit as arrays, and back. One entry along axis 0 a sample, unless a codec says else."""
+
+    exact_hard: ClassVar[bool]  # are hard CKF targets those of `direct_hard`, at every blend
+    soft: ClassVar[bool]  # can it give logits, for soft targets
+    error: ClassVar[str]  # the error it makes, in words
+    name: str
+    fields: dict[str, Field]
+
+    def __init__(self, name: str, classes: int, grid: tuple[int, int]) -> None:
+        if not 1 <= classes <= MAX_CLASSES:
+            raise CodecError(f"{classes} classes, expected 1..{MAX_CLASSES}: class ids are stored as uint16")
+        if len(grid) != 2 or min(grid) < 1:
+            raise CodecError(f"teacher grid {grid}, expected (h, w) of at least one cell")
+        self.name, self.classes, self.grid = name, classes, (int(grid[0]), int(grid[1]))
+
+    @property
+    def dimensions(self) -> dict[str, tuple[str, ...]]:
+        """Array name -> names of its dimensions, for zarr and xarray."""
+        return {name: field.dims for name, field in self.fields.items()}
+
+    @abstractmethod
+    def encode(self, dense_BKhw: Tensor, global_BK: Tensor) -> Arrays:
+        """Float32 logits of a batch, on any device, as arrays. Raises CodecError as `validate_logits`."""
+
+    def hard(self, arrays: Arrays, blend: int) -> U16:
+        """Hard CKF targets at blend / 65536, here of the decoded logits: uint16 [N, h, w]."""
+        import torch
+
+        check_blend(blend)
+        out: U16 = np.empty((len(arrays["global_class"]), *self.grid), np.uint16)
+        if blend == 0:
+            out[:] = self.global_class(arrays)[:, None, None]
+            return out
+        for i in range(0, len(out), HARD_CHUNK):
+            dense, image = map(torch.from_numpy, self.logits({k: a[i : i + HARD_CHUNK] for k, a in arrays.items()}))
+            out[i : i + HARD_CHUNK] = direct_hard(dense, image, blend).numpy()
+        return out
+
+    def logits(self, arrays: Arrays) -> tuple[F32, F32]:
+        """Dense float32 [N, K, h, w] and global float32 [N, K] logits. Raises CodecError where the codec holds none."""
+        import torch
+
+        # torch warns of arrays that are read-only, as stored ones are
+        tensors = {k: torch.from_numpy(a if a.flags.writeable else a.copy()) for k, a in arrays.items()}
+        dense, image = self.logits_torch(tensors)
+        return dense.numpy(), image.numpy()
+
+    def logits_torch(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """`logits` of a batch on the tensors' device: float32 [B, K, h, w] and [B, K]."""
+        raise CodecError(f"codec '{self.name}' holds no logits for soft targets; cache 'int8' or 'topk:10' as well")
+
+    def global_class(self, arrays: Arrays) -> U16:
+        """The argmax of the teacher's ordinary output, exact, the lowest class on ties: uint16 [N]."""
+        return arrays["global_class"]
+
+    def concat(self, parts: Sequence[Arrays]) -> Arrays:
+        """The samples of all parts, in order."""
+        return {name: np.concatenate([part[name] for part in parts]) for name in self.fields}
+
+    def take(self, arrays: Arrays, index: NDArray[np.integer[Any]]) -> Arrays:
+        """The samples at `index`, in its order; a sample may be taken more than once."""
+        return {name: arrays[name][index] for name in self.fields}
+
+    def check(self, arrays: Arrays, n: int, classes: int) -> None:
+        """Raises CodecError unless `arrays` are n samples of this codec: names, dtypes, shapes, class ids."""
+        if classes != self.classes:
+            raise CodecError(f"codec '{self.name}' was made for {self.classes} classes, the arrays are for {classes}")
+        if set(arrays) != set(self.fields):
+            raise CodecError(f"codec '{self.name}' has the arrays {sorted(self.fields)}, found {sorted(arrays)}")
+        for name, (dtypes, dims) in self.fields.items():
+            a, shape = arrays[name], [self._length(dim, n) for dim in dims]
+            if a.dtype not in [np.dtype(d) for d in dtypes]:
+                expected = " or ".join(str(np.dtype(d)) for d in dtypes)
+                raise CodecError(f"{self.name}/{name} is {a.dtype}, expected {expected}; run cskd verify")
+            if a.ndim != len(shape) or any(e not in (None, s) for s, e in zip(a.shape, shape, strict=True)):
+                sizes = ", ".join(dim if s is None else str(s) for dim, s in zip(dims, shape, strict=True))
+                raise CodecError(f"{self.name}/{name} has shape {a.shape}, expected ({sizes}); run cskd verify")
+            if name.endswith("class") and a.size and int(a.max()) >= classes:
+                raise CodecError(f"{self.name}/{name} names class {a.max()} of {classes}; run cskd verify")
+
+    def _length(self, dim: str, n: int) -> int | None:
+        """Length of a named dimension; None where it differs from unit to unit."""
+        return {"sample": n, "row": self.grid[0], "col": self.grid[1], "class": self.classes}.get(dim)
+
+    def validate_logits(self, dense_BKhw: Tensor, global_BK: Tensor) -> None:
+        """Raises CodecError unless both are finite float32 logits of the codec's classes and grid."""
+        shape = (len(dense_BKhw), self.classes)
+        for what, x, expected in (("dense", dense_BKhw, (*shape, *self.grid)), ("global", global_BK, shape)):
+            if tuple(x.shape) != expected:
+                raise CodecError(f"{what} logits have shape {tuple(x.shape)}, codec '{self.name}' expected {expected}")
+            if str(x.dtype) != "torch.float32":
+                raise CodecError(f"{what} logits are {x.dtype}, expected float32: run the classifier without autocast")
+            # A sum is a tenth of isfinite().all(), and finite unless a term is not, or the logits are absurdly large.
+            if not math.isfinite(float(x.sum())) and not bool(x.isfinite().all()):
+                i = int((~x.isfinite().flatten(1).all(1)).nonzero()[0])
+                bad = x[i][~x[i].isfinite()][0].item()
+                raise CodecError(f"{what} logits of sample {i} of the batch hold {bad}; check image and teacher")
+
+
+MEASURED_BLENDS = (0, 1 << 14, 1 << 15, 3 << 14, BLEND_ONE)
+
+
+def measure(
+    codec: Codec, dense_BKhw: Tensor, global_BK: Tensor, blends: Sequence[int] = MEASURED_BLENDS
+) -> dict[str, Any]:
+    """The error a codec makes on these float32 logits.
+
+    Returns: `hard_agreement` {blend: share of cells whose hard target is `direct_hard`'s}, `global_agreement`; for soft
+             codecs `largest_logit_error` (dense), `largest_global_error`, and `kl` {blend: mean over cells, in nats, of
+             KL(softmax T || softmax of the decoded T)} at temperature 1. All are plain numbers.
+    """
+    arrays = codec.encode(dense_BKhw, global_BK)
+    dense, image = dense_BKhw.detach().cpu(), global_BK.detach().cpu()
+    truth = {q: direct_hard(dense, image, q).numpy() for q in blends}
+    result: dict[str, Any] = {
+        "hard_agreement": {q: float((codec.hard(arrays, q) == truth[q]).mean()) for q in blends},
+        "global_agreement": float((codec.global_class(arrays) == image.argmax(1).numpy()).mean()),
+    }
+    if codec.soft:
+        import torch
+
+        decoded = [torch.from_numpy(x) for x in codec.logits(arrays)]
+        result["largest_logit_error"] = float((decoded[0] - dense).abs().max())
+        result["largest_global_error"] = float((decoded[1] - image).abs().max())
+        result["kl"] = {q: _kl(_blend(dense, image, q), _blend(decoded[0], decoded[1], q)) for q in blends}
+    return result
+
+
+def _blend(dense_BKhw: Tensor, global_BK: Tensor, blend: int) -> Tensor:
+    a = blend / BLEND_ONE
+    return a * dense_BKhw.double() + (1 - a) * global_BK.double()[:, :, None, None]
+
+
+def _kl(true_BKhw: Tensor, decoded_BKhw: Tensor) -> float:
+    p = true_BKhw.log_softmax(1)
+    return float((p.exp() * (p - decoded_BKhw.log_softmax(1))).sum(1).mean())

@@ -1,0 +1,296 @@
+"""The `envelope` codec: exact hard targets for every blend, from the upper envelope of each cell's K lines.
+
+For one cell, a * D_c + (1 - a) * g_c is a line in the blend a, so the winner over a in [0, 1] is a short run of
+classes, the first of them argmax g for every cell. A unit stores
+
+    global_class  uint16 [N]        the class that wins at blend 0
+    n_extra       uint8 [N, h, w]   how many more win somewhere (uint16 in a unit where a cell has more than 255)
+    extra_class   uint16 [M]        those classes, cell after cell, in order of rising blend
+    start         uint16 [M]        the last blend, in 2^-16, at which the class does not win yet
+
+A class is active iff start < blend. Blends are whole numbers of 2^-16, so a start is known exactly: a crossing in
+float64 is good to 3e-11 of such a step, and where it comes closer than 1e-6 to a whole number both classes are compared
+there in exact arithmetic. A class that wins only between two such blends is not stored. Offsets of the samples are not
+stored either: they are the running sum of n_extra, and a second copy could only cost bytes or disagree.
+
+Shapes: N samples, B batch, K classes, h w grid, n cells (B * h * w), M extra segments, m candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cskd.codecs.base import BLEND_ONE, U16, Arrays, Codec, Field, check_blend
+from cskd.errors import CodecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+I64 = NDArray[np.int64]
+F64 = NDArray[np.float64]
+
+CACHE_FLOATS = 1 << 19  # logits screened at a time on a CPU: ten 7x7x1000 maps; more leave its caches, fewer cost calls
+SLACK = 2.0**-19  # share of a cell's largest terms by which float32 screening may be off; the true bound is 2^-21
+NEAR = 2.0**-20  # a crossing this close to a whole number is decided in exact arithmetic; the true bound is 2^-34
+
+
+class EnvelopeCodec(Codec):
+    """Exact hard targets at every blend; no soft ones."""
+
+    exact_hard, soft = True, False
+    error = "none: hard targets are those of direct_hard at every multiple of 2^-16"
+
+    def __init__(self, classes: int, grid: tuple[int, int]) -> None:
+        super().__init__("envelope", classes, grid)
+        self.fields = {
+            "global_class": Field(("uint16",), ("sample",)),
+            "n_extra": Field(("uint8", "uint16"), ("sample", "row", "col")),
+            "extra_class": Field(("uint16",), ("segment",)),
+            "start": Field(("uint16",), ("segment",)),
+        }
+
+    def encode(self, dense_BKhw: Tensor, global_BK: Tensor) -> Arrays:
+        """Float32 logits [B, K, h, w] and [B, K], on any device, as arrays; fastest where K is innermost in memory.
+
+        Raises:  CodecError for logits that are not finite float32 of the codec's shape.
+        """
+        dense_BKhw, global_BK = dense_BKhw.detach(), global_BK.detach().contiguous()
+        self.validate_logits(dense_BKhw, global_BK)
+        found = _screen(dense_BKhw.flatten(2), global_BK)
+        cell_M, class_M, start_M = _walk(found)
+        n_cells = len(dense_BKhw) * self.grid[0] * self.grid[1]
+        return {
+            "global_class": _argmax(global_BK).cpu().numpy().astype(np.uint16),
+            "n_extra": _narrow(np.bincount(cell_M, minlength=n_cells).reshape(-1, *self.grid)),
+            "extra_class": class_M.astype(np.uint16),
+            "start": start_M.astype(np.uint16),
+        }
+
+    def hard(self, arrays: Arrays, blend: int) -> U16:
+        """Hard CKF targets at blend / 65536, those of `direct_hard`: uint16 [N, h, w].
+
+        Raises:  CodecError for a blend outside 0..65536.
+        """
+        check_blend(blend)
+        cell_M = _cell_of_segment(arrays["n_extra"])
+        last_M = arrays["start"] < blend  # active; of a cell's active segments the last one counts
+        last_M[:-1] &= ~(last_M[1:] & (cell_M[1:] == cell_M[:-1]))
+        index = np.flatnonzero(last_M)
+        out: U16 = np.repeat(arrays["global_class"], self.grid[0] * self.grid[1])
+        out[cell_M[index]] = arrays["extra_class"][index]
+        return out.reshape(-1, *self.grid)
+
+    def concat(self, parts: Sequence[Arrays]) -> Arrays:
+        """The samples of all parts, in order."""
+        joined = super().concat(parts)
+        return joined | {"n_extra": _narrow(joined["n_extra"])}
+
+    def take(self, arrays: Arrays, index: NDArray[np.integer[Any]]) -> Arrays:
+        """The samples at `index`, in its order, each with its segments; a sample may be taken more than once."""
+        per_N = _segments(arrays["n_extra"])
+        begin_N = np.cumsum(per_N) - per_N
+        count = per_N[index]
+        segments = np.repeat(begin_N[index] - (np.cumsum(count) - count), count) + np.arange(count.sum())
+        return {
+            "global_class": arrays["global_class"][index],
+            "n_extra": _narrow(arrays["n_extra"][index]),
+            "extra_class": arrays["extra_class"][segments],
+            "start": arrays["start"][segments],
+        }
+
+    def check(self, arrays: Arrays, n: int, classes: int) -> None:
+        """Raises CodecError unless these are n samples of this codec, whose segments are in order and change class."""
+        super().check(arrays, n, classes)
+        cls, start, counted = arrays["extra_class"], arrays["start"], int(_segments(arrays["n_extra"]).sum())
+        if not len(cls) == len(start) == counted:
+            raise CodecError(
+                f"envelope/n_extra counts {counted} segments, but there are {len(cls)} classes and {len(start)} starts;"
+                " run cskd verify"
+            )
+        cell = _cell_of_segment(arrays["n_extra"])
+        follows = cell[1:] == cell[:-1]
+        first = np.flatnonzero(np.concatenate([[True], ~follows])[: len(cell)])
+        before = arrays["global_class"][cell[first] // (self.grid[0] * self.grid[1])]
+        for what, bad in (
+            ("starts that do not rise", cell[1:][follows & (start[1:] <= start[:-1])]),
+            ("a segment of the same class as the one before", cell[1:][follows & (cls[1:] == cls[:-1])]),
+            ("a first extra segment of the global class", cell[first[cls[first] == before]]),
+        ):
+            if len(bad):
+                sample, at = divmod(int(bad[0]), self.grid[0] * self.grid[1])
+                raise CodecError(f"envelope: cell {at} of sample {sample} has {what}; run cskd verify")
+
+
+def _segments(n_extra: NDArray[Any]) -> I64:
+    """Extra segments of every sample, int64 [N]."""
+    counts: I64 = n_extra.reshape(len(n_extra), -1).sum(1, dtype=np.int64)
+    return counts
+
+
+def _cell_of_segment(n_extra: NDArray[Any]) -> NDArray[np.int32]:
+    """The cell, counted through the whole unit, of every extra segment: int32 [M]."""
+    return np.repeat(np.arange(n_extra.size, dtype=np.int32), n_extra.reshape(-1))
+
+
+def _narrow(n_extra: NDArray[Any]) -> NDArray[Any]:
+    """The narrowest dtype that holds the counts, so that equal contents are equal bytes."""
+    return n_extra.astype(np.uint8 if n_extra.max(initial=0) <= 255 else np.uint16)
+
+
+class _Candidates(NamedTuple):
+    """The classes that may win in cells where more than one does, in order of (cell, class)."""
+
+    cell: I64  # counted through the batch
+    cls: I64
+    local: F64  # D
+    image: F64  # g
+    first: NDArray[np.bool_]  # the winner at blend 0: one a cell
+
+
+def _screen(dense_BKn: Tensor, global_BK: Tensor) -> _Candidates:
+    """The few classes (measured: 3.3 in the cells that need any) that can win at some blend; none is missed.
+
+    Let c0 win at blend 0 and c1 at 1. No line lies above c0's at 0 or above c1's at 1, so one that reaches the larger
+    of the two anywhere does so where they cross, and reaches the smaller of the two at any blend. Hence one pass at one
+    blend for each cell, in float32, with the smaller as threshold, less a bound of the rounding error. Where c0 is c1,
+    it wins everywhere.
+    """
+    import torch
+
+    B, K, n = dense_BKn.shape
+    on_cpu = dense_BKn.device.type == "cpu"
+    step = max(1, min(B, CACHE_FLOATS // (K * n) if on_cpu else B))
+    rows_bnK, mixed_bnK = (dense_BKn.new_empty(step, n, K) for _ in range(2))
+    hits, locals_ = [], []
+    for b in range(0, B, step):
+        image_bK = global_BK[b : b + step]
+        rows = dense_BKn[b : b + step].transpose(1, 2)
+        if not rows.is_contiguous():
+            for to, sample_Kn in zip(rows_bnK, dense_BKn[b : b + step], strict=False):
+                to.copy_(sample_Kn.t())  # a 2-d transpose takes torch half the time of a 3-d one
+            rows = rows_bnK[: len(image_bK)]
+        mixed = mixed_bnK[: len(image_bK)]
+
+        first_b1, last_bn = _argmax(image_bK)[:, None], _argmax(rows)
+        image_first, image_last = image_bK.gather(1, first_b1).double(), image_bK.gather(1, last_bn).double()
+        local_first = rows.gather(2, first_b1[:, None].expand(-1, n, 1))[..., 0].double()
+        local_last = rows.gather(2, last_bn[..., None])[..., 0].double()
+        fall = image_first - image_last
+        x32 = (fall / (fall + (local_last - local_first))).float()  # the crossing; anything in [0, 1] would be right
+        x = x32.double()
+        at_first = x * local_first + (1 - x) * image_first
+        at_last = x * local_last + (1 - x) * image_last
+        low = at_first.minimum(at_last)
+        largest = low.abs() + x * local_last.abs() + (1 - x) * image_first.abs()
+        floor = (low - SLACK * largest - 2.0**-120).masked_fill_(first_b1 == last_bn, torch.inf).float()[..., None]
+
+        torch.mul((1 - x32)[..., None], image_bK[:, None], out=mixed)
+        mixed.addcmul_(x32[..., None], rows)
+        hit_m = _flat_at_least(mixed, floor)
+        hits.append(hit_m + b * n * K)
+        locals_.append(rows.reshape(-1)[hit_m])
+    if not hits:
+        return _Candidates(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), np.zeros(0), np.zeros(0, bool))
+    hit, local = torch.cat(hits), torch.cat(locals_)
+    cell = hit // K
+    cls, sample = hit - cell * K, cell // n
+    first = cls == _argmax(global_BK)[sample]
+    columns = [x.cpu().numpy() for x in (cell, cls, local.double(), global_BK[sample, cls].double(), first)]
+    return _Candidates(*columns)
+
+
+def _argmax(x: Tensor) -> Tensor:
+    """argmax of the last axis, the lowest on ties; on a CPU NumPy's, which takes a tenth of the time of torch's."""
+    if x.device.type != "cpu":
+        return x.argmax(-1)
+    import torch
+
+    return torch.from_numpy(x.numpy().argmax(-1))
+
+
+def _flat_at_least(x: Tensor, floor: Tensor) -> Tensor:
+    """Flat indices, rising, at which x >= floor; on a CPU by NumPy, which takes a fifth of the time of torch."""
+    if x.device.type != "cpu":
+        return (x >= floor).flatten().nonzero()[:, 0]
+    import torch
+
+    return torch.from_numpy(np.flatnonzero(x.numpy() >= floor.numpy()))
+
+
+def _walk(c: _Candidates) -> tuple[I64, I64, I64]:
+    """From each cell's winner at blend 0 to the next and the next, all cells at once, until none has another.
+
+    Returns: cell, class and start of every extra segment, in order of (cell, start); int64 [M] each.
+    """
+    steps: list[tuple[I64, I64, I64]] = []
+    current = np.flatnonzero(c.first)  # the winner so far, one a cell
+    while len(c.cell):
+        begin = np.flatnonzero(np.diff(c.cell, prepend=-1))
+        count = np.diff(begin, append=len(c.cell))
+        until_m = _first_win(c, np.repeat(current, count))
+        next_m = np.repeat(np.minimum.reduceat(until_m, begin), count)
+        winner = _best(c, np.flatnonzero((until_m == next_m) & (next_m <= BLEND_ONE)), next_m)
+        steps.append((c.cell[winner], c.cls[winner], next_m[winner].astype(np.int64) - 1))
+        # Who can't overtake this winner can't overtake a later one, for that rises faster still.
+        going = until_m < np.inf
+        going &= next_m <= BLEND_ONE
+        position = np.cumsum(going) - 1
+        current = position[winner]
+        c = _Candidates(c.cell[going], c.cls[going], c.local[going], c.image[going], c.first[going])
+    if not steps:
+        return c.cell, c.cls, c.cell
+    cell, cls, start = (np.concatenate(column) for column in zip(*steps, strict=True))
+    order = np.argsort(cell, kind="stable")
+    return cell[order], cls[order], start[order]
+
+
+def _first_win(c: _Candidates, rival: I64) -> F64:
+    """The first blend in 0, 1, 2 .. (of 2^-16) at which each candidate beats its rival, which wins now; inf if never.
+
+    float64 [m]; values above 65536 mean that the lines cross beyond blend 1.
+    """
+    fall, rise = c.image[rival] - c.image, c.local - c.local[rival]
+    never = (fall < 0) | (rise < 0) | (fall + rise == 0)
+    # Both terms have one sign, so nothing cancels: three roundings, an error of 3e-11 at most.
+    crossing = BLEND_ONE * (fall / np.where(never, 1.0, fall + rise))
+    whole = np.rint(crossing)
+    first = np.floor(crossing) + 1
+    near = np.flatnonzero(np.abs(crossing - whole) < NEAR)
+    if len(near):
+        wins = _beats(c, near, rival[near], whole[near])
+        first[near] = np.where(wins, whole[near], whole[near] + 1)
+    first[never] = np.inf
+    return first
+
+
+def _beats(c: _Candidates, i: I64, j: I64, blend: F64) -> NDArray[np.bool_]:
+    """Does candidate i win over j at the blend, exactly, the lower class on ties?"""
+    total_i, error_i = _exact(c.local[i], c.image[i], blend)
+    total_j, error_j = _exact(c.local[j], c.image[j], blend)
+    tie = (error_i == error_j) & (c.cls[i] < c.cls[j])
+    result: NDArray[np.bool_] = (total_i > total_j) | ((total_i == total_j) & ((error_i > error_j) | tie))
+    return result
+
+
+def _best(c: _Candidates, hopeful: I64, blend_m: F64) -> I64:
+    """Of the hopeful candidates of each cell the one that wins at the cell's blend; mostly there is just one."""
+    while len(hopeful):
+        same = np.flatnonzero(c.cell[hopeful[1:]] == c.cell[hopeful[:-1]])
+        if not len(same):
+            break
+        same = same[np.diff(same, prepend=-2) > 1]  # disjoint pairs of neighbours: the loser of each leaves
+        left, right = hopeful[same], hopeful[same + 1]
+        hopeful = np.delete(hopeful, same + _beats(c, left, right, blend_m[left]))
+    return hopeful
+
+
+def _exact(local: F64, image: F64, blend: F64) -> tuple[F64, F64]:
+    """blend * D + (65536 - blend) * g as a float64 sum and its rounding error, together exact (see `direct_hard`)."""
+    x, y = local * blend, image * (BLEND_ONE - blend)
+    total = x + y
+    v = total - x
+    return total, (x - (total - v)) + (y - v)
