@@ -1,4 +1,4 @@
-"""What every test has: caches of its own, one thread of torch, and the sample data where a checkout has it beside it."""
+"""What every test has: caches of its own, one thread of torch, the sample data where a checkout has it beside it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,184 @@
+"""What this machine offers, row by row: versions, decoder, processes, disk, memory, GPUs; and what to mend."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import multiprocessing
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import cskd
+
+GB = 1e9
+PACKAGES = (
+    "numpy",
+    "torch",
+    "torchvision",
+    "timm",
+    "webdataset",
+    "zarr",
+    "numcodecs",
+    "pillow",
+    "safetensors",
+    "typer",
+    "rich",
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row. advice: what to do when `state` is warn, else why it matters or nothing."""
+
+    name: str
+    value: str
+    state: Literal["ok", "warn"] = "ok"
+    advice: str = ""
+
+
+def doctor() -> dict[str, Any]:
+    """Look at this machine; nothing is changed but a temporary file in the current folder.
+
+    Returns: {"ok": no row warns, "checks": rows {"name", "value", "state": "ok" | "warn", "advice"}}, ready for JSON.
+    """
+    checks: list[Check] = []
+    for name, probe in PROBES.items():
+        try:
+            checks += probe()
+        except (ImportError, OSError) as e:  # a broken installation is what a doctor is for
+            text = " ".join(str(e).split())
+            checks.append(Check(name, f"{type(e).__name__}: {text}", "warn", "install cskd again in a new environment"))
+    return {"ok": all(c.state == "ok" for c in checks), "checks": [asdict(c) for c in checks]}
+
+
+def render(report: dict[str, Any], console: Console) -> None:
+    """`doctor()`'s report as a table, the rows to mend marked."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "what", "found", "what to do"):
+        table.add_column(heading, overflow="fold")
+    for row in report["checks"]:
+        warns = row["state"] == "warn"
+        mark = Text("warn", "bold yellow") if warns else Text("ok", "green")
+        table.add_row(mark, Text(row["name"]), Text(row["value"]), Text(row["advice"]))
+    console.print(table)
+
+
+def _versions() -> Iterator[Check]:
+    yield Check("cskd", cskd.__version__)
+    yield Check("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for name in PACKAGES:
+        try:
+            yield Check(name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            yield Check(name, "not installed", "warn", f"pip install {name}")
+
+
+def _decoder() -> Iterator[Check]:
+    """Two decoders may differ in a pixel's last bit; the digest of each view finds that, but can't mend it."""
+    from PIL import features
+
+    turbo = features.version_feature("libjpeg_turbo")
+    found = features.version("jpg")
+    if turbo:
+        yield Check("JPEG decoder", f"libjpeg-turbo {turbo}")
+    else:
+        advice = "Pillow's own wheels bring libjpeg-turbo, several times as fast: pip install --force-reinstall pillow"
+        yield Check("JPEG decoder", f"libjpeg {found}" if found else "none", "warn", advice)
+
+
+def _checksum() -> Iterator[Check]:
+    import google_crc32c
+
+    if google_crc32c.implementation == "c":
+        yield Check("crc32c", "C, uses the CPU's instruction")
+    else:
+        advice = "every view is checked with it, and this is slow: pip install --force-reinstall google-crc32c"
+        yield Check("crc32c", str(google_crc32c.implementation), "warn", advice)
+
+
+def _processes() -> Iterator[Check]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    all_cores = os.cpu_count() or cores
+    yield Check("CPU cores", str(cores) if cores == all_cores else f"{cores} of {all_cores} are this process's")
+    methods = multiprocessing.get_all_start_methods()
+    if "forkserver" in methods:
+        yield Check("start methods", ", ".join(methods))
+    else:
+        yield Check(
+            "start methods", ", ".join(methods), "warn", "no forkserver: workers take some seconds each to start"
+        )
+
+
+def _storage() -> Iterator[Check]:
+    yield _free("disk, current folder", Path.cwd(), 10 * GB, "caches of ImageNet need about 0.3 GB a view")
+    yield _free("disk, temporary files", Path(tempfile.gettempdir()), 1 * GB, "set TMPDIR to a larger disk")
+    yield _hard_links(Path.cwd())
+    shm = Path("/dev/shm")
+    if shm.is_dir():
+        advice = "workers hand batches over in it; in a container: docker run --shm-size=8g, else lower train.workers"
+        yield _free("shared memory", shm, 1 * GB, advice)
+    if sys.platform == "linux":
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        yield Check("memory", f"{memory / GB:.1f} GB")
+
+
+def _free(name: str, path: Path, enough: float, advice: str) -> Check:
+    try:
+        usage = shutil.disk_usage(path)
+    except OSError as e:
+        return Check(name, f"{path}: {e.strerror}", "warn", advice)
+    value = f"{usage.free / GB:.1f} of {usage.total / GB:.1f} GB free at {path}"
+    return Check(name, value) if usage.free >= enough else Check(name, value, "warn", advice)
+
+
+def _hard_links(folder: Path) -> Check:
+    """A commit record is put in place by a hard link: the one way that lets only the first of several writers count."""
+    name = "hard links"
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".cskd-doctor-") as made:
+            Path(made, "a").touch()
+            os.link(Path(made, "a"), Path(made, "b"))
+    except OSError as e:
+        advice = "a cache needs a writable file system with hard links; put cache.path on another disk"
+        return Check(name, f"no: {e.strerror}", "warn", advice)
+    return Check(name, "yes")
+
+
+def _devices() -> Iterator[Check]:
+    import torch
+
+    yield Check("threads of torch", str(torch.get_num_threads()))
+    for i in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(i)
+        name, value = f"GPU {i}", f"{facts.name}, {facts.total_memory / GB:.0f} GB"
+        if facts.major >= 8 or torch.version.hip:  # natively; is_bf16_supported also counts emulation
+            yield Check(name, f"{value}, bf16")
+        else:
+            yield Check(
+                name, f"{value}, no bf16", "warn", "autocast stays off with autocast: auto; training takes longer"
+            )
+    if torch.backends.mps.is_available():
+        yield Check("GPU", "Apple MPS, experimental: the CPU gives the reference outputs")
+    elif torch.cuda.device_count() == 0:
+        advice = "enough for the demo and CIFAR-sized runs; ImageNet takes a GPU with a driver that torch finds"
+        yield Check("GPU", "none", "warn", advice)
+
+
+PROBES: dict[str, Callable[[], Iterator[Check]]] = {
+    "versions": _versions,
+    "JPEG decoder": _decoder,
+    "crc32c": _checksum,
+    "processes": _processes,
+    "storage": _storage,
+    "torch": _devices,
+}
