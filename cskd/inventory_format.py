@@ -1,0 +1,132 @@
+"""The files of an inventory: names, types, hashes. What is in them: `cskd/inventory.py`. No torch in here.
+
+DATA/inventory/
+  inventory.json     version, id, classes, num_samples, shards (name, bytes), blocks, how it was made, notes,
+                     sha256 of every column file, and `hash`: sha256 of all of that
+  key.npy            uint8  [bytes]  the samples' keys in UTF-8, one after the other
+  key_offset.npy     int64  [N + 1]  where each key starts in key.npy
+  key_hash.npy       uint64 [N]      `cskd.seeds.key_hash` of the key
+  label.npy          int32  [N]      index in classes
+  crc32c.npy         uint32 [N]      of the encoded image
+  shard.npy          uint32 [N]      index in shards
+  offset.npy         int64  [N]      first byte of the encoded image in the shard file
+  size.npy           int64  [N]      its bytes
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cskd.errors import DataError
+
+FORMAT = "cskd inventory"
+VERSION = 1
+FOLDER = "inventory"
+HEADER = "inventory.json"
+PARTIAL = ".inventory.partial"  # being written; never read
+DTYPES = {
+    "key": "|u1",
+    "key_offset": "<i8",
+    "key_hash": "<u8",
+    "label": "<i4",
+    "crc32c": "<u4",
+    "shard": "<u4",
+    "offset": "<i8",
+    "size": "<i8",
+}
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of the inventory folder at `path`. DataError when there is none or it is damaged, newer or unsafe."""
+    try:
+        header = json.loads((path / HEADER).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"no inventory at {path}; make one with 'cskd pack' or 'cskd index'") from None
+    except (OSError, ValueError) as e:
+        raise DataError(f"{path / HEADER} is not readable: {e}; restore it, or pack or index again") from None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise DataError(f"{path / HEADER} is not an inventory; make one with 'cskd pack' or 'cskd index'")
+    if header.get("version") != VERSION:
+        raise DataError(
+            f"{path / HEADER} has version {header.get('version')}, this code reads {VERSION}; pack or index again"
+        )
+    if header.get("hash") != header_hash(header):
+        raise DataError(
+            f"{path / HEADER} does not match its own hash: it was changed; restore it, or pack or index again"
+        )
+    for shard in header["shards"]:
+        name = PurePosixPath(shard["name"])
+        if name.is_absolute() or ".." in name.parts:
+            raise DataError(f"{path / HEADER} names the shard '{name}', expected a path inside the data folder")
+    return header
+
+
+def read_column(path: Path, name: str, dtype: str) -> NDArray[Any]:
+    """One column, memory-mapped. DataError when it is missing or not of that type."""
+    try:
+        column = np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        raise DataError(f"{path / name}.npy is not readable: {e}; restore it, or pack or index again") from None
+    if column.dtype != np.dtype(dtype) or column.ndim != 1:
+        raise DataError(
+            f"{path / name}.npy is {column.dtype} {list(column.shape)}, expected {np.dtype(dtype)} in one dimension"
+        )
+    return np.asarray(column)  # a plain view: indexing np.memmap is several times slower
+
+
+def verify_files(path: Path, header: dict[str, Any], columns: dict[str, NDArray[Any]]) -> None:
+    """Check the sha256 of every column file, and the id. Raises DataError naming the first that differs."""
+    for name, about in header["columns"].items():
+        if file_sha256(path / f"{name}.npy") != about["sha256"]:
+            raise DataError(f"{path / name}.npy does not match its recorded sha256; restore it, or pack or index again")
+    if identify(columns, np.array(header["blocks"], np.int64)) != header["id"]:
+        raise DataError(f"{path} does not have the id that its header states; pack or index again")
+
+
+def finish_column(folder: Path, name: str, dtype: np.dtype[Any], length: int) -> None:
+    """Turn raw values of known length into an .npy file, on disk."""
+    raw, final = folder / f"{name}.raw", folder / f"{name}.npy"
+    about = {"descr": dtype.str, "fortran_order": False, "shape": (length,)}
+    with raw.open("rb") as source, final.open("wb") as target:
+        np.lib.format.write_array_header_1_0(target, about)
+        shutil.copyfileobj(source, target, 1 << 20)
+    raw.unlink()
+    sync(final)
+
+
+def identify(columns: dict[str, NDArray[Any]], bounds: NDArray[np.int64]) -> str:
+    """The id: sha256 over keys, labels, checksums and block bounds, each preceded by its length."""
+    digest = hashlib.sha256(b"cskd inventory 1")
+    for part in (columns["key_offset"], columns["key"], columns["label"], columns["crc32c"], bounds.astype("<i8")):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(np.ascontiguousarray(part).data)
+    return digest.hexdigest()
+
+
+def header_hash(header: dict[str, Any]) -> str:
+    """sha256 of the header's canonical JSON without its own `hash`."""
+    body = {name: value for name, value in header.items() if name != "hash"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a whole file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Have the contents of a file, or the names in a folder, on disk before going on."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

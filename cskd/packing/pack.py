@@ -1,0 +1,195 @@
+"""`cskd pack`: any source to shuffled shards with an inventory, whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from cskd.errors import DataError
+from cskd.inventory import Inventory, InventoryWriter, Sample, open_inventory, publish_inventory
+from cskd.inventory_format import FOLDER, HEADER, sync
+from cskd.packing.names import CLASSES_FILE
+from cskd.packing.payloads import Payload, payloads
+from cskd.packing.sources import Progress, Source, open_source
+from cskd.packing.tars import MAX_SPOOL
+from cskd.seeds import U64, hash64, mix64_array
+
+WORK = ".packing"  # in OUT while a pack runs; where it exists, shards beside it without an inventory are our own
+
+
+def pack(
+    src: str | Path,
+    out: str | Path,
+    *,
+    classes: Path | None = None,
+    seed: int = 0,
+    shard_size: int = 4096,
+    block: int = 8192,
+    short_side: int | None = None,
+    quality: int = 95,
+    workers: int | None = None,
+    max_spool: int = MAX_SPOOL,
+    progress: Progress | None = None,
+) -> Inventory:
+    """Shuffle a data set into webdataset shards out/shard-000000.tar, ... with out/inventory and out/classes.txt.
+
+    The order depends on (seed, key) only, so a folder, a tar and a tar.gz of it give the same inventory id.
+
+    Args:    src, classes, max_spool: see `open_source`. shard_size: images a shard (fewer where they pass 1 GB).
+             block: images a block, about. short_side, quality: see `shrink`. workers: threads that read, or processes
+             that re-encode (default: the CPUs, at least 2, at most 8). progress: called with (images done, images in
+             all), the latter 0 while the source is being listed.
+    Returns: the inventory; its notes say what was passed over. The same data set in `out` already: nothing is written.
+    Raises:  DataError; `out` is then as it was before.
+    """
+    src, out = Path(src), Path(out)
+    for name, value in (("shard_size", shard_size), ("block", block), ("short_side", short_side), ("workers", workers)):
+        if value is not None and value < 1:
+            raise DataError(f"{name} is {value}, expected at least 1")
+    if not 1 <= quality <= 100:
+        raise DataError(f"quality is {quality}, expected a JPEG quality of 1 to 100")
+    if src.exists() and out.exists() and src.resolve() == out.resolve():
+        raise DataError(
+            f"{out} is the source; pack into another folder, or use 'cskd index' to leave shards as they are"
+        )
+    options = {
+        "seed": seed,
+        "shard_size": shard_size,
+        "block": block,
+        "short_side": short_side,
+        "quality": quality if short_side is not None else None,
+    }
+    workers = workers or min(8, max(2, os.cpu_count() or 1))
+    try:
+        with _workspace(out) as work:
+            source = open_source(src, classes, work, max_spool, progress)
+            order = shuffled(source.key_hash, seed)
+            images = payloads(source.listing, order, short_side, quality, workers)
+            images = _counted(images, len(order), progress)
+            if (out / FOLDER / HEADER).is_file():
+                return _confirm(open_inventory(out), source, images, options, out)
+            _write(source, images, work, {"by": "pack", "source": src.name, **options})
+            return _publish(work, out)
+    except OSError as e:
+        raise DataError(f"{e.filename or out}: {e.strerror or e}; mend that and run again") from e
+
+
+def shuffled(key_hashes: U64, seed: int) -> list[int]:
+    """The order of packing: a permutation that depends on the seed and the set of keys only."""
+    order: list[int] = np.argsort(mix64_array(key_hashes ^ np.uint64(hash64("pack", seed))), kind="stable").tolist()
+    return order
+
+
+def _write(source: Source, images: Iterator[tuple[int, Payload]], work: Path, made: dict[str, Any]) -> None:
+    from cskd.store.shard_writer import ShardWriter  # here: webdataset takes seconds to import
+
+    shards, inventory = ShardWriter(work, made["shard_size"]), InventoryWriter(work / FOLDER)
+    resized = bad = 0
+    try:
+        for i, payload in images:
+            key, label = source.listing.key(i), source.label(i)
+            extension = "jpg" if payload.resized else source.listing.extension(i)
+            shard, offset = shards.add(key, extension, payload.data, label)
+            crc = google_crc32c.value(payload.data)
+            inventory.add(Sample(key, label, crc, shard, offset, len(payload.data)))
+            resized += payload.resized
+            bad += payload.bad
+        notes = list(source.notes)
+        if made["short_side"] is not None:
+            notes.append(f"{resized} images re-encoded to a short side of {made['short_side']} pixels")
+        if bad:
+            notes.append(f"{bad} images can't be decoded and stay as they are; stage 1 will quarantine them")
+        inventory.finish(source.classes, shards.close(), made["block"], made, notes)
+        (work / CLASSES_FILE).write_text("".join(f"{name}\n" for name in source.classes), encoding="utf-8")
+        sync(work / CLASSES_FILE)
+    finally:
+        shards.abandon()
+        inventory.close()
+
+
+def _publish(work: Path, out: Path) -> Inventory:
+    """Move what is finished to its place; the inventory last, which makes it valid."""
+    for name in [*(shard.name for shard in open_inventory(work).shards), CLASSES_FILE]:
+        os.rename(work / name, out / name)
+    sync(out)
+    return publish_inventory(work / FOLDER, out)
+
+
+def _confirm(
+    old: Inventory, source: Source, images: Iterator[tuple[int, Payload]], options: dict[str, Any], out: Path
+) -> Inventory:
+    """`old`, which is in `out`, if packing would give it again; DataError with the first difference otherwise."""
+
+    def refuse(difference: str) -> DataError:
+        return DataError(f"{out} holds the data set {old.id[:12]} already, {difference}; pack into another folder")
+
+    for name, value in options.items():
+        if old.made.get(name) != value:
+            raise refuse(f"made with {name} = {old.made.get(name)}, asked for {value}")
+    if old.n != len(source.listing) or old.classes != source.classes:
+        raise refuse(
+            f"of {old.n} images in {len(old.classes)} classes, the source has {len(source.listing)} in "
+            f"{len(source.classes)}" + (" of other names or order" if old.n == len(source.listing) else "")
+        )
+    old.check_shards()
+    for place, (i, payload) in enumerate(images):
+        if (old.key(place), old.label[place], old.crc32c[place]) != (
+            source.listing.key(i),
+            source.label(i),
+            google_crc32c.value(payload.data),
+        ):
+            raise refuse(f"whose '{old.key(place)}' is not '{source.listing.key(i)}' of the source")
+    old.notes = [*source.notes, "this data set was packed here already: nothing was written"]
+    return old
+
+
+def _counted(
+    images: Iterator[tuple[int, Payload]], total: int, progress: Progress | None
+) -> Iterator[tuple[int, Payload]]:
+    for done, image in enumerate(images, 1):
+        yield image
+        if progress and (done % 64 == 0 or done == total):
+            progress(done, total)
+
+
+@contextmanager
+def _workspace(out: Path) -> Iterator[Path]:
+    """An empty folder inside `out` for one pack at a time; what an interrupted one left is removed."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(
+                f"another 'cskd pack' is writing to {out}; wait for it, or pack into another folder"
+            ) from None
+        if (out / WORK).exists():
+            _clean(out)
+        ours = [*out.glob("shard-*.tar"), *out.glob(CLASSES_FILE)]
+        if ours and not (out / FOLDER / HEADER).is_file():
+            raise DataError(
+                f"{out} holds {min(ours).name} but no inventory; pack into an empty folder, or run 'cskd index' on it"
+            )
+        (out / WORK).mkdir()
+        try:
+            yield out / WORK
+        finally:
+            _clean(out)
+    finally:
+        os.close(lock)
+
+
+def _clean(out: Path) -> None:
+    if not (out / FOLDER / HEADER).is_file():
+        for path in [*out.glob("shard-*.tar"), *out.glob(CLASSES_FILE)]:
+            path.unlink()
+    shutil.rmtree(out / WORK, ignore_errors=True)

@@ -1,0 +1,85 @@
+"""The bytes that go into the shards, in order, read ahead by threads, or re-encoded by processes."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from typing import NamedTuple
+
+from PIL import Image
+
+from cskd.errors import DataError, ImageError
+from cskd.images import decode, image_size
+from cskd.packing.sources import Listing, Place, read_place
+
+CHUNK = 16  # images a task: of 110 kB (ImageNet), 2 MB
+
+
+class Payload(NamedTuple):
+    """An encoded image; `resized`: it is a new JPEG; `bad`: it should have been, but can't be decoded."""
+
+    data: bytes
+    resized: bool = False
+    bad: bool = False
+
+
+def payloads(
+    listing: Listing, order: Sequence[int], short_side: int | None, quality: int, workers: int
+) -> Iterator[tuple[int, Payload]]:
+    """(i, payload of image i) for each i of `order`, in that order, whatever the number of workers.
+
+    Args:    short_side: images whose short side is larger (pixels) are re-encoded; None: all stay as they are.
+    Raises:  DataError for a file that can't be read.
+    """
+    job = partial(_read_all, short_side=short_side, quality=quality)
+    waiting: deque[tuple[Sequence[int], Future[list[Payload]]]] = deque()
+    pool = _pool(workers, processes=short_side is not None)
+    try:
+        for start in range(0, len(order), CHUNK):
+            chunk = order[start : start + CHUNK]
+            waiting.append((chunk, pool.submit(job, [listing.place(i) for i in chunk])))
+            if len(waiting) > 2 * workers:
+                done, result = waiting.popleft()
+                yield from zip(done, result.result(), strict=True)
+        while waiting:
+            done, result = waiting.popleft()
+            yield from zip(done, result.result(), strict=True)
+    except BrokenProcessPool:
+        raise DataError(
+            "a process that re-encodes images died (out of memory?); run again with fewer workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def shrink(data: bytes, short_side: int, quality: int) -> Payload:
+    """Re-encode an image to that short side if its own is larger: bicubic with antialiasing, RGB JPEG without chroma
+    subsampling, no metadata. Pixels are those of `cskd.images.decode`. What can't be decoded stays as it is."""
+    try:
+        if min(image_size(data)) <= short_side:
+            return Payload(data)
+        pixels = Image.fromarray(decode(data))
+    except ImageError:
+        return Payload(data, bad=True)
+    scale = short_side / min(pixels.size)
+    width, height = (max(short_side, round(side * scale)) for side in pixels.size)
+    out = io.BytesIO()
+    pixels.resize((width, height), Image.Resampling.BICUBIC).save(out, "JPEG", quality=quality, subsampling=0)
+    return Payload(out.getvalue(), resized=True)
+
+
+def _read_all(places: list[Place], short_side: int | None, quality: int) -> list[Payload]:
+    if short_side is None:
+        return [Payload(read_place(place)) for place in places]
+    return [shrink(read_place(place), short_side, quality) for place in places]
+
+
+def _pool(workers: int, processes: bool) -> Executor:
+    if processes:
+        return ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver"))
+    return ThreadPoolExecutor(workers, "pack-read")
