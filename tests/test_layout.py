@@ -1,0 +1,205 @@
+"""Promises about the source itself: which way imports flow, what loads what, nothing unsafe, nothing undeclared."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted(p for top in ("cskd", "pipeline") for p in (ROOT / top).rglob("*.py"))
+SOURCES.append(ROOT / "cli.py")
+SCRIPTS = sorted(p for top in ("benchmarks", "tests") for p in (ROOT / top).rglob("*.py"))
+DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "google_crc32c": "google-crc32c", "sklearn": "scikit-learn"}
+LONGEST = 550  # lines: the ceiling of a spine
+
+
+def named(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names of everything a file imports, at its top or inside functions."""
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def who_imports(*modules: str) -> set[str]:
+    return {named(p) for p in SOURCES if imports(p) & set(modules)}
+
+
+def test_imports_flow_from_cli_to_pipeline_to_cskd():
+    upward = {p for p in who_imports("pipeline", "cli", "typer", "rich") if p.startswith("cskd/")}
+    upward |= {p for p in who_imports("cli", "typer") if p.startswith("pipeline/")}
+    assert upward == set()
+
+
+def test_only_teacher_and_student_modules_import_timm():
+    assert {p for p in who_imports("timm") if not p.startswith(("cskd/teacher", "cskd/student/"))} == set()
+
+
+def test_only_the_store_imports_zarr_or_webdataset():
+    assert {p for p in who_imports("zarr", "webdataset") if not p.startswith("cskd/store/")} == set()
+
+
+@pytest.mark.parametrize("module", ["cskd", "cskd.config", "cskd.errors", "cskd.inventory", "cskd.seeds"])
+def test_light_modules_load_no_torch(module):
+    run_python(f"import {module}, sys; assert not {{'torch', 'timm', 'zarr'}} & set(sys.modules)")
+
+
+def test_help_loads_no_torch():
+    run_python(
+        """
+        import sys
+        sys.argv = ["cskd", "--help"]
+        import cli
+        try:
+            cli.main()
+        except SystemExit as e:
+            assert not e.code, e.code
+        assert not {"torch", "timm", "zarr", "numpy"} & set(sys.modules)
+        """
+    )
+
+
+def run_python(code: str) -> None:
+    lines = code.strip("\n").splitlines()
+    indent = len(lines[0]) - len(lines[0].lstrip())
+    script = "\n".join(line[indent:] for line in lines)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def calls(path: Path) -> Iterator[tuple[int, str, dict[str | None, ast.expr]]]:
+    """(line, dotted name of what is called, keyword arguments) of each call in a file."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call):
+            yield node.lineno, ast.unparse(node.func), {k.arg: k.value for k in node.keywords}
+
+
+def is_constant(value: ast.expr | None, expected: bool) -> bool:
+    return isinstance(value, ast.Constant) and value.value is expected
+
+
+def unsafe(path: Path) -> Iterator[str]:
+    """What in a file could run code that a data file brings, or hand text to a shell."""
+    text = ast.unparse(tree(path)).replace("pickle.UnpicklingError", "").replace("import pickle\n", "")
+    for module in sorted(imports(path) & {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}):
+        if re.search(rf"\b{module}\b", text):  # naming the error by which a refused file shows itself is fine
+            yield f"{named(path)}: uses {module}"
+    for line, name, keywords in calls(path):
+        at = f"{named(path)}:{line}: {name}"
+        if name in ("eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"):
+            yield at
+        if name == "torch.load" and not is_constant(keywords.get("weights_only"), True):
+            yield f"{at} without weights_only=True"
+        if name in ("np.load", "numpy.load") and not is_constant(keywords.get("allow_pickle"), False):
+            yield f"{at} without allow_pickle=False"
+        for argument, safe in (("allow_pickle", False), ("weights_only", True), ("shell", False)):
+            if argument in keywords and not is_constant(keywords[argument], safe):
+                yield f"{at} with {argument}={ast.unparse(keywords[argument])}"
+
+
+def test_no_file_loads_pickles_or_calls_a_shell():
+    assert [finding for path in SOURCES + SCRIPTS for finding in unsafe(path)] == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle\npickle.loads(data)",
+        "import pickle as p\np.loads(data)",
+        "from pickle import loads",
+        "import joblib",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=flag)",
+        "np.load(path)",
+        "np.load(path, allow_pickle=True)",
+        "subprocess.run(line, shell=True)",
+        "eval(text)",
+        "yaml.load(text)",
+    ],
+)
+def test_the_search_for_unsafe_loading_finds_it(code, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / "module.py"
+    path.write_text(code)
+    assert list(unsafe(path))
+
+
+def test_no_file_is_too_long_to_be_read_in_one_go():
+    lengths = {named(p): len(p.read_text(encoding="utf-8").splitlines()) for p in SOURCES + SCRIPTS}
+    assert {name: n for name, n in lengths.items() if n > LONGEST} == {}
+
+
+def test_no_shipped_text_holds_a_path_of_somebodys_machine():
+    private = re.compile(r"(?<![\w.$}])/(home|root|Users|tmp|work|mnt)/\w")
+    texts = [*SOURCES, *SCRIPTS, *ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("configs/*.yaml")]
+    found = [
+        f"{named(path)}:{i}: {line.strip()}"
+        for path in texts
+        for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if private.search(line)
+    ]
+    assert found == []
+
+
+@cache
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def distributions(requirements: list[str]) -> set[str]:
+    return {re.split(r"[\[<>=~! ]", r)[0].lower() for r in requirements}
+
+
+def test_what_the_code_imports_is_declared_and_what_is_declared_is_imported():
+    modules = {module for path in SOURCES for module in imports(path)}
+    third_party = modules - set(sys.stdlib_module_names) - {"cskd", "pipeline", "cli"}
+    used = {DISTRIBUTIONS.get(module, module) for module in third_party}
+    extras = project()["project"]["optional-dependencies"]
+    declared = distributions(project()["project"]["dependencies"])
+    assert used - declared - distributions(extras["demo"]) == set()
+    assert declared - used == set()
+
+
+def test_every_package_is_in_the_wheel():
+    folders = {p.parent for top in ("cskd", "pipeline") for p in (ROOT / top).rglob("*.py")}
+    setuptools = project()["tool"]["setuptools"]
+    assert {f.relative_to(ROOT).as_posix().replace("/", ".") for f in folders} == set(setuptools["packages"]) - {
+        "cskd.configs"
+    }
+    assert all((folder / "__init__.py").exists() for folder in folders)
+    assert setuptools["package-dir"] == {"cskd.configs": "configs"}
+
+
+def test_every_dependency_has_its_reason_beside_it():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    block = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)
+    assert block
+    assert [line for line in block[1].splitlines() if not re.search(r'",\s+# \w', line)] == []
+
+
+def test_ci_runs_a_command_that_the_readme_shows():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"^<!-- checks -->\n+```\w*\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    assert block, "README.md needs a code block after the line '<!-- checks -->'"
+    assert "-m tests" in block[1]
