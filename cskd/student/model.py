@@ -1,0 +1,212 @@
+"""The student: a plain timm ViT that also gives logits of its patch tokens, on the teacher's grid.
+
+Shapes: B batch, K classes, N patch tokens, C features, h w teacher grid (7 7).
+Source: arXiv 2307.08500, section 3; models/vision_transformer.py of the authors' code.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch.nn.functional as F
+from timm.models import is_model_in_modules
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from cskd.config.schema import StudentConfig
+from cskd.errors import StudentError
+from cskd.losses import StudentOutput
+from cskd.student.warm_start import start_from
+
+Grid = tuple[int, int]
+
+FAMILIES = [
+    "vision_transformer",
+    "vision_transformer_hybrid",
+    "deit",
+]  # timm modules whose models are VisionTransformers
+_SET_ELSEWHERE = {
+    "num_classes": "it is the number of classes of the cache",
+    "drop_path_rate": "set student.drop_path",
+    "pretrained": "set student.init to a checkpoint",
+    "checkpoint_path": "set student.init",
+    "in_chans": "views are RGB",
+    "features_only": "the student needs its head",
+}
+
+
+class Student(nn.Module):
+    """A ViT and its patch logits. `backbone` is the timm model as it is: its state dict is what gets exported.
+
+    Patch tokens go through the head of the distillation token, or through the one head of a plain ViT. They are pooled
+    to the teacher grid first: before a linear head that is the same as pooling logits, at a fraction of the cost. Where
+    a norm stands before the head it is not, and `note` says so.
+    """
+
+    def __init__(self, backbone: VisionTransformer, config: StudentConfig, image_size: Grid) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.config = config
+        self.image_size = image_size  # (height, width) in pixels
+        self.patch_grid = self._grid_at(image_size)
+        self.num_classes = int(backbone.num_classes)
+        self.distilled = isinstance(backbone, VisionTransformerDistilled)
+        own = cast("dict[str, Any]", backbone.pretrained_cfg)
+        self.mean = [float(v) for v in config.mean or own["mean"]]  # of RGB in [0, 1]
+        self.std = [float(v) for v in config.std or own["std"]]
+        self.note = ""
+        if not self.distilled and not isinstance(backbone.fc_norm, nn.Identity):
+            self.note = (
+                f"{config.model} has a norm before its head: patch tokens are pooled, then normed, then classified, "
+                "which is not the mean of the single patches' logits"
+            )
+        self.notes = [self.note] if self.note else []
+
+    def forward(self, images: Tensor, teacher_grid: Grid | None = None) -> StudentOutput:
+        """Logits of every head.
+
+        Args:    images float32 [B, 3, H, W], normalised; teacher_grid (h, w), None = no patch logits, (1, 1) = their
+                 mean over the image, which is all that evaluation needs.
+        Returns: float32 logits whatever the autocast: a loss in bf16 would be too coarse.
+        Raises:  StudentError for a teacher grid finer than the patch grid.
+        """
+        vit = self.backbone
+        tokens = vit.forward_features(images)  # [B, prefix + N, C], after the final norm
+        pooled = dist = patches = None
+        if teacher_grid is not None:
+            self.check_grid(teacher_grid)
+            grid = self._grid_at((images.shape[-2], images.shape[-1]))
+            pooled = pool_tokens(tokens[:, vit.num_prefix_tokens :], grid, teacher_grid)  # [B, h, w, C]
+        if isinstance(vit, VisionTransformerDistilled):
+            cls = vit.head(vit.head_drop(tokens[:, 0]))
+            dist = vit.head_dist(vit.head_drop(tokens[:, 1])).float()
+            if pooled is not None:
+                patches = vit.head_dist(vit.head_drop(pooled))
+        else:
+            cls = vit.forward_head(tokens)
+            if pooled is not None:
+                patches = vit.head(vit.head_drop(vit.fc_norm(pooled)))
+        return StudentOutput(cls.float(), dist, None if patches is None else patches.permute(0, 3, 1, 2).float())
+
+    def check_grid(self, teacher_grid: Grid) -> None:
+        """StudentError when the teacher's grid is finer than the student's: a token can't be split."""
+        (h, w), (rows, cols) = teacher_grid, self.patch_grid
+        if h > rows or w > cols:
+            raise StudentError(
+                f"{self.config.model} has {rows} x {cols} patches, too few for the teacher's grid of {h} x {w}; "
+                f"set teacher.grid: [{min(h, rows)}, {min(w, cols)}] and cache again, or take smaller patches"
+            )
+
+    def _grid_at(self, image_size: Grid) -> Grid:
+        embed = self.backbone.patch_embed
+        rows, cols = embed.dynamic_feat_size(image_size) if self.backbone.dynamic_img_size else embed.grid_size
+        return int(rows), int(cols)
+
+
+def pool_tokens(tokens_BNC: Tensor, grid: Grid, teacher_grid: Grid) -> Tensor:
+    """Patch tokens averaged to the teacher grid: k x k means where it divides the grid, adaptive bins otherwise.
+
+    Returns: [B, h, w, C].
+    """
+    B, _, C = tokens_BNC.shape
+    (rows, cols), (h, w) = grid, teacher_grid
+    if rows % h == 0 and cols % w == 0:
+        # not adaptive_avg_pool2d: its backward pass on CUDA adds in no fixed order
+        return tokens_BNC.reshape(B, h, rows // h, w, cols // w, C).mean((2, 4))
+    maps = tokens_BNC.transpose(1, 2).reshape(B, C, rows, cols)
+    return F.adaptive_avg_pool2d(maps, (h, w)).permute(0, 2, 3, 1)
+
+
+def eval_heads(output: StudentOutput) -> dict[str, Tensor]:
+    """What inference can predict from, float32 [B, K] each; averages are of logits.
+
+    'class', 'distillation' and 'patches' (mean over the cells) are the heads; 'class+distillation' is what timm's
+    forward gives, 'all' averages the three, as the CSKD authors' code does. A plain ViT has no distillation head: its
+    'all' averages two. Without patch logits there is neither 'patches' nor 'all'.
+    """
+    cls, dist, patch = output
+    heads = {"class": cls}
+    if dist is not None:
+        heads |= {"distillation": dist, "class+distillation": (cls + dist) / 2}
+    if patch is not None:
+        heads["patches"] = patch.mean((2, 3))
+        parts = [heads[name] for name in ("class", "distillation", "patches") if name in heads]
+        heads["all"] = sum(parts[1:], parts[0]) / len(parts)
+    return heads
+
+
+def build_student(config: StudentConfig, num_classes: int, image_size: int | Grid) -> Student:
+    """The ViT of a config, with fresh weights or those of `student.init`.
+
+    Args:    num_classes of the cache; image_size of its views, pixels (of a square) or (height, width).
+    Returns: a Student on the CPU; its `notes` are what the user should know.
+    Raises:  StudentError for a model that is no ViT of timm's, kwargs it doesn't take, or an unusable checkpoint.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
+    _check_name(config.model)
+    kwargs = _model_kwargs(config, size)
+    try:
+        model = timm.create_model(config.model, num_classes=num_classes, drop_path_rate=config.drop_path, **kwargs)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise StudentError(f"{config.model} can't be built with {kwargs} ({reason}); mend student.kwargs") from e
+    vit = _check_heads(config.model, model)
+    student = Student(vit, config, size)
+    if config.init:
+        student.notes += start_from(vit, Path(config.init))
+    return student
+
+
+def _check_name(name: str) -> None:
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(module="deit") + timm.list_models("vit_*"), 3)
+        known = f"did you mean {' or '.join(close)}?" if close else "timm.list_models('deit*') lists some"
+        raise StudentError(f"student.model {name!r} is no model of timm {timm.__version__}; {known}")
+    if not is_model_in_modules(name, FAMILIES):
+        raise StudentError(
+            f"student.model {name} is not one of timm's plain ViTs, whose patch tokens the method needs; "
+            "take one such as deit_tiny_distilled_patch16_224"
+        )
+
+
+def _model_kwargs(config: StudentConfig, size: Grid) -> dict[str, Any]:
+    """`student.kwargs` and the image size, for timm.create_model."""
+    kwargs = {k: v for k, v in config.kwargs.items() if v is not None}
+    for name in kwargs.keys() & _SET_ELSEWHERE.keys():
+        raise StudentError(f"student.kwargs has {name}: {kwargs[name]!r}; leave it out, {_SET_ELSEWHERE[name]}")
+    if kwargs.get("patch_drop_rate"):
+        raise StudentError(
+            f"student.kwargs has patch_drop_rate: {kwargs['patch_drop_rate']}, which removes patch tokens that the "
+            "method teaches; set it to 0"
+        )
+    asked = kwargs.get("img_size", size)
+    asked = (asked, asked) if isinstance(asked, int) else tuple(asked)
+    if asked != size and not kwargs.get("dynamic_img_size"):
+        raise StudentError(
+            f"student.kwargs has img_size: {kwargs['img_size']}, the views are {size[0]} x {size[1]} pixels; "
+            "leave it out"
+        )
+    return kwargs | {"img_size": asked}
+
+
+def _check_heads(name: str, vit: nn.Module) -> VisionTransformer:
+    if not isinstance(vit, VisionTransformer):
+        raise StudentError(
+            f"{name} was built as {type(vit).__name__}, expected timm's VisionTransformer; mend student.kwargs"
+        )
+    if vit.global_pool not in ("token", "avg"):
+        raise StudentError(
+            f"{name} pools by {vit.global_pool!r}, so its head does not read tokens; "
+            "set student.kwargs: {global_pool: avg} or another model"
+        )
+    if isinstance(vit, VisionTransformerDistilled) and vit.no_embed_class:
+        raise StudentError(
+            f"{name} can't have no_embed_class: timm gives its tokens positions all the same; leave it out"
+        )
+    if not isinstance(vit.head, nn.Linear):
+        raise StudentError(f"{name} has the head {type(vit.head).__name__}, expected a linear one")
+    return vit

@@ -1,0 +1,104 @@
+"""DeiT's optimiser recipe, through timm's factories; what changes from step to step is a function of the step alone.
+
+So a resumed run needs the weights and the optimiser's tensors, but no scheduler's and no random generator's state.
+Source: arXiv 2012.12877, table 9; arXiv 2307.08500, section 4.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.optim._optim_factory import create_optimizer_v2
+from timm.scheduler.scheduler_factory import create_scheduler_v2
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor
+
+from cskd.config.schema import TrainConfig
+from cskd.errors import ConfigError
+from cskd.seeds import hash64
+from cskd.student.model import Student
+
+FUSED = ("adam", "adamw", "sgd", "momentum")  # torch's own, which have one kernel for all parameters on CUDA
+
+
+class Optimisation:
+    """Optimiser, learning rate and averaged weights of a student that already is on its device.
+
+    `averaged` is the student with exponentially averaged weights (None where `train.ema` is null): a copy of the live
+    ones at the first update, then decay * average + (1 - decay) * live; the decay has no warm-up, as in DeiT. Weight
+    decay skips biases, norms, tokens and position embeddings, as timm's models ask for.
+
+    Raises: ConfigError for an optimiser timm doesn't know, or a warm-up that is longer than the training.
+    """
+
+    def __init__(self, student: Student, config: TrainConfig, steps_per_epoch: int) -> None:
+        if not 0 <= config.warmup_epochs < config.epochs:
+            raise ConfigError(
+                f"train.warmup_epochs is {config.warmup_epochs}, expected less than train.epochs, {config.epochs}; "
+                "set one of them"
+            )
+        self.student = student
+        self.clip_grad = config.clip_grad
+        self.peak_lr = scaled_lr(config)
+        device = next(student.parameters()).device
+        fused: dict[str, Any] = {"fused": True} if device.type == "cuda" and config.opt in FUSED else {}
+        try:
+            self.optimizer: torch.optim.Optimizer = create_optimizer_v2(
+                student.backbone, config.opt, lr=self.peak_lr, weight_decay=config.weight_decay, **fused
+            )
+        except (ValueError, AssertionError) as e:
+            raise ConfigError(f"train.opt is {config.opt!r} ({e}); timm.optim.list_optimizers() lists the names") from e
+        warm_up: dict[str, Any] = {"warmup_lr": config.warmup_lr, "warmup_epochs": config.warmup_epochs}
+        self._schedule, _ = create_scheduler_v2(
+            self.optimizer,
+            sched="cosine",
+            num_epochs=config.epochs,
+            min_lr=config.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=steps_per_epoch,
+            **warm_up,
+        )
+        self._ema = None if config.ema is None else ModelEmaV3(student, decay=config.ema)
+
+    @property
+    def averaged(self) -> Student | None:
+        """The student with averaged weights, in evaluation mode; None without `train.ema`."""
+        return None if self._ema is None else self._ema.module
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the latest update."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def set_lr(self, step: int) -> float:
+        """Learning rate of global step `step` (from 0): linear warm-up, then a cosine that counts the warm-up too."""
+        self._schedule.step_update(step)
+        return self.lr
+
+    def update(self, loss: Tensor, step: int) -> Tensor | None:
+        """One update from a loss.
+
+        Args:    loss a scalar with its graph; step global, from 0.
+        Returns: the gradients' norm before clipping, a scalar on the device; None without `train.clip_grad`.
+        """
+        self.set_lr(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = None
+        if self.clip_grad is not None:
+            norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.clip_grad)
+        self.optimizer.step()
+        if self._ema is not None:
+            self._ema.update(self.student, step=step + 1)
+        return norm
+
+
+def scaled_lr(config: TrainConfig) -> float:
+    """The peak learning rate: `train.lr`, times global_batch / lr_batch where `train.lr_batch` is set."""
+    return config.lr if config.lr_batch is None else config.lr * config.global_batch / config.lr_batch
+
+
+def reseed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch's generators for one step of one rank, so that drop path is a function of (seed, step, rank)."""
+    torch.manual_seed(hash64("step", seed, step, rank))

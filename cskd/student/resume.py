@@ -1,0 +1,223 @@
+"""Resume states: all that the next step depends on, in one safetensors file without pickle.
+
+A file holds `model/NAME`, `ema/NAME`, `optimizer/NAME/KEY` and, where an optimiser has them, `group/INDEX/KEY`; its
+metadata a JSON of the rest and a digest over all of it. It is written beside its place, fsynced and renamed, so a state
+is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cskd.errors import StudentError
+from cskd.student.model import Student
+from cskd.student.optim import Optimisation
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{8,})\.safetensors")
+# What config and device decide anew; any other value in an optimiser's groups may be its state.
+_CHOSEN_HERE = {"lr", "initial_lr", "weight_decay", "fused", "foreach", "capturable", "differentiable", "maximize"}
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands: `step` updates are done. `info` is JSON of the caller's."""
+
+    step: int
+    info: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)  # of loading; not saved
+
+
+class ResumeStates:
+    """The resume states in a folder, the newest `keep` of them."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder, self.keep = folder, keep
+
+    def save(self, student: Student, optimisation: Optimisation, state: TrainState) -> Path:
+        """Write the state after `state.step` updates, then remove all but the newest `keep`.
+
+        States of later steps are removed too: they are damaged ones that this run could not resume from.
+
+        Raises: StudentError for an optimiser whose state is not tensors and numbers, or when the disk refuses.
+        """
+        tensors, groups, numbers = _flatten(student, optimisation)
+        body = {
+            "format": FORMAT,
+            "step": state.step,
+            "info": state.info,
+            "optimizer": type(optimisation.optimizer).__name__,
+            "groups": groups,
+            "numbers": numbers,
+        }
+        metadata = {"cskd": json.dumps(body, sort_keys=True)}
+        metadata["sha256"] = _digest(tensors, metadata["cskd"])
+        path = self.folder / f"step-{state.step:08d}.safetensors"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left_over in self.folder.glob(".step-*.tmp"):  # of a run that was killed while it wrote
+            left_over.unlink(missing_ok=True)
+        put_file(path, lambda temp: save_file(tensors, temp, metadata))
+        earlier = [p for step, p in self._found() if step <= state.step]
+        for _, p in self._found():
+            if p not in earlier[: self.keep]:
+                p.unlink(missing_ok=True)
+        return path
+
+    def load(self, student: Student, optimisation: Optimisation) -> TrainState | None:
+        """Continue from the newest state that is whole; student and optimisation are those of the same config.
+
+        Returns: None where there is no state; else the state, with a warning for each damaged one that was passed over.
+        Raises:  StudentError when all are damaged, or one is of another student or optimiser. Then nothing was changed.
+        """
+        found, warnings = self._found(), []
+        for _, path in found:
+            try:
+                tensors, body = _read(path)
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as e:
+                warnings.append(f"{path} is damaged ({e}); continuing from an earlier state")
+                continue
+            if body.get("format") != FORMAT:
+                raise StudentError(f"{path} has format {body.get('format')}, this version reads {FORMAT}; update cskd")
+            _restore(path, student, optimisation, tensors, body)
+            optimisation.set_lr(max(0, body["step"] - 1))
+            return TrainState(int(body["step"]), body["info"], warnings)
+        if found:
+            raise StudentError(f"every state in {self.folder} is damaged, {found[0][1]} too; remove them to start anew")
+        return None
+
+    def _found(self) -> list[tuple[int, Path]]:
+        """(step, path), newest first."""
+        names = ((_NAME.fullmatch(p.name), p) for p in self.folder.glob("step-*.safetensors"))
+        return sorted(((int(m[1]), p) for m, p in names if m), reverse=True)
+
+
+def put_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` make a temporary file, then put it at `path`, durably. StudentError when the disk refuses."""
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temp.touch()
+        mode = temp.stat().st_mode
+        write(temp)
+        temp.chmod(mode)  # safetensors makes files that only their owner can read
+        with temp.open("rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temp, path)
+        if os.name == "posix":
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except (OSError, SafetensorError) as e:
+        with contextlib.suppress(OSError):
+            temp.unlink(missing_ok=True)
+        raise StudentError(f"{path} can't be written ({e}); mend that and run the same command again") from e
+
+
+def _flatten(student: Student, optimisation: Optimisation) -> tuple[Tensors, list[dict[str, Any]], dict[str, Any]]:
+    """Tensors by name; the optimiser's groups and those of its values that are no tensors, as JSON."""
+    tensors = {f"model/{k}": v for k, v in student.backbone.state_dict().items()}
+    if optimisation.averaged is not None:
+        tensors |= {f"ema/{k}": v for k, v in optimisation.averaged.backbone.state_dict().items()}
+    groups: list[dict[str, Any]] = []
+    numbers: dict[str, Any] = {}
+    for i, (names, group) in enumerate(_groups(student, optimisation)):
+        values = {k: v for k, v in group.items() if k != "params" and k not in _CHOSEN_HERE}
+        tensors |= {f"group/{i}/{k}": v for k, v in values.items() if isinstance(v, Tensor)}
+        groups.append({"names": names, "values": {k: v for k, v in values.items() if not isinstance(v, Tensor)}})
+        for name, parameter in zip(names, group["params"], strict=True):
+            for key, value in optimisation.optimizer.state.get(parameter, {}).items():
+                target: dict[str, Any] = tensors if isinstance(value, Tensor) else numbers
+                target[f"optimizer/{name}/{key}"] = value
+    try:
+        json.dumps([groups, numbers], allow_nan=False)
+    except (TypeError, ValueError) as e:
+        kind = type(optimisation.optimizer).__name__
+        raise StudentError(f"{kind} can't be resumed ({e}); set train.opt to another optimiser, such as adamw") from e
+    return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, groups, numbers
+
+
+def _groups(student: Student, optimisation: Optimisation) -> Iterator[tuple[list[str], dict[str, Any]]]:
+    """Each parameter group with its parameters' names."""
+    name_of = {id(p): name for name, p in student.backbone.named_parameters()}
+    for group in optimisation.optimizer.param_groups:
+        yield [name_of[id(p)] for p in group["params"]], group
+
+
+def _read(path: Path) -> tuple[Tensors, dict[str, Any]]:
+    """Tensors and JSON of a state whose digest is right. Raises ValueError and others where it is not."""
+    with safe_open(path, framework="pt") as f:
+        metadata = f.metadata() or {}
+        tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  not a dict
+    if _digest(tensors, metadata["cskd"]) != metadata["sha256"]:
+        raise ValueError("its digest is not that of its content")
+    body: dict[str, Any] = json.loads(metadata["cskd"])
+    return tensors, body
+
+
+def _digest(tensors: Tensors, body: str) -> str:
+    """Hex sha256 over the JSON and every tensor's name, dtype, shape and bytes."""
+    h = hashlib.sha256(body.encode())
+    for name in sorted(tensors):
+        t = tensors[name]
+        h.update(f"\n{name} {t.dtype} {list(t.shape)}\n".encode())
+        h.update(t.reshape(-1).view(torch.uint8).numpy().data)
+    return h.hexdigest()
+
+
+def _restore(path: Path, student: Student, optimisation: Optimisation, tensors: Tensors, body: dict[str, Any]) -> None:
+    """Put a state into student and optimisation, once it is certain that it fits both."""
+    parts = {"model": student.backbone} | ({"ema": optimisation.averaged.backbone} if optimisation.averaged else {})
+    for part in ("model", "ema"):
+        own = {k: v.shape for k, v in parts[part].state_dict().items()} if part in parts else {}
+        saved = {k.removeprefix(f"{part}/"): v.shape for k, v in tensors.items() if k.startswith(f"{part}/")}
+        if own != saved:
+            odd = sorted(k for k in own.keys() | saved.keys() if own.get(k) != saved.get(k))[0]
+            raise StudentError(
+                f"{path} is of another config ({part} {odd}: {_size(saved, odd)} there, {_size(own, odd)} here); "
+                "restore student and train.ema as they were, or set another train.output"
+            )
+    kind = type(optimisation.optimizer).__name__
+    if body["optimizer"] != kind:
+        raise StudentError(f"{path} is a state of {body['optimizer']}, train.opt makes {kind}; restore train.opt")
+    groups = list(_groups(student, optimisation))
+    if [names for names, _ in groups] != [group["names"] for group in body["groups"]]:
+        raise StudentError(f"{path} groups parameters otherwise; restore train.opt and train.weight_decay as they were")
+    values = {**tensors, **body["numbers"]}
+    state: dict[int, dict[str, Any]] = {}
+    for i, name in enumerate(name for names, _ in groups for name in names):
+        prefix = f"optimizer/{name}/"
+        found = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+        if found:
+            state[i] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in found.items()}  # not the file's memory
+    live = optimisation.optimizer.state_dict()
+    for i, (group, saved_group) in enumerate(zip(live["param_groups"], body["groups"], strict=True)):
+        for key, value in saved_group["values"].items():
+            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+        prefix = f"group/{i}/"
+        group |= {k.removeprefix(prefix): v.clone() for k, v in tensors.items() if k.startswith(prefix)}
+    try:
+        optimisation.optimizer.load_state_dict({"state": state, "param_groups": live["param_groups"]})
+    except (ValueError, KeyError, RuntimeError) as e:
+        raise StudentError(f"{path} does not fit the optimiser ({e}); restore train.opt as it was") from e
+    for part, module in parts.items():
+        module.load_state_dict({k.removeprefix(f"{part}/"): v for k, v in tensors.items() if k.startswith(f"{part}/")})
+
+
+def _size(shapes: dict[str, torch.Size], name: str) -> str:
+    return "x".join(map(str, shapes[name])) or "scalar" if name in shapes else "none"

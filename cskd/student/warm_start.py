@@ -1,0 +1,135 @@
+"""Start a student from a checkpoint, which may be of another resolution, patch size or number of classes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models import load_state_dict
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor
+
+from cskd.errors import StudentError
+
+PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
+CLASSIFIERS = ("head.", "head_dist.")
+
+
+def start_from(vit: VisionTransformer, path: Path) -> list[str]:
+    """Load a checkpoint into `vit`, all of it but a classifier of other classes.
+
+    Args:    path of a .safetensors file, of a .pt or .pth of tensors (bare, or under the keys timm's and DeiT's
+             trainers use; averaged weights are preferred), or of a folder with model.safetensors. A config.json
+             beside the weights says the resolution they were trained at; without one the patches form a square.
+    Returns: what was changed on the way, a line each.
+    Raises:  StudentError when the file is missing, is no checkpoint, or is one of another model.
+    """
+    path = path / "model.safetensors" if path.is_dir() else path
+    state = _read(path)
+    own = vit.state_dict()
+    notes: list[str] = []
+    for token in PREFIX_TOKENS:
+        if _shape(state, token) != _shape(own, token):
+            raise StudentError(
+                f"{path} has {_shape(state, token) or 'no'} {token}, the student {_shape(own, token) or 'none'}; "
+                "start from a checkpoint of the same kind of ViT"
+            )
+    position = state.pop("pos_embed", None)  # timm's filter would guess its grid from the model's default image size
+    try:
+        if position is not None and vit.pos_embed is not None:
+            position = _resample(vit, position, _grid_of(vit, path, state, position), path, notes)
+        state = checkpoint_filter_fn(state, vit, adapt_layer_scale=True)
+    except (RuntimeError, ValueError, KeyError, IndexError, AttributeError) as e:
+        raise StudentError(f"{path} is no ViT's checkpoint ({_line(e)}); choose another student.init") from e
+    if position is not None:
+        state["pos_embed"] = position
+    fresh = {k for k in own if k.startswith(CLASSIFIERS)}
+    if any(_shape(state, k) != _shape(own, k) for k in fresh):
+        found = len(state["head.weight"]) if "head.weight" in state else "no"
+        notes.append(f"the classifier of {path} ({found} classes) was dropped: the student has {vit.num_classes}")
+        state = {k: v for k, v in state.items() if not k.startswith(CLASSIFIERS)}
+    else:
+        fresh = set()
+    _check(path, state, {k: v for k, v in own.items() if k not in fresh})
+    vit.load_state_dict(state, strict=False)
+    return notes
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise StudentError(
+            f"student.init {path} does not exist; give a .safetensors, a .pt or a folder made by cskd train"
+        )
+    try:
+        state = load_state_dict(str(path), use_ema=True, device="cpu", weights_only=True)
+    except Exception as e:  # whatever a file that is none of ours makes the two readers raise
+        raise StudentError(
+            f"{path} can't be read as weights ({_line(e)}); expected .safetensors or a .pt of tensors"
+        ) from e
+    if not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise StudentError(f"{path} holds more than tensors or none; expected the state dict of a ViT")
+    return dict(state)
+
+
+def _grid_of(vit: VisionTransformer, path: Path, state: dict[str, Tensor], position: Tensor) -> tuple[int, int]:
+    """The patch grid a checkpoint was trained at: its config.json's, else a square, else the student's own."""
+    patches = position.shape[1] - (0 if vit.no_embed_class else vit.num_prefix_tokens)
+    beside, kernel = path.with_name("config.json"), state.get("patch_embed.proj.weight")
+    if beside.is_file() and kernel is not None and kernel.ndim == 4:
+        try:
+            config = json.loads(beside.read_text(encoding="utf-8"))
+            size = config.get("model_args", {}).get("img_size") or config["pretrained_cfg"]["input_size"][-2:]
+            rows, cols = (size, size) if isinstance(size, int) else size
+            grid = (rows // kernel.shape[2], cols // kernel.shape[3])
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise StudentError(f"{beside} is not a timm config ({_line(e)}); mend it or move it away") from e
+        if grid[0] * grid[1] == patches:
+            return grid
+    side = math.isqrt(max(0, patches))
+    if side * side == patches and side:
+        return side, side
+    rows, cols = vit.patch_embed.grid_size
+    if rows * cols == patches:
+        return rows, cols
+    raise StudentError(
+        f"{path} has {patches} position embeddings, which are no square grid; put its config.json beside it"
+    )
+
+
+def _resample(vit: VisionTransformer, position: Tensor, old: tuple[int, int], path: Path, notes: list[str]) -> Tensor:
+    new = (int(vit.patch_embed.grid_size[0]), int(vit.patch_embed.grid_size[1]))
+    if old == new:
+        return position
+    notes.append(f"position embeddings of {path} were resized from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches")
+    prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    resized: Tensor = resample_abs_pos_embed(position, list(new), list(old), num_prefix_tokens=prefix)
+    return resized
+
+
+def _check(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """StudentError unless `state` has the names and shapes of `expected`, and finite values."""
+    problems = [f"lacks {k}" for k in expected if k not in state]
+    problems += [f"has {k}, which the student has not" for k in state if k not in expected]
+    problems += [
+        f"has {k} {list(v.shape)}, the student {list(expected[k].shape)}"
+        for k, v in state.items()
+        if k in expected and v.shape != expected[k].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise StudentError(f"{path} is of another model: {', '.join(problems[:3])}{more}; choose another student.init")
+    for k, v in state.items():
+        if v.is_floating_point() and not torch.isfinite(v).all():
+            raise StudentError(f"{path} has values in {k} that are not finite; choose another student.init")
+
+
+def _shape(state: dict[str, Tensor], name: str) -> list[int] | None:
+    return list(state[name].shape) if name in state else None
+
+
+def _line(e: Exception) -> str:
+    text = str(e).strip()
+    return f"{type(e).__name__}: {text.splitlines()[0][:160]}" if text else type(e).__name__

@@ -1,0 +1,293 @@
+"""What a run leaves on disk: states that continue bit for bit, and checkpoints that timm loads."""
+
+import json
+import os
+import stat
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from cskd.config import Config, LossConfig, StudentConfig, TrainConfig
+from cskd.errors import StudentError
+from cskd.losses import DistillationLoss, HardTargets, MixedLabels
+from cskd.student import build_student
+from cskd.student.checkpoint import ResumeStates, TrainState, export, load_student
+from cskd.student.optim import Optimisation, reseed_step
+
+DEIT, PLAIN = "deit_tiny_distilled_patch16_224", "vit_tiny_patch16_224"
+TINY = {"patch_size": 4, "depth": 2, "embed_dim": 48, "num_heads": 3}
+NAMES = [f"n{i}" for i in range(7)]
+
+
+def start(seed=0, model=DEIT, kwargs=TINY, size=32, **train):
+    """A fresh run: student and optimisation. Weights differ with the seed."""
+    torch.manual_seed(seed)
+    student = build_student(StudentConfig(model, kwargs, drop_path=0.5), 7, size)
+    return student, Optimisation(student, TrainConfig(**{"ema": 0.9, "epochs": 3, "warmup_epochs": 1, **train}), 4)
+
+
+@torch.enable_grad()
+def advance(run, first, stop):
+    """Train steps first .. stop-1 on data that depends on the step only."""
+    student, optimisation = run
+    loss = DistillationLoss(LossConfig("cskd-hard"))
+    for step in range(first, stop):
+        data = torch.Generator().manual_seed(step)
+        images = torch.randn(4, 3, *student.image_size, generator=data)
+        label, cells = torch.randint(7, (4,), generator=data), torch.randint(7, (4, 2, 2), generator=data)
+        reseed_step(0, step, 0)
+        output = student.train()(images, (2, 2))
+        total, _ = loss(output, MixedLabels(label, label, torch.ones(4)), HardTargets(label, cells))
+        optimisation.update(total, step)
+    return run
+
+
+def everything(run):
+    """All tensors and numbers a run consists of."""
+    student, optimisation = run
+    found = {f"model/{k}": v for k, v in student.state_dict().items()}
+    if optimisation.averaged is not None:
+        found |= {f"ema/{k}": v for k, v in optimisation.averaged.state_dict().items()}
+    state = optimisation.optimizer.state_dict()
+    found |= {f"{i}/{k}": v for i, s in state["state"].items() for k, v in s.items()}
+    return found, [{k: v for k, v in g.items() if k != "params"} for g in state["param_groups"]]
+
+
+def assert_same(a, b):
+    (tensors_a, groups_a), (tensors_b, groups_b) = everything(a), everything(b)
+    assert groups_a == groups_b
+    assert tensors_a.keys() == tensors_b.keys()
+    for name, value in tensors_a.items():
+        other = tensors_b[name]
+        same = torch.equal(value, other) and value.dtype == other.dtype if torch.is_tensor(value) else value == other
+        assert same, name
+
+
+@pytest.mark.parametrize(
+    "train",
+    [{}, {"ema": None}, {"opt": "lamb"}, {"opt": "nadamw"}, {"opt": "sgd", "clip_grad": 0.1}, {"opt": "adopt"}],
+    ids=str,
+)
+def test_a_resumed_run_continues_bit_for_bit(tmp_path, train):
+    through = advance(start(**train), 0, 6)
+    half = advance(start(**train), 0, 3)
+    states = ResumeStates(tmp_path)
+    states.save(*half, TrainState(3, {"epoch": 0, "best": 0.125}))
+    resumed = start(seed=1, **train)
+    state = states.load(*resumed)
+    assert (state.step, state.info, state.warnings) == (3, {"epoch": 0, "best": 0.125}, [])
+    assert_same(resumed, half)
+    assert_same(advance(resumed, 3, 6), through)
+    assert not torch.equal(half[0].backbone.head.weight, through[0].backbone.head.weight)
+
+
+def test_drop_path_makes_the_step_random_so_that_its_seed_matters(tmp_path):
+    """The test above would pass without `reseed_step` if nothing were random."""
+    student, _ = start()
+    images = torch.randn(4, 3, 32, 32)
+    outputs = []
+    for step in (0, 0, 1):
+        reseed_step(0, step, 0)
+        outputs.append(student.train()(images).cls_logits)
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
+def test_without_a_state_there_is_nothing_to_resume(tmp_path):
+    assert ResumeStates(tmp_path / "none").load(*start()) is None
+
+
+def test_the_newest_states_are_kept(tmp_path):
+    states, run = ResumeStates(tmp_path, keep=2), start()
+    for step in (1, 2, 30):
+        (tmp_path / ".step-00000009.safetensors.1.tmp").write_bytes(b"of a killed run")
+        states.save(*run, TrainState(step))
+    assert sorted(os.listdir(tmp_path)) == ["step-00000002.safetensors", "step-00000030.safetensors"]
+    assert states.load(*run).step == 30
+
+
+def test_a_damaged_state_is_passed_over_with_a_warning(tmp_path):
+    states, run = ResumeStates(tmp_path, keep=3), advance(start(), 0, 2)
+    paths = [states.save(*run, TrainState(step)) for step in (1, 2, 3)]
+    whole = paths[2].read_bytes()
+    damaged = [whole[:-1], whole[: len(whole) // 2], b"", *(flip(whole, at) for at in range(0, len(whole), 80_011))]
+    for data in damaged:
+        paths[2].write_bytes(data)
+        state = states.load(*start(seed=1))
+        assert state.step == 2
+        assert len(state.warnings) == 1
+        assert f"{paths[2]} is damaged" in state.warnings[0]
+    paths[1].write_bytes(b"")
+    assert (state := states.load(*run)).step == 1
+    assert len(state.warnings) == 2
+    states.keep = 1
+    states.save(*run, TrainState(2))  # what lies beyond was of no use: it must not crowd out this one
+    assert os.listdir(tmp_path) == [paths[1].name]
+
+
+def flip(data, at):
+    return data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]
+
+
+def test_nothing_is_started_anew_when_every_state_is_damaged(tmp_path):
+    states, run = ResumeStates(tmp_path), start()
+    states.save(*run, TrainState(1)).write_bytes(b"")
+    with pytest.raises(StudentError, match=r"every state in .* is damaged"):
+        states.load(*run)
+
+
+def test_a_failed_write_leaves_the_states_as_they_were(tmp_path, monkeypatch):
+    states, run = ResumeStates(tmp_path), start()
+    states.save(*run, TrainState(1))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StudentError, match="No space left"):
+        states.save(*run, TrainState(2))
+    assert os.listdir(tmp_path) == ["step-00000001.safetensors"]
+    assert states.load(*run).step == 1
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"kwargs": TINY | {"embed_dim": 60}}, r"another config \(model blocks.0.attn.proj.bias: 48 there, 60 here"),
+        ({"kwargs": TINY | {"depth": 3}}, "another config"),
+        ({"ema": None}, "another config .*train.ema"),
+        ({"opt": "lamb"}, "state of AdamW, train.opt makes Lamb"),
+        ({"weight_decay": 0.0}, "groups parameters otherwise"),
+    ],
+)
+def test_a_state_of_another_config_is_refused_and_changes_nothing(tmp_path, other, message):
+    states = ResumeStates(tmp_path)
+    states.save(*advance(start(), 0, 1), TrainState(1))
+    run, same = start(seed=1, **other), start(seed=1, **other)
+    with pytest.raises(StudentError, match=message):
+        states.load(*run)
+    assert_same(run, same)
+
+
+def test_a_state_of_a_later_format_is_refused(tmp_path, monkeypatch):
+    states, run = ResumeStates(tmp_path), start()
+    monkeypatch.setattr("cskd.student.resume.FORMAT", 2)
+    states.save(*run, TrainState(1))
+    monkeypatch.undo()
+    with pytest.raises(StudentError, match="has format 2, this version reads 1"):
+        states.load(*run)
+
+
+def test_an_optimiser_whose_state_is_no_numbers_is_refused(tmp_path):
+    run = advance(start(), 0, 1)
+    optimizer = run[1].optimizer
+    optimizer.state[optimizer.param_groups[0]["params"][0]]["odd"] = object()
+    with pytest.raises(StudentError, match="AdamW can't be resumed"):
+        ResumeStates(tmp_path).save(*run, TrainState(1))
+
+
+# --- the checkpoint ---
+
+KINDS = {
+    "distilled": (DEIT, TINY, 32),
+    "plain": (PLAIN, TINY, 32),
+    "average pool": (PLAIN, TINY | {"global_pool": "avg"}, 32),
+    "registers": (PLAIN, TINY | {"reg_tokens": 4, "no_embed_class": True}, 32),
+    "not square": (DEIT, TINY, (32, 48)),
+    "dynamic": (DEIT, TINY | {"dynamic_img_size": True}, 32),
+}
+
+
+def exported(tmp_path, kind="distilled", ema=0.9):
+    model, kwargs, size = KINDS[kind]
+    run = advance(start(model=model, kwargs=kwargs, size=size, ema=ema), 0, 2)
+    config = Config(student=StudentConfig(model, kwargs, drop_path=0.5), train=TrainConfig(ema=ema))
+    export(tmp_path / "run", *run, config, NAMES, step=2)
+    return tmp_path / "run", *run
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_timm_loads_the_checkpoint_by_folder_and_by_file(tmp_path, kind):
+    folder, student, optimisation = exported(tmp_path, kind)
+    model, kwargs, size = KINDS[kind]
+    images = torch.randn(2, 3, *student.image_size)
+    want = optimisation.averaged.backbone(images)
+    by_folder = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert torch.equal(by_folder(images), want)
+    by_file = timm.create_model(
+        model, checkpoint_path=str(folder / "model.safetensors"), num_classes=7, **({"img_size": size} | kwargs)
+    )
+    assert torch.equal(by_file.eval()(images), want)
+    assert list(by_folder.pretrained_cfg["label_names"]) == NAMES
+    data = timm.data.resolve_model_data_config(by_folder)
+    assert tuple(data["input_size"]) == (3, *student.image_size)
+    assert (list(data["mean"]), list(data["std"]), data["crop_pct"]) == (student.mean, student.std, 0.875)
+
+
+@torch.no_grad()
+def test_averaged_weights_are_the_model_and_live_ones_lie_beside(tmp_path):
+    folder, student, optimisation = exported(tmp_path)
+    head = "head.weight"
+    assert torch.equal(load_file(folder / "model.safetensors")[head], optimisation.averaged.backbone.head.weight)
+    assert torch.equal(load_file(folder / "model_last.safetensors")[head], student.backbone.head.weight)
+    assert json.loads((folder / "config.json").read_text())["cskd"]["weights"] == "averaged, decay 0.9"
+    folder, student, _ = exported(tmp_path, ema=None)  # over the one before
+    assert torch.equal(load_file(folder / "model.safetensors")[head], student.backbone.head.weight)
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_student_is_loaded_with_its_patch_logits(tmp_path, kind):
+    folder, student, optimisation = exported(tmp_path, kind)
+    images = torch.randn(2, 3, *student.image_size)
+    for path, original in ((folder, optimisation.averaged), (folder / "model_last.safetensors", student.eval())):
+        loaded, facts = load_student(path)
+        assert not loaded.training
+        assert (loaded.image_size, loaded.mean, facts["label_names"]) == (student.image_size, student.mean, NAMES)
+        for a, b in zip(loaded(images, (2, 4)), original(images, (2, 4)), strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_a_checkpoint_starts_another_student_at_another_resolution(tmp_path):
+    folder, *_ = exported(tmp_path, "not square")
+    student = build_student(StudentConfig(DEIT, TINY, init=str(folder)), 7, 64)
+    assert [n.partition(" of ")[0] for n in student.notes] == ["position embeddings"]
+    assert "from 8 x 12 to 16 x 16" in student.notes[0]
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(StudentError, match=r"model.safetensors does not exist"):
+        load_student(tmp_path)
+    folder, *_ = exported(tmp_path)
+    (folder / "model_last.safetensors").write_bytes(b"garbage")
+    with pytest.raises(StudentError, match="does not fit"):
+        load_student(folder / "model_last.safetensors")
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(StudentError, match="not a run's config"):
+        load_student(folder)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
+def test_files_have_the_modes_that_the_user_asked_for(tmp_path):
+    before = os.umask(0o027)
+    try:
+        folder, *run = exported(tmp_path)
+        state = ResumeStates(folder / "resume").save(*run, TrainState(2))
+    finally:
+        os.umask(before)
+    for path in (folder / "model.safetensors", folder / "config.json", state):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_a_state_is_tensors_and_json(tmp_path):
+    path = ResumeStates(tmp_path).save(*advance(start(), 0, 1), TrainState(1))
+    with safe_open(path, framework="pt") as f:
+        body = json.loads(f.metadata()["cskd"])
+        names = set(f.keys())
+    assert {"model/head.weight", "ema/head.weight", "optimizer/head.weight/exp_avg"} <= names
+    assert (body["format"], body["step"], body["optimizer"]) == (1, 1, "AdamW")
