@@ -13,6 +13,14 @@ class DataError(CskdError):
     """A source, shard, inventory or image is missing, damaged or disagrees with what was recorded."""
 
 
+class ImageError(DataError):
+    """An image that can't be decoded as a whole; stage 1 quarantines it with this reason."""
+
+
+class ReadError(DataError):
+    """Bytes that could not be read after some tries; never a reason to quarantine."""
+
+
 class TeacherError(CskdError):
     """The teacher can't be built, has no exact dense form, or its outputs are not usable."""
 

@@ -45,7 +45,9 @@ class PlanSpec:
         if group % repeats:
             fits = [r for r in range(1, group + 1) if group % r == 0]
             near = min(fits, key=lambda r: abs(r - repeats))
-            raise PlanError(f"train.repeats is {repeats} and recipe.mix_group {group}: repeats must divide it; use {near}")
+            raise PlanError(
+                f"train.repeats is {repeats} and recipe.mix_group {group}: repeats must divide it; use {near}"
+            )
         if views % repeats:
             raise PlanError(
                 f"the cache has {views} views and train.repeats is {repeats}, which must divide them; "
@@ -54,7 +56,9 @@ class PlanSpec:
         if batch % (2 * self.ranks):
             step = 2 * self.ranks
             near = max(step, round(batch / step) * step)
-            raise PlanError(f"train.global_batch is {batch} on {self.ranks} rank(s): a rank's share must be even; use {near}")
+            raise PlanError(
+                f"train.global_batch is {batch} on {self.ranks} rank(s): a rank's share must be even; use {near}"
+            )
         if self.steps < 1:
             raise PlanError(
                 f"an epoch has {self._epoch_items} samples, fewer than train.global_batch {batch}; "
@@ -128,7 +132,9 @@ def _window(
         order = quads(n, spec.recipe, spec.inventory_id, block, group) + start
         rows = order[: n // 4 * 4].reshape(-1, 4)
         if spec.repeats > 1:  # which quads belong to this part of the run; the same split for all parts of it
-            rows = rows[permutation(len(rows), hash64("parts", spec.seed, run, block))][(part - block) % spec.repeats :: spec.repeats]
+            rows = rows[permutation(len(rows), hash64("parts", spec.seed, run, block))][
+                (part - block) % spec.repeats :: spec.repeats
+            ]
         quad_rows.append(rows)
         if block % spec.repeats == part:
             singles.append(order[n // 4 * 4 :])

@@ -19,7 +19,13 @@ class UnitBuilder:
     """One view of the block of samples first .. stop-1. `order`, from `mixing.quads`, is the order rows arrive in."""
 
     def __init__(
-        self, inventory: Inventory, recipe: RecipeConfig, codecs: dict[str, Codec], view: int, first: int, order: NDArray[np.int64]
+        self,
+        inventory: Inventory,
+        recipe: RecipeConfig,
+        codecs: dict[str, Codec],
+        view: int,
+        first: int,
+        order: NDArray[np.int64],
     ) -> None:
         n = len(order)
         self._labels = inventory.label[first : first + n]
@@ -64,7 +70,10 @@ class UnitBuilder:
             "box": m.box[kept],
         }
         fields["digest"] = np.array(
-            [view_digest(int(self._crc[i]), int(m.mode[i]), int(m.lam[i]), m.box[i], int(partner_hash[i])) for i in kept],
+            [
+                view_digest(int(self._crc[i]), int(m.mode[i]), int(m.lam[i]), m.box[i], int(partner_hash[i]))
+                for i in kept
+            ],
             np.uint32,
         )
         targets = {name: codec.take(codec.concat(self._parts[name]), order) for name, codec in self._codecs.items()}

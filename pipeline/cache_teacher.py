@@ -20,11 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.markup import escape
 
 from cskd.augment.device import mix_pixels
 from cskd.augment.mixing import NONE, quads
 from cskd.codecs import get_codec
-from cskd.config import Config, to_yaml
+from cskd.config import Config, to_dict, to_yaml
 from cskd.devices import pick_device
 from cskd.errors import CacheError, ConfigError
 from cskd.identity import identity_of, library_versions
@@ -69,7 +71,7 @@ def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
     tasks = (task for block, views in passes for task in _tasks(cache, block, views, config.teacher.batch))
     seconds: Counter[str] = Counter()
     images = units = quarantined = 0
-    with Progress("cache-teacher", total=total, unit="views", quiet=quiet) as progress:
+    with Progress("cache-teacher", total, "views", quiet=quiet) as progress:
         results = iter(Stream(ChunkMaker(maker, inventory.id), tasks, config.cache.workers))
         for block, views in passes:
             commits = _make_units(cache, block, views, results, teacher, config, seconds, progress, images)
@@ -84,7 +86,7 @@ def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
         clean_top1=cache.manifest["clean_top1"],
         quarantined=quarantined,
         content_root=cache.content_root(),
-        bound_by=bound_by(dict(seconds)) if seconds else "nothing was missing",
+        bound_by=bound_by(dict(seconds), images, "views") if seconds else "nothing was missing",
     )
 
 
@@ -100,8 +102,14 @@ def _open_or_create(config: Config, inventory: Inventory, teacher: Teacher, make
         chosen = np.linspace(0, inventory.n - 1, count).astype(int).tolist()
         top1 = clean_top1(teacher, (maker.image(i) for i in chosen), [int(inventory.label[i]) for i in chosen])
         check_clean(top1, teacher.classes, count, config.teacher.min_top1)
-        data = str(Path(config.data.train).resolve())
-        facts = {"clean_top1": top1, "clean_images": count, "probe": probe, "versions": library_versions(), "data": data}
+        facts = {
+            "clean_top1": top1,
+            "clean_images": count,
+            "probe": probe,
+            "versions": library_versions(),
+            "data": str(Path(config.data.train).resolve()),
+            "config": to_dict(config),
+        }
     cache = create_cache(root, identity, config.cache.views, facts, inventory)
     (root / RESOLVED).write_text(to_yaml(config), encoding="utf-8")
     difference = compare_probe(cache.manifest["probe"], probe)
@@ -173,7 +181,12 @@ def _make_units(
 
 
 def _teacher_batch(
-    teacher: Teacher, views_BHWC: torch.Tensor, position: NDArray[np.int64], builder: UnitBuilder, batch: int, good: NDArray[np.int64]
+    teacher: Teacher,
+    views_BHWC: torch.Tensor,
+    position: NDArray[np.int64],
+    builder: UnitBuilder,
+    batch: int,
+    good: NDArray[np.int64],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mix one chunk on the device as the student's input is mixed, and run the teacher on it, padded to a fixed size.
 
@@ -185,9 +198,10 @@ def _teacher_batch(
     rows = np.arange(len(position))
     partner = np.where(m.mode[position] == NONE, rows, row_of[np.maximum(m.partner[position], position.min())])
     fields = (partner, m.mode[position], m.lam[position].astype(np.int64), m.box[position].astype(np.int64))
-    device = next(teacher.parameters()).device
+    device = teacher.device
     pixels = mix_pixels(
-        views_BHWC.to(device, non_blocking=True), *(torch.from_numpy(np.ascontiguousarray(f)).to(device) for f in fields)
+        views_BHWC.to(device, non_blocking=True),
+        *(torch.from_numpy(np.ascontiguousarray(f)).to(device) for f in fields),
     )
     dense, logits = teacher.forward_dense(pad_rows(pixels, batch))
     keep = torch.from_numpy(good).to(device)
@@ -202,3 +216,13 @@ def _refuse_too_many(quarantine: dict[int, str], n: int, cache: Cache, first: in
             f"'{cache.inventory.key(first + position)}': {reason}; mend the data set, or raise the limit"
         )
 
+
+def render(report: CacheReport, console: Console) -> None:
+    """The report for people."""
+    rate = report.images / report.seconds if report.seconds else 0.0
+    console.print(
+        f"{escape(report.cache)}: {report.units} units, {report.images} views in {report.seconds:.1f} s ({rate:.0f} views/s)"
+    )
+    console.print(f"teacher top-1 on clean images {100 * report.clean_top1:.1f} %, quarantined {report.quarantined}")
+    console.print(f"content {report.content_root}")
+    console.print(escape(report.bound_by))

@@ -12,18 +12,23 @@ from cskd.errors import ConfigError
 
 
 class MetricsLog:
-    """One row an epoch in `metrics.jsonl` and `metrics.csv`. `start_epoch`: rows of this and later epochs are dropped."""
+    """One row an epoch in `metrics.jsonl` and `metrics.csv`. `start_epoch`: rows of this and later epochs are dropped.
 
-    def __init__(self, folder: Path, start_epoch: int, tensorboard: bool = False) -> None:
+    folder None: of a rank that keeps no log.
+    """
+
+    def __init__(self, folder: Path | None, start_epoch: int, tensorboard: bool = False) -> None:
         self.folder = folder
-        self.rows = [r for r in read_metrics(folder) if r["epoch"] < start_epoch]
-        self._board = _summary_writer(folder) if tensorboard else None
+        self.rows = [r for r in read_metrics(folder) if r["epoch"] < start_epoch] if folder else []
+        self._board = _summary_writer(folder) if tensorboard and folder else None
         self._write()
 
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._board is not None:
             self._board.close()
 
@@ -37,6 +42,8 @@ class MetricsLog:
                     self._board.add_scalar(name, value, row["epoch"])
 
     def _write(self) -> None:
+        if self.folder is None:
+            return
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         (self.folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
         names = list(dict.fromkeys(name for row in self.rows for name in row))
@@ -62,5 +69,7 @@ def _summary_writer(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ConfigError("train.tensorboard is on and tensorboard is not installed; pip install 'cskd[tensorboard]'") from None
+        raise ConfigError(
+            "train.tensorboard is on and tensorboard is not installed; pip install 'cskd[tensorboard]'"
+        ) from None
     return SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]

@@ -37,3 +37,20 @@ def normalise(pixels_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) 
     scale = pixels_BCHW.new_tensor([1.0 / (255.0 * s) for s in std])[:, None, None]
     shift = pixels_BCHW.new_tensor([-m / s for m, s in zip(mean, std, strict=True)])[:, None, None]
     return pixels_BCHW * scale + shift
+
+
+class InputMaker:
+    """Batches of stage 2 to the student's input, in the arithmetic in which stage 1 fed the teacher."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
+        self.mean, self.std, self.device = mean, std, device
+
+    def mixed(self, batch: dict[str, Tensor]) -> Tensor:
+        """Normalised float32 [B, 3, H, W] of a training batch (see `cskd.loading.stage2`)."""
+        names = ("pixels", "partner", "mode", "lam", "box")
+        return normalise(mix_pixels(*(batch[n].to(self.device, non_blocking=True) for n in names)), self.mean, self.std)
+
+    def clean(self, batch: dict[str, Tensor]) -> Tensor:
+        """Normalised float32 [B, 3, H, W] of an evaluation batch."""
+        pixels = batch["pixels"].to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
+        return normalise(pixels, self.mean, self.std)

@@ -45,7 +45,9 @@ def quads(n: int, recipe: RecipeConfig, inventory_id: str, block: int, group: in
     return permutation(n, hash64("quads", recipe.seed, inventory_id, block, group))
 
 
-def mixing(seeds: NDArray[np.uint64], order: NDArray[np.int64], bad: NDArray[np.bool_], recipe: RecipeConfig, view: int) -> Mixing:
+def mixing(
+    seeds: NDArray[np.uint64], order: NDArray[np.int64], bad: NDArray[np.bool_], recipe: RecipeConfig, view: int
+) -> Mixing:
     """Partners, modes, lambdas and boxes of one block in one view.
 
     Args:    seeds uint64 [N] of this view; order from `quads` of the view's group; bad [N], quarantined samples, whose

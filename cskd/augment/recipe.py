@@ -1,17 +1,24 @@
 """A view's parameters are data: everything random about one augmented image, drawn from its seed before any pixel is read.
 
-`sample_params(seed, ...) -> ViewParams`, then `apply(image, params)` in `ops`, which draws nothing.
+`sample_params(seed, ...) -> ViewParams`, then `apply(image, params)` in `ops`, which draws nothing. The order is that of
+timm's `create_transform`: crop, flip, RandAugment or colour jitter, erasing.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
+from cskd.augment.erasing import Erasure, draw_erasures
+from cskd.augment.rand_string import parse_rand_string
+from cskd.augment.randaugment import Op, draw_jitter, draw_randaugment
 from cskd.config import RecipeConfig
 from cskd.seeds import Draws
 
 RECIPE_CODE_VERSION = 1  # raised whenever a seed would give other pixels; part of every digest and fingerprint
+
+_settings = functools.lru_cache(maxsize=8)(parse_rand_string)
 
 
 @dataclass(frozen=True)
@@ -26,12 +33,17 @@ class Box:
 
 @dataclass(frozen=True)
 class ViewParams:
-    """One view: `crop` of the image (of the zero-padded image for `padded` crops), resized to `size`, then flipped."""
+    """One view: `crop` of the image (of the zero-padded image for `padded` crops), resized to `size`, flipped, then `ops`
+    one after the other, then `erasures`."""
 
     size: int
     crop: Box
     padding: int
     flip: bool
+    ops: tuple[Op, ...] = ()
+    erasures: tuple[Erasure, ...] = ()
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of RGB in [0, 1]: colour of what comes from outside, centre of the noise
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)  # of the noise
 
 
 def sample_params(seed: int, height: int, width: int, recipe: RecipeConfig) -> ViewParams:
@@ -47,7 +59,30 @@ def sample_params(seed: int, height: int, width: int, recipe: RecipeConfig) -> V
     else:
         side = min(height, width)
         crop, padding = Box((height - side) // 2, (width - side) // 2, side, side), 0
-    return ViewParams(recipe.size, crop, padding, Draws(seed, "flip").uniform() < recipe.flip)
+    if recipe.randaugment is None:
+        ops = draw_jitter(seed, recipe.color_jitter)
+    else:
+        ops = draw_randaugment(seed, _settings(recipe.randaugment))
+    return ViewParams(
+        size=recipe.size,
+        crop=crop,
+        padding=padding,
+        flip=Draws(seed, "flip").uniform() < recipe.flip,
+        ops=ops,
+        erasures=draw_erasures(seed, recipe.size, recipe.erase, recipe.erase_count),
+        mean=tuple(recipe.mean),
+        std=tuple(recipe.std),
+    )
+
+
+def describe(params: ViewParams) -> str:
+    """One line for people: what was done to the image, in order."""
+    crop = params.crop
+    parts = [f"crop {crop.height}x{crop.width} at ({crop.top}, {crop.left}) to {params.size}"]
+    parts += ["flip"] if params.flip else []
+    parts += [op.name if op.argument is None else f"{op.name} {op.argument:.3g}" for op in params.ops]
+    parts += [f"erase {e.height}x{e.width} at ({e.top}, {e.left})" for e in params.erasures]
+    return ", ".join(parts)
 
 
 def _resized_crop(seed: int, height: int, width: int, recipe: RecipeConfig) -> Box:

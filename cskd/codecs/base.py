@@ -56,14 +56,15 @@ def direct_hard(dense_BKhw: Tensor, global_BK: Tensor, blend: int) -> Tensor:
     local = dense_BKhw.double() * blend
     image = (global_BK.double() * (BLEND_ONE - blend))[:, :, None, None]
     total = local + image
-    tied = total == total.amax(1, keepdim=True)
-    winner = tied.byte().argmax(1)
-    for b, i, j in (tied.sum(1) > 1).nonzero().tolist():
-        x, y, s = local[b, :, i, j], image[b, :, 0, 0], total[b, :, i, j]
+    top, winner = total.max(1, keepdim=True)
+    tied = total == top
+    cells = tied.sum(1) > 1
+    if bool(cells.any()):
+        x, y, s = (t.expand_as(total).movedim(1, -1)[cells] for t in (local, image, total))  # [tied cells, K]
         v = s - x
         error = (x - (s - v)) + (y - v)
-        winner[b, i, j] = error.masked_fill(~tied[b, :, i, j], -math.inf).argmax()
-    return winner
+        winner[:, 0][cells] = error.masked_fill(~tied.movedim(1, -1)[cells], -math.inf).argmax(1)
+    return winner[:, 0]
 
 
 class Field(NamedTuple):

@@ -4,16 +4,20 @@ For one cell, a * D_c + (1 - a) * g_c is a line in the blend a, so the winner ov
 classes, the first of them argmax g for every cell. A unit stores
 
     global_class  uint16 [N]        the class that wins at blend 0
-    n_extra       uint8 [N, h, w]   how many more win somewhere (uint16 in a unit where a cell has more than 255)
-    extra_class   uint16 [M]        those classes, cell after cell, in order of rising blend
-    start         uint16 [M]        the last blend, in 2^-16, at which the class does not win yet
+    n_extra       uint8 [N, h, w]   how many more win somewhere
+    n_classes     uint8 [N]         how many different classes those are, over all cells of the sample
+    class_step    uint16 [T]        each sample's classes, rising: the first, then differences to the one before
+    extra         uint8 [M]         cell by cell, in order of rising blend: places in the sample's list of classes
+    start         uint16 [M]        the last blend, in 2^-16, at which that class does not win yet
 
-A class is active iff start < blend. Blends are whole numbers of 2^-16, so a start is known exactly: a crossing in
-float64 is good to 3e-11 of such a step, and where it comes closer than 1e-6 to a whole number both classes are compared
-there in exact arithmetic. A class that wins only between two such blends is not stored. Offsets of the samples are not
-stored either: they are the running sum of n_extra, and a second copy could only cost bytes or disagree.
+(uint8 becomes uint16 in a unit that needs it.) A class is active iff start < blend. Blends are whole numbers of 2^-16,
+so a start is known exactly: a crossing in float64 is good to 3e-11 of such a step, and where it comes closer than 1e-6
+to a whole number both classes are compared there in exact arithmetic. A class that wins only between two such blends is
+not stored. Offsets of the samples are not stored either: they are running sums of the counts, and a second copy could
+only cost bytes or disagree. Lists of classes take a sixth less after zstd than class ids would: SIZES.
 
-Shapes: N samples, B batch, K classes, h w grid, n cells (B * h * w), M extra segments, m candidates.
+Shapes: N samples, B batch, K classes, h w grid, n cells (B * h * w), M extra
+segments, T listed classes, m candidates.
 """
 
 from __future__ import annotations
@@ -49,7 +53,9 @@ class EnvelopeCodec(Codec):
         self.fields = {
             "global_class": Field(("uint16",), ("sample",)),
             "n_extra": Field(("uint8", "uint16"), ("sample", "row", "col")),
-            "extra_class": Field(("uint16",), ("segment",)),
+            "n_classes": Field(("uint8", "uint16"), ("sample",)),
+            "class_step": Field(("uint16",), ("listed",)),
+            "extra": Field(("uint8", "uint16"), ("segment",)),
             "start": Field(("uint16",), ("segment",)),
         }
 
@@ -60,13 +66,19 @@ class EnvelopeCodec(Codec):
         """
         dense_BKhw, global_BK = dense_BKhw.detach(), global_BK.detach().contiguous()
         self.validate_logits(dense_BKhw, global_BK)
-        found = _screen(dense_BKhw.flatten(2), global_BK)
-        cell_M, class_M, start_M = _walk(found)
-        n_cells = len(dense_BKhw) * self.grid[0] * self.grid[1]
+        B, n_cells = len(dense_BKhw), self.grid[0] * self.grid[1]
+        cell_M, class_M, start_M = _walk(_screen(dense_BKhw.flatten(2), global_BK))
+        sample_M = cell_M // n_cells
+        listed_T, place_M = np.unique(sample_M * self.classes + class_M, return_inverse=True)
+        n_classes = np.bincount(listed_T // self.classes, minlength=B)
+        first_T = np.diff(listed_T // self.classes, prepend=-1) > 0
+        class_T = listed_T % self.classes
         return {
             "global_class": _argmax(global_BK).cpu().numpy().astype(np.uint16),
-            "n_extra": _narrow(np.bincount(cell_M, minlength=n_cells).reshape(-1, *self.grid)),
-            "extra_class": class_M.astype(np.uint16),
+            "n_extra": _narrow(np.bincount(cell_M, minlength=B * n_cells).reshape(B, *self.grid)),
+            "n_classes": _narrow(n_classes),
+            "class_step": np.where(first_T, class_T, np.diff(class_T, prepend=0)).astype(np.uint16),
+            "extra": _narrow(place_M - _begin(n_classes)[sample_M]),
             "start": start_M.astype(np.uint16),
         }
 
@@ -76,64 +88,89 @@ class EnvelopeCodec(Codec):
         Raises:  CodecError for a blend outside 0..65536.
         """
         check_blend(blend)
-        cell_M = _cell_of_segment(arrays["n_extra"])
+        n_cells = self.grid[0] * self.grid[1]
+        cell_M = _owner(arrays["n_extra"])
         last_M = arrays["start"] < blend  # active; of a cell's active segments the last one counts
         last_M[:-1] &= ~(last_M[1:] & (cell_M[1:] == cell_M[:-1]))
         index = np.flatnonzero(last_M)
-        out: U16 = np.repeat(arrays["global_class"], self.grid[0] * self.grid[1])
-        out[cell_M[index]] = arrays["extra_class"][index]
+        cell = cell_M[index]
+        place = _begin(arrays["n_classes"])[cell // n_cells] + arrays["extra"][index]
+        out: U16 = np.repeat(arrays["global_class"], n_cells)
+        out[cell] = _listed(arrays)[place]
         return out.reshape(-1, *self.grid)
 
     def concat(self, parts: Sequence[Arrays]) -> Arrays:
         """The samples of all parts, in order."""
-        joined = super().concat(parts)
-        return joined | {"n_extra": _narrow(joined["n_extra"])}
+        return _narrowed(super().concat(parts))
 
     def take(self, arrays: Arrays, index: NDArray[np.integer[Any]]) -> Arrays:
         """The samples at `index`, in its order, each with its segments; a sample may be taken more than once."""
-        per_N = _segments(arrays["n_extra"])
-        begin_N = np.cumsum(per_N) - per_N
-        count = per_N[index]
-        segments = np.repeat(begin_N[index] - (np.cumsum(count) - count), count) + np.arange(count.sum())
-        return {
-            "global_class": arrays["global_class"][index],
-            "n_extra": _narrow(arrays["n_extra"][index]),
-            "extra_class": arrays["extra_class"][segments],
-            "start": arrays["start"][segments],
-        }
+        n_extra, n_classes = arrays["n_extra"], arrays["n_classes"]
+        segments = _spans(n_extra.reshape(len(n_extra), -1).sum(1, dtype=np.int64), index)
+        return _narrowed(
+            {
+                "global_class": arrays["global_class"][index],
+                "n_extra": n_extra[index],
+                "n_classes": n_classes[index],
+                "class_step": arrays["class_step"][_spans(n_classes, index)],
+                "extra": arrays["extra"][segments],
+                "start": arrays["start"][segments],
+            }
+        )
 
     def check(self, arrays: Arrays, n: int, classes: int) -> None:
-        """Raises CodecError unless these are n samples of this codec, whose segments are in order and change class."""
+        """Raises CodecError unless these are n samples of this codec: counts add up, classes exist, starts rise."""
         super().check(arrays, n, classes)
-        cls, start, counted = arrays["extra_class"], arrays["start"], int(_segments(arrays["n_extra"]).sum())
-        if not len(cls) == len(start) == counted:
-            raise CodecError(
-                f"envelope/n_extra counts {counted} segments, but there are {len(cls)} classes and {len(start)} starts;"
-                " run cskd verify"
-            )
-        cell = _cell_of_segment(arrays["n_extra"])
-        follows = cell[1:] == cell[:-1]
-        first = np.flatnonzero(np.concatenate([[True], ~follows])[: len(cell)])
-        before = arrays["global_class"][cell[first] // (self.grid[0] * self.grid[1])]
-        for what, bad in (
-            ("starts that do not rise", cell[1:][follows & (start[1:] <= start[:-1])]),
-            ("a segment of the same class as the one before", cell[1:][follows & (cls[1:] == cls[:-1])]),
-            ("a first extra segment of the global class", cell[first[cls[first] == before]]),
-        ):
-            if len(bad):
-                sample, at = divmod(int(bad[0]), self.grid[0] * self.grid[1])
-                raise CodecError(f"envelope: cell {at} of sample {sample} has {what}; run cskd verify")
+        n_classes, extra, start = arrays["n_classes"], arrays["extra"], arrays["start"]
+        for count, names in (("n_extra", ("extra", "start")), ("n_classes", ("class_step",))):
+            for name in names:
+                if len(arrays[name]) != (total := int(arrays[count].sum(dtype=np.int64))):
+                    found = f"envelope/{count} counts {total}, envelope/{name} has {len(arrays[name])}"
+                    raise CodecError(f"{found}; run cskd verify")
+        cell = _owner(arrays["n_extra"])
+        sample = cell // (self.grid[0] * self.grid[1])
+        owner_T, class_T = _owner(n_classes), _listed(arrays)
+        same = cell[1:] == cell[:-1]
+        checks = [
+            ("class list that does not rise", owner_T[1:][(np.diff(owner_T) == 0) & (arrays["class_step"][1:] == 0)]),
+            (f"class beyond {classes - 1}", owner_T[class_T >= classes]),
+            ("segment beyond its list of classes", sample[extra >= n_classes[sample]]),
+            ("start that does not rise", sample[1:][same & (start[1:] <= start[:-1])]),
+            ("segment of the class before it", sample[1:][same & (extra[1:] == extra[:-1])]),
+        ]
+        for what, samples in checks:
+            if len(samples):
+                raise CodecError(f"envelope: sample {samples[0]} of the unit has a {what}; run cskd verify")
 
 
-def _segments(n_extra: NDArray[Any]) -> I64:
-    """Extra segments of every sample, int64 [N]."""
-    counts: I64 = n_extra.reshape(len(n_extra), -1).sum(1, dtype=np.int64)
-    return counts
+def _begin(count_N: NDArray[Any]) -> I64:
+    """Where each sample's entries begin in a ragged array, int64 [N]."""
+    begin: I64 = np.cumsum(count_N, dtype=np.int64) - count_N
+    return begin
 
 
-def _cell_of_segment(n_extra: NDArray[Any]) -> NDArray[np.int32]:
-    """The cell, counted through the whole unit, of every extra segment: int32 [M]."""
-    return np.repeat(np.arange(n_extra.size, dtype=np.int32), n_extra.reshape(-1))
+def _owner(count: NDArray[Any]) -> NDArray[np.int32]:
+    """Which count each entry of a ragged array belongs to, through the whole unit: int32 [count.sum()]."""
+    return np.repeat(np.arange(count.size, dtype=np.int32), count.reshape(-1))
+
+
+def _spans(count_N: NDArray[Any], index: NDArray[np.integer[Any]]) -> I64:
+    """Positions in a ragged array of the entries of the samples at `index`, in its order."""
+    count, begin = count_N[index].astype(np.int64), _begin(count_N)[index]
+    spans: I64 = np.repeat(begin - _begin(count), count) + np.arange(count.sum())
+    return spans
+
+
+def _listed(arrays: Arrays) -> I64:
+    """Class ids of all samples' lists, int64 [T]."""
+    total = np.cumsum(arrays["class_step"], dtype=np.int64)
+    before = np.concatenate([[0], total])[_begin(arrays["n_classes"])]
+    listed: I64 = total - np.repeat(before, arrays["n_classes"])
+    return listed
+
+
+def _narrowed(arrays: Arrays) -> Arrays:
+    return arrays | {name: _narrow(arrays[name]) for name in ("n_extra", "n_classes", "extra")}
 
 
 def _narrow(n_extra: NDArray[Any]) -> NDArray[Any]:
@@ -162,8 +199,7 @@ def _screen(dense_BKn: Tensor, global_BK: Tensor) -> _Candidates:
     import torch
 
     B, K, n = dense_BKn.shape
-    on_cpu = dense_BKn.device.type == "cpu"
-    step = max(1, min(B, CACHE_FLOATS // (K * n) if on_cpu else B))
+    step = max(1, min(B, CACHE_FLOATS // (K * n) if _on_cpu(dense_BKn) else B))
     rows_bnK, mixed_bnK = (dense_BKn.new_empty(step, n, K) for _ in range(2))
     hits, locals_ = [], []
     for b in range(0, B, step):
@@ -203,9 +239,13 @@ def _screen(dense_BKn: Tensor, global_BK: Tensor) -> _Candidates:
     return _Candidates(*columns)
 
 
+def _on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
 def _argmax(x: Tensor) -> Tensor:
     """argmax of the last axis, the lowest on ties; on a CPU NumPy's, which takes a tenth of the time of torch's."""
-    if x.device.type != "cpu":
+    if not _on_cpu(x):
         return x.argmax(-1)
     import torch
 
@@ -214,7 +254,7 @@ def _argmax(x: Tensor) -> Tensor:
 
 def _flat_at_least(x: Tensor, floor: Tensor) -> Tensor:
     """Flat indices, rising, at which x >= floor; on a CPU by NumPy, which takes a fifth of the time of torch."""
-    if x.device.type != "cpu":
+    if not _on_cpu(x):
         return (x >= floor).flatten().nonzero()[:, 0]
     import torch
 

@@ -52,7 +52,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"no config at {path}; give the path of a YAML file (the shipped ones are in configs/)") from None
+        raise ConfigError(
+            f"no config at {path}; give the path of a YAML file (the shipped ones are in configs/)"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as e:
         raise ConfigError(f"{path} is not readable YAML: {' '.join(str(e).split())}") from None
     if not isinstance(raw, dict | None):
@@ -124,7 +126,11 @@ def _build(cls: type[Any], raw: dict[str, Any], prefix: str) -> Any:
         if key not in known:
             near = difflib.get_close_matches(str(key), _all_keys(), n=1, cutoff=0.5)
             inside = [k for k in difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.5)]
-            hint = prefix + inside[0] if inside else (near[0] if near else "one of " + ", ".join(prefix + k for k in known))
+            hint = (
+                prefix + inside[0]
+                if inside
+                else (near[0] if near else "one of " + ", ".join(prefix + k for k in known))
+            )
             raise ConfigError(f"unknown key '{prefix}{key}'; the nearest known one is '{hint}'")
     values = {key: _check(known[key], value, prefix + key) for key, value in raw.items()}
     return cls(**values)

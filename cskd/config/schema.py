@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from cskd.augment.rand_string import parse_rand_string
 from cskd.errors import ConfigError
 
 Method = Literal["none", "deit-hard", "deit-soft", "cskd-hard", "cskd-soft"]
@@ -41,8 +42,12 @@ class TeacherConfig:
     std: list[float] | None = None
     interpolation: Literal["bicubic", "bilinear"] | None = None  # of the clean-image check; null = the model's own
     crop_pct: float | None = None  # of the clean-image check; null = the model's own
-    classes: str | list[int] | None = None  # label -> teacher output: a list of indices, or a file of teacher class names
-    dense: Literal["exact", "per_cell"] = "exact"  # per_cell: apply a head that is not linear to every cell all the same
+    classes: str | list[int] | None = (
+        None  # label -> teacher output: a list of indices, or a file of teacher class names
+    )
+    dense: Literal["exact", "per_cell"] = (
+        "exact"  # per_cell: apply a head that is not linear to every cell all the same
+    )
     grid: list[int] | None = None  # [h, w]: pool the teacher's map to this; null = the teacher's own
     autocast: Autocast = "none"  # of the backbone only; classifier and codecs always run in float32
     channels_last: bool = True
@@ -70,6 +75,12 @@ class RecipeConfig:
     ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])  # width / height, crop: resized
     padding: int = 4  # pixels a side, crop: padded
     flip: float = 0.5  # probability of a left-right flip
+    randaugment: str | None = None  # as timm writes it, DeiT's is rand-m9-mstd0.5-inc1; null = off
+    color_jitter: float = 0.0  # strength; used only where randaugment is off, as in timm
+    erase: float = 0.0  # probability that rectangles are overwritten with noise; DeiT's is 0.25
+    erase_count: int = 1  # most rectangles a view
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # of RGB: colour outside, and of the noise
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])  # of the noise
     mixup: float = 0.8  # alpha of the Beta distribution of lambda; 0 = off
     cutmix: float = 1.0
     mix_prob: float = 1.0  # share of pairs that are mixed at all
@@ -78,13 +89,21 @@ class RecipeConfig:
 
     def __post_init__(self) -> None:
         _need(self.size > 0, "recipe.size", self.size, "a positive number of pixels")
-        for name in ("flip", "mix_prob", "mix_switch"):
+        for name in ("flip", "erase", "mix_prob", "mix_switch"):
             _need(0.0 <= getattr(self, name) <= 1.0, f"recipe.{name}", getattr(self, name), "a probability in [0, 1]")
         for name in ("mixup", "cutmix"):
             _need(getattr(self, name) >= 0.0, f"recipe.{name}", getattr(self, name), "an alpha >= 0")
         for name in ("scale", "ratio"):
             value = getattr(self, name)
             _need(len(value) == 2 and 0 < value[0] <= value[1], f"recipe.{name}", value, "[low, high], 0 < low <= high")
+        for name, low in (("mean", 0.0), ("std", 1e-6)):
+            value = getattr(self, name)
+            expected = f"three numbers in [{low:g}, 1], one a channel of RGB in [0, 1]"
+            _need(len(value) == 3 and low <= min(value) and max(value) <= 1.0, f"recipe.{name}", value, expected)
+        _need(0.0 <= self.color_jitter <= 1.0, "recipe.color_jitter", self.color_jitter, "a strength in [0, 1]")
+        _need(self.erase_count >= 1, "recipe.erase_count", self.erase_count, "at least 1")
+        if self.randaugment is not None:
+            parse_rand_string(self.randaugment)
         _need(1 <= self.mix_group <= 3, "recipe.mix_group", self.mix_group, "1, 2 or 3: a quad has three matchings")
 
     @property
@@ -131,7 +150,9 @@ class LossConfig:
     patch_weight: float = 1.0  # weight of the patch tokens' term
     tau: float = 3.0  # temperature of the soft terms
     smoothing: float = 0.1  # of the label term only
-    soft_reduction: Literal["consistent", "paper"] = "consistent"  # what the soft terms are divided by; see cskd/losses.py
+    soft_reduction: Literal["consistent", "paper"] = (
+        "consistent"  # what the soft terms are divided by; see cskd/losses.py
+    )
 
     def __post_init__(self) -> None:
         _need(0.0 <= self.alpha <= 1.0, "loss.alpha", self.alpha, "a share in [0, 1]")
@@ -162,6 +183,7 @@ class TrainConfig:
     workers: int = 2
     device: str = "auto"
     eval_every: int = 1  # epochs
+    eval_crop_pct: float = 0.875  # share of the short side that evaluation sees
     keep: int = 2  # newest resume states kept
     save_every: int = 0  # steps between resume states inside an epoch; 0 = only at its end
     window: int = 8  # blocks within which quads are shuffled

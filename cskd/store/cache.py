@@ -172,7 +172,9 @@ def fingerprint_of(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def create_cache(root: Path, identity: dict[str, Any], views: int, facts: dict[str, Any], inventory: Inventory) -> Cache:
+def create_cache(
+    root: Path, identity: dict[str, Any], views: int, facts: dict[str, Any], inventory: Inventory
+) -> Cache:
     """A new cache, or the one already at `root` when its identity is the same (then `views` may have grown).
 
     identity: grid, codecs, recipe, recipe_code, teacher, inventory, classes; JSON-able. facts: versions, checks, paths.
@@ -215,7 +217,9 @@ def open_cache(root: str | Path, data: Path | None = None) -> Cache:
     try:
         manifest = json.loads((root / MANIFEST).read_bytes())
     except FileNotFoundError:
-        raise CacheError(f"no cache at {root} ({MANIFEST} is missing); make one with `cskd cache-teacher CONFIG`") from None
+        raise CacheError(
+            f"no cache at {root} ({MANIFEST} is missing); make one with `cskd cache-teacher CONFIG`"
+        ) from None
     except (ValueError, OSError) as e:
         raise CacheError(f"{root / MANIFEST} is not readable: {e}") from None
     if manifest.get("format") != FORMAT:
@@ -225,7 +229,9 @@ def open_cache(root: str | Path, data: Path | None = None) -> Cache:
     shards = data or Path(manifest.get("data", "."))
     inventory = open_inventory(root / INVENTORY, data=shards)
     if inventory.id != manifest["identity"]["inventory"]:
-        raise CacheError(f"{root}: its inventory is {inventory.id[:12]}, the manifest says {manifest['identity']['inventory'][:12]}")
+        raise CacheError(
+            f"{root}: its inventory is {inventory.id[:12]}, the manifest says {manifest['identity']['inventory'][:12]}"
+        )
     return Cache(root, manifest, inventory)
 
 

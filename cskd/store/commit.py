@@ -65,7 +65,9 @@ def publish(root: Path, commit: Commit) -> bool:
     """Put the record in place; False when another writer's valid record is already there, whose unit then counts."""
     path = root / commit_file(commit.block, commit.view)
     body = _canonical(asdict(commit))
-    record = json.dumps({"commit": asdict(commit), "sha256": hashlib.sha256(body).hexdigest()}, indent=1, sort_keys=True)
+    record = json.dumps(
+        {"commit": asdict(commit), "sha256": hashlib.sha256(body).hexdigest()}, indent=1, sort_keys=True
+    )
     temp = _write_temp(path, record.encode())
     try:
         os.link(temp, path)

@@ -23,7 +23,9 @@ Arrays = dict[str, NDArray[Any]]
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the zip format's first date
 
 
-def pack_unit(fields: Arrays, targets: Arrays, dimensions: dict[str, tuple[str, ...]], attributes: dict[str, Any]) -> bytes:
+def pack_unit(
+    fields: Arrays, targets: Arrays, dimensions: dict[str, tuple[str, ...]], attributes: dict[str, Any]
+) -> bytes:
     """A unit as the bytes of its file.
 
     Args:    fields, see `format.VIEW_FIELDS`; targets, a codec's arrays; dimensions, names of the axes of both;
@@ -55,7 +57,9 @@ def read_unit(path: Path) -> tuple[Arrays, Arrays]:
         try:
             root = zarr.open_group(store, mode="r")
             if root.attrs.get("format") != FORMAT:
-                raise CacheError(f"{path} has format {root.attrs.get('format')!r}, this version reads {FORMAT}; cache it again")
+                raise CacheError(
+                    f"{path} has format {root.attrs.get('format')!r}, this version reads {FORMAT}; cache it again"
+                )
             fields = {name: _read(root, name, chunks) for name in root.array_keys()}
             group = root["targets"]
             assert isinstance(group, zarr.Group)
@@ -65,7 +69,9 @@ def read_unit(path: Path) -> tuple[Arrays, Arrays]:
     except CacheError:
         raise
     except Exception as e:  # zipfile, zarr and numcodecs each raise their own kinds for damaged bytes
-        raise CacheError(f"{path} is damaged ({type(e).__name__}: {' '.join(str(e).split())}); run `cskd repair`") from e
+        raise CacheError(
+            f"{path} is damaged ({type(e).__name__}: {' '.join(str(e).split())}); run `cskd repair`"
+        ) from e
 
 
 def content_hash(fields: Arrays, targets: dict[str, Arrays]) -> str:

@@ -1,0 +1,16 @@
+"""How many images a teacher has seen in this process. Training reports the difference, which must be 0."""
+
+from __future__ import annotations
+
+_images = 0
+
+
+def count_teacher_images(n: int) -> None:
+    """Called by `cskd.teacher` for every forward of n images."""
+    global _images
+    _images += n
+
+
+def teacher_images() -> int:
+    """Images that went through any teacher of this process so far."""
+    return _images

@@ -1,0 +1,273 @@
+"""The teacher: a CNN whose dense and global logits are cached, or taken online. Sections 3 and 4 of arXiv 2307.08500.
+
+Only the backbone may be autocast or compiled. Pooling and classifier run in float32 always: bf16 logits give ties in
+1.3 % of the cells (measured on 2 CPU cores with MobileNetV2 and 224 pixel images).
+"""
+
+# Shapes: B batch, K classes, h w the teacher's grid, H W pixels
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cskd.class_map import class_map
+from cskd.config import TeacherConfig
+from cskd.errors import TeacherError
+from cskd.forwards import count_teacher_images
+from cskd.teacher_build import build, build_model, one_line, weights_sha256
+from cskd.teacher_checks import check_clean, clean_top1, compare_probe, probe_images, project
+from cskd.teacher_heads import Head, find_head, full_precision, keep_classes
+
+__all__ = [
+    "Preprocess",
+    "Teacher",
+    "build_model",
+    "check_clean",
+    "clean_top1",
+    "compare_probe",
+    "load_teacher",
+    "probe_images",
+]
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What the teacher wants done to an image."""
+
+    size: int  # pixels of the square input
+    mean: tuple[float, ...]  # of RGB in [0, 1]
+    std: tuple[float, ...]
+    interpolation: str  # bicubic or bilinear
+    crop_pct: float  # of the clean-image check: share of the resized short side that is kept
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Pixels at the recipe's size to the network's input: resize where the sizes differ, normalise, lay out."""
+
+    preprocess: Preprocess
+    device: torch.device
+    channels_last: bool
+
+    def __call__(self, pixels_BCHW: Tensor) -> Tensor:
+        """[B, 3, H, W] RGB in 0..255 -> float32 [B, 3, size, size], normalised, on the device."""
+        if pixels_BCHW.ndim != 4 or pixels_BCHW.shape[1] != 3:
+            raise ValueError(f"pixels are {list(pixels_BCHW.shape)}, expected [B, 3, H, W]")
+        p = self.preprocess
+        x = pixels_BCHW.to(self.device, torch.float32)
+        if x.shape[2:] != (p.size, p.size):
+            x = F.interpolate(x, (p.size, p.size), mode=p.interpolation, antialias=True).clamp_(0.0, 255.0)
+        mean, std = (torch.tensor(v, device=self.device).reshape(1, 3, 1, 1) * 255.0 for v in (p.mean, p.std))
+        return ((x - mean) / std).contiguous(
+            memory_format=torch.channels_last if self.channels_last else torch.contiguous_format
+        )
+
+
+@dataclass
+class Teacher:
+    """A network with verified dense logits; made by `load_teacher`."""
+
+    classes: int  # K, after the class map
+    grid: tuple[int, int]  # h, w of the dense logits
+    preprocess: Preprocess
+    device: torch.device
+    image_size: int  # pixels of the recipe's views
+    batch: int  # images a forward that the caller should keep to; part of the fingerprint
+    bf16: bool  # the backbone is autocast
+    head: Head
+    backbone: Callable[[Tensor], Tensor]  # network input -> feature map
+    prepare: Prepare
+    rows: Tensor | None  # int64 [K], the outputs to keep; None: all of them
+    pools: bool  # dense logits are pooled to `grid`
+    fingerprint: dict[str, Any]  # JSON-able; equal ones mean the same function from pixels to logits
+    notes: list[str]  # what a user should know, one line each
+    forwards: int = 0  # images run through the network since it was loaded
+
+    # no_grad, not inference_mode: online distillation saves these outputs for the student's backward pass, which
+    # inference tensors refuse.
+    @torch.no_grad()
+    def forward_dense(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Dense and global logits of mixed views.
+
+        Args:    float32 [B, 3, H, W], RGB in 0..255, at the recipe's size; resized to the teacher's where that differs.
+        Returns: dense float32 [B, K, h, w] (K innermost in memory), global float32 [B, K].
+        """
+        features = self._features(pixels_BCHW)
+        with full_precision(self.device):
+            dense_BKhw, global_BK = self.head.dense(features)
+            if self.rows is not None:
+                dense_BKhw, global_BK = dense_BKhw[:, self.rows], global_BK[:, self.rows]
+            if self.pools:
+                dense_BKhw = F.adaptive_avg_pool2d(dense_BKhw, self.grid)
+        return dense_BKhw, global_BK
+
+    @torch.no_grad()
+    def forward_global(self, pixels_BCHW: Tensor) -> Tensor:
+        """The global logits of `forward_dense` alone: float32 [B, K]."""
+        features = self._features(pixels_BCHW)
+        with full_precision(self.device):
+            global_BK = self.head.pooled(features)
+        return global_BK if self.rows is None else global_BK[:, self.rows]
+
+    def probe(self) -> dict[str, Any]:
+        """JSON-able outputs on eight synthetic images: random projections of the logits. See `compare_probe`."""
+        dense_BKhw, global_BK = self.forward_dense(_probe_pixels(self.image_size))
+        return {
+            "autocast": self.fingerprint["autocast"],
+            "global": project(global_BK, "probe global"),
+            "dense": project(dense_BKhw, "probe dense"),
+        }
+
+    def _features(self, pixels_BCHW: Tensor) -> Tensor:
+        self.forwards += len(pixels_BCHW)
+        count_teacher_images(len(pixels_BCHW))
+        x = self.prepare(pixels_BCHW)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            return self.backbone(x).float()
+
+
+def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torch.device, image_size: int) -> Teacher:
+    """Build the teacher, verify how its dense logits are made, and find out its grid by running it once.
+
+    Args:    class_names the data set's, in label order; image_size pixels of the recipe's square views.
+    Raises:  TeacherError, one line with the reason, for anything that can't be built, read or verified.
+    """
+    built = build(config)
+    model, notes = built.model, built.notes
+    weights = weights_sha256(model)
+    preprocess = _preprocess(config, built.stated, image_size, notes)
+    prepare, bf16 = Prepare(preprocess, device, config.channels_last), uses_bf16(config, device)
+    model = model.to(device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    images = _probe_pixels(image_size)[:2]
+    count_teacher_images(len(images))
+    with torch.no_grad(), full_precision(device):
+        x = prepare(images)
+        head = find_head(model, x, config.dense)
+        backbone = head.backbone
+        features = backbone(x)
+        dense_BKhw, global_BK = head.dense(features)
+        indices = class_map(config.classes, class_names, global_BK.shape[1])
+        rows = None if indices is None else torch.from_numpy(indices).to(device)
+        if rows is not None and keep_classes(model, head, features, rows):
+            rows = None
+    if head.kind == "forward_dense" and bf16:
+        raise TeacherError(
+            "the teacher's own forward_dense would run its classifier in bf16; set teacher.autocast: none, or offer "
+            "forward_features and forward_head instead"
+        )
+    own_grid = (dense_BKhw.shape[2], dense_BKhw.shape[3])
+    grid = _grid(config, own_grid)
+    if grid == (1, 1):
+        notes.append("the teacher's grid is 1x1: every cell's logits are the image's; teacher.input_size sets its size")
+    fingerprint = {
+        **built.source,
+        "weights_sha256": weights,
+        "mean": list(preprocess.mean),
+        "std": list(preprocess.std),
+        "interpolation": preprocess.interpolation,
+        "input_size": preprocess.size,
+        "image_size": image_size,
+        "dtype": "float32",
+        "autocast": "bf16" if bf16 else "none",
+        "channels_last": config.channels_last,
+        "compile": config.compile,
+        "batch": config.batch,
+        "dense": config.dense,
+        "head": head.kind,
+        "grid": list(grid),
+        "classes": len(class_names),
+        "class_map": None if indices is None else hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest(),
+    }
+    _refuse_unstorable(fingerprint)
+    return Teacher(
+        classes=len(class_names),
+        grid=grid,
+        preprocess=preprocess,
+        device=device,
+        image_size=image_size,
+        batch=config.batch,
+        bf16=bf16,
+        head=head,
+        backbone=torch.compile(backbone, dynamic=False) if config.compile else backbone,
+        prepare=prepare,
+        rows=rows,
+        pools=grid != own_grid,
+        fingerprint=fingerprint,
+        notes=notes,
+        forwards=len(images),
+    )
+
+
+def uses_bf16(config: TeacherConfig, device: torch.device) -> bool:
+    """Whether the backbone is autocast: `auto` means on CUDA devices that compute in bf16."""
+    if config.autocast == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return config.autocast == "bf16"
+
+
+def _probe_pixels(size: int) -> Tensor:
+    return torch.from_numpy(probe_images(size)).permute(0, 3, 1, 2).float()
+
+
+def _grid(config: TeacherConfig, own: tuple[int, int]) -> tuple[int, int]:
+    if config.grid is None:
+        return own
+    wanted = (config.grid[0], config.grid[1])
+    if wanted[0] > own[0] or wanted[1] > own[1]:
+        raise TeacherError(
+            f"teacher.grid is {list(wanted)}, finer than the teacher's own {list(own)}; take a coarser one, or a "
+            "larger teacher.input_size"
+        )
+    return wanted
+
+
+def _preprocess(config: TeacherConfig, stated: dict[str, Any], image_size: int, notes: list[str]) -> Preprocess:
+    """The config's word, else the model's, else ImageNet's, with a note where the last was a guess."""
+    if config.mean is None and "mean" not in stated:
+        notes.append("the teacher does not state its mean and std: ImageNet's are used; teacher.mean and std set them")
+    interpolation = config.interpolation or stated.get("interpolation")
+    preprocess = Preprocess(
+        size=int(config.input_size or stated.get("input_size") or image_size),
+        mean=tuple(map(float, config.mean or stated.get("mean") or IMAGENET_MEAN)),
+        std=tuple(map(float, config.std or stated.get("std") or IMAGENET_STD)),
+        interpolation=interpolation if interpolation in ("bicubic", "bilinear") else "bicubic",
+        crop_pct=float(config.crop_pct or stated.get("crop_pct") or 1.0),
+    )
+    for name, value, ok in (
+        ("input_size", preprocess.size, preprocess.size > 0),
+        ("mean", preprocess.mean, len(preprocess.mean) == 3),
+        ("std", preprocess.std, len(preprocess.std) == 3 and min(preprocess.std) > 0),
+        ("crop_pct", preprocess.crop_pct, 0 < preprocess.crop_pct <= 1),
+    ):
+        if not ok:
+            raise TeacherError(f"teacher.{name} is {value!r}, expected {_EXPECTED[name]}")
+    return preprocess
+
+
+_EXPECTED = {
+    "input_size": "a positive number of pixels",
+    "mean": "three numbers",
+    "std": "three numbers above 0",
+    "crop_pct": "a share above 0 and up to 1",
+}
+
+
+def _refuse_unstorable(fingerprint: dict[str, Any]) -> None:
+    try:
+        json.dumps(fingerprint, allow_nan=False)
+    except (TypeError, ValueError) as e:
+        raise TeacherError(
+            f"teacher.kwargs must be plain values, they are part of the fingerprint: {one_line(e)}"
+        ) from None

@@ -1,0 +1,125 @@
+"""Accuracy of every head of a student: class, distillation, patches, and their averages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from cskd.augment.device import InputMaker
+from cskd.config import RecipeConfig
+from cskd.devices import autocast, pick_device
+from cskd.errors import DataError
+from cskd.inventory import open_inventory
+from cskd.loading.stage2 import Batch, BatchMaker, eval_tasks
+from cskd.loading.stream import Stream
+from cskd.loading.views import ViewMaker
+from cskd.ranks import Ranks
+from cskd.student import eval_heads
+from cskd.student.checkpoint import load_student
+from pipeline.progress import Progress
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """Accuracy of one head, or of an average of heads, in per cent."""
+
+    top1: float
+    top5: float
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """`cskd eval`: images evaluated and the scores of every head."""
+
+    checkpoint: str
+    images: int
+    heads: dict[str, HeadScores]
+
+
+@torch.inference_mode()
+def score_heads(
+    models: dict[str, nn.Module],
+    batches: Iterator[Batch],
+    count: int,
+    inputs: InputMaker,
+    autocast_setting: str,
+    ranks: Ranks,
+) -> dict[str, HeadScores]:
+    """Evaluate students on the next `count` batches of this rank; results are summed over all ranks.
+
+    Args:    models: prefix -> student, '' for the live weights and 'ema.' for their average; each is left in training mode.
+    Returns: prefix + head -> scores.
+    """
+    hits: dict[str, Tensor] = {}
+    seen = torch.zeros((), dtype=torch.float64, device=inputs.device)
+    for model in models.values():
+        model.eval()
+    for _ in range(count):
+        batch = next(batches)
+        label = batch["label"].to(inputs.device)
+        pixels = inputs.clean(batch)
+        for prefix, model in models.items():
+            with autocast(autocast_setting, inputs.device):
+                out = model(pixels, (1, 1))
+            for head, logits in eval_heads(out).items():
+                top = logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None]
+                both = torch.stack([top[:, 0].sum(), top.any(1).sum()]).double()
+                hits[prefix + head] = hits.get(prefix + head, torch.zeros_like(both)) + both
+        seen += len(label)
+    for model in models.values():
+        model.train()
+    ranks.sum(seen)
+    return {name: HeadScores(*(100 * ranks.sum(both) / seen).tolist()) for name, both in hits.items()}
+
+
+def evaluate_checkpoint(
+    checkpoint: Path, data: Path, batch: int, workers: int, crop_pct: float | None, device_name: str, quiet: bool
+) -> EvalReport:
+    """Scores of a result folder of `cskd train` on a packed data set."""
+    device = pick_device(device_name)
+    val = open_inventory(data)
+    student, facts = load_student(checkpoint)
+    if facts["label_names"] != val.classes:
+        raise DataError(
+            f"{checkpoint} was trained on other classes than {data} has; pack it with --classes and the same list"
+        )
+    student.to(device)
+    maker = ViewMaker(val, RecipeConfig(size=student.image_size[0]))
+    tasks = eval_tasks(len(val), batch)
+    crop_pct = crop_pct or facts["pretrained_cfg"]["crop_pct"]
+    stream = iter(Stream(BatchMaker(maker, maker, crop_pct), tasks, workers))
+    with Progress("eval", total=len(val), unit="images", quiet=quiet) as progress:
+        heads = score_heads(
+            {"": student},
+            _counted(stream, progress),
+            len(tasks),
+            InputMaker(student.mean, student.std, device),
+            "auto",
+            Ranks(),
+        )
+    return EvalReport(str(checkpoint), len(val), heads)
+
+
+def render(report: EvalReport, console: Console) -> None:
+    """The scores as a table."""
+    table = Table(title=f"{report.images:,} images")
+    for column in ("head", "top-1 %", "top-5 %"):
+        table.add_column(column, justify="left" if column == "head" else "right")
+    for name, s in report.heads.items():
+        table.add_row(name, f"{s.top1:.2f}", f"{s.top5:.2f}")
+    console.print(table)
+
+
+def _counted(batches: Iterator[Batch], progress: Progress) -> Iterator[Any]:
+    done = 0
+    for batch in batches:
+        done += len(batch["label"])
+        progress.update(done)
+        yield batch
