@@ -142,7 +142,7 @@ def replay(cache: Cache, cached: CachedView) -> NDArray[np.uint8]:
 def hard_targets(cache: Cache, cached: CachedView, blend: float) -> NDArray[np.uint16]:
     """CKF targets of one view from the best codec of the cache: uint16 [h, w]. CodecError outside [0, 1]."""
     name = hard_codec(cache)
-    return cache.codecs[name].hard(cached.targets[name], quantise_blend(blend))[0]
+    return np.asarray(cache.codecs[name].hard(cached.targets[name], quantise_blend(blend))[0])
 
 
 def hard_codec(cache: Cache) -> str:
