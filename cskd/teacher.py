@@ -51,26 +51,24 @@ class Preprocess:
     crop_pct: float  # of the clean-image check: share of the resized short side that is kept
 
 
-@dataclass(frozen=True)
 class Prepare:
     """Pixels at the recipe's size to the network's input: resize where the sizes differ, normalise, lay out."""
 
-    preprocess: Preprocess
-    device: torch.device
-    channels_last: bool
+    def __init__(self, preprocess: Preprocess, device: torch.device, channels_last: bool) -> None:
+        self.size, self.mode, self.device = preprocess.size, preprocess.interpolation, device
+        self.memory = torch.channels_last if channels_last else torch.contiguous_format
+        self.mean, self.std = (
+            (torch.tensor(v, device=device) * 255.0).reshape(1, 3, 1, 1) for v in (preprocess.mean, preprocess.std)
+        )
 
     def __call__(self, pixels_BCHW: Tensor) -> Tensor:
         """[B, 3, H, W] RGB in 0..255 -> float32 [B, 3, size, size], normalised, on the device."""
         if pixels_BCHW.ndim != 4 or pixels_BCHW.shape[1] != 3:
             raise ValueError(f"pixels are {list(pixels_BCHW.shape)}, expected [B, 3, H, W]")
-        p = self.preprocess
         x = pixels_BCHW.to(self.device, torch.float32)
-        if x.shape[2:] != (p.size, p.size):
-            x = F.interpolate(x, (p.size, p.size), mode=p.interpolation, antialias=True).clamp_(0.0, 255.0)
-        mean, std = (torch.tensor(v, device=self.device).reshape(1, 3, 1, 1) * 255.0 for v in (p.mean, p.std))
-        return ((x - mean) / std).contiguous(
-            memory_format=torch.channels_last if self.channels_last else torch.contiguous_format
-        )
+        if x.shape[2:] != (self.size, self.size):
+            x = F.interpolate(x, (self.size, self.size), mode=self.mode, antialias=True).clamp_(0.0, 255.0)
+        return ((x - self.mean) / self.std).contiguous(memory_format=self.memory)
 
 
 @dataclass
@@ -237,31 +235,27 @@ def _preprocess(config: TeacherConfig, stated: dict[str, Any], image_size: int, 
     """The config's word, else the model's, else ImageNet's, with a note where the last was a guess."""
     if config.mean is None and "mean" not in stated:
         notes.append("the teacher does not state its mean and std: ImageNet's are used; teacher.mean and std set them")
-    interpolation = config.interpolation or stated.get("interpolation")
-    preprocess = Preprocess(
-        size=int(config.input_size or stated.get("input_size") or image_size),
-        mean=tuple(map(float, config.mean or stated.get("mean") or IMAGENET_MEAN)),
-        std=tuple(map(float, config.std or stated.get("std") or IMAGENET_STD)),
+
+    def first(name: str, default: Any) -> Any:
+        return next(v for v in (getattr(config, name), stated.get(name), default) if v is not None)
+
+    interpolation = first("interpolation", "bicubic")
+    p = Preprocess(
+        size=int(first("input_size", image_size)),
+        mean=tuple(map(float, first("mean", IMAGENET_MEAN))),
+        std=tuple(map(float, first("std", IMAGENET_STD))),
         interpolation=interpolation if interpolation in ("bicubic", "bilinear") else "bicubic",
-        crop_pct=float(config.crop_pct or stated.get("crop_pct") or 1.0),
+        crop_pct=float(first("crop_pct", 1.0)),
     )
-    for name, value, ok in (
-        ("input_size", preprocess.size, preprocess.size > 0),
-        ("mean", preprocess.mean, len(preprocess.mean) == 3),
-        ("std", preprocess.std, len(preprocess.std) == 3 and min(preprocess.std) > 0),
-        ("crop_pct", preprocess.crop_pct, 0 < preprocess.crop_pct <= 1),
+    for name, value, ok, expected in (
+        ("input_size", p.size, p.size > 0, "a positive number of pixels"),
+        ("mean", p.mean, len(p.mean) == 3, "three numbers, one a channel"),
+        ("std", p.std, len(p.std) == 3 and min(p.std) > 0, "three numbers above 0"),
+        ("crop_pct", p.crop_pct, 0 < p.crop_pct <= 1, "a share above 0 and up to 1"),
     ):
         if not ok:
-            raise TeacherError(f"teacher.{name} is {value!r}, expected {_EXPECTED[name]}")
-    return preprocess
-
-
-_EXPECTED = {
-    "input_size": "a positive number of pixels",
-    "mean": "three numbers",
-    "std": "three numbers above 0",
-    "crop_pct": "a share above 0 and up to 1",
-}
+            raise TeacherError(f"teacher.{name} is {value!r}, expected {expected}")
+    return p
 
 
 def _refuse_unstorable(fingerprint: dict[str, Any]) -> None:

@@ -58,8 +58,8 @@ def compare_probe(a: dict[str, Any], b: dict[str, Any]) -> str | None:
         off = math.sqrt(float(np.mean((x - y) ** 2)))
         if not off <= tolerance * signal:
             return (
-                f"{name} logits of the probe images differ by {100 * off / max(signal, 1e-30):.3g} % of their variation, "
-                f"expected {100 * tolerance:g} % at most"
+                f"{name} logits of the probe images differ by {100 * off / max(signal, 1e-30):.3g} % of their "
+                f"variation, expected {100 * tolerance:g} % at most"
             )
     return None
 
