@@ -71,7 +71,7 @@ def build_table(cache: Cache, plan: EpochPlan, spec: TargetSpec, first: int, sto
         targets = list(wanted)
         for name, value in (values | wanted).items():
             if name not in columns:
-                columns[name] = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+                columns[name] = np.lib.format.open_memmap(
                     temp / f"{name}.npy", "w+", value.dtype, (stop - first, *value.shape[1:])
                 )
             columns[name][rows] = value

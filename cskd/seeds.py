@@ -109,7 +109,7 @@ class Draws:
             while True:
                 x, y = self.uniform() ** (1.0 / a), self.uniform() ** (1.0 / a)
                 if 0.0 < x + y <= 1.0:
-                    return x / (x + y)
+                    return float(x / (x + y))
         x, y = self._gamma(a), self._gamma(a)
         return x / (x + y)
 

@@ -10,8 +10,9 @@ The same command resumes. Launch: `cskd cache-teacher configs/imagenet_sample.ya
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from cskd.augment.mixing import NONE, quads
 from cskd.codecs import get_codec
 from cskd.config import Config, to_dict, to_yaml
 from cskd.devices import pick_device
-from cskd.errors import CacheError, ConfigError
+from cskd.errors import CacheError, ConfigError, DataError, ImageError
 from cskd.identity import identity_of, library_versions
 from cskd.inventory import Inventory, open_inventory
 from cskd.loading.stage1 import Chunk, ChunkMaker, ChunkViews, chunks, pad_rows
@@ -69,7 +70,7 @@ def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
     passes = _passes(cache)
     total = sum(len(views) * (cache.block_range(block)[1] - cache.block_range(block)[0]) for block, views in passes)
     tasks = (task for block, views in passes for task in _tasks(cache, block, views, config.teacher.batch))
-    seconds: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
     images = units = quarantined = 0
     with Progress("cache-teacher", total, "views", quiet=quiet) as progress:
         results = iter(Stream(ChunkMaker(maker, inventory.id), tasks, config.cache.workers))
@@ -98,10 +99,7 @@ def _open_or_create(config: Config, inventory: Inventory, teacher: Teacher, make
     probe = teacher.probe()
     facts: dict[str, Any] = {}
     if not (root / "manifest.json").exists():
-        count = min(config.teacher.check_images, inventory.n)
-        chosen = np.linspace(0, inventory.n - 1, count).astype(int).tolist()
-        top1 = clean_top1(teacher, (maker.image(i) for i in chosen), [int(inventory.label[i]) for i in chosen])
-        check_clean(top1, teacher.classes, count, config.teacher.min_top1)
+        top1, count = _clean_check(teacher, maker, config)
         facts = {
             "clean_top1": top1,
             "clean_images": count,
@@ -116,6 +114,21 @@ def _open_or_create(config: Config, inventory: Inventory, teacher: Teacher, make
     if difference:
         raise CacheError(f"{root}: the teacher no longer gives the outputs the cache was begun with ({difference})")
     return cache
+
+
+def _clean_check(teacher: Teacher, maker: ViewMaker, config: Config) -> tuple[float, int]:
+    """Top-1 of the teacher on clean images spread over the data set, and how many; near chance is refused."""
+    images, labels = [], []
+    wanted = min(config.teacher.check_images, len(maker.inventory))
+    for i in np.linspace(0, len(maker.inventory) - 1, wanted).astype(int).tolist():
+        with contextlib.suppress(ImageError):  # it will be quarantined, and counted, in its turn
+            images.append(maker.image(i))
+            labels.append(int(maker.inventory.label[i]))
+    if not images:
+        raise DataError(f"none of {wanted} images of {config.data.train} can be decoded; run `cskd pack` on a whole data set")
+    top1 = clean_top1(teacher, images, labels)
+    check_clean(top1, teacher.classes, len(images), config.teacher.min_top1)
+    return top1, len(images)
 
 
 def _passes(cache: Cache) -> list[tuple[int, tuple[int, ...]]]:
@@ -142,7 +155,7 @@ def _make_units(
     results: Iterator[ChunkViews],
     teacher: Teacher,
     config: Config,
-    seconds: Counter[str],
+    seconds: defaultdict[str, float],
     progress: Progress,
     done: int,
 ) -> list[Any]:

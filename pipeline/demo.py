@@ -29,7 +29,7 @@ from cskd.errors import ConfigError
 from cskd.forwards import teacher_images
 from cskd.seeds import permutation
 from cskd.store.cache import open_cache
-from cskd.teacher import build_model
+from cskd.teacher_build import build_model
 from pipeline.cache_teacher import cache_teacher
 from pipeline.inspect_cache import sheet
 from pipeline.packing import pack_data
@@ -38,7 +38,7 @@ from pipeline.train import train
 
 SIZE = 32  # pixels; the scans are 8x8, enlarged
 STUDENTS = {"none": "none", "deit": "deit-hard", "cskd": "cskd-hard"}
-TEACHER = {"model": "resnet18", "kwargs": {"channels": [24, 48, 96, 96], "output_stride": 8}}  # 4x4 cells at 32 pixels
+TEACHER: dict[str, Any] = {"model": "resnet18", "kwargs": {"channels": [24, 48, 96, 96], "output_stride": 8, "num_classes": 10}}  # 4x4 cells at 32 pixels
 MEAN_STD = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 TEACHER_EPOCHS = 8
 
@@ -138,9 +138,9 @@ def _train_teacher(path: Path, quiet: bool) -> None:
     """A few epochs of plain supervised training, shifted by up to 2 pixels; weights to `path`."""
     images, labels = _digits()["train"]
     enlarged = [Image.fromarray(i).resize((SIZE, SIZE), Image.Resampling.BICUBIC).convert("RGB") for i in images]
-    x = normalise(torch.from_numpy(np.stack(enlarged)).permute(0, 3, 1, 2).float(), **MEAN_STD)
+    x = normalise(torch.from_numpy(np.stack([np.asarray(i) for i in enlarged])).permute(0, 3, 1, 2).float(), **MEAN_STD)
     y = torch.from_numpy(labels)
-    model = build_model(TEACHER["model"], {**TEACHER["kwargs"], "num_classes": 10})
+    model = build_model(TEACHER["model"], TEACHER["kwargs"])
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     batch, steps = 128, TEACHER_EPOCHS * (len(x) // 128)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
@@ -151,7 +151,7 @@ def _train_teacher(path: Path, quiet: bool) -> None:
             shift = [int(s) for s in permutation(5, step)[:2] - 2]
             loss = F.cross_entropy(model(x[rows].roll(shift, (2, 3))), y[rows])
             optimiser.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
             progress.update((step + 1) * batch, loss=f"{loss.item():.3f}")

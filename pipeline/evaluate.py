@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class EvalReport:
 
 @torch.inference_mode()
 def score_heads(
-    models: dict[str, nn.Module],
+    models: Mapping[str, nn.Module],
     batches: Iterator[Batch],
     count: int,
     inputs: InputMaker,

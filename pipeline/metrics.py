@@ -72,4 +72,4 @@ def _summary_writer(folder: Path) -> Any:
         raise ConfigError(
             "train.tensorboard is on and tensorboard is not installed; pip install 'cskd[tensorboard]'"
         ) from None
-    return SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder / "tensorboard"))

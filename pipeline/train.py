@@ -165,7 +165,7 @@ def _train(config: Config, ranks: Ranks, verify_replay: bool, quiet: bool) -> Tr
                 reseed_step(settings.seed, step, ranks.rank)
                 pixels = inputs.mixed(batch)
                 with autocast(settings.autocast, device):
-                    out = net(pixels, cache.grid if config.loss.method.startswith("cskd") else None)
+                    out = net(pixels, cache.grid if criterion.uses_patches else None)
                 loss, terms = criterion(out, _labels(batch, device), _targets(batch, device, config, cache, epoch))
                 if not torch.isfinite(loss):
                     raise ConfigError(

@@ -82,7 +82,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML, every key written out."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    return str(yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 def _override(raw: dict[str, Any], text: str) -> None:

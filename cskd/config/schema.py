@@ -148,7 +148,7 @@ class LossConfig:
     decay: Decay = "linear"  # of the blend of local and global teacher outputs
     alpha: float = 0.5  # share of the distillation token's term; 1 - alpha is the label's
     patch_weight: float = 1.0  # weight of the patch tokens' term
-    tau: float = 3.0  # temperature of the soft terms
+    tau: float = 1.0  # temperature of the soft terms; the paper's configs have 1
     smoothing: float = 0.1  # of the label term only
     soft_reduction: Literal["consistent", "paper"] = (
         "consistent"  # what the soft terms are divided by; see cskd/losses.py

@@ -80,7 +80,7 @@ class BatchMaker:
         for name in self._table[1].targets:
             column = rows[name]
             batch[name] = column.astype(np.int64) if column.dtype == np.uint16 else np.array(column)
-        return {name: torch.from_numpy(np.require(a, requirements="CW")) for name, a in batch.items()}
+        return {name: torch.from_numpy(np.require(a, requirements=["C", "W"])) for name, a in batch.items()}
 
     def _check(self, rows: dict[str, NDArray[np.generic]], pixels: NDArray[np.uint8], mate: NDArray[np.int64]) -> None:
         inventory = self.train.inventory

@@ -1,0 +1,270 @@
+"""Both stages end to end on a tiny data set: cached once, trained from, resumed, refused where it should be."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cskd.config import Config, from_dict
+from cskd.errors import CacheError, ConfigError, ReplayError, TeacherError
+from cskd.forwards import teacher_images
+from cskd.store.cache import open_cache
+from cskd.store.commit import Commit, publish, read_commit
+from cskd.store.format import commit_file
+from pipeline.cache_teacher import cache_teacher
+from pipeline.metrics import read_metrics
+from pipeline.train import train
+from tests.caches import make_tiny_data
+
+TEACHER = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.ReLU(), nn.Conv2d(8, 12, 3, 2, 1))
+        self.fc = nn.Linear(12, 5)
+
+    def forward_features(self, x):
+        return self.body(x)
+
+    def forward(self, x):
+        return self.fc(self.forward_features(x).mean((2, 3)))
+
+def build():
+    return Net()
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    (folder / "net.py").write_text(TEACHER)
+    make_tiny_data(folder / "train", n=42, block=20, shard=10)
+    make_tiny_data(folder / "val", n=12, block=20, shard=10)
+    return folder
+
+
+def config(base: Path, name: str = "run", **sections: dict[str, Any]) -> Config:
+    raw: dict[str, dict[str, Any]] = {
+        "data": {"train": str(base / "train"), "val": str(base / "val")},
+        "teacher": {"model": f"{base / 'net.py'}:build", "batch": 8, "min_top1": 0.0},
+        "recipe": {"size": 32},
+        "cache": {"path": str(base / "cache"), "views": 3, "workers": 0, "codecs": ["envelope", "int8"]},
+        "student": {
+            "model": "deit_tiny_distilled_patch16_224",
+            "kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+            "drop_path": 0.1,
+        },
+        "loss": {"method": "cskd-hard"},
+        "train": {
+            "output": str(base / name),
+            "epochs": 3,
+            "global_batch": 8,
+            "warmup_epochs": 1,
+            "workers": 0,
+            "ema": 0.9,
+            "clip_grad": 1.0,
+        },
+    }
+    for section, values in sections.items():
+        raw[section] |= values
+    return from_dict(raw)
+
+
+@pytest.fixture(scope="module")
+def cached(base: Path) -> Path:
+    report = cache_teacher(config(base), quiet=True)
+    assert (report.units, report.images, report.quarantined) == (6, 126, 0)
+    return base
+
+
+def weights(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_a_finished_cache_is_not_made_again_and_keeps_its_content(cached: Path) -> None:
+    before = open_cache(cached / "cache").content_root()
+    report = cache_teacher(config(cached), quiet=True)
+    assert report.units == 0
+    assert report.content_root == before
+
+
+def test_content_does_not_depend_on_workers_or_on_where_a_run_was_cut(cached: Path) -> None:
+    elsewhere = config(cached, cache={"path": str(cached / "again"), "workers": 2})
+    cut = dataclasses.replace(elsewhere, cache=dataclasses.replace(elsewhere.cache, views=2))
+    cache_teacher(cut, quiet=True)
+    assert cache_teacher(elsewhere, quiet=True).content_root == open_cache(cached / "cache").content_root()
+
+
+@pytest.mark.parametrize("method", ["none", "deit-hard", "deit-soft", "cskd-hard", "cskd-soft"])
+def test_every_method_trains_from_one_cache_without_the_teacher(cached: Path, method: str) -> None:
+    before = teacher_images()
+    report = train(config(cached, f"run-{method}", loss={"method": method}), quiet=True)
+    assert report.steps == 3 * (42 // 8)
+    assert report.teacher_forwards == teacher_images() - before == 0
+    rows = read_metrics(cached / f"run-{method}")
+    assert [r["epoch"] for r in rows] == [0, 1, 2]
+    assert all(np.isfinite(r["loss"]) for r in rows)
+    assert {"class", "distillation", "patches", "all", "ema.all"} <= report.top1.keys()
+    assert not list((cached / f"run-{method}" / "scratch").rglob("*.npy"))
+
+
+def test_the_hard_targets_of_the_loss_are_the_teachers_own(cached: Path) -> None:
+    """Replays stage 1's arithmetic outside the pipeline: views, mixing, teacher, blend."""
+    from cskd.augment.device import mix_pixels
+    from cskd.ckf import blend_at, hard_targets
+    from cskd.epoch_table import TargetSpec, build_table
+    from cskd.loading.stage2 import BatchMaker, TrainTask
+    from cskd.loading.views import ViewMaker
+    from cskd.plan import PlanSpec, epoch_plan
+    from cskd.teacher import load_teacher
+
+    cache = open_cache(cached / "cache")
+    c = config(cached)
+    teacher = load_teacher(c.teacher, cache.classes, torch.device("cpu"), 32)
+    spec = PlanSpec(cache.inventory.blocks, np.zeros(42, bool), cache.inventory.id, cache.recipe, 3, 1, 0, 8, 8)
+    for epoch in range(3):
+        plan, blend = epoch_plan(spec, epoch), blend_at(epoch, 3, "linear")
+        target = TargetSpec("cells", "envelope", blend)
+        table = build_table(cache, plan, target, 0, len(plan.sample), cached / "table")
+        batch = BatchMaker(ViewMaker(cache.inventory, cache.recipe), None, 1.0)(TrainTask(table, 0, 40))
+        pixels = mix_pixels(*(batch[n] for n in ("pixels", "partner", "mode", "lam", "box")))
+        dense, image = teacher.forward_dense(pixels)
+        assert torch.equal(batch["cell_class"], hard_targets(dense, image, blend))
+        assert torch.equal(batch["global_class"], image.argmax(1))
+        assert (batch["mode"] != 0).any()
+
+
+def test_training_that_was_cut_mid_epoch_ends_in_the_same_weights(cached: Path) -> None:
+    train(config(cached, "whole"), quiet=True)
+    for stop in (3, 8, 0):
+        train(config(cached, "cut", train={"save_every": 1, "max_steps": stop}), quiet=True)
+    assert weights(cached / "whole") == weights(cached / "cut")
+
+
+def test_worker_processes_change_nothing(cached: Path) -> None:
+    train(config(cached, "workers0"), quiet=True)
+    train(config(cached, "workers2", train={"workers": 2}), quiet=True)
+    assert weights(cached / "workers0") == weights(cached / "workers2")
+
+
+def test_the_exported_weights_are_timms_own_names(cached: Path) -> None:
+    import timm
+
+    train(config(cached, "plain"), quiet=True)
+    facts = json.loads((cached / "plain" / "config.json").read_text())
+    model = timm.create_model(
+        facts["architecture"],
+        num_classes=5,
+        checkpoint_path=str(cached / "plain" / "model.safetensors"),
+        **facts["model_args"],
+    )
+    assert model.state_dict().keys() == load_file(cached / "plain" / "model.safetensors").keys()
+
+
+def change_unit(cache_path: Path, **fields: Any) -> None:
+    """Replace unit (0, 0) by one with other fields, committed as if stage 1 had made it so."""
+    cache = open_cache(cache_path)
+    unit = cache.read(0, 0, "envelope")
+    both = {name: cache.read(0, 0, name).targets for name in cache.codecs}
+    changed = dict(unit.fields)
+    for name, change in fields.items():
+        changed[name] = change(changed[name].copy())
+    (cache_path / commit_file(0, 0)).unlink()
+    cache.add_unit(0, 0, changed, both, {}, {})
+
+
+@pytest.mark.parametrize("field", ["digest", "lam", "box"])
+def test_one_changed_field_of_a_view_stops_training_at_its_sample(base: Path, field: str) -> None:
+    path = base / f"changed-{field}"
+    cache_teacher(config(base, cache={"path": str(path), "views": 1}), quiet=True)
+
+    def bump(values: Any) -> Any:
+        mixed = np.flatnonzero(open_cache(path).read(0, 0, "envelope").fields["mode"])[0]
+        values[mixed] += 1
+        return values
+
+    change_unit(path, **{field: bump})
+    with pytest.raises(ReplayError, match="view 0 of sample"):
+        train(config(base, f"run-{field}", cache={"path": str(path)}), quiet=True)
+
+
+def test_a_bad_image_is_quarantined_and_counted_and_its_partners_stay_unmixed(base: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from cskd.inventory import Sample, ShardFile, open_inventory, write_inventory
+
+    data = tmp_path / "bad"
+    shutil.copytree(base / "train", data)
+    old = open_inventory(data)
+    shard = bytearray(old.shard_path(0).read_bytes())
+    at, size = int(old.offset[3]), int(old.size[3])
+    shard[at : at + size] = b"\0" * size
+    old.shard_path(0).write_bytes(shard)
+    import google_crc32c
+
+    crc = [int(c) for c in old.crc32c]
+    crc[3] = google_crc32c.value(b"\0" * size)
+    rows = [
+        Sample(old.key(i), int(old.label[i]), crc[i], int(old.shard[i]), int(old.offset[i]), int(old.size[i]))
+        for i in range(len(old))
+    ]
+    shutil.rmtree(data / "inventory")
+    write_inventory(data, rows, classes=old.classes, shards=[ShardFile(*s) for s in old.shards], block=20)
+    c = config(base, "run-bad", data={"train": str(data)}, cache={"path": str(tmp_path / "cache"), "max_quarantine": 0.1})
+    report = cache_teacher(c, quiet=True)
+    assert report.quarantined == 1
+    cache = open_cache(tmp_path / "cache")
+    assert cache.quarantined().tolist() == [i == 3 for i in range(42)]
+    for view in range(3):
+        commit = cache.commit_of(0, view)
+        assert commit and commit.cached + len(commit.quarantine) == commit.samples
+        unit = cache.read(0, view, "envelope")
+        assert (unit.fields["partner"] != 3).all()
+    assert train(c, quiet=True).steps == 3 * (41 // 8)
+
+
+def test_training_on_an_unfinished_cache_is_refused_with_the_command_that_finishes_it(cached: Path) -> None:
+    path = cached / "unfinished"
+    cache_teacher(config(cached, cache={"path": str(path)}), quiet=True)
+    (path / commit_file(1, 2)).unlink()
+    with pytest.raises(CacheError, match=r"lacks 1 of 6 units, the first is block 1, view 2; finish it with `cskd cache"):
+        train(config(cached, "x", cache={"path": str(path)}), quiet=True)
+
+
+def test_a_recipe_that_contradicts_the_cache_is_refused(cached: Path) -> None:
+    with pytest.raises(ConfigError, match=r"recipe\.flip is 0\.1, the cache .* was made with 0\.5"):
+        train(config(cached, "x", recipe={"flip": 0.1}), quiet=True)
+
+
+def test_soft_methods_without_a_soft_codec_are_refused(base: Path) -> None:
+    hard = {"path": str(base / "hard-only"), "codecs": ["envelope"], "views": 1}
+    cache_teacher(config(base, cache=hard), quiet=True)
+    with pytest.raises(ConfigError, match=r"cache\.codecs: \[envelope, int8\]"):
+        train(config(base, "x", cache=hard, loss={"method": "cskd-soft"}), quiet=True)
+
+
+def test_a_teacher_near_chance_is_refused_before_the_first_unit(base: Path) -> None:
+    path = base / "chance"
+    with pytest.raises(TeacherError, match="chance"):
+        cache_teacher(config(base, teacher={"min_top1": 0.99}, cache={"path": str(path)}), quiet=True)
+    assert not path.exists()
+
+
+def test_a_racing_second_commit_leaves_the_first(cached: Path) -> None:
+    root = cached / "cache"
+    first = read_commit(root, 0, 0)
+    assert first is not None
+    assert publish(root, Commit(**{**vars(first), "content_hash": "f" * 64})) is False
+    assert read_commit(root, 0, 0) == first

@@ -1,0 +1,148 @@
+"""Units, commit records and caches: what is written is what is read, and damage is found and named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from cskd.errors import CacheError
+from cskd.store.cache import Cache, create_cache, first_difference, open_cache
+from cskd.store.commit import publish, read_commit
+from cskd.store.format import FORMAT, MANIFEST, VIEW_FIELDS, commit_file
+from cskd.store.unit import content_hash, pack_unit, read_unit
+from tests.caches import make_tiny_cache
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return make_tiny_cache(tmp_path)
+
+
+def unit_path(cache: Cache, block: int = 0, view: int = 0) -> Path:
+    commit = cache.commit_of(block, view)
+    assert commit is not None
+    return cache.root / commit.files[0].path
+
+
+def test_the_same_arrays_give_the_same_bytes_and_come_back_as_they_were(tmp_path: Path) -> None:
+    fields = {"seed": np.arange(7, dtype=np.uint64), "label": np.arange(7, dtype=np.int32)}
+    targets = {"extra": np.arange(20, dtype=np.uint16), "empty": np.empty(0, np.uint16)}
+    names = {"seed": ("sample",), "label": ("sample",), "extra": ("segment",), "empty": ("segment",)}
+    data = pack_unit(fields, targets, names, {"codec": "x"})
+    assert data == pack_unit(dict(reversed(fields.items())), targets, names, {"codec": "x"})
+    path = tmp_path / "unit.zarr.zip"
+    path.write_bytes(data)
+    for got, expected in zip(read_unit(path), (fields, targets), strict=True):
+        assert got.keys() == expected.keys()
+        for name, array in expected.items():
+            assert got[name].dtype == array.dtype
+            assert np.array_equal(got[name], array)
+
+
+def test_stock_zarr_opens_a_unit_and_sees_every_field_with_its_dimensions(cache: Cache) -> None:
+    with zarr.storage.ZipStore(unit_path(cache), mode="r") as store:
+        group = zarr.open_group(store, mode="r")
+        assert group.attrs["format"] == FORMAT
+        for name, (dtype, dimensions) in VIEW_FIELDS.items():
+            array = group[name]
+            assert isinstance(array, zarr.Array)
+            assert array.dtype == dtype
+            assert array.metadata.dimension_names == dimensions
+
+
+def test_every_flipped_byte_of_a_unit_is_found_or_harmless(cache: Cache) -> None:
+    path = unit_path(cache)
+    whole = path.read_bytes()
+    before = read_unit(path)
+    expected = content_hash(before[0], {"x": before[1]})
+    for at in np.random.default_rng(0).integers(0, len(whole), 60).tolist():
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
+        try:
+            fields, targets = read_unit(path)
+        except CacheError as e:
+            assert str(path) in str(e)
+            continue
+        assert content_hash(fields, {"x": targets}) == expected
+
+
+def test_a_missing_chunk_is_corruption_and_never_zeros(cache: Cache, tmp_path: Path) -> None:
+    import zipfile
+
+    path = unit_path(cache)
+    less = tmp_path / "less.zarr.zip"
+    with zipfile.ZipFile(path) as a, zipfile.ZipFile(less, "w") as b:
+        for name in a.namelist():
+            if not name.startswith("digest/c/"):
+                b.writestr(name, a.read(name))
+    with pytest.raises(CacheError, match=r"digest has 0 chunks, expected 1"):
+        read_unit(less)
+
+
+def test_the_first_commit_of_a_unit_counts_and_a_second_changes_nothing(cache: Cache) -> None:
+    first = cache.commit_of(0, 0)
+    assert first is not None
+    other = type(first)(**{**vars(first), "content_hash": "0" * 64})
+    assert publish(cache.root, other) is False
+    assert read_commit(cache.root, 0, 0) == first
+
+
+def test_a_changed_commit_record_is_refused(cache: Cache) -> None:
+    path = cache.root / commit_file(0, 0)
+    record = json.loads(path.read_text())
+    record["commit"]["cached"] += 1
+    path.write_text(json.dumps(record))
+    with pytest.raises(CacheError, match="does not match its own hash"):
+        cache.commit_of(0, 0)
+
+
+def test_a_record_in_the_place_of_another_unit_is_refused(cache: Cache) -> None:
+    a, b = (cache.root / commit_file(0, view) for view in (0, 1))
+    b.write_bytes(a.read_bytes())
+    with pytest.raises(CacheError, match="view 0"):
+        cache.commit_of(0, 1)
+
+
+def test_counts_that_do_not_add_up_are_refused(cache: Cache) -> None:
+    unit = cache.read(0, 0, next(iter(cache.codecs)))
+    fields = {name: array[:-1] for name, array in unit.fields.items()}
+    with pytest.raises(CacheError, match=r"cached \+ 0 quarantined"):
+        cache.add_unit(0, 0, fields, {}, {}, {})
+
+
+def test_seeds_of_another_view_are_found_when_a_unit_is_read(cache: Cache) -> None:
+    name = next(iter(cache.codecs))
+    commit, other = cache.commit_of(0, 0), cache.commit_of(0, 1)
+    assert commit and other
+    (cache.root / commit.files[0].path).write_bytes((cache.root / other.files[0].path).read_bytes())
+    with pytest.raises(CacheError, match="has seed"):
+        cache.read(0, 0, name)
+
+
+def test_resuming_with_another_identity_names_the_field_and_both_values(cache: Cache) -> None:
+    identity = json.loads(json.dumps(cache.identity))
+    identity["recipe"]["flip"] = 0.25
+    with pytest.raises(CacheError, match=r"recipe\.flip = 0\.5, this config has 0\.25"):
+        create_cache(cache.root, identity, cache.views, {}, cache.inventory)
+
+
+def test_a_cache_grows_by_views_and_keeps_its_units(cache: Cache) -> None:
+    grown = create_cache(cache.root, cache.identity, cache.views + 3, {}, cache.inventory)
+    assert grown.views == cache.views + 3
+    assert {view for _, view in grown.missing()} == set(range(cache.views, cache.views + 3))
+
+
+def test_an_edited_manifest_is_refused(cache: Cache) -> None:
+    manifest = json.loads((cache.root / MANIFEST).read_text())
+    manifest["identity"]["recipe"]["seed"] = 99
+    (cache.root / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CacheError, match="fingerprint"):
+        open_cache(cache.root)
+
+
+def test_first_difference_is_the_dotted_name() -> None:
+    assert first_difference({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == ("a.c", 2, 3)
+    assert first_difference({"a": 1}, {"a": 1}) is None
