@@ -66,13 +66,14 @@ def pack(
     seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
     shard_size: Annotated[int, typer.Option(help="Images a shard.")] = 4096,
     block: Annotated[int, typer.Option(help="Images a block of whole shards: the unit of the cache.")] = 8192,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many of the shuffled images.")] = None,
     short_side: Annotated[int | None, typer.Option(help="Re-encode images whose short side is larger, pixels.")] = None,
     json_: Json = False,
 ) -> None:
     """A folder of class folders (or a tar of one) to shuffled webdataset shards with an inventory."""
     from pipeline.packing import pack_data, render
 
-    report = pack_data(src, out, classes, seed, shard_size, block, short_side, quiet=json_)
+    report = pack_data(src, out, classes, seed, shard_size, block, limit, short_side, quiet=json_)
     _print(report, json_, render)
 
 

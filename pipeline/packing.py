@@ -38,6 +38,7 @@ def pack_data(
     seed: int = 0,
     shard_size: int = 4096,
     block: int = 8192,
+    limit: int | None = None,
     short_side: int | None = None,
     quiet: bool = False,
 ) -> PackReport:
@@ -51,6 +52,7 @@ def pack_data(
             seed=seed,
             shard_size=shard_size,
             block=block,
+            limit=limit,
             short_side=short_side,
             progress=progress,
         )

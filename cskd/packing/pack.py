@@ -33,6 +33,7 @@ def pack(
     seed: int = 0,
     shard_size: int = 4096,
     block: int = 8192,
+    limit: int | None = None,
     short_side: int | None = None,
     quality: int = 95,
     workers: int | None = None,
@@ -44,14 +45,20 @@ def pack(
     The order depends on (seed, key) only, so a folder, a tar and a tar.gz of it give the same inventory id.
 
     Args:    src, classes, max_spool: see `open_source`. shard_size: images a shard (fewer where they pass 1 GB).
-             block: images a block, about. short_side, quality: see `shrink`. workers: threads that read, or processes
+             block: images a block, about. limit: only the first so many of the shuffled images. short_side, quality: see `shrink`. workers: threads that read, or processes
              that re-encode (default: the CPUs, at least 2, at most 8). progress: called with (images done, images in
              all), the latter 0 while the source is being listed.
     Returns: the inventory; its notes say what was passed over. The same data set in `out` already: nothing is written.
     Raises:  DataError; `out` is then as it was before.
     """
     src, out = Path(src), Path(out)
-    for name, value in (("shard_size", shard_size), ("block", block), ("short_side", short_side), ("workers", workers)):
+    for name, value in (
+        ("shard_size", shard_size),
+        ("block", block),
+        ("limit", limit),
+        ("short_side", short_side),
+        ("workers", workers),
+    ):
         if value is not None and value < 1:
             raise DataError(f"{name} is {value}, expected at least 1")
     if not 1 <= quality <= 100:
@@ -64,6 +71,7 @@ def pack(
         "seed": seed,
         "shard_size": shard_size,
         "block": block,
+        "limit": limit,
         "short_side": short_side,
         "quality": quality if short_side is not None else None,
     }
@@ -71,7 +79,7 @@ def pack(
     try:
         with _workspace(out) as work:
             source = open_source(src, classes, work, max_spool, progress)
-            order = shuffled(source.key_hash, seed)
+            order = shuffled(source.key_hash, seed)[:limit]
             images = payloads(source.listing, order, short_side, quality, workers)
             images = _counted(images, len(order), progress)
             if (out / FOLDER / HEADER).is_file():
