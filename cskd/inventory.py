@@ -143,7 +143,7 @@ def open_inventory(path: str | Path, data: str | Path | None = None, verify: boo
         if len(column) != expected:
             raise DataError(f"{path / name}.npy holds {len(column)} entries, expected {expected}; pack or index again")
     if verify:
-        verify_files(path, header, columns)
+        verify_files(path, header)
     return Inventory(path, Path(data) if data is not None else path.parent, header, columns)
 
 
@@ -168,10 +168,12 @@ def block_bounds(shard_counts: Sequence[int], block: int) -> NDArray[np.int64]:
 
 def first_duplicate(key_hashes: U64) -> tuple[int, int] | None:
     """Two samples whose keys hash alike (equal keys; 64 bits make others improbable), or None."""
-    order = np.argsort(key_hashes, kind="stable")
-    ordered = key_hashes[order]
-    same = np.flatnonzero(ordered[1:] == ordered[:-1])
-    return (int(order[same[0]]), int(order[same[0] + 1])) if len(same) else None
+    ordered = np.sort(key_hashes)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if not len(twice):
+        return None
+    first, second = np.flatnonzero(key_hashes == twice[0])[:2].tolist()
+    return first, second
 
 
 class InventoryWriter:
@@ -225,7 +227,7 @@ class InventoryWriter:
         header = {
             "format": FORMAT,
             "version": VERSION,
-            "id": identify(columns, bounds),
+            "id": identify(self.folder, bounds),
             "num_samples": n,
             "classes": list(classes),
             "blocks": bounds.tolist(),

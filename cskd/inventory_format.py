@@ -82,12 +82,12 @@ def read_column(path: Path, name: str, dtype: str) -> NDArray[Any]:
     return np.asarray(column)  # a plain view: indexing np.memmap is several times slower
 
 
-def verify_files(path: Path, header: dict[str, Any], columns: dict[str, NDArray[Any]]) -> None:
+def verify_files(path: Path, header: dict[str, Any]) -> None:
     """Check the sha256 of every column file, and the id. Raises DataError naming the first that differs."""
     for name, about in header["columns"].items():
         if file_sha256(path / f"{name}.npy") != about["sha256"]:
             raise DataError(f"{path / name}.npy does not match its recorded sha256; restore it, or pack or index again")
-    if identify(columns, np.array(header["blocks"], np.int64)) != header["id"]:
+    if identify(path, np.array(header["blocks"], np.int64)) != header["id"]:
         raise DataError(f"{path} does not have the id that its header states; pack or index again")
 
 
@@ -102,12 +102,21 @@ def finish_column(folder: Path, name: str, dtype: np.dtype[Any], length: int) ->
     sync(final)
 
 
-def identify(columns: dict[str, NDArray[Any]], bounds: NDArray[np.int64]) -> str:
-    """The id: sha256 over keys, labels, checksums and block bounds, each preceded by its length."""
+def identify(folder: Path, bounds: NDArray[np.int64]) -> str:
+    """The id: sha256 over keys, labels, checksums and block bounds, each preceded by its length.
+
+    Reads the column files in pieces: mapping them would count as memory of the process.
+    """
     digest = hashlib.sha256(b"cskd inventory 1")
-    for part in (columns["key_offset"], columns["key"], columns["label"], columns["crc32c"], bounds.astype("<i8")):
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(np.ascontiguousarray(part).data)
+    for name in ("key_offset", "key", "label", "crc32c"):
+        with (folder / f"{name}.npy").open("rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, _ = np.lib.format.read_array_header_1_0(file)
+            digest.update(shape[0].to_bytes(8, "little"))
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    digest.update(len(bounds).to_bytes(8, "little"))
+    digest.update(bounds.astype("<i8").tobytes())
     return digest.hexdigest()
 
 

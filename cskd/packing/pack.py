@@ -6,12 +6,13 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
+from numpy.typing import NDArray
 
 from cskd.errors import DataError
 from cskd.inventory import Inventory, InventoryWriter, Sample, open_inventory, publish_inventory
@@ -22,7 +23,10 @@ from cskd.packing.sources import Progress, Source, open_source
 from cskd.packing.tars import MAX_SPOOL
 from cskd.seeds import U64, hash64, mix64_array
 
-WORK = ".packing"  # in OUT while a pack runs; where it exists, shards beside it without an inventory are our own
+WORK = ".packing"  # folder in OUT while a pack runs
+PUBLISHING = (
+    "publishing"  # file in it: the names that are being moved to OUT, so that these alone are ever removed there
+)
 
 
 def pack(
@@ -45,20 +49,15 @@ def pack(
     The order depends on (seed, key) only, so a folder, a tar and a tar.gz of it give the same inventory id.
 
     Args:    src, classes, max_spool: see `open_source`. shard_size: images a shard (fewer where they pass 1 GB).
-             block: images a block, about. limit: only the first so many of the shuffled images. short_side, quality: see `shrink`. workers: threads that read, or processes
-             that re-encode (default: the CPUs, at least 2, at most 8). progress: called with (images done, images in
-             all), the latter 0 while the source is being listed.
+             block: images a block, about. limit: only the first so many of the shuffled images. short_side, quality:
+             see `shrink`. workers: threads that read, or processes that re-encode (default: the CPUs, at least 2, at
+             most 8). progress: called with (images done, images in all), the latter 0 while the source is being listed.
     Returns: the inventory; its notes say what was passed over. The same data set in `out` already: nothing is written.
     Raises:  DataError; `out` is then as it was before.
     """
     src, out = Path(src), Path(out)
-    for name, value in (
-        ("shard_size", shard_size),
-        ("block", block),
-        ("limit", limit),
-        ("short_side", short_side),
-        ("workers", workers),
-    ):
+    counts = {"shard_size": shard_size, "block": block, "limit": limit, "short_side": short_side, "workers": workers}
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise DataError(f"{name} is {value}, expected at least 1")
     if not 1 <= quality <= 100:
@@ -80,20 +79,21 @@ def pack(
         with _workspace(out) as work:
             source = open_source(src, classes, work, max_spool, progress)
             order = shuffled(source.key_hash, seed)[:limit]
-            images = payloads(source.listing, order, short_side, quality, workers)
-            images = _counted(images, len(order), progress)
-            if (out / FOLDER / HEADER).is_file():
-                return _confirm(open_inventory(out), source, images, options, out)
-            _write(source, images, work, {"by": "pack", "source": src.name, **options})
+            if len(order) < len(source.listing):
+                source.notes.append(f"{len(order)} of {len(source.listing)} images taken, as limited")
+            with closing(payloads(source.listing, order, short_side, quality, workers)) as stream:
+                images = _counted(stream, len(order), progress)
+                if (out / FOLDER / HEADER).is_file():
+                    return _confirm(open_inventory(out), source, len(order), images, options)
+                _write(source, images, work, {"by": "pack", "source": src.name, **options})
             return _publish(work, out)
     except OSError as e:
         raise DataError(f"{e.filename or out}: {e.strerror or e}; mend that and run again") from e
 
 
-def shuffled(key_hashes: U64, seed: int) -> list[int]:
+def shuffled(key_hashes: U64, seed: int) -> NDArray[np.int64]:
     """The order of packing: a permutation that depends on the seed and the set of keys only."""
-    order: list[int] = np.argsort(mix64_array(key_hashes ^ np.uint64(hash64("pack", seed))), kind="stable").tolist()
-    return order
+    return np.argsort(mix64_array(key_hashes ^ np.uint64(hash64("pack", seed))), kind="stable")
 
 
 def _write(source: Source, images: Iterator[tuple[int, Payload]], work: Path, made: dict[str, Any]) -> None:
@@ -125,36 +125,36 @@ def _write(source: Source, images: Iterator[tuple[int, Payload]], work: Path, ma
 
 def _publish(work: Path, out: Path) -> Inventory:
     """Move what is finished to its place; the inventory last, which makes it valid."""
-    for name in [*(shard.name for shard in open_inventory(work).shards), CLASSES_FILE]:
+    names = [*(shard.name for shard in open_inventory(work).shards), CLASSES_FILE]
+    (work / PUBLISHING).write_text("\n".join(names), encoding="utf-8")
+    sync(work / PUBLISHING)
+    sync(work)
+    for name in names:
         os.rename(work / name, out / name)
     sync(out)
     return publish_inventory(work / FOLDER, out)
 
 
 def _confirm(
-    old: Inventory, source: Source, images: Iterator[tuple[int, Payload]], options: dict[str, Any], out: Path
+    old: Inventory, source: Source, n: int, images: Iterator[tuple[int, Payload]], options: dict[str, Any]
 ) -> Inventory:
-    """`old`, which is in `out`, if packing would give it again; DataError with the first difference otherwise."""
+    """`old`, which is in the way, if packing would give it again; DataError with the first difference otherwise."""
 
     def refuse(difference: str) -> DataError:
-        return DataError(f"{out} holds the data set {old.id[:12]} already, {difference}; pack into another folder")
+        return DataError(f"{old.root} holds the data set {old.id[:12]}, {difference}; pack into another folder")
 
     for name, value in options.items():
         if old.made.get(name) != value:
             raise refuse(f"made with {name} = {old.made.get(name)}, asked for {value}")
-    if old.n != len(source.listing) or old.classes != source.classes:
-        raise refuse(
-            f"of {old.n} images in {len(old.classes)} classes, the source has {len(source.listing)} in "
-            f"{len(source.classes)}" + (" of other names or order" if old.n == len(source.listing) else "")
-        )
+    if old.n != n:
+        raise refuse(f"of {old.n} images, and the source has {n}")
+    if old.classes != source.classes:
+        raise refuse("with other class names, or in another order")
     old.check_shards()
     for place, (i, payload) in enumerate(images):
-        if (old.key(place), old.label[place], old.crc32c[place]) != (
-            source.listing.key(i),
-            source.label(i),
-            google_crc32c.value(payload.data),
-        ):
-            raise refuse(f"whose '{old.key(place)}' is not '{source.listing.key(i)}' of the source")
+        new = (source.listing.key(i), source.label(i), google_crc32c.value(payload.data))
+        if (old.key(place), old.label[place], old.crc32c[place]) != new:
+            raise refuse(f"whose '{old.key(place)}' is not '{new[0]}' of the source")
     old.notes = [*source.notes, "this data set was packed here already: nothing was written"]
     return old
 
@@ -197,7 +197,9 @@ def _workspace(out: Path) -> Iterator[Path]:
 
 
 def _clean(out: Path) -> None:
-    if not (out / FOLDER / HEADER).is_file():
-        for path in [*out.glob("shard-*.tar"), *out.glob(CLASSES_FILE)]:
-            path.unlink()
+    """Remove a pack's work, and the files that it had begun to put into their places."""
+    publishing = out / WORK / PUBLISHING
+    if publishing.is_file() and not (out / FOLDER / HEADER).is_file():
+        for name in publishing.read_text(encoding="utf-8").splitlines():
+            (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / WORK, ignore_errors=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import multiprocessing
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from cskd.errors import DataError, ImageError
@@ -29,19 +31,19 @@ class Payload(NamedTuple):
 
 
 def payloads(
-    listing: Listing, order: Sequence[int], short_side: int | None, quality: int, workers: int
-) -> Iterator[tuple[int, Payload]]:
+    listing: Listing, order: NDArray[np.int64], short_side: int | None, quality: int, workers: int
+) -> Generator[tuple[int, Payload], None, None]:
     """(i, payload of image i) for each i of `order`, in that order, whatever the number of workers.
 
     Args:    short_side: images whose short side is larger (pixels) are re-encoded; None: all stay as they are.
     Raises:  DataError for a file that can't be read.
     """
     job = partial(_read_all, short_side=short_side, quality=quality)
-    waiting: deque[tuple[Sequence[int], Future[list[Payload]]]] = deque()
+    waiting: deque[tuple[list[int], Future[list[Payload]]]] = deque()
     pool = _pool(workers, processes=short_side is not None)
     try:
         for start in range(0, len(order), CHUNK):
-            chunk = order[start : start + CHUNK]
+            chunk = order[start : start + CHUNK].tolist()
             waiting.append((chunk, pool.submit(job, [listing.place(i) for i in chunk])))
             if len(waiting) > 2 * workers:
                 done, result = waiting.popleft()
