@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -13,6 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # started by tests inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download weights fails at once
+
+# The same examples in every run, and no failure because a machine is busy.
+hypothesis.settings.register_profile("cskd", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("cskd")
 
 
 @pytest.fixture(scope="session")

@@ -202,7 +202,8 @@ def test_an_override_that_makes_no_sense_is_refused(write, override):
 
 
 @pytest.mark.parametrize(
-    "text", ["[1, 2]", "just text", "train: [", "train: 5", "\ttrain: 1", "a: !!python/object:os.x 1"]
+    "text",
+    ["[1, 2]", "just text", "train: [", "train: 5", "\ttrain: 1", "data: {train: !!python/object/apply:os.getcwd []}"],
 )
 def test_a_file_that_is_no_config_is_refused_in_one_line(write, text):
     with pytest.raises(ConfigError) as info:
