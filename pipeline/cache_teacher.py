@@ -125,7 +125,9 @@ def _clean_check(teacher: Teacher, maker: ViewMaker, config: Config) -> tuple[fl
             images.append(maker.image(i))
             labels.append(int(maker.inventory.label[i]))
     if not images:
-        raise DataError(f"none of {wanted} images of {config.data.train} can be decoded; run `cskd pack` on a whole data set")
+        raise DataError(
+            f"none of {wanted} images of {config.data.train} can be decoded; run `cskd pack` on a whole data set"
+        )
     top1 = clean_top1(teacher, images, labels)
     check_clean(top1, teacher.classes, len(images), config.teacher.min_top1)
     return top1, len(images)

@@ -38,7 +38,10 @@ from pipeline.train import train
 
 SIZE = 32  # pixels; the scans are 8x8, enlarged
 STUDENTS = {"none": "none", "deit": "deit-hard", "cskd": "cskd-hard"}
-TEACHER: dict[str, Any] = {"model": "resnet18", "kwargs": {"channels": [24, 48, 96, 96], "output_stride": 8, "num_classes": 10}}  # 4x4 cells at 32 pixels
+TEACHER: dict[str, Any] = {
+    "model": "resnet18",
+    "kwargs": {"channels": [24, 48, 96, 96], "output_stride": 8, "num_classes": 10},
+}  # 4x4 cells at 32 pixels
 MEAN_STD = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 TEACHER_EPOCHS = 8
 

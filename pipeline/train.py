@@ -11,7 +11,10 @@ The same command resumes. Launch: `cskd train configs/cifar10.yaml`, or on many 
 
 from __future__ import annotations
 
+import json
+import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,26 +27,26 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cskd.augment.device import InputMaker
-from cskd.ckf import blend_at
 from cskd.config import Config, to_yaml
 from cskd.devices import autocast, pick_device
-from cskd.epoch_table import TargetSpec
-from cskd.errors import CacheError, ConfigError, DataError
+from cskd.errors import ConfigError, DataError
 from cskd.forwards import teacher_images
-from cskd.inventory import open_inventory
-from cskd.loading.stage2 import Batch, BatchMaker, eval_tasks
+from cskd.inventory import Inventory, open_inventory
+from cskd.loading.stage2 import Batch, BatchMaker, EvalTask, eval_tasks
 from cskd.loading.stream import Stream
 from cskd.loading.tasks import RunTasks
 from cskd.loading.views import ViewMaker
-from cskd.losses import DistillationLoss, HardTargets, MixedLabels, SoftTargets
+from cskd.losses import DistillationLoss
 from cskd.plan import PlanSpec
 from cskd.ranks import Ranks, start_ranks, stop_ranks
 from cskd.store.cache import Cache, open_cache
 from cskd.store.format import RESOLVED
-from cskd.student import build_student
+from cskd.student import Student, build_student
 from cskd.student.checkpoint import ResumeStates, TrainState, export
 from cskd.student.optim import Optimisation, reseed_step
-from pipeline.evaluate import HeadScores, score_heads
+from cskd.targets import CachedTargets, mixed_labels
+from pipeline.conflicts import refuse_conflicts, refuse_other_run, refuse_unfinished, run_identity
+from pipeline.evaluate import score_heads
 from pipeline.metrics import MetricsLog
 from pipeline.progress import Progress, bound_by
 
@@ -68,27 +71,138 @@ def train(config: Config, verify_replay: bool = True, quiet: bool = False) -> Tr
     """Train, finish or resume the run of a config. Raises CskdError; the last saved state stays."""
     ranks = start_ranks(config.train.device)
     try:
-        return _train(config, ranks, verify_replay, quiet or not ranks.first)
+        return _train(_open_run(config, ranks), verify_replay, quiet or not ranks.first)
     finally:
         stop_ranks()
 
 
-def _train(config: Config, ranks: Ranks, verify_replay: bool, quiet: bool) -> TrainReport:
-    start_clock = time.perf_counter()
+@dataclass(frozen=True)
+class _Run:
+    """What a run is made of, opened and checked."""
+
+    config: Config
+    ranks: Ranks
+    device: torch.device
+    output: Path
+    cache: Cache
+    val: Inventory | None
+    student: Student
+    plan: PlanSpec
+    targets: CachedTargets
+    optimisation: Optimisation
+    states: ResumeStates
+    identity: dict[str, Any]
+    step: int  # updates done by earlier runs
+    stop: int  # updates in all
+    notes: list[str]
+
+    def evaluates(self, epoch: int) -> bool:
+        """Whether that epoch is followed by an evaluation: every `eval_every`, and the last."""
+        last = (epoch + 1) * self.plan.steps >= self.stop
+        return self.val is not None and (last or (epoch + 1) % self.config.train.eval_every == 0)
+
+    @property
+    def eval_tasks(self) -> list[EvalTask]:
+        """This rank's share of an evaluation."""
+        batch = max(2, self.plan.global_batch // self.ranks.count)
+        return eval_tasks(len(self.val), batch, self.ranks.rank, self.ranks.count) if self.val else []
+
+    @property
+    def models(self) -> dict[str, Student]:
+        """The students that are evaluated: the live one, and the averaged one where there is one."""
+        averaged = self.optimisation.averaged
+        return {"": self.student} | ({"ema.": averaged} if averaged is not None else {})
+
+    def save(self, step: int) -> None:
+        """A state that the same command resumes from."""
+        if self.ranks.first:
+            self.states.save(self.student, self.optimisation, TrainState(step, self.identity))
+
+
+def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
+    config, plan, device, ranks = run.config, run.plan, run.device, run.ranks
+    start_clock, forwards_before, step = time.perf_counter(), teacher_images(), run.step
+    criterion = DistillationLoss(config.loss)
+    inputs = InputMaker(run.student.mean, run.student.std, device)
+    net = _parallel(run)
+    tasks, batches = _batches(run, verify_replay)
+    seconds = {"wait for views": 0.0, "student": 0.0, "evaluate": 0.0}
+
+    with (
+        MetricsLog(run.output if ranks.first else None, step // plan.steps, config.train.tensorboard) as log,
+        Progress("train", run.stop * plan.global_batch, start=step * plan.global_batch, quiet=quiet) as progress,
+    ):
+        for epoch in range(step // plan.steps, -(-run.stop // plan.steps)):
+            losses, counted = torch.zeros(1 + len(TERMS), device=device), 0
+            epoch_clock = time.perf_counter()
+            while step < min(run.stop, (epoch + 1) * plan.steps):
+                clock = time.perf_counter()
+                batch = next(batches)
+                seconds["wait for views"] += time.perf_counter() - clock
+                clock = time.perf_counter()
+                reseed_step(config.train.seed, step, ranks.rank)
+                with autocast(config.train.autocast, device):
+                    out = net(inputs.mixed(batch), run.cache.grid if criterion.uses_patches else None)
+                loss, terms = criterion(out, mixed_labels(batch, device), run.targets.of(batch, epoch, device))
+                run.optimisation.update(loss, step)
+                step, counted = step + 1, counted + 1
+                losses += torch.stack([loss.detach(), *(terms.get(name, losses.new_zeros(())) for name in TERMS)])
+                seconds["student"] += time.perf_counter() - clock
+                progress.update(step * plan.global_batch, loss=partial(_mean_loss, losses, counted))
+                if config.train.save_every and step % config.train.save_every == 0:
+                    run.save(step)
+            mean = (ranks.sum(losses) / ranks.count / max(1, counted)).tolist()
+            if not math.isfinite(mean[0]):
+                raise ConfigError(f"the loss of epoch {epoch} is {mean[0]}; lower train.lr or set train.clip_grad")
+            row = {"epoch": epoch, "step": step, "lr": run.optimisation.lr, "loss": mean[0]}
+            row |= {f"loss_{name}": value for name, value in zip(TERMS, mean[1:], strict=True)}
+            if run.evaluates(epoch):
+                clock = time.perf_counter()
+                scores = score_heads(run.models, batches, len(run.eval_tasks), inputs, config.train.autocast, ranks)
+                row |= {f"top1.{name}": score.top1 for name, score in scores.items()}
+                row |= {f"top5.{name}": score.top5 for name, score in scores.items()}
+                seconds["evaluate"] += time.perf_counter() - clock
+            tasks.retire(epoch)
+            log.add(
+                row
+                | {"seconds": time.perf_counter() - epoch_clock, "teacher_forwards": teacher_images() - forwards_before}
+            )
+            run.save(step)
+            if ranks.first:
+                export(run.output, run.student, run.optimisation, config, run.cache.classes, step)
+        last = log.rows[-1] if log.rows else {}
+    images = (step - run.step) * plan.global_batch
+    return TrainReport(
+        output=str(run.output),
+        steps=step - run.step,
+        images=images,
+        seconds=time.perf_counter() - start_clock,
+        teacher_forwards=teacher_images() - forwards_before,
+        top1={name.removeprefix("top1."): top1 for name, top1 in last.items() if name.startswith("top1.")},
+        bound_by=bound_by(seconds, images),
+        notes=run.notes,
+    )
+
+
+def _open_run(config: Config, ranks: Ranks) -> _Run:
+    """Cache, student, plan and optimiser of a config, and where an earlier run of it stopped."""
     settings = config.train
     if not settings.output:
         raise ConfigError("train.output is empty; say where results go, for example --set train.output=runs/mine")
-    output = Path(settings.output)
-    device = pick_device(settings.device)
+    output, device = Path(settings.output), pick_device(settings.device)
     cache = open_cache(config.cache.path, data=Path(config.data.train) if config.data.train else None)
     refuse_conflicts(config, cache)
-    _refuse_unfinished(cache)
+    refuse_unfinished(cache)
+    val = open_inventory(Path(config.data.val)) if config.data.val else None
+    if val is not None and val.classes != cache.classes:
+        raise DataError(
+            f"{config.data.val} has other classes than the cache; pack it with --classes and the cache's list"
+        )
 
     torch.manual_seed(settings.seed)
     student = build_student(config.student, len(cache.classes), cache.recipe.size).to(device)
     student.check_grid(cache.grid)
-    criterion = DistillationLoss(config.loss)
-    spec = PlanSpec(
+    plan = PlanSpec(
         bounds=cache.inventory.blocks,
         bad=cache.quarantined(),
         inventory_id=cache.inventory.id,
@@ -100,197 +214,79 @@ def _train(config: Config, ranks: Ranks, verify_replay: bool, quiet: bool) -> Tr
         window=settings.window,
         ranks=ranks.count,
     )
-    stop = settings.epochs * spec.steps
-    stop = min(stop, settings.max_steps) if settings.max_steps else stop
-    optimisation = Optimisation(student, settings, spec.steps)
+    optimisation = Optimisation(student, settings, plan.steps)
     states = ResumeStates(output / "resume", keep=settings.keep)
+    identity = run_identity(config, cache, ranks.count)
     loaded = states.load(student, optimisation)
-    step = loaded.step if loaded else 0
-    notes = [*student.notes, *(loaded.warnings if loaded else [])]
+    if loaded:
+        refuse_other_run(loaded.info, json.loads(json.dumps(identity)), output)
     if ranks.first:
         output.mkdir(parents=True, exist_ok=True)
         (output / RESOLVED).write_text(to_yaml(config), encoding="utf-8")
     ranks.barrier()
-
-    val = open_inventory(Path(config.data.val)) if config.data.val else None
-    if val is not None and val.classes != cache.classes:
-        raise DataError(
-            f"{config.data.val} has other classes than the cache; pack it with --classes and the cache's list"
-        )
-    evaluated = (
-        eval_tasks(len(val), max(2, settings.global_batch // ranks.count), ranks.rank, ranks.count) if val else []
+    stop = settings.epochs * plan.steps
+    return _Run(
+        config=config,
+        ranks=ranks,
+        device=device,
+        output=output,
+        cache=cache,
+        val=val,
+        student=student.train(),
+        plan=plan,
+        targets=CachedTargets(cache, config.loss, settings.epochs),
+        optimisation=optimisation,
+        states=states,
+        identity=identity,
+        step=loaded.step if loaded else 0,
+        stop=min(stop, settings.max_steps) if settings.max_steps else stop,
+        notes=[*student.notes, *(loaded.warnings if loaded else [])],
     )
 
-    def due(epoch: int) -> bool:
-        last = (epoch + 1) * spec.steps >= stop
-        return last or (epoch + 1) % settings.eval_every == 0
 
+def _parallel(run: _Run) -> torch.nn.Module:
+    """The student as the loop calls it: compiled where asked for, its gradients averaged over ranks."""
+    net: torch.nn.Module = torch.compile(run.student) if run.config.train.compile else run.student  # type: ignore[assignment]
+    if run.ranks.count == 1:
+        return net
+    return DistributedDataParallel(net, device_ids=[run.device.index] if run.device.type == "cuda" else None)
+
+
+def _batches(run: _Run, verify_replay: bool) -> tuple[RunTasks, Iterator[Batch]]:
+    """Every batch of the run, training and evaluation, in the order the loop reads them."""
+    settings = run.config.train
     tasks = RunTasks(
-        cache,
-        spec,
-        targets=lambda epoch: _targets_of(config, cache, epoch),
-        evaluate=lambda epoch: evaluated if due(epoch) else [],
-        scratch=output / "scratch",
-        start=step,
-        stop=stop,
-        rank=ranks.rank,
+        run.cache,
+        run.plan,
+        targets=run.targets.spec,
+        evaluate=lambda epoch: run.eval_tasks if run.evaluates(epoch) else [],
+        scratch=run.output / "scratch",
+        start=run.step,
+        stop=run.stop,
+        rank=run.ranks.rank,
     )
-    worker = BatchMaker(
-        ViewMaker(cache.inventory, cache.recipe),
-        ViewMaker(val, cache.recipe) if val else None,
-        settings.eval_crop_pct,
-        verify_replay,
-    )
-    batches = iter(Stream(worker, tasks, settings.workers, settings.prefetch, pin_memory=device.type == "cuda"))
-    net: torch.nn.Module = torch.compile(student) if settings.compile else student  # type: ignore[assignment]
-    if ranks.count > 1:
-        net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
-    inputs = InputMaker(student.mean, student.std, device)
-    seconds = {"wait for views": 0.0, "student": 0.0, "evaluate": 0.0}
-    scores: dict[str, HeadScores] = {}
-    first_step, forwards_before = step, teacher_images()
-
-    with (
-        MetricsLog(output if ranks.first else None, step // spec.steps, settings.tensorboard) as log,
-        Progress("train", stop * spec.global_batch, start=step * spec.global_batch, quiet=quiet) as progress,
-    ):
-        for epoch in range(step // spec.steps, -(-stop // spec.steps)):
-            losses = torch.zeros(4, device=device)
-            counted, epoch_clock = 0, time.perf_counter()
-            while step < min(stop, (epoch + 1) * spec.steps):
-                clock = time.perf_counter()
-                batch = next(batches)
-                seconds["wait for views"] += time.perf_counter() - clock
-                clock = time.perf_counter()
-                reseed_step(settings.seed, step, ranks.rank)
-                pixels = inputs.mixed(batch)
-                with autocast(settings.autocast, device):
-                    out = net(pixels, cache.grid if criterion.uses_patches else None)
-                loss, terms = criterion(out, _labels(batch, device), _targets(batch, device, config, cache, epoch))
-                if not torch.isfinite(loss):
-                    raise ConfigError(
-                        f"the loss is {loss.item()} at step {step}; lower train.lr or set train.clip_grad"
-                    )
-                optimisation.update(loss, step)
-                step += 1
-                losses += torch.stack([loss.detach(), *(terms.get(name, losses.new_zeros(())) for name in TERMS)])
-                counted += 1
-                seconds["student"] += time.perf_counter() - clock
-                progress.update(step * spec.global_batch, loss=partial(_mean_loss, losses, counted))
-                if settings.save_every and step % settings.save_every == 0 and ranks.first:
-                    states.save(student, optimisation, TrainState(step))
-            clock = time.perf_counter()
-            if evaluated and due(epoch):
-                models = (
-                    {"": student} if optimisation.averaged is None else {"": student, "ema.": optimisation.averaged}
-                )
-                scores = score_heads(models, batches, len(evaluated), inputs, settings.autocast, ranks)
-            seconds["evaluate"] += time.perf_counter() - clock
-            tasks.retire(epoch)
-            mean = (ranks.sum(losses) / ranks.count / max(1, counted)).tolist()
-            row: dict[str, Any] = {
-                "epoch": epoch,
-                "step": step,
-                "lr": optimisation.lr,
-                "loss": mean[0],
-                **{f"loss_{name}": value for name, value in zip(TERMS, mean[1:], strict=True)},
-                "seconds": time.perf_counter() - epoch_clock,
-                "teacher_forwards": teacher_images() - forwards_before,
-            }
-            for name, score in scores.items():
-                row |= {f"top1.{name}": score.top1, f"top5.{name}": score.top5}
-            log.add(row)
-            if ranks.first:
-                states.save(student, optimisation, TrainState(step))
-                export(output, student, optimisation, config, cache.classes, step)
-    return TrainReport(
-        output=str(output),
-        steps=step - first_step,
-        images=(step - first_step) * spec.global_batch,
-        seconds=time.perf_counter() - start_clock,
-        teacher_forwards=teacher_images() - forwards_before,
-        top1={name: score.top1 for name, score in scores.items()},
-        bound_by=bound_by(seconds, (step - first_step) * spec.global_batch),
-        notes=notes,
-    )
-
-
-def render(report: TrainReport, console: Console) -> None:
-    """The report for people."""
-    rate = report.images / report.seconds if report.seconds else 0.0
-    console.print(
-        f"{escape(report.output)}: {report.steps} steps, {report.images} images in {report.seconds:.1f} s ({rate:.0f} images/s)"
-    )
-    console.print("top-1 %: " + "  ".join(f"{name} {top1:.2f}" for name, top1 in report.top1.items()))
-    console.print(f"teacher forwards {report.teacher_forwards}")
-    for line in (report.bound_by, *report.notes):
-        console.print(escape(line))
+    views = ViewMaker(run.cache.inventory, run.cache.recipe)
+    clean = ViewMaker(run.val, run.cache.recipe) if run.val else None
+    maker = BatchMaker(views, clean, settings.eval_crop_pct, verify_replay)
+    pin = run.device.type == "cuda"
+    return tasks, iter(Stream(maker, tasks, settings.workers, settings.prefetch, pin_memory=pin))
 
 
 def _mean_loss(losses: Tensor, counted: int) -> str:
     return f"{float(losses[0]) / counted:.3f}"
 
 
-def _labels(batch: Batch, device: torch.device) -> MixedLabels:
-    return MixedLabels(*(batch[n].to(device, non_blocking=True) for n in ("label", "partner_label", "share")))
-
-
-def _targets_of(config: Config, cache: Cache, epoch: int) -> TargetSpec:
-    """What the epoch table holds: a method without a teacher reads none, a soft one needs a codec with logits."""
-    method = config.loss.method
-    blend = blend_at(epoch, config.train.epochs, config.loss.decay)
-    codecs = cache.codecs.values()
-    if method.endswith("soft"):
-        soft = [c.name for c in codecs if c.soft]
-        if not soft:
-            raise ConfigError(
-                f"loss.method {method} needs the teacher's logits and {cache.root} holds only {list(cache.codecs)}; "
-                "cache with cache.codecs: [envelope, int8], or use a '-hard' method"
-            )
-        return TargetSpec("soft", soft[0], blend)
-    codec = next((c.name for c in codecs if c.exact_hard), next(iter(cache.codecs)))
-    kind = {"none": "none", "deit-hard": "global", "cskd-hard": "cells"}[method]
-    return TargetSpec(kind, codec, blend)
-
-
-def _targets(
-    batch: Batch, device: torch.device, config: Config, cache: Cache, epoch: int
-) -> HardTargets | SoftTargets | None:
-    """The cached targets of a batch, as the loss reads them."""
-    spec = _targets_of(config, cache, epoch)
-    if spec.kind == "none":
-        return None
-    if spec.kind == "soft":
-        stored = {n.removeprefix("target."): t.to(device) for n, t in batch.items() if n.startswith("target.")}
-        dense, image = cache.codecs[spec.codec].logits_torch(stored)
-        return SoftTargets(image, dense, spec.blend)
-    cells = batch.get("cell_class")
-    return HardTargets(batch["global_class"].to(device), None if cells is None else cells.to(device))
-
-
-# Facts of the teacher that a config for training may repeat; weights may lie elsewhere, batch and device don't matter.
-_TEACHER_FACTS = ("model", "kwargs", "input_size", "mean", "std", "classes", "dense", "grid")
-
-
-def refuse_conflicts(config: Config, cache: Cache) -> None:
-    """Recipe and teacher are the cache's; a key the config states otherwise is an error, not a silent override."""
-    made = cache.manifest["config"]
-    for key in sorted(config.given):
-        section, _, name = key.partition(".")
-        if section == "recipe" or (section == "teacher" and name in _TEACHER_FACTS):
-            asked, cached = getattr(getattr(config, section), name), made[section][name]
-            if section == "teacher" and name == "model":
-                asked, cached = Path(asked).name, Path(cached).name
-            if asked != cached:
-                raise ConfigError(
-                    f"{key} is {asked!r}, the cache {cache.root} was made with {cached!r}; leave it out or set it so"
-                )
-
-
-def _refuse_unfinished(cache: Cache) -> None:
-    missing = cache.missing()
-    if missing:
-        raise CacheError(
-            f"{cache.root} lacks {len(missing)} of {cache.blocks * cache.views} units, the first is block {missing[0][0]}, "
-            f"view {missing[0][1]}; finish it with `cskd cache-teacher {cache.root / RESOLVED}`"
+def render(report: TrainReport, console: Console) -> None:
+    """The report for people."""
+    rate = report.images / report.seconds if report.seconds else 0.0
+    console.print(
+        f"{escape(report.output)}: {report.steps} steps, {report.images:,} images in {report.seconds:.1f} s "
+        f"({rate:.0f} images/s), teacher forwards {report.teacher_forwards}",
+        soft_wrap=True,
+    )
+    if report.top1:
+        console.print(
+            "top-1 %: " + "  ".join(f"{name} {top1:.2f}" for name, top1 in report.top1.items()), soft_wrap=True
         )
+    for line in (report.bound_by, *report.notes):
+        console.print(escape(line), soft_wrap=True)

@@ -1,0 +1,66 @@
+"""What a run may not change: recipe and teacher are the cache's, and a resumed run is the run that was begun."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cskd.config import Config, to_dict
+from cskd.errors import CacheError, ConfigError
+from cskd.store.cache import Cache, first_difference
+from cskd.store.format import RESOLVED
+
+# Facts of the teacher that a config for training may repeat; weights may lie elsewhere, batch and device don't matter.
+_TEACHER = ("model", "kwargs", "input_size", "mean", "std", "classes", "dense", "grid")
+# Keys that don't change which numbers a run ends with: they may differ when it is resumed.
+_FREE = ("output", "workers", "device", "eval_every", "keep", "save_every", "max_steps", "tensorboard", "prefetch")
+
+
+def refuse_conflicts(config: Config, cache: Cache) -> None:
+    """ConfigError for a key of the config that contradicts the cache; keys that were not written don't count."""
+    made = cache.manifest["config"]
+    for key in sorted(config.given):
+        section, _, name = key.partition(".")
+        if section == "recipe" or (section == "teacher" and name in _TEACHER):
+            asked, cached = getattr(getattr(config, section), name), made[section][name]
+            if key == "teacher.model":
+                asked, cached = Path(asked).name, Path(cached).name
+            if asked != cached:
+                raise ConfigError(
+                    f"{key} is {asked!r}, the cache {cache.root} was made with {cached!r}; leave it out or set it so"
+                )
+
+
+def refuse_unfinished(cache: Cache) -> None:
+    """CacheError while units are missing, with the command that makes them."""
+    missing = cache.missing()
+    if missing:
+        (block, view), whole = missing[0], cache.blocks * cache.views
+        raise CacheError(
+            f"{cache.root} lacks {len(missing)} of {whole} units, the first is block {block}, view {view}; "
+            f"finish it with `cskd cache-teacher {cache.root / RESOLVED}`"
+        )
+
+
+def run_identity(config: Config, cache: Cache, ranks: int) -> dict[str, Any]:
+    """What decides the numbers of a run: kept in its resume states."""
+    train = {k: v for k, v in to_dict(config.train).items() if k not in _FREE}
+    return {
+        "cache": cache.fingerprint,
+        "views": cache.views,
+        "student": to_dict(config.student),
+        "loss": to_dict(config.loss),
+        "train": train,
+        "ranks": ranks,
+    }
+
+
+def refuse_other_run(begun: dict[str, Any], now: dict[str, Any], output: Path) -> None:
+    """ConfigError when a resume state is of another run, with the field and both values."""
+    difference = first_difference(begun, now)
+    if difference:
+        key, old, new = difference
+        raise ConfigError(
+            f"the run in {output} was begun with {key} = {old!r}, now it is {new!r}; set it back, or start another run "
+            "with --set train.output=..."
+        )
