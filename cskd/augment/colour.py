@@ -1,7 +1,7 @@
-"""Colour operations on uint8 images: pixel for pixel those of Pillow's ImageOps and ImageEnhance, without leaving numpy.
+"""Colour operations on uint8 images: pixel for pixel those of Pillow's ImageOps and ImageEnhance, in numpy.
 
-Nearly all are a table of 256 values; `bytearray.translate` is the fastest look-up at hand (54 us for a 224 x 224 image,
-np.take 132). Sums that round are integers, blends are float32 as in Pillow, so nothing here depends on a library's version.
+Most are a table of 256 values; `bytearray.translate` is the fastest look-up at hand (54 us for a 224 x 224 image,
+np.take 132). What rounds is integers, blends are float32 as in Pillow: no library's version changes a pixel.
 """
 
 from __future__ import annotations
@@ -68,8 +68,10 @@ def solarize_add(image_HWC: Image, add: int) -> Image:
 
 def color(image_HWC: Image, factor: float) -> Image:
     """Blend from grey (factor 0) through the image itself (1) to more saturation."""
-    gray = gray_of(image_HWC)
-    return blend(np.stack([gray, gray, gray], axis=-1), image_HWC, factor)
+    gray, gray_HWC = gray_of(image_HWC), np.empty_like(image_HWC)
+    for channel in range(3):  # a fifth of the time of assigning to all three at once
+        gray_HWC[..., channel] = gray
+    return blend(gray_HWC, image_HWC, factor)
 
 
 def contrast(image_HWC: Image, factor: float) -> Image:
@@ -85,8 +87,10 @@ def brightness(image_HWC: Image, factor: float) -> Image:
 
 
 def sharpness(image_HWC: Image, factor: float) -> Image:
-    """Blend from the smoothed image (factor 0) through the image itself (1) to a sharper one. Smoothing is the 3x3 mean with
-    the centre counted five times; the outermost pixels are left as they are."""
+    """Blend from the smoothed image (factor 0) through the image itself (1) to a sharper one.
+
+    Smoothing is the 3x3 mean with the centre counted five times; the outermost pixels are left as they are.
+    """
     height, width = image_HWC.shape[:2]
     smooth = image_HWC.copy()
     if height > 2 and width > 2:
@@ -103,12 +107,10 @@ def sharpness(image_HWC: Image, factor: float) -> Image:
 
 
 def blend(low: Image, high: Image, factor: float) -> Image:
-    """low + factor * (high - low) in float32, truncated and clipped to 0..255; any shape, factor >= 0."""
+    """low + factor * (high - low) in float32, truncated and clipped to 0..255; any shape, factor in 0..100."""
     out = (high.astype(np.int16) - low) * np.float32(factor)
     out += low
-    np.maximum(out, 0.0, out=out)
-    np.minimum(out, 255.0, out=out)
-    return out.astype(np.uint8)
+    return np.clip(out.astype(np.int16), 0, 255).astype(np.uint8)
 
 
 def gray_of(image_HWC: Image) -> Image:

@@ -36,7 +36,7 @@ class Erasure:
 
 
 def draw_erasures(seed: int, size: int, prob: float, max_count: int) -> tuple[Erasure, ...]:
-    """The rectangles erased from one view of `size` pixels: none with probability 1 - prob, else 1 to max_count of them."""
+    """The rectangles erased from a view of `size` pixels: none with probability 1 - prob, else 1 to max_count of them."""
     if Draws(seed, "erase.apply").uniform() >= prob:
         return ()
     count = 1 + Draws(seed, "erase.count").integer(max_count)
@@ -74,8 +74,8 @@ def _draws16(state: int, n: int) -> NDArray[np.uint16]:
 def noise_tables(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[NDArray[np.uint8], ...]:
     """Quantiles of the noise of each channel: uint8 [65536] each, ascending.
 
-    Value k fills the quantiles up to the probability of a normal draw that rounds to k or less, so that the table is the
-    distribution to 1 / 65536; 255 probabilities a channel are all that is computed.
+    Value k fills the quantiles up to the probability of a normal draw that rounds to k or less, so the table is the
+    distribution to 1 / 65536, from 255 probabilities a channel.
     """
     tables = []
     for m, s in zip(mean, std, strict=True):

@@ -72,7 +72,7 @@ def apply_op(image_HWC: Image, op: Op, fill: geometry.Fill) -> Image:
         return _FACTOR[op.name](image_HWC, op.argument)
     if op.name in _MOVED:
         return _MOVED[op.name](image_HWC, op.argument, fill)
-    raise ValueError(f"operation '{op.name}' is not known, expected one of those in cskd.augment.randaugment.OPERATIONS")
+    raise ValueError(f"operation '{op.name}' is not known, expected one of randaugment.OPERATIONS")
 
 
 def fill_colour(mean: tuple[float, ...]) -> geometry.Fill:

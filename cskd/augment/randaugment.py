@@ -1,7 +1,7 @@
 """RandAugment and colour jitter: which operations an image gets, drawn from its seed, as data.
 
-Source: RandAugment, arXiv 1909.13719, with timm's operations, ranges and noise on the magnitude (`timm/data/auto_augment.py`,
-its 'rand' policies); colour jitter as torchvision's ColorJitter without hue. `ops` applies what is drawn here.
+Source: RandAugment, arXiv 1909.13719, with timm's operations, ranges and noise on the magnitude (its 'rand' policies in
+`timm/data/auto_augment.py`); colour jitter as torchvision's ColorJitter without hue. `ops` applies what is drawn here.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ _ENHANCED = ("Color", "Contrast", "Brightness", "Sharpness")
 class Op(NamedTuple):
     """One operation on a view. The argument's meaning:
 
-    Rotate degrees counter-clockwise; ShearX, ShearY pixels per pixel; TranslateX, TranslateY share of the side; Posterize
-    bits kept; Solarize the first inverted value; SolarizeAdd what values below 128 gain; Color, Contrast, Brightness,
-    Sharpness the factor (1 = unchanged); None for AutoContrast, Equalize, Invert.
+    Rotate: degrees counter-clockwise. ShearX, ShearY: pixels per pixel. TranslateX, TranslateY: share of the side. All
+    five are bicubic, as timm's are where the crop is. Posterize: bits kept. Solarize: the first inverted value.
+    SolarizeAdd: what values below 128 gain. Color, Contrast, Brightness, Sharpness: the factor, 1 = unchanged.
+    AutoContrast, Equalize, Invert: None.
     """
 
     name: str
@@ -68,8 +69,8 @@ def _draw_magnitude(draws: Draws, settings: RandSettings) -> float:
 def argument_of(name: str, magnitude: float, negative: bool, increasing: bool) -> float | None:
     """What an operation gets at a magnitude.
 
-    Args:    magnitude in 0..10; negative, whether an operation with two directions goes the other way; increasing, timm's
-             `inc1`: Posterize, Solarize and the four factors get stronger with the magnitude.
+    Args:    magnitude in 0..10; negative, whether an operation with two directions goes the other way; increasing,
+             timm's `inc1`: Posterize, Solarize and the four factors get stronger with the magnitude.
     Returns: The argument of `Op`.
     """
     share = magnitude / MAX_MAGNITUDE

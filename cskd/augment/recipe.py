@@ -1,7 +1,7 @@
-"""A view's parameters are data: everything random about one augmented image, drawn from its seed before any pixel is read.
+"""A view's parameters are data: everything random about an augmented image, drawn from its seed before a pixel is read.
 
-`sample_params(seed, ...) -> ViewParams`, then `apply(image, params)` in `ops`, which draws nothing. The order is that of
-timm's `create_transform`: crop, flip, RandAugment or colour jitter, erasing.
+`sample_params(seed, ...) -> ViewParams`, then `apply(image, params)` in `ops`, which draws nothing. The order is that
+of timm's `create_transform`: crop, flip, RandAugment or colour jitter, erasing.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Box:
 
 @dataclass(frozen=True)
 class ViewParams:
-    """One view: `crop` of the image (of the zero-padded image for `padded` crops), resized to `size`, flipped, then `ops`
-    one after the other, then `erasures`."""
+    """One view: `crop` of the image (of the zero-padded image for `padded` crops), resized to `size`, then flipped, then
+    `ops` one after the other, then `erasures`."""
 
     size: int
     crop: Box
@@ -42,7 +42,7 @@ class ViewParams:
     flip: bool
     ops: tuple[Op, ...] = ()
     erasures: tuple[Erasure, ...] = ()
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of RGB in [0, 1]: colour of what comes from outside, centre of the noise
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of RGB in [0, 1]: colour from outside, and of the noise
     std: tuple[float, ...] = (0.229, 0.224, 0.225)  # of the noise
 
 
@@ -86,7 +86,7 @@ def describe(params: ViewParams) -> str:
 
 
 def _resized_crop(seed: int, height: int, width: int, recipe: RecipeConfig) -> Box:
-    """Random resized crop as in torchvision and timm: ten tries at an area and a log-uniform ratio, then a centre crop."""
+    """Random resized crop as in timm: ten tries at an area and a log-uniform ratio, then a centre crop."""
     draws = Draws(seed, "crop")
     log_low, log_high = math.log(recipe.ratio[0]), math.log(recipe.ratio[1])
     for _ in range(10):
@@ -101,7 +101,7 @@ def _resized_crop(seed: int, height: int, width: int, recipe: RecipeConfig) -> B
 
 
 def _padded_crop(seed: int, height: int, width: int, recipe: RecipeConfig) -> tuple[Box, int]:
-    """A size x size window of the image padded by `padding` zeros a side; smaller or larger images are resized first."""
+    """A size x size window of the image padded by `padding` zeros a side; other sizes of images are resized first."""
     draws = Draws(seed, "crop")
     span = 2 * recipe.padding + 1
     return Box(draws.integer(span), draws.integer(span), recipe.size, recipe.size), recipe.padding
