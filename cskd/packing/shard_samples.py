@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import itertools
 import json
@@ -65,9 +66,19 @@ def expand_shards(spec: Path) -> list[Path]:
 
 
 def is_shard(tar: Path, shown: Path) -> bool:
-    """Whether a tar looks like a webdataset shard, not class folders: its first files have an image with a label."""
+    """Whether a tar looks like a webdataset shard, not class folders: its first files have a .cls, or a .json label."""
     with tar.open("rb") as file:
-        return any(_samples(file, shown, itertools.islice(members(tar, shown), 64), Tally()))
+        for key, group in itertools.groupby(
+            itertools.islice(members(tar, shown), 64), lambda member: _key(member.name)
+        ):
+            parts = {member.name[len(key or "") + 1 :].lower(): member for member in group}
+            if "cls" in parts:
+                return True
+            if key and parts.keys() & IMAGE_EXTENSIONS:
+                with contextlib.suppress(DataError):  # a .json of another kind
+                    if _label(file, shown, key, parts) is not None:
+                        return True
+    return False
 
 
 def shard_samples(shard: Path, incomplete: Tally | None = None, shown: Path | None = None) -> Iterator[ShardSample]:

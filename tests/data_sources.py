@@ -1,0 +1,58 @@
+"""A small data set in the forms a user may have it, for the tests of packing."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import webdataset
+
+from cskd.inventory import Inventory
+from cskd.shards import ShardReader
+
+FILES = {
+    f"{name}/{name}_{i:02d}.JPEG": f"{name} {i}".encode() * (i + 1) for name in ("ant", "bee", "cat") for i in range(9)
+}
+SMALL = {"shard_size": 4, "block": 8}
+
+
+def folder(root: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    return root
+
+
+def tar(path: Path, files: dict[str, bytes], mode: str = "w", **options: Any) -> Path:
+    with tarfile.open(path, mode, **options) as out:  # type: ignore[call-overload]
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            out.addfile(info, io.BytesIO(data))
+    return path
+
+
+def contents(inventory: Inventory) -> dict[str, tuple[str, bytes]]:
+    """key -> (class, bytes), read by the inventory."""
+    reader = ShardReader(inventory)
+    return {inventory.key(i): (inventory.classes[inventory.label[i]], reader.read(i)) for i in range(inventory.n)}
+
+
+def as_webdataset_reads(shard: Path) -> list[dict[str, Any]]:
+    """Its samples; webdataset.WebDataset does the same, but leaves the file open."""
+    with shard.open("rb") as stream:
+        files = webdataset.tariterators.tar_file_expander([{"url": str(shard), "stream": stream}])
+        return list(webdataset.tariterators.group_by_keys(files))
+
+
+def names(root: Path) -> set[str]:
+    return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+
+
+EXPECTED = {name[:-5]: (name[:3], data) for name, data in FILES.items()}
+
+
+def prefixed(prefix: str) -> dict[str, bytes]:
+    return {prefix + name: data for name, data in reversed(FILES.items())}
