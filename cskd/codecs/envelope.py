@@ -14,7 +14,8 @@ classes, the first of them argmax g for every cell. A unit stores
 so a start is known exactly: a crossing in float64 is good to 3e-11 of such a step, and where it comes closer than 1e-6
 to a whole number both classes are compared there in exact arithmetic. A class that wins only between two such blends is
 not stored. Offsets of the samples are not stored either: they are running sums of the counts, and a second copy could
-only cost bytes or disagree. Lists of classes take a sixth less after zstd than class ids would: SIZES.
+only cost bytes or disagree. With class ids in place of places in a list a view takes 5 % more after zstd: 213.6 bytes
+against 202.7 (3,000 views of 500 ImageNet images, DeiT's augmentation and mixing, MobileNetV2, 2.3 segments a cell).
 
 Shapes: N samples, B batch, K classes, h w grid, n cells (B * h * w), M extra
 segments, T listed classes, m candidates.
