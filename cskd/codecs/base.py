@@ -53,6 +53,8 @@ def direct_hard(dense_BKhw: Tensor, global_BK: Tensor, blend: int) -> Tensor:
     Source:  arXiv 2307.08500, section on CKF.
     """
     check_blend(blend)
+    if dense_BKhw.device.type == "mps":  # has no float64
+        return direct_hard(dense_BKhw.cpu(), global_BK.cpu(), blend).to(dense_BKhw.device)
     local = dense_BKhw.double() * blend
     image = (global_BK.double() * (BLEND_ONE - blend))[:, :, None, None]
     total = local + image
