@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import random
+import zlib
+
 import numpy as np
 import pytest
 import torch
+from distributions import assert_same_distribution
+from PIL import Image
+from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from cskd.augment.device import mix_pixels, normalise
 from cskd.augment.mixing import CUTMIX, MIXUP, NONE, ONE, own_share, pair_params
-from cskd.augment.ops import apply
-from cskd.augment.recipe import Box, ViewParams, sample_params
-from cskd.config import RecipeConfig
+from cskd.augment.ops import apply, apply_op
+from cskd.augment.randaugment import OPERATIONS, Op, argument_of
+from cskd.augment.recipe import Box, ViewParams, describe, sample_params
+from cskd.config import RecipeConfig, to_dict
+from cskd.errors import ConfigError
 
 RESIZED = RecipeConfig(size=32)
 PADDED = RecipeConfig(size=32, crop="padded", padding=4)
+DEIT = RecipeConfig(size=224, randaugment="rand-m9-mstd0.5-inc1", erase=0.25)
+STRONG = RecipeConfig(size=32, randaugment="rand-m9-mstd0.5-inc1-n4-p1", erase=1.0, erase_count=3)
+JITTERED = RecipeConfig(size=32, crop="padded", color_jitter=0.4, erase=0.5)
 
 
 def image(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -21,13 +33,14 @@ def image(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 200), (200, 3), (32, 32), (500, 375)])
-@pytest.mark.parametrize("recipe", [RESIZED, PADDED, RecipeConfig(size=32, crop="center")])
+@pytest.mark.parametrize("recipe", [RESIZED, PADDED, RecipeConfig(size=32, crop="center"), STRONG, JITTERED])
 def test_every_image_shape_gives_a_view_of_the_recipe_size(shape: tuple[int, int], recipe: RecipeConfig) -> None:
     for seed in range(50):
         params = sample_params(seed, *shape, recipe)
         view = apply(image(*shape), params)
         assert view.shape == (32, 32, 3)
         assert view.dtype == np.uint8
+        assert view.flags.c_contiguous
 
 
 def test_a_padded_crop_is_a_shifted_window_with_zeros_outside() -> None:
@@ -45,14 +58,117 @@ def test_a_crop_of_the_view_size_keeps_its_pixels() -> None:
     assert np.array_equal(apply(source, ViewParams(32, Box(3, 5, 32, 32), 0, False)), source[3:35, 5:37])
 
 
-def test_resized_crops_have_torchvisions_area_and_ratio() -> None:
-    boxes = [sample_params(seed, 400, 400, RESIZED).crop for seed in range(4000)]
-    area = np.array([b.height * b.width / (400 * 400) for b in boxes])
-    ratio = np.log([b.width / b.height for b in boxes])
-    assert 0.07 < area.min() < 0.09
-    assert area.max() <= 1.0
-    assert abs(ratio).max() < np.log(4 / 3) + 0.05
-    assert abs(np.mean(ratio)) < 0.01
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (400, 100)])  # the second needs the centre crop at times
+def test_resized_crops_are_timms_in_area_ratio_and_place(height: int, width: int) -> None:
+    blank = Image.new("L", (width, height))
+    random.seed(0)
+    timms = [RandomResizedCropAndInterpolation.get_params(blank, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(20_000)]
+    boxes = [sample_params(seed, height, width, RESIZED).crop for seed in range(20_000)]
+    ours = np.array([(b.top, b.left, b.height, b.width) for b in boxes], np.float64)
+    for title, of in {
+        "area": lambda b: b[:, 2] * b[:, 3],
+        "ratio": lambda b: np.log(b[:, 3] / b[:, 2]),
+        "top": lambda b: b[:, 0],
+        "left": lambda b: b[:, 1],
+        "place": lambda b: b[:, 0] / (height + 1 - b[:, 2]),
+    }.items():
+        assert_same_distribution(of(ours), of(np.array(timms, np.float64)), title)
+
+
+def test_half_of_the_views_are_flipped() -> None:
+    flips = [sample_params(seed, 32, 32, PADDED).flip for seed in range(4000)]
+    assert np.mean(flips) == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_view_neither_reads_nor_moves_any_global_generator() -> None:
+    source, views = image(60, 50), []
+    for state in (1, 2):
+        random.seed(state)
+        np.random.seed(state)
+        torch.manual_seed(state)
+        before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state().clone()
+        views.append([apply(source, sample_params(seed, 60, 50, r)) for seed in range(60) for r in (STRONG, JITTERED)])
+        assert random.getstate() == before[0]
+        assert np.array_equal(np.random.get_state()[1], before[1])
+        assert torch.equal(torch.get_rng_state(), before[2])
+    assert all(np.array_equal(a, b) for a, b in zip(*views, strict=True))
+
+
+def test_a_view_leaves_the_image_as_it_is_and_needs_no_right_to_write_it() -> None:
+    source = image(32, 32)
+    before = source.copy()
+    source.flags.writeable = False
+    for seed in range(100):
+        for recipe in (STRONG, JITTERED, RecipeConfig(size=32, crop="center"), RecipeConfig(size=32, erase=1.0)):
+            view = apply(source, sample_params(seed, 32, 32, recipe))
+            view[0, 0, 0] ^= 1  # a view is its caller's to write on
+    assert np.array_equal(source, before)
+
+
+def test_one_decision_moves_no_other() -> None:
+    plain, all_on = RecipeConfig(size=32), STRONG
+    for seed in range(200):
+        a, b = sample_params(seed, 80, 70, plain), sample_params(seed, 80, 70, all_on)
+        assert (a.crop, a.flip) == (b.crop, b.flip)
+        c = sample_params(seed, 80, 70, RecipeConfig(size=32, erase=1.0, erase_count=3))
+        assert c.erasures == b.erasures
+
+
+def test_a_seed_keeps_its_meaning() -> None:
+    """Golden: when one of these changes, RECIPE_CODE_VERSION must, and no cache made before can be replayed."""
+    lines = [describe(sample_params(seed, 375, 500, DEIT)) for seed in range(7)]
+    assert lines == GOLDEN_LINES
+
+
+def test_operations_reckoned_here_keep_their_pixels() -> None:
+    """Golden, for every version of numpy and Pillow: all operations but Rotate, which is Pillow's, and the resizing."""
+    skewed = ((np.arange(64 * 64 * 3) * 40503 >> 4) % 256) ** 2 // 400 + 20
+    view, sums = skewed.astype(np.uint8).reshape(64, 64, 3), {}
+    for name in OPERATIONS:
+        if name != "Rotate":
+            sums[name] = zlib.crc32(apply_op(view, Op(name, argument_of(name, 9.0, True, True)), (124, 116, 104)))
+    erasures = sample_params(4, 64, 64, RecipeConfig(size=64, erase=1.0)).erasures
+    sums["erase"] = zlib.crc32(apply(view, ViewParams(64, Box(0, 0, 64, 64), 0, False, erasures=erasures)))
+    assert sums == GOLDEN_SUMS
+
+
+def test_a_description_names_all_that_was_done() -> None:
+    params = ViewParams(
+        224,
+        Box(1, 2, 100, 200),
+        0,
+        True,
+        ops=(Op("Rotate", -27.3), Op("Invert", None)),
+        erasures=sample_params(0, 9, 9, RecipeConfig(size=32, erase=1.0)).erasures,
+    )
+    text = describe(params)
+    e = params.erasures[0]
+    assert text == (
+        f"crop 100x200 at (1, 2) to 224, flip, Rotate -27.3, Invert, erase {e.height}x{e.width} at ({e.top}, {e.left})"
+    )
+
+
+def test_a_recipe_is_plain_data() -> None:
+    for recipe in (DEIT, STRONG, JITTERED):
+        assert RecipeConfig(**json.loads(json.dumps(to_dict(recipe)))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("erase", 1.5),
+        ("erase_count", 0),
+        ("color_jitter", -0.1),
+        ("mean", [0.5, 0.5]),
+        ("mean", [124, 116, 104]),
+        ("std", [0.0, 0.2, 0.2]),
+        ("randaugment", "rand-m9-w0"),
+    ],
+)
+def test_a_value_that_is_not_usable_is_refused_by_its_key(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"recipe.{field} is ") as error:
+        RecipeConfig(**{field: value})
+    assert "expected" in str(error.value)
 
 
 def test_a_pair_draws_the_same_mixing_from_either_side() -> None:
@@ -102,3 +218,31 @@ def test_normalise_is_timms_formula() -> None:
     mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
     expected = (x / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     assert torch.allclose(normalise(x, mean, std), expected, atol=1e-6)
+
+
+GOLDEN_LINES = [
+    "crop 167x195 at (12, 71) to 224, Color 0.166, erase 60x51 at (147, 140)",
+    "crop 284x281 at (15, 64) to 224, flip, AutoContrast",
+    "crop 217x250 at (17, 155) to 224, AutoContrast, erase 54x127 at (104, 37)",
+    "crop 372x413 at (0, 58) to 224, flip, Contrast 1.85, Color 0.167",
+    "crop 223x174 at (115, 299) to 224",
+    "crop 245x219 at (63, 74) to 224, flip, SolarizeAdd 99",
+    "crop 145x121 at (11, 38) to 224, flip, ShearY -0.259, erase 88x179 at (17, 13)",
+]
+GOLDEN_SUMS = {
+    "AutoContrast": 0x96BD73A0,
+    "Equalize": 0x96BD73A0,
+    "Invert": 0xED6E7F35,
+    "Posterize": 0x69155487,
+    "Solarize": 0xAB0B3F9D,
+    "SolarizeAdd": 0xD1F84F7F,
+    "Color": 0x0743206C,
+    "Contrast": 0x98893D54,
+    "Brightness": 0xF09A9394,
+    "Sharpness": 0x870B7A76,
+    "ShearX": 0x4BA5876D,
+    "ShearY": 0xCC9E531F,
+    "TranslateX": 0x4DC137C2,
+    "TranslateY": 0x5FC80655,
+    "erase": 0x3020DEAA,
+}

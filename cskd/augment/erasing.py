@@ -36,7 +36,7 @@ class Erasure:
 
 
 def draw_erasures(seed: int, size: int, prob: float, max_count: int) -> tuple[Erasure, ...]:
-    """The rectangles erased from a view of `size` pixels: none with probability 1 - prob, else 1 to max_count of them."""
+    """The rectangles erased from a view of `size` pixels: with probability `prob` 1 to max_count of them, else none."""
     if Draws(seed, "erase.apply").uniform() >= prob:
         return ()
     count = 1 + Draws(seed, "erase.count").integer(max_count)

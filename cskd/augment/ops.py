@@ -39,21 +39,19 @@ def apply(image_HWC: Image, params: ViewParams) -> Image:
     """The pixels of one view.
 
     Args:    image_HWC uint8 [H, W, 3], left as it is; params drawn for this image's height and width.
-    Returns: uint8 [size, size, 3], contiguous.
+    Returns: uint8 [size, size, 3], contiguous, sharing no memory with the image.
     """
     if params.padding or params.crop.height == params.size == params.crop.width:
         out = _padded(image_HWC, params.crop, params.padding, params.size)
     else:
         out = resized_crop(image_HWC, params.crop, params.size)
-    # torch flips rows of RGB pixels ten times as fast as numpy copies them backwards.
-    out = torch.from_numpy(out.copy()).flip(1).numpy() if params.flip else np.ascontiguousarray(out)
+    if params.flip:
+        out = torch.from_numpy(out).flip(1).numpy()  # ten times as fast as numpy copies RGB pixels backwards
     fill = fill_colour(params.mean)
     for op in params.ops:
         out = apply_op(out, op, fill)
-    if params.erasures:
-        out = out.copy() if np.may_share_memory(out, image_HWC) else out
-        for erasure in params.erasures:
-            erase(out, erasure, params.mean, params.std)
+    for erasure in params.erasures:
+        erase(out, erasure, params.mean, params.std)
     return out
 
 
@@ -83,11 +81,11 @@ def fill_colour(mean: tuple[float, ...]) -> geometry.Fill:
 
 def resized_crop(image_HWC: Image, crop: Box, size: int) -> Image:
     """Crop, then resize to [size, size] (bicubic, antialiased)."""
-    part = image_HWC[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    part = image_HWC[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width].copy()
     if crop.height == size and crop.width == size:
         return part
     # The batch dimension comes first: only so does torch see channels_last strides and take its fast uint8 kernel.
-    nchw = torch.from_numpy(part.copy())[None].permute(0, 3, 1, 2)
+    nchw = torch.from_numpy(part)[None].permute(0, 3, 1, 2)
     out = F.interpolate(nchw, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
     return out[0].permute(1, 2, 0).contiguous().numpy()
 
@@ -98,4 +96,4 @@ def _padded(image_HWC: Image, crop: Box, padding: int, size: int) -> Image:
         image_HWC = resized_crop(image_HWC, Box(0, 0, height, width), size)
     if padding:
         image_HWC = np.pad(image_HWC, ((padding, padding), (padding, padding), (0, 0)))
-    return image_HWC[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    return image_HWC[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width].copy()

@@ -1,4 +1,4 @@
-"""RandAugment's settings as timm writes them in one string: `rand-m9-mstd0.5-inc1`. Imports no numpy: configs read it."""
+"""RandAugment's settings as timm writes them in one string: `rand-m9-mstd0.5-inc1`. Configs read it: no numpy."""
 
 from __future__ import annotations
 

@@ -33,8 +33,8 @@ class Box:
 
 @dataclass(frozen=True)
 class ViewParams:
-    """One view: `crop` of the image (of the zero-padded image for `padded` crops), resized to `size`, then flipped, then
-    `ops` one after the other, then `erasures`."""
+    """One view: `crop` of the image (of the zero-padded image for `padded` crops), resized to `size`, flipped, then
+    `ops` in their order, then `erasures`."""
 
     size: int
     crop: Box
