@@ -83,7 +83,7 @@ def clean_top1(teacher: Teacher, images: Iterable[NDArray[np.uint8]], labels: Se
         waiting.clear()
 
     for image in images:
-        waiting.append(_clean(image, teacher.preprocess))
+        waiting.append(clean_image(image, teacher.preprocess))
         if len(waiting) == teacher.batch:
             flush()
     if waiting:
@@ -111,9 +111,9 @@ def check_clean(top1: float, classes: int, count: int, min_top1: float | None = 
         )
 
 
-def _clean(image: NDArray[np.uint8], preprocess: Preprocess) -> Tensor:
+def clean_image(image: NDArray[np.uint8], preprocess: Preprocess) -> Tensor:
     """uint8 [H, W, 3] of any size -> uint8 [3, size, size]."""
-    x_CHW = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    x_CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # a copy: decoders give arrays that are read-only
     size = preprocess.size
     short = max(size, math.floor(size / preprocess.crop_pct))
     H, W = x_CHW.shape[1:]

@@ -239,7 +239,8 @@ def _gap(apply: Callable[[Tensor], Tensor], features: Tensor, nhwc: bool, layers
 def _relative_gap(dense_BKhw: Tensor, global_BK: Tensor) -> float:
     mean_BK = dense_BKhw.mean((2, 3))
     spread_B = (dense_BKhw - mean_BK[..., None, None]).square().mean((1, 2, 3)).sqrt()
-    gap = float(((mean_BK - global_BK).abs().amax(1) / spread_B.clamp_min(1e-12)).max())
+    rounding_B = 1e-3 * global_BK.square().mean(1).sqrt()  # all there is to divide by where cells are alike, or one
+    gap = float(((mean_BK - global_BK).abs().amax(1) / (spread_B + rounding_B)).max())
     return gap if gap == gap else float("inf")
 
 

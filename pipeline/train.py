@@ -129,6 +129,7 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
     seconds = {"wait for views": 0.0, "student": 0.0, "evaluate": 0.0}
 
     with (
+        tasks,
         MetricsLog(run.output if ranks.first else None, step // plan.steps, config.train.tensorboard) as log,
         Progress("train", run.stop * plan.global_batch, start=step * plan.global_batch, quiet=quiet) as progress,
     ):

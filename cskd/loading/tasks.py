@@ -43,20 +43,28 @@ class RunTasks:
         self.cache, self.plan, self.targets, self.evaluate = cache, plan, targets, evaluate
         self.scratch, self.start, self.stop, self.rank = scratch, start, stop, rank
 
+        self._pool = ThreadPoolExecutor(1, "epoch-table")
+
+    def __enter__(self) -> RunTasks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        # Here and not in the generator: a garbage collector may close that one in the very thread it would wait for.
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
     def __iter__(self) -> Iterator[TrainTask | EvalTask]:
         share = self.plan.global_batch // self.plan.ranks
         stretches = self._stretches()
-        with ThreadPoolExecutor(1, "epoch-table") as pool:
-            ahead = pool.submit(next, stretches, None)
-            while (ready := ahead.result()) is not None:
-                stretch, table = ready
-                ahead = pool.submit(next, stretches, None)
-                for step in range(stretch.first, stretch.stop):
-                    if self.start <= stretch.epoch * self.plan.steps + step < self.stop:
-                        at = (step - stretch.first) * share
-                        yield TrainTask(table, at, at + share)
-                if stretch.stop == self.plan.steps:
-                    yield from self.evaluate(stretch.epoch)
+        ahead = self._pool.submit(next, stretches, None)
+        while (ready := ahead.result()) is not None:
+            stretch, table = ready
+            ahead = self._pool.submit(next, stretches, None)
+            for step in range(stretch.first, stretch.stop):
+                if self.start <= stretch.epoch * self.plan.steps + step < self.stop:
+                    at = (step - stretch.first) * share
+                    yield TrainTask(table, at, at + share)
+            if stretch.stop == self.plan.steps:
+                yield from self.evaluate(stretch.epoch)
 
     def _stretches(self) -> Iterator[tuple[Stretch, Path]]:
         """Build one table after the other, as they are asked for."""
