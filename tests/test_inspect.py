@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from caches import CLASSES, make_tiny_cache, random_logits
 from PIL import Image
 from rich.cells import cell_len
 from rich.console import Console
@@ -33,6 +32,7 @@ from pipeline.inspect_sample import (
     sample_picture,
     sheet,
 )
+from tests.caches import CLASSES, make_tiny_cache, random_logits
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,67 @@
+"""docs/FORMAT.md tells the truth: its code runs on a cache and gives what the program's own reader gives."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cskd.codecs.base import BLEND_ONE
+from cskd.store.cache import Cache
+from cskd.store.format import VIEW_FIELDS
+from tests.caches import make_tiny_cache
+
+TEXT = (Path(__file__).resolve().parent.parent / "docs" / "FORMAT.md").read_text(encoding="utf-8")
+OPEN, TARGETS, XARRAY = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
+    """A cache at the path that the document names, in the working directory."""
+    made = make_tiny_cache(tmp_path, quarantine=[2])
+    (tmp_path / "caches").mkdir()
+    made.root.rename(tmp_path / "caches" / "imagenet_sample")
+    monkeypatch.chdir(tmp_path)
+    made.root = tmp_path / "caches" / "imagenet_sample"
+    return made
+
+
+def run(*blocks: str) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "FORMAT.md", "exec"), names)
+    return names
+
+
+def test_the_documents_code_reads_what_the_program_reads(cache: Cache) -> None:
+    names = run(OPEN, TARGETS)
+    unit = cache.read(0, 0, "envelope")
+    assert names["fields"].keys() == unit.fields.keys() and names["targets"].keys() == unit.targets.keys()
+    for mine, its in ((names["fields"], unit.fields), (names["targets"], unit.targets)):
+        for name, array in its.items():
+            np.testing.assert_array_equal(mine[name], array)
+            assert mine[name].dtype == array.dtype
+    codec = cache.codecs["envelope"]
+    for blend in (0, 1, 20000, 32768, 60000, BLEND_ONE):
+        np.testing.assert_array_equal(names["hard_targets"](unit.targets, blend), codec.hard(unit.targets, blend))
+    assert (names["halfway"] != names["hard_targets"](unit.targets, 0)).any()
+
+
+def test_the_documents_tables_list_every_array(cache: Cache) -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", TEXT, re.MULTILINE))
+    assert rows.keys() == VIEW_FIELDS.keys() | cache.codecs["envelope"].fields.keys()
+    for name, (dtype, _) in VIEW_FIELDS.items():
+        assert rows[name].startswith(np.dtype(dtype).name)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("xarray") is None, reason="xarray is not installed")
+def test_xarray_opens_both_groups_with_named_dimensions(cache: Cache) -> None:
+    names = run(OPEN, XARRAY)
+    assert dict(names["rows"].sizes) == {"sample": 4, "edge": 4}
+    assert dict(names["envelope"]["n_extra"].sizes) == {"sample": 4, "row": 3, "col": 3}
+    assert names["mixed"].sizes["sample"] == int((names["fields"]["mode"] > 0).sum())
+    np.testing.assert_array_equal(names["envelope"]["start"], names["targets"]["start"])
