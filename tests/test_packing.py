@@ -18,6 +18,7 @@ from data_sources import EXPECTED, FILES, SMALL, as_webdataset_reads, contents, 
 from PIL import Image
 
 import cskd.packing.pack
+import cskd.packing.payloads
 from cskd.errors import DataError
 from cskd.images import decode, image_size
 from cskd.inventory import open_inventory
@@ -80,6 +81,16 @@ def test_order_depends_on_seed_and_key_only(tmp_path: Path, source: Path) -> Non
     for path in list(source.rglob("*_0[1357].JPEG")):
         path.unlink()
     assert order(0, "c") == [key for key in first if int(key[-1]) not in (1, 3, 5, 7)]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_images_come_in_that_order_whatever_the_workers(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    expected = pack(source, tmp_path / "a")
+    monkeypatch.setattr(cskd.packing.payloads, "CHUNK", 2)
+    inventory = pack(source, tmp_path / "b", workers=workers)
+    assert inventory.id == expected.id and contents(inventory) == EXPECTED
 
 
 def test_limit_takes_the_first_of_the_shuffled(tmp_path: Path, source: Path) -> None:

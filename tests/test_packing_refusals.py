@@ -117,6 +117,9 @@ def test_no_cut_of_a_tar_goes_unnoticed(tmp_path: Path) -> None:
         (tmp_path / "cut.tar").write_bytes(whole[:length])
         with pytest.raises(DataError, match=r"cut\.tar"):
             pack(tmp_path / "cut.tar", tmp_path / "out")
+    (tmp_path / "cut.tar").write_bytes(whole[:515])
+    with pytest.raises(DataError, match=r"was cut off inside 'ant/ant_00.JPEG'"):
+        pack(tmp_path / "cut.tar", tmp_path / "out")
     (tmp_path / "cut.tar").write_bytes(whole[: end + 512])
     assert pack(tmp_path / "cut.tar", tmp_path / "out").n == 3
 

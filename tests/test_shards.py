@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+import time
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
@@ -121,10 +122,10 @@ def test_processes_read_with_a_reader_that_is_in_use(inventory: Inventory, metho
     assert reader.read(7) == payload(7)
     context = multiprocessing.get_context(method)
     if method == "fork":
-        process = context.Process(target=lambda: os._exit(0 if read_all(reader) else 1))
+        process = context.Process(target=lambda: os._exit(0 if read_all(reader) else 1), daemon=True)
         with reader._lock:  # as if another thread were reading at this moment
             process.start()
-        process.join(60)
+        process.join(20)
         assert process.exitcode == 0
     else:
         with context.Pool(1) as pool:
@@ -132,8 +133,16 @@ def test_processes_read_with_a_reader_that_is_in_use(inventory: Inventory, metho
     assert read_all(reader)
 
 
-def test_threads_may_share_a_reader(inventory: Inventory) -> None:
-    reader, good = ShardReader(inventory, max_open=2), []
+def test_threads_may_share_a_reader(inventory: Inventory, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pread
+
+    def slow(fd: int, size: int, offset: int) -> bytes:
+        time.sleep(0.0005)  # time for another thread to close the file
+        return real(fd, size, offset)
+
+    monkeypatch.setattr(cskd.shards.os, "pread", slow)
+    monkeypatch.setattr(cskd.shards, "TRIES", 1)
+    reader, good = ShardReader(inventory, max_open=1), []
     threads = [threading.Thread(target=lambda: good.append(read_all(reader))) for _ in range(4)]
     for thread in threads:
         thread.start()
