@@ -1,4 +1,4 @@
-"""Dense logits are the classifier's on each cell, average to the global ones, and are refused where they have no meaning.
+"""Dense logits are the classifier's on each cell, average to the global ones, or are refused with the reason.
 
 Weights are random, biases and running statistics of norms too: fresh networks have zero biases, which hide mistakes.
 """
@@ -90,7 +90,9 @@ def test_cells_average_to_the_model_s_own_output(name: str) -> None:
     torch.testing.assert_close(global_BK, own, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(dense_BKhw.mean((2, 3)), own, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(dense_BKhw[:, :, 1, 0], of_cell, rtol=1e-4, atol=1e-4)
-    assert dense_BKhw.std((2, 3)).mean() > 1e-2 * dense_BKhw.abs().mean()  # cells that differ: the identity says something
+    assert (
+        dense_BKhw.std((2, 3)).mean() > 1e-2 * dense_BKhw.abs().mean()
+    )  # cells that differ: the identity says something
 
 
 @pytest.mark.parametrize("name", NOT_LINEAR)
