@@ -146,6 +146,17 @@ def inspect(
 
 
 @app.command()
+def verify(cache: CachePath, data: Data = None, json_: Json = False) -> None:
+    """Read every byte of a cache and check it; exit code 1 names each unit that is missing or damaged."""
+    from pipeline.verify import render, verify
+
+    report = verify(cache, data=data, quiet=json_)
+    _print(report, json_, render)
+    if not report.sound:
+        raise typer.Exit(1)
+
+
+@app.command()
 def doctor(json_: Json = False) -> None:
     """Versions, decoder, start methods, disk and GPU of this machine."""
     from pipeline.doctor import doctor, render

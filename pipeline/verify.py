@@ -1,0 +1,100 @@
+"""Check a cache against its own records: every unit's file, hash, checksums and counts, and one hash over all content."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from cskd.errors import CacheError, CskdError
+from cskd.store.cache import Cache, open_cache
+from cskd.store.unit import content_hash
+from pipeline.progress import Progress
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """`errors`: one line a unit that is not what its record says; `content_root`: of the units that exist."""
+
+    cache: str
+    units: int
+    missing: int
+    cached: int
+    quarantined: int
+    inventory_samples: int
+    errors: list[str]
+    content_root: str
+
+    @property
+    def sound(self) -> bool:
+        return not self.errors and not self.missing
+
+
+def verify(path: Path, data: Path | None = None, quiet: bool = False) -> VerifyReport:
+    """Read every byte of a cache. Raises CacheError only when its manifest or inventory can't be read at all."""
+    cache = open_cache(path, data=data)
+    errors: list[str] = []
+    units = missing = cached = quarantined = 0
+    with Progress("verify", cache.blocks * cache.views, "units", quiet=quiet) as progress:
+        for block in range(cache.blocks):
+            for view in range(cache.views):
+                try:
+                    counts = _check(cache, block, view)
+                except CskdError as e:
+                    errors.append(f"block {block}, view {view}: {e}")
+                else:
+                    missing += counts is None
+                    units += counts is not None
+                    cached += counts[0] if counts else 0
+                    quarantined += counts[1] if counts else 0
+                progress.update(block * cache.views + view + 1)
+    try:
+        root = cache.content_root()
+    except CacheError:
+        root = ""
+    return VerifyReport(str(path), units, missing, cached, quarantined, len(cache.inventory), errors, root)
+
+
+def _check(cache: Cache, block: int, view: int) -> tuple[int, int] | None:
+    """(cached, quarantined) of one unit, None while it is missing. CacheError names what is wrong."""
+    commit = cache.commit_of(block, view)
+    if commit is None:
+        return None
+    first, stop = cache.block_range(block)
+    if commit.cached + len(commit.quarantine) != stop - first:
+        raise CacheError(
+            f"{commit.cached} cached + {len(commit.quarantine)} quarantined, the inventory has {stop - first}"
+        )
+    if [f.codec for f in commit.files] != list(cache.codecs):
+        raise CacheError(f"has codecs {[f.codec for f in commit.files]}, the cache {list(cache.codecs)}")
+    targets = {}
+    for file in commit.files:
+        path = cache.root / file.path
+        try:
+            raw = path.read_bytes()
+        except OSError as e:
+            raise CacheError(
+                f"{path} can't be read ({e.strerror}); run `cskd cache-teacher` after removing its record"
+            ) from None
+        if hashlib.sha256(raw).hexdigest() != file.sha256:
+            raise CacheError(f"{path} has {len(raw)} bytes that don't match its hash, expected {file.size} bytes")
+        unit = cache.read(block, view, file.codec)
+        targets[file.codec] = unit.targets
+    if content_hash(unit.fields, targets) != commit.content_hash:
+        raise CacheError("the content differs from its commit record")
+    return commit.cached, len(commit.quarantine)
+
+
+def render(report: VerifyReport, console: Console) -> None:
+    """The report for people."""
+    for error in report.errors:
+        console.print(escape(error), soft_wrap=True)
+    console.print(
+        f"{escape(report.cache)}: {report.units} units, {report.missing} missing, {len(report.errors)} damaged; "
+        f"{report.cached:,} views cached, {report.quarantined:,} quarantined, {report.inventory_samples:,} images",
+        soft_wrap=True,
+    )
+    console.print(f"content {report.content_root}", soft_wrap=True)
