@@ -49,7 +49,7 @@ def options(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Argument(help="Folder for everything it makes.")] = Path("demo"),
-    epochs: Annotated[int | None, typer.Option(help="Epochs of every student.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of every student.")] = None,
     json_: Json = False,
 ) -> None:
     """Everything on real handwritten digits, in minutes on a CPU."""
@@ -64,10 +64,12 @@ def pack(
     out: Annotated[Path, typer.Argument(help="Folder for the shards and their inventory.")],
     classes: Annotated[Path | None, typer.Option(help="Class names in label order, one a line.")] = None,
     seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
-    shard_size: Annotated[int, typer.Option(help="Images a shard.")] = 4096,
-    block: Annotated[int, typer.Option(help="Images a block of whole shards: the unit of the cache.")] = 8192,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many of the shuffled images.")] = None,
-    short_side: Annotated[int | None, typer.Option(help="Re-encode images whose short side is larger, pixels.")] = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Images a shard.")] = 4096,
+    block: Annotated[int, typer.Option(min=1, help="Images a block of whole shards: the unit of the cache.")] = 8192,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many of the shuffled images.")] = None,
+    short_side: Annotated[
+        int | None, typer.Option(min=1, help="Re-encode images whose short side is larger, pixels.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """A folder of class folders (or a tar of one) to shuffled webdataset shards with an inventory."""
@@ -81,7 +83,7 @@ def pack(
 def index(
     shards: Annotated[Path, typer.Argument(help="Folder of webdataset shards.")],
     classes: Annotated[Path | None, typer.Option(help="Class names in label order, one a line.")] = None,
-    block: Annotated[int, typer.Option(help="Images a block of whole shards: the unit of the cache.")] = 8192,
+    block: Annotated[int, typer.Option(min=1, help="Images a block of whole shards: the unit of the cache.")] = 8192,
     json_: Json = False,
 ) -> None:
     """The inventory of existing webdataset shards, which stay as they are."""
@@ -117,9 +119,11 @@ def train(
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="Result folder of cskd train.")],
     data: Annotated[Path, typer.Argument(help="Folder made by cskd pack.")],
-    batch: Annotated[int, typer.Option(help="Images a forward.")] = 256,
-    workers: Annotated[int, typer.Option(help="Processes that decode.")] = 2,
-    crop_pct: Annotated[float | None, typer.Option(help="Share of the short side; default: as in training.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images a forward.")] = 256,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode.")] = 2,
+    crop_pct: Annotated[
+        float | None, typer.Option(min=0.01, max=1.0, help="Share of the short side; default: as in training.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     json_: Json = False,
 ) -> None:
@@ -193,6 +197,11 @@ def main() -> None:
             raise
         print(f"cskd: {e}", file=sys.stderr)
         code = 1
+    except OSError as e:
+        if "--debug" in sys.argv:
+            raise
+        print(f"cskd: {_os_error(e)}", file=sys.stderr)
+        code = 1
     except KeyboardInterrupt:
         code = 130
     except SystemExit as e:
@@ -202,6 +211,15 @@ def main() -> None:
     if code in (130, 143):
         print(f"\ninterrupted; go on with: {shlex.join(['cskd', *sys.argv[1:]])}", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 1)
+
+
+def _os_error(error: OSError) -> str:
+    """A refusal of the system in one line: a path that can't be made, a full disk, a closed pipe."""
+    where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name) or "the system"
+    return (
+        f"{where}: {error.strerror or ' '.join(str(error).split())}; expected a path that can be read and written and "
+        "room on its disk; mend that, or give another path, and run the same command again"
+    )
 
 
 def _usage_or_bug(error: Exception) -> int:

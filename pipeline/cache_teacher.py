@@ -61,6 +61,10 @@ def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
     start = time.perf_counter()
     if not config.cache.path:
         raise ConfigError("cache.path is empty; say where the cache goes, for example --set cache.path=caches/mine")
+    if not config.data.train:
+        raise ConfigError(
+            "data.train is empty; say which packed data set to cache, for example --set data.train=data/mine"
+        )
     inventory = open_inventory(Path(config.data.train))
     device = pick_device(config.cache.device)
     teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
@@ -236,8 +240,12 @@ def render(report: CacheReport, console: Console) -> None:
     """The report for people."""
     rate = report.images / report.seconds if report.seconds else 0.0
     console.print(
-        f"{escape(report.cache)}: {report.units} units, {report.images} views in {report.seconds:.1f} s ({rate:.0f} views/s)"
+        f"{escape(report.cache)}: {report.units} units, {report.images} views in {report.seconds:.1f} s ({rate:.0f} views/s)",
+        soft_wrap=True,
     )
-    console.print(f"teacher top-1 on clean images {100 * report.clean_top1:.1f} %, quarantined {report.quarantined}")
-    console.print(f"content {report.content_root}")
-    console.print(escape(report.bound_by))
+    console.print(
+        f"teacher top-1 on clean images {100 * report.clean_top1:.1f} %, quarantined {report.quarantined}",
+        soft_wrap=True,
+    )
+    console.print(f"content {report.content_root}", soft_wrap=True)
+    console.print(escape(report.bound_by), soft_wrap=True)

@@ -54,13 +54,14 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run so far; a torn last line is left out."""
+    """The rows of a run so far; a torn line, and what follows it, is left out."""
     path = folder / "metrics.jsonl"
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+            rows.append({**row, "epoch": int(row["epoch"])})
+        except (ValueError, TypeError, KeyError):
             break
     return rows
 

@@ -104,8 +104,11 @@ class _Run:
     @property
     def eval_tasks(self) -> list[EvalTask]:
         """This rank's share of an evaluation."""
-        batch = max(2, self.plan.global_batch // self.ranks.count)
-        return eval_tasks(len(self.val), batch, self.ranks.rank, self.ranks.count) if self.val else []
+        if self.val is None:
+            return []
+        share = len(self.val) // self.ranks.count  # every rank has a batch: the scores are summed by all together
+        batch = max(1, min(self.plan.global_batch // self.ranks.count, share))
+        return eval_tasks(len(self.val), batch, self.ranks.rank, self.ranks.count)
 
     @property
     def models(self) -> dict[str, Student]:
@@ -199,6 +202,8 @@ def _open_run(config: Config, ranks: Ranks) -> _Run:
         raise DataError(
             f"{config.data.val} has other classes than the cache; pack it with --classes and the cache's list"
         )
+    if val is not None and len(val) < ranks.count:
+        raise DataError(f"{config.data.val} has {len(val)} images for {ranks.count} ranks; expected one a rank or more")
 
     torch.manual_seed(settings.seed)
     student = build_student(config.student, len(cache.classes), cache.recipe.size).to(device)
@@ -280,14 +285,16 @@ def _mean_loss(losses: Tensor, counted: int) -> str:
 def render(report: TrainReport, console: Console) -> None:
     """The report for people."""
     rate = report.images / report.seconds if report.seconds else 0.0
-    console.print(
-        f"{escape(report.output)}: {report.steps} steps, {report.images:,} images in {report.seconds:.1f} s "
-        f"({rate:.0f} images/s), teacher forwards {report.teacher_forwards}",
-        soft_wrap=True,
+    did = (
+        f"{report.steps} steps, {report.images:,} images in {report.seconds:.1f} s ({rate:.0f} images/s), "
+        f"teacher forwards {report.teacher_forwards}"
+        if report.steps
+        else "finished before, nothing to do; for another run set another train.output"
     )
+    console.print(f"{escape(report.output)}: {did}", soft_wrap=True)
     if report.top1:
         console.print(
             "top-1 %: " + "  ".join(f"{name} {top1:.2f}" for name, top1 in report.top1.items()), soft_wrap=True
         )
-    for line in (report.bound_by, *report.notes):
+    for line in ((report.bound_by,) if report.steps else ()) + tuple(report.notes):
         console.print(escape(line), soft_wrap=True)

@@ -125,13 +125,10 @@ def _build(cls: type[Any], raw: dict[str, Any], prefix: str) -> Any:
     for key in raw:
         if key not in known:
             near = difflib.get_close_matches(str(key), _all_keys(), n=1, cutoff=0.5)
-            inside = [k for k in difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.5)]
-            hint = (
-                prefix + inside[0]
-                if inside
-                else (near[0] if near else "one of " + ", ".join(prefix + k for k in known))
-            )
-            raise ConfigError(f"unknown key '{prefix}{key}'; the nearest known one is '{hint}'")
+            inside = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.5)
+            nearest = prefix + inside[0] if inside else near[0] if near else None
+            hint = f"the nearest known one is '{nearest}'" if nearest else "expected one of " + ", ".join(known)
+            raise ConfigError(f"unknown key '{prefix}{key}'; {hint}")
     values = {key: _check(known[key], value, prefix + key) for key, value in raw.items()}
     return cls(**values)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from typing import Any, Generic, Protocol, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from cskd.errors import CskdError
+from cskd.errors import CskdError, ReadError
 
 T = TypeVar("T")
 T_contra = TypeVar("T_contra", contravariant=True)
@@ -72,7 +75,32 @@ class Stream(Generic[T, R]):
         )
 
     def __iter__(self) -> Iterator[R]:
-        for result in self._loader:
+        if self._loader.num_workers:
+            _start_deaf_to_interrupts()
+        results = iter(self._loader)
+        while True:
+            try:
+                result = next(results)
+            except StopIteration:
+                return
+            except RuntimeError as e:
+                if "DataLoader worker" not in str(e):
+                    raise
+                raise ReadError(
+                    f"a worker process died ({' '.join(str(e).split())}), expected it to live as long as the run; "
+                    "often memory ran out: run the same command again, with fewer workers (train.workers, cache.workers)"
+                ) from e
             if isinstance(result, _Failure):
                 raise result.error
             yield result
+
+
+def _start_deaf_to_interrupts() -> None:
+    """Start the fork server so that its children ignore Ctrl-C, which the terminal sends to all; main ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by what is started now
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)

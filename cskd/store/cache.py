@@ -16,9 +16,11 @@ from cskd.config import RecipeConfig
 from cskd.errors import CacheError
 from cskd.inventory import Inventory, copy_inventory, open_inventory
 from cskd.seeds import view_seeds
-from cskd.store.commit import Commit, publish, read_commit, write_file, write_json
-from cskd.store.format import FORMAT, INVENTORY, MANIFEST, VIEW_FIELDS
+from cskd.store.commit import Commit, again, publish, read_commit, write_file, write_json
+from cskd.store.format import FORMAT, INVENTORY, MANIFEST, VIEW_FIELDS, commit_file
 from cskd.store.unit import content_hash, pack_unit, read_unit
+
+_RESTORE = "restore it from a copy, or make the cache again in another folder (--set cache.path=...)"
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Cache:
         if commit is not None and commit.fingerprint != self.fingerprint:
             raise CacheError(
                 f"unit block {block}, view {view} was made for fingerprint {commit.fingerprint[:12]}, "
-                f"this cache is {self.fingerprint[:12]}; run `cskd repair {self.root}`"
+                f"this cache is {self.fingerprint[:12]}; {self._again(block, view)}"
             )
         return commit
 
@@ -83,7 +85,7 @@ class Cache:
                 if seen is not None and seen != set(commit.quarantine):
                     raise CacheError(
                         f"block {block}: view {view} quarantines other samples than the views before it; "
-                        f"run `cskd repair {self.root}`"
+                        f"{self._again(block, view)}"
                     )
                 seen = set(commit.quarantine)
             bad[[self.block_range(block)[0] + int(i) for i in seen or ()]] = True
@@ -138,7 +140,10 @@ class Cache:
         path = next((self.root / f.path for f in commit.files if f.codec == codec), None)
         if path is None:
             raise CacheError(f"{where} has no codec {codec!r}, only {[f.codec for f in commit.files]}")
-        fields, targets = read_unit(path)
+        try:
+            fields, targets = read_unit(path)
+        except CacheError as e:
+            raise CacheError(f"{e}; {self._again(block, view)}") from e
         first, stop = self.block_range(block)
         position = np.setdiff1d(np.arange(stop - first), [int(i) for i in commit.quarantine])
         for name, (dtype, _) in VIEW_FIELDS.items():
@@ -146,16 +151,19 @@ class Cache:
                 raise CacheError(f"{path}: array {name} is missing or not {len(position)} x {np.dtype(dtype)}")
         key_hash = self.inventory.key_hash[first:stop][position]
         if not np.array_equal(fields["key_hash"], key_hash):
-            raise CacheError(f"{path} holds other samples than the inventory's {where}; run `cskd repair`")
+            raise CacheError(f"{path} holds other samples than the inventory's {where}; {self._again(block, view)}")
         seeds = view_seeds(self.recipe.seed, self.inventory.id, key_hash, view)
         if not np.array_equal(fields["seed"], seeds):
             row = int(np.flatnonzero(fields["seed"] != seeds)[0])
             raise CacheError(
                 f"{path}: sample '{self.inventory.key(first + int(position[row]))}' has seed {fields['seed'][row]:016x}, "
-                f"view {view} of it has {seeds[row]:016x}; run `cskd repair`"
+                f"view {view} of it has {seeds[row]:016x}; {self._again(block, view)}"
             )
         self.codecs[codec].check(targets, len(position), len(self.classes))
         return Unit(position, fields, targets)
+
+    def _again(self, block: int, view: int) -> str:
+        return again(self.root / commit_file(block, view))
 
     def content_root(self) -> str:
         """One hash over the content of every unit that exists, in order: two caches with equal roots hold equal targets."""
@@ -221,11 +229,17 @@ def open_cache(root: str | Path, data: Path | None = None) -> Cache:
             f"no cache at {root} ({MANIFEST} is missing); make one with `cskd cache-teacher CONFIG`"
         ) from None
     except (ValueError, OSError) as e:
-        raise CacheError(f"{root / MANIFEST} is not readable: {e}") from None
+        raise CacheError(f"{root / MANIFEST} is not readable: {e}; {_RESTORE}") from None
+    if not isinstance(manifest, dict):
+        raise CacheError(f"{root / MANIFEST} holds a {type(manifest).__name__}, expected a mapping; {_RESTORE}")
     if manifest.get("format") != FORMAT:
         raise CacheError(f"{root} has format {manifest.get('format')!r}, this version reads {FORMAT}; cache it again")
+    lacking = [key for key in ("identity", "fingerprint", "views") if key not in manifest]
+    if lacking or not isinstance(manifest["views"], int):
+        wrong = f"has no {lacking[0]!r}" if lacking else f"says views = {manifest['views']!r}, expected a whole number"
+        raise CacheError(f"{root / MANIFEST} {wrong}; {_RESTORE}")
     if fingerprint_of(manifest["identity"]) != manifest["fingerprint"]:
-        raise CacheError(f"{root / MANIFEST} does not match its own fingerprint; restore it from a copy")
+        raise CacheError(f"{root / MANIFEST} does not match its own fingerprint; {_RESTORE}")
     shards = data or Path(manifest.get("data", "."))
     inventory = open_inventory(root / INVENTORY, data=shards)
     if inventory.id != manifest["identity"]["inventory"]:

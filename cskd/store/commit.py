@@ -88,7 +88,7 @@ def read_commit(root: Path, block: int, view: int) -> Commit | None:
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as e:
-        raise CacheError(f"{path} is not a readable commit record ({e}); run `cskd repair`") from None
+        raise CacheError(f"{path} is not a readable commit record ({e}); {again(path)}") from None
     return _parse(raw, path, block, view)
 
 
@@ -96,16 +96,21 @@ def _parse(raw: Any, path: Path, block: int, view: int) -> Commit:
     try:
         body = raw["commit"]
         if hashlib.sha256(_canonical(body)).hexdigest() != raw["sha256"]:
-            raise CacheError(f"{path} does not match its own hash; run `cskd repair`")
+            raise CacheError(f"{path} does not match its own hash; {again(path)}")
         commit = Commit(**{**body, "files": [UnitFile(**f) for f in body["files"]]})
     except (KeyError, TypeError, AttributeError):
-        raise CacheError(f"{path} is not a commit record of format {FORMAT}; run `cskd repair`") from None
+        raise CacheError(f"{path} is not a commit record of format {FORMAT}; {again(path)}") from None
     if (commit.format, commit.block, commit.view) != (FORMAT, block, view):
         raise CacheError(
             f"{path} is a record of block {commit.block}, view {commit.view}, format {commit.format}; "
-            f"expected {block}, {view}, {FORMAT}; run `cskd repair`"
+            f"expected {block}, {view}, {FORMAT}; {again(path)}"
         )
     return commit
+
+
+def again(record: Path) -> str:
+    """What to do about a damaged unit: without its commit record it does not exist, and stage 1 makes it again."""
+    return f"remove {record} and run the same `cskd cache-teacher` command again"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -57,9 +57,7 @@ def read_unit(path: Path) -> tuple[Arrays, Arrays]:
         try:
             root = zarr.open_group(store, mode="r")
             if root.attrs.get("format") != FORMAT:
-                raise CacheError(
-                    f"{path} has format {root.attrs.get('format')!r}, this version reads {FORMAT}; cache it again"
-                )
+                raise CacheError(f"{path} has format {root.attrs.get('format')!r}, this version reads {FORMAT}")
             fields = {name: _read(root, name, chunks) for name in root.array_keys()}
             group = root["targets"]
             assert isinstance(group, zarr.Group)
@@ -69,9 +67,7 @@ def read_unit(path: Path) -> tuple[Arrays, Arrays]:
     except CacheError:
         raise
     except Exception as e:  # zipfile, zarr and numcodecs each raise their own kinds for damaged bytes
-        raise CacheError(
-            f"{path} is damaged ({type(e).__name__}: {' '.join(str(e).split())}); run `cskd repair`"
-        ) from e
+        raise CacheError(f"{path} is damaged ({type(e).__name__}: {' '.join(str(e).split())})") from e
 
 
 def content_hash(fields: Arrays, targets: dict[str, Arrays]) -> str:
