@@ -43,7 +43,7 @@ class EvalReport:
     heads: dict[str, HeadScores]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: a batch that is read ahead here may be a training one, which needs gradients
 def score_heads(
     models: Mapping[str, nn.Module],
     batches: Iterator[Batch],
