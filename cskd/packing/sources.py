@@ -126,9 +126,11 @@ def open_source(src: str | Path, classes: Path | None, work: Path, max_spool: in
     class_files: dict[str, Place] = {}
     if src.is_dir() and not any(is_shard(tar, tar) for tar in sorted(src.glob("*.tar"))[:1]):
         listing = _list_folder(src, ignored, class_files, progress)
-    elif src.is_dir() or not src.exists():
+    elif src.is_dir() or (not src.exists() and set("*?[{") & set(str(src))):
         shards = expand_shards(src)
         return _shard_source(shards, shards, classes, shards[0].parent / CLASSES_FILE, progress)
+    elif not src.exists():
+        raise DataError(f"nothing at {src}; expected a folder of class folders, a tar of one, or webdataset shards")
     else:
         tar = decompressed(src, work, max_spool)
         if is_shard(tar, src):
