@@ -109,7 +109,8 @@ def scalar_map(
     draw = ImageDraw.Draw(picture)
     for x0, y0, x1, y1, i, j in _cells(values_hw.shape, side):
         if min(x1 - x0, y1 - y0) >= NUMBER_CELL:
-            text = f"{values_hw[i, j]:.2f}".removeprefix("0") if high <= 1.0 else f"{values_hw[i, j]:.1f}"
+            text = f"{values_hw[i, j]:.1f}" if high > 1.0 else f"{values_hw[i, j]:.2f}".removeprefix("0")
+            text = text.removesuffix(".00")
             r, g, b = (int(v) for v in colours[i, j])
             size = int(np.clip(min(x1 - x0, y1 - y0) * 0.34, 9, 15))
             _centred(draw, (x0, y0, x1, y1), text, size, (r, g, b), outlined=False)

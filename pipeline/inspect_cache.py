@@ -238,7 +238,7 @@ def render(facts: dict[str, Any], console: Console) -> None:
             console.print(Text(f"{name}: ").append(value), soft_wrap=True)
     if "sample" in facts:
         console.print()
-        for line in _sample_lines(facts["sample"]):
+        for line in _sample_lines(facts["sample"], console.width if console.is_terminal else None):
             console.print(Text(_printable(line)), soft_wrap=True)
     if "png" in facts:
         console.print(Text(f"picture in {_printable(facts['png'])}"), soft_wrap=True)
@@ -290,8 +290,8 @@ def _lines(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
         yield "error", f"and {len(facts['errors']) - LISTED} more; see --json"
 
 
-def _sample_lines(sample: dict[str, Any]) -> Iterable[str]:
-    """What the sample is, then its cells as aligned columns."""
+def _sample_lines(sample: dict[str, Any], columns: int | None) -> Iterable[str]:
+    """What the sample is, then its cells as aligned columns, in `columns` of the terminal where there is one."""
     words, mixing = sample["names"], sample["mixing"]
     mixed = mixing["mode"]
     if "partner" in mixing:
@@ -301,6 +301,8 @@ def _sample_lines(sample: dict[str, Any]) -> Iterable[str]:
     yield f"targets at blend {sample['blend']:g} (1 = each cell's own, 0 = the image's: {words[sample['image_class']]})"
     cells = [[_printable(words[c]) for c in row] for row in sample["cells"]]
     width = min(NAME_CELLS, max(cell_len(word) for row in cells for word in row))
+    if columns is not None:
+        width = max(3, min(width, columns // len(cells[0]) - 2))
     for row in cells:
         yield "  " + "  ".join(_fit(word, width) for word in row).rstrip()
 

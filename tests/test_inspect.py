@@ -242,6 +242,13 @@ def test_names_are_shown_as_they_are_in_aligned_columns(cache: Cache, terminal: 
     assert any("bee [bold]" in row for row in rows)
 
 
+def test_the_grid_fits_the_terminal(tmp_path: Path) -> None:
+    cache = make_tiny_cache(tmp_path, grid=(2, 7), views=1, classes=["word" * 5] + [c * 16 for c in "abcd"])
+    facts = inspect(cache.root, sample=1, blend=1.0)
+    narrow, piped = (shown(facts, terminal).splitlines()[-2:] for terminal in (True, False))
+    assert max(map(len, narrow)) <= 80 < max(map(len, piped))
+
+
 def test_wide_and_hostile_names_keep_the_columns_and_the_terminal(tmp_path: Path) -> None:
     names = ["寿司寿司寿司寿司寿司", "\x1b[31mred\x07", "[/bold]", "x" * 99, "a"]
     cache = make_tiny_cache(tmp_path, classes=names, views=1)
