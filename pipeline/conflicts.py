@@ -18,11 +18,11 @@ _FREE = ("output", "workers", "device", "eval_every", "keep", "save_every", "max
 
 def refuse_conflicts(config: Config, cache: Cache) -> None:
     """ConfigError for a key of the config that contradicts the cache; keys that were not written don't count."""
-    made = cache.manifest["config"]
     for key in sorted(config.given):
         section, _, name = key.partition(".")
         if section == "recipe" or (section == "teacher" and name in _TEACHER):
-            asked, cached = getattr(getattr(config, section), name), made[section][name]
+            made = cache.identity["recipe"] if section == "recipe" else cache.manifest["config"]["teacher"]
+            asked, cached = getattr(getattr(config, section), name), made[name]
             if key == "teacher.model":
                 asked, cached = Path(asked).name, Path(cached).name
             if asked != cached:
