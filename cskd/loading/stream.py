@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing import forkserver
+from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
@@ -72,6 +74,7 @@ class Stream(Generic[T, R]):
             multiprocessing_context=start if workers else None,
             pin_memory=pin_memory,
             collate_fn=_as_it_is,
+            worker_init_fn=_end_quietly if workers else None,
         )
 
     def __iter__(self) -> Iterator[R]:
@@ -93,6 +96,17 @@ class Stream(Generic[T, R]):
             if isinstance(result, _Failure):
                 raise result.error
             yield result
+
+
+def _end_quietly(worker: int) -> None:
+    """In a worker: the thread that hands out results says nothing when the main process ends in the middle of one."""
+    show = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not isinstance(error, ConnectionError | EOFError):
+            show(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def _start_deaf_to_interrupts() -> None:
