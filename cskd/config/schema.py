@@ -58,6 +58,7 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         _need(self.batch > 0 and self.batch % 4 == 0, "teacher.batch", self.batch, "a positive multiple of 4 (quads)")
+        _need(self.check_images > 0, "teacher.check_images", self.check_images, "at least 1")
         for name in ("mean", "std"):
             value = getattr(self, name)
             _need(value is None or len(value) == 3, f"teacher.{name}", value, "three numbers, one a channel")
@@ -89,6 +90,7 @@ class RecipeConfig:
 
     def __post_init__(self) -> None:
         _need(self.size > 0, "recipe.size", self.size, "a positive number of pixels")
+        _need(self.padding >= 0, "recipe.padding", self.padding, "0 or more pixels")
         for name in ("flip", "erase", "mix_prob", "mix_switch"):
             _need(0.0 <= getattr(self, name) <= 1.0, f"recipe.{name}", getattr(self, name), "a probability in [0, 1]")
         for name in ("mixup", "cutmix"):
@@ -126,6 +128,7 @@ class CacheConfig:
         _need(self.views > 0, "cache.views", self.views, "at least 1")
         _need(len(self.codecs) > 0, "cache.codecs", self.codecs, "at least one of envelope, int8, topk:K")
         _need(self.workers >= 0, "cache.workers", self.workers, "0 or more processes")
+        _need(0.0 <= self.max_quarantine <= 1.0, "cache.max_quarantine", self.max_quarantine, "a share in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,12 @@ class StudentConfig:
     mean: list[float] | None = None  # null = the model's own
     std: list[float] | None = None
     drop_path: float = 0.0  # CSKD's; DeiT's is 0.1
+
+    def __post_init__(self) -> None:
+        _need(0.0 <= self.drop_path < 1.0, "student.drop_path", self.drop_path, "a probability in [0, 1)")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            _need(value is None or len(value) == 3, f"student.{name}", value, "three numbers, one a channel")
 
 
 @dataclass(frozen=True)
@@ -156,6 +165,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         _need(0.0 <= self.alpha <= 1.0, "loss.alpha", self.alpha, "a share in [0, 1]")
+        _need(self.patch_weight >= 0.0, "loss.patch_weight", self.patch_weight, "a weight >= 0")
         _need(self.tau > 0, "loss.tau", self.tau, "a temperature above 0")
         _need(0.0 <= self.smoothing < 1.0, "loss.smoothing", self.smoothing, "a share in [0, 1)")
 
@@ -194,4 +204,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "global_batch", "repeats", "eval_every", "keep", "window", "prefetch"):
             _need(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "at least 1")
-        _need(self.workers >= 0, "train.workers", self.workers, "0 or more processes")
+        for name in ("workers", "save_every", "max_steps"):
+            _need(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
+        for name in ("lr", "warmup_lr", "min_lr", "weight_decay"):
+            _need(getattr(self, name) >= 0.0, f"train.{name}", getattr(self, name), "a number >= 0")
+        _need(0.0 < self.eval_crop_pct <= 1.0, "train.eval_crop_pct", self.eval_crop_pct, "a share in (0, 1]")
+        _need(self.ema is None or 0.0 <= self.ema < 1.0, "train.ema", self.ema, "a decay in [0, 1), or null")
+        _need(self.clip_grad is None or self.clip_grad > 0.0, "train.clip_grad", self.clip_grad, "a norm > 0, or null")
