@@ -222,7 +222,9 @@ def test_a_bad_image_is_quarantined_and_counted_and_its_partners_stay_unmixed(ba
     ]
     shutil.rmtree(data / "inventory")
     write_inventory(data, rows, classes=old.classes, shards=[ShardFile(*s) for s in old.shards], block=20)
-    c = config(base, "run-bad", data={"train": str(data)}, cache={"path": str(tmp_path / "cache"), "max_quarantine": 0.1})
+    c = config(
+        base, "run-bad", data={"train": str(data)}, cache={"path": str(tmp_path / "cache"), "max_quarantine": 0.1}
+    )
     report = cache_teacher(c, quiet=True)
     assert report.quarantined == 1
     cache = open_cache(tmp_path / "cache")
@@ -239,7 +241,9 @@ def test_training_on_an_unfinished_cache_is_refused_with_the_command_that_finish
     path = cached / "unfinished"
     cache_teacher(config(cached, cache={"path": str(path)}), quiet=True)
     (path / commit_file(1, 2)).unlink()
-    with pytest.raises(CacheError, match=r"lacks 1 of 6 units, the first is block 1, view 2; finish it with `cskd cache"):
+    with pytest.raises(
+        CacheError, match=r"lacks 1 of 6 units, the first is block 1, view 2; finish it with `cskd cache"
+    ):
         train(config(cached, "x", cache={"path": str(path)}), quiet=True)
 
 

@@ -115,6 +115,8 @@ def test_epochs_differ_in_order_and_the_same_epoch_never_does() -> None:
         ({"global_batch": 4000}, "at most 40"),
     ],
 )
-def test_combinations_that_can_not_work_are_refused_with_the_nearest_that_does(changes: dict[str, int], says: str) -> None:
+def test_combinations_that_can_not_work_are_refused_with_the_nearest_that_does(
+    changes: dict[str, int], says: str
+) -> None:
     with pytest.raises(PlanError, match=says):
         spec([40], **changes)

@@ -65,7 +65,9 @@ def test_a_built_teacher_is_float32_frozen_and_in_eval_mode() -> None:
 @pytest.mark.parametrize("form", ["safetensors", "pth", "half", "wrapped", "ema", "parallel", "compiled"])
 def test_every_usual_form_of_checkpoint_gives_the_same_network(tmp_path: Path, form: str) -> None:
     model = trained()
-    state: dict[str, Tensor] = {k: v.half().float() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    state: dict[str, Tensor] = {
+        k: v.half().float() if v.is_floating_point() else v for k, v in model.state_dict().items()
+    }
     model.load_state_dict(state)
     path = tmp_path / ("w.safetensors" if form in ("safetensors", "half") else "w.pth.tar")
     if form == "safetensors":

@@ -1,0 +1,157 @@
+"""Which timm families have exact dense logits? Builds one model of each, tries its head, and prints a table.
+
+    python -m benchmarks.teacher_families [--write docs/TEACHERS.md] [MODEL ...]
+
+Weights are random, 1000 classes, each model at its own input size: whether a head is linear in the mean of the cells does
+not depend on what was learnt. `--write` puts the table between the two marks of that file. About 4 minutes on 2 cores.
+Prints the machine, the table, and one JSON line last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import timm
+import torch
+
+from cskd.config import TeacherConfig
+from cskd.errors import TeacherError
+from cskd.teacher import Teacher, load_teacher
+
+NAMES = [str(i) for i in range(1000)]
+MARKS = ("<!-- families: begin -->", "<!-- families: end -->")
+MODELS = {  # family -> its smallest member, or nearly so
+    "ResNet": "resnet18",
+    "ResNeXt": "resnext50_32x4d",
+    "Wide ResNet": "wide_resnet50_2",
+    "ResNetV2": "resnetv2_50",
+    "Res2Net": "res2net50_14w_8s",
+    "ResNeSt": "resnest14d",
+    "SENet": "seresnet50",
+    "SKNet": "skresnet18",
+    "RegNet": "regnety_002",
+    "EfficientNet": "efficientnet_b0",
+    "EfficientNet (TF)": "tf_efficientnet_b0",
+    "EfficientNetV2": "tf_efficientnetv2_b0",
+    "MixNet": "mixnet_s",
+    "MnasNet": "mnasnet_small",
+    "MobileNetV2": "mobilenetv2_100",
+    "MobileNetV3": "mobilenetv3_small_100",
+    "MobileNetV4": "mobilenetv4_conv_small",
+    "LCNet": "lcnet_050",
+    "GhostNet": "ghostnet_100",
+    "MobileOne": "mobileone_s0",
+    "RepVGG": "repvgg_a0",
+    "RepViT": "repvit_m1",
+    "ReXNet": "rexnet_100",
+    "DenseNet": "densenet121",
+    "DLA": "dla34",
+    "DPN": "dpn48b",
+    "HRNet": "hrnet_w18_small",
+    "Inception v3": "inception_v3",
+    "Inception v4": "inception_v4",
+    "Inception-ResNet": "inception_resnet_v2",
+    "Xception": "legacy_xception",
+    "Xception (aligned)": "xception41",
+    "NASNet": "nasnetalarge",
+    "PNASNet": "pnasnet5large",
+    "NFNet": "nfnet_l0",
+    "CSPNet": "cspresnet50",
+    "VoVNet": "ese_vovnet19b_dw",
+    "TResNet": "tresnet_m",
+    "SelecSLS": "selecsls42b",
+    "HGNet": "hgnet_tiny",
+    "VGG": "vgg11_bn",
+    "FastViT": "fastvit_t8",
+    "StarNet": "starnet_s1",
+    "NextViT": "nextvit_small",
+    "ConvNeXt": "convnext_atto",
+    "ConvNeXt V2": "convnextv2_atto",
+    "InceptionNeXt": "inception_next_atto",
+    "EdgeNeXt": "edgenext_xx_small",
+    "MambaOut": "mambaout_femto",
+    "PoolFormer": "poolformer_s12",
+    "CoAtNet": "coatnet_nano_rw_224",
+    "CLIP ResNet": "resnet50_clip",
+    "Swin": "swin_tiny_patch4_window7_224",
+    "EfficientFormer": "efficientformer_l1",
+    "DeiT": "deit_tiny_patch16_224",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    family: str
+    model: str
+    pixels: int | None
+    grid: list[int] | None
+    gap: float | None
+    verdict: str  # exact, per_cell or refused
+    head: str  # its layers, or why there is none
+    seconds: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", help="timm names; default: one of each family")
+    parser.add_argument("--write", type=Path, help="Markdown file whose table is replaced")
+    args = parser.parse_args()
+    asked = {name: name for name in args.models} or MODELS
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}, ", end="")
+    print(f"timm {timm.__version__}, Python {platform.python_version()}")
+    rows = []
+    for family, name in asked.items():
+        rows.append(examine(family, name))
+        print(line(rows[-1]), flush=True)
+    if args.write:
+        write(args.write, rows)
+    print(json.dumps({"benchmark": "teacher_families", "timm": timm.__version__, "rows": [asdict(r) for r in rows]}))
+
+
+def examine(family: str, name: str) -> Row:
+    """Load a model as a teacher, exactly if that goes, else cell by cell."""
+    start = time.perf_counter()
+    try:
+        teacher, verdict = load(name, "exact"), "exact"
+    except TeacherError:
+        try:
+            teacher, verdict = load(name, "per_cell"), "per_cell"
+        except TeacherError as e:
+            reason = str(e).partition(", expected")[0].partition(":")[0].removeprefix("the teacher's ")
+            return Row(family, name, None, None, None, "refused", reason, round(time.perf_counter() - start, 1))
+    head, layers = teacher.head, " > ".join(layer.rpartition(" ")[2] for layer in teacher.head.layers.split(" > "))
+    seconds = round(time.perf_counter() - start, 1)
+    return Row(family, name, teacher.preprocess.size, list(teacher.grid), head.gap, verdict, layers, seconds)
+
+
+def load(name: str, dense: str) -> Teacher:
+    torch.manual_seed(0)
+    config = TeacherConfig(model=name, dense=dense)  # type: ignore[arg-type]
+    return load_teacher(config, NAMES, torch.device("cpu"), 224)
+
+
+def line(row: Row) -> str:
+    grid = f"{row.grid[0]}x{row.grid[1]}" if row.grid else ""
+    gap = "" if row.gap is None else f"{row.gap:.1e}"
+    cells = (row.family, f"`{row.model}`", str(row.pixels or ""), grid, gap, row.verdict, row.head)
+    return "| " + " | ".join(cells) + " |"
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """Replace what stands between the marks by the table."""
+    before, rest = path.read_text(encoding="utf-8").split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    head = ["| family | model | pixels | grid | gap | dense | head |", "|---|---|---|---|---|---|---|"]
+    made = f"timm {timm.__version__}, torch {torch.__version__}:"
+    table = "\n".join([MARKS[0], made, "", *head, *map(line, rows), MARKS[1]])
+    path.write_text(before + table + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
