@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
 
 
 def run(*blocks: str) -> dict[str, Any]:
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(compile(block, "FORMAT.md", "exec"), names)
-    return names
+    """What the blocks, one after the other, leave defined."""
+    script = Path("format_doc.py")
+    script.write_text("\n".join(blocks), encoding="utf-8")
+    return runpy.run_path(str(script))
 
 
 def test_the_documents_code_reads_what_the_program_reads(cache: Cache) -> None:
