@@ -69,7 +69,7 @@ class DemoReport:
 def run_demo(out: Path, epochs: int | None = None, quiet: bool = False) -> DemoReport:
     """Run everything into folder `out`. What an earlier run finished there is used again."""
     start = time.perf_counter()
-    epochs = epochs or 24
+    epochs = epochs or 16
     torch.manual_seed(0)
     for split, (images, labels) in _digits().items():
         if not (out / "data" / split / "inventory").exists():
