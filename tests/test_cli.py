@@ -222,7 +222,7 @@ def test_a_run_with_workers_that_is_cut_resumes_where_it_stood(made: Path, tmp_p
             os.killpg(process.pid, signal.SIGINT)
         else:
             process.kill()
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=240)
     finally:
         if process.poll() is None:
             process.kill()

@@ -70,14 +70,14 @@ def test_a_config_is_frozen_and_two_do_not_share_lists():
         ({"trian": {}}, "trian", "train"),
         ({"epochs": 3}, "epochs", "train.epochs"),
         ({"loss": {"epochs": 3}}, "loss.epochs", "train.epochs"),
-        ({"data": {"zzzzzz": 3}}, "data.zzzzzz", "data.train"),
-        ({"train": {5: 3}}, "train.5", "train."),
+        ({"data": {"zzzzzz": 3}}, "data.zzzzzz", "one of train, val"),
+        ({"train": {5: 3}}, "train.5", "one of output, epochs"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(raw, named, nearest):
     text = refusal(raw)
     assert f"'{named}'" in text
-    assert nearest in text.split("nearest")[1]
+    assert nearest in text.split(f"'{named}'")[1]
 
 
 @pytest.mark.parametrize(
