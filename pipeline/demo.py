@@ -43,12 +43,13 @@ TEACHER: dict[str, Any] = {
     "kwargs": {"channels": [24, 48, 96, 96], "output_stride": 8, "num_classes": 10},
 }  # 4x4 cells at 32 pixels
 MEAN_STD = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
-TEACHER_EPOCHS = 6
+TEACHER_EPOCHS = 24
 
 
 @dataclass(frozen=True)
 class StudentResult:
-    """Top-1 in per cent on the validation images, seconds of training, images the teacher saw meanwhile (0)."""
+    """Top-1 in per cent on the validation images (what timm's forward gives: the mean of the class and the distillation
+    head), seconds of training, images the teacher saw meanwhile (0)."""
 
     top1: float
     seconds: float
@@ -69,7 +70,7 @@ class DemoReport:
 def run_demo(out: Path, epochs: int | None = None, quiet: bool = False) -> DemoReport:
     """Run everything into folder `out`. What an earlier run finished there is used again."""
     start = time.perf_counter()
-    epochs = epochs or 16
+    epochs = epochs or 40
     torch.manual_seed(0)
     for split, (images, labels) in _digits().items():
         if not (out / "data" / split / "inventory").exists():
@@ -86,7 +87,7 @@ def run_demo(out: Path, epochs: int | None = None, quiet: bool = False) -> DemoR
     for name in STUDENTS:
         before, clock = teacher_images(), time.perf_counter()
         report = train(_config(out, name, epochs), quiet=quiet)
-        top1 = report.top1.get("all", 0.0)
+        top1 = report.top1.get("class+distillation", 0.0)
         students[name] = StudentResult(top1, time.perf_counter() - clock, teacher_images() - before)
     picture = out / "dense_maps.png"
     sheet(cache, _one_a_class(cache.inventory.label, 4), 0).save(picture)
@@ -101,7 +102,7 @@ def run_demo(out: Path, epochs: int | None = None, quiet: bool = False) -> DemoR
 
 def render(report: DemoReport, console: Console) -> None:
     """The table of the demo."""
-    table = Table(title="the same small ViT, taught three ways from one cache")
+    table = Table(title="one small ViT, taught three ways")
     for column in ("method", "top-1 %", "seconds", "teacher forwards"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for name, s in report.students.items():
@@ -172,7 +173,7 @@ def _config(out: Path, student: str, epochs: int) -> Config:
             "crop_pct": 1.0,
         },
         "recipe": {"size": SIZE, "crop": "padded", "padding": 2, "flip": 0.0, "cutmix": 1.0, "mix_prob": 0.25},
-        "cache": {"path": str(out / "cache"), "views": 6, "workers": 0, "codecs": ["envelope"]},
+        "cache": {"path": str(out / "cache"), "views": 12, "workers": 0, "codecs": ["envelope"]},
         "student": {
             "model": "deit_tiny_distilled_patch16_224",
             "kwargs": {"patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3},
