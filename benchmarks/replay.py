@@ -84,7 +84,8 @@ class Sizes:
     views: int  # a multiple of 3, for the variant with repeats
     workers: int  # of the variants that are about something else
     many: tuple[int, ...]  # numbers of workers compared
-    batches: tuple[int, int, int]  # the middle one is that of the other variants, a multiple of 8: four ranks' even shares
+    # the middle batch is that of the other variants, a multiple of 8: four ranks share it evenly
+    batches: tuple[int, int, int]
 
 
 FULL = Sizes(pairs=5000, views=12, workers=2, many=(0, 1, 4, 16), batches=(12, 64, 256))
