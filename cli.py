@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -19,6 +20,8 @@ from typer.core import TyperGroup
 
 import cskd
 from cskd.errors import CskdError
+
+GRACE = 20.0  # seconds a run that was interrupted has to end by itself
 
 app = typer.Typer(
     name="cskd",
@@ -182,13 +185,30 @@ def _print(report: Any, as_json: bool, render: Any) -> None:
         render(report, Console())
 
 
-def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
+def _interrupted(signum: int, frame: FrameType | None) -> NoReturn:
+    """The first Ctrl-C or SIGTERM unwinds, a second one leaves at once. A library that swallows the first, or hangs while
+    it ends its threads, is left as well: every file of a run is whole or absent at any moment, so nothing is lost."""
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, _leave)
+    last_resort = threading.Timer(GRACE, _leave, (signum, None))
+    last_resort.daemon = True
+    last_resort.start()
     raise SystemExit(128 + signum)
+
+
+def _leave(signum: int, frame: FrameType | None) -> NoReturn:
+    _say_how_to_go_on()
+    os._exit(128 + signum)
+
+
+def _say_how_to_go_on() -> None:
+    print(f"\ninterrupted; go on with: {shlex.join(['cskd', *sys.argv[1:]])}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
     """Entry point of the `cskd` script."""
-    signal.signal(signal.SIGTERM, _terminated)
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, _interrupted)
     code: object = 0
     try:
         code = app(standalone_mode=False) or 0
@@ -209,7 +229,7 @@ def main() -> None:
     except Exception as e:
         code = _usage_or_bug(e)
     if code in (130, 143):
-        print(f"\ninterrupted; go on with: {shlex.join(['cskd', *sys.argv[1:]])}", file=sys.stderr)
+        _say_how_to_go_on()
     sys.exit(code if isinstance(code, int) else 1)
 
 

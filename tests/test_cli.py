@@ -55,9 +55,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _signals_as_they_were() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for kind, handler in before.items():
+        signal.signal(kind, handler)
 
 
 class Result:
@@ -207,7 +208,7 @@ def test_help_loads_no_torch() -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX")
-@pytest.mark.parametrize("kind", ["ctrl-c", pytest.param("kill -9", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["ctrl-c", "kill -9"])
 def test_a_run_with_workers_that_is_cut_resumes_where_it_stood(made: Path, tmp_path: Path, run: Any, kind: str) -> None:
     """Ctrl-C reaches every process of the terminal, none of which may print a traceback; kill -9 only the main one."""
     output = tmp_path / "run"
@@ -233,3 +234,23 @@ def test_a_run_with_workers_that_is_cut_resumes_where_it_stood(made: Path, tmp_p
     step = max(int(p.stem.removeprefix("step-")) for p in output.glob("resume/step-*.safetensors"))
     more = ("--set", f"train.max_steps={step + 1}", "--set", "train.workers=0")
     assert json.loads(run("train", made / "c.yaml", *sets, *more, "--json").out)["steps"] == 1
+
+
+@pytest.mark.parametrize(("grace", "signals"), [(0.2, 1), (600.0, 2)])
+def test_an_interrupt_that_a_library_swallows_ends_the_run_all_the_same(grace: float, signals: int) -> None:
+    """Left after GRACE, or at once by a second Ctrl-C."""
+    code = f"""
+import os, signal, sys, time, cli
+def deaf(standalone_mode):
+    for _ in range({signals}):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+        except SystemExit:
+            pass
+    time.sleep(60)
+cli.app, cli.GRACE, sys.argv = deaf, {grace}, ["cskd", "train", "a b.yaml"]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (130, "\ninterrupted; go on with: cskd train 'a b.yaml'\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -74,7 +76,7 @@ class Stream(Generic[T, R]):
             multiprocessing_context=start if workers else None,
             pin_memory=pin_memory,
             collate_fn=_as_it_is,
-            worker_init_fn=_end_quietly if workers else None,
+            worker_init_fn=_begin_worker if workers else None,
         )
 
     def __iter__(self) -> Iterator[R]:
@@ -98,15 +100,26 @@ class Stream(Generic[T, R]):
             yield result
 
 
-def _end_quietly(worker: int) -> None:
-    """In a worker: the thread that hands out results says nothing when the main process ends in the middle of one."""
+def _begin_worker(worker: int) -> None:
+    """In a worker: end with the main process, and in silence.
+
+    A killed main process can't end its workers, and torch's own watch sees the fork server, which they keep alive.
+    """
+    threading.Thread(target=_end_with_main, daemon=True).start()
     show = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not isinstance(error, ConnectionError | EOFError):
+        if not isinstance(error, ConnectionError | EOFError):  # main ended in the middle of a result
             show(kind, error, trace)
 
     sys.excepthook = hook
+
+
+def _end_with_main() -> None:
+    main = multiprocessing.parent_process()
+    if main is not None:
+        main.join()
+        os._exit(1)
 
 
 def _start_deaf_to_interrupts() -> None:
