@@ -17,7 +17,7 @@ from cskd.config import RecipeConfig
 from cskd.devices import autocast, pick_device
 from cskd.errors import DataError
 from cskd.inventory import open_inventory
-from cskd.loading.stage2 import Batch, BatchMaker, eval_tasks
+from cskd.loading.stage2 import UNREADABLE, Batch, BatchMaker, eval_tasks
 from cskd.loading.stream import Stream
 from cskd.loading.views import ViewMaker
 from cskd.ranks import Ranks
@@ -28,7 +28,7 @@ from pipeline.progress import Progress
 
 @dataclass(frozen=True)
 class HeadScores:
-    """Accuracy of one head, or of an average of heads, in per cent."""
+    """Accuracy of one head, or of an average of heads, in per cent of all images, unreadable ones included."""
 
     top1: float
     top5: float
@@ -36,10 +36,11 @@ class HeadScores:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """`cskd eval`: images evaluated and the scores of every head."""
+    """`cskd eval`: images of the data set and the scores of every head."""
 
     checkpoint: str
     images: int
+    unreadable: int  # of them; wrong for every head
     heads: dict[str, HeadScores]
 
 
@@ -51,14 +52,14 @@ def score_heads(
     inputs: InputMaker,
     autocast_setting: str,
     ranks: Ranks,
-) -> dict[str, HeadScores]:
+) -> tuple[dict[str, HeadScores], int]:
     """Evaluate students on the next `count` batches of this rank; results are summed over all ranks.
 
     Args:    models: prefix -> student, '' for the live weights and 'ema.' for their average; each is left in training mode.
-    Returns: prefix + head -> scores.
+    Returns: prefix + head -> scores, and how many of the images could not be decoded.
     """
     hits: dict[str, Tensor] = {}
-    seen = torch.zeros((), dtype=torch.float64, device=inputs.device)
+    seen = torch.zeros(2, dtype=torch.float64, device=inputs.device)  # images, and those that are unreadable
     for model in models.values():
         model.eval()
     for _ in range(count):
@@ -72,11 +73,13 @@ def score_heads(
                 top = logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None]
                 both = torch.stack([top[:, 0].sum(), top.any(1).sum()]).double()
                 hits[prefix + head] = hits.get(prefix + head, torch.zeros_like(both)) + both
-        seen += len(label)
+        seen += torch.stack([seen.new_tensor(len(label)), (label == UNREADABLE).sum().double()])
     for model in models.values():
         model.train()
-    ranks.sum(seen)
-    return {name: HeadScores(*(100 * ranks.sum(both) / seen).tolist()) for name, both in hits.items()}
+    images, unreadable = ranks.sum(seen).tolist()
+    return {name: HeadScores(*(100 * ranks.sum(both) / images).tolist()) for name, both in hits.items()}, int(
+        unreadable
+    )
 
 
 def evaluate_checkpoint(
@@ -96,7 +99,7 @@ def evaluate_checkpoint(
     crop_pct = crop_pct or facts["pretrained_cfg"]["crop_pct"]
     stream = iter(Stream(BatchMaker(maker, maker, crop_pct), tasks, workers))
     with Progress("eval", total=len(val), unit="images", quiet=quiet) as progress:
-        heads = score_heads(
+        heads, unreadable = score_heads(
             {"": student},
             _counted(stream, progress),
             len(tasks),
@@ -104,12 +107,13 @@ def evaluate_checkpoint(
             "auto",
             Ranks(),
         )
-    return EvalReport(str(checkpoint), len(val), heads)
+    return EvalReport(str(checkpoint), len(val), unreadable, heads)
 
 
 def render(report: EvalReport, console: Console) -> None:
     """The scores as a table."""
-    table = Table(title=f"{report.images:,} images")
+    unreadable = f", {report.unreadable:,} of them unreadable: wrong for every head" if report.unreadable else ""
+    table = Table(title=f"{report.images:,} images{unreadable}")
     for column in ("head", "top-1 %", "top-5 %"):
         table.add_column(column, justify="left" if column == "head" else "right")
     for name, s in report.heads.items():

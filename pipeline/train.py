@@ -162,9 +162,11 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
             row |= {f"loss_{name}": value for name, value in zip(TERMS, mean[1:], strict=True)}
             if run.evaluates(epoch):
                 clock = time.perf_counter()
-                scores = score_heads(run.models, batches, len(run.eval_tasks), inputs, config.train.autocast, ranks)
+                scores, unreadable = score_heads(
+                    run.models, batches, len(run.eval_tasks), inputs, config.train.autocast, ranks
+                )
                 row |= {f"top1.{name}": score.top1 for name, score in scores.items()}
-                row |= {f"top5.{name}": score.top5 for name, score in scores.items()}
+                row |= {f"top5.{name}": score.top5 for name, score in scores.items()} | {"unreadable": unreadable}
                 seconds["evaluate"] += time.perf_counter() - clock
             tasks.retire(epoch)
             log.add(

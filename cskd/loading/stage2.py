@@ -15,10 +15,13 @@ from torch import Tensor
 
 from cskd.augment.mixing import NONE, own_share
 from cskd.epoch_table import EpochTable, open_table
+from cskd.errors import ImageError
 from cskd.loading.views import ViewMaker, clean_view
 from cskd.replay import pixel_crc, refuse, view_digest
 
 Batch = dict[str, Tensor]
+
+UNREADABLE = -1  # label of an evaluation image that can't be decoded: no head gets it right, and it is counted
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,15 @@ class BatchMaker:
 
     def _eval_batch(self, task: EvalTask) -> Batch:
         assert self.val is not None
-        size = self.val.recipe.size
-        views = [clean_view(self.val.image(i), size, self.crop_pct) for i in range(task.start, task.stop)]
+        n, size = task.stop - task.start, self.val.recipe.size
+        pixels = np.zeros((n, size, size, 3), np.uint8)
         label = self.val.inventory.label[task.start : task.stop].astype(np.int64)
-        return {"pixels": torch.from_numpy(np.stack(views)), "label": torch.from_numpy(label)}
+        for row in range(n):
+            try:
+                pixels[row] = clean_view(self.val.image(task.start + row), size, self.crop_pct)
+            except ImageError:
+                label[row] = UNREADABLE
+        return {"pixels": torch.from_numpy(pixels), "label": torch.from_numpy(label)}
 
 
 def eval_tasks(n: int, batch: int, rank: int = 0, ranks: int = 1) -> list[EvalTask]:
