@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from cskd.plan import EpochPlan
 
 if TYPE_CHECKING:
+    from cskd.live import LiveViews
     from cskd.store.cache import Cache
 
 COPIED = ("seed", "digest", "mode", "lam", "box")
@@ -50,7 +51,9 @@ def segments(plan: EpochPlan, spec: TargetSpec, batch: int) -> list[tuple[int, i
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def build_table(cache: Cache, plan: EpochPlan, spec: TargetSpec, first: int, stop: int, folder: Path) -> Path:
+def build_table(
+    cache: Cache | LiveViews, plan: EpochPlan, spec: TargetSpec, first: int, stop: int, folder: Path
+) -> Path:
     """Write the table of positions first .. stop-1 to `folder`, whole or not at all; an existing one is replaced."""
     sample, view = plan.sample[first:stop], plan.view[first:stop]
     temp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -65,7 +68,7 @@ def build_table(cache: Cache, plan: EpochPlan, spec: TargetSpec, first: int, sto
         b, v = int(block[rows[0]]), int(view[rows[0]])
         unit = cache.read(b, v, spec.codec)
         found = np.searchsorted(unit.position, sample[rows] - cache.block_range(b)[0])
-        chosen = cache.codecs[spec.codec].take(unit.targets, found)
+        chosen = cache.codecs[spec.codec].take(unit.targets, found) if spec.kind != "none" else {}
         values = {name: unit.fields[name][found] for name in COPIED}
         wanted = _targets(cache, spec, chosen)
         targets = list(wanted)
@@ -91,10 +94,10 @@ def open_table(folder: Path) -> EpochTable:
     return EpochTable(columns, list(about["targets"]))
 
 
-def _targets(cache: Cache, spec: TargetSpec, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    codec = cache.codecs[spec.codec]
+def _targets(cache: Cache | LiveViews, spec: TargetSpec, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     if spec.kind == "none":
         return {}
+    codec = cache.codecs[spec.codec]
     if spec.kind == "soft":
         return {f"target.{name}": array for name, array in arrays.items()}
     wanted: dict[str, NDArray[Any]] = {"global_class": codec.global_class(arrays)}

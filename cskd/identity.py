@@ -9,6 +9,7 @@ from typing import Any
 
 from cskd.augment.recipe import RECIPE_CODE_VERSION
 from cskd.config import RecipeConfig, to_dict
+from cskd.images import POLICY, decoder_versions
 from cskd.inventory import Inventory
 
 # Libraries whose version can change a pixel or a logit.
@@ -24,6 +25,7 @@ def identity_of(
         "classes": hashlib.sha256("\n".join(inventory.classes).encode()).hexdigest(),
         "recipe": to_dict(recipe),
         "recipe_code": RECIPE_CODE_VERSION,
+        "images": POLICY,
         "teacher": teacher,
         "grid": list(grid),
         "codecs": list(codecs),
@@ -31,11 +33,19 @@ def identity_of(
 
 
 def library_versions() -> dict[str, str]:
-    """Versions recorded beside the identity; a change of them calls for a replay, not for a new cache."""
+    """Versions recorded beside the identity, those of the image decoders included; a change of them calls for a replay,
+    not for a new cache."""
     found = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "absent"
-    return found
+    return found | {f"decoder {name}": version for name, version in decoder_versions().items()}
+
+
+def changed_versions(recorded: dict[str, str]) -> str:
+    """What is installed here in another version than `recorded`, in words; '' where nothing is."""
+    now = library_versions()
+    names = sorted(name for name in recorded.keys() | now.keys() if recorded.get(name) != now.get(name))
+    return ", ".join(f"{name} {recorded.get(name, 'absent')} -> {now.get(name, 'absent')}" for name in names)

@@ -44,12 +44,12 @@ class Head:
         """Dense logits [B, K, h, w] (K innermost in memory) and global logits [B, K] of a float32 feature map."""
         if self.kind == "forward_dense":
             dense_BKhw, global_BK = self.apply(features)
-            return dense_BKhw.float(), global_BK.float()
+            return dense_BKhw, global_BK
         return dense_of(self.apply, features, self.nhwc), self.apply(features)
 
     def pooled(self, features: Tensor) -> Tensor:
         """The global logits of `dense` alone."""
-        logits: Tensor = self.apply(features)[1].float() if self.kind == "forward_dense" else self.apply(features)
+        logits: Tensor = self.apply(features)[1] if self.kind == "forward_dense" else self.apply(features)
         return logits
 
 

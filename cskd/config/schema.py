@@ -50,6 +50,7 @@ class TeacherConfig:
     )
     grid: list[int] | None = None  # [h, w]: pool the teacher's map to this; null = the teacher's own
     autocast: Autocast = "none"  # of the backbone only; classifier and codecs always run in float32
+    dtype: Literal["float32", "float64"] = "float32"  # of weights and arithmetic; logits are float32 always
     channels_last: bool = True
     compile: bool = False
     batch: int = 64  # images a forward; part of the fingerprint
@@ -58,6 +59,9 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         _need(self.batch > 0 and self.batch % 4 == 0, "teacher.batch", self.batch, "a positive multiple of 4 (quads)")
+        _need(
+            self.dtype == "float32" or self.autocast == "none", "teacher.dtype", self.dtype, "float32 with an autocast"
+        )
         _need(self.check_images > 0, "teacher.check_images", self.check_images, "at least 1")
         for name in ("mean", "std"):
             value = getattr(self, name)

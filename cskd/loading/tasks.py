@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cskd.epoch_table import TargetSpec, build_table, segments
+from cskd.live import LiveViews
 from cskd.loading.stage2 import EvalTask, TrainTask
 from cskd.plan import PlanSpec, epoch_plan, rank_share
 from cskd.store.cache import Cache
@@ -31,7 +32,7 @@ class RunTasks:
 
     def __init__(
         self,
-        cache: Cache,
+        cache: Cache | LiveViews,
         plan: PlanSpec,
         targets: Callable[[int], TargetSpec],
         evaluate: Callable[[int], list[EvalTask]],

@@ -1,0 +1,74 @@
+"""Views without a cache: the same seeds and mixing a cache would hold, computed on the spot, for a teacher that runs live."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cskd.augment.mixing import mixing, quads
+from cskd.codecs import Codec
+from cskd.config import RecipeConfig
+from cskd.inventory import Inventory
+from cskd.seeds import view_seeds
+from cskd.store.cache import Unit
+
+
+def view_fields(
+    inventory: Inventory, recipe: RecipeConfig, block: int, view: int, bad: NDArray[np.bool_]
+) -> dict[str, NDArray[Any]]:
+    """What the recipe says of one view of one block: 'seed', 'partner', 'mode', 'lam', 'box' (see `mixing.Mixing`).
+
+    Args:    bad bool [n], the quarantined samples of the block, which has n samples.
+    Returns: arrays of n rows, in block order.
+    """
+    first, stop = int(inventory.blocks[block]), int(inventory.blocks[block + 1])
+    seeds = view_seeds(recipe.seed, inventory.id, inventory.key_hash[first:stop], view)
+    order = quads(stop - first, recipe, inventory.id, block, view // recipe.mix_group)
+    m = mixing(seeds, order, bad, recipe, view)
+    return {"seed": seeds, "partner": m.partner, "mode": m.mode, "lam": m.lam, "box": m.box}
+
+
+class LiveViews:
+    """Stands where a cache stands in training, but holds no targets and no digests.
+
+    bad: bool [n], samples of the inventory that can't be decoded; `fingerprint`: that of the cache stage 1 would make.
+    """
+
+    def __init__(
+        self,
+        inventory: Inventory,
+        recipe: RecipeConfig,
+        views: int,
+        grid: tuple[int, int],
+        bad: NDArray[np.bool_],
+        fingerprint: str,
+    ) -> None:
+        self.inventory, self.recipe, self.views, self.grid, self.fingerprint = (
+            inventory,
+            recipe,
+            views,
+            grid,
+            fingerprint,
+        )
+        self.classes = inventory.classes
+        self.codecs: dict[str, Codec] = {}
+        self._bad = bad
+
+    def block_range(self, block: int) -> tuple[int, int]:
+        """First sample of a block and the one after its last, as indices of the inventory."""
+        return int(self.inventory.blocks[block]), int(self.inventory.blocks[block + 1])
+
+    def quarantined(self) -> NDArray[np.bool_]:
+        """bool [n]: samples that are never fed."""
+        return self._bad
+
+    def read(self, block: int, view: int, codec: str) -> Unit:
+        """The unit stage 1 would make, without targets; its digests are 0."""
+        first, stop = self.block_range(block)
+        bad = self._bad[first:stop]
+        kept = np.flatnonzero(~bad)
+        fields = {name: a[kept] for name, a in view_fields(self.inventory, self.recipe, block, view, bad).items()}
+        fields["digest"] = np.zeros(len(kept), np.uint32)
+        return Unit(kept, fields, {})
