@@ -109,13 +109,14 @@ def train(
     config: ConfigPath,
     set_: Set = None,
     verify_replay: Annotated[bool, typer.Option(help="Check the digest of every sample.")] = True,
+    online: Annotated[bool, typer.Option("--online", help="No cache: run the teacher at every step.")] = False,
     json_: Json = False,
 ) -> None:
-    """Stage 2: train the student from the cache; the teacher never runs. The same command resumes."""
+    """Stage 2: train the student from the cache; the teacher never runs (but see --online). The same command resumes."""
     from cskd.config import load_config
     from pipeline.train import render, train
 
-    _print(train(load_config(config, set_), verify_replay=verify_replay, quiet=json_), json_, render)
+    _print(train(load_config(config, set_), verify_replay=verify_replay, online=online, quiet=json_), json_, render)
 
 
 @app.command(name="eval")

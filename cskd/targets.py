@@ -1,18 +1,31 @@
-"""From the cache to what the loss reads: which targets an epoch needs, and those of a batch."""
+"""What the loss reads: targets of a batch out of the cache, or from the teacher itself, by the same rule.
+
+Shapes: B batch, K classes, h w teacher grid (7 7).
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from cskd.ckf import blend_at
+from cskd.augment.device import mixed_pixels
+from cskd.ckf import blend_at, hard_targets
 from cskd.config import LossConfig
 from cskd.epoch_table import TargetSpec
 from cskd.errors import ConfigError
+from cskd.loading.stage1 import pad_rows
 from cskd.losses import HardTargets, MixedLabels, SoftTargets
 from cskd.store.cache import Cache
 
+if TYPE_CHECKING:
+    from cskd.teacher import Teacher
+
 Batch = dict[str, Tensor]
+
+
+_KINDS = {"none": "none", "deit-hard": "global", "cskd-hard": "cells"}  # of loss.method; the others are soft
 
 
 class CachedTargets:
@@ -20,7 +33,7 @@ class CachedTargets:
 
     def __init__(self, cache: Cache, config: LossConfig, epochs: int) -> None:
         self._config, self._epochs, self._codecs = config, epochs, cache.codecs
-        self._kind = {"none": "none", "deit-hard": "global", "cskd-hard": "cells"}.get(config.method, "soft")
+        self._kind = _KINDS.get(config.method, "soft")
         fitting = [c.name for c in cache.codecs.values() if (c.soft if self._kind == "soft" else c.exact_hard)]
         if self._kind == "soft" and not fitting:
             raise ConfigError(
@@ -50,6 +63,36 @@ class CachedTargets:
             batch["global_class"].to(device, non_blocking=True),
             None if cells is None else cells.to(device, non_blocking=True),
         )
+
+
+class LiveTargets:
+    """Targets of a method from the teacher, run on the very images the student sees, in batches of the size stage 1 uses."""
+
+    def __init__(self, teacher: Teacher, config: LossConfig, epochs: int) -> None:
+        self._teacher, self._config, self._epochs = teacher, config, epochs
+        self._kind = _KINDS.get(config.method, "soft")
+
+    def spec(self, epoch: int) -> TargetSpec:
+        """The epoch table holds views only."""
+        return TargetSpec("none", "", blend_at(epoch, self._epochs, self._config.decay))
+
+    def of(self, batch: Batch, epoch: int, device: torch.device) -> HardTargets | SoftTargets | None:
+        """The targets of a batch of `cskd.loading.stage2`, on the device."""
+        if self._kind == "none":
+            return None
+        dense_BKhw, global_BK = self._logits(mixed_pixels(batch, device))
+        blend = self.spec(epoch).blend
+        if self._kind == "soft":
+            return SoftTargets(global_BK, dense_BKhw, blend)
+        image = hard_targets(global_BK[:, :, None, None], global_BK, 0)[:, 0, 0]
+        return HardTargets(image, hard_targets(dense_BKhw, global_BK, blend) if self._kind == "cells" else None)
+
+    def _logits(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Dense [B, K, h, w] and global [B, K] logits; the last batch is padded, as in stage 1."""
+        size = self._teacher.batch
+        parts = [self._teacher.forward_dense(pad_rows(part, size)) for part in torch.split(pixels_BCHW, size)]
+        dense, image = (torch.cat(part)[: len(pixels_BCHW)] for part in zip(*parts, strict=True))
+        return dense, image
 
 
 def mixed_labels(batch: Batch, device: torch.device) -> MixedLabels:

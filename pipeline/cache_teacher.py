@@ -103,7 +103,7 @@ def _open_or_create(config: Config, inventory: Inventory, teacher: Teacher, make
     probe = teacher.probe()
     facts: dict[str, Any] = {}
     if not (root / "manifest.json").exists():
-        top1, count = _clean_check(teacher, maker, config)
+        top1, count = clean_check(teacher, maker, config)
         facts = {
             "clean_top1": top1,
             "clean_images": count,
@@ -120,7 +120,7 @@ def _open_or_create(config: Config, inventory: Inventory, teacher: Teacher, make
     return cache
 
 
-def _clean_check(teacher: Teacher, maker: ViewMaker, config: Config) -> tuple[float, int]:
+def clean_check(teacher: Teacher, maker: ViewMaker, config: Config) -> tuple[float, int]:
     """Top-1 of the teacher on clean images spread over the data set, and how many; near chance is refused."""
     images, labels = [], []
     wanted = min(config.teacher.check_images, len(maker.inventory))
@@ -178,7 +178,7 @@ def _make_units(
         position = chunk.task.position
         bad = {int(position[row]): reason for row, reason in chunk.bad.items()}
         quarantine |= bad
-        _refuse_too_many(quarantine, stop - first, cache, first, config.cache.max_quarantine)
+        refuse_too_many(quarantine, stop - first, cache.inventory, first, config.cache.max_quarantine)
         good = np.array([row for row in range(len(position)) if row not in chunk.bad], np.int64)
         for v, builder in enumerate(builders):
             builder.drop(np.array(list(bad), np.int64))
@@ -227,12 +227,13 @@ def _teacher_batch(
     return dense[keep], logits[keep]
 
 
-def _refuse_too_many(quarantine: dict[int, str], n: int, cache: Cache, first: int, limit: float) -> None:
+def refuse_too_many(quarantine: dict[int, str], n: int, inventory: Inventory, first: int, limit: float) -> None:
+    """CacheError when more than `limit` of a block's n samples can't be decoded. quarantine: position -> reason."""
     if len(quarantine) > max(1, limit * n):
         position, reason = next(iter(quarantine.items()))
         raise CacheError(
             f"{len(quarantine)} of {n} images of a block are unreadable, more than cache.max_quarantine {limit}; the first is "
-            f"'{cache.inventory.key(first + position)}': {reason}; mend the data set, or raise the limit"
+            f"'{inventory.key(first + position)}': {reason}; mend the data set, or raise the limit"
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from cskd.config import Config, to_dict
 from cskd.errors import CacheError, ConfigError
+from cskd.live import LiveViews
 from cskd.store.cache import Cache, first_difference
 from cskd.store.format import RESOLVED
 
@@ -42,12 +43,13 @@ def refuse_unfinished(cache: Cache) -> None:
         )
 
 
-def run_identity(config: Config, cache: Cache, ranks: int) -> dict[str, Any]:
+def run_identity(config: Config, views: Cache | LiveViews, ranks: int, online: bool) -> dict[str, Any]:
     """What decides the numbers of a run: kept in its resume states."""
     train = {k: v for k, v in to_dict(config.train).items() if k not in _FREE}
     return {
-        "cache": cache.fingerprint,
-        "views": cache.views,
+        "cache": views.fingerprint,
+        "views": views.views,
+        "online": online,
         "student": to_dict(config.student),
         "loss": to_dict(config.loss),
         "train": train,

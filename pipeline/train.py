@@ -32,6 +32,7 @@ from cskd.devices import autocast, pick_device
 from cskd.errors import ConfigError, DataError
 from cskd.forwards import teacher_images
 from cskd.inventory import Inventory, open_inventory
+from cskd.live import LiveViews
 from cskd.loading.stage2 import Batch, BatchMaker, EvalTask, eval_tasks
 from cskd.loading.stream import Stream
 from cskd.loading.tasks import RunTasks
@@ -44,10 +45,11 @@ from cskd.store.format import RESOLVED
 from cskd.student import Student, build_student
 from cskd.student.checkpoint import ResumeStates, TrainState, export
 from cskd.student.optim import Optimisation, reseed_step
-from cskd.targets import CachedTargets, mixed_labels
+from cskd.targets import CachedTargets, LiveTargets, mixed_labels
 from pipeline.conflicts import refuse_conflicts, refuse_other_run, refuse_unfinished, run_identity
 from pipeline.evaluate import score_heads
 from pipeline.metrics import MetricsLog
+from pipeline.online import open_online
 from pipeline.progress import Progress, bound_by
 
 TERMS = ("label", "dist", "patch")  # of the loss, as logged
@@ -67,11 +69,15 @@ class TrainReport:
     notes: list[str]
 
 
-def train(config: Config, verify_replay: bool = True, quiet: bool = False) -> TrainReport:
-    """Train, finish or resume the run of a config. Raises CskdError; the last saved state stays."""
+def train(config: Config, verify_replay: bool = True, online: bool = False, quiet: bool = False) -> TrainReport:
+    """Train, finish or resume the run of a config. Raises CskdError; the last saved state stays.
+
+    verify_replay: check every view against the digest in the cache. online: no cache, the teacher runs at every step.
+    """
     ranks = start_ranks(config.train.device)
+    quiet = quiet or not ranks.first
     try:
-        return _train(_open_run(config, ranks), verify_replay, quiet or not ranks.first)
+        return _train(_open_run(config, ranks, online, quiet), verify_replay and not online, quiet)
     finally:
         stop_ranks()
 
@@ -84,11 +90,11 @@ class _Run:
     ranks: Ranks
     device: torch.device
     output: Path
-    cache: Cache
+    views: Cache | LiveViews
     val: Inventory | None
     student: Student
     plan: PlanSpec
-    targets: CachedTargets
+    targets: CachedTargets | LiveTargets
     optimisation: Optimisation
     states: ResumeStates
     identity: dict[str, Any]
@@ -146,7 +152,7 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
                 clock = time.perf_counter()
                 reseed_step(config.train.seed, step, ranks.rank)
                 with autocast(config.train.autocast, device):
-                    out = net(inputs.mixed(batch), run.cache.grid if criterion.uses_patches else None)
+                    out = net(inputs.mixed(batch), run.views.grid if criterion.uses_patches else None)
                 loss, terms = criterion(out, mixed_labels(batch, device), run.targets.of(batch, epoch, device))
                 run.optimisation.update(loss, step)
                 step, counted = step + 1, counted + 1
@@ -175,7 +181,7 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
             )
             run.save(step)
             if ranks.first:
-                export(run.output, run.student, run.optimisation, config, run.cache.classes, step)
+                export(run.output, run.student, run.optimisation, config, run.views.classes, step)
         last = log.rows[-1] if log.rows else {}
     images = (step - run.step) * plan.global_batch
     return TrainReport(
@@ -190,32 +196,30 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
     )
 
 
-def _open_run(config: Config, ranks: Ranks) -> _Run:
-    """Cache, student, plan and optimiser of a config, and where an earlier run of it stopped."""
+def _open_run(config: Config, ranks: Ranks, online: bool, quiet: bool) -> _Run:
+    """Views, targets, student, plan and optimiser of a config, and where an earlier run of it stopped."""
     settings = config.train
     if not settings.output:
         raise ConfigError("train.output is empty; say where results go, for example --set train.output=runs/mine")
     output, device = Path(settings.output), pick_device(settings.device)
-    cache = open_cache(config.cache.path, data=Path(config.data.train) if config.data.train else None)
-    refuse_conflicts(config, cache)
-    refuse_unfinished(cache)
+    views, targets, notes = _open_views(config, device, ranks, online, quiet)
     val = open_inventory(Path(config.data.val)) if config.data.val else None
-    if val is not None and val.classes != cache.classes:
+    if val is not None and val.classes != views.classes:
         raise DataError(
-            f"{config.data.val} has other classes than the cache; pack it with --classes and the cache's list"
+            f"{config.data.val} has other classes than the images trained on; pack it with --classes and their list"
         )
     if val is not None and len(val) < ranks.count:
         raise DataError(f"{config.data.val} has {len(val)} images for {ranks.count} ranks; expected one a rank or more")
 
     torch.manual_seed(settings.seed)
-    student = build_student(config.student, len(cache.classes), cache.recipe.size).to(device)
-    student.check_grid(cache.grid)
+    student = build_student(config.student, len(views.classes), views.recipe.size).to(device)
+    student.check_grid(views.grid)
     plan = PlanSpec(
-        bounds=cache.inventory.blocks,
-        bad=cache.quarantined(),
-        inventory_id=cache.inventory.id,
-        recipe=cache.recipe,
-        views=cache.views,
+        bounds=views.inventory.blocks,
+        bad=views.quarantined(),
+        inventory_id=views.inventory.id,
+        recipe=views.recipe,
+        views=views.views,
         repeats=settings.repeats,
         seed=settings.seed,
         global_batch=settings.global_batch,
@@ -224,7 +228,7 @@ def _open_run(config: Config, ranks: Ranks) -> _Run:
     )
     optimisation = Optimisation(student, settings, plan.steps)
     states = ResumeStates(output / "resume", keep=settings.keep)
-    identity = run_identity(config, cache, ranks.count)
+    identity = run_identity(config, views, ranks.count, online)
     loaded = states.load(student, optimisation)
     if loaded:
         refuse_other_run(loaded.info, json.loads(json.dumps(identity)), output)
@@ -238,18 +242,31 @@ def _open_run(config: Config, ranks: Ranks) -> _Run:
         ranks=ranks,
         device=device,
         output=output,
-        cache=cache,
+        views=views,
         val=val,
         student=student.train(),
         plan=plan,
-        targets=CachedTargets(cache, config.loss, settings.epochs),
+        targets=targets,
         optimisation=optimisation,
         states=states,
         identity=identity,
         step=loaded.step if loaded else 0,
         stop=min(stop, settings.max_steps) if settings.max_steps else stop,
-        notes=[*student.notes, *(loaded.warnings if loaded else [])],
+        notes=[*notes, *student.notes, *(loaded.warnings if loaded else [])],
     )
+
+
+def _open_views(
+    config: Config, device: torch.device, ranks: Ranks, online: bool, quiet: bool
+) -> tuple[Cache | LiveViews, CachedTargets | LiveTargets, list[str]]:
+    """What is fed and what is taught, and notes: from a checked cache, or with a teacher that runs live."""
+    if online:
+        live = open_online(config, device, ranks, quiet)
+        return live.views, live.targets, live.notes
+    cache = open_cache(config.cache.path, data=Path(config.data.train) if config.data.train else None)
+    refuse_conflicts(config, cache)
+    refuse_unfinished(cache)
+    return cache, CachedTargets(cache, config.loss, config.train.epochs), []
 
 
 def _parallel(run: _Run) -> torch.nn.Module:
@@ -264,7 +281,7 @@ def _batches(run: _Run, verify_replay: bool) -> tuple[RunTasks, Iterator[Batch]]
     """Every batch of the run, training and evaluation, in the order the loop reads them."""
     settings = run.config.train
     tasks = RunTasks(
-        run.cache,
+        run.views,
         run.plan,
         targets=run.targets.spec,
         evaluate=lambda epoch: run.eval_tasks if run.evaluates(epoch) else [],
@@ -273,8 +290,8 @@ def _batches(run: _Run, verify_replay: bool) -> tuple[RunTasks, Iterator[Batch]]
         stop=run.stop,
         rank=run.ranks.rank,
     )
-    views = ViewMaker(run.cache.inventory, run.cache.recipe)
-    clean = ViewMaker(run.val, run.cache.recipe) if run.val else None
+    views = ViewMaker(run.views.inventory, run.views.recipe)
+    clean = ViewMaker(run.val, run.views.recipe) if run.val else None
     maker = BatchMaker(views, clean, settings.eval_crop_pct, verify_replay)
     pin = run.device.type == "cuda"
     return tasks, iter(Stream(maker, tasks, settings.workers, settings.prefetch, pin_memory=pin))

@@ -28,9 +28,15 @@ CLASSES = ["apple", "bee [bold]", "a very long class name indeed", "n01440764", 
 
 
 def make_tiny_data(
-    folder: Path, n: int = 10, block: int = 8, classes: Sequence[str] = CLASSES, pixels: int = 40, shard: int = 5
+    folder: Path,
+    n: int = 10,
+    block: int = 8,
+    classes: Sequence[str] = CLASSES,
+    pixels: int = 40,
+    shard: int = 5,
+    bad: Sequence[int] = (),
 ) -> Inventory:
-    """Shards of n PNG images of smooth noise, `shard` a tar, with their inventory."""
+    """Shards of n PNG images of smooth noise, `shard` a tar, with their inventory; those in `bad` are cut in half."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     samples: list[Sample] = []
@@ -43,6 +49,7 @@ def make_tiny_data(
                 out = io.BytesIO()
                 coarse.resize((pixels + i % 3, pixels), Image.Resampling.BICUBIC).save(out, "PNG")
                 data = out.getvalue()
+                data = data[: len(data) // 2] if i in bad else data
                 info = tarfile.TarInfo(f"image{i:03d}.png")
                 info.size = len(data)
                 offset = tar.offset + tarfile.BLOCKSIZE

@@ -39,6 +39,12 @@ def normalise(pixels_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) 
     return pixels_BCHW * scale + shift
 
 
+def mixed_pixels(batch: dict[str, Tensor], device: torch.device) -> Tensor:
+    """`mix_pixels` of a training batch (see `cskd.loading.stage2`), on the device."""
+    names = ("pixels", "partner", "mode", "lam", "box")
+    return mix_pixels(*(batch[name].to(device, non_blocking=True) for name in names))
+
+
 class InputMaker:
     """Batches of stage 2 to the student's input, in the arithmetic in which stage 1 fed the teacher."""
 
@@ -47,8 +53,7 @@ class InputMaker:
 
     def mixed(self, batch: dict[str, Tensor]) -> Tensor:
         """Normalised float32 [B, 3, H, W] of a training batch (see `cskd.loading.stage2`)."""
-        names = ("pixels", "partner", "mode", "lam", "box")
-        return normalise(mix_pixels(*(batch[n].to(self.device, non_blocking=True) for n in names)), self.mean, self.std)
+        return normalise(mixed_pixels(batch, self.device), self.mean, self.std)
 
     def clean(self, batch: dict[str, Tensor]) -> Tensor:
         """Normalised float32 [B, 3, H, W] of an evaluation batch."""

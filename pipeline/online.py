@@ -1,0 +1,114 @@
+"""Training with the teacher beside the student: for comparison with a cache, and for people who want none.
+
+Plan, views and mixing are those of the cache that `cskd cache-teacher` would make from the same config, so the two runs
+differ in where the targets come from and in nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cskd.codecs import get_codec
+from cskd.config import Config
+from cskd.errors import ConfigError, ImageError
+from cskd.identity import identity_of
+from cskd.inventory import Inventory, open_inventory
+from cskd.live import LiveViews
+from cskd.loading.stream import Stream
+from cskd.loading.views import ViewMaker
+from cskd.ranks import Ranks
+from cskd.store.cache import fingerprint_of
+from cskd.targets import LiveTargets
+from cskd.teacher import load_teacher
+from pipeline.cache_teacher import clean_check, refuse_too_many
+from pipeline.progress import Progress
+
+UNREADABLE = "unreadable.json"
+_STEP = 256  # images a task
+
+
+@dataclass(frozen=True)
+class Online:
+    """What takes the cache's place, and what a user should know."""
+
+    views: LiveViews
+    targets: LiveTargets
+    notes: list[str]
+
+
+def open_online(config: Config, device: torch.device, ranks: Ranks, quiet: bool) -> Online:
+    """Load and check the teacher, and find the images that can't be decoded (once a run: kept in its output folder)."""
+    if not config.data.train:
+        raise ConfigError(
+            "data.train is empty; say which packed data set to train on, for example --set data.train=data/mine"
+        )
+    inventory = open_inventory(Path(config.data.train))
+    teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
+    maker = ViewMaker(inventory, config.recipe)
+    top1, images = clean_check(teacher, maker, config)
+    if ranks.first:
+        _find_unreadable(maker, config, quiet)
+    ranks.barrier()
+    codecs = [get_codec(name, teacher.classes, teacher.grid).name for name in config.cache.codecs]
+    fingerprint = fingerprint_of(identity_of(inventory, config.recipe, teacher.fingerprint, teacher.grid, codecs))
+    bad = np.zeros(len(inventory), bool)
+    bad[list(_unreadable(config, inventory) or [])] = True
+    views = LiveViews(inventory, config.recipe, config.cache.views, teacher.grid, bad, fingerprint)
+    notes = [
+        f"online: the teacher runs at every step; its top-1 on {images} clean images is {100 * top1:.1f} %",
+        *teacher.notes,
+    ]
+    return Online(views, LiveTargets(teacher, config.loss, config.train.epochs), notes)
+
+
+class _Check:
+    """The worker that decodes images to find out whether they can be decoded."""
+
+    def __init__(self, maker: ViewMaker) -> None:
+        self.maker = maker
+
+    def __call__(self, task: NDArray[np.int64]) -> dict[int, str]:
+        bad = {}
+        for sample in task.tolist():
+            try:
+                self.maker.image(sample)
+            except ImageError as e:
+                bad[sample] = str(e)
+        return bad
+
+
+def _find_unreadable(maker: ViewMaker, config: Config, quiet: bool) -> None:
+    """Decode every image once and write down which ones can't be; too many in one block stop here, as in stage 1."""
+    inventory = maker.inventory
+    if _unreadable(config, inventory) is not None:
+        return
+    every = np.arange(len(inventory))
+    tasks = [every[i : i + _STEP] for i in range(0, len(every), _STEP)]
+    bad: dict[int, str] = {}
+    with Progress("check images", len(every), quiet=quiet) as progress:
+        for n, found in enumerate(Stream(_Check(maker), tasks, config.train.workers), 1):
+            bad |= found
+            progress.update(min(n * _STEP, len(every)))
+    for first, stop in zip(inventory.blocks[:-1].tolist(), inventory.blocks[1:].tolist(), strict=True):
+        here = {i - first: reason for i, reason in bad.items() if first <= i < stop}
+        refuse_too_many(here, stop - first, inventory, first, config.cache.max_quarantine)
+    path = Path(config.train.output) / UNREADABLE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = path.with_suffix(".tmp")
+    temp.write_text(json.dumps({"inventory": inventory.id, "samples": bad}))
+    temp.replace(path)
+
+
+def _unreadable(config: Config, inventory: Inventory) -> dict[int, str] | None:
+    """What an earlier start of the run wrote down: sample -> reason; None where nothing was, or of other data."""
+    try:
+        found = json.loads((Path(config.train.output) / UNREADABLE).read_text())
+    except (OSError, ValueError):
+        return None
+    return {int(i): why for i, why in found["samples"].items()} if found.get("inventory") == inventory.id else None
