@@ -37,7 +37,7 @@ from cskd.devices import pick_device
 from cskd.errors import CacheError, CskdError
 from cskd.loading.stage1 import ChunkMaker, chunks, pad_rows
 from cskd.loading.views import ViewMaker
-from cskd.replay import refuse, view_digest
+from cskd.replay import check_view
 from cskd.store.cache import Cache, Unit, open_cache
 from cskd.store.format import RESOLVED, VIEW_FIELDS
 from cskd.store.unit import pack_unit
@@ -194,13 +194,11 @@ def _teacher_again(
 
 
 def _check_digests(cache: Cache, unit: Unit, view: int, samples: Any, rows: Any, crcs: Any) -> None:
-    first = cache.block_range(cache.inventory.block_of(int(samples[0])))[0]
+    first, recorded = cache.block_range(cache.inventory.block_of(int(samples[0])))[0], cache.recorded()
     for sample, row, crc in zip(samples.tolist(), rows.tolist(), crcs.tolist(), strict=True):
-        f = {name: values[row] for name, values in unit.fields.items()}
-        partner = int(cache.inventory.key_hash[first + int(f["partner"])]) if f["mode"] != NONE else 0
-        found = view_digest(crc, int(f["mode"]), int(f["lam"]), f["box"], partner)
-        if found != f["digest"]:
-            raise refuse(cache.inventory.key(sample), view, int(f["digest"]), found, "pixels differ")
+        fields = {name: values[row] for name, values in unit.fields.items()}
+        partner = first + int(fields["partner"])
+        check_view(cache.inventory, cache.recipe, recorded, sample, view, fields, partner, crc)
 
 
 def _compare_unit(

@@ -289,7 +289,7 @@ def feed(cache: Cache, variant: Variant, pairs: int, scratch: Path) -> Iterator[
     if len(set(borders)) < len(borders):
         raise CskdError(f"an epoch has {plan.steps} steps, expected more than {variant.cuts}; take more images")
     for rank, (start, stop) in itertools.product(range(variant.ranks), itertools.pairwise(borders)):
-        maker = BatchMaker(ViewMaker(cache.inventory, cache.recipe), None, 1.0, verify=False)
+        maker = BatchMaker(ViewMaker(cache.inventory, cache.recipe), None, 1.0)
         targets = TargetSpec("none", "envelope", 0)
         with RunTasks(cache, plan, lambda _: targets, lambda _: [], scratch, start, stop, rank) as tasks:  # noqa: B023
             ordered = list(tasks)[::-1] if variant.reverse else tasks

@@ -32,7 +32,7 @@ from cskd.pictures import (
     scale_bar,
     stack,
 )
-from cskd.replay import pixel_crc, refuse, view_digest
+from cskd.replay import check_view, pixel_crc
 from cskd.store.cache import Cache
 from cskd.wordnet import readable
 
@@ -118,24 +118,19 @@ def replay(cache: Cache, cached: CachedView) -> NDArray[np.uint8]:
     from cskd.augment.device import mix_pixels
     from cskd.loading.views import ViewMaker
 
-    maker = ViewMaker(cache.inventory, cache.recipe)
+    maker, recorded = ViewMaker(cache.inventory, cache.recipe), cache.recorded()
     rows = [(cached.sample, cached.fields)]
     if cached.partner is not None:
         rows.append((cached.partner, cached.partner_fields))
     pixels = []
     for i, (sample, fields) in enumerate(rows):
         pixels.append(maker.view(maker.image(sample), int(fields["seed"])))
-        other = int(cache.inventory.key_hash[rows[1 - i][0]]) if len(rows) == 2 else 0
-        mixing = int(fields["mode"]), int(fields["lam"]), fields["box"]
-        digest = view_digest(pixel_crc(pixels[i]), *mixing, other)
-        if digest != fields["digest"]:
-            raise refuse(
-                cache.inventory.key(sample), cached.view, int(fields["digest"]), digest, "pixels or mixing differ"
-            )
+        partner = rows[-1 - i][0]
+        check_view(cache.inventory, cache.recipe, recorded, sample, cached.view, fields, partner, pixel_crc(pixels[i]))
     tensors = (np.array([f[name] for _, f in rows], np.int64) for name in ("mode", "lam", "box"))
     mode, lam, box = (torch.from_numpy(t) for t in tensors)
-    partner = torch.arange(len(rows)).flip(0)
-    mixed = mix_pixels(torch.from_numpy(np.stack(pixels)), partner, mode, lam, box)[0]
+    mate = torch.arange(len(rows)).flip(0)
+    mixed = mix_pixels(torch.from_numpy(np.stack(pixels)), mate, mode, lam, box)[0]
     return np.asarray(mixed.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0))
 
 

@@ -77,7 +77,7 @@ def train(config: Config, verify_replay: bool = True, online: bool = False, quie
     ranks = start_ranks(config.train.device)
     quiet = quiet or not ranks.first
     try:
-        return _train(_open_run(config, ranks, online, quiet), verify_replay and not online, quiet)
+        return _train(_open_run(config, ranks, online, quiet), verify_replay, quiet)
     finally:
         stop_ranks()
 
@@ -292,7 +292,8 @@ def _batches(run: _Run, verify_replay: bool) -> tuple[RunTasks, Iterator[Batch]]
     )
     views = ViewMaker(run.views.inventory, run.views.recipe)
     clean = ViewMaker(run.val, run.views.recipe) if run.val else None
-    maker = BatchMaker(views, clean, settings.eval_crop_pct, verify_replay)
+    recorded = run.views.recorded() if verify_replay and isinstance(run.views, Cache) else None
+    maker = BatchMaker(views, clean, settings.eval_crop_pct, recorded)
     pin = run.device.type == "cuda"
     return tasks, iter(Stream(maker, tasks, settings.workers, settings.prefetch, pin_memory=pin))
 

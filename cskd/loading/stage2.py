@@ -17,7 +17,7 @@ from cskd.augment.mixing import NONE, own_share
 from cskd.epoch_table import EpochTable, open_table
 from cskd.errors import ImageError
 from cskd.loading.views import ViewMaker, clean_view
-from cskd.replay import pixel_crc, refuse, view_digest
+from cskd.replay import Recorded, check_view, pixel_crc
 
 Batch = dict[str, Tensor]
 
@@ -42,10 +42,12 @@ class EvalTask:
 
 
 class BatchMaker:
-    """The worker of stage 2. `verify`: recompute and compare every sample's digest."""
+    """The worker of stage 2. `recorded`: recompute every sample's digest, compare it with the cache's; None: don't."""
 
-    def __init__(self, train: ViewMaker, val: ViewMaker | None, crop_pct: float, verify: bool = True) -> None:
-        self.train, self.val, self.crop_pct, self.verify = train, val, crop_pct, verify
+    def __init__(
+        self, train: ViewMaker, val: ViewMaker | None, crop_pct: float, recorded: Recorded | None = None
+    ) -> None:
+        self.train, self.val, self.crop_pct, self.recorded = train, val, crop_pct, recorded
         self._table: tuple[Path, EpochTable] | None = None
 
     def __call__(self, task: TrainTask | EvalTask) -> Batch:
@@ -64,8 +66,20 @@ class BatchMaker:
             if sample not in images:
                 images[sample] = self.train.image(sample)
             pixels[i] = self.train.view(images[sample], seed)
-        if self.verify:
-            self._check(rows, pixels, mate)
+        if self.recorded is not None:
+            for i, sample in enumerate(rows["sample"].tolist()):
+                fields = {name: rows[name][i] for name in ("seed", "mode", "lam", "box", "digest")}
+                partner, crc = int(rows["sample"][mate[i]]), pixel_crc(pixels[i])
+                check_view(
+                    self.train.inventory,
+                    self.train.recipe,
+                    self.recorded,
+                    sample,
+                    int(rows["view"][i]),
+                    fields,
+                    partner,
+                    crc,
+                )
         label = self.train.inventory.label[rows["sample"]].astype(np.int64)
         mixed = rows["mode"] != NONE
         batch = {
@@ -84,17 +98,6 @@ class BatchMaker:
             column = rows[name]
             batch[name] = column.astype(np.int64) if column.dtype == np.uint16 else np.array(column)
         return {name: torch.from_numpy(np.require(a, requirements=["C", "W"])) for name, a in batch.items()}
-
-    def _check(self, rows: dict[str, NDArray[np.generic]], pixels: NDArray[np.uint8], mate: NDArray[np.int64]) -> None:
-        inventory = self.train.inventory
-        hashes = inventory.key_hash[rows["sample"]]
-        for i in range(len(pixels)):
-            mode, lam, box = int(rows["mode"][i]), int(rows["lam"][i]), rows["box"][i]
-            partner = int(hashes[mate[i]]) if mode != NONE else 0
-            found = view_digest(pixel_crc(pixels[i]), mode, lam, box, partner)
-            if found != rows["digest"][i]:
-                key, view = inventory.key(int(rows["sample"][i])), int(rows["view"][i])
-                raise refuse(key, view, int(rows["digest"][i]), found, "pixels, mixing or partner changed")
 
     def _eval_batch(self, task: EvalTask) -> Batch:
         assert self.val is not None

@@ -15,6 +15,7 @@ from cskd.codecs import Arrays, Codec, get_codec
 from cskd.config import RecipeConfig
 from cskd.errors import CacheError
 from cskd.inventory import Inventory, copy_inventory, open_inventory
+from cskd.replay import Recorded
 from cskd.seeds import view_seeds
 from cskd.store.commit import Commit, again, publish, read_commit, write_file, write_json
 from cskd.store.format import FORMAT, INVENTORY, MANIFEST, VIEW_FIELDS, commit_file
@@ -130,6 +131,10 @@ class Cache:
         )
         publish(self.root, commit)
         return commit
+
+    def recorded(self) -> Recorded:
+        """What replayed views are checked against."""
+        return Recorded(self.quarantined(), self.manifest.get("versions", {}))
 
     def read(self, block: int, view: int, codec: str) -> Unit:
         """One unit with one codec's targets, checked against the inventory and the seeds of its view."""
