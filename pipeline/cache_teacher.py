@@ -30,6 +30,7 @@ from cskd.codecs import get_codec
 from cskd.config import Config, to_dict, to_yaml
 from cskd.devices import pick_device
 from cskd.errors import CacheError, ConfigError, DataError, ImageError
+from cskd.golden import check_versions
 from cskd.identity import identity_of, library_versions
 from cskd.inventory import Inventory, open_inventory
 from cskd.loading.stage1 import Chunk, ChunkMaker, ChunkViews, chunks, pad_rows
@@ -114,6 +115,8 @@ def _open_or_create(config: Config, inventory: Inventory, teacher: Teacher, make
         }
     cache = create_cache(root, identity, config.cache.views, facts, inventory)
     (root / RESOLVED).write_text(to_yaml(config), encoding="utf-8")
+    if not facts:
+        check_versions(cache)
     difference = compare_probe(cache.manifest["probe"], probe)
     if difference:
         raise CacheError(f"{root}: the teacher no longer gives the outputs the cache was begun with ({difference})")

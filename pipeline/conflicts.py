@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from cskd.augment.recipe import RECIPE_CODE_VERSION
 from cskd.config import Config, to_dict
 from cskd.errors import CacheError, ConfigError
+from cskd.images import POLICY
 from cskd.live import LiveViews
 from cskd.store.cache import Cache, first_difference
 from cskd.store.format import RESOLVED
@@ -30,6 +32,18 @@ def refuse_conflicts(config: Config, cache: Cache) -> None:
                 raise ConfigError(
                     f"{key} is {asked!r}, the cache {cache.root} was made with {cached!r}; leave it out or set it so"
                 )
+
+
+def refuse_other_code(cache: Cache) -> None:
+    """CacheError when this version of the program reads or augments images in another way than stage 1 did."""
+    now = {"recipe_code": RECIPE_CODE_VERSION, "images": POLICY}
+    difference = first_difference({name: cache.identity.get(name) for name in now}, now)
+    if difference:
+        key, old, new = difference
+        raise CacheError(
+            f"{cache.root} was made with {key} = {old!r}, this version of cskd has {new!r}: its views would not replay; "
+            "train with the version it was made with, or cache again"
+        )
 
 
 def refuse_unfinished(cache: Cache) -> None:

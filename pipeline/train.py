@@ -31,6 +31,7 @@ from cskd.config import Config, to_yaml
 from cskd.devices import autocast, pick_device
 from cskd.errors import ConfigError, DataError
 from cskd.forwards import teacher_images
+from cskd.golden import check_versions
 from cskd.inventory import Inventory, open_inventory
 from cskd.live import LiveViews
 from cskd.loading.stage2 import Batch, BatchMaker, EvalTask, eval_tasks
@@ -46,7 +47,7 @@ from cskd.student import Student, build_student
 from cskd.student.checkpoint import ResumeStates, TrainState, export
 from cskd.student.optim import Optimisation, reseed_step
 from cskd.targets import CachedTargets, LiveTargets, mixed_labels
-from pipeline.conflicts import refuse_conflicts, refuse_other_run, refuse_unfinished, run_identity
+from pipeline.conflicts import refuse_conflicts, refuse_other_code, refuse_other_run, refuse_unfinished, run_identity
 from pipeline.evaluate import score_heads
 from pipeline.metrics import MetricsLog
 from pipeline.online import open_online
@@ -77,7 +78,7 @@ def train(config: Config, verify_replay: bool = True, online: bool = False, quie
     ranks = start_ranks(config.train.device)
     quiet = quiet or not ranks.first
     try:
-        return _train(_open_run(config, ranks, online, quiet), verify_replay, quiet)
+        return _train(_open_run(config, ranks, verify_replay, online, quiet), verify_replay, quiet)
     finally:
         stop_ranks()
 
@@ -196,13 +197,13 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
     )
 
 
-def _open_run(config: Config, ranks: Ranks, online: bool, quiet: bool) -> _Run:
+def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, quiet: bool) -> _Run:
     """Views, targets, student, plan and optimiser of a config, and where an earlier run of it stopped."""
     settings = config.train
     if not settings.output:
         raise ConfigError("train.output is empty; say where results go, for example --set train.output=runs/mine")
     output, device = Path(settings.output), pick_device(settings.device)
-    views, targets, notes = _open_views(config, device, ranks, online, quiet)
+    views, targets, notes = _open_views(config, device, ranks, verify_replay, online, quiet)
     val = open_inventory(Path(config.data.val)) if config.data.val else None
     if val is not None and val.classes != views.classes:
         raise DataError(
@@ -257,7 +258,7 @@ def _open_run(config: Config, ranks: Ranks, online: bool, quiet: bool) -> _Run:
 
 
 def _open_views(
-    config: Config, device: torch.device, ranks: Ranks, online: bool, quiet: bool
+    config: Config, device: torch.device, ranks: Ranks, verify_replay: bool, online: bool, quiet: bool
 ) -> tuple[Cache | LiveViews, CachedTargets | LiveTargets, list[str]]:
     """What is fed and what is taught, and notes: from a checked cache, or with a teacher that runs live."""
     if online:
@@ -265,8 +266,10 @@ def _open_views(
         return live.views, live.targets, live.notes
     cache = open_cache(config.cache.path, data=Path(config.data.train) if config.data.train else None)
     refuse_conflicts(config, cache)
+    refuse_other_code(cache)
     refuse_unfinished(cache)
-    return cache, CachedTargets(cache, config.loss, config.train.epochs), []
+    note = check_versions(cache) if verify_replay else None
+    return cache, CachedTargets(cache, config.loss, config.train.epochs), [note] if note else []
 
 
 def _parallel(run: _Run) -> torch.nn.Module:
