@@ -13,11 +13,13 @@ from cskd.errors import CacheError, CskdError
 from cskd.store.cache import Cache, open_cache
 from cskd.store.unit import content_hash
 from pipeline.progress import Progress
+from pipeline.recompute import Recomputed, recompute, replay_again
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """`errors`: one line a unit that is not what its record says; `content_root`: of the units that exist."""
+    """`errors`: one line a unit that is not what its record says, or a view that does not replay; `content_root`: of the
+    units that exist."""
 
     cache: str
     units: int
@@ -27,14 +29,21 @@ class VerifyReport:
     inventory_samples: int
     errors: list[str]
     content_root: str
+    replayed: int  # views made again
+    recomputed: Recomputed | None
 
     @property
     def sound(self) -> bool:
         return not self.errors and not self.missing
 
 
-def verify(path: Path, data: Path | None = None, quiet: bool = False) -> VerifyReport:
-    """Read every byte of a cache. Raises CacheError only when its manifest or inventory can't be read at all."""
+def verify(
+    path: Path, data: Path | None = None, replay: int = 0, again: int = 0, device: str = "auto", quiet: bool = False
+) -> VerifyReport:
+    """Read every byte of a cache; make about `replay` views again, and run the teacher on about `again` of them.
+
+    Raises:  CacheError when its manifest or inventory can't be read at all; TeacherError when the teacher can't be built.
+    """
     cache = open_cache(path, data=data)
     errors: list[str] = []
     units = missing = cached = quarantined = 0
@@ -55,7 +64,23 @@ def verify(path: Path, data: Path | None = None, quiet: bool = False) -> VerifyR
         root = cache.content_root()
     except CacheError:
         root = ""
-    return VerifyReport(str(path), units, missing, cached, quarantined, len(cache.inventory), errors, root)
+    replayed, recomputed = 0, None
+    if replay and not errors:
+        replayed, errors = replay_again(cache, replay, quiet)
+    if again and not errors:
+        recomputed = recompute(cache, again, device, quiet)
+    return VerifyReport(
+        cache=str(path),
+        units=units,
+        missing=missing,
+        cached=cached,
+        quarantined=quarantined,
+        inventory_samples=len(cache.inventory),
+        errors=errors,
+        content_root=root,
+        replayed=replayed,
+        recomputed=recomputed,
+    )
 
 
 def _check(cache: Cache, block: int, view: int) -> tuple[int, int] | None:
@@ -98,3 +123,14 @@ def render(report: VerifyReport, console: Console) -> None:
         soft_wrap=True,
     )
     console.print(f"content {report.content_root}", soft_wrap=True)
+    if report.replayed:
+        differ = len(report.errors)
+        console.print(f"{report.replayed} views made again, {differ} differ", soft_wrap=True)
+    if report.recomputed:
+        r = report.recomputed
+        logits = "" if r.largest_logit_difference is None else f", logits by {r.largest_logit_difference:.3g} at most"
+        console.print(
+            f"teacher run again on {r.views} views: {r.differing} of {r.lookups} hard targets differ"
+            f" (margin {r.largest_margin:.2g} at most){logits}; probe images: {r.probe or 'equal'}",
+            soft_wrap=True,
+        )
