@@ -45,6 +45,17 @@ def quads(n: int, recipe: RecipeConfig, inventory_id: str, block: int, group: in
     return permutation(n, hash64("quads", recipe.seed, inventory_id, block, group))
 
 
+def partners(order: NDArray[np.int64], recipe: RecipeConfig, view: int) -> NDArray[np.int32]:
+    """Each sample's partner in one view, whether or not the pair is mixed: int32 [n], -1 for left-overs.
+
+    Args:    order int64 [n] from `quads` of the view's group.
+    """
+    partner = np.full(len(order), -1, np.int32)
+    quad = order[: len(order) // 4 * 4].reshape(-1, 4)
+    partner[quad] = quad[:, MATCHINGS[view % recipe.mix_group]]
+    return partner
+
+
 def mixing(
     seeds: NDArray[np.uint64], order: NDArray[np.int64], bad: NDArray[np.bool_], recipe: RecipeConfig, view: int
 ) -> Mixing:
@@ -55,12 +66,9 @@ def mixing(
     Returns: Mixing, in block order.
     """
     n = len(seeds)
-    partner = np.full(n, -1, np.int32)
+    partner = partners(order, recipe, view) if recipe.mixes else np.full(n, -1, np.int32)
     mode, lam, box = np.zeros(n, np.uint8), np.zeros(n, np.uint16), np.zeros((n, 4), np.uint16)
     if recipe.mixes:
-        quad = order[: n // 4 * 4].reshape(-1, 4)
-        mate = quad[:, MATCHINGS[view % recipe.mix_group]]
-        partner[quad] = mate
         alone = bad | (bad[partner] & (partner >= 0))
         partner[alone] = -1
         for i in np.flatnonzero((partner >= 0) & (np.arange(n) < partner)):

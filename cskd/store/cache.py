@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cskd.augment.mixing import NONE, partners, quads
 from cskd.codecs import Arrays, Codec, get_codec
 from cskd.config import RecipeConfig
 from cskd.errors import CacheError
@@ -163,6 +164,14 @@ class Cache:
             raise CacheError(
                 f"{path}: sample '{self.inventory.key(first + int(position[row]))}' has seed {fields['seed'][row]:016x}, "
                 f"view {view} of it has {seeds[row]:016x}; {self._again(block, view)}"
+            )
+        order = quads(stop - first, self.recipe, self.inventory.id, block, view // self.recipe.mix_group)
+        partner = np.where(fields["mode"] != NONE, partners(order, self.recipe, view)[position], -1)
+        if not np.array_equal(fields["partner"], partner):
+            row = int(np.flatnonzero(fields["partner"] != partner)[0])
+            raise CacheError(
+                f"{path}: sample '{self.inventory.key(first + int(position[row]))}' has partner {fields['partner'][row]}, "
+                f"the recipe says {partner[row]} (places in the block); {self._again(block, view)}"
             )
         self.codecs[codec].check(targets, len(position), len(self.classes))
         return Unit(position, fields, targets)
