@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from cskd.config import Config, from_dict
-from cskd.errors import CacheError, ConfigError, ReplayError, TeacherError
+from cskd.errors import CacheError, ConfigError, TeacherError
 from cskd.forwards import teacher_images
 from cskd.store.cache import open_cache
 from cskd.store.commit import Commit, publish, read_commit
@@ -171,33 +171,6 @@ def test_the_exported_weights_are_timms_own_names(cached: Path) -> None:
         **facts["model_args"],
     )
     assert model.state_dict().keys() == load_file(cached / "plain" / "model.safetensors").keys()
-
-
-def change_unit(cache_path: Path, **fields: Any) -> None:
-    """Replace unit (0, 0) by one with other fields, committed as if stage 1 had made it so."""
-    cache = open_cache(cache_path)
-    unit = cache.read(0, 0, "envelope")
-    both = {name: cache.read(0, 0, name).targets for name in cache.codecs}
-    changed = dict(unit.fields)
-    for name, change in fields.items():
-        changed[name] = change(changed[name].copy())
-    (cache_path / commit_file(0, 0)).unlink()
-    cache.add_unit(0, 0, changed, both, {}, {})
-
-
-@pytest.mark.parametrize("field", ["digest", "lam", "box"])
-def test_one_changed_field_of_a_view_stops_training_at_its_sample(base: Path, field: str) -> None:
-    path = base / f"changed-{field}"
-    cache_teacher(config(base, cache={"path": str(path), "views": 1}), quiet=True)
-
-    def bump(values: Any) -> Any:
-        mixed = np.flatnonzero(open_cache(path).read(0, 0, "envelope").fields["mode"])[0]
-        values[mixed] += 1
-        return values
-
-    change_unit(path, **{field: bump})
-    with pytest.raises(ReplayError, match="view 0 of sample"):
-        train(config(base, f"run-{field}", cache={"path": str(path)}), quiet=True)
 
 
 def test_a_bad_image_is_quarantined_and_counted_and_its_partners_stay_unmixed(base: Path, tmp_path: Path) -> None:
