@@ -1,0 +1,69 @@
+"""`cskd train` as torchrun starts it: what is fed at each global step does not depend on ranks, workers or restarts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cskd.config import to_yaml
+from pipeline.cache_teacher import cache_teacher
+from tests.caches import make_tiny_data
+from tests.test_pipeline import TEACHER, config
+
+ROOT = Path(__file__).resolve().parent.parent
+Steps = list[list[tuple[int, int]]]  # (sample, view) of each row, a list a global step
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "net.py").write_text(TEACHER)
+    make_tiny_data(folder / "train", n=42, block=20, shard=10)
+    make_tiny_data(folder / "val", n=12, block=20, shard=10)
+    made = config(folder, cache={"views": 6}, train={"repeats": 3, "epochs": 4})
+    cache_teacher(made, quiet=True)
+    (folder / "c.yaml").write_text(to_yaml(made))
+    return folder
+
+
+def feed(base: Path, name: str, ranks: int, workers: int, *steps: int) -> Steps:
+    """Run `cskd train` once for each of `steps` (0: to the end), and what its ranks were fed, joined by global step."""
+    record = base / f"record {name}"
+    record.mkdir()
+    sets = [f"train.output={base / name}", f"train.workers={workers}"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    for stop in steps or (0,):
+        settings = [word for s in (*sets, f"train.max_steps={stop}") for word in ("--set", s)]
+        command = [
+            sys.executable,
+            *launch,
+            str(ROOT / "tests" / "recorder.py"),
+            "train",
+            str(base / "c.yaml"),
+            *settings,
+        ]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CSKD_RECORD": str(record)}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+    lines = [(record / f"rank{r}").read_text().splitlines() for r in range(ranks)]
+    parts = [[list(zip(*json.loads(line), strict=True)) for line in rank] for rank in lines]
+    return [[row for part in step for row in part] for step in zip(*parts, strict=True)]
+
+
+def test_the_sequence_is_the_same_for_any_ranks_workers_and_restarts(base: Path) -> None:
+    """At world size 1 the final weights are the same too; at 2 the gradients are averaged in another order."""
+    one = feed(base, "one", 1, 0)
+    assert len(one) == 4 * 4 and all(len(step) == 8 for step in one)
+    assert len({tuple(step) for step in one}) == len(one)
+    assert feed(base, "one, 3 workers", 1, 3) == one
+    assert feed(base, "one, cut twice in an epoch", 1, 1, 5, 7, 0) == one
+    assert feed(base, "two", 2, 1) == one
+    assert feed(base, "two, cut", 2, 0, 6, 0) == one
+    runs = ("one", "one, 3 workers", "one, cut twice in an epoch")
+    assert len({hashlib.sha256((base / run / "model.safetensors").read_bytes()).hexdigest() for run in runs}) == 1
