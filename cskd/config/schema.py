@@ -127,6 +127,8 @@ class CacheConfig:
     def __post_init__(self) -> None:
         _need(self.views > 0, "cache.views", self.views, "at least 1")
         _need(len(self.codecs) > 0, "cache.codecs", self.codecs, "at least one of envelope, int8, topk:K")
+        distinct = {name.replace(":", "") for name in self.codecs}  # topk10 is topk:10
+        _need(len(distinct) == len(self.codecs), "cache.codecs", self.codecs, "each codec once")
         _need(self.workers >= 0, "cache.workers", self.workers, "0 or more processes")
         _need(0.0 <= self.max_quarantine <= 1.0, "cache.max_quarantine", self.max_quarantine, "a share in [0, 1]")
 
