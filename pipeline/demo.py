@@ -8,6 +8,7 @@ students  the same ViT, seed and epochs: labels only, DeiT-hard, CSKD; the teach
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +160,8 @@ def _train_teacher(path: Path, quiet: bool) -> None:
             optimiser.step()
             schedule.step()
             progress.update((step + 1) * batch, loss=f"{loss.item():.3f}")
-    save_model(model, str(path))
+    save_model(model, str(path.with_suffix(".partial")))
+    os.replace(path.with_suffix(".partial"), path)  # a run that is killed leaves a whole teacher or none
 
 
 def _config(out: Path, student: str, epochs: int) -> Config:
@@ -185,7 +187,7 @@ def _config(out: Path, student: str, epochs: int) -> Config:
             "epochs": epochs,
             "global_batch": 64,
             "lr": 2.0e-3,
-            "warmup_epochs": 2,
+            "warmup_epochs": min(2, epochs - 1),
             "weight_decay": 0.05,
             "eval_every": max(1, epochs // 4),
             "eval_crop_pct": 1.0,

@@ -81,6 +81,6 @@ def _summary_writer(folder: Path, start_epoch: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ConfigError(
-            "train.tensorboard is on and tensorboard is not installed; pip install 'cskd[tensorboard]'"
+            "train.tensorboard is on and tensorboard is not installed; run: pip install tensorboard"
         ) from None
     return SummaryWriter(str(folder / "tensorboard"), purge_step=start_epoch)

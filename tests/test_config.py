@@ -139,6 +139,7 @@ def test_a_value_of_another_type_is_refused_with_key_value_and_what_was_expected
         ("train", "epochs", 0),
         ("train", "global_batch", -2),
         ("train", "repeats", 0),
+        ("train", "warmup_epochs", -3.0),
         ("train", "workers", -1),
     ],
 )

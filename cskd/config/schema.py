@@ -208,7 +208,7 @@ class TrainConfig:
             _need(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "at least 1")
         for name in ("workers", "save_every", "max_steps"):
             _need(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
-        for name in ("lr", "warmup_lr", "min_lr", "weight_decay"):
+        for name in ("lr", "warmup_epochs", "warmup_lr", "min_lr", "weight_decay"):
             _need(getattr(self, name) >= 0.0, f"train.{name}", getattr(self, name), "a number >= 0")
         _need(0.0 < self.eval_crop_pct <= 1.0, "train.eval_crop_pct", self.eval_crop_pct, "a share in (0, 1]")
         _need(self.ema is None or 0.0 <= self.ema < 1.0, "train.ema", self.ema, "a decay in [0, 1), or null")
