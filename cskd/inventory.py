@@ -37,6 +37,7 @@ from cskd.inventory_format import (
 )
 from cskd.seeds import U64, key_hash
 
+FIND_SHARDS = "restore it, or say where the shards are: data.train in the config, or --data of inspect and verify"
 BATCH = 4096  # samples buffered before they go to the column files
 
 
@@ -109,7 +110,7 @@ class Inventory:
         for shard, (name, length) in enumerate(self.shards):
             path = self.shard_path(shard)
             if not path.is_file():
-                raise DataError(f"shard {name} is not in {self.root}; say where the shards are with --data")
+                raise DataError(f"shard {name} is not in {self.root}; {FIND_SHARDS}")
             if path.stat().st_size != length:
                 raise DataError(
                     f"{path} has {path.stat().st_size} bytes, the inventory says {length}; restore it or pack again"

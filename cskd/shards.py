@@ -11,7 +11,7 @@ from typing import Any
 import google_crc32c
 
 from cskd.errors import DataError, ReadError
-from cskd.inventory import Inventory
+from cskd.inventory import FIND_SHARDS, Inventory
 
 TRIES = 3
 WAIT = 0.2  # seconds before the second try, doubled before the third: what a network file system needs to come back
@@ -65,9 +65,7 @@ class ShardReader:
                 with self._lock:
                     return _pread(self._open(i, shard), offset, size)
             except FileNotFoundError:
-                raise DataError(
-                    f"{self._name(i, shard)}: there is no such file; say where the shards are with --data"
-                ) from None
+                raise DataError(f"{self._name(i, shard)}: there is no such file; {FIND_SHARDS}") from None
             except OSError as e:
                 error = e
                 with self._lock:

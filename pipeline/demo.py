@@ -8,6 +8,7 @@ students  the same ViT, seed and epochs: labels only, DeiT-hard, CSKD; the teach
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from rich.table import Table
 from safetensors.torch import save_model
 
 from cskd.augment.device import normalise
-from cskd.config import Config, from_dict
+from cskd.config import Config, from_dict, load_config
 from cskd.errors import ConfigError
 from cskd.forwards import teacher_images
 from cskd.seeds import permutation
@@ -71,6 +72,7 @@ def run_demo(out: Path, epochs: int | None = None, quiet: bool = False) -> DemoR
     """Run everything into folder `out`. What an earlier run finished there is used again."""
     start = time.perf_counter()
     epochs = epochs or 40
+    _check_epochs(out, epochs)
     torch.manual_seed(0)
     for split, (images, labels) in _digits().items():
         if not (out / "data" / split / "inventory").exists():
@@ -159,7 +161,16 @@ def _train_teacher(path: Path, quiet: bool) -> None:
             optimiser.step()
             schedule.step()
             progress.update((step + 1) * batch, loss=f"{loss.item():.3f}")
-    save_model(model, str(path))
+    save_model(model, str(path.with_suffix(".partial")))
+    os.replace(path.with_suffix(".partial"), path)  # a run that is killed leaves a whole teacher or none
+
+
+def _check_epochs(out: Path, epochs: int) -> None:
+    """Raises ConfigError when students were trained here for another number of epochs."""
+    for name in STUDENTS:
+        made = out / "runs" / name / "resolved.yaml"
+        if made.is_file() and (begun := load_config(made).train.epochs) != epochs:
+            raise ConfigError(f"{out} has students of {begun} epochs, asked for {epochs}; give another folder")
 
 
 def _config(out: Path, student: str, epochs: int) -> Config:
@@ -185,7 +196,7 @@ def _config(out: Path, student: str, epochs: int) -> Config:
             "epochs": epochs,
             "global_batch": 64,
             "lr": 2.0e-3,
-            "warmup_epochs": 2,
+            "warmup_epochs": min(2, epochs - 1),
             "weight_decay": 0.05,
             "eval_every": max(1, epochs // 4),
             "eval_crop_pct": 1.0,

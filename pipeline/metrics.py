@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +22,7 @@ class MetricsLog:
     def __init__(self, folder: Path | None, start_epoch: int, tensorboard: bool = False) -> None:
         self.folder = folder
         self.rows = [r for r in read_metrics(folder) if r["epoch"] < start_epoch] if folder else []
-        self._board = _summary_writer(folder) if tensorboard and folder else None
+        self._board = _summary_writer(folder, start_epoch) if tensorboard and folder else None
         self._write()
 
     def __enter__(self) -> MetricsLog:
@@ -40,17 +42,18 @@ class MetricsLog:
             for name, value in row.items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(name, value, row["epoch"])
+            self._board.flush()
 
     def _write(self) -> None:
         if self.folder is None:
             return
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
-        (self.folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
-        names = list(dict.fromkeys(name for row in self.rows for name in row))
-        with open(self.folder / "metrics.csv", "w", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, names)
-            writer.writeheader()
-            writer.writerows(self.rows)
+        _replace(self.folder / "metrics.jsonl", lines)
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, list(dict.fromkeys(name for row in self.rows for name in row)))
+        writer.writeheader()
+        writer.writerows(self.rows)
+        _replace(self.folder / "metrics.csv", table.getvalue())
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -66,11 +69,18 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _summary_writer(folder: Path) -> Any:
+def _replace(path: Path, text: str) -> None:
+    """Put a whole file in the place of the old one: a run that is killed or out of disk keeps the rows it had."""
+    temp = path.with_name(f".{path.name}.partial")
+    temp.write_text(text, encoding="utf-8", newline="")
+    os.replace(temp, path)
+
+
+def _summary_writer(folder: Path, start_epoch: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ConfigError(
-            "train.tensorboard is on and tensorboard is not installed; pip install 'cskd[tensorboard]'"
+            "train.tensorboard is on and tensorboard is not installed; run: pip install tensorboard"
         ) from None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=start_epoch)

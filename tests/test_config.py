@@ -131,6 +131,7 @@ def test_a_value_of_another_type_is_refused_with_key_value_and_what_was_expected
         ("recipe", "mix_group", 4),
         ("cache", "views", 0),
         ("cache", "codecs", []),
+        ("cache", "codecs", ["topk10", "topk:10"]),
         ("cache", "workers", -1),
         ("loss", "alpha", 1.1),
         ("loss", "tau", 0.0),
@@ -138,6 +139,7 @@ def test_a_value_of_another_type_is_refused_with_key_value_and_what_was_expected
         ("train", "epochs", 0),
         ("train", "global_batch", -2),
         ("train", "repeats", 0),
+        ("train", "warmup_epochs", -3.0),
         ("train", "workers", -1),
     ],
 )

@@ -66,8 +66,17 @@ def test_labels_come_from_cls_or_json_and_names_from_a_file_or_numbers(tmp_path:
         index(tmp_path, classes=tmp_path / "names")
 
 
+def test_a_label_that_no_codec_can_hold_is_refused_where_numbers_would_be_its_name(tmp_path: Path) -> None:
+    tar(tmp_path / "x.tar", {"a/0.jpg": b"", "a/0.cls": b"65535"})
+    with pytest.raises(DataError, match="the largest label is 65535, expected one below 65535; mend the labels"):
+        index(tmp_path)
+
+
 BAD_SHARDS: dict[str, tuple[dict[str, bytes], str]] = {
-    "no label": ({**shard_files(), "a/9.jpg": b""}, r"sample 'a/9' in .*x.tar has no label"),
+    "no label": (
+        {**shard_files(), "a/9.jpg": b""},
+        r"sample 'a/9' in .*x.tar has no label .*; mend it, or take it out of the shard",
+    ),
     "no image": ({"a/9.cls": b"1", **shard_files()}, r"sample 'a/9' in .*x.tar has no image \(it has cls\)"),
     "json without": ({"a/9.jpg": b"", "a/9.json": b'{"x": 1}'}, "sample 'a/9' in .* has no label"),
     "no number": ({"a/9.jpg": b"", "a/9.cls": b"cat"}, "has the label b'cat', expected a number from 0"),

@@ -98,6 +98,13 @@ def test_a_malformed_class_file_is_refused_naming_the_line(text: bytes, message:
         parse_classes(text, "FILE")
 
 
+def test_a_class_file_that_is_none_is_refused_with_the_option_that_names_it(tmp_path: Path) -> None:
+    source = folder(tmp_path / "source", FILES)
+    for path, found in ((tmp_path / "absent", "no file"), (source, "a folder")):
+        with pytest.raises(DataError, match=f"{path.name} is {found}; expected a file of class names.*--classes"):
+            pack(source, tmp_path / "out", classes=path)
+
+
 @pytest.mark.parametrize("option", ["shard_size", "block", "short_side", "workers", "limit"])
 def test_options_below_one_are_refused(tmp_path: Path, option: str) -> None:
     with pytest.raises(DataError, match=f"{option} is 0, expected at least 1"):

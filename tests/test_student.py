@@ -217,6 +217,14 @@ def test_a_checkpoint_of_another_resolution_and_other_classes_is_adapted(tmp_pat
         assert same == (name != "pos_embed" and not name.startswith("head")), name
 
 
+def test_a_checkpoint_of_other_patches_says_that_its_patch_embedding_was_resampled(tmp_path):
+    source = build().backbone
+    own = source.patch_embed.proj.weight.shape[-1]
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    student = build(init=tmp_path / "w.safetensors", patch_size=2 * own)
+    assert f"from {own} x {own} to {2 * own} x {2 * own} pixels" in student.notes[1]
+
+
 def test_the_config_beside_a_checkpoint_tells_a_grid_that_is_not_square(tmp_path):
     source = build(size=(16, 64)).backbone  # 4 x 16 patches: 64, as many as 8 x 8
     save_file(source.state_dict(), tmp_path / "model.safetensors")

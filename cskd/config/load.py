@@ -56,7 +56,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
             f"no config at {path}; give the path of a YAML file (the shipped ones are in configs/)"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as e:
-        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(e).split())}") from None
+        raise ConfigError(
+            f"{path} is not readable YAML: {' '.join(str(e).split())}; expected a file such as those in configs/"
+        ) from None
     if not isinstance(raw, dict | None):
         raise ConfigError(f"{path} holds a {type(raw).__name__}, expected sections such as 'teacher:' and 'train:'")
     raw = raw or {}

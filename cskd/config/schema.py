@@ -131,6 +131,8 @@ class CacheConfig:
     def __post_init__(self) -> None:
         _need(self.views > 0, "cache.views", self.views, "at least 1")
         _need(len(self.codecs) > 0, "cache.codecs", self.codecs, "at least one of envelope, int8, topk:K")
+        distinct = {name.replace(":", "") for name in self.codecs}  # topk10 is topk:10
+        _need(len(distinct) == len(self.codecs), "cache.codecs", self.codecs, "each codec once")
         _need(self.workers >= 0, "cache.workers", self.workers, "0 or more processes")
         _need(0.0 <= self.max_quarantine <= 1.0, "cache.max_quarantine", self.max_quarantine, "a share in [0, 1]")
 
@@ -210,7 +212,7 @@ class TrainConfig:
             _need(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "at least 1")
         for name in ("workers", "save_every", "max_steps"):
             _need(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
-        for name in ("lr", "warmup_lr", "min_lr", "weight_decay"):
+        for name in ("lr", "warmup_epochs", "warmup_lr", "min_lr", "weight_decay"):
             _need(getattr(self, name) >= 0.0, f"train.{name}", getattr(self, name), "a number >= 0")
         _need(0.0 < self.eval_crop_pct <= 1.0, "train.eval_crop_pct", self.eval_crop_pct, "a share in (0, 1]")
         _need(self.ema is None or 0.0 <= self.ema < 1.0, "train.ema", self.ema, "a decay in [0, 1), or null")

@@ -113,7 +113,7 @@ def _samples(file: BinaryIO, shard: Path, files: Iterable[Member], incomplete: T
             incomplete.add(f"'{key}' in {shard.name}")
         else:
             missing = 'label (.cls, or .json with "label")' if images else f"image (it has {', '.join(sorted(parts))})"
-            raise DataError(f"sample '{key}' in {shard} has no {missing}; mend it, or allow incomplete samples")
+            raise DataError(f"sample '{key}' in {shard} has no {missing}; mend it, or take it out of the shard")
 
 
 def _key(name: str) -> str | None:

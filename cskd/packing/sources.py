@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cskd.class_map import MAX_CLASSES
 from cskd.errors import DataError
 from cskd.inventory import first_duplicate
 from cskd.packing.names import (
@@ -215,7 +216,7 @@ def _folder_source(
     own = [folder for folder in class_files if listing.prefix.startswith(f"{folder}/" if folder else "")]
     notes = []
     if classes is not None:
-        names, origin = parse_classes(_file_bytes(classes), str(classes)), str(classes)
+        names, origin = _class_file(classes), str(classes)
     elif own:
         nearest = max(own, key=len)
         origin = f"{nearest}/{CLASSES_FILE}".lstrip("/") + f" of {src.name}"
@@ -249,15 +250,19 @@ def _shard_source(
 def label_names(classes: Path | None, beside: Path, largest: int) -> tuple[list[str], list[str]]:
     """Names for the labels of shards, and notes: from a class file, else the file `beside` them, else '0', '1', ...
 
-    Raises:  DataError when there are fewer names than labels.
+    Raises:  DataError when there are fewer names than labels, or a label without names that no codec can hold.
     """
     origin, notes = classes, []
     if classes is None and beside.is_file():
         origin = beside
         notes.append(f"class names from {beside.name}, which is beside the shards")
     if origin is None:
+        if largest >= MAX_CLASSES:
+            raise DataError(
+                f"the largest label is {largest}, expected one below {MAX_CLASSES}; mend the labels of the shards"
+            )
         return [str(label) for label in range(largest + 1)], ["no class names given: named by their numbers"]
-    names = parse_classes(_file_bytes(origin), str(origin))
+    names = _class_file(origin)
     if largest >= len(names):
         raise DataError(
             f"{origin} has {len(names)} names, but label {largest} occurs; give the right file with --classes"
@@ -327,5 +332,8 @@ def read_place(place: Place) -> bytes:
     return data
 
 
-def _file_bytes(path: Path) -> bytes:
-    return read_place(Place(str(path), 0, WHOLE))
+def _class_file(path: Path) -> list[str]:
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no file"
+        raise DataError(f"{path} is {found}; expected a file of class names in label order; give it with --classes")
+    return parse_classes(read_place(Place(str(path), 0, WHOLE)), str(path))

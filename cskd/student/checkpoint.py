@@ -109,12 +109,16 @@ def load_student(path: Path) -> tuple[Student, dict[str, Any]]:
         config = StudentConfig(facts["architecture"], facts["model_args"], mean=how["mean"], std=how["std"])
         classes, (_, height, width) = int(facts["num_classes"]), how["input_size"]
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise StudentError(f"{beside} is not a run's config ({type(e).__name__}: {e}); export the run again") from e
+        raise StudentError(
+            f"{beside} is not a run's config ({type(e).__name__}: {e}); restore it, or train into another folder"
+        ) from e
     student = build_student(config, classes, (height, width))
     try:
         student.backbone.load_state_dict(load_file(weights))
     except (OSError, SafetensorError, RuntimeError) as e:
-        raise StudentError(f"{weights} does not fit {beside} ({str(e).splitlines()[0]}); export the run again") from e
+        raise StudentError(
+            f"{weights} does not fit {beside} ({str(e).splitlines()[0]}); restore it, or train into another folder"
+        ) from e
     return student.eval(), facts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
@@ -38,12 +39,16 @@ def start_from(vit: VisionTransformer, path: Path) -> list[str]:
                 "start from a checkpoint of the same kind of ViT"
             )
     position = state.pop("pos_embed", None)  # timm's filter would guess its grid from the model's default image size
+    kernel, own_kernel = (_shape(s, "patch_embed.proj.weight") for s in (state, own))
     try:
         if position is not None and vit.pos_embed is not None:
             position = _resample(vit, position, _grid_of(vit, path, state, position), path, notes)
         state = checkpoint_filter_fn(state, vit, adapt_layer_scale=True)
     except (RuntimeError, ValueError, KeyError, IndexError, AttributeError) as e:
         raise StudentError(f"{path} is no ViT's checkpoint ({_line(e)}); choose another student.init") from e
+    if kernel and own_kernel and len(kernel) == 4 and kernel[2:] != own_kernel[2:]:
+        sizes = " to ".join(f"{k[2]} x {k[3]}" for k in (kernel, own_kernel))
+        notes.append(f"the patch embedding of {path} was resampled from {sizes} pixels")
     if position is not None:
         state["pos_embed"] = position
     fresh = {k for k in own if k.startswith(CLASSIFIERS)}
@@ -132,4 +137,4 @@ def _shape(state: dict[str, Tensor], name: str) -> list[int] | None:
 
 def _line(e: Exception) -> str:
     text = str(e).strip()
-    return f"{type(e).__name__}: {text.splitlines()[0][:160]}" if text else type(e).__name__
+    return f"{type(e).__name__}: {shorten(text.splitlines()[0], 160, placeholder=' ...')}" if text else type(e).__name__
