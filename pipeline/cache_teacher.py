@@ -52,7 +52,7 @@ class CacheReport:
     images: int  # views made by this run
     seconds: float
     clean_top1: float
-    quarantined: int
+    quarantined: int  # images of the whole cache
     content_root: str
     bound_by: str
 
@@ -66,6 +66,8 @@ def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
         raise ConfigError(
             "data.train is empty; say which packed data set to cache, for example --set data.train=data/mine"
         )
+    if Path(config.cache.path).resolve() == Path(config.data.train).resolve():
+        raise ConfigError(f"cache.path and data.train are both {config.data.train}; give the cache a folder of its own")
     inventory = open_inventory(Path(config.data.train))
     device = pick_device(config.cache.device)
     teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
@@ -76,13 +78,12 @@ def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
     total = sum(len(views) * (cache.block_range(block)[1] - cache.block_range(block)[0]) for block, views in passes)
     tasks = (task for block, views in passes for task in _tasks(cache, block, views, config.teacher.batch))
     seconds: defaultdict[str, float] = defaultdict(float)
-    images = units = quarantined = 0
+    images = units = 0
     with Progress("cache-teacher", total, "views", quiet=quiet) as progress:
         results = iter(Stream(ChunkMaker(maker, inventory.id), tasks, config.cache.workers))
         for block, views in passes:
             commits = _make_units(cache, block, views, results, teacher, config, seconds, progress, images)
             images += sum(c.samples for c in commits)
-            quarantined += len(commits[0].quarantine)
             units += len(commits)
     return CacheReport(
         cache=str(cache.root),
@@ -90,7 +91,7 @@ def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
         images=images,
         seconds=time.perf_counter() - start,
         clean_top1=cache.manifest["clean_top1"],
-        quarantined=quarantined,
+        quarantined=int(cache.quarantined().sum()),
         content_root=cache.content_root(),
         bound_by=bound_by(dict(seconds), images, "views") if seconds else "nothing was missing",
     )
@@ -248,7 +249,7 @@ def render(report: CacheReport, console: Console) -> None:
         soft_wrap=True,
     )
     console.print(
-        f"teacher top-1 on clean images {100 * report.clean_top1:.1f} %, quarantined {report.quarantined}",
+        f"teacher top-1 on clean images {100 * report.clean_top1:.1f} %, quarantined {report.quarantined} images",
         soft_wrap=True,
     )
     console.print(f"content {report.content_root}", soft_wrap=True)

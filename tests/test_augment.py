@@ -9,7 +9,6 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from distributions import assert_same_distribution
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
@@ -20,6 +19,7 @@ from cskd.augment.randaugment import OPERATIONS, Op, argument_of
 from cskd.augment.recipe import Box, ViewParams, describe, sample_params
 from cskd.config import RecipeConfig, to_dict
 from cskd.errors import ConfigError
+from tests.distributions import assert_same_distribution
 
 RESIZED = RecipeConfig(size=32)
 PADDED = RecipeConfig(size=32, crop="padded", padding=4)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import timm.data.random_erasing as timm_erasing
 import torch
-from distributions import assert_same_counts, assert_same_distribution
 from timm.data import create_transform
 
 from cskd.augment.erasing import Erasure, _draws16, draw_erasures, erase, noise_tables
 from cskd.augment.ops import apply
 from cskd.augment.recipe import Box, ViewParams
+from tests.distributions import assert_same_counts, assert_same_distribution
 
 DRAWS = 20_000
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_sources import FILES, SMALL, contents, folder, names, tar
 
 from cskd.errors import DataError
 from cskd.packing.index import index
 from cskd.packing.pack import pack
+from tests.data_sources import FILES, SMALL, contents, folder, names, tar
 
 
 @pytest.fixture

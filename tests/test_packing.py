@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import signal
@@ -14,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from data_sources import EXPECTED, FILES, SMALL, as_webdataset_reads, contents, folder, names, prefixed, tar
 from PIL import Image
 
 import cskd.packing.pack
@@ -26,6 +26,8 @@ from cskd.packing.index import index
 from cskd.packing.names import sample_key
 from cskd.packing.pack import pack
 from cskd.shards import ShardReader
+from cskd.store.shard_writer import ShardWriter
+from tests.data_sources import EXPECTED, FILES, SMALL, as_webdataset_reads, contents, folder, names, prefixed, tar
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -332,3 +334,22 @@ def test_the_imagenet_sample_has_its_labels_from_its_own_class_file(tmp_path: Pa
     for i in range(0, 500, 50):
         assert inventory.key(i).split("/")[0] == inventory.classes[inventory.label[i]]
         assert decode(ShardReader(inventory).read(i)).shape[2] == 3
+
+
+def test_a_writer_that_is_abandoned_leaves_nothing_that_complains(tmp_path: Path) -> None:
+    """An unraisable exception of a half-written tar is an error here."""
+    writer = ShardWriter(tmp_path, shard_size=10)
+    writer.add("a", "png", b"1234", 0)
+    writer.abandon()
+    del writer
+    gc.collect()
+
+
+def test_a_file_where_a_folder_goes_is_named(tmp_path: Path) -> None:
+    source, out = tmp_path / "src" / "a", tmp_path / "out"
+    source.mkdir(parents=True)
+    (source / "x.png").write_bytes(b"1")
+    out.write_text("mine")
+    with pytest.raises(DataError, match="out is a file, expected a folder"):
+        pack(tmp_path / "src", out)
+    assert out.read_text() == "mine"

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from data_sources import FILES, folder, tar
 
 from cskd.errors import DataError
 from cskd.packing.names import parse_classes
 from cskd.packing.pack import pack
+from tests.data_sources import FILES, folder, tar
 
 
 def link_member(path: Path) -> Path:

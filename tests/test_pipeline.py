@@ -245,3 +245,9 @@ def test_a_racing_second_commit_leaves_the_first(cached: Path) -> None:
     assert first is not None
     assert publish(root, Commit(**{**vars(first), "content_hash": "f" * 64})) is False
     assert read_commit(root, 0, 0) == first
+
+
+def test_a_cache_in_the_folder_of_its_data_is_refused(base: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cache\.path and data\.train are both"):
+        cache_teacher(config(base, cache={"path": str(base / "train")}), quiet=True)
+    assert not (base / "train" / "manifest.json").exists()

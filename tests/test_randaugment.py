@@ -9,7 +9,6 @@ from functools import partial
 import numpy as np
 import pytest
 import timm.data.auto_augment as timm_ops
-from distributions import assert_same_counts, assert_same_distribution
 from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import functional as torchvision_ops
@@ -20,6 +19,7 @@ from cskd.augment.randaugment import OPERATIONS, Op, argument_of, draw_jitter, d
 from cskd.augment.recipe import sample_params
 from cskd.config import RecipeConfig
 from cskd.errors import ConfigError
+from tests.distributions import assert_same_counts, assert_same_distribution
 
 DEIT = "rand-m9-mstd0.5-inc1"
 DRAWS = 20_000

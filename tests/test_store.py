@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -146,3 +147,12 @@ def test_an_edited_manifest_is_refused(cache: Cache) -> None:
 def test_first_difference_is_the_dotted_name() -> None:
     assert first_difference({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == ("a.c", 2, 3)
     assert first_difference({"a": 1}, {"a": 1}) is None
+
+
+def test_a_file_and_a_cache_without_inventory_are_named(tmp_path: Path) -> None:
+    root = make_tiny_cache(tmp_path).root
+    with pytest.raises(CacheError, match=r"manifest\.json is a file, expected the folder of a cache"):
+        open_cache(root / "manifest.json")
+    shutil.rmtree(root / "inventory")
+    with pytest.raises(CacheError, match=r"has lost its inventory folder.*restore it from a copy"):
+        open_cache(root)

@@ -55,7 +55,7 @@ class TeacherConfig:
     compile: bool = False
     batch: int = 64  # images a forward; part of the fingerprint
     check_images: int = 512  # clean images for the top-1 check before the first unit
-    min_top1: float | None = None  # refuse below this; null = twice chance
+    min_top1: float | None = None  # refuse below this; null = clearly above chance, about twice
 
     def __post_init__(self) -> None:
         _need(self.batch > 0 and self.batch % 4 == 0, "teacher.batch", self.batch, "a positive multiple of 4 (quads)")

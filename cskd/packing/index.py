@@ -55,5 +55,7 @@ def index(
             files = [ShardFile(path.relative_to(data).as_posix(), path.stat().st_size) for path in paths]
             writer.finish(names, files, block, made, notes)
             return publish_inventory(writer.folder, data)
+    except FileExistsError as e:
+        raise DataError(f"{e.filename} is a file, expected a folder; give another one") from e
     except OSError as e:
         raise DataError(f"{e.filename or data}: {e.strerror or e}; mend that and run again") from e

@@ -87,6 +87,8 @@ def pack(
                     return _confirm(open_inventory(out), source, len(order), images, options)
                 _write(source, images, work, {"by": "pack", "source": src.name, **options})
             return _publish(work, out)
+    except FileExistsError as e:
+        raise DataError(f"{e.filename} is a file, expected a folder; give another one") from e
     except OSError as e:
         raise DataError(f"{e.filename or out}: {e.strerror or e}; mend that and run again") from e
 

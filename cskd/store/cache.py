@@ -242,6 +242,10 @@ def open_cache(root: str | Path, data: Path | None = None) -> Cache:
         raise CacheError(
             f"no cache at {root} ({MANIFEST} is missing); make one with `cskd cache-teacher CONFIG`"
         ) from None
+    except NotADirectoryError:
+        raise CacheError(
+            f"{root} is a file, expected the folder of a cache, made by `cskd cache-teacher CONFIG`"
+        ) from None
     except (ValueError, OSError) as e:
         raise CacheError(f"{root / MANIFEST} is not readable: {e}; {_RESTORE}") from None
     if not isinstance(manifest, dict):
@@ -255,6 +259,8 @@ def open_cache(root: str | Path, data: Path | None = None) -> Cache:
     if fingerprint_of(manifest["identity"]) != manifest["fingerprint"]:
         raise CacheError(f"{root / MANIFEST} does not match its own fingerprint; {_RESTORE}")
     shards = data or Path(manifest.get("data", "."))
+    if not (root / INVENTORY).is_dir():
+        raise CacheError(f"{root} has lost its {INVENTORY} folder, a copy of that of the data set; {_RESTORE}")
     inventory = open_inventory(root / INVENTORY, data=shards)
     if inventory.id != manifest["identity"]["inventory"]:
         raise CacheError(

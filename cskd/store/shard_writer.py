@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tarfile
 from pathlib import Path
 
@@ -52,6 +53,8 @@ class ShardWriter:
     def abandon(self) -> None:
         """Close the open file of a writer that will not be finished."""
         if self._samples:
+            with contextlib.suppress(OSError):
+                self._tar.tarstream.fileobj.close()  # else it complains when it is collected, of a file that is closed
             self._file.close()
 
     def _open(self) -> None:
