@@ -172,6 +172,28 @@ def verify(
 
 
 @app.command()
+def repair(cache: CachePath, data: Data = None, json_: Json = False) -> None:
+    """Withdraw what is damaged in a cache, and make only that again; exit code 0 when it is whole."""
+    from pipeline.repair import render, repair
+
+    _print(repair(cache, data=data, quiet=json_), json_, render)
+
+
+@app.command()
+def gc(
+    cache: CachePath,
+    older_than: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Leave younger files alone.")] = 3600.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list them.")] = False,
+    data: Data = None,
+    json_: Json = False,
+) -> None:
+    """Remove files that killed writers left behind in a cache."""
+    from pipeline.gc import gc, render
+
+    _print(gc(cache, older_than=older_than, dry_run=dry_run, data=data), json_, render)
+
+
+@app.command()
 def doctor(json_: Json = False) -> None:
     """Versions, decoder, start methods, disk and GPU of this machine."""
     from pipeline.doctor import doctor, render

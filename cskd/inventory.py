@@ -7,7 +7,6 @@ Columns are memory-mapped on opening, so that processes share them. The files: `
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +27,7 @@ from cskd.inventory_format import (
     VERSION,
     file_sha256,
     finish_column,
+    header_bytes,
     header_hash,
     identify,
     read_column,
@@ -242,7 +242,7 @@ class InventoryWriter:
         }
         self._check(Inventory(self.folder, self.folder.parent, header, columns))
         header["hash"] = header_hash(header)
-        (self.folder / HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
+        (self.folder / HEADER).write_bytes(header_bytes(header))
         sync(self.folder / HEADER)
         sync(self.folder)
 

@@ -91,6 +91,14 @@ def verify_files(path: Path, header: dict[str, Any]) -> None:
         raise DataError(f"{path} does not have the id that its header states; pack or index again")
 
 
+def check_copy(path: Path) -> None:
+    """Check every byte of an inventory folder. Raises DataError naming the first file that is not as it was written."""
+    header = read_header(path)
+    if (path / HEADER).read_bytes() != header_bytes(header):
+        raise DataError(f"{path / HEADER} is not, byte for byte, what was written")
+    verify_files(path, header)
+
+
 def finish_column(folder: Path, name: str, dtype: np.dtype[Any], length: int) -> None:
     """Turn raw values of known length into an .npy file, on disk."""
     raw, final = folder / f"{name}.raw", folder / f"{name}.npy"
@@ -118,6 +126,11 @@ def identify(folder: Path, bounds: NDArray[np.int64]) -> str:
     digest.update(len(bounds).to_bytes(8, "little"))
     digest.update(bounds.astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+def header_bytes(header: dict[str, Any]) -> bytes:
+    """A header as it lies on disk."""
+    return (json.dumps(header, indent=1) + "\n").encode()
 
 
 def header_hash(header: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ from rich.markup import escape
 from cskd.augment.device import mix_pixels
 from cskd.augment.mixing import NONE, quads
 from cskd.codecs import get_codec
-from cskd.config import Config, to_dict, to_yaml
+from cskd.config import Config, from_dict, to_dict, to_yaml
 from cskd.devices import pick_device
 from cskd.errors import CacheError, ConfigError, DataError, ImageError
 from cskd.golden import check_versions
@@ -37,6 +37,7 @@ from cskd.loading.stage1 import Chunk, ChunkMaker, ChunkViews, chunks, pad_rows
 from cskd.loading.stream import Stream
 from cskd.loading.views import ViewMaker
 from cskd.store.cache import Cache, create_cache
+from cskd.store.commit import write_whole
 from cskd.store.format import RESOLVED
 from cskd.teacher import Teacher, check_clean, clean_top1, compare_probe, load_teacher
 from cskd.unit_builder import UnitBuilder
@@ -115,13 +116,28 @@ def _open_or_create(config: Config, inventory: Inventory, teacher: Teacher, make
             "config": to_dict(config),
         }
     cache = create_cache(root, identity, config.cache.views, facts, inventory)
-    (root / RESOLVED).write_text(to_yaml(config), encoding="utf-8")
+    write_resolved(cache)
     if not facts:
         check_versions(cache)
     difference = compare_probe(cache.manifest["probe"], probe)
     if difference:
         raise CacheError(f"{root}: the teacher no longer gives the outputs the cache was begun with ({difference})")
     return cache
+
+
+def resolved_of(cache: Cache) -> str:
+    """The config that makes this cache, as YAML: the one it was begun with, and the views it has grown to."""
+    recorded = cache.manifest["config"]
+    return to_yaml(from_dict({**recorded, "cache": {**recorded["cache"], "views": cache.views}}))
+
+
+def write_resolved(cache: Cache) -> None:
+    """Put the resolved config beside the cache, where it isn't there already."""
+    path, text = cache.root / RESOLVED, resolved_of(cache)
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if path.read_text(encoding="utf-8") == text:
+            return
+    write_whole(path, text.encode())
 
 
 def clean_check(teacher: Teacher, maker: ViewMaker, config: Config) -> tuple[float, int]:

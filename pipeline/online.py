@@ -23,7 +23,7 @@ from cskd.live import LiveViews
 from cskd.loading.stream import Stream
 from cskd.loading.views import ViewMaker
 from cskd.ranks import Ranks
-from cskd.store.cache import fingerprint_of
+from cskd.store.manifest import fingerprint_of
 from cskd.targets import LiveTargets
 from cskd.teacher import load_teacher
 from pipeline.cache_teacher import clean_check, refuse_too_many

@@ -10,8 +10,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from cskd.errors import CacheError, CskdError
+from cskd.inventory_format import check_copy
 from cskd.store.cache import Cache, open_cache
+from cskd.store.commit import json_bytes, record_bytes
+from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, commit_file
 from cskd.store.unit import content_hash
+from pipeline.cache_teacher import resolved_of
 from pipeline.progress import Progress
 from pipeline.recompute import Recomputed, recompute, replay_again
 
@@ -45,13 +49,13 @@ def verify(
     Raises:  CacheError when its manifest or inventory can't be read at all; TeacherError when the teacher can't be built.
     """
     cache = open_cache(path, data=data)
-    errors: list[str] = []
+    errors = check_frame(cache)
     units = missing = cached = quarantined = 0
     with Progress("verify", cache.blocks * cache.views, "units", quiet=quiet) as progress:
         for block in range(cache.blocks):
             for view in range(cache.views):
                 try:
-                    counts = _check(cache, block, view)
+                    counts = check_unit(cache, block, view)
                 except CskdError as e:
                     errors.append(f"block {block}, view {view}: {e}")
                 else:
@@ -83,11 +87,37 @@ def verify(
     )
 
 
-def _check(cache: Cache, block: int, view: int) -> tuple[int, int] | None:
+def check_frame(cache: Cache) -> list[str]:
+    """What is wrong with a cache's files outside its units: manifest, inventory and resolved config, one line each."""
+    errors = []
+    written = (cache.root / MANIFEST).read_bytes()
+    if written != json_bytes(cache.manifest):
+        errors.append(f"{cache.root / MANIFEST} is not, byte for byte, what was written; `cskd repair` restores it")
+    try:
+        if (cache.root / MANIFEST_COPY).read_bytes() != written:
+            errors.append(f"{cache.root / MANIFEST_COPY} differs from {MANIFEST}; `cskd repair` restores it")
+    except OSError as e:
+        errors.append(f"{cache.root / MANIFEST_COPY}: {e.strerror}; `cskd repair` restores it")
+    try:
+        check_copy(cache.root / INVENTORY)
+    except CskdError as e:
+        errors.append(f"{e}; `cskd repair` copies it again")
+    try:
+        if (cache.root / RESOLVED).read_text(encoding="utf-8") != resolved_of(cache):
+            errors.append(f"{cache.root / RESOLVED} is not the config in the manifest; `cskd repair` writes it again")
+    except (OSError, UnicodeDecodeError) as e:
+        errors.append(f"{cache.root / RESOLVED} is not readable ({e}); `cskd repair` writes it again")
+    return errors
+
+
+def check_unit(cache: Cache, block: int, view: int) -> tuple[int, int] | None:
     """(cached, quarantined) of one unit, None while it is missing. CacheError names what is wrong."""
     commit = cache.commit_of(block, view)
     if commit is None:
         return None
+    record = cache.root / commit_file(block, view)
+    if record.read_bytes() != record_bytes(commit):
+        raise CacheError(f"{record} is not, byte for byte, what was written")
     first, stop = cache.block_range(block)
     if commit.cached + len(commit.quarantine) != stop - first:
         raise CacheError(

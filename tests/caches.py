@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cskd.augment.mixing import quads
-from cskd.config import RecipeConfig
+from cskd.config import RecipeConfig, from_dict, to_dict
 from cskd.identity import identity_of
 from cskd.inventory import Inventory, Sample, ShardFile, write_inventory
 from cskd.loading.views import ViewMaker
@@ -23,6 +23,7 @@ from cskd.replay import pixel_crc
 from cskd.seeds import view_seeds
 from cskd.store.cache import Cache, create_cache
 from cskd.unit_builder import UnitBuilder
+from pipeline.cache_teacher import write_resolved
 
 CLASSES = ["apple", "bee [bold]", "a very long class name indeed", "n01440764", "été"]
 
@@ -85,9 +86,12 @@ def make_tiny_cache(
     inventory = make_tiny_data(folder / "data", n, block=5, classes=classes)
     recipe = RecipeConfig(size=size, seed=7)
     teacher = {"model": "tiny", "weights_sha256": "0" * 64}
+    raw = {"data": {"train": str(folder / "data")}, "recipe": to_dict(recipe), "cache": {"views": views}}
     facts: dict[str, Any] = {"clean_top1": 0.5, "clean_images": n, "data": str(folder / "data")}
+    facts["config"] = to_dict(from_dict(raw))
     identity = identity_of(inventory, recipe, teacher, grid, list(codecs))
     cache = create_cache(folder / "cache", identity, views, facts, inventory)
+    write_resolved(cache)
     maker = ViewMaker(inventory, recipe)
     for block in range(cache.blocks):
         first, stop = cache.block_range(block)

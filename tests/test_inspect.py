@@ -21,6 +21,7 @@ from cskd.codecs.base import direct_hard, quantise_blend
 from cskd.errors import CacheError, CodecError, DataError, ReplayError
 from cskd.loading.views import ViewMaker
 from cskd.store.cache import Cache, open_cache
+from cskd.store.manifest import write_manifest
 from pipeline.inspect_cache import inspect, render
 from pipeline.inspect_sample import (
     cached_view,
@@ -176,7 +177,7 @@ def moved(cache: Cache, tmp_path: Path) -> Path:
     shutil.copytree(cache.root, tmp_path / "cache")
     manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
     manifest["data"] = str(tmp_path / "gone")
-    (tmp_path / "cache" / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(tmp_path / "cache", manifest)
     return tmp_path / "cache"
 
 

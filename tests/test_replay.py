@@ -17,8 +17,9 @@ import cskd.loading.views
 import cskd.plan
 from cskd.augment.mixing import CUTMIX, MIXUP, NONE
 from cskd.errors import CacheError, ConfigError, ReplayError
-from cskd.store.cache import fingerprint_of, open_cache
+from cskd.store.cache import open_cache
 from cskd.store.format import commit_file
+from cskd.store.manifest import write_manifest
 from pipeline.cache_teacher import cache_teacher
 from pipeline.train import train
 from pipeline.verify import verify
@@ -160,10 +161,9 @@ def test_one_changed_recipe_field_is_refused(base: Path) -> None:
     manifest = json.loads(path.read_text())
     manifest["identity"]["recipe"]["erase"] = 0.2
     path.write_text(json.dumps(manifest))
-    with pytest.raises(CacheError, match="does not match its own fingerprint"):
+    with pytest.raises(CacheError, match="does not match its own hash"):
         train(config(base), quiet=True)
-    manifest["fingerprint"] = fingerprint_of(manifest["identity"])
-    path.write_text(json.dumps(manifest))
+    write_manifest(base / "cache", manifest)
     with pytest.raises(CacheError, match="was made for fingerprint"):
         train(config(base), quiet=True)
 

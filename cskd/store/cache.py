@@ -18,11 +18,10 @@ from cskd.errors import CacheError
 from cskd.inventory import Inventory, copy_inventory, open_inventory
 from cskd.replay import Recorded
 from cskd.seeds import view_seeds
-from cskd.store.commit import Commit, again, publish, read_commit, write_file, write_json
-from cskd.store.format import FORMAT, INVENTORY, MANIFEST, VIEW_FIELDS, commit_file
+from cskd.store.commit import Commit, again, publish, read_commit, write_file
+from cskd.store.format import INVENTORY, MANIFEST, VIEW_FIELDS, commit_file
+from cskd.store.manifest import read_manifest, write_manifest
 from cskd.store.unit import content_hash, pack_unit, read_unit
-
-_RESTORE = "restore it from a copy, or make the cache again in another folder (--set cache.path=...)"
 
 
 @dataclass(frozen=True)
@@ -189,11 +188,6 @@ class Cache:
         return h.hexdigest()
 
 
-def fingerprint_of(identity: dict[str, Any]) -> str:
-    """sha256 of the canonical JSON of a cache's identity."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
 def create_cache(
     root: Path, identity: dict[str, Any], views: int, facts: dict[str, Any], inventory: Inventory
 ) -> Cache:
@@ -213,20 +207,13 @@ def create_cache(
                 f"set {field} back, or cache into another folder (--set cache.path=...)"
             )
         if views > cache.views:
-            write_json(root / MANIFEST, {**cache.manifest, "views": views})
+            write_manifest(root, {**cache.manifest, "views": views})
             cache = open_cache(root)
         return cache
     root.mkdir(parents=True, exist_ok=True)
     if not (root / INVENTORY).exists():
         copy_inventory(inventory, root)
-    manifest = {
-        "format": FORMAT,
-        "identity": identity,
-        "fingerprint": fingerprint_of(identity),
-        "views": views,
-        **facts,
-    }
-    write_json(root / MANIFEST, manifest)
+    write_manifest(root, {"identity": identity, "views": views, **facts})
     return open_cache(root)
 
 
@@ -236,31 +223,12 @@ def open_cache(root: str | Path, data: Path | None = None) -> Cache:
     Raises:  CacheError when there is none, when it is of another format, or its manifest is damaged.
     """
     root = Path(root)
-    try:
-        manifest = json.loads((root / MANIFEST).read_bytes())
-    except FileNotFoundError:
-        raise CacheError(
-            f"no cache at {root} ({MANIFEST} is missing); make one with `cskd cache-teacher CONFIG`"
-        ) from None
-    except NotADirectoryError:
-        raise CacheError(
-            f"{root} is a file, expected the folder of a cache, made by `cskd cache-teacher CONFIG`"
-        ) from None
-    except (ValueError, OSError) as e:
-        raise CacheError(f"{root / MANIFEST} is not readable: {e}; {_RESTORE}") from None
-    if not isinstance(manifest, dict):
-        raise CacheError(f"{root / MANIFEST} holds a {type(manifest).__name__}, expected a mapping; {_RESTORE}")
-    if manifest.get("format") != FORMAT:
-        raise CacheError(f"{root} has format {manifest.get('format')!r}, this version reads {FORMAT}; cache it again")
-    lacking = [key for key in ("identity", "fingerprint", "views") if key not in manifest]
-    if lacking or not isinstance(manifest["views"], int):
-        wrong = f"has no {lacking[0]!r}" if lacking else f"says views = {manifest['views']!r}, expected a whole number"
-        raise CacheError(f"{root / MANIFEST} {wrong}; {_RESTORE}")
-    if fingerprint_of(manifest["identity"]) != manifest["fingerprint"]:
-        raise CacheError(f"{root / MANIFEST} does not match its own fingerprint; {_RESTORE}")
+    manifest = read_manifest(root)
     shards = data or Path(manifest.get("data", "."))
     if not (root / INVENTORY).is_dir():
-        raise CacheError(f"{root} has lost its {INVENTORY} folder, a copy of that of the data set; {_RESTORE}")
+        raise CacheError(
+            f"{root} has lost its {INVENTORY} folder, a copy of that of the data set; `cskd repair` copies it again"
+        )
     inventory = open_inventory(root / INVENTORY, data=shards)
     if inventory.id != manifest["identity"]["inventory"]:
         raise CacheError(

@@ -57,18 +57,14 @@ def write_file(root: Path, block: int, view: int, codec: str, data: bytes, targe
         temp.unlink()
         raise CacheError(f"{temp} read back differs from what was written; check the disk")
     os.replace(temp, path)
-    _fsync_folder(path.parent)
+    fsync_folder(path.parent)
     return UnitFile(codec, str(relative), len(data), digest, target_bytes)
 
 
 def publish(root: Path, commit: Commit) -> bool:
     """Put the record in place; False when another writer's valid record is already there, whose unit then counts."""
     path = root / commit_file(commit.block, commit.view)
-    body = _canonical(asdict(commit))
-    record = json.dumps(
-        {"commit": asdict(commit), "sha256": hashlib.sha256(body).hexdigest()}, indent=1, sort_keys=True
-    )
-    temp = _write_temp(path, record.encode())
+    temp = _write_temp(path, record_bytes(commit))
     try:
         os.link(temp, path)
         won = True
@@ -76,8 +72,14 @@ def publish(root: Path, commit: Commit) -> bool:
         won = False
     finally:
         temp.unlink()
-    _fsync_folder(path.parent)
+    fsync_folder(path.parent)
     return won
+
+
+def record_bytes(commit: Commit) -> bytes:
+    """A record as it lies on disk; the same commit always gives the same bytes."""
+    facts = asdict(commit)
+    return json_bytes({"commit": facts, "sha256": hashlib.sha256(_canonical(facts)).hexdigest()})
 
 
 def read_commit(root: Path, block: int, view: int) -> Commit | None:
@@ -115,9 +117,19 @@ def again(record: Path) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """A small JSON file, written whole or not at all."""
-    temp = _write_temp(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+    write_whole(path, json_bytes(value))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """A small file, written whole or not at all, in place of what was there."""
+    temp = _write_temp(path, data)
     os.replace(temp, path)
-    _fsync_folder(path.parent)
+    fsync_folder(path.parent)
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON as every file of a cache has it."""
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
 def _canonical(value: Any) -> bytes:
@@ -139,7 +151,8 @@ def _write_temp(path: Path, data: bytes) -> Path:
     return temp
 
 
-def _fsync_folder(path: Path) -> None:
+def fsync_folder(path: Path) -> None:
+    """Have the names in a folder on disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -1,7 +1,9 @@
 """The on-disk format of a cache, in this one place. Raise FORMAT with every change; golden files keep the old ones readable.
 
     CACHE/
-      manifest.json                     identity (what the cache is of), fingerprint (its hash), versions, checks
+      manifest.json                     identity (what the cache is of), fingerprint (its hash), versions, checks,
+                                        and `sha256`, the hash of all of that
+      manifest.copy.json                the same once more, for `cskd repair`
       resolved.yaml                     the config that made it
       inventory/                        copy of the data set's inventory (see cskd/inventory.py)
       units/b00012/v0003.envelope.0f3a….zarr.zip
@@ -46,7 +48,7 @@ VIEW_FIELDS: dict[str, tuple[type[np.generic], tuple[str, ...]]] = {
     "box": (np.uint16, ("sample", "edge")),
 }
 
-MANIFEST = "manifest.json"
+MANIFEST, MANIFEST_COPY = "manifest.json", "manifest.copy.json"
 RESOLVED = "resolved.yaml"
 INVENTORY = "inventory"
 

@@ -1,0 +1,61 @@
+"""The manifest of a cache: its facts in JSON with a hash over them, kept twice, each copy written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from cskd.errors import CacheError
+from cskd.store.commit import write_json
+from cskd.store.format import FORMAT, MANIFEST, MANIFEST_COPY
+
+RESTORE = (
+    "`cskd repair` restores it from its second copy; else make the cache again in another folder (--set cache.path=...)"
+)
+
+
+def fingerprint_of(identity: dict[str, Any]) -> str:
+    """sha256 of the canonical JSON of a cache's identity."""
+    return hashlib.sha256(_canonical(identity)).hexdigest()
+
+
+def write_manifest(root: Path, manifest: dict[str, Any]) -> None:
+    """Put both copies in place; 'format', 'fingerprint' and 'sha256' are set here."""
+    facts = {**manifest, "format": FORMAT, "fingerprint": fingerprint_of(manifest["identity"])}
+    facts.pop("sha256", None)
+    facts["sha256"] = hashlib.sha256(_canonical(facts)).hexdigest()
+    for name in (MANIFEST_COPY, MANIFEST):
+        write_json(root / name, facts)
+
+
+def read_manifest(root: Path, name: str = MANIFEST) -> dict[str, Any]:
+    """The manifest, or its copy. CacheError when there is none, when it is of another format, or damaged."""
+    path = root / name
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        if name == MANIFEST and (root / MANIFEST_COPY).exists():
+            raise CacheError(f"{path} is missing; {RESTORE}") from None
+        raise CacheError(f"no cache at {root} ({name} is missing); make one with `cskd cache-teacher CONFIG`") from None
+    except NotADirectoryError:
+        raise CacheError(
+            f"{root} is a file, expected the folder of a cache, made by `cskd cache-teacher CONFIG`"
+        ) from None
+    except (ValueError, OSError) as e:
+        raise CacheError(f"{path} is not readable: {e}; {RESTORE}") from None
+    if not isinstance(manifest, dict):
+        raise CacheError(f"{path} holds a {type(manifest).__name__}, expected a mapping; {RESTORE}")
+    if manifest.get("format") != FORMAT:
+        raise CacheError(f"{root} has format {manifest.get('format')!r}, this version reads {FORMAT}; cache it again")
+    facts = {key: value for key, value in manifest.items() if key != "sha256"}
+    if hashlib.sha256(_canonical(facts)).hexdigest() != manifest.get("sha256"):
+        raise CacheError(f"{path} does not match its own hash; {RESTORE}")
+    if fingerprint_of(manifest["identity"]) != manifest["fingerprint"]:
+        raise CacheError(f"{path} does not match its own fingerprint; {RESTORE}")
+    return manifest
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()

@@ -1,0 +1,60 @@
+"""Remove what no commit record speaks of: temp files and unit files that writers left behind when they were killed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from cskd.store.cache import open_cache
+
+LEASE = 3600.0  # seconds: what is younger may be of a writer that lives
+
+
+@dataclass(frozen=True)
+class GcReport:
+    """Files removed (or found, in a dry run), relative to the cache; their bytes; those left because they are young."""
+
+    cache: str
+    removed: list[str]
+    bytes: int
+    young: int
+    dry_run: bool
+
+
+def gc(path: Path, older_than: float = LEASE, dry_run: bool = False, data: Path | None = None) -> GcReport:
+    """Remove left-over files that have not been written to for `older_than` seconds.
+
+    Raises:  CacheError where a commit record is damaged: what it spoke of can't be told from left-overs.
+    """
+    cache = open_cache(path, data=data)
+    kept = set()
+    for block in range(cache.blocks):
+        for view in range(cache.views):
+            commit = cache.commit_of(block, view)
+            kept |= {path / f.path for f in commit.files} if commit else set()
+    now, removed, size, young = time.time(), [], 0, 0
+    for file in sorted([*path.glob("units/*/*"), *path.glob("commits/*/.*.tmp"), *path.glob(".*.tmp")]):
+        if file in kept or not file.is_file():
+            continue
+        about = file.stat()
+        if now - about.st_mtime < older_than:
+            young += 1
+            continue
+        size += about.st_size
+        removed.append(str(file.relative_to(path)))
+        if not dry_run:
+            file.unlink()
+    return GcReport(str(path), removed, size, young, dry_run)
+
+
+def render(report: GcReport, console: Console) -> None:
+    """The report for people."""
+    for name in report.removed:
+        console.print(escape(name), soft_wrap=True)
+    did = "to remove" if report.dry_run else "removed"
+    left = f"; {report.young} younger ones left alone" if report.young else ""
+    console.print(f"{escape(report.cache)}: {len(report.removed)} left-over files, {report.bytes:,} bytes, {did}{left}")

@@ -1,0 +1,114 @@
+"""Mend a cache: withdraw what is damaged, and make only that again.
+
+frame     manifest from its second copy, inventory from the data set's own, resolved config from the manifest
+units     every one is checked as `cskd verify` does; a bad one loses its commit record, and so no longer exists
+rebuild   stage 1 makes what is missing, with the config the cache was begun with
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from cskd.config import from_dict
+from cskd.errors import CacheError, CskdError
+from cskd.inventory import copy_inventory, open_inventory
+from cskd.inventory_format import check_copy
+from cskd.store.cache import Cache, open_cache
+from cskd.store.commit import fsync_folder
+from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, commit_file
+from cskd.store.manifest import read_manifest, write_manifest
+from pipeline.cache_teacher import cache_teacher, write_resolved
+from pipeline.progress import Progress
+from pipeline.verify import check_unit
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What was done: one line for each file restored and unit withdrawn; units made again; the content hash after it."""
+
+    cache: str
+    restored: list[str]
+    withdrawn: list[str]
+    rebuilt: int
+    content_root: str
+
+
+def repair(path: Path, data: Path | None = None, quiet: bool = False) -> RepairReport:
+    """Bring a cache back to what it was. `data`: folder of the image shards, where they have moved.
+
+    Raises:  CacheError when both copies of the manifest are damaged; DataError and TeacherError when the images or the
+             teacher that made the cache are not there: then the damaged units are withdrawn, and stay missing.
+    """
+    restored = _restore_frame(path, data)
+    cache = open_cache(path, data=data)
+    write_resolved(cache)
+    withdrawn = []
+    with Progress("check", cache.blocks * cache.views, "units", quiet=quiet) as progress:
+        for block in range(cache.blocks):
+            for view in range(cache.views):
+                try:
+                    check_unit(cache, block, view)
+                except CskdError as e:
+                    _withdraw(cache, block, view)
+                    withdrawn.append(f"block {block}, view {view}: {e}")
+                progress.update(block * cache.views + view + 1)
+    rebuilt = 0
+    if cache.missing():
+        config = from_dict(cache.manifest["config"])
+        images = str(data or cache.manifest["data"])
+        made = replace(
+            config,
+            data=replace(config.data, train=images),
+            cache=replace(config.cache, path=str(path), views=cache.views),
+        )
+        rebuilt = cache_teacher(made, quiet=quiet).units
+    return RepairReport(str(path), restored, withdrawn, rebuilt, open_cache(path, data=data).content_root())
+
+
+def _restore_frame(path: Path, data: Path | None) -> list[str]:
+    """Mend manifest, inventory and their copies; one line each that was not as it was written."""
+    restored = []
+    manifest = None
+    for name in (MANIFEST, MANIFEST_COPY):
+        try:
+            found = read_manifest(path, name)
+        except CacheError as e:
+            restored.append(f"{name}: {e}")
+        else:
+            manifest = manifest or found
+    if manifest is None:
+        raise CacheError(f"{path}: both copies of its manifest are damaged; {restored[0]}")
+    write_manifest(path, manifest)
+    try:
+        check_copy(path / INVENTORY)
+    except CskdError as e:
+        restored.append(f"{INVENTORY}: {e}")
+        original = open_inventory(data or Path(manifest["data"]), verify=True)
+        if original.id != manifest["identity"]["inventory"]:
+            raise CacheError(
+                f"{path}: its inventory is damaged, and {original.root} holds another data set; say with --data where the "
+                "images are that it was made from"
+            ) from None
+        shutil.rmtree(path / INVENTORY, ignore_errors=True)
+        copy_inventory(original, path)
+    return restored
+
+
+def _withdraw(cache: Cache, block: int, view: int) -> None:
+    record = cache.root / commit_file(block, view)
+    record.unlink(missing_ok=True)
+    fsync_folder(record.parent)
+
+
+def render(report: RepairReport, console: Console) -> None:
+    """The report for people."""
+    for line in report.restored + report.withdrawn:
+        console.print(escape(line), soft_wrap=True)
+    did = f"{len(report.restored)} files restored, {len(report.withdrawn)} units withdrawn, {report.rebuilt} made"
+    console.print(f"{escape(report.cache)}: {did}", soft_wrap=True)
+    console.print(f"content {report.content_root}", soft_wrap=True)

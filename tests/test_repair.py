@@ -1,0 +1,135 @@
+"""`cskd repair` makes a damaged cache what it was; `cskd gc` removes what killed writers left, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cskd.errors import CacheError, CskdError
+from cskd.store.cache import open_cache
+from cskd.store.format import commit_file
+from pipeline.cache_teacher import cache_teacher
+from pipeline.gc import gc
+from pipeline.repair import repair
+from pipeline.verify import verify
+from tests.caches import make_tiny_data
+from tests.test_pipeline import TEACHER, config
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("repair")
+    (folder / "net.py").write_text(TEACHER)
+    make_tiny_data(folder / "train", n=42, block=20, shard=10)
+    cache_teacher(config(folder), quiet=True)
+    return folder / "cache"
+
+
+@pytest.fixture
+def cache(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "cache"))
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def flip(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << (bit % 8)
+    path.write_bytes(data)
+
+
+def test_a_whole_cache_is_left_as_it_is(cache: Path) -> None:
+    before = files(cache)
+    report = repair(cache, quiet=True)
+    assert (report.restored, report.withdrawn, report.rebuilt) == ([], [], 0)
+    assert files(cache) == before
+
+
+def test_every_kind_of_file_is_found_and_brought_back_byte_for_byte(cache: Path, made: Path) -> None:
+    whole = files(made)
+    rng = np.random.default_rng(0)
+    for name, data in whole.items():
+        flip(cache / name, int(rng.integers(8 * len(data))))
+        try:
+            found = verify(cache, quiet=True)
+        except CskdError:
+            pass
+        else:
+            assert not found.sound, name
+        report = repair(cache, quiet=True)
+        assert report.rebuilt == int("commits" in name or "units" in name), name
+        assert verify(cache, quiet=True).sound and files(cache) == whole, name
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.copy.json", "resolved.yaml", "inventory", "units/b00000"])
+def test_what_is_missing_is_brought_back(cache: Path, made: Path, name: str) -> None:
+    path = cache / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    repair(cache, quiet=True)
+    assert files(cache) == files(made)
+
+
+def test_files_that_were_swapped_are_put_right(cache: Path, made: Path) -> None:
+    units = sorted((cache / "units" / "b00000").iterdir())
+    a, b = units[0].read_bytes(), units[2].read_bytes()
+    units[0].write_bytes(b)
+    units[2].write_bytes(a)
+    records = [cache / commit_file(1, view) for view in (0, 1)]
+    one, two = (record.read_bytes() for record in records)
+    records[0].write_bytes(two)
+    records[1].write_bytes(one)
+    damaged = verify(cache, quiet=True).errors
+    assert [e.partition(":")[0] for e in damaged] == [
+        f"block {b}, view {v}" for b, v in ((0, 0), (0, 1), (1, 0), (1, 1))
+    ]
+    assert repair(cache, quiet=True).rebuilt == 4
+    assert files(cache) == files(made)
+
+
+def test_both_manifests_damaged_is_said(cache: Path) -> None:
+    for name in ("manifest.json", "manifest.copy.json"):
+        (cache / name).write_text("{")
+    with pytest.raises(CacheError, match="both copies of its manifest are damaged"):
+        repair(cache, quiet=True)
+
+
+def test_moved_images_are_found_with_data(cache: Path, made: Path, tmp_path: Path) -> None:
+    (cache / commit_file(0, 0)).unlink()
+    moved = shutil.copytree(made.parent / "train", tmp_path / "moved")
+    assert repair(cache, data=Path(moved), quiet=True).rebuilt == 1
+
+
+def test_gc_removes_what_is_old_and_not_committed(cache: Path, made: Path) -> None:
+    left = [
+        cache / "units" / "b00000" / "v0000.envelope.0000000000000000.zarr.zip",
+        cache / "units" / "b00000" / ".v0000.x.tmp",
+        cache / "commits" / "b00001" / ".v0000.json.1.abc.tmp",
+        cache / ".manifest.json.2.abc.tmp",
+    ]
+    for path in left:
+        path.write_bytes(b"12345")
+        os.utime(path, (0, 0))
+    young = cache / "units" / "b00001" / ".v0001.y.tmp"
+    young.write_bytes(b"1")
+    names = sorted(str(p.relative_to(cache)) for p in left)
+    listed = gc(cache, dry_run=True)
+    assert sorted(listed.removed) == names and all(path.exists() for path in left)
+    report = gc(cache)
+    assert (sorted(report.removed), report.bytes, report.young) == (names, 20, 1)
+    young.unlink()
+    assert files(cache) == files(made)
+
+
+def test_gc_stops_where_a_record_is_damaged(cache: Path) -> None:
+    (cache / commit_file(0, 1)).write_text("{")
+    before = files(cache)
+    with pytest.raises(CacheError, match="not a readable commit record"):
+        gc(cache, older_than=0)
+    assert files(cache) == before
+    assert open_cache(cache).views == 3
