@@ -157,6 +157,7 @@ def inspect(
 def verify(
     cache: CachePath,
     data: Data = None,
+    images: Annotated[bool, typer.Option("--images", help="Read every image of the shards too.")] = False,
     replay: Annotated[int, typer.Option(min=0, metavar="N", help="Make N views again, compare their digests.")] = 0,
     recompute: Annotated[int, typer.Option(min=0, metavar="N", help="Run the teacher on N views again.")] = 0,
     device: Annotated[str, typer.Option(help="For --recompute: auto, cpu, cuda, ...")] = "auto",
@@ -165,7 +166,7 @@ def verify(
     """Read every byte of a cache and check it; exit code 1 names each unit that is missing or damaged."""
     from pipeline.verify import render, verify
 
-    report = verify(cache, data=data, replay=replay, again=recompute, device=device, quiet=json_)
+    report = verify(cache, data=data, images=images, replay=replay, again=recompute, device=device, quiet=json_)
     _print(report, json_, render)
     if not report.sound:
         raise typer.Exit(1)

@@ -7,8 +7,10 @@ Columns are memory-mapped on opening, so that processes share them. The files: `
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -331,13 +333,27 @@ def publish_inventory(partial: Path, data: Path) -> Inventory:
 
 
 def copy_inventory(inventory: Inventory, root: Path) -> None:
-    """Copy an inventory to root/inventory, as caches do. Raises DataError when another one is there."""
-    partial = root / PARTIAL
-    shutil.rmtree(partial, ignore_errors=True)
+    """Copy an inventory to root/inventory, as caches do; of several processes the first one counts.
+
+    Raises:  DataError when another one is there, or what is there is not whole.
+    """
+    partial, final = root / f"{PARTIAL}.{os.getpid()}.{uuid.uuid4().hex[:8]}", root / FOLDER
     partial.mkdir(parents=True)
-    for name in [HEADER, *(f"{name}.npy" for name in DTYPES)]:
-        shutil.copyfile(inventory.path / name, partial / name)
-        sync(partial / name)
-    sync(partial)
-    publish_inventory(partial, root)
-    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for name in [HEADER, *(f"{name}.npy" for name in DTYPES)]:
+            shutil.copyfile(inventory.path / name, partial / name)
+            sync(partial / name)
+        sync(partial)
+        try:
+            os.rename(partial, final)
+            sync(root)
+        except OSError as e:
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            there = read_header(final)["id"]
+            if there != inventory.id:
+                raise DataError(
+                    f"{root} holds the inventory {there[:12]} already, expected {inventory.id[:12]}; take another folder"
+                ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -37,7 +37,14 @@ def gc(path: Path, older_than: float = LEASE, dry_run: bool = False, data: Path 
             commit = cache.commit_of(block, view)
             kept |= {path / f.path for f in commit.files} if commit else set()
     now, removed, size, young = time.time(), [], 0, 0
-    for file in sorted([*path.glob("units/*/*"), *path.glob("commits/*/.*.tmp"), *path.glob(".*.tmp")]):
+    for file in sorted(
+        [
+            *path.glob("units/*/*"),
+            *path.glob("commits/*/.*.tmp"),
+            *path.glob(".*.tmp"),
+            *path.glob(".inventory.partial*/*"),
+        ]
+    ):
         if file in kept or not file.is_file():
             continue
         about = file.stat()
@@ -48,6 +55,8 @@ def gc(path: Path, older_than: float = LEASE, dry_run: bool = False, data: Path 
         removed.append(str(file.relative_to(path)))
         if not dry_run:
             file.unlink()
+            if file.parent.name.startswith(".") and not any(file.parent.iterdir()):
+                file.parent.rmdir()
     return GcReport(str(path), removed, size, young, dry_run)
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from cskd.errors import CacheError, CskdError
+from cskd.errors import CacheError, CskdError, DataError
 from cskd.inventory_format import check_copy
+from cskd.shards import ShardReader
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import json_bytes, record_bytes
 from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, commit_file
@@ -42,9 +43,16 @@ class VerifyReport:
 
 
 def verify(
-    path: Path, data: Path | None = None, replay: int = 0, again: int = 0, device: str = "auto", quiet: bool = False
+    path: Path,
+    data: Path | None = None,
+    images: bool = False,
+    replay: int = 0,
+    again: int = 0,
+    device: str = "auto",
+    quiet: bool = False,
 ) -> VerifyReport:
-    """Read every byte of a cache; make about `replay` views again, and run the teacher on about `again` of them.
+    """Read every byte of a cache; of `images`, every one too; make about `replay` views again, and run the teacher on
+    about `again` of them.
 
     Raises:  CacheError when its manifest or inventory can't be read at all; TeacherError when the teacher can't be built.
     """
@@ -68,6 +76,8 @@ def verify(
         root = cache.content_root()
     except CacheError:
         root = ""
+    if images:
+        errors += _damaged_images(cache, quiet)
     replayed, recomputed = 0, None
     if replay and not errors:
         replayed, errors = replay_again(cache, replay, quiet)
@@ -107,6 +117,19 @@ def check_frame(cache: Cache) -> list[str]:
             errors.append(f"{cache.root / RESOLVED} is not the config in the manifest; `cskd repair` writes it again")
     except (OSError, UnicodeDecodeError) as e:
         errors.append(f"{cache.root / RESOLVED} is not readable ({e}); `cskd repair` writes it again")
+    return errors
+
+
+def _damaged_images(cache: Cache, quiet: bool) -> list[str]:
+    """One line for each image whose bytes in the shards are not those of the inventory."""
+    reader, errors, n = ShardReader(cache.inventory), [], len(cache.inventory)
+    with Progress("images", n, quiet=quiet) as progress:
+        for i in range(n):
+            try:
+                reader.read(i)
+            except DataError as e:
+                errors.append(str(e))
+            progress.update(i + 1)
     return errors
 
 

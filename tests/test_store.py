@@ -14,6 +14,7 @@ from cskd.errors import CacheError
 from cskd.store.cache import Cache, create_cache, first_difference, open_cache
 from cskd.store.commit import publish, read_commit
 from cskd.store.format import FORMAT, MANIFEST, VIEW_FIELDS, commit_file
+from cskd.store.manifest import begin_manifest
 from cskd.store.unit import content_hash, pack_unit, read_unit
 from tests.caches import make_tiny_cache
 
@@ -156,3 +157,15 @@ def test_a_file_and_a_cache_without_inventory_are_named(tmp_path: Path) -> None:
     shutil.rmtree(root / "inventory")
     with pytest.raises(CacheError, match=r"has lost its inventory folder.*cskd repair"):
         open_cache(root)
+
+
+def test_of_two_that_begin_a_cache_the_first_counts_and_the_other_is_refused(tmp_path: Path) -> None:
+    """As two processes do that both found no manifest."""
+    cache = make_tiny_cache(tmp_path)
+    (cache.root / MANIFEST).unlink()
+    begin_manifest(cache.root, cache.manifest)
+    other = {**cache.identity, "recipe": {**cache.identity["recipe"], "seed": 8}}
+    begin_manifest(cache.root, {**cache.manifest, "identity": other})
+    assert open_cache(cache.root).fingerprint == cache.fingerprint
+    with pytest.raises(CacheError, match=r"was made with recipe\.seed = 7, this config has 8"):
+        create_cache(cache.root, other, cache.views, {}, cache.inventory)

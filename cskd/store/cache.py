@@ -20,7 +20,7 @@ from cskd.replay import Recorded
 from cskd.seeds import view_seeds
 from cskd.store.commit import Commit, again, publish, read_commit, write_file
 from cskd.store.format import INVENTORY, MANIFEST, VIEW_FIELDS, commit_file
-from cskd.store.manifest import read_manifest, write_manifest
+from cskd.store.manifest import begin_manifest, read_manifest, write_manifest
 from cskd.store.unit import content_hash, pack_unit, read_unit
 
 
@@ -213,8 +213,8 @@ def create_cache(
     root.mkdir(parents=True, exist_ok=True)
     if not (root / INVENTORY).exists():
         copy_inventory(inventory, root)
-    write_manifest(root, {"identity": identity, "views": views, **facts})
-    return open_cache(root)
+    begin_manifest(root, {"identity": identity, "views": views, **facts})
+    return create_cache(root, identity, views, facts, inventory)  # another process may have been first
 
 
 def open_cache(root: str | Path, data: Path | None = None) -> Cache:

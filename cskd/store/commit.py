@@ -63,17 +63,7 @@ def write_file(root: Path, block: int, view: int, codec: str, data: bytes, targe
 
 def publish(root: Path, commit: Commit) -> bool:
     """Put the record in place; False when another writer's valid record is already there, whose unit then counts."""
-    path = root / commit_file(commit.block, commit.view)
-    temp = _write_temp(path, record_bytes(commit))
-    try:
-        os.link(temp, path)
-        won = True
-    except FileExistsError:
-        won = False
-    finally:
-        temp.unlink()
-    fsync_folder(path.parent)
-    return won
+    return link_whole(root / commit_file(commit.block, commit.view), record_bytes(commit))
 
 
 def record_bytes(commit: Commit) -> bytes:
@@ -113,6 +103,20 @@ def _parse(raw: Any, path: Path, block: int, view: int) -> Commit:
 def again(record: Path) -> str:
     """What to do about a damaged unit: without its commit record it does not exist, and stage 1 makes it again."""
     return f"remove {record} and run the same `cskd cache-teacher` command again"
+
+
+def link_whole(path: Path, data: bytes) -> bool:
+    """A small file, put in place whole and only once; False where one is there already, which stays."""
+    temp = _write_temp(path, data)
+    try:
+        os.link(temp, path)
+        won = True
+    except FileExistsError:
+        won = False
+    finally:
+        temp.unlink()
+    fsync_folder(path.parent)
+    return won
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cskd.errors import CacheError
-from cskd.store.commit import write_json
+from cskd.store.commit import json_bytes, link_whole, write_json
 from cskd.store.format import FORMAT, MANIFEST, MANIFEST_COPY
 
 RESTORE = (
@@ -21,13 +21,16 @@ def fingerprint_of(identity: dict[str, Any]) -> str:
     return hashlib.sha256(_canonical(identity)).hexdigest()
 
 
+def begin_manifest(root: Path, manifest: dict[str, Any]) -> None:
+    """Put the manifest of a new cache in place; of several processes the first one counts, whatever its identity."""
+    link_whole(root / MANIFEST, json_bytes(_sealed(manifest)))
+    write_json(root / MANIFEST_COPY, read_manifest(root))
+
+
 def write_manifest(root: Path, manifest: dict[str, Any]) -> None:
-    """Put both copies in place; 'format', 'fingerprint' and 'sha256' are set here."""
-    facts = {**manifest, "format": FORMAT, "fingerprint": fingerprint_of(manifest["identity"])}
-    facts.pop("sha256", None)
-    facts["sha256"] = hashlib.sha256(_canonical(facts)).hexdigest()
+    """Replace both copies; 'format', 'fingerprint' and 'sha256' are set here."""
     for name in (MANIFEST_COPY, MANIFEST):
-        write_json(root / name, facts)
+        write_json(root / name, _sealed(manifest))
 
 
 def read_manifest(root: Path, name: str = MANIFEST) -> dict[str, Any]:
@@ -55,6 +58,12 @@ def read_manifest(root: Path, name: str = MANIFEST) -> dict[str, Any]:
     if fingerprint_of(manifest["identity"]) != manifest["fingerprint"]:
         raise CacheError(f"{path} does not match its own fingerprint; {RESTORE}")
     return manifest
+
+
+def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    facts = {**manifest, "format": FORMAT, "fingerprint": fingerprint_of(manifest["identity"])}
+    facts.pop("sha256", None)
+    return {**facts, "sha256": hashlib.sha256(_canonical(facts)).hexdigest()}
 
 
 def _canonical(value: Any) -> bytes:

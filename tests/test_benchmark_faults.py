@@ -1,0 +1,39 @@
+"""The benchmark of faults finds none, counts what it did, and would find one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments: str, before: str = "") -> tuple[int, dict[str, int]]:
+    code = f"{before}\nimport sys\nfrom benchmarks.faults import main\nsys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "--quick", "--seed", "1", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_nothing_goes_wrong_in_silence(tmp_path: Path) -> None:
+    status, counts = run("--tally", str(tmp_path / "tally.json"))
+    assert (status, counts["wrong"]) == (0, 0)
+    assert counts["kills"] >= 10 and counts["deaths"] == 24 and counts["flips"] == 100 and counts["races"] == 4
+    assert json.loads((tmp_path / "tally.json").read_text())["flips"] == 100
+
+
+@pytest.mark.parametrize(
+    ("part", "broken"),
+    [
+        ("flips", "import pipeline.verify as v; v.check_unit = lambda *a: (1, 0)"),
+        ("training", "import cskd.student.optim as o; import torch; o.reseed_step = lambda *a: torch.seed()"),
+    ],
+)
+def test_what_is_broken_on_purpose_is_found(part: str, broken: str) -> None:
+    status, counts = run("--only", part, before=broken)
+    assert status == 1 and counts["wrong"] > 0
