@@ -221,7 +221,10 @@ class Bench:
             shutil.rmtree(cache, ignore_errors=True)
             for _ in range(self.rng.choice((1, 1, 2, 3))):
                 done += self.make(cache, kill_after=self.rng.uniform(0.0, 1.2 * self.seconds)) is None
-            self.counts["kills_wrong"] += self.make(cache) != self.root or not self.sound(cache)
+            wrong = self.make(cache) != self.root or not self.sound(cache)
+            self.counts["kills_wrong"] += wrong
+            if wrong:
+                print(f"kills: {self.errors(cache)}", file=sys.stderr)
         self.counts["kills"] += done
 
     def deaths(self, count: int) -> None:

@@ -5,14 +5,14 @@
     loop      augmented quads -> mixed on the device -> dense and global logits -> codecs
     commit    a unit at a time; killing the process loses at most the pass it was in
 
-The same command resumes. Launch: `cskd cache-teacher configs/imagenet_sample.yaml`.
+The same command resumes, and run several times at once it shares the work. Launch: `cskd cache-teacher configs/imagenet_sample.yaml`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +37,14 @@ from cskd.loading.stage1 import Chunk, ChunkMaker, ChunkViews, chunks, pad_rows
 from cskd.loading.stream import Stream
 from cskd.loading.views import ViewMaker
 from cskd.store.cache import Cache, create_cache
-from cskd.store.commit import write_whole
+from cskd.store.claims import Claims
+from cskd.store.commit import Commit, write_whole
 from cskd.store.format import RESOLVED
 from cskd.teacher import Teacher, check_clean, clean_top1, compare_probe, load_teacher
 from cskd.unit_builder import UnitBuilder
 from pipeline.progress import Progress, bound_by
+
+WAIT = 2.0  # seconds between two looks at what other processes are making
 
 
 @dataclass(frozen=True)
@@ -75,17 +78,23 @@ def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
     maker = ViewMaker(inventory, config.recipe)
     cache = _open_or_create(config, inventory, teacher, maker)
 
-    passes = _passes(cache)
-    total = sum(len(views) * (cache.block_range(block)[1] - cache.block_range(block)[0]) for block, views in passes)
-    tasks = (task for block, views in passes for task in _tasks(cache, block, views, config.teacher.batch))
     seconds: defaultdict[str, float] = defaultdict(float)
     images = units = 0
-    with Progress("cache-teacher", total, "views", quiet=quiet) as progress:
-        results = iter(Stream(ChunkMaker(maker, inventory.id), tasks, config.cache.workers))
-        for block, views in passes:
-            commits = _make_units(cache, block, views, results, teacher, config, seconds, progress, images)
-            images += sum(c.samples for c in commits)
-            units += len(commits)
+    total = _left(cache)
+    with Claims(cache.root) as claims, Progress("cache-teacher", total, "views", quiet=quiet) as progress:
+        while passes := _passes(cache):
+            taken: deque[Path] = deque()
+            tasks = _claimed_tasks(cache, passes, claims, taken, config.teacher.batch)
+            results = iter(Stream(ChunkMaker(maker, inventory.id), tasks, config.cache.workers))
+            made = units
+            while chunk := _timed(results, seconds):
+                done = total - _left(cache)  # by this process and by others
+                commits = _make_units(cache, chunk, results, teacher, config, seconds, progress, done)
+                claims.release([taken.popleft()])
+                images += sum(c.samples for c in commits)
+                units += len(commits)
+            if units == made:
+                time.sleep(WAIT)  # others are making all that is missing
     return CacheReport(
         cache=str(cache.root),
         units=units,
@@ -165,9 +174,35 @@ def _passes(cache: Cache) -> list[tuple[int, tuple[int, ...]]]:
     return [(block, tuple(views)) for (_, block), views in sorted(by_pass.items())]
 
 
-def _tasks(cache: Cache, block: int, views: tuple[int, ...], batch: int) -> Iterator[Chunk]:
-    first, stop = cache.block_range(block)
-    yield from chunks(block, views, first, _order(cache, block, views, stop - first), batch)
+def _left(cache: Cache) -> int:
+    """Views that have no unit yet."""
+    sizes = np.diff(cache.inventory.blocks)
+    return sum(int(sizes[block]) for block, _ in cache.missing())
+
+
+def _claimed_tasks(
+    cache: Cache, passes: list[tuple[int, tuple[int, ...]]], claims: Claims, taken: deque[Path], batch: int
+) -> Iterator[Chunk]:
+    """The tasks of every pass that no other process is at, drawn while those before it run; their claims go to `taken`."""
+    for block, views in passes:
+        claim = claims.take(f"b{block:05d}.g{views[0] // cache.recipe.mix_group:04d}")
+        if claim is None:
+            continue
+        views = tuple(v for v in views if cache.commit_of(block, v) is None)  # others may have made some since
+        if not views:
+            claims.release([claim])
+            continue
+        taken.append(claim)
+        first, stop = cache.block_range(block)
+        yield from chunks(block, views, first, _order(cache, block, views, stop - first), batch)
+
+
+def _timed(results: Iterator[ChunkViews], seconds: defaultdict[str, float]) -> ChunkViews | None:
+    """The next result, None after the last; the time it was waited for is counted."""
+    clock = time.perf_counter()
+    chunk = next(results, None)
+    seconds["decode and augment (waited for)"] += time.perf_counter() - clock
+    return chunk
 
 
 def _order(cache: Cache, block: int, views: tuple[int, ...], n: int) -> NDArray[np.int64]:
@@ -176,25 +211,22 @@ def _order(cache: Cache, block: int, views: tuple[int, ...], n: int) -> NDArray[
 
 def _make_units(
     cache: Cache,
-    block: int,
-    views: tuple[int, ...],
+    chunk: ChunkViews,
     results: Iterator[ChunkViews],
     teacher: Teacher,
     config: Config,
     seconds: defaultdict[str, float],
     progress: Progress,
     done: int,
-) -> list[Any]:
-    """One pass: every view of `views` for every sample of the block, then one commit a view."""
+) -> list[Commit]:
+    """One pass, of which `chunk` is the first: its views for every sample of its block, then one commit a view."""
+    block, views = chunk.task.block, chunk.task.views
     first, stop = cache.block_range(block)
     order = _order(cache, block, views, stop - first)
     builders = [UnitBuilder(cache.inventory, config.recipe, cache.codecs, v, first, order) for v in views]
     quarantine: dict[int, str] = {}
     seen = 0
-    while seen < len(order):
-        clock = time.perf_counter()
-        chunk = next(results)
-        seconds["decode and augment (waited for)"] += time.perf_counter() - clock
+    while True:
         position = chunk.task.position
         bad = {int(position[row]): reason for row, reason in chunk.bad.items()}
         quarantine |= bad
@@ -213,6 +245,10 @@ def _make_units(
             seconds["encode"] += time.perf_counter() - clock
         seen += len(position)
         progress.update(done + seen * len(views))
+        following = _timed(results, seconds) if seen < len(order) else None
+        if following is None:
+            break
+        chunk = following
     clock = time.perf_counter()
     commits = [cache.add_unit(block, v, *b.finish(), quarantine, {}) for v, b in zip(views, builders, strict=True)]
     seconds["write"] += time.perf_counter() - clock

@@ -13,7 +13,7 @@ import zarr
 from cskd.errors import CacheError
 from cskd.store.cache import Cache, create_cache, first_difference, open_cache
 from cskd.store.commit import publish, read_commit
-from cskd.store.format import FORMAT, MANIFEST, VIEW_FIELDS, commit_file
+from cskd.store.format import FORMAT, MANIFEST, MANIFEST_COPY, VIEW_FIELDS, commit_file
 from cskd.store.manifest import begin_manifest
 from cskd.store.unit import content_hash, pack_unit, read_unit
 from tests.caches import make_tiny_cache
@@ -169,3 +169,10 @@ def test_of_two_that_begin_a_cache_the_first_counts_and_the_other_is_refused(tmp
     assert open_cache(cache.root).fingerprint == cache.fingerprint
     with pytest.raises(CacheError, match=r"was made with recipe\.seed = 7, this config has 8"):
         create_cache(cache.root, other, cache.views, {}, cache.inventory)
+
+
+def test_a_death_between_the_two_copies_of_the_manifest_is_made_good(tmp_path: Path) -> None:
+    cache = make_tiny_cache(tmp_path)
+    (cache.root / MANIFEST_COPY).unlink()
+    create_cache(cache.root, cache.identity, cache.views, {}, cache.inventory)
+    assert (cache.root / MANIFEST_COPY).read_bytes() == (cache.root / MANIFEST).read_bytes()

@@ -20,7 +20,7 @@ from cskd.replay import Recorded
 from cskd.seeds import view_seeds
 from cskd.store.commit import Commit, again, publish, read_commit, write_file
 from cskd.store.format import INVENTORY, MANIFEST, VIEW_FIELDS, commit_file
-from cskd.store.manifest import begin_manifest, read_manifest, write_manifest
+from cskd.store.manifest import begin_manifest, complete_manifest, read_manifest, write_manifest
 from cskd.store.unit import content_hash, pack_unit, read_unit
 
 
@@ -199,6 +199,7 @@ def create_cache(
     identity = json.loads(json.dumps(identity))
     if (root / MANIFEST).exists():
         cache = open_cache(root)
+        complete_manifest(root)
         difference = first_difference(cache.identity, identity)
         if difference:
             field, old, new = difference

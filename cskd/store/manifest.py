@@ -24,7 +24,13 @@ def fingerprint_of(identity: dict[str, Any]) -> str:
 def begin_manifest(root: Path, manifest: dict[str, Any]) -> None:
     """Put the manifest of a new cache in place; of several processes the first one counts, whatever its identity."""
     link_whole(root / MANIFEST, json_bytes(_sealed(manifest)))
-    write_json(root / MANIFEST_COPY, read_manifest(root))
+    complete_manifest(root)
+
+
+def complete_manifest(root: Path) -> None:
+    """Write the second copy where it is missing, as after a death between the two."""
+    if not (root / MANIFEST_COPY).exists():
+        write_json(root / MANIFEST_COPY, read_manifest(root))
 
 
 def write_manifest(root: Path, manifest: dict[str, Any]) -> None:

@@ -1,0 +1,96 @@
+"""Claims: who is working on what, so that several processes on one cache share the work.
+
+A claim is a file with its owner's host and process, who touches it every few seconds. It is nobody's when the owner is of
+this host and no longer lives, or when it was not touched for LEASE seconds. Claims only save work: two owners of one claim
+make the same unit twice, and `commit.publish` lets the first one count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+FOLDER = "claims"
+BEAT = 5.0  # seconds between touches
+LEASE = 60.0  # seconds after which an untouched claim is nobody's; clocks of machines may differ by less than that
+
+
+class Claims:
+    """The claims of one process on one cache. A context manager: at its end all are given back."""
+
+    def __init__(self, root: Path) -> None:
+        self._folder = root / FOLDER
+        self._mine: set[Path] = set()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="claims", daemon=True)
+
+    def __enter__(self) -> Claims:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end.set()
+        self._thread.join()
+        self.release(list(self._mine))
+        with contextlib.suppress(OSError):  # others have claims there
+            self._folder.rmdir()
+
+    def take(self, name: str) -> Path | None:
+        """Claim a piece of work; None while another process has it."""
+        path = self._folder / name
+        for _ in range(2):
+            try:
+                fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            except FileNotFoundError:  # the last owner took the empty folder away
+                self._folder.mkdir(parents=True, exist_ok=True)
+            except FileExistsError:
+                if not self._stale(path):
+                    return None
+                with contextlib.suppress(FileNotFoundError):
+                    path.unlink()
+            else:
+                with os.fdopen(fd, "w") as out:
+                    out.write(f"{socket.gethostname()} {os.getpid()}\n")
+                self._mine.add(path)
+                return path
+        return None
+
+    def release(self, claims: Iterable[Path]) -> None:
+        """Give claims back."""
+        for path in claims:
+            self._mine.discard(path)
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    def _stale(self, path: Path) -> bool:
+        try:
+            host, _, pid = path.read_text().rpartition(" ")
+            if host == socket.gethostname() and not _lives(int(pid)):
+                return True
+            return time.time() - path.stat().st_mtime > LEASE
+        except FileNotFoundError:
+            return True
+        except ValueError:  # being written, or torn
+            return time.time() - path.stat().st_mtime > LEASE
+
+    def _beat(self) -> None:
+        while not self._end.wait(BEAT):
+            for path in list(self._mine):
+                with contextlib.suppress(OSError):
+                    os.utime(path)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

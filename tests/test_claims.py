@@ -1,0 +1,83 @@
+"""Claims: one owner at a time, given back at the end, nobody's when the owner is dead or silent; and work that is shared."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import cskd.store.claims
+from cskd.config import to_yaml
+from cskd.store.claims import LEASE, Claims
+from pipeline.cache_teacher import cache_teacher
+from pipeline.verify import verify
+from tests.caches import make_tiny_data
+from tests.test_pipeline import TEACHER, config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_one_owner_at_a_time(tmp_path: Path) -> None:
+    with Claims(tmp_path) as one, Claims(tmp_path) as two:
+        claim = one.take("a")
+        assert claim is not None and two.take("a") is None and two.take("b") is not None
+        one.release([claim])
+        assert two.take("a") is not None
+    assert not (tmp_path / "claims").exists()
+
+
+@pytest.mark.parametrize(
+    ("owner", "age", "free"),
+    [
+        (f"{socket.gethostname()} {os.getpid()}", 0.0, False),
+        (f"{socket.gethostname()} {os.getpid()}", LEASE + 5, True),
+        (f"{socket.gethostname()} 999999999", 0.0, True),  # killed
+        ("elsewhere 999999999", 0.0, False),
+        ("elsewhere 999999999", LEASE + 5, True),
+        ("", 0.0, False),  # being written
+        ("", LEASE + 5, True),
+    ],
+)
+def test_a_claim_is_nobody_s_when_its_owner_is_dead_or_silent(
+    tmp_path: Path, owner: str, age: float, free: bool
+) -> None:
+    path = tmp_path / "claims" / "a"
+    path.parent.mkdir()
+    path.write_text(owner + "\n" if owner else "")
+    os.utime(path, (time.time() - age,) * 2)
+    with Claims(tmp_path) as claims:
+        assert (claims.take("a") is not None) == free
+
+
+def test_an_owner_that_lives_keeps_its_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cskd.store.claims, "BEAT", 0.02)
+    with Claims(tmp_path) as claims:
+        path = claims.take("a")
+        assert path is not None
+        os.utime(path, (0, 0))
+        deadline = time.monotonic() + 10
+        while path.stat().st_mtime == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert path.stat().st_mtime > time.time() - 60
+
+
+def test_processes_on_one_cache_share_the_work(tmp_path: Path) -> None:
+    """Each view is made once, by one of them, and the cache is that of a process alone."""
+    (tmp_path / "net.py").write_text(TEACHER)
+    make_tiny_data(tmp_path / "train", n=60, block=20, shard=10)
+    alone = cache_teacher(config(tmp_path, cache={"path": str(tmp_path / "alone"), "views": 9}), quiet=True)
+    (tmp_path / "c.yaml").write_text(to_yaml(config(tmp_path, cache={"views": 9})))
+    command = [sys.executable, str(ROOT / "cli.py"), "cache-teacher", str(tmp_path / "c.yaml"), "--json"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    running = [subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    reports = [json.loads(process.communicate(timeout=240)[0]) for process in running]
+    assert sum(report["images"] for report in reports) == alone.images == 540
+    assert {report["content_root"] for report in reports} == {alone.content_root}
+    assert verify(tmp_path / "cache", quiet=True).sound
+    assert not (tmp_path / "cache" / "claims").exists()
