@@ -46,23 +46,32 @@ def refuse_other_code(cache: Cache) -> None:
         )
 
 
-def refuse_unfinished(cache: Cache) -> None:
-    """CacheError while units are missing, with the command that makes them."""
-    missing = cache.missing()
+def usable_views(cache: Cache, wanted: int) -> int:
+    """How many of a cache's first views a run feeds: `train.views`, or all of them.
+
+    Raises:  CacheError while one of them lacks a unit, with the command that makes it; ConfigError past the last view.
+    """
+    if wanted > cache.views:
+        raise ConfigError(f"train.views is {wanted}, {cache.root} has {cache.views}; cache more, or use fewer")
+    views = wanted or cache.views
+    missing = cache.missing(list(range(views)))
     if missing:
-        (block, view), whole = missing[0], cache.blocks * cache.views
+        (block, view), whole = missing[0], cache.blocks * views
+        ready = min(v for _, v in missing)
+        instead = f", or train on the first {ready} views with --set train.views={ready}" if ready else ""
         raise CacheError(
             f"{cache.root} lacks {len(missing)} of {whole} units, the first is block {block}, view {view}; "
-            f"finish it with `cskd cache-teacher {cache.root / RESOLVED}`"
+            f"finish it with `cskd cache-teacher {cache.root / RESOLVED}`{instead}"
         )
+    return views
 
 
-def run_identity(config: Config, views: Cache | LiveViews, ranks: int, online: bool) -> dict[str, Any]:
+def run_identity(config: Config, source: Cache | LiveViews, views: int, ranks: int, online: bool) -> dict[str, Any]:
     """What decides the numbers of a run: kept in its resume states."""
-    train = {k: v for k, v in to_dict(config.train).items() if k not in _FREE}
+    train = {k: v for k, v in to_dict(config.train).items() if k not in (*_FREE, "views")}
     return {
-        "cache": views.fingerprint,
-        "views": views.views,
+        "cache": source.fingerprint,
+        "views": views,
         "online": online,
         "student": to_dict(config.student),
         "loss": to_dict(config.loss),

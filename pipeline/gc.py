@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from cskd.store.cache import open_cache
 
+LEFT = ("units/*/*", "commits/*/.*.tmp", ".*.tmp", ".inventory.partial*/*", "claims/*")  # where left-overs can be
 LEASE = 3600.0  # seconds: what is younger may be of a writer that lives
 
 
@@ -37,14 +38,7 @@ def gc(path: Path, older_than: float = LEASE, dry_run: bool = False, data: Path 
             commit = cache.commit_of(block, view)
             kept |= {path / f.path for f in commit.files} if commit else set()
     now, removed, size, young = time.time(), [], 0, 0
-    for file in sorted(
-        [
-            *path.glob("units/*/*"),
-            *path.glob("commits/*/.*.tmp"),
-            *path.glob(".*.tmp"),
-            *path.glob(".inventory.partial*/*"),
-        ]
-    ):
+    for file in sorted(file for pattern in LEFT for file in path.glob(pattern)):
         if file in kept or not file.is_file():
             continue
         about = file.stat()

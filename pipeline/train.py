@@ -47,7 +47,7 @@ from cskd.student import Student, build_student
 from cskd.student.checkpoint import ResumeStates, TrainState, export
 from cskd.student.optim import Optimisation, reseed_step
 from cskd.targets import CachedTargets, LiveTargets, mixed_labels
-from pipeline.conflicts import refuse_conflicts, refuse_other_code, refuse_other_run, refuse_unfinished, run_identity
+from pipeline.conflicts import refuse_conflicts, refuse_other_code, refuse_other_run, run_identity, usable_views
 from pipeline.evaluate import score_heads
 from pipeline.metrics import MetricsLog
 from pipeline.online import open_online
@@ -220,7 +220,7 @@ def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, q
         bad=views.quarantined(),
         inventory_id=views.inventory.id,
         recipe=views.recipe,
-        views=views.views,
+        views=settings.views or views.views,
         repeats=settings.repeats,
         seed=settings.seed,
         global_batch=settings.global_batch,
@@ -229,7 +229,7 @@ def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, q
     )
     optimisation = Optimisation(student, settings, plan.steps)
     states = ResumeStates(output / "resume", keep=settings.keep)
-    identity = run_identity(config, views, ranks.count, online)
+    identity = run_identity(config, views, plan.views, ranks.count, online)
     loaded = states.load(student, optimisation)
     if loaded:
         refuse_other_run(loaded.info, json.loads(json.dumps(identity)), output)
@@ -267,7 +267,7 @@ def _open_views(
     cache = open_cache(config.cache.path, data=Path(config.data.train) if config.data.train else None)
     refuse_conflicts(config, cache)
     refuse_other_code(cache)
-    refuse_unfinished(cache)
+    usable_views(cache, config.train.views)
     note = check_versions(cache) if verify_replay else None
     return cache, CachedTargets(cache, config.loss, config.train.epochs), [note] if note else []
 

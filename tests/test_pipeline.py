@@ -220,6 +220,22 @@ def test_training_on_an_unfinished_cache_is_refused_with_the_command_that_finish
         train(config(cached, "x", cache={"path": str(path)}), quiet=True)
 
 
+def test_the_finished_views_of_an_unfinished_cache_train_as_a_cache_of_them_alone(cached: Path) -> None:
+    """What is refused names how many views are ready; those are a cache of so many views."""
+    path = {"path": str(cached / "half")}
+    cache_teacher(config(cached, cache=path), quiet=True)
+    (cached / "half" / commit_file(1, 2)).unlink()
+    with pytest.raises(CacheError, match=r"or train on the first 2 views with --set train\.views=2"):
+        train(config(cached, "half", cache=path), quiet=True)
+    assert train(config(cached, "half", cache=path, train={"views": 2}), quiet=True).steps > 0
+    alone = {"path": str(cached / "two"), "views": 2}
+    cache_teacher(config(cached, cache=alone), quiet=True)
+    train(config(cached, "two", cache=alone), quiet=True)
+    assert weights(cached / "half") == weights(cached / "two")
+    with pytest.raises(ConfigError, match=r"train\.views is 4, .* has 3"):
+        train(config(cached, "x", cache=path, train={"views": 4}), quiet=True)
+
+
 def test_a_recipe_that_contradicts_the_cache_is_refused(cached: Path) -> None:
     with pytest.raises(ConfigError, match=r"recipe\.flip is 0\.1, the cache .* was made with 0\.5"):
         train(config(cached, "x", recipe={"flip": 0.1}), quiet=True)

@@ -111,9 +111,11 @@ def test_gc_removes_what_is_old_and_not_committed(cache: Path, made: Path) -> No
         cache / "units" / "b00000" / ".v0000.x.tmp",
         cache / "commits" / "b00001" / ".v0000.json.1.abc.tmp",
         cache / ".manifest.json.2.abc.tmp",
+        cache / "claims" / "b00000.g0000",
         cache / ".inventory.partial.7.abc" / "key.npy",
     ]
-    left[-1].parent.mkdir()
+    for folder in (left[-1].parent, left[-2].parent):
+        folder.mkdir()
     for path in left:
         path.write_bytes(b"12345")
         os.utime(path, (0, 0))
@@ -123,9 +125,10 @@ def test_gc_removes_what_is_old_and_not_committed(cache: Path, made: Path) -> No
     listed = gc(cache, dry_run=True)
     assert sorted(listed.removed) == names and all(path.exists() for path in left)
     report = gc(cache)
-    assert (sorted(report.removed), report.bytes, report.young) == (names, 25, 1)
+    assert (sorted(report.removed), report.bytes, report.young) == (names, 30, 1)
     assert not left[-1].parent.exists()
     young.unlink()
+    (cache / "claims").rmdir()
     assert files(cache) == files(made)
 
 

@@ -183,6 +183,7 @@ class TrainConfig:
     output: str = ""
     epochs: int = 300
     global_batch: int = 1024  # over all ranks; even per rank
+    views: int = 0  # use the first so many views of the cache; 0 = all, which must be finished
     repeats: int = 1  # views of an image in one epoch (repeated augmentation); divides mix_group and views
     seed: int = 0
     opt: str = "adamw"  # any name of timm's optimiser factory
@@ -210,7 +211,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "global_batch", "repeats", "eval_every", "keep", "window", "prefetch"):
             _need(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "at least 1")
-        for name in ("workers", "save_every", "max_steps"):
+        for name in ("workers", "save_every", "max_steps", "views"):
             _need(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
         for name in ("lr", "warmup_epochs", "warmup_lr", "min_lr", "weight_decay"):
             _need(getattr(self, name) >= 0.0, f"train.{name}", getattr(self, name), "a number >= 0")
