@@ -73,8 +73,10 @@ def read_column(path: Path, name: str, dtype: str) -> NDArray[Any]:
     """One column, memory-mapped. DataError when it is missing or not of that type."""
     try:
         column = np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        raise DataError(f"{path / name}.npy is not readable: {e}; restore it, or pack or index again") from None
+    except Exception as e:  # numpy parses a header as Python: a damaged one raises a dozen types
+        raise DataError(
+            f"{path / name}.npy is not readable: {' '.join(str(e).split())}; restore it, or pack or index again"
+        ) from None
     if column.dtype != np.dtype(dtype) or column.ndim != 1:
         raise DataError(
             f"{path / name}.npy is {column.dtype} {list(column.shape)}, expected {np.dtype(dtype)} in one dimension"

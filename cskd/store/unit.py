@@ -53,6 +53,8 @@ def read_unit(path: Path) -> tuple[Arrays, Arrays]:
     try:
         with zipfile.ZipFile(path) as z:
             chunks = set(z.namelist())
+            if damaged := z.testzip():  # here, since zarr's tasks would print a traceback of their own
+                raise CacheError(f"{path} is damaged ({damaged} does not match its checksum)")
         store: Store = ZipStore(path, mode="r")
         try:
             root = zarr.open_group(store, mode="r")
