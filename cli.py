@@ -5,12 +5,15 @@ Exit codes: 0; 1 failed, and says why in one line; 2 usage; 130 / 143 interrupte
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import signal
+import socket
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -217,14 +220,52 @@ def _print(report: Any, as_json: bool, render: Any) -> None:
 
 
 def _interrupted(signum: int, frame: FrameType | None) -> NoReturn:
-    """The first Ctrl-C or SIGTERM unwinds, a second one leaves at once. A library that swallows the first, or hangs while
-    it ends its threads, is left as well: every file of a run is whole or absent at any moment, so nothing is lost."""
+    """The first Ctrl-C or SIGTERM unwinds; see `_second_signal` for what ends a run that does not."""
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, _leave)
-    last_resort = threading.Timer(GRACE, _leave, (signum, None))
-    last_resort.daemon = True
-    last_resort.start()
     raise SystemExit(128 + signum)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end what runs inside, in GRACE seconds at most; a second one ends it at once.
+
+    Python runs handlers between two steps of the main thread, which a long call into a library holds up; a signal's number
+    is written to a socket at once, and a thread reads it.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    watch = threading.Thread(target=_second_signal, args=(reader,), name="interrupts", daemon=True)
+    watch.start()
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, _interrupted)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        writer.close()
+        watch.join()
+        reader.close()
+
+
+def _second_signal(reader: socket.socket) -> None:
+    """Leave at the second signal, or when the first was GRACE seconds ago: a library may have swallowed it, or hang while it
+    ends its threads. Every file of a run is whole or absent at any moment, so nothing is lost."""
+    first = 0
+    while True:
+        try:
+            numbers = reader.recv(64)
+        except TimeoutError:
+            _leave(first, None)
+        if not numbers:  # the run has ended
+            return
+        for number in numbers:
+            if number in (signal.SIGINT, signal.SIGTERM):
+                if first:
+                    _leave(number, None)
+                first = number
+                reader.settimeout(GRACE)
 
 
 def _leave(signum: int, frame: FrameType | None) -> NoReturn:
@@ -238,11 +279,10 @@ def _say_how_to_go_on() -> None:
 
 def main() -> None:
     """Entry point of the `cskd` script."""
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, _interrupted)
     code: object = 0
     try:
-        code = app(standalone_mode=False) or 0
+        with _interrupts():
+            code = app(standalone_mode=False) or 0
     except CskdError as e:
         if "--debug" in sys.argv:
             raise

@@ -4,6 +4,7 @@
     load      the teacher, checked on clean images before the first unit
     loop      augmented quads -> mixed on the device -> dense and global logits -> codecs
     commit    a unit at a time; killing the process loses at most the pass it was in
+    seal      when all are there
 
 The same command resumes, and run several times at once it shares the work. Launch: `cskd cache-teacher configs/imagenet_sample.yaml`.
 """
@@ -40,6 +41,7 @@ from cskd.store.cache import Cache, create_cache
 from cskd.store.claims import Claims
 from cskd.store.commit import Commit, write_whole
 from cskd.store.format import RESOLVED
+from cskd.store.seal import seal_cache
 from cskd.teacher import Teacher, check_clean, clean_top1, compare_probe, load_teacher
 from cskd.unit_builder import UnitBuilder
 from pipeline.progress import Progress, bound_by
@@ -102,7 +104,7 @@ def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
         seconds=time.perf_counter() - start,
         clean_top1=cache.manifest["clean_top1"],
         quarantined=int(cache.quarantined().sum()),
-        content_root=cache.content_root(),
+        content_root=seal_cache(cache, config.cache.max_quarantine).content_root,
         bound_by=bound_by(dict(seconds), images, "views") if seconds else "nothing was missing",
     )
 
@@ -304,5 +306,5 @@ def render(report: CacheReport, console: Console) -> None:
         f"teacher top-1 on clean images {100 * report.clean_top1:.1f} %, quarantined {report.quarantined} images",
         soft_wrap=True,
     )
-    console.print(f"content {report.content_root}", soft_wrap=True)
+    console.print(f"sealed, content {report.content_root}", soft_wrap=True)
     console.print(escape(report.bound_by), soft_wrap=True)

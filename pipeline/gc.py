@@ -9,6 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from cskd.errors import CacheError
+from cskd.store import claims
 from cskd.store.cache import open_cache
 
 LEFT = ("units/*/*", "commits/*/.*.tmp", ".*.tmp", ".inventory.partial*/*", "claims/*")  # where left-overs can be
@@ -29,9 +31,16 @@ class GcReport:
 def gc(path: Path, older_than: float = LEASE, dry_run: bool = False, data: Path | None = None) -> GcReport:
     """Remove left-over files that have not been written to for `older_than` seconds.
 
-    Raises:  CacheError where a commit record is damaged: what it spoke of can't be told from left-overs.
+    Raises:  CacheError where a commit record is damaged: what it spoke of can't be told from left-overs; and where files
+             were wanted that may be of a writer that lives.
     """
     cache = open_cache(path, data=data)
+    writers = claims.held(path)
+    if writers and older_than < claims.LEASE:
+        raise CacheError(
+            f"{path} is being written to ({writers} claims have an owner that lives), expected none with --older-than "
+            f"{older_than:g}; wait until `cskd cache-teacher` has ended, or take --older-than {claims.LEASE:g} or more"
+        )
     kept = set()
     for block in range(cache.blocks):
         for view in range(cache.views):

@@ -26,6 +26,7 @@ from cskd.codecs.base import quantise_blend
 from cskd.errors import CacheError, CskdError, DataError
 from cskd.store.cache import Cache, Unit, open_cache
 from cskd.store.commit import Commit
+from cskd.store.seal import read_seal
 from pipeline.inspect_sample import BLENDS, describe_sample, find_sample, hard_codec, sample_picture, sheet
 
 __all__ = ["inspect", "render", "sample_picture", "sheet"]
@@ -79,6 +80,7 @@ def inspect(
         "grid": list(opened.grid),
         "recipe": identity["recipe"],
         "units": _units(opened, commits, errors),
+        "sealed": not errors and _is_sealed(opened, len(commits)),
         "codecs": _codecs(opened, commits.values()),
         "quarantined": _quarantined(opened, commits),
         **measured,
@@ -121,6 +123,14 @@ def _units(cache: Cache, commits: dict[tuple[int, int], Commit], errors: dict[tu
         "missing": len(missing),
         "first_missing": [{"block": b, "view": v} for b, v in missing[:LISTED]],
     }
+
+
+def _is_sealed(cache: Cache, present: int) -> bool:
+    try:
+        seal = read_seal(cache)
+    except CacheError:
+        return False
+    return seal is not None and seal.views == cache.views and seal.units == present
 
 
 def _codecs(cache: Cache, commits: Iterable[Commit]) -> dict[str, dict[str, Any]]:
@@ -259,6 +269,8 @@ def _lines(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
     if units["missing"]:
         first = units["first_missing"][0]
         state += f", {units['missing']:,} missing, the first block {first['block']}, view {first['view']}"
+    elif not facts["errors"]:
+        state += ", sealed" if facts["sealed"] else ", not sealed"
     yield "units", state
     for name, codec in facts["codecs"].items():
         hard = "exact hard targets" if codec["exact_hard"] else "approximate hard targets"

@@ -73,6 +73,8 @@ def _replace(path: Path, text: str) -> None:
     """Put a whole file in the place of the old one: a run that is killed or out of disk keeps the rows it had."""
     temp = path.with_name(f".{path.name}.partial")
     temp.write_text(text, encoding="utf-8", newline="")
+    with temp.open("rb+") as file:
+        os.fsync(file.fileno())
     os.replace(temp, path)
 
 

@@ -3,6 +3,7 @@
 frame     manifest from its second copy, inventory from the data set's own, resolved config from the manifest
 units     every one is checked as `cskd verify` does; a bad one loses its commit record, and so no longer exists
 rebuild   stage 1 makes what is missing, with the config the cache was begun with
+seal      what was sealed before must have the content it was sealed with; a seal that was damaged is made anew
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from cskd.inventory import copy_inventory, open_inventory
 from cskd.inventory_format import check_copy
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import fsync_folder
-from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, commit_file
+from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, SEAL, commit_file
 from cskd.store.manifest import read_manifest, write_manifest
+from cskd.store.seal import read_seal, seal_cache
 from pipeline.cache_teacher import cache_teacher, write_resolved
 from pipeline.progress import Progress
-from pipeline.verify import check_unit
+from pipeline.verify import check_unit, lost, uneven_quarantine
 
 
 @dataclass(frozen=True)
@@ -47,19 +49,25 @@ def repair(path: Path, data: Path | None = None, quiet: bool = False) -> RepairR
     restored = _restore_frame(path, data)
     cache = open_cache(path, data=data)
     write_resolved(cache)
+    sealed = _sealed_views(cache, restored)
     withdrawn = []
     with Progress("check", cache.blocks * cache.views, "units", quiet=quiet) as progress:
         for block in range(cache.blocks):
             for view in range(cache.views):
                 try:
-                    check_unit(cache, block, view)
+                    if check_unit(cache, block, view) is None and view < sealed:
+                        withdrawn.append(lost(cache, block, view))
                 except CskdError as e:
                     _withdraw(cache, block, view)
                     withdrawn.append(f"block {block}, view {view}: {e}")
                 progress.update(block * cache.views + view + 1)
+            if uneven := uneven_quarantine(cache, block):
+                withdrawn += uneven
+                for view in range(cache.views):  # which of them is right, only the images can tell
+                    _withdraw(cache, block, view)
     rebuilt = 0
+    config = from_dict(cache.manifest["config"])
     if cache.missing():
-        config = from_dict(cache.manifest["config"])
         images = str(data or cache.manifest["data"])
         made = replace(
             config,
@@ -67,6 +75,7 @@ def repair(path: Path, data: Path | None = None, quiet: bool = False) -> RepairR
             cache=replace(config.cache, path=str(path), views=cache.views),
         )
         rebuilt = cache_teacher(made, quiet=quiet).units
+    seal_cache(cache, config.cache.max_quarantine)
     return RepairReport(str(path), restored, withdrawn, rebuilt, open_cache(path, data=data).content_root())
 
 
@@ -97,6 +106,17 @@ def _restore_frame(path: Path, data: Path | None) -> list[str]:
         shutil.rmtree(path / INVENTORY, ignore_errors=True)
         copy_inventory(original, path)
     return restored
+
+
+def _sealed_views(cache: Cache, restored: list[str]) -> int:
+    """How many views the cache was sealed with, 0 where it was not; a damaged seal is removed."""
+    try:
+        seal = read_seal(cache)
+    except CacheError as e:
+        restored.append(f"{SEAL}: {e}")
+        (cache.root / SEAL).unlink(missing_ok=True)
+        return 0
+    return seal.views if seal else 0
 
 
 def _withdraw(cache: Cache, block: int, view: int) -> None:

@@ -42,6 +42,7 @@ from cskd.losses import DistillationLoss
 from cskd.plan import PlanSpec
 from cskd.ranks import Ranks, start_ranks, stop_ranks
 from cskd.store.cache import Cache, open_cache
+from cskd.store.commit import write_whole
 from cskd.store.format import RESOLVED
 from cskd.student import Student, build_student
 from cskd.student.checkpoint import ResumeStates, TrainState, export
@@ -231,11 +232,12 @@ def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, q
     states = ResumeStates(output / "resume", keep=settings.keep)
     identity = run_identity(config, views, plan.views, ranks.count, online)
     loaded = states.load(student, optimisation)
+    ranks.refuse_differing(loaded.step if loaded else 0, device)
     if loaded:
         refuse_other_run(loaded.info, json.loads(json.dumps(identity)), output)
     if ranks.first:
         output.mkdir(parents=True, exist_ok=True)
-        (output / RESOLVED).write_text(to_yaml(config), encoding="utf-8")
+        write_whole(output / RESOLVED, to_yaml(config).encode())
     ranks.barrier()
     stop = settings.epochs * plan.steps
     return _Run(

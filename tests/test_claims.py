@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ import pytest
 
 import cskd.store.claims
 from cskd.config import to_yaml
-from cskd.store.claims import LEASE, Claims
+from cskd.store.claims import LEASE, Claims, _host
 from pipeline.cache_teacher import cache_teacher
 from pipeline.verify import verify
 from tests.caches import make_tiny_data
@@ -35,9 +34,9 @@ def test_one_owner_at_a_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("owner", "age", "free"),
     [
-        (f"{socket.gethostname()} {os.getpid()}", 0.0, False),
-        (f"{socket.gethostname()} {os.getpid()}", LEASE + 5, True),
-        (f"{socket.gethostname()} 999999999", 0.0, True),  # killed
+        (f"{_host()} {os.getpid()}", 0.0, False),
+        (f"{_host()} {os.getpid()}", LEASE + 5, True),
+        (f"{_host()} 999999999", 0.0, True),  # killed
         ("elsewhere 999999999", 0.0, False),
         ("elsewhere 999999999", LEASE + 5, True),
         ("", 0.0, False),  # being written

@@ -18,7 +18,7 @@ from cskd.errors import CacheError
 from cskd.inventory import Inventory, copy_inventory, open_inventory
 from cskd.replay import Recorded
 from cskd.seeds import view_seeds
-from cskd.store.commit import Commit, again, publish, read_commit, write_file
+from cskd.store.commit import Commit, again, make_folder, publish, read_commit, write_file
 from cskd.store.format import INVENTORY, MANIFEST, VIEW_FIELDS, commit_file
 from cskd.store.manifest import begin_manifest, complete_manifest, read_manifest, write_manifest
 from cskd.store.unit import content_hash, pack_unit, read_unit
@@ -178,11 +178,14 @@ class Cache:
     def _again(self, block: int, view: int) -> str:
         return again(self.root / commit_file(block, view))
 
-    def content_root(self) -> str:
-        """One hash over the content of every unit that exists, in order: two caches with equal roots hold equal targets."""
+    def content_root(self, views: int | None = None) -> str:
+        """One hash over the content of every unit that exists, in order: two caches with equal roots hold equal targets.
+
+        views: of the first so many alone; all by default.
+        """
         h = hashlib.sha256(self.fingerprint.encode())
         for block in range(self.blocks):
-            for view in range(self.views):
+            for view in range(self.views if views is None else views):
                 commit = self.commit_of(block, view)
                 h.update(f"{block}:{view}:{commit.content_hash if commit else None};".encode())
         return h.hexdigest()
@@ -211,7 +214,7 @@ def create_cache(
             write_manifest(root, {**cache.manifest, "views": views})
             cache = open_cache(root)
         return cache
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
     if not (root / INVENTORY).exists():
         copy_inventory(inventory, root)
     begin_manifest(root, {"identity": identity, "views": views, **facts})

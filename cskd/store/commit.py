@@ -1,13 +1,15 @@
 """How a unit comes to exist: files first, then one record that is put in place whole and only once.
 
 temp file, fsync, read back and check, rename to a name that holds the hash, fsync of the folder; then the record, itself
-a fsynced temp file put in place by os.link, which fails when a record is already there: of several writers the first one
-counts, and a torn record can't block. Only valid records define what exists.
+a temp file that was fsynced and read back, put in place by os.link, which fails when a record is already there: of several
+writers the first one counts, and a torn record can't block. Only valid records define what exists. A folder that is made
+on the way is fsynced into the one above it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -52,12 +54,7 @@ def write_file(root: Path, block: int, view: int, codec: str, data: bytes, targe
     digest = hashlib.sha256(data).hexdigest()
     relative = unit_file(block, view, codec, digest)
     path = root / relative
-    temp = _write_temp(path, data)
-    if hashlib.sha256(temp.read_bytes()).hexdigest() != digest:
-        temp.unlink()
-        raise CacheError(f"{temp} read back differs from what was written; check the disk")
-    os.replace(temp, path)
-    fsync_folder(path.parent)
+    write_whole(path, data)
     return UnitFile(codec, str(relative), len(data), digest, target_bytes)
 
 
@@ -102,17 +99,31 @@ def _parse(raw: Any, path: Path, block: int, view: int) -> Commit:
 
 def again(record: Path) -> str:
     """What to do about a damaged unit: without its commit record it does not exist, and stage 1 makes it again."""
-    return f"remove {record} and run the same `cskd cache-teacher` command again"
+    cache = record.parent.parent.parent
+    return (
+        f"`cskd repair {cache}` makes it again; so does this: remove {record} and run the same `cskd cache-teacher` "
+        "command again"
+    )
 
 
 def link_whole(path: Path, data: bytes) -> bool:
-    """A small file, put in place whole and only once; False where one is there already, which stays."""
+    """A small file, put in place whole and only once; False where one is there already, which stays.
+
+    Raises:  CacheError where the file system has no hard links.
+    """
     temp = _write_temp(path, data)
     try:
         os.link(temp, path)
         won = True
     except FileExistsError:
         won = False
+    except OSError as e:
+        if e.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        raise CacheError(
+            f"{path} can't be put in place: this file system has no hard links ({e.strerror}), which let one of several "
+            "writers win; put the cache on one that has (--set cache.path=...)"
+        ) from None
     finally:
         temp.unlink()
     fsync_folder(path.parent)
@@ -125,9 +136,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """A small file, written whole or not at all, in place of what was there."""
+    """A file, written whole or not at all, in place of what was there."""
     temp = _write_temp(path, data)
-    os.replace(temp, path)
+    try:
+        os.replace(temp, path)
+    except BaseException:
+        _discard(temp)
+        raise
     fsync_folder(path.parent)
 
 
@@ -141,18 +156,39 @@ def _canonical(value: Any) -> bytes:
 
 
 def _write_temp(path: Path, data: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """The bytes on disk beside `path`, in a file of a name of its own. CacheError when they read back otherwise."""
+    make_folder(path.parent)
     temp = path.parent / f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         with open(temp, "xb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
+            if hasattr(os, "posix_fadvise"):  # else what is read back is the copy in memory
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if temp.read_bytes() != data:
+            raise CacheError(f"{temp} read back differs from what was written; check the disk")
     except BaseException:
-        with contextlib.suppress(OSError):
-            temp.unlink()
+        _discard(temp)
         raise
     return temp
+
+
+def _discard(temp: Path) -> None:
+    with contextlib.suppress(OSError):
+        temp.unlink()
+
+
+def make_folder(path: Path) -> None:
+    """A folder and those above it; the name of each that is new is on disk before anything is written into it."""
+    new = []
+    above = path
+    while not above.is_dir():
+        new.append(above)
+        above = above.parent
+    for folder in reversed(new):
+        folder.mkdir(exist_ok=True)  # another process may have been first
+        fsync_folder(folder.parent)
 
 
 def fsync_folder(path: Path) -> None:

@@ -5,6 +5,7 @@
                                         and `sha256`, the hash of all of that
       manifest.copy.json                the same once more, for `cskd repair`
       resolved.yaml                     the config that made it
+      sealed.json                       once all units are there: counts, and the hash over their content (cskd/store/seal.py)
       inventory/                        copy of the data set's inventory (see cskd/inventory.py)
       units/b00012/v0003.envelope.0f3a….zarr.zip
                                         one view of one block, one codec; named by the hash of its bytes; never rewritten
@@ -51,6 +52,7 @@ VIEW_FIELDS: dict[str, tuple[type[np.generic], tuple[str, ...]]] = {
 
 MANIFEST, MANIFEST_COPY = "manifest.json", "manifest.copy.json"
 RESOLVED = "resolved.yaml"
+SEAL = "sealed.json"
 INVENTORY = "inventory"
 
 

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cskd.errors import StudentError
+from cskd.store.commit import fsync_folder, make_folder
 from cskd.student.model import Student
 from cskd.student.optim import Optimisation
 
@@ -68,7 +69,7 @@ class ResumeStates:
         metadata = {"cskd": json.dumps(body, sort_keys=True)}
         metadata["sha256"] = _digest(tensors, metadata["cskd"])
         path = self.folder / f"step-{state.step:08d}.safetensors"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         for left_over in self.folder.glob(".step-*.tmp"):  # of a run that was killed while it wrote
             left_over.unlink(missing_ok=True)
         put_file(path, lambda temp: save_file(tensors, temp, metadata))
@@ -118,11 +119,7 @@ def put_file(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(f.fileno())
         os.replace(temp, path)
         if os.name == "posix":
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            fsync_folder(path.parent)
     except (OSError, SafetensorError) as e:
         with contextlib.suppress(OSError):
             temp.unlink(missing_ok=True)

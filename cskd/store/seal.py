@@ -1,0 +1,103 @@
+"""The seal of a finished cache: the views it was whole with, its counts, and one hash over all content.
+
+Records alone say what exists, so one that vanishes would look like one that was never made. Of a sealed cache it is known
+that each was there: `cskd verify` calls it lost, and what is made again must give the hash that was sealed. A cache that grows
+keeps the seal of its first views until the new ones are whole too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+from cskd.errors import CacheError
+from cskd.store.cache import Cache
+from cskd.store.commit import json_bytes, write_json
+from cskd.store.format import FORMAT, SEAL
+
+
+@dataclass(frozen=True)
+class Seal:
+    """`cached` + `quarantined` = images of the inventory * `views`; `content_root`: of those views."""
+
+    views: int
+    units: int
+    cached: int
+    quarantined: int
+    content_root: str
+    format: int = FORMAT
+
+
+def seal_cache(cache: Cache, max_quarantine: float) -> Seal:
+    """Seal a cache all of whose units are there; one that is sealed already must have the content it was sealed with.
+
+    max_quarantine: share of the images that may be unreadable; what is sealed already is not asked again.
+
+    Raises:  CacheError when a unit is missing, its content is not what was sealed, or too many images are unreadable.
+    """
+    old = read_seal(cache)
+    if old is not None:
+        check_seal(cache, old)
+        if old.views == cache.views:
+            return old
+    unreadable = int(cache.quarantined().sum())
+    if unreadable > max(1, max_quarantine * cache.inventory.n) and old is None:
+        raise CacheError(
+            f"{unreadable} of {cache.inventory.n} images of {cache.root} are unreadable, more than cache.max_quarantine "
+            f"{max_quarantine}; mend the data set and cache it anew, or raise the limit and run the same command again"
+        )
+    commits = [cache.commit_of(block, view) for block in range(cache.blocks) for view in range(cache.views)]
+    present = [commit for commit in commits if commit is not None]
+    if len(present) < len(commits):
+        raise CacheError(f"{cache.root} lacks {len(commits) - len(present)} units; `cskd cache-teacher` makes them")
+    seal = Seal(
+        views=cache.views,
+        units=len(present),
+        cached=sum(commit.cached for commit in present),
+        quarantined=sum(len(commit.quarantine) for commit in present),
+        content_root=cache.content_root(),
+    )
+    if seal.cached + seal.quarantined != cache.inventory.n * cache.views:
+        raise CacheError(
+            f"{cache.root}: {seal.cached} views cached + {seal.quarantined} quarantined, expected {cache.inventory.n} "
+            f"images * {cache.views}; run `cskd verify {cache.root}`"
+        )
+    write_json(cache.root / SEAL, seal_facts(seal))
+    return seal
+
+
+def check_seal(cache: Cache, seal: Seal) -> None:
+    """CacheError when the units are not those that were sealed."""
+    found = cache.content_root(seal.views)
+    if found != seal.content_root:
+        raise CacheError(
+            f"{cache.root} was sealed with content {seal.content_root[:16]}, its units now give {found[:16]}: some were made "
+            f"otherwise; cache again in another folder, or accept them by removing {cache.root / SEAL}"
+        )
+
+
+def read_seal(cache: Cache) -> Seal | None:
+    """The seal, None where there is none. CacheError when it is damaged or of another cache."""
+    path = cache.root / SEAL
+    mend = f"`cskd repair {cache.root}` checks every unit and seals it again"
+    try:
+        written = path.read_bytes()
+        facts = json.loads(written)
+        seal = Seal(**facts["seal"])
+        fits = 0 < seal.views <= cache.views
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise CacheError(f"{path} is not a readable seal ({' '.join(str(e).split())}); {mend}") from None
+    if written != json_bytes(seal_facts(seal)):
+        raise CacheError(f"{path} is not, byte for byte, what was written; {mend}")
+    if not fits:
+        raise CacheError(f"{path} seals {seal.views} views, {cache.root} has {cache.views}; {mend}")
+    return seal
+
+
+def seal_facts(seal: Seal) -> dict[str, object]:
+    """A seal as its file holds it, with a hash of its own."""
+    facts = asdict(seal)
+    return {"seal": facts, "sha256": hashlib.sha256(json_bytes(facts)).hexdigest()}
