@@ -1,0 +1,208 @@
+"""Killed and racing processes: stage 1, training, and both kinds through the real command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cskd.store.cache
+from benchmarks.fault_bench import KILLED, ROOT, Bench, end_child, files, start_child
+from benchmarks.fault_damage import all_named
+from cskd.config import to_yaml
+from cskd.store.claims import Claims
+from pipeline.cache_teacher import cache_teacher
+
+RACERS = 4
+UNITS = 6  # of the whole cache
+STEPS = 6  # of an epoch of training
+
+
+def kills(bench: Bench, count: int) -> Counter[str]:
+    """kill -9 of stage 1 with two workers, one to three times in a row, each at any moment of a run; then to the end."""
+    counts = Counter(kills=0, kills_wrong=0)
+    while counts["kills"] < count:
+        cache = bench.fresh("killed")
+        for _ in range(bench.rng.choice((1, 1, 2, 3))):
+            status, answer = bench.make(cache, kill_after=bench.rng.uniform(0.0, bench.seconds), workers=2)
+            counts["kills_wrong"] += status not in (KILLED, 0) or (status == 0 and "value" not in (answer or {}))
+            if status == KILLED:
+                counts["kills"] += 1
+                counts[f"kills_{_when(cache)}"] += 1
+        counts["kills_wrong"] += not bench.resumed(cache, workers=bench.rng.choice((0, 2)))
+    return counts
+
+
+def _when(cache: Path) -> str:
+    """How far a killed run had come."""
+    made = len(list(cache.glob("commits/*/*.json")))
+    return "before_the_first_unit" if made == 0 else "between_units" if made < UNITS else "after_the_last_unit"
+
+
+def races(bench: Bench, count: int) -> Counter[str]:
+    """Four processes at once, of which one's record must win for each unit: on one missing unit, and on a cache that is not
+    there yet; heeding each other's claims or deaf to them, so that all make the same unit."""
+    counts = Counter(races=0, races_wrong=0)
+    for i in range(count):
+        whole = i % 4 == 3
+        cache = bench.fresh("raced", without=None if whole else (bench.rng.randrange(2), bench.rng.randrange(3)))
+        answers = at_once(lambda cache=cache, deaf=i % 2 == 1: _racer(bench, cache, deaf))
+        good = all(status == 0 and "value" in answer for status, answer in answers)
+        made = [answer["value"] for _, answer in answers] if good else []
+        won, tried = sum(m[1] for m in made), sum(m[2] for m in made)
+        good = good and {m[0] for m in made} == {bench.root} and won == (UNITS if whole else 1) and bench.sound(cache)
+        counts.update(Counter(races=1, races_wrong=not bench.judged(good, cache, answers), races_contested=tried > won))
+    return counts
+
+
+def _racer(bench: Bench, cache: Path, deaf: bool) -> list[Any]:
+    """Stage 1 in one of them: content hash, records of its own that count, records it tried to put in place."""
+    publish, won = cskd.store.cache.publish, list[bool]()
+
+    def counted(*args: Any) -> bool:
+        won.append(publish(*args))
+        return won[-1]
+
+    setattr(cskd.store.cache, "publish", counted)  # noqa: B010
+    if deaf:
+        setattr(Claims, "take", lambda self, name: self._folder / name)  # noqa: B010
+    return [cache_teacher(bench.config(cache), quiet=True).content_root, sum(won), len(won)]
+
+
+def at_once(function: Callable[[], Any], count: int = RACERS) -> list[tuple[int, Any]]:
+    """Run in so many children, which begin when all are there; their exit statuses and answers."""
+    gate, opener = os.pipe()
+
+    def racer() -> Any:
+        os.close(opener)
+        os.read(gate, 1)  # until nobody has the other end
+        return function()
+
+    children = [start_child(racer) for _ in range(count)]
+    os.close(opener)
+    os.close(gate)
+    return [end_child(child) for child in children]
+
+
+def training(bench: Bench, count: int) -> Counter[str]:
+    """kill -9 of training, once or twice in a row; the newest of several states is damaged at times; then to the end."""
+    clock = time.perf_counter()
+    weights = bench.train("undisturbed")[1]["value"][0]
+    seconds = time.perf_counter() - clock
+    counts = Counter(training=0, training_wrong=0)
+    while counts["training"] < count:
+        output = bench.folder / "cut"
+        shutil.rmtree(output, ignore_errors=True)
+        epochs, damaged = list[int](), False
+        for _ in range(bench.rng.choice((1, 2))):
+            status, _ = bench.train("cut", kill_after=bench.rng.uniform(0.2, 0.9) * seconds)
+            states = sorted(output.glob("resume/step-*.safetensors"))
+            if status == KILLED:
+                counts["training"] += 1
+                epochs.append(int(states[-1].stem.removeprefix("step-")) // STEPS if states else 0)
+        if len(states) > 1 and bench.rng.random() < 0.3:
+            data, damaged = bytearray(states[-1].read_bytes()), True
+            data[bench.rng.randrange(len(data))] ^= 1 << bench.rng.randrange(8)
+            states[-1].write_bytes(data)
+        _, answer = bench.train("cut")
+        same = answer is not None and answer.get("value", [""])[0] == weights
+        warned = not damaged or any("is damaged" in note for note in (answer or {}).get("value", ["", []])[1])
+        counts["training_twice_in_an_epoch"] += len(epochs) == 2 and epochs[0] == epochs[1]
+        counts["training_newest_state_damaged"] += damaged
+        counts["training_wrong"] += not (same and warned)
+        if not (same and warned):
+            print(f"training: {answer}", file=sys.stderr)
+    return counts
+
+
+def cli_kills(bench: Bench, count: int) -> Counter[str]:
+    """`cskd cache-teacher` with two workers, killed at any time of its start, or just after it made so many units."""
+    counts = Counter(cli_kills=0, cli_kills_wrong=0)
+    while counts["cli_kills"] < count:
+        cache = bench.fresh("cli")
+        process = start_cli(bench, "cache-teacher", config_file(bench, cache, workers=2), "--json")
+        units = bench.rng.randrange(-2, UNITS)
+        deadline = time.monotonic() + (bench.rng.uniform(0.0, 5.0) if units < 0 else 120.0)
+        while process.poll() is None and time.monotonic() < deadline:
+            if units >= 0 and (cache / "manifest.json").exists() and len(list(cache.glob("commits/*/*.json"))) >= units:
+                time.sleep(bench.rng.uniform(0.0, 0.1))
+                break
+            time.sleep(0.002)
+        process.kill()
+        process.communicate()
+        if process.returncode == KILLED:
+            counts["cli_kills"] += 1
+            counts[f"cli_kills_{_when(cache)}"] += 1
+        again = run_cli(bench, "cache-teacher", config_file(bench, cache, workers=2), "--json")
+        good = again[0] == 0 and json.loads(again[1])["content_root"] == bench.root and bench.sound(cache)
+        counts["cli_kills_wrong"] += not bench.judged(good, cache, again)
+    return counts
+
+
+def cli_damage(bench: Bench, count: int) -> Counter[str]:
+    """A file flipped, cut or removed: `cskd verify` ends with 1 and names it, `cskd repair` brings back every byte."""
+    counts = Counter(cli_damage=0, cli_damage_missed=0, cli_damage_repaired_wrong=0)
+    for _ in range(count):
+        cache = bench.fresh("cli")
+        shutil.copytree(bench.cache, cache)
+        name = bench.rng.choice(sorted(bench.whole))
+        data = bytearray(bench.whole[name])
+        match bench.rng.randrange(3):
+            case 0:
+                data[bench.rng.randrange(len(data))] ^= 1 << bench.rng.randrange(8)
+                (cache / name).write_bytes(data)
+            case 1 if (
+                name != "sealed.json"
+            ):  # without one the cache is as before its seal: whole, and said not to be sealed
+                (cache / name).unlink()
+            case _:
+                (cache / name).write_bytes(data[: bench.rng.randrange(len(data))])
+        code, out, err = run_cli(bench, "verify", cache, "--json")
+        errors = json.loads(out)["errors"] if out else [err.removeprefix("cskd: ")]
+        named = code == 1 and all_named({name: b""}, bench.whole, errors)
+        repaired = run_cli(bench, "repair", cache, "--json")
+        good = repaired[0] == 0 and files(cache) == bench.whole
+        counts.update(Counter(cli_damage=1, cli_damage_missed=not bench.judged(named, cache, (name, code, out, err))))
+        counts.update(Counter(cli_damage_repaired_wrong=not bench.judged(good, cache, repaired)))
+    return counts
+
+
+def cli_races(bench: Bench, count: int) -> Counter[str]:
+    """Four `cskd cache-teacher` at once on one missing unit."""
+    counts = Counter(cli_races=0, cli_races_wrong=0)
+    for _ in range(count):
+        cache = bench.fresh("cli", without=(bench.rng.randrange(2), bench.rng.randrange(3)))
+        config = config_file(bench, cache)
+        processes = [start_cli(bench, "cache-teacher", config, "--json") for _ in range(RACERS)]
+        answers = [(process.communicate(timeout=300), process.returncode) for process in processes]
+        roots = [json.loads(out)["content_root"] if code == 0 else err for (out, err), code in answers]
+        good = set(roots) == {bench.root} and bench.sound(cache)
+        counts.update(Counter(cli_races=1, cli_races_wrong=not bench.judged(good, cache, answers)))
+    return counts
+
+
+def config_file(bench: Bench, cache: Path, workers: int = 0) -> Path:
+    path = bench.folder / "c.yaml"
+    path.write_text(to_yaml(bench.config(cache, workers=workers)))
+    return path
+
+
+def start_cli(bench: Bench, *arguments: object) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here
+    command = [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def run_cli(bench: Bench, *arguments: object) -> tuple[int, str, str]:
+    """Exit status, and what it printed."""
+    process = start_cli(bench, *arguments)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
