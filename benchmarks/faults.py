@@ -53,7 +53,7 @@ def hostile(bench: Bench, count: int) -> Counter[str]:
 PARTS: dict[str, tuple[Callable[[Bench, int], Counter[str]], int, int]] = {
     "kills": (kills, 300, 6),
     "deaths": (deaths, 10_000, 8),  # more than there are: all of them
-    "flips": (flips, 10_000, 72),
+    "flips": (flips, 10_000, 75),
     "truncations": (truncations, 1_000, 20),
     "swaps": (swaps, 200, 12),
     "images": (images, 1_000, 10),

@@ -13,7 +13,7 @@ import pytest
 
 import cskd.store.claims
 from cskd.config import to_yaml
-from cskd.store.claims import LEASE, Claims, _host
+from cskd.store.claims import LEASE, Claims, _host, held
 from pipeline.cache_teacher import cache_teacher
 from pipeline.verify import verify
 from tests.caches import make_tiny_data
@@ -52,6 +52,54 @@ def test_a_claim_is_nobody_s_when_its_owner_is_dead_or_silent(
     os.utime(path, (time.time() - age,) * 2)
     with Claims(tmp_path) as claims:
         assert (claims.take("a") is not None) == free
+
+
+@pytest.mark.parametrize("ahead", [-1e6, 1e6])
+def test_the_clock_of_this_machine_does_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: float
+) -> None:
+    """A claim's age is told by the file system, which is the server's for all machines of a network."""
+    now = time.time() + ahead
+    with Claims(tmp_path) as claims:
+        for name, age in (("fresh", 0.0), ("old", LEASE + 5)):
+            path = tmp_path / "claims" / name
+            path.write_text("elsewhere 1\n")
+            os.utime(path, (time.time() - age,) * 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda: now)
+            assert claims.take("fresh") is None and claims.take("old") is not None
+        (tmp_path / "claims" / "fresh").unlink()
+    assert not (tmp_path / "claims").exists()  # no file of the clock's is left
+
+
+def test_a_process_of_the_same_number_elsewhere_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another container on this host, or before its last boot, a process number says nothing."""
+    with Claims(tmp_path) as claims:
+        (tmp_path / "claims" / "a").write_text(f"{_host()} 999999999\n".replace(_host(), "this host/another boot"))
+        assert claims.take("a") is None
+        (tmp_path / "claims" / "a").unlink()
+
+
+def test_a_full_disk_leaves_no_empty_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> str:
+        raise OSError(28, "No space left on device")
+
+    with Claims(tmp_path) as claims:
+        with monkeypatch.context() as patch:
+            patch.setattr(cskd.store.claims, "_me", full)
+            with pytest.raises(OSError, match="No space left"):
+                claims.take("a")
+        assert claims.take("a") is not None
+
+
+def test_a_claim_that_is_another_s_by_now_is_not_given_back(tmp_path: Path) -> None:
+    with Claims(tmp_path) as claims:
+        path = claims.take("a")
+        assert path is not None
+        path.write_text("elsewhere 1\n")  # who took it while this process slept
+        claims.release([path])
+        assert path.exists() and held(tmp_path) == 1
+        path.unlink()
 
 
 def test_an_owner_that_lives_keeps_its_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

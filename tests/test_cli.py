@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,13 @@ import pytest
 import yaml
 
 import cli
+from cskd.config import to_yaml
 from cskd.store.cache import open_cache
 from cskd.store.format import commit_file
+from pipeline.verify import verify
 from tests.caches import make_tiny_cache, make_tiny_data
+from tests.test_pipeline import TEACHER
+from tests.test_pipeline import config as tiny_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -234,6 +238,60 @@ def test_a_run_with_workers_that_is_cut_resumes_where_it_stood(made: Path, tmp_p
     step = max(int(p.stem.removeprefix("step-")) for p in output.glob("resume/step-*.safetensors"))
     more = ("--set", f"train.max_steps={step + 1}", "--set", "train.workers=0")
     assert json.loads(run("train", made / "c.yaml", *sets, *more, "--json").out)["steps"] == 1
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_stage_1_that_is_interrupted_drops_its_unit_at_once_and_resumes(tmp_path: Path, kind: signal.Signals) -> None:
+    """Its claims are given back, no file of the unit is left, and the line it prints finishes the cache."""
+    (tmp_path / "net.py").write_text(TEACHER)
+    make_tiny_data(tmp_path / "train", n=4000, block=1000, shard=500)
+    c = tiny_config(
+        tmp_path, data={"train": str(tmp_path / "train")}, cache={"path": str(tmp_path / "cache"), "views": 9}
+    )
+    (tmp_path / "c.yaml").write_text(to_yaml(c))
+    process = start("cache-teacher", tmp_path / "c.yaml", "--json")
+    try:
+        wait_for(process, lambda: list((tmp_path / "cache" / "commits").glob("*/*.json")))
+        time.sleep(0.2)  # into the next pass
+        process.send_signal(kind)
+        clock = time.monotonic()
+        out, err = process.communicate(timeout=60)
+        assert time.monotonic() - clock < 5
+    finally:
+        if process.poll() is None:
+            process.kill()
+    assert (process.returncode, out) == (128 + kind, "")
+    assert err == f"\ninterrupted; go on with: cskd cache-teacher {tmp_path / 'c.yaml'} --json\n"
+    assert not (tmp_path / "cache" / "claims").exists() and not list((tmp_path / "cache").rglob(".*.tmp"))
+    report = verify(tmp_path / "cache", quiet=True)
+    assert report.missing and not report.errors and not report.sealed
+
+
+def test_a_second_interrupt_ends_a_run_that_is_in_the_midst_of_a_library_call() -> None:
+    """Where Python can't run the handler of a signal: the main thread does not come back from C."""
+    code = """
+import hashlib, os, signal, sys, threading, time, cli
+def stuck(standalone_mode):
+    def twice():
+        for _ in range(2):
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=twice, daemon=True).start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)  # minutes in C
+cli.app, sys.argv = stuck, ["cskd", "train", "c.yaml"]
+cli.main()
+"""
+    clock = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (130, "\ninterrupted; go on with: cskd train c.yaml\n")
+    assert time.monotonic() - clock < 10
+
+
+def wait_for(process: subprocess.Popen[str], there: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not there():
+        assert process.poll() is None and time.monotonic() < deadline, "the process ended, or never came that far"
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(("grace", "signals"), [(0.2, 1), (600.0, 2)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,8 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from cskd.config import to_yaml
+from cskd.errors import StudentError
+from cskd.ranks import Ranks
 from pipeline.cache_teacher import cache_teacher
 from tests.caches import make_tiny_data
 from tests.test_pipeline import TEACHER, config
@@ -67,3 +71,20 @@ def test_the_sequence_is_the_same_for_any_ranks_workers_and_restarts(base: Path)
     assert feed(base, "two, cut", 2, 0, 6, 0) == one
     runs = ("one", "one, 3 workers", "one, cut twice in an epoch")
     assert len({hashlib.sha256((base / run / "model.safetensors").read_bytes()).hexdigest() for run in runs}) == 1
+
+
+@pytest.mark.parametrize(("steps", "agree"), [((5, 5), True), ((5, 3), False), ((0, 5), False)])
+def test_ranks_that_would_resume_from_different_steps_all_stop(steps: tuple[int, int], agree: bool) -> None:
+    """As where one of them can't read the newest state, and falls back to the one before."""
+
+    class Two(Ranks):
+        def sum(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([sum(steps), sum(s * s for s in steps)])
+
+    for rank, step in enumerate(steps):
+        with contextlib.nullcontext() if agree else pytest.raises(StudentError, match=f"resumes from step {step}"):
+            Two(rank=rank, count=2).refuse_differing(step, torch.device("cpu"))
+
+
+def test_one_rank_agrees_with_itself() -> None:
+    Ranks().refuse_differing(7, torch.device("cpu"))

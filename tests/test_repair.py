@@ -9,8 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cskd.augment.mixing import NONE, partners, quads
 from cskd.errors import CacheError, CskdError
+from cskd.seeds import view_seeds
 from cskd.store.cache import open_cache
+from cskd.store.claims import Claims
+from cskd.store.commit import read_commit
 from cskd.store.format import commit_file
 from pipeline.cache_teacher import cache_teacher
 from pipeline.gc import gc
@@ -130,6 +134,58 @@ def test_gc_removes_what_is_old_and_not_committed(cache: Path, made: Path) -> No
     young.unlink()
     (cache / "claims").rmdir()
     assert files(cache) == files(made)
+
+
+def test_gc_takes_no_file_from_under_a_writer(cache: Path) -> None:
+    with Claims(cache) as claims:
+        assert claims.take("b00000.g0000") is not None
+        with pytest.raises(CacheError, match="being written to"):
+            gc(cache, older_than=0)
+        assert gc(cache, older_than=60).removed == []
+    gc(cache, older_than=0)
+
+
+def test_units_that_quarantine_other_samples_than_the_rest_are_found_and_the_block_is_made_again(
+    cache: Path, made: Path
+) -> None:
+    """Which images are bad can't depend on the view: one of the units is wrong, though each is whole."""
+    open_ = open_cache(cache)
+    commit = read_commit(cache, 1, 2)
+    assert commit is not None
+    (cache / commit_file(1, 2)).unlink()
+    unit = {codec: open_.read(1, 1, codec) for codec in open_.codecs}
+    fields = dict(next(iter(unit.values())).fields)
+    keep = np.arange(len(fields["key_hash"])) != 4
+    fields |= {"seed": view_seeds(open_.recipe.seed, open_.inventory.id, fields["key_hash"], 2)}
+    order = quads(len(keep), open_.recipe, open_.inventory.id, 1, 0)
+    mixed = partners(order, open_.recipe, 2)
+    fields |= {"partner": np.where(fields["mode"] != NONE, mixed, -1).astype(np.int32)}
+    targets = {name: codec.take(unit[name].targets, np.flatnonzero(keep)) for name, codec in open_.codecs.items()}
+    open_.add_unit(1, 2, {name: field[keep] for name, field in fields.items()}, targets, {4: "made up"}, {})
+    (cache / "sealed.json").unlink()
+    assert [e.partition(":")[0] for e in verify(cache, quiet=True).errors] == ["block 1, view 2"]
+    report = repair(cache, quiet=True)
+    assert report.rebuilt == 3 and verify(cache, quiet=True).sealed
+    gc(cache, older_than=0)
+    assert files(cache) == files(made)
+
+
+def test_a_lost_unit_is_made_again_and_a_damaged_seal_anew(cache: Path, made: Path) -> None:
+    (cache / commit_file(0, 1)).unlink()
+    report = repair(cache, quiet=True)
+    assert report.withdrawn[0].startswith("block 0, view 1: its record") and report.rebuilt == 1
+    flip(cache / "sealed.json", 100)
+    assert repair(cache, quiet=True).restored[0].startswith("sealed.json: ")
+    assert files(cache) == files(made)
+
+
+def test_stage_1_stops_at_a_damaged_record_and_says_how_it_is_mended(cache: Path, made: Path) -> None:
+    """It may not take the damaged one's place in silence, and must not be taken for one that is there."""
+    (cache / commit_file(0, 1)).write_bytes((made / commit_file(0, 1)).read_bytes()[:100])
+    with pytest.raises(
+        CacheError, match=r"v0001.json is not a readable commit record .*`cskd repair .*cache` makes it"
+    ):
+        cache_teacher(config(made.parent, cache={"path": str(cache)}), quiet=True)
 
 
 def test_gc_stops_where_a_record_is_damaged(cache: Path) -> None:
