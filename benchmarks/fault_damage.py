@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from benchmarks.fault_bench import Bench, files, in_child
 from cskd.inventory import open_inventory
 from pipeline.repair import repair
 
-REPAIRS = 100  # one damage in so many is repaired, and the cache compared with what it was, byte for byte
+# One damage in so many is repaired, and the cache compared with what it was, byte for byte.
+REPAIRED = {"flips": 100, "truncations": 20, "swaps": 4}
 
 
 def flips(bench: Bench, count: int) -> Counter[str]:
@@ -79,12 +81,18 @@ def found(bench: Bench, part: str, damage: dict[str, bytes], number: int) -> Cou
     for name, data in damage.items():
         (bench.cache / name).write_bytes(data)
     errors = bench.errors(bench.cache)
-    counts = Counter({part: 1, f"{part}_missed": int(not all_named(damage, bench.whole, errors))})
-    if number % REPAIRS == 0:
-        in_child(lambda: repair(bench.cache, quiet=True).rebuilt)
+    missed = not all_named(damage, bench.whole, errors)
+    counts = Counter({part: 1, f"{part}_missed": int(missed)})
+    if missed:
+        print(f"{part}: {sorted(damage)} were damaged; verify says {errors}", file=sys.stderr)
+    if number % REPAIRED[part] == 0:
+        _, answer = in_child(lambda: repair(bench.cache, quiet=True).rebuilt)
         left = {n for n in damage if n not in bench.whole}  # a file of another cache: no record speaks of it now
         now = {n: d for n, d in files(bench.cache).items() if n not in left}
-        counts.update(Counter({f"{part}_repaired": 1, f"{part}_repaired_wrong": int(now != bench.whole)}))
+        counts.update({f"{part}_repaired": 1, f"{part}_repaired_wrong": int(now != bench.whole)})
+        if now != bench.whole:
+            odd = sorted(n for n in now.keys() | bench.whole.keys() if now.get(n) != bench.whole.get(n))
+            print(f"{part}: {sorted(damage)} were damaged; after the repair ({answer}) {odd} differ", file=sys.stderr)
     for name in damage:
         if name in bench.whole:
             (bench.cache / name).write_bytes(bench.whole[name])

@@ -140,7 +140,7 @@ def cli_kills(bench: Bench, count: int) -> Counter[str]:
         if process.returncode == KILLED:
             counts["cli_kills"] += 1
             counts[f"cli_kills_{_when(cache)}"] += 1
-        again = run_cli(bench, "cache-teacher", config_file(bench, cache, workers=2), "--json")
+        again = run_cli(bench, "cache-teacher", config_file(bench, cache), "--json")
         good = again[0] == 0 and json.loads(again[1])["content_root"] == bench.root and bench.sound(cache)
         counts["cli_kills_wrong"] += not bench.judged(good, cache, again)
     return counts

@@ -1,6 +1,6 @@
 """Mend a cache: withdraw what is damaged, and make only that again.
 
-frame     manifest from its second copy, inventory from the data set's own, resolved config from the manifest
+frame     manifest from its second copy, the one that the units are of; inventory from the data set's own, resolved config from the manifest
 units     every one is checked as `cskd verify` does; a bad one loses its commit record, and so no longer exists
 rebuild   stage 1 makes what is missing, with the config the cache was begun with
 seal      what was sealed before must have the content it was sealed with; a seal that was damaged is made anew
@@ -9,8 +9,10 @@ seal      what was sealed before must have the content it was sealed with; a sea
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,9 +20,9 @@ from rich.markup import escape
 from cskd.config import from_dict
 from cskd.errors import CacheError, CskdError
 from cskd.inventory import copy_inventory, open_inventory
-from cskd.inventory_format import check_copy
+from cskd.inventory_format import check_copy, read_header
 from cskd.store.cache import Cache, open_cache
-from cskd.store.commit import fsync_folder
+from cskd.store.commit import fsync_folder, read_commit
 from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, SEAL, commit_file
 from cskd.store.manifest import read_manifest, write_manifest
 from cskd.store.seal import read_seal, seal_cache
@@ -43,7 +45,7 @@ class RepairReport:
 def repair(path: Path, data: Path | None = None, quiet: bool = False) -> RepairReport:
     """Bring a cache back to what it was. `data`: folder of the image shards, where they have moved.
 
-    Raises:  CacheError when both copies of the manifest are damaged; DataError and TeacherError when the images or the
+    Raises:  CacheError when both copies of the manifest are damaged or of another cache; DataError and TeacherError when the images or the
              teacher that made the cache are not there: then the damaged units are withdrawn, and stay missing.
     """
     restored = _restore_frame(path, data)
@@ -82,19 +84,23 @@ def repair(path: Path, data: Path | None = None, quiet: bool = False) -> RepairR
 def _restore_frame(path: Path, data: Path | None) -> list[str]:
     """Mend manifest, inventory and their copies; one line each that was not as it was written."""
     restored = []
-    manifest = None
+    found = []
     for name in (MANIFEST, MANIFEST_COPY):
         try:
-            found = read_manifest(path, name)
+            found.append(read_manifest(path, name))
         except CacheError as e:
             restored.append(f"{name}: {e}")
-        else:
-            manifest = manifest or found
-    if manifest is None:
+    if not found:
         raise CacheError(f"{path}: both copies of its manifest are damaged; {restored[0]}")
+    manifest = _that_of_the_records(path, found)
+    restored += [f"{MANIFEST} or its copy is another cache's: the one that the units are of counts"] * (
+        found[0]["fingerprint"] != found[-1]["fingerprint"]
+    )
     write_manifest(path, manifest)
     try:
         check_copy(path / INVENTORY)
+        if (there := read_header(path / INVENTORY)["id"]) != manifest["identity"]["inventory"]:
+            raise CacheError(f"{path / INVENTORY} is that of another data set, {there[:12]}")
     except CskdError as e:
         restored.append(f"{INVENTORY}: {e}")
         original = open_inventory(data or Path(manifest["data"]), verify=True)
@@ -106,6 +112,33 @@ def _restore_frame(path: Path, data: Path | None) -> list[str]:
         shutil.rmtree(path / INVENTORY, ignore_errors=True)
         copy_inventory(original, path)
     return restored
+
+
+def _that_of_the_records(path: Path, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the manifests that are whole, the one that speaks of most units: a valid one of another cache would withdraw all.
+
+    Raises:  CacheError where there are units, and none is of any manifest.
+    """
+    fingerprints, views = Counter[str](), Counter[tuple[str, int]]()
+    for record in path.glob("commits/b*/v*.json"):
+        try:
+            commit = read_commit(path, int(record.parent.name[1:]), int(record.stem[1:]))
+        except (CacheError, ValueError):
+            continue
+        if commit is not None:
+            fingerprints[commit.fingerprint] += 1
+            views[commit.fingerprint, commit.view] += 1
+
+    def units(manifest: dict[str, Any]) -> int:
+        return sum(n for (of, view), n in views.items() if of == manifest["fingerprint"] and view < manifest["views"])
+
+    best = max(found, key=units)  # the first of equals
+    if fingerprints and not units(best):
+        raise CacheError(
+            f"{path}: its {fingerprints.total()} commit records are of fingerprint {max(fingerprints)[:12]}, its manifest of "
+            f"{best['fingerprint'][:12]}: it is another cache's; put the right {MANIFEST} back"
+        )
+    return best
 
 
 def _sealed_views(cache: Cache, restored: list[str]) -> int:

@@ -103,6 +103,32 @@ def test_both_manifests_damaged_is_said(cache: Path) -> None:
         repair(cache, quiet=True)
 
 
+def test_the_manifest_of_another_cache_does_not_withdraw_every_unit(cache: Path, made: Path, tmp_path: Path) -> None:
+    """It is whole, and so is the copy it differs from: the records tell which of them is this cache's."""
+    (tmp_path / "net.py").write_text(TEACHER)
+    shutil.copytree(made.parent / "train", tmp_path / "train")
+    other = config(tmp_path, recipe={"size": 32, "seed": 5}, cache={"path": str(tmp_path / "other")})
+    cache_teacher(other, quiet=True)
+    foreign = tmp_path / "other" / "manifest.json"
+    shutil.copy(foreign, cache / "manifest.json")
+    report = repair(cache, quiet=True)
+    assert (report.withdrawn, report.rebuilt) == ([], 0) and "another cache's" in report.restored[0]
+    assert files(cache) == files(made)
+    for name in ("manifest.json", "manifest.copy.json"):
+        shutil.copy(foreign, cache / name)
+    with pytest.raises(CacheError, match=r"its 6 commit records are of fingerprint .* another cache's"):
+        repair(cache, quiet=True)
+    assert len(list(cache.glob("commits/*/*.json"))) == 6
+
+
+def test_the_inventory_of_another_data_set_is_replaced(cache: Path, made: Path, tmp_path: Path) -> None:
+    make_tiny_data(tmp_path / "other", n=30, block=20, shard=10)
+    shutil.rmtree(cache / "inventory")
+    shutil.copytree(tmp_path / "other" / "inventory", cache / "inventory")
+    assert "another data set" in repair(cache, quiet=True).restored[0]
+    assert files(cache) == files(made)
+
+
 def test_moved_images_are_found_with_data(cache: Path, made: Path, tmp_path: Path) -> None:
     (cache / commit_file(0, 0)).unlink()
     moved = shutil.copytree(made.parent / "train", tmp_path / "moved")
