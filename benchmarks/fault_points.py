@@ -1,12 +1,14 @@
 """Death and errors at every call that changes the disk, one after the other, of a stage 1 that makes one unit or begins a cache.
 
 With strace the kernel itself fails the call: SIGKILL as it is entered, EIO or ENOSPC as its result, and writes that claim to
-have been done and were not. The calls are those of an undisturbed run that name a file of the cache. Without strace the
-module that commits units is given an `os` whose calls fail (fsync, replace, link, and the writes of files).
+have been done and were not. The calls are those of an undisturbed run that name a file of the cache. strace counts the calls
+of each thread apart, so the thread that writes makes some idle ones first, and the number of a call says whose it is. Without
+strace the module that commits units is given an `os` whose calls fail (fsync, replace, link, and the writes of files).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -14,8 +16,10 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,8 @@ CALLS = (
 )
 CALLS += "unlinkat,mkdir,mkdirat,rmdir"
 ERRORS = ("SIGKILL", "EIO", "ENOSPC")
+WRITERS = ("write",)  # how the names of threads begin that write into the cache
+IDLE = 64  # calls of each kind: more than the main thread makes
 LIE = "lie"  # a write that says it was done
 ANY_TRACER = 0x59616D61  # prctl's PR_SET_PTRACER
 SKIP = ("/units/", "/commits/", "/claims", "/.sealed.json")  # of the run that begins a cache: the other run has them
@@ -36,7 +42,7 @@ SKIP = ("/units/", "/commits/", "/claims", "/.sealed.json")  # of the run that b
 
 @dataclass(frozen=True)
 class Point:
-    """The call number `at`, from 1, of system call `call` of the main thread; `size` that it returned."""
+    """The call number `at`, from 1, of system call `call` of its thread; `size` that it returned."""
 
     call: str
     at: int
@@ -87,16 +93,18 @@ def find_points(bench: Bench, scene: str) -> list[Point]:
     status, answer, log = traced(bench, cache, "trace=" + CALLS)
     if answer != {"value": bench.root}:
         raise RuntimeError(f"strace did not let a child do its work: {status} {answer}; see `strace -p`")
-    seen: Counter[str] = Counter()
+    seen: Counter[tuple[str, str]] = Counter()
     points = []
-    main = log[0].split()[0]  # threads are counted apart
     for line in log:
-        found = re.match(rf"{main} +(\w+)\(", line)
+        found = re.match(r"(\d+) +(\w+)\(", line)
         if found:
-            seen[found[1]] += 1
+            thread, call = found.groups()
+            seen[thread, call] += 1
             if str(cache) in line and (scene == "unit" or not any(part in line for part in SKIP)):
                 result = re.search(r"= (\d+)$", line)
-                points.append(Point(found[1], seen[found[1]], int(result[1]) if result else 0))
+                points.append(Point(call, seen[thread, call], int(result[1]) if result else 0))
+    if len(set(points)) < len(points):
+        raise RuntimeError("two threads make calls of the same number; give the new one idle calls too (WRITERS)")
     return points
 
 
@@ -111,6 +119,8 @@ def traced(bench: Bench, cache: Path, rule: str) -> tuple[int, Any, list[str]]:
             if time.monotonic() > deadline:
                 raise OSError("strace did not attach")
             time.sleep(0.002)
+        run = threading.Thread.run
+        setattr(threading.Thread, "run", lambda thread: (idle_calls(thread), run(thread)))  # noqa: B010
         return cache_teacher(bench.config(cache), quiet=True).content_root
 
     child = start_child(stage)
@@ -119,6 +129,28 @@ def traced(bench: Bench, cache: Path, rule: str) -> tuple[int, Any, list[str]]:
     status, answer = end_child(child)
     tracer.wait(timeout=60)
     return status, answer, [line for line in log.read_text(errors="replace").splitlines() if line[:1].isdigit()]
+
+
+def idle_calls(thread: threading.Thread) -> None:
+    """IDLE calls of each kind that do nothing, if the thread is one that writes."""
+    if not thread.name.startswith(WRITERS):
+        return
+    nothing = os.open(os.devnull, os.O_RDWR)
+    nowhere = "/proc/no such file"
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: os.write(nothing, b""),
+        lambda: os.sendfile(nothing, nothing, 0, 0),
+        lambda: os.fsync(nothing),
+        lambda: os.rename(nowhere, nowhere),
+        lambda: os.link(nowhere, nowhere),
+        lambda: os.unlink(nowhere),
+        lambda: os.mkdir("/proc"),
+        lambda: os.rmdir(nowhere),
+    )
+    for call in calls * IDLE:
+        with contextlib.suppress(OSError):
+            call()
+    os.close(nothing)
 
 
 def shimmed(bench: Bench, count: int) -> Counter[str]:
