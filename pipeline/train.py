@@ -147,7 +147,8 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
         for epoch in range(step // plan.steps, -(-run.stop // plan.steps)):
             losses, counted = torch.zeros(1 + len(TERMS), device=device), 0
             epoch_clock = time.perf_counter()
-            while step < min(run.stop, (epoch + 1) * plan.steps):
+            end = min(run.stop, (epoch + 1) * plan.steps)
+            while step < end:
                 clock = time.perf_counter()
                 batch = next(batches)
                 seconds["wait for views"] += time.perf_counter() - clock
@@ -161,7 +162,7 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
                 losses += torch.stack([loss.detach(), *(terms.get(name, losses.new_zeros(())) for name in TERMS)])
                 seconds["student"] += time.perf_counter() - clock
                 progress.update(step * plan.global_batch, loss=partial(_mean_loss, losses, counted))
-                if config.train.save_every and step % config.train.save_every == 0:
+                if config.train.save_every and step % config.train.save_every == 0 and step < end:
                     run.save(step)
             mean = (ranks.sum(losses) / ranks.count / max(1, counted)).tolist()
             if not math.isfinite(mean[0]):
@@ -181,9 +182,9 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
                 row
                 | {"seconds": time.perf_counter() - epoch_clock, "teacher_forwards": teacher_images() - forwards_before}
             )
-            run.save(step)
             if ranks.first:
                 export(run.output, run.student, run.optimisation, config, run.views.classes, step)
+            run.save(step)  # last: a run that is killed before it comes back here, and does not take the epoch for done
         last = log.rows[-1] if log.rows else {}
     images = (step - run.step) * plan.global_batch
     return TrainReport(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import pipeline.train
 from cskd.config import Config, from_dict
 from cskd.errors import CacheError, ConfigError, TeacherError
 from cskd.forwards import teacher_images
@@ -151,6 +152,38 @@ def test_training_that_was_cut_mid_epoch_ends_in_the_same_weights(cached: Path) 
     for stop in (3, 8, 0):
         train(config(cached, "cut", train={"save_every": 1, "max_steps": stop}), quiet=True)
     assert weights(cached / "whole") == weights(cached / "cut")
+
+
+@pytest.mark.parametrize("cut", ["score_heads", "export"])
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_training_that_was_cut_at_the_end_of_an_epoch_does_not_take_it_for_done(
+    cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: str, epoch: int
+) -> None:
+    """Before it was evaluated or its weights were written; `save_every` divides the steps of the epoch."""
+
+    def settings(name: str) -> Config:
+        made = config(cached, "whole", train={"save_every": 1})
+        return dataclasses.replace(made, train=dataclasses.replace(made.train, output=str(tmp_path / name)))
+
+    train(settings("whole"), quiet=True)
+    real, calls = getattr(pipeline.train, cut), list[int]()
+
+    def killed(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == epoch + 1:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.train, cut, killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings("cut"), quiet=True)
+    train(settings("cut"), quiet=True)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
+    scores = [
+        [(r["epoch"], r["step"], r["top1.class"]) for r in read_metrics(tmp_path / run)] for run in ("whole", "cut")
+    ]
+    assert scores[0] == scores[1] and len(scores[0]) == 3
 
 
 def test_worker_processes_change_nothing(cached: Path) -> None:
