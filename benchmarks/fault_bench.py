@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 import pipeline.cache_teacher
+import pipeline.train
 from cskd.config import Config, from_dict
 from cskd.errors import CskdError
 from cskd.loading.stream import Stream
@@ -120,7 +121,7 @@ class Bench:
     def config(self, cache: Path, run: str = "run", seed: int = 0, workers: int = 0) -> Config:
         return from_dict(
             {
-                "data": {"train": str(self.folder / "data")},
+                "data": {"train": str(self.folder / "data"), "val": str(self.folder / "data")},
                 "teacher": {"model": f"{self.folder / 'net.py'}:build", "batch": 8, "min_top1": 0.0, "check_images": 8},
                 "recipe": {"size": 32, "seed": seed},
                 "cache": {"path": str(cache), "views": 3, "workers": workers, "device": "cpu"},
@@ -154,10 +155,20 @@ class Bench:
 
         return in_child(stage, kill_after)
 
-    def train(self, run: str, kill_after: float | None = None) -> tuple[int, Any]:
-        """Stage 2 in a child: its exit status, and as its value the sha256 of the weights and the notes of the run."""
+    def train(self, run: str, kill_after: float | None = None, kill_at: int | None = None) -> tuple[int, Any]:
+        """Stage 2 in a child: its exit status, and as its value the sha256 of the weights and the notes of the run.
+
+        kill_after: seconds; kill_at: the step before which it dies.
+        """
+        reseed = pipeline.train.reseed_step
+
+        def strike(seed: int, step: int, rank: int) -> None:
+            if step == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            reseed(seed, step, rank)
 
         def weights() -> list[Any]:
+            setattr(pipeline.train, "reseed_step", strike)  # noqa: B010
             report = train(self.config(self.cache, run), quiet=True)
             model = (Path(report.output) / "model.safetensors").read_bytes()
             return [hashlib.sha256(model).hexdigest(), report.notes]

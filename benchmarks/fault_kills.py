@@ -22,7 +22,7 @@ from pipeline.cache_teacher import cache_teacher
 
 RACERS = 4
 UNITS = 6  # of the whole cache
-STEPS = 6  # of an epoch of training
+EPOCHS, STEPS = 3, 6  # of training; steps of an epoch
 
 
 def kills(bench: Bench, count: int) -> Counter[str]:
@@ -93,7 +93,8 @@ def at_once(function: Callable[[], Any], count: int = RACERS) -> list[tuple[int,
 
 
 def training(bench: Bench, count: int) -> Counter[str]:
-    """kill -9 of training, once or twice in a row; the newest of several states is damaged at times; then to the end."""
+    """kill -9 of training at a random moment, or before a random step and often before a later one of the same epoch; the newest
+    of several states is damaged at times; then to the end."""
     clock = time.perf_counter()
     weights = bench.train("undisturbed")[1]["value"][0]
     seconds = time.perf_counter() - clock
@@ -101,24 +102,29 @@ def training(bench: Bench, count: int) -> Counter[str]:
     while counts["training"] < count:
         output = bench.folder / "cut"
         shutil.rmtree(output, ignore_errors=True)
-        epochs, damaged = list[int](), False
-        for _ in range(bench.rng.choice((1, 2))):
-            status, _ = bench.train("cut", kill_after=bench.rng.uniform(0.2, 0.9) * seconds)
-            states = sorted(output.glob("resume/step-*.safetensors"))
-            if status == KILLED:
-                counts["training"] += 1
-                epochs.append(int(states[-1].stem.removeprefix("step-")) // STEPS if states else 0)
-        if len(states) > 1 and bench.rng.random() < 0.3:
-            data, damaged = bytearray(states[-1].read_bytes()), True
+        if bench.rng.random() < 0.5:
+            status, _ = bench.train("cut", kill_after=bench.rng.uniform(0.1, 1.0) * seconds)
+            seconds *= 1.01 if status == KILLED else 0.9
+            counts.update(training=status == KILLED, training_at_any_moment=status == KILLED)
+        else:
+            step = bench.rng.randrange(EPOCHS * STEPS)
+            later = range(step + 1, (step // STEPS + 1) * STEPS)  # of the same epoch; the run goes on before `step`
+            steps = [step, *bench.rng.sample(later, min(1, len(later)))]
+            struck = [bench.train("cut", kill_at=s)[0] == KILLED for s in steps]
+            counts.update(training=sum(struck), training_at_a_step=sum(struck), training_wrong=struck.count(False))
+            counts["training_twice_in_an_epoch"] += len(steps) == 2
+        states = sorted(output.glob("resume/step-*.safetensors"))
+        damaged = len(states) > 1 and bench.rng.random() < 0.3
+        if damaged:
+            data = bytearray(states[-1].read_bytes())
             data[bench.rng.randrange(len(data))] ^= 1 << bench.rng.randrange(8)
             states[-1].write_bytes(data)
+            counts["training_newest_state_damaged"] += 1
         _, answer = bench.train("cut")
-        same = answer is not None and answer.get("value", [""])[0] == weights
-        warned = not damaged or any("is damaged" in note for note in (answer or {}).get("value", ["", []])[1])
-        counts["training_twice_in_an_epoch"] += len(epochs) == 2 and epochs[0] == epochs[1]
-        counts["training_newest_state_damaged"] += damaged
-        counts["training_wrong"] += not (same and warned)
-        if not (same and warned):
+        digest, notes = (answer or {}).get("value", ["", []])
+        good = digest == weights and (not damaged or any("is damaged" in note for note in notes))
+        counts["training_wrong"] += not good
+        if not good:
             print(f"training: {answer}", file=sys.stderr)
     return counts
 
