@@ -44,9 +44,7 @@ from benchmarks.fault_points import deaths
 def hostile(bench: Bench, count: int) -> Counter[str]:
     from benchmarks.hostile import run
 
-    folder = bench.folder / "hostile"
-    folder.mkdir()
-    return run(count, bench.rng.randrange(2**32), folder)
+    return run(count, bench.rng.randrange(2**32), bench.folder / "hostile")
 
 
 # part -> what makes it, its full and its quick count
@@ -64,6 +62,14 @@ PARTS: dict[str, tuple[Callable[[Bench, int], Counter[str]], int, int]] = {
     "cli_races": (cli_races, 10, 0),
     "hostile": (hostile, 20_000, 300),
 }
+ALWAYS = (
+    "kills",
+    "kills_wrong",
+    "flips",
+    "flips_missed",
+    "hostile",
+    "hostile_failed",
+)  # in the last line, if only as 0
 WRONG = ("_wrong", "_missed", "_failed")
 
 
@@ -97,7 +103,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.tally:
         total = Counter(json.loads(options.tally.read_text()))
     wrong = sum(n for name, n in total.items() if name.endswith(WRONG))
-    print(json.dumps({"benchmark": "faults", "wrong": wrong, **dict(sorted(total.items()))}))
+    print(
+        json.dumps({"benchmark": "faults", "wrong": wrong, **dict.fromkeys(ALWAYS, 0), **dict(sorted(total.items()))})
+    )
     return int(wrong > 0)
 
 
