@@ -94,7 +94,9 @@ class Inventory:
         try:
             return self._key[self._key_offset[i] : self._key_offset[i + 1]].tobytes().decode()
         except UnicodeDecodeError as e:
-            raise DataError(f"{self.path}: the key of sample {i} is no UTF-8 ({e.reason}); pack or index again") from None
+            raise DataError(
+                f"{self.path}: the key of sample {i} is no UTF-8 ({e.reason}); pack or index again"
+            ) from None
 
     def find(self, key: str) -> int:
         """The index of the sample with that key. Raises DataError when there is none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -39,7 +40,7 @@ def check_header(header: dict[str, Any], path: Path) -> None:
     need(1 <= len(classes) <= MAX_CLASSES, f"it has {len(classes)} classes", f"1 to {MAX_CLASSES}")
     need(all(isinstance(name, str) for name in classes), "a class name is no text", "texts")
     need(len(blocks) > 1 and all(whole(b) for b in blocks), "its blocks are no numbers", "first samples of blocks")
-    rising = all(a < b for a, b in zip(blocks, blocks[1:], strict=False))
+    rising = all(a < b for a, b in pairwise(blocks))
     need(rising and blocks[0] == 0 and blocks[-1] == n, "its blocks do not rise from 0 to the samples", "that")
     for shard in header["shards"]:
         known = isinstance(shard, dict) and isinstance(shard.get("name"), str) and whole(shard.get("bytes"))

@@ -193,7 +193,9 @@ def _plain(value: Any, key: str) -> Any:
         return {str(k): _plain(v, key) for k, v in value.items()}
     if value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return value
-    raise ConfigError(f"{key} is {_short(value)}, expected a number, text, true, false, null or a list or mapping of them")
+    raise ConfigError(
+        f"{key} is {_short(value)}, expected a number, text, true, false, null or a list or mapping of them"
+    )
 
 
 def _short(value: Any) -> str:

@@ -19,7 +19,9 @@ def read_yaml(text: str, origin: str) -> Any:
     Raises:  ConfigError, naming `origin`, for what is no YAML or stands for more than MAX_VALUES values.
     """
     if len(text) > MAX_BYTES:
-        raise ConfigError(f"{origin} has {len(text)} characters, expected at most {MAX_BYTES}; take what is no config out")
+        raise ConfigError(
+            f"{origin} has {len(text)} characters, expected at most {MAX_BYTES}; take what is no config out"
+        )
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
@@ -31,7 +33,9 @@ def read_yaml(text: str, origin: str) -> Any:
         raise ConfigError(f"{origin} is nested too deep, expected at most {MAX_DEPTH} levels; flatten it") from None
     except ConfigError:
         raise
-    except Exception as e:  # PyYAML's constructors raise ValueError, AttributeError and more for a date or number that is none
+    except (
+        Exception
+    ) as e:  # PyYAML's constructors raise ValueError, AttributeError and more for a date or number that is none
         raise ConfigError(
             f"{origin} is not readable YAML: {' '.join(str(e).split())[:300]}; expected a file such as those in configs/"
         ) from None

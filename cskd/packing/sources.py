@@ -20,8 +20,8 @@ from cskd.errors import DataError
 from cskd.inventory import first_duplicate
 from cskd.packing.names import (
     CLASSES_FILE,
-    MAX_CLASS_BYTES,
     IMAGE_EXTENSIONS,
+    MAX_CLASS_BYTES,
     check_path,
     class_labels,
     image_extension,
@@ -162,7 +162,9 @@ def _list_folder(root: Path, ignored: Tally, class_files: dict[str, Place], prog
         if (twin := seen.setdefault(here, folder)) != folder:  # ten links to ten links to ... would never end
             raise DataError(f"{root / folder} and {root / twin} are one folder; remove one of the links")
         if folder.count("/") >= MAX_FOLDER_DEPTH:
-            raise DataError(f"{root / folder} is more than {MAX_FOLDER_DEPTH} folders deep; pack the folder of the classes")
+            raise DataError(
+                f"{root / folder} is more than {MAX_FOLDER_DEPTH} folders deep; pack the folder of the classes"
+            )
         number = None
         with os.scandir(root / folder) as entries:
             for entry in entries:
@@ -342,7 +344,9 @@ def read_place(place: Place) -> bytes:
         finally:
             os.close(fd)
     except OSError as e:
-        raise DataError(f"{place.path} can't be read: {e.strerror}; check the file and its disk, then run again") from None
+        raise DataError(
+            f"{place.path} can't be read: {e.strerror}; check the file and its disk, then run again"
+        ) from None
     if len(data) != size:
         raise DataError(
             f"{place.path} ended after {len(data)} of {size} bytes at {place.offset}; was it changed meanwhile?"
