@@ -99,7 +99,6 @@ class TeacherConfig:
         for name in ("mean", "std"):
             value = getattr(self, name)
             _need(value is None or len(value) == 3, f"teacher.{name}", value, "three numbers, one a channel")
-        _need(self.input_size is None or self.input_size > 0, "teacher.input_size", self.input_size, "at least 1 pixel")
         _need(self.grid is None or (len(self.grid) == 2 and min(self.grid) > 0), "teacher.grid", self.grid, "[h, w]")
 
 

@@ -16,7 +16,7 @@ BLOCK = 512
 MAX_EXTENDED = 1 << 20  # bytes of one extended header
 MAX_CHAIN = 8  # extended headers before one member
 MAX_NAME = 4096  # bytes, Linux's own limit of a path
-REGULAR, FOLDER, LINKS = b"\007", b"5", b"12"
+REGULAR, FOLDER, LINKS = b"07\0", b"5", b"12"
 _RECORD = re.compile(rb"(\d{1,7}) ([^=]+)=")
 
 

@@ -91,7 +91,7 @@ def _check_array(name: str, metadata: dict[str, Any], chunks: list[zipfile.ZipIn
             size = frame_size(file.read(18))
         if size != chunk_bytes:
             raise ValueError(f"{info.filename} decompresses to {size} bytes, expected {chunk_bytes}")
-    return expected * chunk_bytes
+    return int(expected * chunk_bytes)
 
 
 def frame_size(head: bytes) -> int | None:
