@@ -75,6 +75,8 @@ def _png(data: bytes) -> None:
     at, pixels, others = 8, 0, 0
     while at + 12 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, at)
+        if kind == b"IEND":
+            return
         if kind == b"IDAT":
             pixels += 1
         else:

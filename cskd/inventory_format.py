@@ -72,7 +72,10 @@ def read_column(path: Path, name: str, dtype: str) -> NDArray[Any]:
     """One column, memory-mapped. DataError when it is missing or not of that type."""
     try:
         os.close(open_regular(path / f"{name}.npy"))  # a pipe would be waited for
-        column = np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        with np.errstate(over="ignore"):  # a size over 2^64 is refused without a warning before
+            column = np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        if not isinstance(column, np.ndarray):
+            raise ValueError("a zip of arrays, expected one array")
     except Exception as e:  # numpy parses a header as Python: a damaged one raises a dozen types
         raise DataError(
             f"{path / name}.npy is not readable: {' '.join(str(e).split())}; restore it, or pack or index again"

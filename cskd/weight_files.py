@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from cskd.untrusted import open_regular
+from cskd.untrusted import open_regular, parse_json
 
 FREE_BYTES = 1 << 28  # any model's file may have these
 MAX_TIMES = 16  # the size of its model: weights, averaged weights and an optimiser's state are up to five
@@ -51,6 +51,8 @@ def check_weight_file(path: Path, model_bytes: int) -> None:
         if path.suffix == ".safetensors":
             if len(head) == 8 and int.from_bytes(head, "little") > min(length, MAX_HEADER):
                 raise ValueError(f"its header would have {int.from_bytes(head, 'little')} bytes")
+            file.seek(8)
+            parse_json(file.read(int.from_bytes(head, "little")))  # a name that occurs twice is refused
         elif head[:4] == b"PK\x03\x04":
             _check_zip(file, length)
         else:

@@ -22,8 +22,8 @@ def read_yaml(text: str, origin: str) -> Any:
         raise ConfigError(
             f"{origin} has {len(text)} characters, expected at most {MAX_BYTES}; take what is no config out"
         )
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -39,8 +39,6 @@ def read_yaml(text: str, origin: str) -> Any:
         raise ConfigError(
             f"{origin} is not readable YAML: {' '.join(str(e).split())[:300]}; expected a file such as those in configs/"
         ) from None
-    finally:
-        loader.dispose()
 
 
 def _size(node: yaml.Node, known: dict[int, int], depth: int, origin: str) -> int:

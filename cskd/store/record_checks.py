@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from cskd.codecs import get_codec
 from cskd.codecs.base import MAX_CLASSES
 from cskd.config import RecipeConfig, from_dict
@@ -78,7 +80,15 @@ def check_manifest(manifest: dict[str, Any]) -> None:
         from_dict({"recipe": recipe})
     except CskdError as e:
         raise ValueError(f"{e}") from None
-    for name, kind in (("data", str), ("versions", dict), ("probe", dict | list), ("config", dict)):
+    if not str(manifest.get("data", "")).isprintable():
+        raise ValueError("its data is a path with characters that control a terminal")
+    probe = manifest.get("probe", {})
+    for name in ("global", "dense"):
+        try:
+            np.asarray(probe.get(name, []) if isinstance(probe, dict) else None, dtype=np.float64)
+        except (ValueError, TypeError, OverflowError):
+            raise ValueError(f"its probe has {name} logits that are no numbers") from None
+    for name, kind in (("data", str), ("versions", dict), ("probe", dict), ("config", dict)):
         if name in manifest and not isinstance(manifest[name], kind):
             raise ValueError(f"its {name} is {str(manifest[name])[:40]}")
     config = manifest.get("config", {})
