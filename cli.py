@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 
 import cskd
 from cskd.errors import CskdError
+from cskd.untrusted import printable
 
 GRACE = 20.0  # seconds a run that was interrupted has to end by itself
 
@@ -216,7 +217,23 @@ def _print(report: Any, as_json: bool, render: Any) -> None:
     else:
         from rich.console import Console
 
-        render(report, Console())
+        render(_printable(report), Console())
+
+
+def _printable(value: Any) -> Any:
+    """A report whose texts can be shown: names come from other people's files, and may hold what controls a terminal."""
+    import dataclasses
+
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {_printable(k): _printable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_printable(v) for v in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _printable(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    return value
 
 
 def _interrupted(signum: int, frame: FrameType | None) -> NoReturn:
@@ -286,12 +303,12 @@ def main() -> None:
     except CskdError as e:
         if "--debug" in sys.argv:
             raise
-        print(f"cskd: {e}", file=sys.stderr)
+        print(f"cskd: {printable(str(e))}", file=sys.stderr)
         code = 1
     except OSError as e:
         if "--debug" in sys.argv:
             raise
-        print(f"cskd: {_os_error(e)}", file=sys.stderr)
+        print(f"cskd: {printable(_os_error(e))}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         code = 130
@@ -322,7 +339,7 @@ def _usage_or_bug(error: Exception) -> int:
         return 130 if type(error).__name__ == "Abort" else int(getattr(error, "exit_code", 0))
     if "--debug" in sys.argv:
         raise error
-    text = " ".join(str(error).split())
+    text = printable(" ".join(str(error).split()))
     print(f"cskd: unexpected {type(error).__name__}: {text}; run `cskd --debug ...` for the traceback", file=sys.stderr)
     return 1
 

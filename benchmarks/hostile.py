@@ -1,52 +1,46 @@
-"""Mutated inputs: whatever a file holds, the program reads it or refuses it in one line. Nothing hangs, grows or escapes.
+"""Hostile inputs: whatever a file holds, the program reads it or refuses it in one line. Nothing hangs, grows or escapes.
 
-    python -m benchmarks.hostile [--count N] [--only KIND ...] [--seed S] [--tally FILE]
+    python -m benchmarks.hostile [--count N] [--only KIND ...] [--seed S] [--tally FILE] [--no-curated] [--no-cli]
 
-Valid small files of every kind that cskd reads are mutated (bits and bytes changed, pieces cut, doubled, moved, lengths
-overwritten) and read by the code that the commands use. A reading fails the program when it raises anything but a CskdError
-or an OSError, takes over 10 s, leaves over 2 GB in use, or changes a canary file beside its folder. Forked children each read
-200 of them, so that a crash of a C library is seen as one.
+Curated ones (`benchmarks/hostile_curated_*.py`), each with what must come of it, some through the real command line; and
+mutations of valid small files of every kind that cskd reads (`benchmarks/hostile_mutations.py`), by the code that the commands
+use. A reading fails the program when it raises anything but a CskdError or an OSError of one line, takes over 10 s, needs over
+2 GB more than before, changes a file outside its own folder, or where its counts do not add up. Forked children do the reading, so
+that a crash of a C library is seen as one; 2 GB are also the most that they can get of the system.
 
-Prints one JSON line last: `hostile` (inputs read), `hostile_failed`. Exits 1 when one failed.
+Prints one JSON line last: `hostile` (inputs read), `hostile_failed`, `curated`, `curated_failed`. Exits 1 when one failed.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
-import io
 import json
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
-import tarfile
 import tempfile
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import safetensors.numpy
 import torch
-from PIL import Image
 
-from cskd.config import from_dict, load_config, to_yaml
+from benchmarks.hostile_base import Case, make_base
+from benchmarks.hostile_cli import cli_cases
+from benchmarks.hostile_curated_data import data_cases
+from benchmarks.hostile_curated_state import state_cases
+from benchmarks.hostile_curated_text import text_cases
+from benchmarks.hostile_mutations import Kind, drop_own, make_kinds
 from cskd.errors import CskdError
-from cskd.images import decode
-from cskd.inventory import open_inventory
-from cskd.packing.index import index
-from cskd.packing.pack import pack
-from cskd.shards import ShardReader
-from cskd.store.unit import pack_unit, read_unit
-from cskd.teacher_build import build
 
 LIMIT_SECONDS, LIMIT_MB, BATCH = 10, 2048, 200
 CANARY = "the canary lives"
+Counts = Counter[str]
 
 
 class Hung(BaseException):
@@ -55,181 +49,205 @@ class Hung(BaseException):
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=20_000, help="inputs in all")
-    parser.add_argument("--only", nargs="+", help="these kinds")
+    parser.add_argument("--count", type=int, default=20_000, help="mutated inputs in all")
+    parser.add_argument("--only", nargs="+", help="these kinds, and curated inputs whose name begins so")
     parser.add_argument("--seed", type=int, default=None, help="default: the clock")
     parser.add_argument("--tally", type=Path, help="JSON file that counts are added to")
+    parser.add_argument("--no-curated", action="store_true")
+    parser.add_argument(
+        "--no-cli", action="store_true", help="none through the real command line, which takes seconds each"
+    )
     options = parser.parse_args(arguments)
     seed = options.seed if options.seed is not None else time.time_ns()
-    total: Counter[str] = Counter()
+    clock = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        kinds = {name: k for name, k in make_kinds(Path(folder)).items() if not options.only or name in options.only}
-        (Path(folder) / "canary").write_text(CANARY)
-        for name, (valid, read) in kinds.items():
-            counts = run_kind(name, valid, read, options.count // len(kinds), seed, Path(folder))
-            print(f"{name:<14}" + "  ".join(f"{k} {n}" for k, n in sorted(counts.items())), flush=True)
-            total["hostile"] += counts["read"] + counts["refused"] + counts["failed"]
-            total["hostile_failed"] += counts["failed"]
+        total = run(
+            options.count,
+            seed,
+            Path(folder) / "hostile",
+            only=options.only,
+            with_curated=not options.no_curated,
+            with_cli=not options.no_cli,
+            show=True,
+        )
+    seconds = time.perf_counter() - clock
     if options.tally:
         total += Counter(json.loads(options.tally.read_text()) if options.tally.exists() else {})
         options.tally.write_text(json.dumps(total) + "\n")
-    print(json.dumps({"benchmark": "hostile", "seed": seed, "hostile_failed": 0, **total}))
+    zero = {"hostile": 0, "hostile_failed": 0, "curated": 0, "curated_failed": 0}
+    machine = f"{os.cpu_count()} CPUs, {resource.getpagesize() * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+    print(
+        json.dumps(
+            {"benchmark": "hostile", "machine": machine, "seed": seed, "seconds": round(seconds), **zero, **total}
+        )
+    )
     return int(total["hostile_failed"] > 0)
 
 
-def run_kind(
-    name: str, valid: list[bytes], read: Callable[[Path, bytes], Any], count: int, seed: int, folder: Path
+def run(
+    count: int,
+    seed: int,
+    folder: Path,
+    only: list[str] | None = None,
+    with_curated: bool = True,
+    with_cli: bool | None = None,
+    show: bool = False,
 ) -> Counter[str]:
-    """Read `count` mutations in children; what they counted, and one failure for each that died."""
+    """Read the curated inputs and `count` mutated ones; `folder` must not exist yet and is removed.
+
+    Args:    only: kinds, and beginnings of names of curated ones. with_cli: default, only where `count` is 5,000 or more.
+    Returns: hostile (all inputs read), hostile_failed, curated, curated_failed.
+    """
+    torch.set_num_threads(1)  # a thread that lives while this process is forked would leave its locks held
+    total: Counter[str] = Counter()
+    base = make_base(folder / "valid")
+    (folder / "canary").write_text(CANARY)
+    try:
+        if with_curated:
+            cases = data_cases(base) + text_cases(base) + state_cases(base)
+            cases += cli_cases(base) if (count >= 5000 if with_cli is None else with_cli) else []
+            for case in cases:
+                if only and not case.name.startswith(tuple(only)):
+                    continue
+                failed = in_child(lambda case=case: run_case(case, folder), folder, case.name)
+                total += Counter(curated=1, curated_failed=failed["failed"])
+            if show:
+                print(f"{'curated':<18}inputs {total['curated']}  failed {total['curated_failed']}", flush=True)
+        kinds = {name: kind for name, kind in make_kinds(base).items() if not only or name in only}
+        for name, kind in kinds.items():
+            counts = run_kind(name, kind, -(-count // len(kinds)), seed, folder)
+            if show:
+                print(f"{name:<18}" + "  ".join(f"{k} {n}" for k, n in sorted(counts.items())), flush=True)
+            total["hostile"] += counts["read"] + counts["refused"] + counts["failed"]
+            total["hostile_failed"] += counts["failed"]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    total["hostile"] += total["curated"]
+    total["hostile_failed"] += total["curated_failed"]
+    return total
+
+
+def run_kind(name: str, kind: Kind, count: int, seed: int, folder: Path) -> Counts:
+    """Read `count` mutations of a kind in children; what they counted, and one failure for each that died."""
     counts: Counter[str] = Counter()
     for first in range(0, count, BATCH):
-        out, inputs = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            os.close(out)
-            try:
-                found = read_batch(name, valid, read, range(first, min(first + BATCH, count)), seed, folder)
-                os.write(inputs, json.dumps(found).encode())
-            finally:
-                os._exit(0)
-        os.close(inputs)
-        with os.fdopen(out) as answer:
-            text = answer.read()
-        os.waitpid(pid, 0)
-        counts += Counter(json.loads(text)) if text else Counter(failed=1)
-        if not text:
-            print(f"{name}: a child died in batch {first} of seed {seed}", file=sys.stderr)
+        numbers = range(first, min(first + BATCH, count))
+        counts += in_child(lambda numbers=numbers: read_batch(name, kind, numbers, seed, folder), folder, f"{name} {first} of {seed}")
     return counts
 
 
-def read_batch(
-    name: str, valid: list[bytes], read: Callable[[Path, bytes], Any], numbers: range, seed: int, folder: Path
-) -> Counter[str]:
+def in_child(function: Callable[[], Counts], folder: Path, what: str) -> Counts:
+    """What `function` counts in a forked child that can get 2 GB more than it has; one failure where it died."""
+    out, inputs = os.pipe()
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        os.close(out)
+        try:
+            pages = Path("/proc/self/statm").read_text().split()
+            most = int(pages[0]) * resource.getpagesize() + (LIMIT_MB << 20)
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+            signal.signal(signal.SIGALRM, _hung)
+            before = int(pages[1]) * resource.getpagesize() >> 10
+            found = function()
+            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+            if grown > LIMIT_MB << 10:
+                found["failed"] += 1
+                print(f"a child grew by {grown >> 10} MB", file=sys.stderr)
+            drop_own()
+            os.write(inputs, json.dumps(found).encode())
+        finally:
+            os._exit(0)
+    os.close(inputs)
+    with os.fdopen(out) as answer:
+        text = answer.read()
+    status = os.waitpid(pid, 0)[1]
+    if not text:
+        print(f"{what}: a child died with {os.waitstatus_to_exitcode(status)}", file=sys.stderr)
+    for left in folder.glob(f"*-{pid}"):
+        shutil.rmtree(left, ignore_errors=True)
+    return Counter(json.loads(text)) if text else Counter(failed=1)
+
+
+def read_batch(name: str, kind: Kind, numbers: range, seed: int, folder: Path) -> Counts:
     counts: Counter[str] = Counter()
-    signal.signal(signal.SIGALRM, _hung)
     for i in numbers:
         rng = random.Random(f"{seed} {name} {i}")
-        data = mutate(rng.choice(valid), rng)
+        data = kind.change(rng.choice(kind.valid), rng)
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            signal.alarm(LIMIT_SECONDS)
-            try:
-                read(Path(work), data)
-                outcome = "read"
-            except (CskdError, OSError) as e:
-                outcome = "refused" if str(e) and "\n" not in str(e) else "failed"
-            except BaseException:
-                outcome = "failed"
-                print(f"{name} {i} of seed {seed}:\n{traceback.format_exc(limit=-4)}", file=sys.stderr)
-            signal.alarm(0)
-        if (folder / "canary").read_text() != CANARY:
-            outcome = "failed"
-            (folder / "canary").write_text(CANARY)
-        counts[outcome] += 1
-    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > LIMIT_MB * 1024:
-        counts["failed"] += 1
-        print(f"{name}: over {LIMIT_MB} MB in use after batch {numbers.start} of seed {seed}", file=sys.stderr)
+            counts[_read(f"{name} {i} of seed {seed}", lambda: kind.read(Path(work), data))] += 1  # noqa: B023
+        if not _canary_lives(folder):
+            counts["failed"] += 1
+            print(f"{name} {i} of seed {seed}: the canary was changed", file=sys.stderr)
     return counts
+
+
+def run_case(case: Case, folder: Path) -> Counts:
+    """Make one curated input, read it, and compare with what must come of it."""
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        work = Path(name)
+        case.make(work)
+        before = _snapshot(work, case.writes), sorted(p.name for p in folder.iterdir())
+        outcome = _read(f"curated {case.name}", lambda: case.read(work))
+        after = _snapshot(work, case.writes), sorted(p.name for p in folder.iterdir())
+        if before != after:
+            outcome = "failed"
+            print(f"curated {case.name}: changed {before[1]} {_difference(before[0], after[0])}", file=sys.stderr)
+    if outcome in ("read", "refused") and case.expected not in ("either", outcome):
+        print(f"curated {case.name}: {outcome}, expected {case.expected}", file=sys.stderr)
+        outcome = "failed"
+    if not _canary_lives(folder):
+        outcome = "failed"
+        print(f"curated {case.name}: the canary was changed", file=sys.stderr)
+    return Counter({outcome: 1})
+
+
+def _read(what: str, read: Callable[[], object]) -> str:
+    """read, refused or failed."""
+    clock = time.perf_counter()
+    signal.alarm(LIMIT_SECONDS)
+    try:
+        read()
+        outcome = "read"
+    except (CskdError, OSError) as e:
+        outcome = "refused" if str(e) and "\n" not in str(e) else "failed"
+        if outcome == "failed":
+            print(f"{what}: not one line: {e!r}", file=sys.stderr)
+    except BaseException:
+        outcome = "failed"
+        print(f"{what}:\n{traceback.format_exc(limit=-4)}", file=sys.stderr)
+    finally:
+        signal.alarm(0)
+    if time.perf_counter() - clock > LIMIT_SECONDS:
+        outcome = "failed"
+        print(f"{what}: took over {LIMIT_SECONDS} s", file=sys.stderr)
+    return outcome
 
 
 def _hung(signum: int, frame: object) -> None:
     raise Hung(f"over {LIMIT_SECONDS} s")
 
 
-def mutate(data: bytes, rng: random.Random) -> bytes:
-    """One to four changes."""
-    out = bytearray(data)
-    for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(max(1, len(out)))
-        span = rng.randint(1, 64)
-        match rng.randrange(7):
-            case 0 if out:
-                out[at] ^= 1 << rng.randrange(8)
-            case 1 if out:
-                out[at] = rng.choice((0, 1, 0x7F, 0x80, 0xFF))
-            case 2:
-                del out[at : at + span]
-            case 3:
-                out[at:at] = out[at : at + span]
-            case 4:
-                out[at : at + 8] = rng.choice((2**31, 2**63, 2**64 - 1, 0)).to_bytes(8, rng.choice(("little", "big")))
-            case 5:
-                out[at : at + 4] = rng.choice(
-                    (b"../.", b"/tmp", b"9999", b"-1e9", b"null", b"\n- x", b"!!py", b"\0\0\0\0")
-                )
-            case _:
-                out = out[: at + 1]
-    return bytes(out)
+def _canary_lives(folder: Path) -> bool:
+    if (folder / "canary").read_text() == CANARY:
+        return True
+    (folder / "canary").write_text(CANARY)
+    return False
 
 
-def make_kinds(folder: Path) -> dict[str, tuple[list[bytes], Callable[[Path, bytes], Any]]]:
-    """name -> valid files, and what reads one: (empty folder, bytes)."""
-    pictures = {kind: picture(kind) for kind in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM")}
-    tree = tar({f"train/{c}/{i}.png": pictures["PNG"] for c in "ab" for i in range(3)})
-    shard = tar({f"{i:04d}.{x}": d for i in range(4) for x, d in (("png", pictures["PNG"]), ("cls", b"%d" % (i % 2)))})
-    (folder / "valid").mkdir()
-    (folder / "valid" / "00000.tar").write_bytes(shard)
-    index(folder / "valid")
-    column = (folder / "valid" / "inventory" / "offset.npy").read_bytes()
-    header = (folder / "valid" / "inventory" / "inventory.json").read_bytes()
-    rows = {"key_hash": np.arange(4, dtype=np.uint64), "seed": np.arange(4, dtype=np.uint64)}
-    unit = pack_unit(rows, {}, {name: ("sample",) for name in rows}, {"codec": "envelope"})
-    tensors = {"fc.weight": np.ones((5, 8), np.float32)}
-    pickled = io.BytesIO()
-    torch.save({"state_dict": {"fc.weight": torch.ones(5, 8)}}, pickled)
-    config = to_yaml(from_dict({"student": {"model": "deit_tiny_patch16_224"}})).encode()
-    return {
-        "image": (list(pictures.values()), lambda work, data: decode(data)),
-        "tar": ([tree], lambda work, data: pack(write(work / "src.tar", data), work / "out")),
-        "tar.gz": ([gzip.compress(tree)], lambda work, data: pack(write(work / "src.tar.gz", data), work / "out")),
-        "shard": ([shard], lambda work, data: index(write(work / "d" / "00000.tar", data).parent)),
-        "inventory": ([column, header], lambda work, data: read_inventory(folder / "valid", work, data)),
-        "unit": ([unit], lambda work, data: read_unit(write(work / "u.zarr.zip", data))),
-        "config": ([config], lambda work, data: load_config(write(work / "c.yaml", data))),
-        "safetensors": ([safetensors.numpy.save(tensors)], lambda work, data: weights(work / "w.safetensors", data)),
-        "checkpoint": ([pickled.getvalue()], lambda work, data: weights(work / "w.pt", data)),
-    }
+def _snapshot(work: Path, writes: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+    """Size and time of everything in a folder, links not followed, but what the command may write."""
+    found = {}
+    for path in work.rglob("*"):
+        name = str(path.relative_to(work))
+        if not name.startswith(writes):
+            about = path.lstat()
+            found[name] = (about.st_size if not path.is_dir() else 0, about.st_mtime_ns if not path.is_dir() else 0)
+    return found
 
 
-def read_inventory(valid: Path, work: Path, data: bytes) -> None:
-    """A data folder in which one file of the inventory is mutated; every sample is read."""
-    for path in sorted(valid.rglob("*")):
-        if path.is_file():
-            write(work / path.relative_to(valid), path.read_bytes())
-    write(work / "inventory" / ("offset.npy" if data[:3] == b"\x93NU" else "inventory.json"), data)
-    inventory = open_inventory(work)
-    reader = ShardReader(inventory)
-    for i in range(len(inventory)):
-        reader.read(i)
-
-
-def weights(path: Path, data: bytes) -> None:
-    """A teacher whose weights are the mutated file."""
-    code = "from torch import nn\ndef build():\n    m = nn.Module()\n    m.fc = nn.Linear(8, 5, bias=False)\n    return m\n"
-    write(path.parent / "net.py", code.encode())
-    write(path, data)
-    build(from_dict({"teacher": {"model": f"{path.parent / 'net.py'}:build", "weights": str(path)}}).teacher)
-
-
-def picture(kind: str) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 14, 3), dtype=np.uint8)).save(out, kind)
-    return out.getvalue()
-
-
-def tar(members: dict[str, bytes]) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return out.getvalue()
-
-
-def write(path: Path, data: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    return path
+def _difference(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]) -> list[str]:
+    return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))[:5]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cskd.errors import TeacherError
+from cskd.untrusted import read_file
 
+MAX_BYTES = 1 << 23  # of a file of class names
 MAX_CLASSES = 65535  # labels and argmaxes are stored as uint16
 
 
@@ -55,8 +57,9 @@ def class_map(
 
 def _from_file(path: Path, class_names: Sequence[str], outputs: int) -> list[int]:
     try:
-        lines = [line.strip() for line in path.expanduser().read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as e:
+        text = read_file(path.expanduser(), MAX_BYTES).decode("utf-8-sig")
+        lines = [line.strip() for line in text.splitlines()]
+    except (OSError, ValueError, RuntimeError) as e:  # RuntimeError: no home folder for a ~
         reason = " ".join(str(e).split())
         raise TeacherError(f"teacher.classes: {path} can't be read as text, one class name a line: {reason}") from None
     names = [line for line in lines if line]
@@ -69,7 +72,7 @@ def _from_file(path: Path, class_names: Sequence[str], outputs: int) -> list[int
     index = {name: i for i, name in enumerate(names)}
     unknown = [name for name in class_names if name not in index]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], names, n=1)
+        near = difflib.get_close_matches(unknown[0][:512], [name[:512] for name in names[:1000]], n=1)
         hint = f" (nearest: {near[0]!r})" if near else ""
         raise TeacherError(
             f"teacher.classes: {len(unknown)} of the data set's {len(class_names)} classes are not in {path}, the "

@@ -1,8 +1,16 @@
 """One tree of exceptions. The text of each is the one line a user sees: what, what was expected, what to do next."""
 
+from cskd.untrusted import printable
+
 
 class CskdError(Exception):
-    """Anything the user can mend. The command line prints it as one line and exits with 1."""
+    """Anything the user can mend. The command line prints it as one line and exits with 1.
+
+    Texts quote names out of other people's files; whatever controls a terminal in them, or ends a line, shows as \\x1b.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(CskdError):

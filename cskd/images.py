@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError, features
 
 from cskd.errors import ImageError
+from cskd.image_limits import refuse_bombs
 
 MAX_PIXELS = 64_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
@@ -57,6 +58,7 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     """The image behind its header, undecoded; whatever Pillow raises inside becomes an ImageError."""
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # a library may have set it: half an image would be taken for a whole one
     try:
+        refuse_bombs(data)
         with _quiet(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cskd.errors import DataError
+from cskd.inventory_checks import check_columns
 from cskd.inventory_format import (
     DTYPES,
     FOLDER,
@@ -90,7 +91,12 @@ class Inventory:
 
     def key(self, i: int) -> str:
         """The key of sample i."""
-        return self._key[self._key_offset[i] : self._key_offset[i + 1]].tobytes().decode()
+        try:
+            return self._key[self._key_offset[i] : self._key_offset[i + 1]].tobytes().decode()
+        except UnicodeDecodeError as e:
+            raise DataError(
+                f"{self.path}: the key of sample {i} is no UTF-8 ({e.reason}); pack or index again"
+            ) from None
 
     def find(self, key: str) -> int:
         """The index of the sample with that key. Raises DataError when there is none."""
@@ -142,11 +148,12 @@ def open_inventory(path: str | Path, data: str | Path | None = None, verify: boo
     columns = {name: read_column(path, name, dtype) for name, dtype in DTYPES.items()}
     n = header["num_samples"]
     for name, column in columns.items():
-        expected = columns["key_offset"][-1] if name == "key" else n + (name == "key_offset")
+        expected = columns["key_offset"][-1:].sum() if name == "key" else n + (name == "key_offset")
         if len(column) != expected:
             raise DataError(f"{path / name}.npy holds {len(column)} entries, expected {expected}; pack or index again")
     if verify:
         verify_files(path, header)
+    check_columns(header, columns, path)
     return Inventory(path, Path(data) if data is not None else path.parent, header, columns)
 
 

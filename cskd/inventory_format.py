@@ -19,13 +19,15 @@ import hashlib
 import json
 import os
 import shutil
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cskd.errors import DataError
+from cskd.inventory_checks import check_header
+from cskd.untrusted import open_regular, parse_json, read_file
 
 FORMAT = "cskd inventory"
 VERSION = 1
@@ -47,7 +49,7 @@ DTYPES = {
 def read_header(path: Path) -> dict[str, Any]:
     """The header of the inventory folder at `path`. DataError when there is none or it is damaged, newer or unsafe."""
     try:
-        header = json.loads((path / HEADER).read_bytes())
+        header = parse_json(read_file(path / HEADER))
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"no inventory at {path}; make one with 'cskd pack' or 'cskd index'") from None
     except (OSError, ValueError) as e:
@@ -62,17 +64,18 @@ def read_header(path: Path) -> dict[str, Any]:
         raise DataError(
             f"{path / HEADER} does not match its own hash: it was changed; restore it, or pack or index again"
         )
-    for shard in header["shards"]:
-        name = PurePosixPath(shard["name"])
-        if name.is_absolute() or ".." in name.parts:
-            raise DataError(f"{path / HEADER} names the shard '{name}', expected a path inside the data folder")
+    check_header(header, path / HEADER)
     return header
 
 
 def read_column(path: Path, name: str, dtype: str) -> NDArray[Any]:
     """One column, memory-mapped. DataError when it is missing or not of that type."""
     try:
-        column = np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        os.close(open_regular(path / f"{name}.npy"))  # a pipe would be waited for
+        with np.errstate(over="ignore"):  # a size over 2^64 is refused without a warning before
+            column = np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        if not isinstance(column, np.ndarray):
+            raise ValueError("a zip of arrays, expected one array")
     except Exception as e:  # numpy parses a header as Python: a damaged one raises a dozen types
         raise DataError(
             f"{path / name}.npy is not readable: {' '.join(str(e).split())}; restore it, or pack or index again"
@@ -86,10 +89,14 @@ def read_column(path: Path, name: str, dtype: str) -> NDArray[Any]:
 
 def verify_files(path: Path, header: dict[str, Any]) -> None:
     """Check the sha256 of every column file, and the id. Raises DataError naming the first that differs."""
-    for name, about in header["columns"].items():
-        if file_sha256(path / f"{name}.npy") != about["sha256"]:
+    for name in DTYPES:
+        if file_sha256(path / f"{name}.npy") != header["columns"].get(name, {}).get("sha256"):
             raise DataError(f"{path / name}.npy does not match its recorded sha256; restore it, or pack or index again")
-    if identify(path, np.array(header["blocks"], np.int64)) != header["id"]:
+    try:
+        found = identify(path, np.array(header["blocks"], np.int64))
+    except ValueError as e:  # a column's header of another version of the format
+        raise DataError(f"{path} can't be checked: {' '.join(str(e).split())}; pack or index again") from None
+    if found != header["id"]:
         raise DataError(f"{path} does not have the id that its header states; pack or index again")
 
 
@@ -143,7 +150,7 @@ def header_hash(header: dict[str, Any]) -> str:
 
 def file_sha256(path: Path) -> str:
     """sha256 of a whole file."""
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

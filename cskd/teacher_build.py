@@ -21,8 +21,14 @@ from torch import Tensor, nn
 
 from cskd.config import TeacherConfig
 from cskd.errors import TeacherError
+from cskd.untrusted import read_file
+from cskd.weight_files import PickledObjectsError, check_tensors, check_weight_file
 
+FILES_ELSEWHERE = frozenset(
+    ["checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir"]
+)
 # Where training scripts put the weights inside a checkpoint; averaged weights first, as they are the ones published.
+MAX_WRAPPERS = 4  # around one another
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
@@ -60,6 +66,16 @@ def build_model(name: str, kwargs: dict[str, Any], pretrained: bool = False) -> 
 
     Raises:  TeacherError for an unknown name (with the nearest known one), kwargs it refuses, weights out of reach.
     """
+    for key in kwargs.keys() & FILES_ELSEWHERE:
+        raise TeacherError(
+            f"teacher.kwargs has {key}: {kwargs[key]!r}, by which timm would read a file of its own choice; leave it out, "
+            "set teacher.weights"
+        )
+    if ":" in name and not pretrained:
+        raise TeacherError(
+            f"teacher.model {name!r} names a place to load from, which is only done with teacher.weights: hub; give a timm "
+            "name, or path/to/file.py:build"
+        )
     known = timm.list_models()
     if ":" not in name and name.partition(".")[0] not in known:
         near = difflib.get_close_matches(name, known, n=1)
@@ -92,7 +108,7 @@ def _from_file(config: TeacherConfig) -> Built:
     where, _, function = config.model.rpartition(":")
     path = Path(where).expanduser()
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = hashlib.sha256(read_file(path)).hexdigest()
     except OSError as e:
         raise TeacherError(
             f"teacher.model: {path} can't be read: {e.strerror}; expected path/to/file.py:build"
@@ -134,7 +150,7 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
     path = path.expanduser()
     if not path.is_file():
         raise TeacherError(f"teacher.weights: no file at {path}; give a .safetensors or .pth file, or 'hub'")
-    weights, notes = _unwrap(_read(path), path)
+    weights, notes = _unwrap(_read(path, sum(t.nbytes for t in model.state_dict().values())), path)
     expected = model.state_dict()
     # Checkpoints older than PyTorch 0.4.1 lack this counter, which eval mode never reads.
     missing = [k for k in expected if k not in weights and not k.endswith("num_batches_tracked")]
@@ -158,24 +174,27 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
     return notes
 
 
-def _read(path: Path) -> object:
+def _read(path: Path, model_bytes: int) -> object:
     try:
+        check_weight_file(path, model_bytes)
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path, device="cpu")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    except (pickle.UnpicklingError, PickledObjectsError):
         raise TeacherError(
             f"teacher.weights: {path} is damaged, or holds Python objects besides tensors, which are never unpickled "
             "here; save its state dict as .safetensors and give that"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, safetensors.SafetensorError) as e:
+    except Exception as e:  # whatever a file that is no checkpoint makes the two readers raise
         raise TeacherError(f"teacher.weights: {path} can't be read: {one_line(e)}") from None
 
 
 def _unwrap(loaded: object, path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """The state dict inside a checkpoint, without the prefixes that DataParallel and torch.compile put on names."""
     notes: list[str] = []
-    while isinstance(loaded, Mapping):
+    for _ in range(MAX_WRAPPERS):  # a mapping may hold itself
+        if not isinstance(loaded, Mapping):
+            break
         key = next((k for k in _WRAPPERS if isinstance(loaded.get(k), Mapping)), None)
         if key is None:
             break
@@ -186,7 +205,11 @@ def _unwrap(loaded: object, path: Path) -> tuple[dict[str, Tensor], list[str]]:
             f"teacher.weights: {path} holds no state dict of tensors (looked for {', '.join(_WRAPPERS)} and at its top "
             "level); save model.state_dict() as .safetensors"
         )
-    weights: dict[str, Tensor] = dict(loaded)
+    try:
+        check_tensors(loaded.values())
+    except ValueError as e:
+        raise TeacherError(f"teacher.weights: {path} holds {e}; save model.state_dict() as .safetensors") from None
+    weights: dict[str, Tensor] = {str(k): v for k, v in loaded.items()}
     for prefix in ("module.", "_orig_mod."):
         if all(k.startswith(prefix) for k in weights):
             weights = {k.removeprefix(prefix): v for k, v in weights.items()}

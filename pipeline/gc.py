@@ -48,8 +48,8 @@ def gc(path: Path, older_than: float = LEASE, dry_run: bool = False, data: Path 
             kept |= {path / f.path for f in commit.files} if commit else set()
     now, removed, size, young = time.time(), [], 0, 0
     for file in sorted(file for pattern in LEFT for file in path.glob(pattern)):
-        if file in kept or not file.is_file():
-            continue
+        if file in kept or not file.is_file() or not file.parent.resolve().is_relative_to(path.resolve()):
+            continue  # a folder that is a link leads out of the cache: what is there is not ours to remove
         about = file.stat()
         if now - about.st_mtime < older_than:
             young += 1

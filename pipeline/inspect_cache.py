@@ -27,6 +27,7 @@ from cskd.errors import CacheError, CskdError, DataError
 from cskd.store.cache import Cache, Unit, open_cache
 from cskd.store.commit import Commit
 from cskd.store.seal import read_seal
+from cskd.untrusted import printable
 from pipeline.inspect_sample import BLENDS, describe_sample, find_sample, hard_codec, sample_picture, sheet
 
 __all__ = ["inspect", "render", "sample_picture", "sheet"]
@@ -235,7 +236,7 @@ def _write_png(cache: Cache, commits: dict[tuple[int, int], Commit], sample: int
 
 def render(facts: dict[str, Any], console: Console) -> None:
     """The facts for people."""
-    lines = [(name, Text(_printable(value))) for name, value in _lines(facts)]
+    lines = [(name, Text(printable(value))) for name, value in _lines(facts)]
     if console.is_terminal:
         table = Table(box=None, show_header=False, pad_edge=False)
         table.add_column(style="bold", no_wrap=True)
@@ -249,9 +250,9 @@ def render(facts: dict[str, Any], console: Console) -> None:
     if "sample" in facts:
         console.print()
         for line in _sample_lines(facts["sample"], console.width if console.is_terminal else None):
-            console.print(Text(_printable(line)), soft_wrap=True)
+            console.print(Text(printable(line)), soft_wrap=True)
     if "png" in facts:
-        console.print(Text(f"picture in {_printable(facts['png'])}"), soft_wrap=True)
+        console.print(Text(f"picture in {printable(facts['png'])}"), soft_wrap=True)
 
 
 def _lines(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
@@ -311,7 +312,7 @@ def _sample_lines(sample: dict[str, Any], columns: int | None) -> Iterable[str]:
     yield f"sample {sample['sample']} '{sample['key']}', label {words[sample['label']]}, view {sample['view']}, {mixed}"
     yield f"replay: {sample['replay']}"
     yield f"targets at blend {sample['blend']:g} (1 = each cell's own, 0 = the image's: {words[sample['image_class']]})"
-    cells = [[_printable(words[c]) for c in row] for row in sample["cells"]]
+    cells = [[printable(words[c]) for c in row] for row in sample["cells"]]
     width = min(NAME_CELLS, max(cell_len(word) for row in cells for word in row))
     if columns is not None:
         width = max(3, min(width, columns // len(cells[0]) - 2))
@@ -322,11 +323,6 @@ def _sample_lines(sample: dict[str, Any], columns: int | None) -> Iterable[str]:
 def _fit(word: str, width: int) -> str:
     """The word in exactly `width` terminal columns."""
     return set_cell_size(word, width) if cell_len(word) <= width else set_cell_size(word, width - 1) + "…"
-
-
-def _printable(text: str) -> str:
-    """Names come from other people's folders: no control characters reach the terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _count(n: int, noun: str) -> str:

@@ -13,6 +13,7 @@ from rich.markup import escape
 from cskd.inventory import Inventory
 from cskd.packing.index import index
 from cskd.packing.pack import pack
+from cskd.untrusted import printable
 from pipeline.progress import Progress
 
 
@@ -69,13 +70,13 @@ def render(report: PackReport, console: Console) -> None:
     """The report for people."""
     rate = report.samples / report.seconds if report.seconds else 0.0
     console.print(
-        f"{escape(report.folder)}: {report.samples:,} images of {report.classes} classes in {report.shards} shards "
+        f"{escape(printable(report.folder))}: {report.samples:,} images of {report.classes} classes in {report.shards} shards "
         f"({report.blocks} blocks, {report.bytes / 1e6:.1f} MB), {report.seconds:.1f} s ({rate:,.0f} images/s)",
         soft_wrap=True,
     )
     console.print(f"inventory {report.inventory}", soft_wrap=True)
     for note in report.notes:
-        console.print(escape(note), soft_wrap=True)
+        console.print(escape(printable(note)), soft_wrap=True)
 
 
 def _run(what: str, make: Callable[[Callable[[int, int], None]], Inventory], folder: Path, quiet: bool) -> PackReport:

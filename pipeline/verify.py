@@ -17,6 +17,7 @@ from cskd.store.commit import json_bytes, record_bytes
 from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, commit_file
 from cskd.store.seal import Seal, check_seal, read_seal
 from cskd.store.unit import content_hash
+from cskd.untrusted import read_file
 from pipeline.cache_teacher import resolved_of
 from pipeline.progress import Progress
 from pipeline.recompute import Recomputed, recompute, replay_again
@@ -156,11 +157,11 @@ def _few(positions: set[str]) -> str:
 def check_frame(cache: Cache) -> list[str]:
     """What is wrong with a cache's files outside its units: manifest, inventory and resolved config, one line each."""
     errors = []
-    written = (cache.root / MANIFEST).read_bytes()
+    written = read_file(cache.root / MANIFEST)
     if written != json_bytes(cache.manifest):
         errors.append(f"{cache.root / MANIFEST} is not, byte for byte, what was written; `cskd repair` restores it")
     try:
-        if (cache.root / MANIFEST_COPY).read_bytes() != written:
+        if read_file(cache.root / MANIFEST_COPY) != written:
             errors.append(f"{cache.root / MANIFEST_COPY} differs from {MANIFEST}; `cskd repair` restores it")
     except OSError as e:
         errors.append(f"{cache.root / MANIFEST_COPY}: {e.strerror}; `cskd repair` restores it")
@@ -169,7 +170,7 @@ def check_frame(cache: Cache) -> list[str]:
     except CskdError as e:
         errors.append(f"{e}; `cskd repair` copies it again")
     try:
-        if (cache.root / RESOLVED).read_text(encoding="utf-8") != resolved_of(cache):
+        if read_file(cache.root / RESOLVED).decode() != resolved_of(cache):
             errors.append(f"{cache.root / RESOLVED} is not the config in the manifest; `cskd repair` writes it again")
     except (OSError, UnicodeDecodeError) as e:
         errors.append(f"{cache.root / RESOLVED} is not readable ({e}); `cskd repair` writes it again")
@@ -195,7 +196,7 @@ def check_unit(cache: Cache, block: int, view: int) -> tuple[int, int] | None:
     if commit is None:
         return None
     record = cache.root / commit_file(block, view)
-    if record.read_bytes() != record_bytes(commit):
+    if read_file(record) != record_bytes(commit):
         raise CacheError(f"{record} is not, byte for byte, what was written; `cskd repair {cache.root}` makes it again")
     first, stop = cache.block_range(block)
     if commit.cached + len(commit.quarantine) != stop - first:
@@ -208,7 +209,7 @@ def check_unit(cache: Cache, block: int, view: int) -> tuple[int, int] | None:
     for file in commit.files:
         path = cache.root / file.path
         try:
-            raw = path.read_bytes()
+            raw = read_file(path, file.size)
         except OSError as e:
             raise CacheError(
                 f"{path} can't be read ({e.strerror}); `cskd repair {cache.root}` makes it again"

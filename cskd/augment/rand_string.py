@@ -42,8 +42,8 @@ def parse_rand_string(text: str) -> RandSettings:
         given[key] = value
         if key == "m" and value > MAX_MAGNITUDE:
             raise _refusal(text, part, "a magnitude in 0..10")
-        if key == "n" and (value != int(value) or value < 1):
-            raise _refusal(text, part, "a whole number of operations, at least 1")
+        if key == "n" and not (1 <= value <= 100 and value == int(value)):
+            raise _refusal(text, part, "a whole number of operations, 1 to 100")
         if key == "p" and value > 1.0:
             raise _refusal(text, part, "a probability in 0..1")
         if key == "inc" and value not in (0.0, 1.0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import types
@@ -23,7 +24,9 @@ from cskd.config.schema import (
     TeacherConfig,
     TrainConfig,
 )
+from cskd.config.yaml_text import MAX_BYTES, read_yaml
 from cskd.errors import ConfigError
+from cskd.untrusted import check_depth, read_file
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(read_file(path, MAX_BYTES).decode(), str(path))
     except FileNotFoundError:
         raise ConfigError(
             f"no config at {path}; give the path of a YAML file (the shipped ones are in configs/)"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as e:
+    except (UnicodeDecodeError, OSError, ValueError) as e:  # ValueError: a zero byte in the path
         raise ConfigError(
             f"{path} is not readable YAML: {' '.join(str(e).split())}; expected a file such as those in configs/"
         ) from None
@@ -69,6 +72,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 def from_dict(raw: dict[str, Any]) -> Config:
     """The config a nested dict states; missing keys take their defaults. Raises ConfigError as `load_config`."""
+    try:
+        check_depth(raw)
+    except ValueError as e:
+        raise ConfigError(f"the config is {e}; flatten it") from None
     given = frozenset(f"{s}.{key}" for s, section in raw.items() if isinstance(section, dict) for key in section)
     config = _build(Config, _expand(raw), "")
     assert isinstance(config, Config)
@@ -101,8 +108,8 @@ def _override(raw: dict[str, Any], text: str) -> None:
             raise ConfigError(f"--set {text}: {section} holds a value, not keys")
         at = below
     try:
-        at[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
+        at[last] = read_yaml(value, f"--set {key}")
+    except ConfigError:
         raise ConfigError(f"--set {text}: {value!r} is not a YAML value; put it in quotes") from None
 
 
@@ -111,7 +118,14 @@ def _expand(value: Any) -> Any:
         return {k: _expand(v) for k, v in value.items()}
     if isinstance(value, list):
         return [_expand(v) for v in value]
-    return _VARIABLE.sub(_variable, value) if isinstance(value, str) else value
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise ConfigError("the config holds a whole number of more than 63 bits; nothing in it needs one")
+    if not isinstance(value, str):
+        return value
+    text = _VARIABLE.sub(_variable, value)
+    if odd := next((c for c in text if ord(c) < 32 or 0x7F <= ord(c) < 0xA0 or 0xD800 <= ord(c) < 0xE000), None):
+        raise ConfigError(f"the text {_short(text)} holds the character {odd!r}; expected a name or a path")
+    return text
 
 
 def _variable(match: re.Match[str]) -> str:
@@ -126,8 +140,9 @@ def _build(cls: type[Any], raw: dict[str, Any], prefix: str) -> Any:
     known = {name: kind for name, kind in typing.get_type_hints(cls).items() if name != "given"}
     for key in raw:
         if key not in known:
-            near = difflib.get_close_matches(str(key), _all_keys(), n=1, cutoff=0.5)
-            inside = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.5)
+            key = _short(key) if not isinstance(key, str) else key[:80]
+            near = difflib.get_close_matches(key, _all_keys(), n=1, cutoff=0.5)
+            inside = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
             nearest = prefix + inside[0] if inside else near[0] if near else None
             hint = f"the nearest known one is '{nearest}'" if nearest else "expected one of " + ", ".join(known)
             raise ConfigError(f"unknown key '{prefix}{key}'; {hint}")
@@ -144,7 +159,7 @@ def _check(kind: Any, value: Any, key: str) -> Any:
     """`value` as type `kind`, or a ConfigError that names the key, the value and what was expected."""
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict | None):
-            raise ConfigError(f"{key} is {value!r}, expected a section of keys")
+            raise ConfigError(f"{key} is {_short(value)}, expected a section of keys")
         return _build(typing.cast(type[Any], kind), value or {}, key + ".")
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         for option in typing.get_args(kind):
@@ -152,22 +167,40 @@ def _check(kind: Any, value: Any, key: str) -> Any:
                 return _check(option, value, key)
             except ConfigError:
                 continue
-        raise ConfigError(f"{key} is {value!r}, expected {_describe(kind)}")
+        raise ConfigError(f"{key} is {_short(value)}, expected {_describe(kind)}")
     if typing.get_origin(kind) is typing.Literal:
         if value in typing.get_args(kind):
             return value
-        near = difflib.get_close_matches(str(value), [str(a) for a in typing.get_args(kind)], n=1)
+        near = difflib.get_close_matches(str(value)[:80], [str(a) for a in typing.get_args(kind)], n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise ConfigError(f"{key} is {value!r}, expected {_describe(kind)}{hint}")
+        raise ConfigError(f"{key} is {_short(value)}, expected {_describe(kind)}{hint}")
     if typing.get_origin(kind) is list and isinstance(value, list):
         return [_check(typing.get_args(kind)[0], v, f"{key}[{i}]") for i, v in enumerate(value)]
     if typing.get_origin(kind) is dict and isinstance(value, dict):
-        return {str(k): v for k, v in value.items()}
+        return {str(k): _plain(v, f"{key}.{k}") for k, v in value.items()}
     if kind is float:
         value = _number(value)
     if isinstance(kind, type) and isinstance(value, kind) and not (kind is not bool and isinstance(value, bool)):
         return value
-    raise ConfigError(f"{key} is {value!r}, expected {_describe(kind)}")
+    raise ConfigError(f"{key} is {_short(value)}, expected {_describe(kind)}")
+
+
+def _plain(value: Any, key: str) -> Any:
+    """What a constructor may be given: it is recorded as JSON. YAML has dates, bytes, sets and infinities besides."""
+    if isinstance(value, list):
+        return [_plain(v, key) for v in value]
+    if isinstance(value, dict):
+        return {str(k): _plain(v, key) for k, v in value.items()}
+    if value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise ConfigError(
+        f"{key} is {_short(value)}, expected a number, text, true, false, null or a list or mapping of them"
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _number(value: Any) -> Any:

@@ -17,6 +17,38 @@ Decay = Literal["linear", "quadratic", "cosine", "local", "global"]
 Autocast = Literal["auto", "none", "bf16"]
 
 
+# Beyond these a value is a slip or an attack: it would fill the memory, or never end.
+MOST = {
+    "teacher.batch": 1 << 16,
+    "teacher.check_images": 1 << 20,
+    "teacher.input_size": 8192,
+    "teacher.grid": 1024,
+    "recipe.size": 8192,
+    "recipe.padding": 8192,
+    "recipe.erase_count": 1000,
+    "recipe.mixup": 1e6,
+    "recipe.cutmix": 1e6,
+    "cache.views": 100_000,
+    "cache.workers": 1024,
+    "train.epochs": 1_000_000,
+    "train.global_batch": 1 << 24,
+    "train.workers": 1024,
+    "train.prefetch": 1024,
+    "train.keep": 1_000_000,
+    "train.window": 1_000_000,
+    "train.repeats": 1000,
+}
+
+
+def _at_most(section: str, config: object) -> None:
+    """ConfigError for the first value of a section that is above its MOST."""
+    for key, most in MOST.items():
+        if key.startswith(f"{section}."):
+            value = getattr(config, key.partition(".")[2])
+            largest = max(value, default=0) if isinstance(value, list) else value
+            _need(largest is None or largest <= most, key, value, f"at most {most:g}")
+
+
 def _need(ok: bool, key: str, value: object, expected: str) -> None:
     if not ok:
         raise ConfigError(f"{key} is {value!r}, expected {expected}")
@@ -58,6 +90,7 @@ class TeacherConfig:
     min_top1: float | None = None  # refuse below this; null = clearly above chance, about twice
 
     def __post_init__(self) -> None:
+        _at_most("teacher", self)
         _need(self.batch > 0 and self.batch % 4 == 0, "teacher.batch", self.batch, "a positive multiple of 4 (quads)")
         _need(
             self.dtype == "float32" or self.autocast == "none", "teacher.dtype", self.dtype, "float32 with an autocast"
@@ -93,6 +126,7 @@ class RecipeConfig:
     mix_group: int = 3  # views in which a sample meets each other member of its quad once
 
     def __post_init__(self) -> None:
+        _at_most("recipe", self)
         _need(self.size > 0, "recipe.size", self.size, "a positive number of pixels")
         _need(self.padding >= 0, "recipe.padding", self.padding, "0 or more pixels")
         for name in ("flip", "erase", "mix_prob", "mix_switch"):
@@ -129,6 +163,7 @@ class CacheConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        _at_most("cache", self)
         _need(self.views > 0, "cache.views", self.views, "at least 1")
         _need(len(self.codecs) > 0, "cache.codecs", self.codecs, "at least one of envelope, int8, topk:K")
         distinct = {name.replace(":", "") for name in self.codecs}  # topk10 is topk:10
@@ -209,6 +244,7 @@ class TrainConfig:
     prefetch: int = 4  # batches a worker keeps ready
 
     def __post_init__(self) -> None:
+        _at_most("train", self)
         for name in ("epochs", "global_batch", "repeats", "eval_every", "keep", "window", "prefetch"):
             _need(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "at least 1")
         for name in ("workers", "save_every", "max_steps", "views"):

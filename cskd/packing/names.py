@@ -7,11 +7,14 @@ import re
 from collections.abc import Collection
 from pathlib import PurePosixPath
 
+from cskd.class_map import MAX_CLASSES
 from cskd.errors import DataError
 
 IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif"])
 CLASSES_FILE = "classes.txt"
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+MAX_CLASS_BYTES = 1 << 23  # of a class file: 65,535 names of 128 bytes
+MAX_CLASS_NAME = 512  # characters
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _RESERVED = re.compile(r"__[^/]*__/")
 
 
@@ -56,10 +59,19 @@ def parse_classes(data: bytes, origin: str) -> list[str]:
         raise DataError(f"{origin} is not UTF-8 text; expected one class name a line, in label order") from None
     if not names:
         raise DataError(f"{origin} is empty; expected one class name a line, in label order")
+    if len(names) > MAX_CLASSES:
+        raise DataError(
+            f"{origin} has {len(names)} names, expected at most {MAX_CLASSES} (labels are stored as uint16)"
+        )
     seen: dict[str, int] = {}
     for line, name in enumerate(names, 1):
         if not name:
             raise DataError(f"{origin}, line {line} is empty; expected one class name a line, in label order")
+        if _CONTROL.search(name) or len(name) > MAX_CLASS_NAME:
+            raise DataError(
+                f"{origin}, line {line} is {name[:40]!r} of {len(name)} characters, expected at most {MAX_CLASS_NAME} and "
+                "none that controls a terminal; mend it"
+            )
         if name in seen:
             raise DataError(f"{origin} has '{name}' in lines {seen[name]} and {line}; every class must occur once")
         seen[name] = line
@@ -85,5 +97,5 @@ def class_labels(folders: list[str], names: list[str], origin: str) -> list[int]
 
 
 def _nearest(name: str, names: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(name[:MAX_CLASS_NAME], list(names)[:1000], n=1, cutoff=0.0)  # 65,535 take a minute
     return f", the nearest is '{near[0]}'" if near else ""

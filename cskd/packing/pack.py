@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -23,6 +24,7 @@ from cskd.packing.sources import Progress, Source, open_source
 from cskd.packing.tars import MAX_SPOOL
 from cskd.seeds import U64, hash64, mix64_array
 
+_OURS = re.compile(r"shard-\d{6,}\.tar|classes\.txt")
 WORK = ".packing"  # folder in OUT while a pack runs
 PUBLISHING = (
     "publishing"  # file in it: the names that are being moved to OUT, so that these alone are ever removed there
@@ -202,6 +204,7 @@ def _clean(out: Path) -> None:
     """Remove a pack's work, and the files that it had begun to put into their places."""
     publishing = out / WORK / PUBLISHING
     if publishing.is_file() and not (out / FOLDER / HEADER).is_file():
-        for name in publishing.read_text(encoding="utf-8").splitlines():
-            (out / name).unlink(missing_ok=True)
+        for name in publishing.read_text(encoding="utf-8", errors="replace").splitlines():
+            if _OURS.fullmatch(name):  # whatever else such a file says, nothing but a pack's own files is removed
+                (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / WORK, ignore_errors=True)

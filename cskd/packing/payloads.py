@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -17,9 +17,10 @@ from PIL import Image
 
 from cskd.errors import DataError, ImageError
 from cskd.images import decode, image_size
-from cskd.packing.sources import Listing, Place, read_place
+from cskd.packing.sources import Listing, Place, place_size, read_place
 
 CHUNK = 16  # images a task: of 110 kB (ImageNet), 2 MB
+CHUNK_BYTES = 1 << 25  # of a task's images that are held; what is beyond is read when its turn comes
 
 
 class Payload(NamedTuple):
@@ -40,17 +41,22 @@ def payloads(
     """
     job = partial(_read_all, short_side=short_side, quality=quality)
     waiting: deque[tuple[list[int], Future[list[Payload]]]] = deque()
+
+    def finished(chunk: list[int], result: Future[list[Payload]]) -> Iterator[tuple[int, Payload]]:
+        ready = result.result()
+        yield from zip(chunk, ready, strict=False)
+        for i in chunk[len(ready) :]:
+            yield i, _payload(listing.place(i), short_side, quality)
+
     pool = _pool(workers, processes=short_side is not None)
     try:
         for start in range(0, len(order), CHUNK):
             chunk = order[start : start + CHUNK].tolist()
             waiting.append((chunk, pool.submit(job, [listing.place(i) for i in chunk])))
             if len(waiting) > 2 * workers:
-                done, result = waiting.popleft()
-                yield from zip(done, result.result(), strict=True)
+                yield from finished(*waiting.popleft())
         while waiting:
-            done, result = waiting.popleft()
-            yield from zip(done, result.result(), strict=True)
+            yield from finished(*waiting.popleft())
     except BrokenProcessPool:
         raise DataError(
             "a process that re-encodes images died (out of memory?); run again with fewer workers"
@@ -76,9 +82,18 @@ def shrink(data: bytes, short_side: int, quality: int) -> Payload:
 
 
 def _read_all(places: list[Place], short_side: int | None, quality: int) -> list[Payload]:
-    if short_side is None:
-        return [Payload(read_place(place)) for place in places]
-    return [shrink(read_place(place), short_side, quality) for place in places]
+    """Payloads of the first of these images, up to CHUNK_BYTES: a task of 256 MB images would fill the memory."""
+    done: list[Payload] = []
+    for place in places:
+        if sum(len(payload.data) for payload in done) + place_size(place) > CHUNK_BYTES:
+            break
+        done.append(_payload(place, short_side, quality))
+    return done
+
+
+def _payload(place: Place, short_side: int | None, quality: int) -> Payload:
+    data = read_place(place)
+    return Payload(data) if short_side is None else shrink(data, short_side, quality)
 
 
 def _pool(workers: int, processes: bool) -> Executor:

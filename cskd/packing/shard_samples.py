@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import itertools
-import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,10 +15,13 @@ from typing import Any, BinaryIO, NamedTuple
 from cskd.errors import DataError
 from cskd.packing.names import IMAGE_EXTENSIONS, check_path, is_metadata
 from cskd.packing.tars import Member, members
+from cskd.untrusted import open_regular, parse_json
 
 MAX_LABEL_BYTES = 1 << 20
+MAX_BRACES = 16
+MAX_SHARDS = 1 << 20  # that braces may stand for
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_RANGE = re.compile(r"(\d{1,9})\.\.(\d{1,9})")
 
 
 class ShardSample(NamedTuple):
@@ -67,7 +70,7 @@ def expand_shards(spec: Path) -> list[Path]:
 
 def is_shard(tar: Path, shown: Path) -> bool:
     """Whether a tar looks like a webdataset shard, not class folders: its first files have a .cls, or a .json label."""
-    with tar.open("rb") as file:
+    with os.fdopen(open_regular(tar), "rb") as file:
         for key, group in itertools.groupby(
             itertools.islice(members(tar, shown), 64), lambda member: _key(member.name)
         ):
@@ -89,7 +92,7 @@ def shard_samples(shard: Path, incomplete: Tally | None = None, shown: Path | No
              shown: what messages call the shard.
     Raises:  DataError for a damaged shard, an incomplete sample, two images of one key, or a label that is none.
     """
-    with shard.open("rb") as file:
+    with os.fdopen(open_regular(shard), "rb") as file:
         yield from _samples(file, shown or shard, members(shard, shown), incomplete)
 
 
@@ -132,7 +135,7 @@ def _label(file: BinaryIO, shard: Path, key: str, parts: dict[str, Member]) -> i
     if "json" not in parts:
         return None
     try:
-        label: Any = json.loads(_read(file, shard, parts["json"])).get("label")
+        label: Any = parse_json(_read(file, shard, parts["json"])).get("label")
     except (ValueError, AttributeError):
         raise DataError(f"{key}.json in {shard} is no JSON object; mend it") from None
     if label is not None and (type(label) is not int or not 0 <= label < 10**9):
@@ -151,12 +154,23 @@ def _read(file: BinaryIO, shard: Path, member: Member) -> bytes:
 
 def _braces(text: str) -> list[str]:
     """`a{0..2}` is a0, a1, a2 and `a{x,y}` is ax, ay; leading zeros keep the width."""
+    _refuse_many(MAX_SHARDS + 1 if text.count("{") > MAX_BRACES else 1, text)
     found = _BRACES.search(text)
     if found is None:
         return [text]
     if bounds := _RANGE.fullmatch(found[1]):
         width = len(bounds[1])
+        _refuse_many(int(bounds[2]) - int(bounds[1]) + 1, text)
         options = [f"{number:0{width}d}" for number in range(int(bounds[1]), int(bounds[2]) + 1)]
     else:
         options = found[1].split(",")
-    return [whole for option in options for whole in _braces(text[: found.start()] + option + text[found.end() :])]
+    head, tails = text[: found.start()], _braces(text[found.end() :])
+    _refuse_many(len(options) * len(tails), text)
+    return [head + option + tail for option in options for tail in tails]
+
+
+def _refuse_many(count: int, text: str) -> None:
+    if count > MAX_SHARDS:
+        raise DataError(
+            f"{text} stands for {count} shards or more, expected at most {MAX_SHARDS}; name the folder they are in"
+        )

@@ -21,6 +21,7 @@ from cskd.inventory import first_duplicate
 from cskd.packing.names import (
     CLASSES_FILE,
     IMAGE_EXTENSIONS,
+    MAX_CLASS_BYTES,
     check_path,
     class_labels,
     image_extension,
@@ -31,10 +32,12 @@ from cskd.packing.names import (
 from cskd.packing.shard_samples import Tally, expand_shards, is_shard, shard_samples
 from cskd.packing.tars import decompressed, members
 from cskd.seeds import U64, key_hash
+from cskd.untrusted import open_regular
 
 Progress = Callable[[int, int], None]
 WHOLE = -1  # size of a place that is a whole file
 MAX_IMAGE_BYTES = 1 << 28
+MAX_FOLDER_DEPTH = 64
 
 
 class Place(NamedTuple):
@@ -146,15 +149,22 @@ def open_source(src: str | Path, classes: Path | None, work: Path, max_spool: in
 
 
 def _list_folder(root: Path, ignored: Tally, class_files: dict[str, Place], progress: Progress | None) -> Listing:
-    """All images below `root`; links to files and folders are followed."""
+    """All images below `root`; links to files and folders are followed, each folder once."""
     listing = Listing([str(root)], [str(root)])
     stack: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    seen: dict[tuple[int, int], str] = {}
     while stack:
         folder, above = stack.pop()
         status = os.stat(root / folder)
         here = (status.st_dev, status.st_ino)
         if here in above:
             raise DataError(f"{root / folder} is a link to a folder that it is in; remove it")
+        if (twin := seen.setdefault(here, folder)) != folder:  # ten links to ten links to ... would never end
+            raise DataError(f"{root / folder} and {root / twin} are one folder; remove one of the links")
+        if folder.count("/") >= MAX_FOLDER_DEPTH:
+            raise DataError(
+                f"{root / folder} is more than {MAX_FOLDER_DEPTH} folders deep; pack the folder of the classes"
+            )
         number = None
         with os.scandir(root / folder) as entries:
             for entry in entries:
@@ -220,7 +230,7 @@ def _folder_source(
     elif own:
         nearest = max(own, key=len)
         origin = f"{nearest}/{CLASSES_FILE}".lstrip("/") + f" of {src.name}"
-        names = parse_classes(read_place(class_files.pop(nearest)), origin)
+        names = _read_classes(class_files.pop(nearest), origin)
         notes.append(f"class order from {origin}")
     else:
         names, origin = found, str(src)
@@ -312,19 +322,31 @@ def _key_hashes(listing: Listing) -> U64:
     return hashes
 
 
+def place_size(place: Place) -> int:
+    """Bytes at a place; 0 where there is no file, which `read_place` will say."""
+    if place.size != WHOLE:
+        return place.size
+    try:
+        return os.stat(place.path).st_size
+    except OSError:
+        return 0
+
+
 def read_place(place: Place) -> bytes:
     """The encoded image at a place. Raises DataError when it is cut off, too large or can't be read."""
     try:
-        fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_regular(place.path)
         try:
             size = os.fstat(fd).st_size if place.size == WHOLE else place.size
             if size > MAX_IMAGE_BYTES:
                 raise DataError(f"{place.path} has {size} bytes, expected an image of at most {MAX_IMAGE_BYTES}")
-            data = os.pread(fd, size, place.offset)
+            data = _pread(fd, size, place.offset)
         finally:
             os.close(fd)
     except OSError as e:
-        raise DataError(f"{place.path} can't be read: {e.strerror}; check the disk, then run again") from None
+        raise DataError(
+            f"{place.path} can't be read: {e.strerror}; check the file and its disk, then run again"
+        ) from None
     if len(data) != size:
         raise DataError(
             f"{place.path} ended after {len(data)} of {size} bytes at {place.offset}; was it changed meanwhile?"
@@ -332,8 +354,23 @@ def read_place(place: Place) -> bytes:
     return data
 
 
+def _pread(fd: int, size: int, offset: int) -> bytes:
+    """`size` bytes at `offset`, or fewer where the file ends; a signal may cut one pread short."""
+    data = os.pread(fd, size, offset)
+    while len(data) < size and (more := os.pread(fd, size - len(data), offset + len(data))):
+        data += more
+    return data
+
+
 def _class_file(path: Path) -> list[str]:
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no file"
         raise DataError(f"{path} is {found}; expected a file of class names in label order; give it with --classes")
-    return parse_classes(read_place(Place(str(path), 0, WHOLE)), str(path))
+    return _read_classes(Place(str(path), 0, WHOLE), str(path))
+
+
+def _read_classes(place: Place, origin: str) -> list[str]:
+    size = place_size(place)
+    if size > MAX_CLASS_BYTES:
+        raise DataError(f"{origin} has {size} bytes, expected class names, at most {MAX_CLASS_BYTES} bytes of them")
+    return parse_classes(read_place(place), origin)

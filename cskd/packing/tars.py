@@ -1,7 +1,6 @@
 """Reading tars by our own rules: regular files only, no names that lead out, no silence about damage.
 
-Python's tarfile parses the headers; nothing is ever extracted. A header that it can't read is the end of the archive to
-it, as is the end of the file; here only the end-of-archive mark is.
+Nothing is ever extracted: what is read are headers (`cskd/packing/tar_headers.py`) and the bytes between them.
 """
 
 from __future__ import annotations
@@ -9,18 +8,22 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import os
 import shutil
-import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, NamedTuple
 
 from cskd.errors import DataError
+from cskd.packing.tar_headers import FOLDER, LINKS, REGULAR, Header, headers
+from cskd.untrusted import open_regular
 
 MAX_SPOOL = 1 << 40  # bytes a compressed tar may decompress to
-_OPENERS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
-_DAMAGE = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+MAX_RATIO = 200  # bytes from one compressed byte: images are 1 to 2, gzip's own limit is 1,032, a bomb is made at it
+FREE_BYTES = 1 << 26  # decompressed before the ratio is looked at: small tars of flat pictures may pass it
+XZ_MEMORY = 1 << 28  # bytes; xz -9 asks for 65 MB
+_DAMAGE = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, OSError)
 
 
 class Member(NamedTuple):
@@ -36,20 +39,15 @@ def members(path: Path, shown: Path | None = None) -> Iterator[Member]:
 
     Raises:  DataError for a damaged or cut tar, a link, device or sparse file, or a name that is absolute or has '..'.
     """
-    shown, length = shown or path, path.stat().st_size
-    with path.open("rb", buffering=1 << 17) as file:
+    shown = shown or path
+    with os.fdopen(open_regular(path), "rb", buffering=1 << 17) as file:
         try:
-            with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
-                while (info := tar.next()) is not None:
-                    tar.members = []  # type: ignore[attr-defined]  # it would remember every member
-                    member = _member(info, shown)
-                    if info.offset_data + info.size > length:
-                        raise DataError(f"{shown} was cut off inside '{info.name}'; copy or make it again")
-                    if member is not None:
-                        yield member
-                _check_end(file, tar.offset, shown)
-        except (tarfile.TarError, ValueError, EOFError) as e:  # ValueError: numbers in a damaged header
-            raise DataError(f"{shown} is not a whole tar: {e}; copy or make it again") from None
+            for header in headers(file, os.fstat(file.fileno()).st_size):
+                member = _member(header, shown)
+                if member is not None:
+                    yield member
+        except ValueError as e:
+            raise DataError(f"{shown} {e}; copy or make it again") from None
 
 
 def decompressed(path: Path, folder: Path, limit: int = MAX_SPOOL) -> Path:
@@ -57,50 +55,80 @@ def decompressed(path: Path, folder: Path, limit: int = MAX_SPOOL) -> Path:
 
     Raises:  DataError for damaged data, or when the copy would pass `limit` bytes or fill the disk.
     """
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         magic = file.read(6)
-    if magic.startswith(b"\x28\xb5\x2f\xfd"):
-        raise DataError(f"{path} is compressed with zstd; decompress it first (zstd -d)")
-    opener = next((opener for start, opener in _OPENERS.items() if magic.startswith(start)), None)
-    if opener is None:
-        return path
-    copy, room = folder / "source.tar", shutil.disk_usage(folder).free
-    try:
-        with cast(IO[bytes], opener(path, "rb")) as source, copy.open("xb") as target:
-            while chunk := source.read(1 << 20):
+        if magic.startswith(b"\x28\xb5\x2f\xfd"):
+            raise DataError(f"{path} is compressed with zstd; decompress it first (zstd -d)")
+        file.seek(0)
+        source = _decompressor(magic, file)
+        if source is None:
+            return path
+        copy, room = folder / "source.tar", shutil.disk_usage(folder).free
+        with copy.open("xb") as target:
+            while chunk := _piece(source, path):
                 target.write(chunk)
-                if target.tell() > min(limit, room):
+                made, taken = target.tell(), file.tell()
+                if made > min(limit, room):
                     what = (
                         f"the limit of {limit} bytes" if limit < room else f"the {room} bytes free in {folder.parent}"
                     )
                     raise DataError(
                         f"{path} decompresses to more than {what}; decompress it elsewhere and pack the tar"
                     )
-    except _DAMAGE as e:
-        raise DataError(f"{path} can't be decompressed: {e}; copy or make it again") from None
+                if made > FREE_BYTES + MAX_RATIO * taken:
+                    raise DataError(
+                        f"{path} decompresses to {made} bytes from {taken}, expected at most {MAX_RATIO} from one: images "
+                        "do not; if it is what you want, decompress it elsewhere and pack the tar"
+                    )
     return copy
 
 
-def _member(info: tarfile.TarInfo, path: Path) -> Member | None:
+def _decompressor(magic: bytes, file: IO[bytes]) -> Iterator[bytes] | None:
+    """The decompressed bytes of a file in pieces of at most 1 MB; None where it is not compressed."""
+    if magic.startswith(b"\x1f\x8b"):
+        unzipped = gzip.GzipFile(fileobj=file)
+        return iter(lambda: unzipped.read(1 << 20), b"")
+    if magic.startswith(b"BZh"):
+        unpacked = bz2.BZ2File(file)
+        return iter(lambda: unpacked.read(1 << 20), b"")
+    return _xz(file) if magic == b"\xfd7zXZ\0" else None
+
+
+def _xz(file: IO[bytes]) -> Iterator[bytes]:
+    """The streams of an .xz, one after the other. Its header says how much memory it needs: at most XZ_MEMORY here."""
+    rest = b""
+    while rest := rest.lstrip(b"\0") or file.read(1 << 16).lstrip(b"\0"):
+        decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=XZ_MEMORY)
+        while not decoder.eof:
+            data = rest if decoder.needs_input else b""
+            if decoder.needs_input and not data and not (data := file.read(1 << 16)):
+                raise EOFError("it ended inside a stream")
+            rest = b""
+            if piece := decoder.decompress(data, 1 << 20):
+                yield piece
+        rest = decoder.unused_data
+
+
+def _piece(source: Iterator[bytes], path: Path) -> bytes:
+    """The next piece, b'' after the last. DataError for damaged data."""
+    try:
+        return next(source, b"")
+    except _DAMAGE as e:
+        raise DataError(f"{path} can't be decompressed: {e}; copy or make it again") from None
+
+
+def _member(header: Header, path: Path) -> Member | None:
     """None for a folder."""
-    parts = [part for part in info.name.split("/") if part not in ("", ".")]
-    if info.name.startswith("/") or ".." in parts:
-        raise DataError(f"{path} has a member '{info.name}', expected a name below the tar's own folder; make it again")
-    if info.isdir():
+    parts = [part for part in header.name.split("/") if part not in ("", ".")]
+    if header.name.startswith("/") or ".." in parts:
+        raise DataError(
+            f"{path} has a member '{header.name}', expected a name below the tar's own folder; make it again"
+        )
+    if header.kind in FOLDER:
         return None
-    if not info.isreg() or info.issparse():
-        kind = "a link" if info.issym() or info.islnk() else "no regular file"
-        raise DataError(f"'{info.name}' in {path} is {kind}; make the tar again with --dereference --hard-dereference")
-    return Member("/".join(parts), info.offset_data, info.size)
-
-
-def _check_end(file: IO[bytes], offset: int, path: Path) -> None:
-    file.seek(offset)
-    mark = file.read(tarfile.BLOCKSIZE)
-    if len(mark) < tarfile.BLOCKSIZE:
-        raise DataError(f"{path} has no end-of-archive mark: it was cut off; copy or make it again")
-    if any(mark):
-        raise DataError(f"{path} is damaged at byte {offset}: no member starts there; copy or make it again")
-    while rest := file.read(1 << 20):
-        if any(rest):
-            raise DataError(f"{path} goes on after its end-of-archive mark (joined tars?); make it again as one tar")
+    if header.kind not in REGULAR or not parts or header.name.endswith("/"):
+        kind = "a link" if header.kind in LINKS else "no regular file"
+        raise DataError(
+            f"'{header.name}' in {path} is {kind}; make the tar again with --dereference --hard-dereference"
+        )
+    return Member("/".join(parts), header.offset, header.size)

@@ -20,6 +20,8 @@ from typing import Any
 
 from cskd.errors import CacheError
 from cskd.store.format import FORMAT, commit_file, unit_file
+from cskd.store.record_checks import check_commit
+from cskd.untrusted import parse_json, read_file
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def read_commit(root: Path, block: int, view: int) -> Commit | None:
     """The unit's record, None where there is none. Raises CacheError for one that is damaged."""
     path = root / commit_file(block, view)
     try:
-        raw = json.loads(path.read_bytes())
+        raw = parse_json(read_file(path))
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as e:
@@ -87,8 +89,11 @@ def _parse(raw: Any, path: Path, block: int, view: int) -> Commit:
         if hashlib.sha256(_canonical(body)).hexdigest() != raw["sha256"]:
             raise CacheError(f"{path} does not match its own hash; {again(path)}")
         commit = Commit(**{**body, "files": [UnitFile(**f) for f in body["files"]]})
+        check_commit(commit)
     except (KeyError, TypeError, AttributeError):
         raise CacheError(f"{path} is not a commit record of format {FORMAT}; {again(path)}") from None
+    except ValueError as e:
+        raise CacheError(f"{path} is no record of a unit: {e}; {again(path)}") from None
     if (commit.format, commit.block, commit.view) != (FORMAT, block, view):
         raise CacheError(
             f"{path} is a record of block {commit.block}, view {commit.view}, format {commit.format}; "

@@ -10,6 +10,8 @@ from typing import Any
 from cskd.errors import CacheError
 from cskd.store.commit import json_bytes, link_whole, write_json
 from cskd.store.format import FORMAT, MANIFEST, MANIFEST_COPY
+from cskd.store.record_checks import check_manifest
+from cskd.untrusted import parse_json, read_file
 
 RESTORE = (
     "`cskd repair` restores it from its second copy; else make the cache again in another folder (--set cache.path=...)"
@@ -43,7 +45,7 @@ def read_manifest(root: Path, name: str = MANIFEST) -> dict[str, Any]:
     """The manifest, or its copy. CacheError when there is none, when it is of another format, or damaged."""
     path = root / name
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = parse_json(read_file(path))
     except FileNotFoundError:
         if name == MANIFEST and (root / MANIFEST_COPY).exists():
             raise CacheError(f"{path} is missing; {RESTORE}") from None
@@ -61,6 +63,10 @@ def read_manifest(root: Path, name: str = MANIFEST) -> dict[str, Any]:
     facts = {key: value for key, value in manifest.items() if key != "sha256"}
     if hashlib.sha256(_canonical(facts)).hexdigest() != manifest.get("sha256"):
         raise CacheError(f"{path} does not match its own hash; {RESTORE}")
+    try:
+        check_manifest(manifest)
+    except ValueError as e:
+        raise CacheError(f"{path} is no manifest of a cache: {e}; {RESTORE}") from None
     if fingerprint_of(manifest["identity"]) != manifest["fingerprint"]:
         raise CacheError(f"{path} does not match its own fingerprint; {RESTORE}")
     return manifest

@@ -8,13 +8,13 @@ keeps the seal of its first views until the new ones are whole too.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 
 from cskd.errors import CacheError
 from cskd.store.cache import Cache
 from cskd.store.commit import json_bytes, write_json
 from cskd.store.format import FORMAT, SEAL
+from cskd.untrusted import parse_json, read_file
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ def read_seal(cache: Cache) -> Seal | None:
     path = cache.root / SEAL
     mend = f"`cskd repair {cache.root}` checks every unit and seals it again"
     try:
-        written = path.read_bytes()
-        facts = json.loads(written)
+        written = read_file(path)
+        facts = parse_json(written)
         seal = Seal(**facts["seal"])
         fits = 0 < seal.views <= cache.views
     except FileNotFoundError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from zarr.storage import MemoryStore, ZipStore
 
 from cskd.errors import CacheError
 from cskd.store.format import CHUNK_BYTES, FORMAT, ZSTD_LEVEL
+from cskd.store.unit_checks import check_members
+from cskd.untrusted import open_regular
 
 Arrays = dict[str, NDArray[Any]]
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the zip format's first date
@@ -51,13 +54,14 @@ def pack_unit(
 def read_unit(path: Path) -> tuple[Arrays, Arrays]:
     """View fields and targets of a unit file. Raises CacheError naming the file when anything in it is damaged."""
     try:
-        with zipfile.ZipFile(path) as z:
+        with os.fdopen(open_regular(path), "rb") as file, zipfile.ZipFile(file) as z:
             chunks = set(z.namelist())
+            check_members(z, os.fstat(file.fileno()).st_size)
             if damaged := z.testzip():  # here, since zarr's tasks would print a traceback of their own
                 raise CacheError(f"{path} is damaged ({damaged} does not match its checksum)")
         store: Store = ZipStore(path, mode="r")
         try:
-            root = zarr.open_group(store, mode="r")
+            root = zarr.open_group(store, mode="r", use_consolidated=False)
             if root.attrs.get("format") != FORMAT:
                 raise CacheError(f"{path} has format {root.attrs.get('format')!r}, this version reads {FORMAT}")
             fields = {name: _read(root, name, chunks) for name in root.array_keys()}

@@ -16,19 +16,21 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import cskd
 from cskd.config import Config, StudentConfig
-from cskd.errors import StudentError
+from cskd.errors import ConfigError, StudentError
 from cskd.student.model import Student, build_student
 from cskd.student.optim import Optimisation
 from cskd.student.resume import ResumeStates, TrainState, put_file
+from cskd.untrusted import parse_json, read_file
+from cskd.weight_files import check_tensors, check_weight_file
 
 __all__ = ["MODEL", "MODEL_LAST", "ResumeStates", "TrainState", "export", "load_student"]
 
+MAX_ARGUMENT, MAX_DEPTH = 65_536, 256  # of a ViT's constructor; the largest have 6,144 features and 64 blocks
 MODEL = "model.safetensors"
 MODEL_LAST = "model_last.safetensors"
 
@@ -104,22 +106,55 @@ def load_student(path: Path) -> tuple[Student, dict[str, Any]]:
         if not file.is_file():
             raise StudentError(f"{file} does not exist; give the folder of a run, or a weight file in it")
     try:
-        facts: dict[str, Any] = json.loads(beside.read_text(encoding="utf-8"))
-        how = facts["pretrained_cfg"]
-        config = StudentConfig(facts["architecture"], facts["model_args"], mean=how["mean"], std=how["std"])
-        classes, (_, height, width) = int(facts["num_classes"]), how["input_size"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        facts: dict[str, Any] = parse_json(read_file(beside))
+        config, classes, size = _described(facts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as e:
         raise StudentError(
             f"{beside} is not a run's config ({type(e).__name__}: {e}); restore it, or train into another folder"
         ) from e
-    student = build_student(config, classes, (height, width))
     try:
-        student.backbone.load_state_dict(load_file(weights))
-    except (OSError, SafetensorError, RuntimeError) as e:
+        with torch.device("meta"):  # costs no memory: a few words in config.json can ask for any amount of it
+            expected = sum(t.nbytes for t in build_student(config, classes, size).backbone.state_dict().values())
+        if expected > 4 * weights.stat().st_size:  # float32 from 8 bits
+            raise ValueError(f"the model it describes has {expected} bytes")
+        check_weight_file(weights, expected)
+        student = build_student(config, classes, size)
+        tensors = load_file(weights)
+        check_tensors(tensors.values())
+        student.backbone.load_state_dict(tensors)
+    except StudentError:
+        raise
+    except Exception as e:  # whatever a damaged file makes the reader raise
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise StudentError(
-            f"{weights} does not fit {beside} ({str(e).splitlines()[0]}); restore it, or train into another folder"
+            f"{weights} does not fit {beside} ({reason}); restore it, or train into another folder"
         ) from e
     return student.eval(), facts
+
+
+def _described(facts: dict[str, Any]) -> tuple[StudentConfig, int, tuple[int, int]]:
+    """Student, number of classes and image size that a config.json describes. Raises ValueError and others for one that
+    can't be: it may be somebody else's."""
+    how, arguments = facts["pretrained_cfg"], facts["model_args"]
+    classes, (_, height, width) = facts["num_classes"], how["input_size"]
+    numbers = [n for v in arguments.values() for n in (v if isinstance(v, list) else [v]) if isinstance(n, int | float)]
+    if any(not 0 <= n <= MAX_ARGUMENT for n in numbers) or arguments.get("depth", 0) > MAX_DEPTH:
+        raise ValueError(f"model_args {str(arguments)[:200]} are beyond any ViT's")
+    if not all(type(n) is int and 1 <= n <= MAX_ARGUMENT for n in (classes, height, width)):
+        raise ValueError(f"num_classes {str(classes)[:40]} or input_size {str(how['input_size'])[:40]} can't be")
+    names = facts["label_names"]
+    if not isinstance(names, list) or len(names) != classes or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"label_names are not {classes} texts")
+    for name in ("mean", "std"):
+        if not isinstance(how[name], list | tuple) or not all(0.0 <= float(v) <= 1.0 for v in how[name]):
+            raise ValueError(f"{name} is {str(how[name])[:80]}, expected three numbers in [0, 1]")
+    if not 0.0 < float(how["crop_pct"]) <= 1.0 or min(how["std"]) <= 0:
+        raise ValueError(f"crop_pct is {str(how['crop_pct'])[:40]}, expected a share in (0, 1], and std above 0")
+    return (
+        StudentConfig(str(facts["architecture"]), arguments, mean=how["mean"], std=how["std"]),
+        classes,
+        (height, width),
+    )
 
 
 def _put_weights(path: Path, vit: nn.Module) -> None:

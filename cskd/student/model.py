@@ -34,6 +34,10 @@ _SET_ELSEWHERE = {
     "drop_path_rate": "set student.drop_path",
     "pretrained": "set student.init to a checkpoint",
     "checkpoint_path": "set student.init",
+    "pretrained_cfg": "set student.init",
+    "pretrained_cfg_overlay": "set student.init",
+    "pretrained_model_args": "set student.init",
+    "cache_dir": "set student.init",
     "in_chans": "views are RGB",
     "features_only": "the student needs its head",
 }
@@ -151,7 +155,7 @@ def build_student(config: StudentConfig, num_classes: int, image_size: int | Gri
     kwargs = _model_kwargs(config, size)
     try:
         model = timm.create_model(config.model, num_classes=num_classes, drop_path_rate=config.drop_path, **kwargs)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as e:
+    except Exception as e:  # timm's constructors raise whatever a value that they did not expect leads to
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise StudentError(f"{config.model} can't be built with {kwargs} ({reason}); mend student.kwargs") from e
     vit = _check_heads(config.model, model)
@@ -184,7 +188,7 @@ def _model_kwargs(config: StudentConfig, size: Grid) -> dict[str, Any]:
             "method teaches; set it to 0"
         )
     asked = kwargs.get("img_size", size)
-    asked = (asked, asked) if isinstance(asked, int) else tuple(asked)
+    asked = (asked, asked) if isinstance(asked, int) else tuple(asked) if isinstance(asked, list | tuple) else asked
     if asked != size and not kwargs.get("dynamic_img_size"):
         raise StudentError(
             f"student.kwargs has img_size: {kwargs['img_size']}, the views are {size[0]} x {size[1]} pixels; "

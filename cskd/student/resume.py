@@ -26,6 +26,8 @@ from cskd.errors import StudentError
 from cskd.store.commit import fsync_folder, make_folder
 from cskd.student.model import Student
 from cskd.student.optim import Optimisation
+from cskd.untrusted import parse_json
+from cskd.weight_files import check_weight_file
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
@@ -86,17 +88,21 @@ class ResumeStates:
         Raises:  StudentError when all are damaged, or one is of another student or optimiser. Then nothing was changed.
         """
         found, warnings = self._found(), []
-        for _, path in found:
+        for step, path in found:
             try:
+                check_weight_file(path, 4 * sum(p.nbytes for p in student.parameters()))
                 tensors, body = _read(path)
-            except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as e:
-                warnings.append(f"{path} is damaged ({e}); continuing from an earlier state")
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
+                warnings.append(f"{path} is damaged ({' '.join(str(e).split())}); continuing from an earlier state")
                 continue
             if body.get("format") != FORMAT:
                 raise StudentError(f"{path} has format {body.get('format')}, this version reads {FORMAT}; update cskd")
+            if not _is_state(body, step):
+                warnings.append(f"{path} is no state of step {step}; continuing from an earlier state")
+                continue
             _restore(path, student, optimisation, tensors, body)
             optimisation.set_lr(max(0, body["step"] - 1))
-            return TrainState(int(body["step"]), body["info"], warnings)
+            return TrainState(body["step"], body["info"], warnings)
         if found:
             raise StudentError(f"every state in {self.folder} is damaged, {found[0][1]} too; remove them to start anew")
         return None
@@ -163,8 +169,21 @@ def _read(path: Path) -> tuple[Tensors, dict[str, Any]]:
         tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  not a dict
     if _digest(tensors, metadata["cskd"]) != metadata["sha256"]:
         raise ValueError("its digest is not that of its content")
-    body: dict[str, Any] = json.loads(metadata["cskd"])
+    body: dict[str, Any] = parse_json(metadata["cskd"])
     return tensors, body
+
+
+def _is_state(body: dict[str, Any], step: int) -> bool:
+    """Whether a JSON has what `save` puts into it: a digest that is right says only that nothing was damaged since."""
+    groups, kinds = body.get("groups"), (("info", dict), ("numbers", dict), ("optimizer", str))
+    return (
+        type(body.get("step")) is int
+        and body["step"] == step
+        and all(isinstance(body.get(name), kind) for name, kind in kinds)
+        and isinstance(groups, list)
+        and all(isinstance(g, dict) and isinstance(g.get("values"), dict) and "names" in g for g in groups)
+        and all(not isinstance(v, str | bool | dict | list) for v in body["numbers"].values())
+    )
 
 
 def _digest(tensors: Tensors, body: str) -> str:
@@ -205,6 +224,11 @@ def _restore(path: Path, student: Student, optimisation: Optimisation, tensors: 
     live = optimisation.optimizer.state_dict()
     for i, (group, saved_group) in enumerate(zip(live["param_groups"], body["groups"], strict=True)):
         for key, value in saved_group["values"].items():
+            as_saved = list(group[key]) if isinstance(group.get(key), tuple) else group.get(key)
+            if type(value) is not type(as_saved):
+                raise StudentError(
+                    f"{path} has {key} {str(value)[:80]}, this run {as_saved}; restore train.opt as it was"
+                )
             group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
         prefix = f"group/{i}/"
         group |= {k.removeprefix(prefix): v.clone() for k, v in tensors.items() if k.startswith(prefix)}

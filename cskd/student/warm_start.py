@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from textwrap import shorten
@@ -14,6 +13,8 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor
 
 from cskd.errors import StudentError
+from cskd.untrusted import parse_json, read_file
+from cskd.weight_files import check_tensors, check_weight_file
 
 PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
 CLASSIFIERS = ("head.", "head_dist.")
@@ -29,7 +30,7 @@ def start_from(vit: VisionTransformer, path: Path) -> list[str]:
     Raises:  StudentError when the file is missing, is no checkpoint, or is one of another model.
     """
     path = path / "model.safetensors" if path.is_dir() else path
-    state = _read(path)
+    state = _read(path, sum(t.nbytes for t in vit.state_dict().values()))
     own = vit.state_dict()
     notes: list[str] = []
     for token in PREFIX_TOKENS:
@@ -44,7 +45,7 @@ def start_from(vit: VisionTransformer, path: Path) -> list[str]:
         if position is not None and vit.pos_embed is not None:
             position = _resample(vit, position, _grid_of(vit, path, state, position), path, notes)
         state = checkpoint_filter_fn(state, vit, adapt_layer_scale=True)
-    except (RuntimeError, ValueError, KeyError, IndexError, AttributeError) as e:
+    except (RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError, ArithmeticError) as e:
         raise StudentError(f"{path} is no ViT's checkpoint ({_line(e)}); choose another student.init") from e
     if kernel and own_kernel and len(kernel) == 4 and kernel[2:] != own_kernel[2:]:
         sizes = " to ".join(f"{k[2]} x {k[3]}" for k in (kernel, own_kernel))
@@ -63,12 +64,13 @@ def start_from(vit: VisionTransformer, path: Path) -> list[str]:
     return notes
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path, model_bytes: int) -> dict[str, Tensor]:
     if not path.is_file():
         raise StudentError(
             f"student.init {path} does not exist; give a .safetensors, a .pt or a folder made by cskd train"
         )
     try:
+        check_weight_file(path, model_bytes)
         state = load_state_dict(str(path), use_ema=True, device="cpu", weights_only=True)
     except Exception as e:  # whatever a file that is none of ours makes the two readers raise
         raise StudentError(
@@ -76,6 +78,10 @@ def _read(path: Path) -> dict[str, Tensor]:
         ) from e
     if not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise StudentError(f"{path} holds more than tensors or none; expected the state dict of a ViT")
+    try:
+        check_tensors(state.values())
+    except ValueError as e:
+        raise StudentError(f"{path} holds {e}; expected the state dict of a ViT") from None
     return dict(state)
 
 
@@ -85,11 +91,11 @@ def _grid_of(vit: VisionTransformer, path: Path, state: dict[str, Tensor], posit
     beside, kernel = path.with_name("config.json"), state.get("patch_embed.proj.weight")
     if beside.is_file() and kernel is not None and kernel.ndim == 4:
         try:
-            config = json.loads(beside.read_text(encoding="utf-8"))
+            config = parse_json(read_file(beside))
             size = config.get("model_args", {}).get("img_size") or config["pretrained_cfg"]["input_size"][-2:]
             rows, cols = (size, size) if isinstance(size, int) else size
             grid = (rows // kernel.shape[2], cols // kernel.shape[3])
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
             raise StudentError(f"{beside} is not a timm config ({_line(e)}); mend it or move it away") from e
         if grid[0] * grid[1] == patches:
             return grid
