@@ -150,7 +150,9 @@ class Cache:
         except CacheError as e:
             raise CacheError(f"{e}; {self._again(block, view)}") from e
         first, stop = self.block_range(block)
-        position = np.setdiff1d(np.arange(stop - first), [int(i) for i in commit.quarantine])
+        kept = np.ones(stop - first, bool)
+        kept[[int(i) for i in commit.quarantine]] = False
+        position = np.flatnonzero(kept)
         for name, (dtype, _) in VIEW_FIELDS.items():
             if name not in fields or fields[name].dtype != dtype or len(fields[name]) != len(position):
                 raise CacheError(f"{path}: array {name} is missing or not {len(position)} x {np.dtype(dtype)}")
