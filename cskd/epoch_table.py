@@ -1,8 +1,8 @@
 """The epoch table: what the workers need of the cache for a stretch of one epoch, in the order of the plan.
 
 A folder of .npy columns, memory-mapped and shared by all workers, so that they never open a unit. Hard targets: one
-table an epoch, the units evaluated once at the epoch's blend (h*w uint16 a sample). Soft targets: the codec's own arrays,
-one table a window of blocks, decoded on the device.
+table an epoch, the units evaluated once at the epoch's blend (h*w uint16 a sample), in two parts where a run begins. Soft
+targets: the codec's own arrays, one table a window of blocks, decoded on the device.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,17 +48,33 @@ class TargetSpec:
     blend: int
 
 
-def segments(plan: EpochPlan, spec: TargetSpec, batch: int) -> list[tuple[int, int]]:
-    """(first, stop) positions of each table of an epoch, at batch borders: one for hard targets, one a window for soft."""
-    n = len(plan.sample)
-    ends = [n] if spec.kind != "soft" else sorted({min(n, -(-int(e) // batch) * batch) for e in plan.ends} | {n})
-    return list(zip([0, *ends[:-1]], ends, strict=True))
+def segments(
+    plan: EpochPlan, spec: TargetSpec, batch: int, begin: int | None = None, end: int | None = None
+) -> list[tuple[int, int]]:
+    """(first, stop) positions of each table of an epoch, at batch borders: one for hard targets, one a window for soft.
+
+    begin, end: batch borders, where a run begins or resumes within the epoch and where it ends. What lies beyond is left
+    out, and what is left of the first window is a table of its own: the first step doesn't wait for the whole epoch's.
+    """
+    first, n = begin or 0, len(plan.sample) if end is None else end
+    windows = sorted({stop for e in plan.ends if first < (stop := -(-int(e) // batch) * batch) < n} | {n})
+    ends = windows if spec.kind == "soft" else [n] if begin is None else sorted({windows[0], n})
+    return list(zip([first, *ends[:-1]], ends, strict=True))
 
 
 def build_table(
-    cache: Cache | LiveViews, plan: EpochPlan, spec: TargetSpec, first: int, stop: int, folder: Path
+    cache: Cache | LiveViews,
+    plan: EpochPlan,
+    spec: TargetSpec,
+    first: int,
+    stop: int,
+    folder: Path,
+    ended: Event | None = None,
 ) -> Path:
-    """Write the table of positions first .. stop-1 to `folder`, whole or not at all; an existing one is replaced."""
+    """Write the table of positions first .. stop-1 to `folder`, whole or not at all; an existing one is replaced.
+
+    ended: once set, the table is given up, with a CancelledError.
+    """
     sample, view = plan.sample[first:stop], plan.view[first:stop]
     temp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temp, ignore_errors=True)
@@ -64,6 +82,9 @@ def build_table(
     columns: dict[str, NDArray[Any]] = {}
     targets: list[str] = []
     for block, of_view, rows in _units(cache.inventory.blocks, sample, view):
+        if ended is not None and ended.is_set():
+            shutil.rmtree(temp)
+            raise CancelledError
         unit = cache.read(block, of_view, spec.codec)
         position = sample[rows] - cache.block_range(block)[0]
         found = np.searchsorted(unit.position, position)
@@ -104,7 +125,7 @@ def _units(
     unit = block * (int(view.max(initial=0)) + 1) + view
     narrow = unit.astype(np.min_scalar_type(int(unit.max(initial=0))))
     order = np.argsort(narrow, kind="stable")  # of 16-bit integers by radix: a tenth of the time
-    for rows in np.split(order, np.flatnonzero(np.diff(unit[order])) + 1):
+    for rows in np.split(order, np.flatnonzero(np.diff(unit[order])) + 1) if len(order) else ():
         yield int(block[rows[0]]), int(view[rows[0]]), rows
 
 

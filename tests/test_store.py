@@ -15,7 +15,7 @@ import zarr
 
 from cskd.errors import CacheError
 from cskd.store.cache import Cache, create_cache, first_difference, open_cache
-from cskd.store.commit import publish, read_commit
+from cskd.store.commit import Commit, publish, read_commit
 from cskd.store.format import FORMAT, MANIFEST, MANIFEST_COPY, VIEW_FIELDS, commit_file
 from cskd.store.manifest import begin_manifest
 from cskd.store.unit import content_hash, pack_unit, read_unit
@@ -231,3 +231,29 @@ def test_compressed_members_and_chunks_with_a_wrong_checksum_of_their_own_are_re
         chunk = z.read("digest/c/0")
     with pytest.raises(CacheError, match="digest, chunk 0 does not match its checksum"):
         read_unit(rezipped(path, {"digest/c/0": chunk[:-1] + bytes([chunk[-1] ^ 1])}))
+
+
+def test_each_record_is_read_once_by_a_loop_that_asks_what_is_missing(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stage 1 asks after every pass: with 47,100 units that must not be 47,100 files each time."""
+    read = []
+
+    def counted(root: Path, block: int, view: int) -> Commit | None:
+        read.append((block, view))
+        return read_commit(root, block, view)
+
+    monkeypatch.setattr("cskd.store.cache.read_commit", counted)
+    units = [(b, v) for b in range(cache.blocks) for v in range(cache.views)]
+    record = cache.root / commit_file(0, 1)
+    whole = record.read_bytes()
+    record.unlink()
+    assert cache.missing() == [(0, 1)] and not cache.quarantined().any()
+    assert read == [unit for unit in units if unit != (0, 1)]
+    record.write_bytes(whole)
+    assert cache.missing() == cache.missing() == [] and read[-1] == (0, 1) and len(read) == len(units)
+    record.unlink()
+    assert cache.missing() == [(0, 1)] and cache.missing([0, 2]) == [], "a withdrawn unit is missing again"
+    record.write_bytes(whole[:-20])
+    with pytest.raises(CacheError, match="not a readable commit record"):
+        cache.missing()

@@ -18,7 +18,7 @@ from cskd.errors import CacheError
 from cskd.inventory import Inventory, copy_inventory, open_inventory
 from cskd.replay import Recorded
 from cskd.seeds import view_seeds
-from cskd.store.commit import Commit, again, publish, read_commit, write_file
+from cskd.store.commit import Commit, again, publish, read_commit, recorded_views, write_file
 from cskd.store.format import INVENTORY, MANIFEST, VIEW_FIELDS, commit_file
 from cskd.store.manifest import begin_manifest, complete_manifest, read_manifest, write_manifest
 from cskd.store.unit import content_hash, pack_unit, read_unit
@@ -50,6 +50,7 @@ class Cache:
         self.codecs: dict[str, Codec] = {
             name: get_codec(name, len(self.classes), self.grid) for name in self.identity["codecs"]
         }
+        self._known: dict[tuple[int, int], frozenset[int]] = {}  # see `_records`
 
     @property
     def blocks(self) -> int:
@@ -70,27 +71,43 @@ class Cache:
         return commit
 
     def missing(self, views: list[int] | None = None) -> list[tuple[int, int]]:
-        """(block, view) of every unit that has no commit record, in the order of stage 1."""
-        wanted = range(self.views) if views is None else views
-        return [(b, v) for b in range(self.blocks) for v in wanted if self.commit_of(b, v) is None]
+        """(block, view) of every unit that has no commit record, in the order of stage 1.
+
+        Raises:  CacheError as `commit_of`, for a record that this object sees for the first time: a loop over this reads the
+                 names of a folder a block, and only new records.
+        """
+        there, wanted = self._records(), range(self.views) if views is None else views
+        return [(b, v) for b in range(self.blocks) for v in wanted if (b, v) not in there]
 
     def quarantined(self) -> NDArray[np.bool_]:
         """bool [n]: samples of the inventory that have no targets. CacheError when the views of a block disagree."""
         bad = np.zeros(self.inventory.n, bool)
-        for block in range(self.blocks):
-            seen: set[str] | None = None
-            for view in range(self.views):
-                commit = self.commit_of(block, view)
-                if commit is None:
-                    continue
-                if seen is not None and seen != set(commit.quarantine):
-                    raise CacheError(
-                        f"block {block}: view {view} quarantines other samples than the views before it; "
-                        f"{self._again(block, view)}"
-                    )
-                seen = set(commit.quarantine)
-            bad[[self.block_range(block)[0] + int(i) for i in seen or ()]] = True
+        by_block: dict[int, frozenset[int]] = {}
+        for (block, view), quarantine in self._records().items():
+            if by_block.setdefault(block, quarantine) != quarantine:
+                raise CacheError(
+                    f"block {block}: view {view} quarantines other samples than the views before it; "
+                    f"{self._again(block, view)}"
+                )
+        for block, quarantine in by_block.items():
+            bad[[self.block_range(block)[0] + i for i in quarantine]] = True
         return bad
+
+    def _records(self) -> dict[tuple[int, int], frozenset[int]]:
+        """(block, view) of every commit record, in order -> its quarantine, positions in the block.
+
+        A record is never rewritten, so each is read and checked once; a withdrawn one is forgotten. 47,100 of them (300 views
+        of ImageNet) take 2 s to read and 0.1 s to list.
+        """
+        known, self._known = self._known, {}
+        for block in range(self.blocks):
+            for view in recorded_views(self.root, block, self.views):
+                quarantine = known.get((block, view))
+                if quarantine is None and (commit := self.commit_of(block, view)) is not None:
+                    quarantine = frozenset(map(int, commit.quarantine))
+                if quarantine is not None:
+                    self._known[block, view] = quarantine
+        return self._known
 
     def add_unit(
         self,

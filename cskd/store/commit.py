@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cskd.errors import CacheError
-from cskd.store.format import FORMAT, commit_file, unit_file
+from cskd.store.format import FORMAT, commit_file, record_name, unit_file
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,15 @@ def read_commit(root: Path, block: int, view: int) -> Commit | None:
     except (ValueError, OSError) as e:
         raise CacheError(f"{path} is not a readable commit record ({e}); {again(path)}") from None
     return _parse(raw, path, block, view)
+
+
+def recorded_views(root: Path, block: int, views: int) -> list[int]:
+    """Which of a block's first views have a record, by the names in its folder; whether they are valid is not seen."""
+    try:
+        names = set(os.listdir((root / commit_file(block, 0)).parent))
+    except FileNotFoundError:
+        return []
+    return [view for view in range(views) if record_name(view) in names]
 
 
 def _parse(raw: Any, path: Path, block: int, view: int) -> Commit:
