@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cskd.errors import CacheError
-from cskd.store.format import FORMAT, commit_file, record_name, unit_file
+from cskd.store.format import FORMAT, commit_file, unit_file
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,12 @@ def read_commit(root: Path, block: int, view: int) -> Commit | None:
     return _parse(raw, path, block, view)
 
 
-def recorded_views(root: Path, block: int, views: int) -> list[int]:
-    """Which of a block's first views have a record, by the names in its folder; whether they are valid is not seen."""
+def record_names(root: Path, block: int) -> set[str]:
+    """The names in the folder of a block's records, see `format.record_name`; whether any is valid is not looked at."""
     try:
-        names = set(os.listdir((root / commit_file(block, 0)).parent))
+        return set(os.listdir((root / commit_file(block, 0)).parent))
     except FileNotFoundError:
-        return []
-    return [view for view in range(views) if record_name(view) in names]
+        return set()
 
 
 def _parse(raw: Any, path: Path, block: int, view: int) -> Commit:
