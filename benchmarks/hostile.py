@@ -132,7 +132,9 @@ def run_kind(name: str, kind: Kind, count: int, seed: int, folder: Path) -> Coun
     counts: Counter[str] = Counter()
     for first in range(0, count, BATCH):
         numbers = range(first, min(first + BATCH, count))
-        counts += in_child(lambda numbers=numbers: read_batch(name, kind, numbers, seed, folder), folder, f"{name} {first} of {seed}")
+        counts += in_child(
+            lambda numbers=numbers: read_batch(name, kind, numbers, seed, folder), folder, f"{name} {first} of {seed}"
+        )
     return counts
 
 

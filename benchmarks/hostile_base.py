@@ -82,7 +82,14 @@ class Base:
             "recipe": {"size": 32},
             "cache": {"path": str(cache), "views": 1, "workers": 0, "device": "cpu"},
             "student": {"model": "deit_tiny_distilled_patch16_224", "kwargs": VIT},
-            "train": {"output": str(run), "epochs": 1, "warmup_epochs": 0, "global_batch": 8, "workers": 0, "device": "cpu"},
+            "train": {
+                "output": str(run),
+                "epochs": 1,
+                "warmup_epochs": 0,
+                "global_batch": 8,
+                "workers": 0,
+                "device": "cpu",
+            },
         }
         for section, values in changes.items():
             raw[section] |= values

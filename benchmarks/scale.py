@@ -1,13 +1,21 @@
-"""Start-up time and memory of both stages over 1,000 samples and over as many as ImageNet has.
+"""Does anything grow with the data set or the number of views? Start-up, time an image and memory of both stages.
 
-    python -m benchmarks.scale [--samples N ...]
+    python -m benchmarks.scale [--samples N ...] [--views V ...]
 
-The data set is made: shards of 8,192 tiny images that are hard links of one file, with a key of their own for each sample.
-Stage 1 runs with a teacher of a few weights until its first unit is committed (what ImageNet's first unit costs is the
-teacher's time, not this); stage 2 runs one step from a cache of one view. Peak memory is that of the main process.
+The data set is made: shards of 8,192 tiny images that are hard links of one file, with a key of their own for each sample;
+the last size is ImageNet's. Its cache grows from one number of views to the next, and each is measured three times, in
+processes of their own:
 
-Prints one JSON line last: for each size `cache_teacher` and `train` with `startup_s` (to the first batch of views, importing
-included) and `peak_mb`.
+    cache-teacher   resumes when only the first block's last group of views is missing, makes it, and checks it is whole
+    train           40 steps of 128 views from the start, with two workers
+    table           the epoch table of a whole epoch, in this one process on one core
+
+Units that these read are whole, with made logits, and stage 1's own. Of the other views there is only the commit record,
+which is what a start reads of them: at 1,281,167 samples and 300 views that is 47,100 records, and 471 whole units. About
+10 minutes for everything, nearly all of it to make the data.
+
+Prints one JSON line last: for each size and number of views `startup_s` (to the first batch, importing included),
+`us_an_image` after that, and `peak_mb` of the main process (Linux), and the largest growth of each over the smallest case.
 """
 
 from __future__ import annotations
@@ -16,10 +24,14 @@ import argparse
 import io
 import json
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +41,13 @@ import torch
 from PIL import Image
 
 from cskd.augment.mixing import quads
-from cskd.config import from_dict, to_dict, to_yaml
+from cskd.config import Config, from_dict, to_dict, to_yaml
 from cskd.identity import identity_of, library_versions
 from cskd.inventory import Inventory, Sample, ShardFile, write_inventory
-from cskd.store.cache import create_cache
+from cskd.store.cache import Cache, create_cache
+from cskd.store.commit import record_bytes
+from cskd.store.format import commit_file
+from cskd.teacher import load_teacher
 from cskd.unit_builder import UnitBuilder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,88 +71,119 @@ class Net(nn.Module):
 def build():
     return Net()
 """
-# Runs one stage until its first batch has come (stage 1: until its first unit is in), and says when and how large it was.
+# Runs one stage and says when its first batch came, how long the others took, and how large the process was.
 PROBE = """
-import json, resource, sys, time
+import json, os, sys, time
 begun = time.perf_counter()
-from cskd.config import load_config
-from cskd.loading.stream import Stream
-first = []
-plain = Stream.__iter__
-def timed(self):
-    for result in plain(self):
-        first.append(time.perf_counter() - begun)
-        yield result
-Stream.__iter__ = timed
-class Enough(BaseException): pass
-config = load_config(sys.argv[2])
-if sys.argv[1] == "cache-teacher":
-    from cskd.store.cache import Cache
-    from pipeline.cache_teacher import cache_teacher
-    add = Cache.add_unit
-    def stop(self, *a):
-        add(self, *a)
-        raise Enough
-    Cache.add_unit = stop
-    try: cache_teacher(config, quiet=True)
-    except Enough: pass
+stage, path, out = sys.argv[1:]
+images, first = 0, begun
+if stage == "table":
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    from pathlib import Path
+    from cskd.config import load_config
+    from cskd.epoch_table import TargetSpec, build_table
+    from cskd.plan import PlanSpec, epoch_plan
+    from cskd.store.cache import open_cache
+    config = load_config(path)
+    cache = open_cache(config.cache.path)
+    bad = cache.quarantined()
+    first = time.perf_counter()
+    blocks, batch = cache.inventory.blocks, config.train.global_batch
+    plan = epoch_plan(PlanSpec(blocks, bad, cache.inventory.id, cache.recipe, 1, 1, 0, batch, config.train.window), 0)
+    images = len(plan.sample)
+    build_table(cache, plan, TargetSpec("cells", "envelope", 40000), 0, images, Path(out))
 else:
-    from pipeline.train import train
-    train(config, verify_replay=False, quiet=True)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(json.dumps({"startup_s": first[0], "peak_mb": peak, "seconds": time.perf_counter() - begun}))
+    from cskd.config import load_config
+    from cskd.loading.stream import Stream
+    plain = Stream.__iter__
+    def timed(self):
+        global first
+        for result in plain(self):
+            first = first if first > begun else time.perf_counter()
+            yield result
+    Stream.__iter__ = timed
+    config = load_config(path)
+    if stage == "cache-teacher":
+        from pipeline.cache_teacher import cache_teacher
+        images = cache_teacher(config, quiet=True).images
+    else:
+        from pipeline.train import train
+        images = train(config, quiet=True, verify_replay=False).images
+seconds = time.perf_counter() - first
+with open("/proc/self/status") as status:  # getrusage's includes that of the process which started this one
+    peak = next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
+print(json.dumps({"startup_s": first - begun, "us_an_image": seconds / images * 1e6, "peak_mb": peak, "images": images}))
 """
+STAGES = ("cache-teacher", "train", "table")
+BATCH, STEPS = 128, 40
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, nargs="+", default=[1_000, 1_281_167])
-    sizes = parser.parse_args(arguments).samples
-    result: dict[str, Any] = {"benchmark": "scale"}
-    print(f"{'samples':>10}  {'stage':<14}{'first batch s':>14}{'peak MB':>10}")
-    for n in sizes:
+    parser.add_argument("--samples", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_281_167])
+    parser.add_argument("--views", type=int, nargs="+", default=[1, 3, 300])
+    options = parser.parse_args(arguments)
+    print(f"machine: {platform.platform()}, {os.cpu_count()} cores")
+    print(
+        f"{'samples':>10}{'views':>7}  {'stage':<14}{'first batch s':>14}{'us an image':>13}{'peak MB':>9}", flush=True
+    )
+    found: dict[str, dict[str, Any]] = {}
+    for n in options.samples:
         with tempfile.TemporaryDirectory() as folder:
-            result[str(n)] = stages(Path(folder), n)
-            for stage, figures in result[str(n)].items():
-                print(f"{n:>10,}  {stage:<14}{figures['startup_s']:>14.1f}{figures['peak_mb']:>10.0f}", flush=True)
-    print(json.dumps(result))
+            for views, figures in measure(Path(folder), n, sorted(options.views)):
+                found[f"{n} x {views}"] = figures
+                for stage, f in figures.items():
+                    times = f"{f['startup_s']:>14.2f}{f['us_an_image']:>13.1f}{f['peak_mb']:>9.0f}"
+                    print(f"{n:>10,}{views:>7}  {stage:<14}{times}", flush=True)
+    growth = {
+        stage: {
+            name: max(f[stage][name] for f in found.values()) - next(iter(found.values()))[stage][name] for name in of
+        }
+        for stage in STAGES
+        if (of := ("startup_s", "us_an_image", "peak_mb"))
+    }
+    print(json.dumps({"benchmark": "scale", "sizes": found, "growth": growth}))
     return 0
 
 
-def stages(folder: Path, n: int) -> dict[str, Any]:
-    """Both stages over n samples, each in a process of its own."""
+def measure(folder: Path, n: int, views: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every stage over n samples, for each number of views."""
     (folder / "net.py").write_text(TEACHER)
     inventory = make_data(folder / "data", n)
-    make_cache(folder, inventory)
-    found = {}
-    for stage, cache in (("cache-teacher", "new"), ("train", "cache")):
-        path = folder / f"{stage}.yaml"
-        path.write_text(to_yaml(from_dict(raw(folder, folder / cache))))
-        command = [sys.executable, "-c", PROBE, stage, str(path)]
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(done.stderr[-2000:])
-        found[stage] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    for count in views:
+        grow_cache(folder, inventory, count)
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        path = folder / "config.yaml"
+        path.write_text(to_yaml(config_of(folder, count)))
+        figures = {}
+        for stage in STAGES:
+            command = [sys.executable, "-c", PROBE, stage, str(path), str(folder / "table")]
+            env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # the workers have the other cores
+            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(done.stderr[-2000:])
+            figures[stage] = json.loads(done.stdout.splitlines()[-1])
+        yield count, figures
 
 
-def raw(folder: Path, cache: Path) -> dict[str, Any]:
-    return {
-        "data": {"train": str(folder / "data")},
-        "teacher": {"model": f"{folder / 'net.py'}:build", "batch": 64, "min_top1": 0.0},
-        "recipe": {"size": 32},
-        "cache": {"path": str(cache), "views": 1, "workers": 2, "device": "cpu"},
-        "student": {"model": "deit_tiny_distilled_patch16_224", "kwargs": {"patch_size": 8, "depth": 1}},
-        "train": {
-            "output": str(folder / "run"),
-            "global_batch": 256,
-            "epochs": 300,
-            "max_steps": 1,
-            "workers": 2,
-            "device": "cpu",
-        },
-    }
+def config_of(folder: Path, views: int) -> Config:
+    return from_dict(
+        {
+            "data": {"train": str(folder / "data")},
+            "teacher": {"model": f"{folder / 'net.py'}:build", "batch": 64, "min_top1": 0.0},
+            "recipe": {"size": 32},
+            "cache": {"path": str(folder / "cache"), "views": views, "workers": 2, "device": "cpu"},
+            "student": {"model": "deit_tiny_distilled_patch16_224", "kwargs": {"patch_size": 8, "depth": 1}},
+            "train": {
+                "output": str(folder / "run"),
+                "global_batch": BATCH,
+                "epochs": 300,
+                "max_steps": STEPS,
+                "workers": 2,
+                "device": "cpu",
+            },
+        }
+    )
 
 
 def make_data(folder: Path, n: int) -> Inventory:
@@ -161,20 +207,35 @@ def make_data(folder: Path, n: int) -> Inventory:
     return write_inventory(folder, samples, classes=list("abcd"), shards=shards, block=SHARD)
 
 
-def make_cache(folder: Path, inventory: Inventory) -> None:
-    """A whole cache of one view, with made logits and digests of nothing."""
-    config = from_dict(raw(folder, folder / "cache"))
-    identity = identity_of(inventory, config.recipe, {"model": "made"}, (4, 4), ["envelope"])
+def grow_cache(folder: Path, inventory: Inventory, views: int) -> None:
+    """All units but the first block's last group of views: whole ones of the views that training reads, with made logits
+    and digests of nothing, and bare records of the others."""
+    config = config_of(folder, views)
+    teacher = load_teacher(config.teacher, inventory.classes, torch.device("cpu"), config.recipe.size)
+    identity = identity_of(inventory, config.recipe, teacher.fingerprint, teacher.grid, ["envelope"])
     facts = {"config": to_dict(config), "versions": library_versions(), "data": str(folder / "data")}
-    cache = create_cache(folder / "cache", identity, 1, facts, inventory)
-    for block in range(cache.blocks):
-        first, stop = cache.block_range(block)
-        order = quads(stop - first, cache.recipe, inventory.id, block, 0)
-        builder = UnitBuilder(inventory, cache.recipe, cache.codecs, 0, first, order)
-        dense = torch.randn(stop - first, 4, 4, 4, generator=torch.Generator().manual_seed(block))
-        encoded = {name: codec.encode(dense, dense.mean((2, 3))) for name, codec in cache.codecs.items()}
-        builder.add(np.arange(stop - first), np.zeros(stop - first, np.int64), encoded)
-        cache.add_unit(block, 0, *builder.finish(), {}, {})
+    facts |= {"probe": teacher.probe(), "clean_top1": 1.0, "clean_images": 0}
+    cache = create_cache(folder / "cache", identity, views, facts, inventory)
+    whole = STEPS * BATCH // len(inventory) + 2
+    left = {(0, v) for v in range(views) if v // cache.recipe.mix_group == (views - 1) // cache.recipe.mix_group}
+    for block, view in sorted(set(cache.missing()) - left, key=lambda unit: unit[1]):
+        like = cache.commit_of(block, 0) if view >= whole else None
+        if like is None:
+            add_unit(cache, block, view)
+        else:  # neither synced nor read back, as stage 1 does it: these must only be there
+            path = cache.root / commit_file(block, view)
+            path.write_bytes(record_bytes(replace(like, view=view)))
+
+
+def add_unit(cache: Cache, block: int, view: int) -> None:
+    first, stop = cache.block_range(block)
+    order = quads(stop - first, cache.recipe, cache.inventory.id, block, view // cache.recipe.mix_group)
+    builder = UnitBuilder(cache.inventory, cache.recipe, cache.codecs, view, first, order)
+    rng = torch.Generator().manual_seed(block * 1000 + view)
+    dense = torch.randn(stop - first, len(cache.classes), *cache.grid, generator=rng)
+    encoded = {name: codec.encode(dense, dense.mean((2, 3))) for name, codec in cache.codecs.items()}
+    builder.add(np.arange(stop - first), np.zeros(stop - first, np.int64), encoded)
+    cache.add_unit(block, view, *builder.finish(), {}, {})
 
 
 if __name__ == "__main__":

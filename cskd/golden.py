@@ -22,7 +22,8 @@ GOLDEN = 256  # views replayed when versions have changed: each of DeiT's fiftee
 
 def golden_rows(cache: Cache, count: int) -> Iterator[tuple[int, int, Unit, NDArray[np.int64]]]:
     """About `count` of a cache's views, spread over its units: (block, view, unit, rows of it), the same every time."""
-    made = [(b, v) for b in range(cache.blocks) for v in range(cache.views) if cache.commit_of(b, v) is not None]
+    missing = set(cache.missing())
+    made = [(b, v) for b in range(cache.blocks) for v in range(cache.views) if (b, v) not in missing]
     chosen = (
         [made[i] for i in np.unique(np.linspace(0, len(made) - 1, min(count, len(made))).astype(int))] if made else []
     )

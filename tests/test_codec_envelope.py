@@ -266,3 +266,18 @@ def _imagenet_teacher(sample_data):
         return dense.permute(0, 3, 1, 2), model.forward_head(f)
 
     return run
+
+
+@pytest.mark.parametrize("piece", [1, 4, 100])
+def test_lookups_and_checks_do_not_depend_on_how_many_samples_go_at_a_time(monkeypatch, piece):
+    monkeypatch.setattr(module, "PIECE", piece)
+    dense = torch.randn(11, 20, 3, 2, generator=torch.Generator().manual_seed(2))
+    arrays = assert_exact(dense, dense.mean((2, 3)))
+    codec, index = get_codec("envelope", 20, (3, 2)), np.array([7, 0, 7])
+    for q in critical_blends(arrays):
+        np.testing.assert_array_equal(codec.hard_at(arrays, index, q), codec.hard(codec.take(arrays, index), q))
+    per_sample = arrays["n_extra"].sum((1, 2))
+    last = int(per_sample[:9].sum()) - 1  # the last segment of sample 8
+    arrays["extra"][last] = arrays["n_classes"][8]
+    with pytest.raises(CodecError, match="sample 8 of the unit has a segment beyond its list of classes"):
+        codec.check(arrays, 11, 20)

@@ -115,6 +115,10 @@ class Codec(ABC):
             out[i : i + HARD_CHUNK] = direct_hard(dense, image, blend).numpy()
         return out
 
+    def hard_at(self, arrays: Arrays, index: NDArray[np.integer[Any]], blend: int) -> U16:
+        """`hard` of the samples at `index`, in its order: uint16 [len(index), h, w]."""
+        return self.hard(self.take(arrays, index), blend)
+
     def logits(self, arrays: Arrays) -> tuple[F32, F32]:
         """Dense float32 [N, K, h, w] and global float32 [N, K] logits. Raises CodecError where the codec holds none."""
         import torch

@@ -23,7 +23,7 @@ m candidates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -40,6 +40,7 @@ F64 = NDArray[np.float64]
 
 CACHE_FLOATS = 1 << 19  # logits screened at a time on a CPU: ten 7x7x1000 maps; more leave its caches, fewer cost calls
 SLACK = 2.0**-19  # share of a cell's largest terms by which float32 screening may be off; the true bound is 2^-21
+PIECE = 1024  # samples of a unit looked up or checked at a time
 NEAR = 2.0**-20  # a crossing this close to a whole number is decided in exact arithmetic; the true bound is 2^-34
 
 
@@ -92,15 +93,37 @@ class EnvelopeCodec(Codec):
         """
         check_blend(blend)
         n_cells = self.grid[0] * self.grid[1]
-        cell_M = _owner(arrays["n_extra"])
-        last_M = arrays["start"] < blend  # active; of a cell's active segments the last one counts
-        last_M[:-1] &= ~(last_M[1:] & (cell_M[1:] == cell_M[:-1]))
-        index = np.flatnonzero(last_M)
-        cell = cell_M[index]
-        place = _begin(arrays["n_classes"])[cell // n_cells] + arrays["extra"][index]
         out: U16 = np.repeat(arrays["global_class"], n_cells)
-        out[cell] = _listed(arrays)[place]
+        begin_N, class_T = _begin(arrays["n_classes"]), _listed(arrays).astype(np.uint16)
+        for rows, part in self._pieces(arrays):
+            # Starts rise, so a cell's active segments are its first ones, and the last of them counts.
+            active_M = np.cumsum(np.append(False, part["start"] < blend), dtype=np.int64)
+            count_c = part["n_extra"].reshape(-1)
+            segment_c = np.cumsum(count_c, dtype=np.int64)
+            won_c = np.diff(active_M.take(segment_c), prepend=0)
+            segment_c += won_c - count_c - 1
+            cell = np.flatnonzero(won_c != 0)
+            place = begin_N[rows].take(cell // n_cells) + part["extra"].take(segment_c.take(cell))
+            out[rows.start * n_cells : rows.stop * n_cells][cell] = class_T.take(place)
         return out.reshape(-1, *self.grid)
+
+    def hard_at(self, arrays: Arrays, index: NDArray[np.integer[Any]], blend: int) -> U16:
+        """`hard` of the samples at `index`: all are looked up, which costs less than taking ragged rows apart."""
+        return self.hard(arrays, blend).take(index, 0)
+
+    def _pieces(self, arrays: Arrays) -> Iterator[tuple[slice, Arrays]]:
+        """Runs of samples, and their counts and segments: small enough to stay in a core's cache, and for their
+        temporaries to be memory used before, since that of a whole unit comes from the system, page by page, each time."""
+        n_extra, N = arrays["n_extra"], len(arrays["n_extra"])
+        end_N = np.cumsum(n_extra.sum((1, 2), dtype=np.int64))
+        before = 0
+        for first in range(0, N, PIECE):
+            rows = slice(first, min(first + PIECE, N))
+            segments = slice(before, before := int(end_N[rows.stop - 1]))
+            yield (
+                rows,
+                {"n_extra": n_extra[rows], "start": arrays["start"][segments], "extra": arrays["extra"][segments]},
+            )
 
     def concat(self, parts: Sequence[Arrays]) -> Arrays:
         """The samples of all parts, in order."""
@@ -130,31 +153,53 @@ class EnvelopeCodec(Codec):
                 if len(arrays[name]) != (total := int(arrays[count].sum(dtype=np.int64))):
                     found = f"envelope/{count} counts {total}, envelope/{name} has {len(arrays[name])}"
                     raise CodecError(f"{found}; run cskd verify")
-        cell = _owner(arrays["n_extra"])
-        sample = cell // (self.grid[0] * self.grid[1])
-        owner_T, class_T = _owner(n_classes), _listed(arrays)
-        same = cell[1:] == cell[:-1]
         checks = [
-            ("class list that does not rise", owner_T[1:][(np.diff(owner_T) == 0) & (arrays["class_step"][1:] == 0)]),
-            (f"class beyond {classes - 1}", owner_T[class_T >= classes]),
-            ("segment beyond its list of classes", sample[extra >= n_classes[sample]]),
-            ("start that does not rise", sample[1:][same & (start[1:] <= start[:-1])]),
-            ("segment of the class before it", sample[1:][same & (extra[1:] == extra[:-1])]),
+            (
+                "class list that does not rise",
+                n_classes,
+                _inner(n_classes, arrays["class_step"]) & (arrays["class_step"] == 0),
+            ),
+            (f"class beyond {classes - 1}", n_classes, _listed(arrays) >= classes),
         ]
-        for what, samples in checks:
-            if len(samples):
-                raise CodecError(f"envelope: sample {samples[0]} of the unit has a {what}; run cskd verify")
+        _refuse(0, checks)
+        for rows, part in self._pieces(arrays):
+            extra, start = part["extra"], part["start"]
+            per_sample = part["n_extra"].sum((1, 2), dtype=np.int64)
+            inner = _inner(part["n_extra"].reshape(-1), start)
+            checks = [
+                ("segment beyond its list of classes", per_sample, extra >= np.repeat(n_classes[rows], per_sample)),
+                ("start that does not rise", per_sample, inner & _pairs(np.less_equal, start)),
+                ("segment of the class before it", per_sample, inner & _pairs(np.equal, extra)),
+            ]
+            _refuse(rows.start, checks)
+
+
+def _refuse(first: int, checks: list[tuple[str, NDArray[Any], NDArray[np.bool_]]]) -> None:
+    """CodecError for the first check with a wrong entry; `first` sample, and what is wrong, entries a sample, wrong ones."""
+    for what, counts, wrong in checks:
+        if wrong.any():
+            sample = first + int(np.searchsorted(np.cumsum(counts, dtype=np.int64), int(wrong.argmax()), side="right"))
+            raise CodecError(f"envelope: sample {sample} of the unit has a {what}; run cskd verify")
+
+
+def _inner(count: NDArray[Any], entries: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which entries of a ragged array are not the first of their owner."""
+    inner = np.ones(len(entries) + 1, bool)
+    inner[_begin(count)] = False  # an owner of nothing marks the next one's first entry, or the end
+    return inner[:-1]
+
+
+def _pairs(compare: np.ufunc, x: NDArray[Any]) -> NDArray[np.bool_]:
+    """compare(entry, the one before it), false for the first."""
+    result = np.zeros(len(x), bool)
+    compare(x[1:], x[:-1], out=result[1:])
+    return result
 
 
 def _begin(count_N: NDArray[Any]) -> I64:
     """Where each sample's entries begin in a ragged array, int64 [N]."""
     begin: I64 = np.cumsum(count_N, dtype=np.int64) - count_N
     return begin
-
-
-def _owner(count: NDArray[Any]) -> NDArray[np.int32]:
-    """Which count each entry of a ragged array belongs to, through the whole unit: int32 [count.sum()]."""
-    return np.repeat(np.arange(count.size, dtype=np.int32), count.reshape(-1))
 
 
 def _spans(count_N: NDArray[Any], index: NDArray[np.integer[Any]]) -> I64:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 from cskd.epoch_table import TargetSpec, build_table, segments
 from cskd.live import LiveViews
@@ -44,13 +45,14 @@ class RunTasks:
         self.cache, self.plan, self.targets, self.evaluate = cache, plan, targets, evaluate
         self.scratch, self.start, self.stop, self.rank = scratch, start, stop, rank
 
-        self._pool = ThreadPoolExecutor(1, "epoch-table")
+        self._pool, self._ended = ThreadPoolExecutor(1, "epoch-table"), Event()
 
     def __enter__(self) -> RunTasks:
         return self
 
     def __exit__(self, *error: object) -> None:
         # Here and not in the generator: a garbage collector may close that one in the very thread it would wait for.
+        self._ended.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __iter__(self) -> Iterator[TrainTask | EvalTask]:
@@ -61,10 +63,9 @@ class RunTasks:
             stretch, table = ready
             ahead = self._pool.submit(next, stretches, None)
             for step in range(stretch.first, stretch.stop):
-                if self.start <= stretch.epoch * self.plan.steps + step < self.stop:
-                    at = (step - stretch.first) * share
-                    yield TrainTask(table, at, at + share)
-            if stretch.stop == self.plan.steps:
+                at = (step - stretch.first) * share
+                yield TrainTask(table, at, at + share)
+            if stretch.stop == self._end(stretch.epoch):
                 yield from self.evaluate(stretch.epoch)
 
     def _stretches(self) -> Iterator[tuple[Stretch, Path]]:
@@ -73,12 +74,15 @@ class RunTasks:
         share = batch // self.plan.ranks
         for epoch in range(self.start // steps, -(-self.stop // steps)):
             mine = rank_share(epoch_plan(self.plan, epoch), batch, self.rank, self.plan.ranks)
-            for first, stop in segments(mine, self.targets(epoch), share):
+            begin = (self.start - epoch * steps) * share if epoch == self.start // steps else None
+            for first, stop in segments(mine, self.targets(epoch), share, begin, self._end(epoch) * share):
                 stretch = Stretch(epoch, first // share, stop // share)
-                if epoch * steps + stretch.stop <= self.start:
-                    continue
                 folder = self._folder(epoch) / f"{stretch.first:07d}"
-                yield stretch, build_table(self.cache, mine, self.targets(epoch), first, stop, folder)
+                yield stretch, build_table(self.cache, mine, self.targets(epoch), first, stop, folder, self._ended)
+
+    def _end(self, epoch: int) -> int:
+        """How many steps of an epoch the run has."""
+        return min(self.plan.steps, self.stop - epoch * self.plan.steps)
 
     def _folder(self, epoch: int) -> Path:
         return self.scratch / f"rank{self.rank:03d}" / f"epoch{epoch:05d}"

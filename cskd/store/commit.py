@@ -83,6 +83,14 @@ def read_commit(root: Path, block: int, view: int) -> Commit | None:
     return _parse(raw, path, block, view)
 
 
+def record_names(root: Path, block: int) -> set[str]:
+    """The names in the folder of a block's records, see `format.record_name`; whether any is valid is not looked at."""
+    try:
+        return set(os.listdir((root / commit_file(block, 0)).parent))
+    except FileNotFoundError:
+        return set()
+
+
 def _parse(raw: Any, path: Path, block: int, view: int) -> Commit:
     try:
         body = raw["commit"]

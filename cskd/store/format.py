@@ -63,4 +63,9 @@ def unit_file(block: int, view: int, codec: str, digest: str) -> PurePosixPath:
 
 def commit_file(block: int, view: int) -> PurePosixPath:
     """Path of a unit's commit record inside the cache."""
-    return PurePosixPath("commits") / f"b{block:05d}" / f"v{view:04d}.json"
+    return PurePosixPath(f"commits/b{block:05d}/{record_name(view)}")  # one path: three joined take three times as long
+
+
+def record_name(view: int) -> str:
+    """File name of a unit's commit record in its block's folder."""
+    return f"v{view:04d}.json"

