@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,8 @@ __all__ = [
     "load_teacher",
     "probe_images",
 ]
+
+_COUNTING = threading.Lock()  # stage 1 runs forwards in several threads
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -128,7 +131,8 @@ class Teacher:
         }
 
     def _features(self, pixels_BCHW: Tensor) -> Tensor:
-        self.forwards += len(pixels_BCHW)
+        with _COUNTING:
+            self.forwards += len(pixels_BCHW)
         count_teacher_images(len(pixels_BCHW))
         x = self.prepare(pixels_BCHW).to(self.dtype)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
