@@ -225,7 +225,7 @@ def uses_bf16(config: TeacherConfig, device: torch.device) -> bool:
     """Whether the backbone is autocast: `auto` means on devices that multiply bf16 numbers, not only imitate it."""
     if config.autocast == "auto":
         if device.type == "cuda":
-            return torch.cuda.is_bf16_supported(including_emulation=False)
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
         return device.type == "cpu" and cpu_has_bf16()
     return config.autocast == "bf16"
 
