@@ -45,7 +45,7 @@ from cskd.store.commit import write_whole
 from cskd.store.format import RESOLVED
 from cskd.teacher import Teacher, check_clean, clean_top1, compare_probe, load_teacher
 from cskd.unit_builder import PassBuilder, UnitBuilder
-from pipeline.progress import Progress, bound_by
+from pipeline.progress import Pool, Progress, bound_by
 
 WAIT = 2.0  # seconds between two looks at what other processes are making
 
@@ -58,6 +58,7 @@ class CacheReport:
     units: int  # made by this run
     images: int  # views made by this run
     seconds: float
+    loop_seconds: float  # from the first chunk of views to the last commit
     clean_top1: float
     quarantined: int  # images of the whole cache
     content_root: str
@@ -81,22 +82,22 @@ def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
     maker = ViewMaker(inventory, config.recipe)
     cache = _open_or_create(config, inventory, teacher, maker)
 
-    seconds: defaultdict[str, float] = defaultdict(float)
-    total = _left(cache)
+    total, loop_clock = _left(cache), 0.0
     with (
         Claims(cache.root) as claims,
         _thread("write") as writer,
         Lanes(device) as lanes,
         Progress("cache-teacher", total, "views", quiet=quiet) as progress,
     ):
-        line = _Line(cache, teacher, config, claims, lanes, writer, seconds)
+        line = _Line(cache, teacher, config, claims, lanes, writer)
         while passes := _passes(cache):
             claimed: deque[tuple[PassBuilder, Path]] = deque()
             tasks = _claimed_tasks(cache, passes, claims, claimed, config.teacher.batch)
             pin = device.type == "cuda"
             results = iter(Stream(ChunkMaker(maker, inventory.id), tasks, config.cache.workers, pin_memory=pin))
             before, by_others = line.units, total - _left(cache) - line.images
-            while chunk := _timed(results, seconds):
+            for chunk in results:
+                loop_clock = loop_clock or time.perf_counter()
                 line.feed(*claimed[0], chunk)
                 if claimed[0][0].all_begun:
                     claimed.popleft()
@@ -105,15 +106,17 @@ def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
             progress.update(by_others + line.images)
             if line.units == before:
                 time.sleep(WAIT)  # others are making all that is missing
+    loop_seconds = time.perf_counter() - loop_clock if loop_clock else 0.0
     return CacheReport(
         cache=str(cache.root),
         units=line.units,
         images=line.images,
         seconds=time.perf_counter() - start,
+        loop_seconds=loop_seconds,
         clean_top1=cache.manifest["clean_top1"],
         quarantined=int(cache.quarantined().sum()),
         content_root=cache.content_root(),
-        bound_by=bound_by(dict(seconds), line.images, "views") if seconds else "nothing was missing",
+        bound_by=bound_by(line.pools, loop_seconds, line.images, "views") if line.images else "nothing was missing",
     )
 
 
@@ -214,14 +217,6 @@ def _claimed_tasks(
         yield from chunks(block, views, first, order, batch)
 
 
-def _timed(results: Iterator[ChunkViews], seconds: defaultdict[str, float]) -> ChunkViews | None:
-    """The next result, None after the last; the time it was waited for is counted."""
-    clock = time.perf_counter()
-    chunk = next(results, None)
-    seconds["decode and augment (waited for)"] += time.perf_counter() - clock
-    return chunk
-
-
 @contextlib.contextmanager
 def _thread(name: str) -> Iterator[ThreadPoolExecutor]:
     """One thread; at the end what it is at is waited for, and what still waits for it is dropped."""
@@ -256,16 +251,32 @@ class _Line:
         claims: Claims,
         lanes: Lanes,
         writer: ThreadPoolExecutor,
-        seconds: defaultdict[str, float],
     ) -> None:
         self.images = self.units = 0  # whose targets are in, and committed
+        self._seconds: defaultdict[str, float] = defaultdict(float)  # of each part, summed over all who do it
         self._cache, self._teacher, self._config = cache, teacher, config
-        self._claims, self._lanes, self._writer, self._seconds = claims, lanes, writer, seconds
+        self._claims, self._lanes, self._writer = claims, lanes, writer
         self._underway: deque[_Batch] = deque()
         self._writing: deque[Future[tuple[int, float]]] = deque()
 
+    @property
+    def pools(self) -> list[Pool]:
+        """Who did what for how long."""
+
+        def of(*names: str) -> dict[str, float]:
+            return {name: self._seconds[name] for name in names}
+
+        workers = max(1, self._config.cache.workers)
+        return [
+            Pool(workers, of("decode", "augment")),
+            Pool(self._lanes.count, of("teacher", "encode")),
+            Pool(1, of("write")),
+        ]
+
     def feed(self, work: PassBuilder, claim: Path, chunk: ChunkViews) -> None:
         """Begin the views of a chunk; returns when there is room for another. Raises what went wrong since the last call."""
+        self._seconds["decode"] += chunk.decode_seconds
+        self._seconds["augment"] += chunk.augment_seconds
         position = chunk.task.position
         bad = {int(position[row]): reason for row, reason in chunk.bad.items()}
         work.quarantine |= bad
@@ -321,8 +332,8 @@ class _Line:
         batch.unit.add(batch.position, batch.crc, encoded)
         batch.work.rows += batch.rows
         self.images += batch.rows
-        self._seconds["teacher"] += forward / self._lanes.count
-        self._seconds["encode"] += encode / self._lanes.count
+        self._seconds["teacher"] += forward
+        self._seconds["encode"] += encode
         if batch.work.complete:
             self._writing.append(self._writer.submit(self._commit, batch.work, batch.claim))
 
