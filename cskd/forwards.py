@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+
 _images = 0
+_lock = threading.Lock()  # forwards run in several threads
 
 
 def count_teacher_images(n: int) -> None:
     """Called by `cskd.teacher` for every forward of n images."""
     global _images
-    _images += n
+    with _lock:
+        _images += n
 
 
 def teacher_images() -> int:

@@ -1,7 +1,8 @@
-"""Collects one unit's rows as the teacher's batches come in, and puts them in block order."""
+"""Collects the rows of units as the teacher's batches come in, and puts them in block order."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,16 @@ class UnitBuilder:
                 if j >= 0:
                     fields.partner[j], fields.mode[j], fields.lam[j], fields.box[j] = -1, NONE, 0, 0
 
+    def mixing_rows(self, position: NDArray[np.int64]) -> tuple[NDArray[Any], ...]:
+        """The mixing of a batch of whole quads at these positions, for `mix_pixels`: partner (a row of the batch; its own
+        row where unmixed), mode, lambda and box."""
+        m, rows = self.mixing, np.arange(len(position))
+        row_of = np.zeros(len(m.mode), np.int64)
+        row_of[position] = rows
+        mode = m.mode[position]
+        partner = np.where(mode == NONE, rows, row_of[m.partner[position]])
+        return partner, mode, m.lam[position].astype(np.int64), m.box[position].astype(np.int64)
+
     def add(self, position: NDArray[np.int64], crc: NDArray[np.int64], encoded: dict[str, Arrays]) -> None:
         """Targets and pixel digests of some good samples, by their positions in the block."""
         self._crc[position] = crc
@@ -78,3 +89,25 @@ class UnitBuilder:
         )
         targets = {name: codec.take(codec.concat(self._parts[name]), order) for name, codec in self._codecs.items()}
         return fields, targets
+
+
+@dataclass
+class PassBuilder:
+    """The units of one pass: the missing views of one mixing group of one block, made from one decoding of its images."""
+
+    block: int
+    first: int  # the block's first sample
+    order: NDArray[np.int64]  # of the block's positions, as their quads come
+    units: list[UnitBuilder]
+    views: tuple[int, ...]
+    quarantine: dict[int, str] = field(default_factory=dict)  # position -> reason
+    begun: int = 0  # rows handed to the teacher, in every view
+    rows: int = 0  # rows whose targets are in, summed over the views
+
+    @property
+    def all_begun(self) -> bool:
+        return self.begun == len(self.order)
+
+    @property
+    def complete(self) -> bool:
+        return self.rows == len(self.order) * len(self.views)

@@ -2,8 +2,9 @@
 
     plan      which units (one view of one block) are missing
     load      the teacher, checked on clean images before the first unit
-    loop      augmented quads -> mixed on the device -> dense and global logits -> codecs
-    commit    a unit at a time; killing the process loses at most the pass it was in
+    loop      augmented quads -> mixed on the device -> dense and global logits -> codecs, a few batches at once
+    commit    a unit at a time, while the teacher goes on; killing the process loses at most what was not committed of the
+              pass it was in and of the one before
     seal      when all are there
 
 The same command resumes, and run several times at once it shares the work. Launch: `cskd cache-teacher configs/imagenet_sample.yaml`.
@@ -15,6 +16,7 @@ import contextlib
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,25 +28,26 @@ from rich.console import Console
 from rich.markup import escape
 
 from cskd.augment.device import mix_pixels
-from cskd.augment.mixing import NONE, quads
-from cskd.codecs import get_codec
+from cskd.augment.mixing import quads
+from cskd.codecs import Arrays, get_codec
 from cskd.config import Config, from_dict, to_dict, to_yaml
 from cskd.devices import pick_device
 from cskd.errors import CacheError, ConfigError, DataError, ImageError
 from cskd.golden import check_versions
 from cskd.identity import identity_of, library_versions
 from cskd.inventory import Inventory, open_inventory
+from cskd.lanes import Lanes
 from cskd.loading.stage1 import Chunk, ChunkMaker, ChunkViews, chunks, pad_rows
 from cskd.loading.stream import Stream
 from cskd.loading.views import ViewMaker
 from cskd.store.cache import Cache, create_cache
 from cskd.store.claims import Claims
-from cskd.store.commit import Commit, write_whole
+from cskd.store.commit import write_whole
 from cskd.store.format import RESOLVED
 from cskd.store.seal import seal_cache
 from cskd.teacher import Teacher, check_clean, clean_top1, compare_probe, load_teacher
-from cskd.unit_builder import UnitBuilder
-from pipeline.progress import Progress, bound_by
+from cskd.unit_builder import PassBuilder, UnitBuilder
+from pipeline.progress import Pool, Progress, bound_by
 
 WAIT = 2.0  # seconds between two looks at what other processes are making
 
@@ -57,6 +60,7 @@ class CacheReport:
     units: int  # made by this run
     images: int  # views made by this run
     seconds: float
+    loop_seconds: float  # from the first chunk of views to the last commit
     clean_top1: float
     quarantined: int  # images of the whole cache
     content_root: str
@@ -80,32 +84,41 @@ def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
     maker = ViewMaker(inventory, config.recipe)
     cache = _open_or_create(config, inventory, teacher, maker)
 
-    seconds: defaultdict[str, float] = defaultdict(float)
-    images = units = 0
-    total = _left(cache)
-    with Claims(cache.root) as claims, Progress("cache-teacher", total, "views", quiet=quiet) as progress:
+    total, loop_clock = _left(cache), 0.0
+    with (
+        Claims(cache.root) as claims,
+        _thread("write") as writer,
+        Lanes(device) as lanes,
+        Progress("cache-teacher", total, "views", quiet=quiet) as progress,
+    ):
+        line = _Line(cache, teacher, config, claims, lanes, writer)
         while passes := _passes(cache):
-            taken: deque[Path] = deque()
-            tasks = _claimed_tasks(cache, passes, claims, taken, config.teacher.batch)
-            results = iter(Stream(ChunkMaker(maker, inventory.id), tasks, config.cache.workers))
-            made = units
-            while chunk := _timed(results, seconds):
-                done = total - _left(cache)  # by this process and by others
-                commits = _make_units(cache, chunk, results, teacher, config, seconds, progress, done)
-                claims.release([taken.popleft()])
-                images += sum(c.samples for c in commits)
-                units += len(commits)
-            if units == made:
+            claimed: deque[tuple[PassBuilder, Path]] = deque()
+            tasks = _claimed_tasks(cache, passes, claims, claimed, config.teacher.batch)
+            pin = device.type == "cuda"
+            results = iter(Stream(ChunkMaker(maker, inventory.id), tasks, config.cache.workers, pin_memory=pin))
+            before, by_others = line.units, total - _left(cache) - line.images
+            for chunk in results:
+                loop_clock = loop_clock or time.perf_counter()
+                line.feed(*claimed[0], chunk)
+                if claimed[0][0].all_begun:
+                    claimed.popleft()
+                progress.update(by_others + line.images)
+            line.drain()
+            progress.update(by_others + line.images)
+            if line.units == before:
                 time.sleep(WAIT)  # others are making all that is missing
+    loop_seconds = time.perf_counter() - loop_clock if loop_clock else 0.0
     return CacheReport(
         cache=str(cache.root),
-        units=units,
-        images=images,
+        units=line.units,
+        images=line.images,
         seconds=time.perf_counter() - start,
+        loop_seconds=loop_seconds,
         clean_top1=cache.manifest["clean_top1"],
         quarantined=int(cache.quarantined().sum()),
         content_root=seal_cache(cache, config.cache.max_quarantine).content_root,
-        bound_by=bound_by(dict(seconds), images, "views") if seconds else "nothing was missing",
+        bound_by=bound_by(line.pools, loop_seconds, line.images, "views") if line.images else "nothing was missing",
     )
 
 
@@ -183,9 +196,14 @@ def _left(cache: Cache) -> int:
 
 
 def _claimed_tasks(
-    cache: Cache, passes: list[tuple[int, tuple[int, ...]]], claims: Claims, taken: deque[Path], batch: int
+    cache: Cache,
+    passes: list[tuple[int, tuple[int, ...]]],
+    claims: Claims,
+    claimed: deque[tuple[PassBuilder, Path]],
+    batch: int,
 ) -> Iterator[Chunk]:
-    """The tasks of every pass that no other process is at, drawn while those before it run; their claims go to `taken`."""
+    """The tasks of every pass that no other process is at, drawn while those before it run; the passes, each with its claim,
+    go to `claimed`."""
     for block, views in passes:
         claim = claims.take(f"b{block:05d}.g{views[0] // cache.recipe.mix_group:04d}")
         if claim is None:
@@ -194,95 +212,145 @@ def _claimed_tasks(
         if not views:
             claims.release([claim])
             continue
-        taken.append(claim)
         first, stop = cache.block_range(block)
-        yield from chunks(block, views, first, _order(cache, block, views, stop - first), batch)
+        order = quads(stop - first, cache.recipe, cache.inventory.id, block, views[0] // cache.recipe.mix_group)
+        units = [UnitBuilder(cache.inventory, cache.recipe, cache.codecs, v, first, order) for v in views]
+        claimed.append((PassBuilder(block, first, order, units, views), claim))
+        yield from chunks(block, views, first, order, batch)
 
 
-def _timed(results: Iterator[ChunkViews], seconds: defaultdict[str, float]) -> ChunkViews | None:
-    """The next result, None after the last; the time it was waited for is counted."""
-    clock = time.perf_counter()
-    chunk = next(results, None)
-    seconds["decode and augment (waited for)"] += time.perf_counter() - clock
-    return chunk
+@contextlib.contextmanager
+def _thread(name: str) -> Iterator[ThreadPoolExecutor]:
+    """One thread; at the end what it is at is waited for, and what still waits for it is dropped."""
+    pool = ThreadPoolExecutor(1, name)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _order(cache: Cache, block: int, views: tuple[int, ...], n: int) -> NDArray[np.int64]:
-    return quads(n, cache.recipe, cache.inventory.id, block, views[0] // cache.recipe.mix_group)
+@dataclass(frozen=True)
+class _Batch:
+    """One view of a chunk, under way in a lane; position int64 and crc int64 of its good rows."""
+
+    work: PassBuilder
+    claim: Path
+    unit: UnitBuilder
+    rows: int  # bad ones included
+    position: NDArray[np.int64]
+    crc: NDArray[np.int64]
+    targets: Future[tuple[dict[str, Arrays], float, float]]
 
 
-def _make_units(
-    cache: Cache,
-    chunk: ChunkViews,
-    results: Iterator[ChunkViews],
-    teacher: Teacher,
-    config: Config,
-    seconds: defaultdict[str, float],
-    progress: Progress,
-    done: int,
-) -> list[Commit]:
-    """One pass, of which `chunk` is the first: its views for every sample of its block, then one commit a view."""
-    block, views = chunk.task.block, chunk.task.views
-    first, stop = cache.block_range(block)
-    order = _order(cache, block, views, stop - first)
-    builders = [UnitBuilder(cache.inventory, config.recipe, cache.codecs, v, first, order) for v in views]
-    quarantine: dict[int, str] = {}
-    seen = 0
-    while True:
+class _Line:
+    """From chunks to commits: batches are with the lanes, whole passes with the writer, and results are taken in order."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        teacher: Teacher,
+        config: Config,
+        claims: Claims,
+        lanes: Lanes,
+        writer: ThreadPoolExecutor,
+    ) -> None:
+        self.images = self.units = 0  # whose targets are in, and committed
+        self._seconds: defaultdict[str, float] = defaultdict(float)  # of each part, summed over all who do it
+        self._cache, self._teacher, self._config = cache, teacher, config
+        self._claims, self._lanes, self._writer = claims, lanes, writer
+        self._underway: deque[_Batch] = deque()
+        self._writing: deque[Future[tuple[int, float]]] = deque()
+
+    @property
+    def pools(self) -> list[Pool]:
+        """Who did what for how long."""
+
+        def of(*names: str) -> dict[str, float]:
+            return {name: self._seconds[name] for name in names}
+
+        workers = max(1, self._config.cache.workers)
+        return [
+            Pool(workers, of("decode", "augment")),
+            Pool(self._lanes.count, of("teacher", "encode")),
+            Pool(1, of("write")),
+        ]
+
+    def feed(self, work: PassBuilder, claim: Path, chunk: ChunkViews) -> None:
+        """Begin the views of a chunk; returns when there is room for another. Raises what went wrong since the last call."""
+        self._seconds["decode"] += chunk.decode_seconds
+        self._seconds["augment"] += chunk.augment_seconds
         position = chunk.task.position
         bad = {int(position[row]): reason for row, reason in chunk.bad.items()}
-        quarantine |= bad
-        refuse_too_many(quarantine, stop - first, cache.inventory, first, config.cache.max_quarantine)
+        work.quarantine |= bad
+        refuse_too_many(
+            work.quarantine, len(work.order), self._cache.inventory, work.first, self._config.cache.max_quarantine
+        )
         good = np.array([row for row in range(len(position)) if row not in chunk.bad], np.int64)
-        for v, builder in enumerate(builders):
-            builder.drop(np.array(list(bad), np.int64))
-            if len(good) == 0:
-                continue
-            clock = time.perf_counter()
-            dense, logits = _teacher_batch(teacher, chunk.pixels[v], position, builder, config.teacher.batch, good)
-            seconds["teacher"] += time.perf_counter() - clock
-            clock = time.perf_counter()
-            encoded = {name: codec.encode(dense, logits) for name, codec in cache.codecs.items()}
-            builder.add(position[good], chunk.crc[v][good], encoded)
-            seconds["encode"] += time.perf_counter() - clock
-        seen += len(position)
-        progress.update(done + seen * len(views))
-        following = _timed(results, seconds) if seen < len(order) else None
-        if following is None:
-            break
-        chunk = following
-    clock = time.perf_counter()
-    commits = [cache.add_unit(block, v, *b.finish(), quarantine, {}) for v, b in zip(views, builders, strict=True)]
-    seconds["write"] += time.perf_counter() - clock
-    return commits
+        for v, unit in enumerate(work.units):
+            unit.drop(np.array(list(bad), np.int64))
+            mixing = tuple(torch.from_numpy(field) for field in unit.mixing_rows(position))
+            targets = self._lanes.submit(self._targets, chunk.pixels[v], mixing, good)
+            crc = chunk.crc[v][good]
+            self._underway.append(_Batch(work, claim, unit, len(position), position[good], crc, targets))
+        work.begun += len(position)
+        while len(self._underway) > self._lanes.room:
+            self._collect()
+        while self._writing and (self._writing[0].done() or len(self._writing) > 1):
+            self._committed()
 
+    def drain(self) -> None:
+        """Wait for all that was begun, and its commits."""
+        while self._underway:
+            self._collect()
+        while self._writing:
+            self._committed()
 
-def _teacher_batch(
-    teacher: Teacher,
-    views_BHWC: torch.Tensor,
-    position: NDArray[np.int64],
-    builder: UnitBuilder,
-    batch: int,
-    good: NDArray[np.int64],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mix one chunk on the device as the student's input is mixed, and run the teacher on it, padded to a fixed size.
+    def _targets(
+        self, views_BHWC: torch.Tensor, mixing: tuple[torch.Tensor, ...], good: NDArray[np.int64]
+    ) -> tuple[dict[str, Arrays], float, float]:
+        """In a lane: mix a chunk as the student's input is mixed, run the teacher on it, padded to a fixed size, and encode
+        the rows `good`.
 
-    Returns: dense float32 [G, K, h, w] and global float32 [G, K] logits of the rows `good`.
-    """
-    m = builder.mixing
-    row_of = np.full(int(position.max()) + 1, -1, np.int64)
-    row_of[position] = np.arange(len(position))
-    rows = np.arange(len(position))
-    partner = np.where(m.mode[position] == NONE, rows, row_of[np.maximum(m.partner[position], position.min())])
-    fields = (partner, m.mode[position], m.lam[position].astype(np.int64), m.box[position].astype(np.int64))
-    device = teacher.device
-    pixels = mix_pixels(
-        views_BHWC.to(device, non_blocking=True),
-        *(torch.from_numpy(np.ascontiguousarray(f)).to(device) for f in fields),
-    )
-    dense, logits = teacher.forward_dense(pad_rows(pixels, batch))
-    keep = torch.from_numpy(good).to(device)
-    return dense[keep], logits[keep]
+        Returns: arrays by codec, and the seconds of teacher and encoding.
+        """
+        if len(good) == 0:
+            return {}, 0.0, 0.0
+        begun, device = time.perf_counter(), self._teacher.device
+        inputs = [t.to(device, non_blocking=True) for t in (views_BHWC, *mixing)]
+        keep = torch.from_numpy(good).to(device)
+        with self._lanes.launching():
+            pixels = mix_pixels(*inputs)
+            dense, logits = self._teacher.forward_dense(pad_rows(pixels, self._config.teacher.batch))
+            if len(good) < len(dense):
+                dense, logits = dense[keep], logits[keep]
+        middle = time.perf_counter()
+        encoded = {name: codec.encode(dense, logits) for name, codec in self._cache.codecs.items()}
+        return encoded, middle - begun, time.perf_counter() - middle
+
+    def _collect(self) -> None:
+        """Take the oldest batch's targets; the last one of a pass sends it to the writer."""
+        batch = self._underway.popleft()
+        encoded, forward, encode = batch.targets.result()
+        batch.unit.add(batch.position, batch.crc, encoded)
+        batch.work.rows += batch.rows
+        self.images += batch.rows
+        self._seconds["teacher"] += forward
+        self._seconds["encode"] += encode
+        if batch.work.complete:
+            self._writing.append(self._writer.submit(self._commit, batch.work, batch.claim))
+
+    def _commit(self, work: PassBuilder, claim: Path) -> tuple[int, float]:
+        """In the writer: one commit a view, then the claim is given back. Returns units and seconds."""
+        clock = time.perf_counter()
+        for view, unit in zip(work.views, work.units, strict=True):
+            self._cache.add_unit(work.block, view, *unit.finish(), work.quarantine, {})
+        self._claims.release([claim])
+        return len(work.views), time.perf_counter() - clock
+
+    def _committed(self) -> None:
+        units, seconds = self._writing.popleft().result()
+        self.units += units
+        self._seconds["write"] += seconds
 
 
 def refuse_too_many(quarantine: dict[int, str], n: int, inventory: Inventory, first: int, limit: float) -> None:

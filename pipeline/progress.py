@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -110,18 +111,34 @@ class Progress:
         self._console.print(f"{self.what}: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
-def bound_by(seconds: Mapping[str, float], units: int = 0, unit: str = "images") -> str:
-    """Which part of the work took longest, in one line; with `units`, how fast each part alone would be.
+@dataclass(frozen=True)
+class Pool:
+    """Parts of the work that the same `workers` threads or processes do in turn; seconds of each, summed over them all."""
 
-    bound_by({"decode": 0.3, "teacher": 1.2}, 600)
-    -> 'bound by teacher (1.2 s of 1.5 s): teacher 500 images/s · decode 2,000 images/s'
+    workers: int
+    seconds: Mapping[str, float]
+
+    @property
+    def busy(self) -> float:
+        """Seconds that each of the workers was at work."""
+        return sum(self.seconds.values()) / self.workers
+
+
+def bound_by(pools: Sequence[Pool], elapsed: float, units: int, unit: str = "images") -> str:
+    """Which part of the work holds up the rest, in one line, and how many units a second each part alone would do.
+
+    The pools work side by side, so that the busiest one decides; of its parts the longest is named.
+
+    bound_by([Pool(2, {"decode": 0.8, "augment": 0.4}), Pool(1, {"teacher": 1.2, "encode": 0.1})], 1.5, 600)
+    -> 'bound by teacher (busy 1.3 s of 1.5 s): teacher 500 images/s · decode 1,500 images/s · augment 3,000 images/s · ...'
     """
-    parts = sorted(((s, name) for name, s in seconds.items() if s > 0), reverse=True)
+    parts = [(s / pool.workers, name) for pool in pools for name, s in pool.seconds.items() if s > 0]
     if not parts:
         return "bound by nothing: no time was spent"
-    whole = sum(s for s, _ in parts)
-    each = " · ".join(f"{name} {_rate(units, s, unit) if units else duration(s)}" for s, name in parts)
-    return f"bound by {parts[0][1]} ({duration(parts[0][0])} of {duration(whole)}): {each}"
+    pool = max(pools, key=lambda p: p.busy)
+    longest = max(pool.seconds, key=lambda name: pool.seconds[name])
+    each = " · ".join(f"{name} {_rate(units, s, unit)}" for s, name in sorted(parts, reverse=True))
+    return f"bound by {longest} (busy {duration(pool.busy)} of {duration(elapsed)}): {each}"
 
 
 def duration(seconds: float) -> str:

@@ -52,7 +52,7 @@ from pipeline.conflicts import refuse_conflicts, refuse_other_code, refuse_other
 from pipeline.evaluate import score_heads
 from pipeline.metrics import MetricsLog
 from pipeline.online import open_online
-from pipeline.progress import Progress, bound_by
+from pipeline.progress import Pool, Progress, bound_by
 
 TERMS = ("label", "dist", "patch")  # of the loss, as logged
 
@@ -137,7 +137,7 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
     inputs = InputMaker(run.student.mean, run.student.std, device)
     net = _parallel(run)
     tasks, batches = _batches(run, verify_replay)
-    seconds = {"wait for views": 0.0, "student": 0.0, "evaluate": 0.0}
+    seconds = dict.fromkeys(("decode", "augment", "teacher", "student", "evaluate"), 0.0)
 
     with (
         tasks,
@@ -149,14 +149,17 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
             epoch_clock = time.perf_counter()
             end = min(run.stop, (epoch + 1) * plan.steps)
             while step < end:
-                clock = time.perf_counter()
                 batch = next(batches)
-                seconds["wait for views"] += time.perf_counter() - clock
+                for part, spent in zip(("decode", "augment"), batch["seconds"].tolist(), strict=True):
+                    seconds[part] += spent
+                clock = time.perf_counter()
+                targets = run.targets.of(batch, epoch, device)
+                seconds["teacher"] += time.perf_counter() - clock
                 clock = time.perf_counter()
                 reseed_step(config.train.seed, step, ranks.rank)
                 with autocast(config.train.autocast, device):
                     out = net(inputs.mixed(batch), run.views.grid if criterion.uses_patches else None)
-                loss, terms = criterion(out, mixed_labels(batch, device), run.targets.of(batch, epoch, device))
+                loss, terms = criterion(out, mixed_labels(batch, device), targets)
                 run.optimisation.update(loss, step)
                 step, counted = step + 1, counted + 1
                 losses += torch.stack([loss.detach(), *(terms.get(name, losses.new_zeros(())) for name in TERMS)])
@@ -194,7 +197,7 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
         seconds=time.perf_counter() - start_clock,
         teacher_forwards=teacher_images() - forwards_before,
         top1={name.removeprefix("top1."): top1 for name, top1 in last.items() if name.startswith("top1.")},
-        bound_by=bound_by(seconds, images),
+        bound_by=bound_by(_pools(run, seconds, tasks.read_seconds), time.perf_counter() - start_clock, images),
         notes=run.notes,
     )
 
@@ -302,6 +305,19 @@ def _batches(run: _Run, verify_replay: bool) -> tuple[RunTasks, Iterator[Batch]]
     maker = BatchMaker(views, clean, settings.eval_crop_pct, recorded)
     pin = run.device.type == "cuda"
     return tasks, iter(Stream(maker, tasks, settings.workers, settings.prefetch, pin_memory=pin))
+
+
+def _pools(run: _Run, seconds: dict[str, float], read_seconds: float) -> list[Pool]:
+    """Who did what for how long."""
+
+    def of(*names: str) -> dict[str, float]:
+        return {name: seconds[name] for name in names}
+
+    loader, live = ("decode", "augment"), ("teacher",) if isinstance(run.targets, LiveTargets) else ()
+    here = (*live, "student", "evaluate")
+    workers = run.config.train.workers
+    pools = [Pool(workers, of(*loader)), Pool(1, of(*here))] if workers else [Pool(1, of(*loader, *here))]
+    return [*pools, Pool(1, {"read": read_seconds})]
 
 
 def _mean_loss(losses: Tensor, counted: int) -> str:

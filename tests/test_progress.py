@@ -6,13 +6,19 @@ import io
 import itertools
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from pipeline import doctor as doctor_module
+from pipeline.cache_teacher import cache_teacher
 from pipeline.doctor import doctor, render
-from pipeline.progress import Progress, bound_by, duration
+from pipeline.progress import Pool, Progress, bound_by, duration
+from pipeline.train import train
+from tests.caches import make_tiny_data
+from tests.test_pipeline import TEACHER, config
 
 
 class Clock:
@@ -108,11 +114,35 @@ def test_progress_goes_to_stderr(capfd):
     assert "5 of 10 images" in shown.err
 
 
-def test_bound_by_names_the_longest_part_and_the_speed_of_each():
-    seconds = {"decode": 0.3, "teacher": 1.2, "idle": 0.0}
-    assert bound_by(seconds, 600) == ("bound by teacher (1.2 s of 1.5 s): teacher 500 images/s · decode 2,000 images/s")
-    assert bound_by(seconds) == "bound by teacher (1.2 s of 1.5 s): teacher 1.2 s · decode 0.3 s"
-    assert bound_by({}) == "bound by nothing: no time was spent"
+def test_bound_by_names_the_longest_part_of_the_busiest_pool_and_the_speed_of_each_part():
+    loader, lanes, writer = Pool(2, {"decode": 0.8, "augment": 0.4}), Pool(1, {"teacher": 1.2, "encode": 0.1}), 0.05
+    assert bound_by([loader, lanes, Pool(1, {"write": writer, "idle": 0.0})], 1.5, 600) == (
+        "bound by teacher (busy 1.3 s of 1.5 s): teacher 500 images/s · decode 1,500 images/s · augment 3,000 images/s · "
+        "encode 6,000 images/s · write 12,000 images/s"
+    )
+    assert bound_by([], 0.0, 0) == bound_by([Pool(1, {"write": 0.0})], 0.0, 0) == "bound by nothing: no time was spent"
+
+
+def test_bound_by_counts_together_what_the_same_workers_do():
+    """Neither part of the loader takes as long as the student, but its two processes do both."""
+    loader, main = Pool(2, {"decode": 1.6, "augment": 1.4}), Pool(1, {"student": 1.2})
+    assert bound_by([loader, main], 1.6, 600).startswith("bound by decode (busy 1.5 s of 1.6 s): student 500 images/s")
+
+
+def test_both_stages_report_the_speed_of_every_part(tmp_path: Path):
+    (tmp_path / "net.py").write_text(TEACHER)
+    make_tiny_data(tmp_path / "train", n=42, block=20, shard=10)
+    c = config(tmp_path, data={"val": ""}, train={"epochs": 2})
+    said = {"stage 1": cache_teacher(c, quiet=True).bound_by, "stage 2": train(c, quiet=True).bound_by}
+    said["online"] = train(config(tmp_path, "live", data={"val": ""}), online=True, quiet=True).bound_by
+    parts = {
+        "stage 1": {"decode", "augment", "teacher", "encode", "write"},
+        "stage 2": {"read", "decode", "augment", "student"},
+        "online": {"read", "decode", "augment", "teacher", "student"},
+    }
+    for stage, names in parts.items():
+        bottleneck, *rates = re.findall(r"([a-z]+) (?:\(busy|[\d,.]+ (?:views|images)/s)", said[stage])
+        assert bottleneck in names and set(rates) == names, said[stage]
 
 
 @pytest.mark.parametrize(

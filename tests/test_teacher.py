@@ -218,8 +218,12 @@ def test_impossible_preprocessing_is_refused(tiny: TeacherConfig, changes: dict[
         load(tiny, **changes)
 
 
-def test_a_device_independent_auto_autocast_is_off_on_a_cpu(tiny: TeacherConfig) -> None:
-    assert load(tiny, autocast="auto").fingerprint["autocast"] == "none"
+@pytest.mark.parametrize(("has", "recorded"), [(False, "none"), (True, "bf16")])
+def test_auto_autocast_is_on_where_the_processor_has_bf16_and_the_outcome_is_recorded(
+    tiny: TeacherConfig, monkeypatch: pytest.MonkeyPatch, has: bool, recorded: str
+) -> None:
+    monkeypatch.setattr("cskd.teacher.cpu_has_bf16", lambda: has)
+    assert load(tiny, autocast="auto").fingerprint["autocast"] == recorded
 
 
 @pytest.mark.slow

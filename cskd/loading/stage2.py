@@ -5,6 +5,7 @@ Evaluation batches come out of the same workers, so that one pool serves the who
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,9 +63,12 @@ class BatchMaker:
         mate[mate >= n] = n - 1
         pixels = np.empty((n, size, size, 3), np.uint8)
         images: dict[int, NDArray[np.uint8]] = {}  # an image is decoded once for its views in this batch
+        decoding, begun = 0.0, time.perf_counter()
         for i, (sample, seed) in enumerate(zip(rows["sample"].tolist(), rows["seed"].tolist(), strict=True)):
             if sample not in images:
+                clock = time.perf_counter()
                 images[sample] = self.train.image(sample)
+                decoding += time.perf_counter() - clock
             pixels[i] = self.train.view(images[sample], seed)
         if self.recorded is not None:
             for i, sample in enumerate(rows["sample"].tolist()):
@@ -93,6 +97,7 @@ class BatchMaker:
             "box": rows["box"].astype(np.int64),
             "sample": rows["sample"],
             "view": rows["view"],
+            "seconds": np.array([decoding, time.perf_counter() - begun - decoding]),  # decode; augment and check
         }
         for name in self._table[1].targets:
             column = rows[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class RunTasks:
     ) -> None:
         self.cache, self.plan, self.targets, self.evaluate = cache, plan, targets, evaluate
         self.scratch, self.start, self.stop, self.rank = scratch, start, stop, rank
-
+        self.read_seconds = 0.0  # spent in reading the cache and building tables
         self._pool, self._ended = ThreadPoolExecutor(1, "epoch-table"), Event()
 
     def __enter__(self) -> RunTasks:
@@ -78,7 +79,10 @@ class RunTasks:
             for first, stop in segments(mine, self.targets(epoch), share, begin, self._end(epoch) * share):
                 stretch = Stretch(epoch, first // share, stop // share)
                 folder = self._folder(epoch) / f"{stretch.first:07d}"
-                yield stretch, build_table(self.cache, mine, self.targets(epoch), first, stop, folder, self._ended)
+                clock = time.perf_counter()
+                table = build_table(self.cache, mine, self.targets(epoch), first, stop, folder, self._ended)
+                self.read_seconds += time.perf_counter() - clock
+                yield stretch, table
 
     def _end(self, epoch: int) -> int:
         """How many steps of an epoch the run has."""

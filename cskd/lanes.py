@@ -1,0 +1,116 @@
+"""Threads that work on the teacher's batches, each on one at a time, so that encoding and mixing fill the gaps of a forward.
+
+On a CPU a lane has a share of the cores for itself: one batch a core loses nothing at the barriers of a parallel loop, which
+a batch shared by all cores does wherever another process wants one of them. On a GPU lanes take turns in launching, each on
+a stream of its own: while one waits for its results the next one's forward is under way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+MOST = 4  # lanes of a CPU: each holds a batch's activations
+AHEAD = 2  # batches that wait for each lane, so that none runs dry while the main thread waits for images
+
+
+class Dropped(BaseException):
+    """Raised inside a lane whose work nobody wants any more."""
+
+
+class Lanes:
+    """A context manager. `submit` never waits; at the end of an interrupted block what is under way is dropped at once.
+
+    Results do not depend on the number of lanes or threads: a batch is worked on by one of them from end to end.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.count, threads = lanes_of(device, torch.get_num_threads())
+        self._device, self._main_threads = device, torch.get_num_threads()
+        self._launch, self._lock = threading.Lock(), threading.Lock()
+        self._running: set[int] = set()
+        self._dropped = False
+        self._streams = threading.local()
+        self._pool = ThreadPoolExecutor(self.count, "lane", initializer=_begin, initargs=(device, threads))
+
+    @property
+    def room(self) -> int:
+        """Batches that may be under way or wait: enough that no lane runs dry."""
+        return self.count * (1 + AHEAD)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._drop()
+        self._pool.shutdown(wait=True, cancel_futures=kind is not None)
+        if self._device.type == "cpu":
+            torch.set_num_threads(self._main_threads)  # also what threads begun from now on take
+
+    def submit(self, job: Callable[..., T], *arguments: Any) -> Future[T]:
+        """`job(*arguments)` in the next lane that is free, in inference mode."""
+        return self._pool.submit(self._run, job, *arguments)
+
+    @contextlib.contextmanager
+    def launching(self) -> Iterator[None]:
+        """Around a forward: on a GPU one lane at a time, for precision is a setting of the whole process; then wait for it."""
+        if self._device.type != "cuda":
+            yield
+            return
+        with self._launch:
+            yield
+        torch.cuda.current_stream(self._device).synchronize()
+
+    def _run(self, job: Callable[..., T], *arguments: Any) -> T:
+        me = threading.get_ident()
+        with self._lock:
+            if self._dropped:
+                raise Dropped
+            self._running.add(me)
+        try:
+            with torch.inference_mode(), self._stream():
+                return job(*arguments)
+        finally:
+            with self._lock:
+                self._running.discard(me)
+
+    def _stream(self) -> contextlib.AbstractContextManager[object]:
+        if self._device.type != "cuda":
+            return contextlib.nullcontext()
+        if not hasattr(self._streams, "own"):
+            self._streams.own = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        return torch.cuda.stream(self._streams.own)
+
+    def _drop(self) -> None:
+        """A forward may take seconds: an exception at the lane's next line of Python, between two layers, ends it."""
+        with self._lock:
+            self._dropped = True
+            for thread in self._running:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Dropped))
+
+
+def lanes_of(device: torch.device, cores: int) -> tuple[int, int]:
+    """How many lanes, and how many threads of arithmetic each has."""
+    if device.type == "cuda":
+        return 3, 1  # one that runs, one that is launched, one that encodes
+    if device.type != "cpu":
+        return 1, cores
+    count = min(cores, MOST)
+    return count, cores // count
+
+
+def _begin(device: torch.device, threads: int) -> None:
+    if device.type == "cpu":
+        torch.set_num_threads(threads)  # of this thread alone, and of those begun later
