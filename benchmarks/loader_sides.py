@@ -20,24 +20,15 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from PIL import Image
+if TYPE_CHECKING:
+    import torch
 
-from cskd.augment.device import InputMaker
-from cskd.config import LossConfig, RecipeConfig
-from cskd.loading.stage2 import BatchMaker
-from cskd.loading.stream import Stream
-from cskd.loading.tasks import RunTasks
-from cskd.loading.views import ViewMaker
-from cskd.plan import PlanSpec
-from cskd.store.cache import open_cache
-from cskd.targets import CachedTargets, mixed_labels
+# A worker imports this file, too, as it does the `cskd` script: what only the main process needs is imported where it is used.
 
 PREFETCH = 4  # batches a worker keeps ready, both sides
 EPOCHS = 1_000_000  # more than any round reads
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -57,6 +48,18 @@ class Side:
 
 def cskd_batches(side: Side, scratch: Path) -> Iterator[torch.Tensor]:
     """Inputs of stage 2, replayed from a cache, every view checked against its digest."""
+    from cskd.augment.device import InputMaker
+    from cskd.config import LossConfig
+    from cskd.devices import pick_device
+    from cskd.loading.stage2 import BatchMaker
+    from cskd.loading.stream import Stream
+    from cskd.loading.tasks import RunTasks
+    from cskd.loading.views import ViewMaker
+    from cskd.plan import PlanSpec
+    from cskd.store.cache import open_cache
+    from cskd.targets import CachedTargets, mixed_labels
+
+    device = pick_device("cpu")
     cache = open_cache(Path(side.source))
     plan = PlanSpec(
         bounds=cache.inventory.blocks,
@@ -71,10 +74,10 @@ def cskd_batches(side: Side, scratch: Path) -> Iterator[torch.Tensor]:
     )
     targets = CachedTargets(cache, LossConfig(method="cskd-hard"), epochs=300)
     maker = BatchMaker(ViewMaker(cache.inventory, cache.recipe), None, 1.0, cache.recorded())
-    inputs = InputMaker(cache.recipe.mean, cache.recipe.std, CPU)
+    inputs = InputMaker(cache.recipe.mean, cache.recipe.std, device)
     with RunTasks(cache, plan, targets.spec, lambda _: [], scratch, 0, EPOCHS * plan.steps) as tasks:
         for step, batch in enumerate(Stream(maker, tasks, side.workers, PREFETCH)):
-            labels, taught = mixed_labels(batch, CPU), targets.of(batch, step // plan.steps, CPU)
+            labels, taught = mixed_labels(batch, device), targets.of(batch, step // plan.steps, device)
             assert len(labels.label) == side.batch and taught is not None
             yield inputs.mixed(batch)
             if (step + 1) % plan.steps == 0:
@@ -85,7 +88,12 @@ def timm_batches(side: Side) -> Iterator[torch.Tensor]:
     """Inputs of timm's training loader with the same recipe."""
     import timm.data
     import timm.data.auto_augment as auto_augment
+    from PIL import Image
 
+    from cskd.config import RecipeConfig
+    from cskd.devices import pick_device
+
+    device = pick_device("cpu")  # as cskd has it: memory is kept, which is half of the time of timm's mixing
     whole = auto_augment.posterize
     black = lambda image, bits, **_: whole(image, bits) if bits else Image.new(image.mode, image.size)  # noqa: E731
     auto_augment.NAME_TO_OP |= dict.fromkeys(("Posterize", "PosterizeOriginal", "PosterizeIncreasing"), black)
@@ -118,7 +126,7 @@ def timm_batches(side: Side) -> Iterator[torch.Tensor]:
         std=tuple(recipe.std),
         num_workers=side.workers,
         collate_fn=collate,
-        device=CPU,
+        device=device,
         use_prefetcher=prefetcher,
     )
     (loader.loader if prefetcher else loader).prefetch_factor = PREFETCH
@@ -162,6 +170,8 @@ def _fields(path: Path) -> dict[str, int]:
 
 
 def main() -> None:
+    import torch
+
     torch.set_num_threads(1)  # the workers have the cores
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata in ImageNet
     side = Side(**json.loads(sys.argv[1]))

@@ -56,7 +56,11 @@ def test_jpegs_of_every_kind_have_pillows_pixels(mode: str, subsampling: int) ->
     rng = np.random.default_rng(subsampling)
     for height, width in [(1, 1), (7, 9), (16, 16), (33, 17), (64, 250)]:
         smooth = Image.fromarray(rng.integers(0, 256, (5, 6, 3), np.uint8)).resize((width, height))
-        for quality, extra in [(5, {}), (60, {"progressive": True}), (95, {"optimize": True, "restart_marker_rows": 1})]:
+        for quality, extra in [
+            (5, {}),
+            (60, {"progressive": True}),
+            (95, {"optimize": True, "restart_marker_rows": 1}),
+        ]:
             data = encoded(smooth.convert(mode), "JPEG", quality=quality, subsampling=subsampling, **extra)
             pixels = decode(data)
             assert pixels.flags.writeable and pixels.flags.c_contiguous

@@ -22,7 +22,7 @@ def mix_pixels(views_BHWC: Tensor, partner_B: Tensor, mode_B: Tensor, lam_B: Ten
     Returns: float32 [B, C, H, W], RGB in 0..255, channels_last. The same bits on the CPU as on other devices.
     """
     if views_BHWC.device.type == "cpu":
-        return _mix_rows(views_BHWC, partner_B, mode_B, lam_B, box_B4, None)
+        return _mix_rows(views_BHWC, partner_B, mode_B, lam_B, box_B4)
     return _mix_batch(views_BHWC, partner_B, mode_B, lam_B, box_B4)
 
 
@@ -58,7 +58,7 @@ def _mix_rows(
     mode_B: Tensor,
     lam_B: Tensor,
     box_B4: Tensor,
-    scale_shift: tuple[Tensor, Tensor] | None,
+    scale_shift: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """One row after the other, in place: a row stays in the core's cache, and the result is all the memory there is.
 
@@ -97,7 +97,8 @@ class InputMaker:
     def mixed(self, batch: dict[str, Tensor]) -> Tensor:
         """Normalised float32 [B, 3, H, W] of a training batch (see `cskd.loading.stage2`)."""
         if self.device.type == "cpu":
-            return _mix_rows(*(batch[name] for name in _MIXING), self._scale_shift(batch["pixels"].shape[2]))
+            views, partner, mode, lam, box = (batch[name] for name in _MIXING)
+            return _mix_rows(views, partner, mode, lam, box, self._scale_shift(views.shape[2]))
         return normalise(mixed_pixels(batch, self.device), self.mean, self.std)
 
     def clean(self, batch: dict[str, Tensor]) -> Tensor:
