@@ -84,7 +84,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML, every key written out."""
-    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the same text, eight times sooner
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the same text in a quarter of the time
     return str(yaml.dump(to_dict(config), Dumper=dumper, sort_keys=False))
 
 
