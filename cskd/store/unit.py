@@ -60,10 +60,10 @@ def read_unit(path: Path) -> tuple[Arrays, Arrays]:
             root = zarr.open_group(store, mode="r")
             if root.attrs.get("format") != FORMAT:
                 raise CacheError(f"{path} has format {root.attrs.get('format')!r}, this version reads {FORMAT}")
-            fields = {name: _read(array, chunks) for name, array in root.arrays()}
+            fields = {name: _read(root, name, chunks) for name in root.array_keys()}
             group = root["targets"]
             assert isinstance(group, zarr.Group)
-            return fields, {name: _read(array, chunks) for name, array in group.arrays()}
+            return fields, {name: _read(group, name, chunks) for name in group.array_keys()}
         finally:
             store.close()
     except CacheError:
@@ -97,7 +97,9 @@ def _write(group: zarr.Group, name: str, array: NDArray[Any], dimensions: tuple[
     )[...] = array
 
 
-def _read(array: zarr.Array[Any], chunks: set[str]) -> NDArray[Any]:
+def _read(group: zarr.Group, name: str, chunks: set[str]) -> NDArray[Any]:
+    array = group[name]
+    assert isinstance(array, zarr.Array)
     present = sum(1 for c in chunks if c.startswith(f"{array.path}/c/"))
     expected = math.prod(-(-n // c) for n, c in zip(array.shape, array.chunks, strict=True))
     if present != expected:
