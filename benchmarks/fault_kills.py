@@ -130,24 +130,25 @@ def training(bench: Bench, count: int) -> Counter[str]:
 
 
 def cli_kills(bench: Bench, count: int) -> Counter[str]:
-    """`cskd cache-teacher` with two workers, killed at any time of its start, or just after it made so many units."""
+    """`cskd cache-teacher` with two workers, killed at any time of its start, or just after it made so many units; once or twice."""
     counts = Counter(cli_kills=0, cli_kills_wrong=0)
     while counts["cli_kills"] < count:
         cache = bench.fresh("cli")
-        process = start_cli(bench, "cache-teacher", config_file(bench, cache, workers=2), "--json")
-        units = bench.rng.randrange(-2, UNITS)
-        deadline = time.monotonic() + (bench.rng.uniform(0.0, 5.0) if units < 0 else 120.0)
-        while process.poll() is None and time.monotonic() < deadline:
-            if units >= 0 and (cache / "manifest.json").exists() and len(list(cache.glob("commits/*/*.json"))) >= units:
-                time.sleep(bench.rng.uniform(0.0, 0.1))
-                break
-            time.sleep(0.002)
-        process.kill()
-        process.communicate()
-        if process.returncode == KILLED:
-            counts["cli_kills"] += 1
-            counts[f"cli_kills_{_when(cache)}"] += 1
-        again = run_cli(bench, "cache-teacher", config_file(bench, cache), "--json")
+        for _ in range(bench.rng.choice((1, 2))):
+            process = start_cli("cache-teacher", config_file(bench, cache, workers=2), "--json")
+            units = bench.rng.randrange(-2, UNITS)
+            deadline = time.monotonic() + (bench.rng.uniform(0.0, 5.0) if units < 0 else 120.0)
+            while process.poll() is None and time.monotonic() < deadline:
+                if units >= 0 and (cache / "claims").exists() and len(list(cache.glob("commits/*/*.json"))) >= units:
+                    time.sleep(bench.rng.uniform(0.0, 0.1))
+                    break
+                time.sleep(0.002)
+            process.kill()
+            process.communicate()
+            if process.returncode == KILLED:
+                counts["cli_kills"] += 1
+                counts[f"cli_kills_{_when(cache)}"] += 1
+        again = run_cli("cache-teacher", config_file(bench, cache), "--json")
         good = again[0] == 0 and json.loads(again[1])["content_root"] == bench.root and bench.sound(cache)
         counts["cli_kills_wrong"] += not bench.judged(good, cache, again)
     return counts
@@ -171,10 +172,10 @@ def cli_damage(bench: Bench, count: int) -> Counter[str]:
                 (cache / name).unlink()
             case _:
                 (cache / name).write_bytes(data[: bench.rng.randrange(len(data))])
-        code, out, err = run_cli(bench, "verify", cache, "--json")
+        code, out, err = run_cli("verify", cache, "--json")
         errors = json.loads(out)["errors"] if out else [err.removeprefix("cskd: ")]
         named = code == 1 and all_named({name: b""}, bench.whole, errors)
-        repaired = run_cli(bench, "repair", cache, "--json")
+        repaired = run_cli("repair", cache, "--json")
         good = repaired[0] == 0 and files(cache) == bench.whole
         counts.update(Counter(cli_damage=1, cli_damage_missed=not bench.judged(named, cache, (name, code, out, err))))
         counts.update(Counter(cli_damage_repaired_wrong=not bench.judged(good, cache, repaired)))
@@ -187,7 +188,7 @@ def cli_races(bench: Bench, count: int) -> Counter[str]:
     for _ in range(count):
         cache = bench.fresh("cli", without=(bench.rng.randrange(2), bench.rng.randrange(3)))
         config = config_file(bench, cache)
-        processes = [start_cli(bench, "cache-teacher", config, "--json") for _ in range(RACERS)]
+        processes = [start_cli("cache-teacher", config, "--json") for _ in range(RACERS)]
         answers = [(process.communicate(timeout=300), process.returncode) for process in processes]
         roots = [json.loads(out)["content_root"] if code == 0 else err for (out, err), code in answers]
         good = set(roots) == {bench.root} and bench.sound(cache)
@@ -201,15 +202,15 @@ def config_file(bench: Bench, cache: Path, workers: int = 0) -> Path:
     return path
 
 
-def start_cli(bench: Bench, *arguments: object) -> subprocess.Popen[str]:
+def start_cli(*arguments: object) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here
     command = [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
-def run_cli(bench: Bench, *arguments: object) -> tuple[int, str, str]:
+def run_cli(*arguments: object) -> tuple[int, str, str]:
     """Exit status, and what it printed."""
-    process = start_cli(bench, *arguments)
+    process = start_cli(*arguments)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err

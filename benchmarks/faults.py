@@ -26,6 +26,7 @@ import argparse
 import json
 import platform
 import random
+import resource
 import sys
 import tempfile
 import time
@@ -93,10 +94,10 @@ def main(arguments: list[str] | None = None) -> int:
             count = quick if options.quick else round(full * options.scale)
             if count == 0 or (options.only and name not in options.only):
                 continue
-            clock = time.perf_counter()
+            clock, before = time.perf_counter(), cpu_seconds()
             counts = in_turn(bench, part, count)
-            took = f"{time.perf_counter() - clock:.0f} s"
-            print(f"{name:<12}{took:>7}  " + "  ".join(f"{k} {n}" for k, n in sorted(counts.items())), flush=True)
+            took = f"{time.perf_counter() - clock:.0f} s ({cpu_seconds() - before:.0f} s CPU)"
+            print(f"{name:<12}{took:>18}  " + "  ".join(f"{k} {n}" for k, n in sorted(counts.items())), flush=True)
             total.update(counts)
             if options.tally:
                 add_to(options.tally, counts)
@@ -107,6 +108,12 @@ def main(arguments: list[str] | None = None) -> int:
         json.dumps({"benchmark": "faults", "wrong": wrong, **dict.fromkeys(ALWAYS, 0), **dict(sorted(total.items()))})
     )
     return int(wrong > 0)
+
+
+def cpu_seconds() -> float:
+    """Of the children that have ended, and theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def in_turn(bench: Bench, part: Callable[[Bench, int], Counter[str]], count: int) -> Counter[str]:

@@ -24,6 +24,7 @@ from cskd.loading.stream import Stream
 from cskd.loading.views import ViewMaker
 from cskd.ranks import Ranks
 from cskd.store.manifest import fingerprint_of
+from cskd.store.seal import refuse_too_many_in_all
 from cskd.targets import LiveTargets
 from cskd.teacher import load_teacher
 from pipeline.cache_teacher import clean_check, refuse_too_many
@@ -98,6 +99,7 @@ def _find_unreadable(maker: ViewMaker, config: Config, quiet: bool) -> None:
     for first, stop in zip(inventory.blocks[:-1].tolist(), inventory.blocks[1:].tolist(), strict=True):
         here = {i - first: reason for i, reason in bad.items() if first <= i < stop}
         refuse_too_many(here, stop - first, inventory, first, config.cache.max_quarantine)
+    refuse_too_many_in_all(len(bad), len(inventory), config.cache.max_quarantine)
     path = Path(config.train.output) / UNREADABLE
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_suffix(".tmp")

@@ -81,8 +81,9 @@ def test_a_run_that_was_cut_online_resumes_online_only(base: Path) -> None:
 
 
 def test_images_that_can_t_be_decoded_are_left_out_as_from_a_cache(base: Path, tmp_path: Path) -> None:
-    make_tiny_data(tmp_path / "train", n=42, block=20, shard=10, bad=(3, 25))  # one bad image a block is always borne
-    places = {"data": {"train": str(tmp_path / "train")}, "cache": {"path": str(tmp_path / "cache")}}
+    make_tiny_data(tmp_path / "train", n=42, block=20, shard=10, bad=(3, 25))
+    places = {"data": {"train": str(tmp_path / "train")}}
+    places["cache"] = {"path": str(tmp_path / "cache"), "max_quarantine": 0.05}
     cache_teacher(settings(base, "bad", **places), quiet=True)
     runs = [str(tmp_path / name) for name in ("cached", "online")]
     for run, online in zip(runs, (False, True), strict=True):
@@ -94,6 +95,17 @@ def test_too_many_images_that_can_t_be_decoded_stop_a_run(base: Path, tmp_path: 
     make_tiny_data(tmp_path / "train", n=42, block=20, shard=10, bad=(3, 5))
     with pytest.raises(CacheError, match=r"2 of 20 images of a block are unreadable.* 'image003'"):
         train(settings(base, "few", data={"train": str(tmp_path / "train")}), online=True, quiet=True)
+
+
+def test_one_unreadable_image_in_each_of_many_blocks_stops_both_ways(base: Path, tmp_path: Path) -> None:
+    make_tiny_data(tmp_path / "train", n=42, block=20, shard=10, bad=(3, 25))
+    places = {"data": {"train": str(tmp_path / "train")}, "cache": {"path": str(tmp_path / "cache")}}
+    for run in (
+        lambda: cache_teacher(settings(base, "bad", **places), quiet=True),
+        lambda: train(settings(base, "bad", **places), online=True, quiet=True),
+    ):
+        with pytest.raises(CacheError, match=r"2 of 42 images are unreadable, more than cache.max_quarantine 0.001;"):
+            run()
 
 
 def test_online_needs_the_images(base: Path) -> None:

@@ -105,7 +105,7 @@ def test_a_seal_of_more_views_than_the_cache_has_is_refused(cache: Cache) -> Non
 def test_too_many_unreadable_images_over_all_blocks_stop_before_the_seal(tmp_path: Path) -> None:
     """Each block may have one: many small blocks could hide what one large one would not."""
     cache = make_tiny_cache(tmp_path, quarantine=[3, 7])
-    with pytest.raises(CacheError, match=r"2 of 10 images .* cache.max_quarantine 0.1;"):
+    with pytest.raises(CacheError, match=r"2 of 10 images .*cache.max_quarantine 0.1;"):
         seal_cache(cache, 0.1)
     assert read_seal(cache) is None
     seal_cache(cache, 0.2)

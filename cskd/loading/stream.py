@@ -83,21 +83,25 @@ class Stream(Generic[T, R]):
         if self._loader.num_workers:
             _start_deaf_to_interrupts()
         results = iter(self._loader)
-        while True:
-            try:
-                result = next(results)
-            except StopIteration:
-                return
-            except RuntimeError as e:
-                if "DataLoader worker" not in str(e):
-                    raise
-                raise ReadError(
-                    f"a worker process died ({' '.join(str(e).split())}), expected it to live as long as the run; "
-                    "often memory ran out: run the same command again, with fewer workers (train.workers, cache.workers)"
-                ) from e
-            if isinstance(result, _Failure):
-                raise result.error
-            yield result
+        try:
+            while True:
+                try:
+                    result = next(results)
+                except StopIteration:
+                    return
+                except RuntimeError as e:
+                    if "DataLoader worker" not in str(e):
+                        raise
+                    raise ReadError(
+                        f"a worker process died ({' '.join(str(e).split())}), expected it to live as long as the run; often "
+                        "memory ran out: run the same command again, with fewer workers (train.workers, cache.workers)"
+                    ) from e
+                if isinstance(result, _Failure):
+                    raise result.error
+                yield result
+        finally:
+            for worker in getattr(results, "_workers", ()):  # torch gives each five seconds to finish what nobody reads
+                worker.terminate()
 
 
 def _begin_worker(worker: int) -> None:

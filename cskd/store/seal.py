@@ -41,12 +41,8 @@ def seal_cache(cache: Cache, max_quarantine: float) -> Seal:
         check_seal(cache, old)
         if old.views == cache.views:
             return old
-    unreadable = int(cache.quarantined().sum())
-    if unreadable > max(1, max_quarantine * cache.inventory.n) and old is None:
-        raise CacheError(
-            f"{unreadable} of {cache.inventory.n} images of {cache.root} are unreadable, more than cache.max_quarantine "
-            f"{max_quarantine}; mend the data set and cache it anew, or raise the limit and run the same command again"
-        )
+    if old is None:
+        refuse_too_many_in_all(int(cache.quarantined().sum()), cache.inventory.n, max_quarantine)
     commits = [cache.commit_of(block, view) for block in range(cache.blocks) for view in range(cache.views)]
     present = [commit for commit in commits if commit is not None]
     if len(present) < len(commits):
@@ -65,6 +61,16 @@ def seal_cache(cache: Cache, max_quarantine: float) -> Seal:
         )
     write_json(cache.root / SEAL, seal_facts(seal))
     return seal
+
+
+def refuse_too_many_in_all(unreadable: int, n: int, limit: float) -> None:
+    """CacheError when more than `limit` of all n images can't be decoded; one is always borne. Stage 1 stops at such a block,
+    but bears one in each: many small blocks would hide what a large one shows."""
+    if unreadable > max(1, limit * n):
+        raise CacheError(
+            f"{unreadable} of {n} images are unreadable, more than cache.max_quarantine {limit}; mend the data set and cache it "
+            "anew, or raise the limit and run the same command again"
+        )
 
 
 def check_seal(cache: Cache, seal: Seal) -> None:
