@@ -19,7 +19,6 @@ from cskd.plan import PlanSpec, epoch_plan
 from cskd.store.cache import Cache
 from tests.caches import make_tiny_cache
 
-
 CELLS = TargetSpec("cells", "envelope", BLEND_ONE // 3)
 
 

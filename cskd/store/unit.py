@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import zarr
 
 Arrays = dict[str, NDArray[Any]]
+MAX_RATIO = (
+    256  # of a large array's bytes to its stored ones; teacher outputs shrink to a third, tampered files to nothing
+)
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the zip format's first date
 
 
@@ -128,12 +131,15 @@ def _read(members: dict[str, bytes], name: str, present: int) -> NDArray[Any]:
         raise CacheError(f"array {name} is laid out as {laid_out}, expected {expected}")
     if present != -(-shape[0] // rows):
         raise CacheError(f"array {name} has {present} chunks, expected {-(-shape[0] // rows)}")
+    chunks = [members["/".join([name, "c", str(i), *("0" for _ in rest)])] for i in range(present)]
+    size, stored = present * rows * math.prod(rest) * dtype.itemsize, sum(map(len, chunks))
+    if size > CHUNK_BYTES + MAX_RATIO * stored:
+        raise CacheError(f"array {name} would be {size} bytes, from {stored} stored ones")
     # Chunks are whole ones, the last too: its rows past the end are padding.
     out = np.empty((present * rows, *rest), dtype.newbyteorder("<"))
-    for i in range(present):
-        data = members["/".join([name, "c", str(i), *("0" for _ in rest)])]
-        frame, stored = data[:-4], int.from_bytes(data[-4:], "little")
-        if google_crc32c.value(frame) != stored:
+    for i, data in enumerate(chunks):
+        frame, checksum = data[:-4], int.from_bytes(data[-4:], "little")
+        if google_crc32c.value(frame) != checksum:
             raise CacheError(f"array {name}, chunk {i} does not match its checksum")
         chunk = out[i * rows : (i + 1) * rows]
         if _content_size(frame) != chunk.nbytes:
