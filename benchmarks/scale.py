@@ -15,7 +15,8 @@ which is what a start reads of them: at 1,281,167 samples and 300 views that is 
 10 minutes for everything, nearly all of it to make the data.
 
 Prints one JSON line last: for each size and number of views `startup_s` (to the first batch, importing included),
-`us_an_image` after that, and `peak_mb` of the main process (Linux), and the largest growth of each over the smallest case.
+`us_an_image` after that, both once more in CPU time of the main process, `peak_mb` of that (Linux), and the largest growth
+of each over the smallest case.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ PROBE = """
 import json, os, sys, time
 begun = time.perf_counter()
 stage, path, out = sys.argv[1:]
-images, first = 0, begun
+images, first, cpu = 0, begun, 0.0
 if stage == "table":
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     from pathlib import Path
@@ -87,7 +88,7 @@ if stage == "table":
     config = load_config(path)
     cache = open_cache(config.cache.path)
     bad = cache.quarantined()
-    first = time.perf_counter()
+    first, cpu = time.perf_counter(), time.process_time()
     blocks, batch = cache.inventory.blocks, config.train.global_batch
     plan = epoch_plan(PlanSpec(blocks, bad, cache.inventory.id, cache.recipe, 1, 1, 0, batch, config.train.window), 0)
     images = len(plan.sample)
@@ -97,9 +98,10 @@ else:
     from cskd.loading.stream import Stream
     plain = Stream.__iter__
     def timed(self):
-        global first
+        global first, cpu
         for result in plain(self):
-            first = first if first > begun else time.perf_counter()
+            if first == begun:
+                first, cpu = time.perf_counter(), time.process_time()
             yield result
     Stream.__iter__ = timed
     config = load_config(path)
@@ -109,11 +111,13 @@ else:
     else:
         from pipeline.train import train
         images = train(config, quiet=True, verify_replay=False).images
-seconds = time.perf_counter() - first
+us, cpu_us = ((time.perf_counter() - first) / images * 1e6, (time.process_time() - cpu) / images * 1e6)
 with open("/proc/self/status") as status:  # getrusage's includes that of the process which started this one
     peak = next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
-print(json.dumps({"startup_s": first - begun, "us_an_image": seconds / images * 1e6, "peak_mb": peak, "images": images}))
+found = {"startup_s": first - begun, "startup_cpu_s": cpu, "us_an_image": us, "cpu_us_an_image": cpu_us, "peak_mb": peak}
+print(json.dumps({**found, "images": images}))
 """
+MEASURED = ("startup_s", "startup_cpu_s", "us_an_image", "cpu_us_an_image", "peak_mb")
 STAGES = ("cache-teacher", "train", "table")
 BATCH, STEPS = 128, 40
 
@@ -124,23 +128,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--views", type=int, nargs="+", default=[1, 3, 300])
     options = parser.parse_args(arguments)
     print(f"machine: {platform.platform()}, {os.cpu_count()} cores")
-    print(
-        f"{'samples':>10}{'views':>7}  {'stage':<14}{'first batch s':>14}{'us an image':>13}{'peak MB':>9}", flush=True
-    )
+    heads = f"{'first batch s':>14}{'CPU s':>7}{'us an image':>13}{'CPU us':>8}{'peak MB':>9}"
+    print(f"{'samples':>10}{'views':>7}  {'stage':<14}{heads}", flush=True)
     found: dict[str, dict[str, Any]] = {}
     for n in options.samples:
         with tempfile.TemporaryDirectory() as folder:
             for views, figures in measure(Path(folder), n, sorted(options.views)):
                 found[f"{n} x {views}"] = figures
                 for stage, f in figures.items():
-                    times = f"{f['startup_s']:>14.2f}{f['us_an_image']:>13.1f}{f['peak_mb']:>9.0f}"
+                    times = f"{f['startup_s']:>14.2f}{f['startup_cpu_s']:>7.2f}{f['us_an_image']:>13.1f}"
+                    times += f"{f['cpu_us_an_image']:>8.1f}{f['peak_mb']:>9.0f}"
                     print(f"{n:>10,}{views:>7}  {stage:<14}{times}", flush=True)
+    least = next(iter(found.values()))
     growth = {
-        stage: {
-            name: max(f[stage][name] for f in found.values()) - next(iter(found.values()))[stage][name] for name in of
-        }
+        stage: {name: max(f[stage][name] for f in found.values()) - least[stage][name] for name in MEASURED}
         for stage in STAGES
-        if (of := ("startup_s", "us_an_image", "peak_mb"))
     }
     print(json.dumps({"benchmark": "scale", "sizes": found, "growth": growth}))
     return 0

@@ -13,9 +13,10 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
+from mmap import MADV_DONTNEED, mmap
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from cskd.live import LiveViews
     from cskd.store.cache import Cache
 
+UNMAP = 32  # units after which the pages written so far are left to the system: no table then grows the process
 COPIED = ("seed", "digest", "mode", "lam", "box")
 
 
@@ -81,7 +83,7 @@ def build_table(
     temp.mkdir(parents=True)
     columns: dict[str, NDArray[Any]] = {}
     targets: list[str] = []
-    for block, of_view, rows in _units(cache.inventory.blocks, sample, view):
+    for number, (block, of_view, rows) in enumerate(_units(cache.inventory.blocks, sample, view)):
         if ended is not None and ended.is_set():
             shutil.rmtree(temp)
             raise CancelledError
@@ -101,6 +103,9 @@ def build_table(
                     temp / f"{name}.npy", "w+", value.dtype, (stop - first, *value.shape[1:])
                 )
             columns[name][rows] = value
+        if number % UNMAP == UNMAP - 1:
+            for column in columns.values():
+                cast(mmap, column.base).madvise(MADV_DONTNEED)
     del columns
     np.save(temp / "sample.npy", sample)
     np.save(temp / "view.npy", view)
@@ -120,12 +125,13 @@ def open_table(folder: Path) -> EpochTable:
 def _units(
     bounds: NDArray[np.int64], sample: NDArray[np.int64], view: NDArray[np.int32]
 ) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
-    """(block, view, its rows, rising) of every unit the rows need, block by block."""
+    """(block, view, its rows, rising) of every unit the rows need, in the order of their first rows."""
     block = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))[sample]
     unit = block * (int(view.max(initial=0)) + 1) + view
     narrow = unit.astype(np.min_scalar_type(int(unit.max(initial=0))))
     order = np.argsort(narrow, kind="stable")  # of 16-bit integers by radix: a tenth of the time
-    for rows in np.split(order, np.flatnonzero(np.diff(unit[order])) + 1) if len(order) else ():
+    by_unit = np.split(order, np.flatnonzero(np.diff(unit[order])) + 1) if len(order) else []
+    for rows in sorted(by_unit, key=lambda rows: int(rows[0])):
         yield int(block[rows[0]]), int(view[rows[0]]), rows
 
 

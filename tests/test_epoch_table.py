@@ -47,7 +47,11 @@ def rows(cache: Cache, start: int, stop: int, folder: Path) -> tuple[dict[str, l
     return read, evaluations
 
 
-def test_a_row_is_its_units_row_and_its_cells_are_looked_up_at_the_blend(cache: Cache, tmp_path: Path) -> None:
+@pytest.mark.parametrize("unmap", [1, 32])
+def test_a_row_is_its_units_row_and_its_cells_are_looked_up_at_the_blend(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unmap: int
+) -> None:
+    monkeypatch.setattr("cskd.epoch_table.UNMAP", unmap)
     plan = epoch_plan(spec_of(cache), 1)
     table = open_table(build_table(cache, plan, CELLS, 0, len(plan.sample), tmp_path / "table"))
     for i, (sample, view) in enumerate(zip(plan.sample.tolist(), plan.view.tolist(), strict=True)):

@@ -257,3 +257,12 @@ def test_each_record_is_read_once_by_a_loop_that_asks_what_is_missing(
     record.write_bytes(whole[:-20])
     with pytest.raises(CacheError, match="not a readable commit record"):
         cache.missing()
+
+
+def test_an_array_too_large_for_what_is_stored_of_it_is_refused_before_it_is_made(cache: Cache) -> None:
+    path = unit_path(cache)
+    with zipfile.ZipFile(path) as z:
+        about = json.loads(z.read("digest/zarr.json"))
+    about["shape"] = about["chunk_grid"]["configuration"]["chunk_shape"] = [2**33]
+    with pytest.raises(CacheError, match=r"digest has chunks \[8589934592\] of 34359738368 bytes"):
+        read_unit(rezipped(path, {"digest/zarr.json": json.dumps(about).encode()}))
