@@ -75,14 +75,21 @@ class Base:
     def run(self) -> Path:
         return self.folder / "run"
 
-    def config(self, cache: Path, run: Path, data: Path | None = None, **changes: dict[str, Any]) -> Config:
+    def config(self, cache: Path, run: Path, data: Path | None = None, /, **changes: dict[str, Any]) -> Config:
         raw: dict[str, dict[str, Any]] = {
             "data": {"train": str(data or self.data)},
             "teacher": {"model": f"{self.folder / 'net.py'}:build", "batch": 8, "min_top1": 0.0, "check_images": 8},
             "recipe": {"size": 32},
             "cache": {"path": str(cache), "views": 1, "workers": 0, "device": "cpu"},
             "student": {"model": "deit_tiny_distilled_patch16_224", "kwargs": VIT},
-            "train": {"output": str(run), "epochs": 1, "warmup_epochs": 0, "global_batch": 8, "workers": 0, "device": "cpu"},
+            "train": {
+                "output": str(run),
+                "epochs": 1,
+                "warmup_epochs": 0,
+                "global_batch": 8,
+                "workers": 0,
+                "device": "cpu",
+            },
         }
         for section, values in changes.items():
             raw[section] |= values
@@ -101,6 +108,7 @@ class Case:
     read: Callable[[Path], object]
     expected: str = "refused"
     writes: tuple[str, ...] = ("out", "linear.py", "__pycache__")
+    seconds: int | None = None  # on the clock; default: the limit of every reading
 
 
 def make_base(folder: Path) -> Base:
