@@ -114,7 +114,7 @@ def run(
             if show:
                 print(f"{'curated':<18}inputs {total['curated']}  failed {total['curated_failed']}", flush=True)
         kinds = {name: kind for name, kind in make_kinds(base).items() if not only or name in only}
-        for name, kind in kinds.items():
+        for name, kind in kinds.items() if count else ():
             counts = run_kind(name, kind, -(-count // len(kinds)), seed, folder)
             if show:
                 print(f"{name:<18}" + "  ".join(f"{k} {n}" for k, n in sorted(counts.items())), flush=True)

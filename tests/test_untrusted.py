@@ -17,16 +17,18 @@ import cskd.packing.payloads
 from cli import _printable
 from cskd.config import from_dict, load_config
 from cskd.config.yaml_text import read_yaml
-from cskd.errors import CskdError, DataError, ImageError, TeacherError
+from cskd.errors import ConfigError, CskdError, DataError, ImageError, TeacherError
 from cskd.image_limits import refuse_bombs
 from cskd.images import decode
 from cskd.packing.pack import pack
 from cskd.packing.payloads import payloads
 from cskd.packing.sources import open_source
 from cskd.packing.tars import decompressed, members
+from cskd.store.cache import create_cache
 from cskd.store.unit_checks import frame_size
 from cskd.teacher_build import build_model
 from cskd.untrusted import parse_json, printable, read_file
+from pipeline.conflicts import own_output
 from pipeline.gc import gc
 from pipeline.packing import PackReport
 from tests.caches import make_tiny_cache
@@ -194,3 +196,25 @@ def test_a_tensor_that_repeats_one_number_is_refused(tmp_path: Path) -> None:
     check_tensors([torch.ones(3, 4), torch.ones(4, 3).T, torch.ones(()), "text"])
     with pytest.raises(ValueError, match="repeats its numbers"):
         check_tensors([torch.ones(1).expand(2**40)])
+
+
+def test_a_config_can_t_make_the_program_write_outside_its_output_folder(tmp_path: Path) -> None:
+    """Every name in an output folder is the program's; none of them may be a link, and foreign files are not replaced."""
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "config.json").write_text("precious")
+    with pytest.raises(ConfigError, match=r"holds config\.json of something else than a run"):
+        own_output(tmp_path / "project")
+    assert (tmp_path / "project" / "config.json").read_text() == "precious"
+    (tmp_path / "run").mkdir()
+    for name in ("resolved.yaml", "resume", "scratch", "config.json"):
+        (tmp_path / "run" / name).symlink_to(tmp_path / "project")
+        with pytest.raises(OSError, match=r"a link inside train\.output"):
+            own_output(tmp_path / "run")
+        (tmp_path / "run" / name).unlink()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    own_output(tmp_path / "link")  # the folder itself may be one
+
+    cache = make_tiny_cache(tmp_path / "tiny", views=1)
+    (cache.root / "claims").symlink_to(tmp_path / "project")
+    with pytest.raises(OSError, match=r"a link inside cache\.path"):
+        create_cache(cache.root, cache.identity, 1, {}, cache.inventory)

@@ -52,6 +52,15 @@ VIEW_FIELDS: dict[str, tuple[type[np.generic], tuple[str, ...]]] = {
 MANIFEST, MANIFEST_COPY = "manifest.json", "manifest.copy.json"
 RESOLVED = "resolved.yaml"
 INVENTORY = "inventory"
+OWN_NAMES = (
+    MANIFEST,
+    MANIFEST_COPY,
+    RESOLVED,
+    INVENTORY,
+    "units",
+    "commits",
+    "claims",
+)  # all that a cache's folder holds
 
 
 def unit_file(block: int, view: int, codec: str, digest: str) -> PurePosixPath:
