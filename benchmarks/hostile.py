@@ -33,6 +33,8 @@ import torch
 from benchmarks.hostile_base import Case, make_base
 from benchmarks.hostile_cli import cli_cases
 from benchmarks.hostile_curated_data import data_cases
+from benchmarks.hostile_curated_images import image_cases
+from benchmarks.hostile_curated_inventory import column_cases, inventory_cases
 from benchmarks.hostile_curated_state import state_cases
 from benchmarks.hostile_curated_text import text_cases
 from benchmarks.hostile_mutations import Kind, drop_own, make_kinds
@@ -104,7 +106,8 @@ def run(
     (folder / "canary").write_text(CANARY)
     try:
         if with_curated:
-            cases = data_cases(base) + text_cases(base) + state_cases(base)
+            cases = image_cases() + data_cases(base) + text_cases(base) + state_cases(base)
+            cases += inventory_cases(base) + column_cases(base)
             cases += cli_cases(base) if (count >= 5000 if with_cli is None else with_cli) else []
             for case in cases:
                 if only and not case.name.startswith(tuple(only)):

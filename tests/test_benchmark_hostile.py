@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(*arguments: str, before: str = "") -> tuple[int, dict[str, int], str]:
     code = (
-        "import sys\nimport benchmarks.hostile as h, benchmarks.hostile_mutations as m, benchmarks.hostile_curated_data as d\n"
+        "import sys\nimport benchmarks.hostile as h, benchmarks.hostile_mutations as m, benchmarks.hostile_curated_data as d, benchmarks.hostile_curated_images as i\n"
         f"{before}\nsys.exit(h.main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "--seed", "1", "--no-cli", *arguments]
@@ -75,7 +75,7 @@ def test_a_reader_that_breaks_hangs_or_escapes_is_found() -> None:
     )  # the child
     growing = "m.decode = lambda data: bytearray(3 << 30)"
     assert run("--count", "1", "--only", "image", "--no-curated", before=growing)[1]["hostile_failed"] == 1
-    wrong = "d.decode = lambda data: None"  # reads what it should refuse
+    wrong = "i.decode = lambda data: None"  # reads what it should refuse
     assert run("--count", "0", "--only", "image: no bytes", before=wrong)[1]["curated_failed"] == 1
     leaving = "d.read_pack = lambda source, *a: (source.parent / 'x').write_text('y')"
     assert run("--count", "0", "--only", "pack: gz as", before=leaving)[1]["curated_failed"] == 1
