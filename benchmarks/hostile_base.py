@@ -152,9 +152,9 @@ def read_samples(data: Path) -> None:
         inventory.find(inventory.key(i))
 
 
-def read_cache(root: Path, data: Path | None = None) -> None:
+def read_cache(root: Path, data: Path | None = None, images: bool = True) -> None:
     """`cskd verify`: unsound is refused. A sound cache's counts must add up."""
-    report = verify(root, data=data, images=True, quiet=True)
+    report = verify(root, data=data, images=images, quiet=True)
     if not report.sound:
         raise CacheError((report.errors or [f"{report.missing} units missing"])[0])
     cache = open_cache(root, data=data)
