@@ -75,7 +75,7 @@ class Base:
     def run(self) -> Path:
         return self.folder / "run"
 
-    def config(self, cache: Path, run: Path, data: Path | None = None, **changes: dict[str, Any]) -> Config:
+    def config(self, cache: Path, run: Path, data: Path | None = None, /, **changes: dict[str, Any]) -> Config:
         raw: dict[str, dict[str, Any]] = {
             "data": {"train": str(data or self.data)},
             "teacher": {"model": f"{self.folder / 'net.py'}:build", "batch": 8, "min_top1": 0.0, "check_images": 8},
@@ -108,6 +108,7 @@ class Case:
     read: Callable[[Path], object]
     expected: str = "refused"
     writes: tuple[str, ...] = ("out", "linear.py", "__pycache__")
+    seconds: int | None = None  # on the clock; default: the limit of every reading
 
 
 def make_base(folder: Path) -> Base:
@@ -151,9 +152,9 @@ def read_samples(data: Path) -> None:
         inventory.find(inventory.key(i))
 
 
-def read_cache(root: Path, data: Path | None = None) -> None:
+def read_cache(root: Path, data: Path | None = None, images: bool = True) -> None:
     """`cskd verify`: unsound is refused. A sound cache's counts must add up."""
-    report = verify(root, data=data, images=True, quiet=True)
+    report = verify(root, data=data, images=images, quiet=True)
     if not report.sound:
         raise CacheError((report.errors or [f"{report.missing} units missing"])[0])
     cache = open_cache(root, data=data)

@@ -1,4 +1,4 @@
-"""Curated state: inventories, manifests, commit records, units, checkpoints and runs, their hashes right, that claim too much."""
+"""Curated state: manifests, commit records, units, checkpoints and runs, their hashes right, that claim too much."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks import hostile_base as b
 from benchmarks.hostile_base import Base, Case, sparse, write
+from benchmarks.hostile_curated_inventory import DEEP, Change, change_of
 from cskd.student import build_student
 from cskd.student.checkpoint import load_student
 from cskd.student.optim import Optimisation
@@ -22,14 +22,9 @@ from cskd.student.resume import ResumeStates
 from pipeline.gc import gc
 from pipeline.inspect_cache import inspect
 
-Change = Callable[[Any], object]
-DEEP = json.loads("[" * 200 + "]" * 200)
-
 
 def state_cases(base: Base) -> list[Case]:
     return [
-        *inventory_cases(base),
-        *column_cases(base),
         *record_cases(base),
         *folder_cases(base),
         *unit_cases(base),
@@ -38,220 +33,68 @@ def state_cases(base: Base) -> list[Case]:
     ]
 
 
-def _set(*path: Any, to: Any) -> Change:
-    def change(value: Any) -> None:
-        for key in path[:-1]:
-            value = value[key]
-        value[path[-1]] = to
-
-    return change
-
-
-def inventory_cases(base: Base) -> list[Case]:
-    header = json.loads((base.data / "inventory" / "inventory.json").read_bytes())
-    shard = lambda name: _set("shards", 0, "name", to=name)  # noqa: E731
-    changes: dict[str, Change] = {
-        "a shard ../../canary": shard("../../canary"),
-        "an absolute shard": shard("/etc/passwd"),
-        "a shard pipe:rm": shard("pipe:rm -rf canary"),
-        "a shard http://": shard("http://localhost/x.tar"),
-        "a shard file:": shard("file:/etc/passwd"),
-        "a shard with a zero byte": shard("a\0b"),
-        "a shard with an escape sequence": shard("\x1b[2J.tar"),
-        "a shard of no name": shard(""),
-        "a shard that is a number": shard(7),
-        "a shard of a negative length": _set("shards", 0, "bytes", to=-1),
-        "a shard of 2^70 bytes": _set("shards", 0, "bytes", to=2**70),
-        "shards that are a mapping": _set("shards", to={"name": "x"}),
-        "a shard that is text": _set("shards", to=["00000.tar"]),
-        "2^62 samples": _set("num_samples", to=2**62),
-        "no samples": _set("num_samples", to=0),
-        "samples in text": _set("num_samples", to="16"),
-        "true samples": _set("num_samples", to=True),
-        "blocks that fall": _set("blocks", to=[0, 12, 8, 16]),
-        "blocks that end early": _set("blocks", to=[0, 8]),
-        "blocks that start late": _set("blocks", to=[1, 8, 16]),
-        "blocks of 2^80": _set("blocks", to=[0, 2**80]),
-        "blocks in text": _set("blocks", to=["0", "16"]),
-        "no blocks": _set("blocks", to=[]),
-        "no classes": _set("classes", to=[]),
-        "100,000 classes": _set("classes", to=[str(i) for i in range(100_000)]),
-        "classes that are numbers": _set("classes", to=[1, 2]),
-        "one class of two": _set("classes", to=["a"]),
-        "notes that are text": _set("notes", to="note"),
-        "no columns": _set("columns", to=None),
-        "columns of text": _set("columns", to={"label": "x"}),
-        "lists 200 deep": _set("made", "deep", to=DEEP),
-        "no id": _set("id", to=None),
-        "a later version": _set("version", to=99),
-    }
-    raw = {
-        "nested 100,000 deep": b"[" * 100_000,
-        "with a key twice": b'{"format": "cskd inventory", "format": "cskd inventory"}',
-        "with a number of 10,000 digits": b'{"version": ' + b"9" * 10_000 + b"}",
-        "of no bytes": b"",
-        "that is NaN": b"NaN",
-        "with half a character": b'{"format": "\\ud800"}',
-    }
-
-    def make(work: Path, data: bytes) -> None:
-        b.shutil.copytree(base.data, work / "d")
-        (work / "d" / "inventory" / "inventory.json").write_bytes(data)
-
-    cases = []
-    for name, change in changes.items():
-        value = json.loads(json.dumps(header))
-        change(value)
-        raw[f"with {name}"] = b.seal_inventory(value)
-    for name, data in raw.items():
-        read = lambda work: b.read_samples(work / "d")  # noqa: E731
-        cases.append(Case(f"inventory: {name}", lambda work, data=data: make(work, data), read))
-    return cases
-
-
-def npy(descr: str, shape: str, data: bytes = b"") -> bytes:
-    head = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode()
-    head += b" " * (-(len(head) + 11) % 64) + b"\n"
-    return b"\x93NUMPY\1\0" + struct.pack("<H", len(head)) + head + data
-
-
-def column_cases(base: Base) -> list[Case]:
-    rows = {
-        name: np.load(base.data / "inventory" / f"{name}.npy", allow_pickle=False)
-        for name in ("label", "shard", "size", "offset", "key_offset")
-    }
-
-    def changed(name: str, value: int, row: int = 0) -> bytes:
-        array = rows[name].copy()
-        array[row] = value
-        return npy(f"'{array.dtype.str}'", f"({len(array)},)", array.tobytes())
-
-    columns: dict[str, tuple[str, bytes]] = {
-        "2^60 elements": ("size", npy("'<i8'", "(1152921504606846976,)")),
-        "a shape of 10^30": ("size", npy("'<i8'", f"({10**30},)")),
-        "a negative shape": ("size", npy("'<i8'", "(-1,)")),
-        "a shape of 20 dimensions": ("size", npy("'<i8'", str((1,) * 80))),
-        "objects": ("size", npy("'|O'", "(16,)", b"\x80\x04cos\nsystem\n.")),
-        "a header of code": ("size", npy("__import__('os').system('touch canary')", "(16,)")),
-        "a header 5,000 deep": ("size", npy("'<i8'", "(" * 5000)),
-        "floats": ("size", npy("'<f8'", "(16,)", bytes(128))),
-        "another byte order": ("size", npy("'>i8'", "(16,)", bytes(128))),
-        "no bytes": ("size", b""),
-        "a zip of arrays": ("size", b.zipped({"size.npy": npy("'<i8'", "(16,)", bytes(128))})),
-        "a negative label": ("label", changed("label", -1)),
-        "a label of no class": ("label", changed("label", 2)),
-        "shard 4 billion": ("shard", changed("shard", 2**32 - 1)),
-        "an image of 2^62 bytes": ("size", changed("size", 2**62)),
-        "an image of a negative size": ("size", changed("size", -5)),
-        "an image before its shard": ("offset", changed("offset", -512)),
-        "an image after its shard": ("offset", changed("offset", 2**62)),
-        "keys that go back": ("key_offset", changed("key_offset", 10**6, 3)),
-        "keys that start later": ("key_offset", changed("key_offset", 1)),
-        "keys that end at 2^62": ("key_offset", changed("key_offset", 2**62, -1)),
-        "keys that are no UTF-8": (
-            "key",
-            npy("'|u1'", f"({int(rows['key_offset'][-1])},)", b"\xff" * int(rows["key_offset"][-1])),
-        ),
-    }
-
-    def make(work: Path, name: str, data: bytes) -> None:
-        b.shutil.copytree(base.data, work / "d")
-        (work / "d" / "inventory" / f"{name}.npy").write_bytes(data)
-
-    def read(work: Path) -> None:
-        inventory = b.open_inventory(work / "d")  # not verified, as training opens it
-        reader = b.ShardReader(inventory)
-        for i in range(len(inventory)):
-            reader.read(i)
-            inventory.find(inventory.key(i))
-
-    cases = [
-        Case(f"inventory: a column with {what}", lambda work, name=name, data=data: make(work, name, data), read)
-        for what, (name, data) in columns.items()
-    ]
-
-    def instead(work: Path, name: str, put: Callable[[Path], object]) -> None:
-        b.shutil.copytree(base.data, work / "d")
-        (work / "d" / name).unlink()
-        put(work / "d" / name)
-
-    shard = next(p.name for p in sorted(base.data.glob("*.tar")))
-    for what, name, put in (
-        ("a header that is a pipe", "inventory/inventory.json", os.mkfifo),
-        ("a column that is a pipe", "inventory/size.npy", os.mkfifo),
-        ("a header of 1 TB", "inventory/inventory.json", lambda path: sparse(path, 10**12, b"{")),
-        ("a header that is a folder", "inventory/inventory.json", Path.mkdir),
-        ("a shard that is a pipe", shard, os.mkfifo),
-        ("a shard that is a device", shard, lambda path: path.symlink_to("/dev/zero")),
-        ("a shard that is a file of others", shard, lambda path: path.symlink_to("/etc/passwd")),
-        ("a shard of zeros", shard, lambda path: sparse(path, (base.data / shard).stat().st_size)),
-    ):
-        cases.append(Case(f"inventory: {what}", lambda work, name=name, put=put: instead(work, name, put), read))
-    return cases
-
-
 def record_cases(base: Base) -> list[Case]:
     manifest = json.loads((base.cache / "manifest.json").read_bytes())
     record = json.loads((base.cache / "commits" / "b00000" / "v0000.json").read_bytes())["commit"]
     manifests: dict[str, Change] = {
-        "10^12 views": _set("views", to=10**12),
-        "no views": _set("views", to=0),
-        "views in text": _set("views", to="3"),
-        "infinitely many views": _set("views", to=1e308),
-        "a grid of 10^9": _set("identity", "grid", to=[10**9, 10**9]),
-        "a grid of one": _set("identity", "grid", to=[1]),
-        "a codec that is a path": _set("identity", "codecs", to=["../../canary"]),
-        "a codec twice": _set("identity", "codecs", to=["envelope", "envelope"]),
-        "no codecs": _set("identity", "codecs", to=[]),
-        "a recipe of 10^6 pixels": _set("identity", "recipe", "size", to=10**6),
-        "a recipe with an unknown key": _set("identity", "recipe", "__class__", to="x"),
-        "a recipe of text": _set("identity", "recipe", to="x"),
-        "a recipe without end": _set("identity", "recipe", "randaugment", to="rand-n1000000000"),
-        "a teacher that is a list": _set("identity", "teacher", to=[]),
-        "no inventory": _set("identity", "inventory", to=None),
-        "images of /etc": _set("data", to="/etc"),
-        "images of a zero byte": _set("data", to="\0"),
-        "images that are a number": _set("data", to=7),
-        "a config that is text": _set("config", to="x"),
-        "a config of code": _set("config", "teacher", to="x"),
-        "versions that are text": _set("versions", to="x"),
-        "a probe of text": _set("probe", to="x"),
-        "an accuracy of text": _set("clean_top1", to="[bold]"),
-        "lists 200 deep": _set("deep", to=DEEP),
+        "10^12 views": change_of("views", to=10**12),
+        "no views": change_of("views", to=0),
+        "views in text": change_of("views", to="3"),
+        "infinitely many views": change_of("views", to=1e308),
+        "a grid of 10^9": change_of("identity", "grid", to=[10**9, 10**9]),
+        "a grid of one": change_of("identity", "grid", to=[1]),
+        "a codec that is a path": change_of("identity", "codecs", to=["../../canary"]),
+        "a codec twice": change_of("identity", "codecs", to=["envelope", "envelope"]),
+        "no codecs": change_of("identity", "codecs", to=[]),
+        "a recipe of 10^6 pixels": change_of("identity", "recipe", "size", to=10**6),
+        "a recipe with an unknown key": change_of("identity", "recipe", "__class__", to="x"),
+        "a recipe of text": change_of("identity", "recipe", to="x"),
+        "a recipe without end": change_of("identity", "recipe", "randaugment", to="rand-n1000000000"),
+        "a teacher that is a list": change_of("identity", "teacher", to=[]),
+        "no inventory": change_of("identity", "inventory", to=None),
+        "images of /etc": change_of("data", to="/etc"),
+        "images of a zero byte": change_of("data", to="\0"),
+        "images that are a number": change_of("data", to=7),
+        "a config that is text": change_of("config", to="x"),
+        "a config of code": change_of("config", "teacher", to="x"),
+        "versions that are text": change_of("versions", to="x"),
+        "a probe of text": change_of("probe", to="x"),
+        "an accuracy of text": change_of("clean_top1", to="[bold]"),
+        "lists 200 deep": change_of("deep", to=DEEP),
         "no identity": lambda value: value.pop("identity"),
-        "a format of 99": _set("format", to=99),
+        "a format of 99": change_of("format", to=99),
     }
     sha = record["files"][0]["sha256"]
     records: dict[str, Change] = {
-        "a file ../../canary": _set("files", 0, "path", to="../../canary"),
-        "an absolute file": _set("files", 0, "path", to="/etc/passwd"),
-        "a file pipe:": _set("files", 0, "path", to="pipe:rm"),
-        "a file of another unit": _set("files", 0, "path", to=f"units/b00001/v0000.envelope.{sha[:16]}.zarr.zip"),
-        "a file with a zero byte": _set("files", 0, "path", to="a\0b"),
-        "a file that is a number": _set("files", 0, "path", to=1),
-        "a codec that is a path": _set("files", 0, "codec", to="../x"),
-        "a negative size": _set("files", 0, "size", to=-1),
-        "a size of 2^70": _set("files", 0, "size", to=2**70),
-        "a hash that is a path": _set("files", 0, "sha256", to="../../canary"),
-        "no files": _set("files", to=[]),
+        "a file ../../canary": change_of("files", 0, "path", to="../../canary"),
+        "an absolute file": change_of("files", 0, "path", to="/etc/passwd"),
+        "a file pipe:": change_of("files", 0, "path", to="pipe:rm"),
+        "a file of another unit": change_of("files", 0, "path", to=f"units/b00001/v0000.envelope.{sha[:16]}.zarr.zip"),
+        "a file with a zero byte": change_of("files", 0, "path", to="a\0b"),
+        "a file that is a number": change_of("files", 0, "path", to=1),
+        "a codec that is a path": change_of("files", 0, "codec", to="../x"),
+        "a negative size": change_of("files", 0, "size", to=-1),
+        "a size of 2^70": change_of("files", 0, "size", to=2**70),
+        "a hash that is a path": change_of("files", 0, "sha256", to="../../canary"),
+        "no files": change_of("files", to=[]),
         "its file twice": lambda value: value["files"].append(value["files"][0]),
-        "files that are text": _set("files", to="x"),
-        "another block": _set("block", to=1),
-        "2^80 samples": _set("samples", to=2**80),
-        "counts that do not add up": _set("cached", to=3),
+        "files that are text": change_of("files", to="x"),
+        "another block": change_of("block", to=1),
+        "2^80 samples": change_of("samples", to=2**80),
+        "counts that do not add up": change_of("cached", to=3),
         "fewer samples than there are": lambda value: value.update(samples=4, cached=4),
         "a quarantined sample beyond the block": lambda value: value.update(cached=7, quarantine={"10000000000": "x"}),
         "a quarantined sample of text": lambda value: value.update(cached=7, quarantine={"x": "y"}),
         "a quarantined negative sample": lambda value: value.update(cached=7, quarantine={"-1": "y"}),
         "a quarantine of 5,000 digits": lambda value: value.update(cached=7, quarantine={"9" * 5000: "y"}),
-        "a quarantine that is a list": _set("quarantine", to=[0]),
+        "a quarantine that is a list": change_of("quarantine", to=[0]),
         "a reason that is a list": lambda value: value.update(cached=7, quarantine={"0": []}),
         "a sample quarantined that is there": lambda value: value.update(cached=7, quarantine={"0": "x"}),
-        "stats of text": _set("stats", to="x"),
-        "another content": _set("content_hash", to="0" * 64),
-        "another cache's fingerprint": _set("fingerprint", to="0" * 64),
-        "an unknown field": _set("code", to="x"),
-        "lists 200 deep": _set("stats", "deep", to=DEEP),
+        "stats of text": change_of("stats", to="x"),
+        "another content": change_of("content_hash", to="0" * 64),
+        "another cache's fingerprint": change_of("fingerprint", to="0" * 64),
+        "an unknown field": change_of("code", to="x"),
+        "lists 200 deep": change_of("stats", "deep", to=DEEP),
     }
 
     def make(work: Path, name: str, data: bytes) -> None:
@@ -447,26 +290,26 @@ def weight_cases(base: Base) -> list[Case]:
 def run_cases(base: Base) -> list[Case]:
     facts = json.loads((base.run / "config.json").read_bytes())
     changes: dict[str, Change] = {
-        "a checkpoint of its own": _set("model_args", "checkpoint_path", to="canary"),
-        "settings of its own": _set("model_args", "pretrained_cfg", to={"file": "canary"}),
-        "a model of the hub": _set("architecture", to="hf-hub:x/y"),
-        "a model that is a list": _set("architecture", to=[]),
-        "10^9 features": _set("model_args", "embed_dim", to=10**9),
-        "60,000 features": _set("model_args", "embed_dim", to=60_000),
-        "10,000 blocks": _set("model_args", "depth", to=10_000),
-        "an MLP 10^9 times as wide": _set("model_args", "mlp_ratio", to=1e9),
-        "an image of 10^9 pixels": _set("pretrained_cfg", "input_size", to=[3, 10**9, 10**9]),
-        "an image of text": _set("pretrained_cfg", "input_size", to="x"),
-        "2^40 classes": _set("num_classes", to=2**40),
-        "no classes": _set("num_classes", to=0),
-        "names that are no list": _set("label_names", to="ab"),
-        "a mean of text": _set("pretrained_cfg", "mean", to=["x", "y", "z"]),
-        "a deviation of zero": _set("pretrained_cfg", "std", to=[0.0, 0.0, 0.0]),
-        "a crop of zero": _set("pretrained_cfg", "crop_pct", to=0),
-        "arguments that are a list": _set("model_args", to=[]),
-        "an argument of code": _set("model_args", "act_layer", to="__import__('os')"),
-        "patches of zero": _set("model_args", "patch_size", to=0),
-        "lists 200 deep": _set("deep", to=DEEP),
+        "a checkpoint of its own": change_of("model_args", "checkpoint_path", to="canary"),
+        "settings of its own": change_of("model_args", "pretrained_cfg", to={"file": "canary"}),
+        "a model of the hub": change_of("architecture", to="hf-hub:x/y"),
+        "a model that is a list": change_of("architecture", to=[]),
+        "10^9 features": change_of("model_args", "embed_dim", to=10**9),
+        "60,000 features": change_of("model_args", "embed_dim", to=60_000),
+        "10,000 blocks": change_of("model_args", "depth", to=10_000),
+        "an MLP 10^9 times as wide": change_of("model_args", "mlp_ratio", to=1e9),
+        "an image of 10^9 pixels": change_of("pretrained_cfg", "input_size", to=[3, 10**9, 10**9]),
+        "an image of text": change_of("pretrained_cfg", "input_size", to="x"),
+        "2^40 classes": change_of("num_classes", to=2**40),
+        "no classes": change_of("num_classes", to=0),
+        "names that are no list": change_of("label_names", to="ab"),
+        "a mean of text": change_of("pretrained_cfg", "mean", to=["x", "y", "z"]),
+        "a deviation of zero": change_of("pretrained_cfg", "std", to=[0.0, 0.0, 0.0]),
+        "a crop of zero": change_of("pretrained_cfg", "crop_pct", to=0),
+        "arguments that are a list": change_of("model_args", to=[]),
+        "an argument of code": change_of("model_args", "act_layer", to="__import__('os')"),
+        "patches of zero": change_of("model_args", "patch_size", to=0),
+        "lists 200 deep": change_of("deep", to=DEEP),
     }
 
     def make(work: Path, data: bytes) -> None:

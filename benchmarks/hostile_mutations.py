@@ -138,7 +138,9 @@ def make_kinds(base: Base) -> dict[str, Kind]:
         return change
 
     def in_cache(name: str) -> Callable[[Path, bytes], None]:
-        return lambda work, data: _with_file(base, "cache", name, data, lambda root: base_.read_cache(root))
+        return lambda work, data: _with_file(
+            base, "cache", name, data, lambda root: base_.read_cache(root, images=False)
+        )
 
     return {
         "image": Kind(pictures, lambda work, data: decode(data), mutate),

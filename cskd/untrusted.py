@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,20 @@ def check_depth(value: Any, limit: int = MAX_DEPTH) -> None:
         depth += 1
         if depth > limit:
             raise ValueError(f"nested deeper than {limit}")
+
+
+def refuse_links(folder: Path, names: Iterable[str], what: str) -> None:
+    """An output folder may be a link, what is written in it may not: whoever made the folder would choose where that goes.
+
+    Raises:  OSError naming the link. `what`: the config key that says where the folder is.
+    """
+    for name in names:
+        if (folder / name).is_symlink():
+            raise OSError(
+                errno.ELOOP,
+                f"a link inside {what}, which may lead out of it; make {what} itself the link",
+                str(folder / name),
+            )
 
 
 def printable(text: str) -> str:

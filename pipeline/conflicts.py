@@ -12,9 +12,14 @@ from cskd.images import POLICY
 from cskd.live import LiveViews
 from cskd.store.cache import Cache, first_difference
 from cskd.store.format import RESOLVED
+from cskd.student.checkpoint import MODEL, MODEL_LAST
+from cskd.untrusted import refuse_links
 
 # Facts of the teacher that a config for training may repeat; weights may lie elsewhere, batch and device don't matter.
 _TEACHER = ("model", "kwargs", "input_size", "mean", "std", "classes", "dense", "grid")
+# Files of a run that replace what has their name; the folders beside them hold names of their own.
+_RUN_FILES = (MODEL, MODEL_LAST, "config.json", "metrics.jsonl", "metrics.csv")
+_RUN_NAMES = (*_RUN_FILES, RESOLVED, "unreadable.json", "resume", "scratch", "tensorboard")
 # Keys that don't change which numbers a run ends with: they may differ when it is resumed.
 _FREE = ("output", "workers", "device", "eval_every", "keep", "save_every", "max_steps", "tensorboard", "prefetch")
 
@@ -64,6 +69,18 @@ def usable_views(cache: Cache, wanted: int) -> int:
             f"finish it with `cskd cache-teacher {cache.root / RESOLVED}`{instead}"
         )
     return views
+
+
+def own_output(output: Path) -> None:
+    """Make the folder of a run. ConfigError where it holds files of the names of a run's that are none of a run; OSError
+    where one is a link: a config from elsewhere may say any folder, and this is all that it can do there."""
+    output.mkdir(parents=True, exist_ok=True)
+    refuse_links(output, _RUN_NAMES, "train.output")
+    foreign = [name for name in _RUN_FILES if (output / name).exists()]
+    if foreign and not (output / RESOLVED).exists():
+        raise ConfigError(
+            f"train.output {output} holds {foreign[0]} of something else than a run; set another, --set train.output=..."
+        )
 
 
 def run_identity(config: Config, source: Cache | LiveViews, views: int, ranks: int, online: bool) -> dict[str, Any]:

@@ -48,7 +48,14 @@ from cskd.student import Student, build_student
 from cskd.student.checkpoint import ResumeStates, TrainState, export
 from cskd.student.optim import Optimisation, reseed_step
 from cskd.targets import CachedTargets, LiveTargets, mixed_labels
-from pipeline.conflicts import refuse_conflicts, refuse_other_code, refuse_other_run, run_identity, usable_views
+from pipeline.conflicts import (
+    own_output,
+    refuse_conflicts,
+    refuse_other_code,
+    refuse_other_run,
+    run_identity,
+    usable_views,
+)
 from pipeline.evaluate import score_heads
 from pipeline.metrics import MetricsLog
 from pipeline.online import open_online
@@ -240,7 +247,7 @@ def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, q
     if loaded:
         refuse_other_run(loaded.info, json.loads(json.dumps(identity)), output)
     if ranks.first:
-        output.mkdir(parents=True, exist_ok=True)
+        own_output(output)
         write_whole(output / RESOLVED, to_yaml(config).encode())
     ranks.barrier()
     stop = settings.epochs * plan.steps

@@ -19,9 +19,10 @@ from cskd.inventory import Inventory, copy_inventory, open_inventory
 from cskd.replay import Recorded
 from cskd.seeds import view_seeds
 from cskd.store.commit import Commit, again, make_folder, publish, read_commit, record_names, write_file
-from cskd.store.format import INVENTORY, MANIFEST, VIEW_FIELDS, commit_file, record_name
+from cskd.store.format import INVENTORY, MANIFEST, OWN_NAMES, VIEW_FIELDS, commit_file, record_name
 from cskd.store.manifest import begin_manifest, complete_manifest, read_manifest, write_manifest
 from cskd.store.unit import content_hash, pack_unit, read_unit
+from cskd.untrusted import refuse_links
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,7 @@ def create_cache(
     identity: grid, codecs, recipe, recipe_code, teacher, inventory, classes; JSON-able. facts: versions, checks, paths.
     Raises:   CacheError naming the first field that differs, both values, and what to do.
     """
+    refuse_links(root, OWN_NAMES, "cache.path")
     identity = json.loads(json.dumps(identity))
     if (root / MANIFEST).exists():
         cache = open_cache(root)

@@ -92,7 +92,7 @@ def check_manifest(manifest: dict[str, Any]) -> None:
         if name in manifest and not isinstance(manifest[name], kind):
             raise ValueError(f"its {name} is {str(manifest[name])[:40]}")
     config = manifest.get("config", {})
-    if not all(isinstance(config.get(name, {}), dict) for name in ("cache", "teacher", "data")):
+    if not all(isinstance(config.get(name), dict) for name in ("cache", "teacher", "data")):
         raise ValueError("its config has a section that is no mapping")
     top1 = manifest.get("clean_top1")
     if top1 is not None and not isinstance(top1, int | float):
