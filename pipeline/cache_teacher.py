@@ -30,7 +30,7 @@ from rich.markup import escape
 from cskd.augment.device import mix_pixels
 from cskd.augment.mixing import quads
 from cskd.codecs import Arrays, get_codec
-from cskd.config import Config, from_dict, to_dict, to_yaml
+from cskd.config import Config, to_dict, to_yaml
 from cskd.devices import pick_device
 from cskd.errors import CacheError, ConfigError, DataError, ImageError
 from cskd.golden import check_versions
@@ -150,9 +150,12 @@ def _open_or_create(config: Config, inventory: Inventory, teacher: Teacher, make
 
 
 def resolved_of(cache: Cache) -> str:
-    """The config that makes this cache, as YAML: the one it was begun with, and the views it has grown to."""
+    """The config that makes this cache, as YAML: the one it was begun with, and the views it has grown to.
+
+    Not filled up with today's defaults: a version with one key more must find the file as it was written.
+    """
     recorded = cache.manifest["config"]
-    return to_yaml(from_dict({**recorded, "cache": {**recorded["cache"], "views": cache.views}}))
+    return to_yaml({**recorded, "cache": {**recorded["cache"], "views": cache.views}})
 
 
 def write_resolved(cache: Cache) -> None:

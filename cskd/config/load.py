@@ -89,10 +89,10 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain
 
 
-def to_yaml(config: Config) -> str:
-    """The resolved config as YAML, every key written out."""
+def to_yaml(config: Config | dict[str, Any]) -> str:
+    """A config as YAML, every key written out; one that was recorded, as it was recorded."""
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the same text in a quarter of the time
-    return str(yaml.dump(to_dict(config), Dumper=dumper, sort_keys=False))
+    return str(yaml.dump(config if isinstance(config, dict) else to_dict(config), Dumper=dumper, sort_keys=False))
 
 
 def _override(raw: dict[str, Any], text: str) -> None:
