@@ -25,7 +25,7 @@ from cskd.packing.payloads import payloads
 from cskd.packing.sources import open_source
 from cskd.packing.tars import decompressed, members
 from cskd.store.cache import create_cache
-from cskd.store.unit_checks import frame_size
+from cskd.store.unit_layout import frame_size
 from cskd.teacher_build import build_model
 from cskd.untrusted import parse_json, printable, read_file
 from pipeline.conflicts import own_output
