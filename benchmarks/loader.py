@@ -17,8 +17,8 @@ cutmix 1.0; `crop_flip`: crop and flip only.
     crop_flip   the mild recipe, the original images
 
 Then, in one process and one thread: reading and decoding a view, augmenting it, and the digest it is checked by. Prints the
-machine, a table, and one JSON line last: `ratio_NAME`, images a second, memory in MB (`pss` of main and workers at the end of
-a round, their queues full), and `decode_us`, `augment_us`, `digest_us` a view with `digest_share` of the three together.
+machine, a table, and one JSON line last: `ratio_NAME`, images a second, `cpu_us` of processor time an image, all processes
+together (which a busy machine changes less), memory in MB (`pss` of main and workers at the end of a round), and `decode_us`, `augment_us`, `digest_us` a view with `digest_share` of the three together.
 """
 
 from __future__ import annotations
@@ -107,7 +107,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory() as folder:
             images = Images(Path(folder), source)
-            print(f"\n{'':<12}{'cskd images/s':>14}{'timm images/s':>14}{'ratio':>7}   cskd MB  timm MB  timm's way")
+            print(
+                f"\n{'':<12}{'cskd images/s':>14}{'timm images/s':>14}{'ratio':>7}{'us an image':>14}{'MB':>12}  timm's way"
+            )
             for name in (n for n in COMPARISONS if n in options.only):
                 result |= compare(name, images, options)
             if "parts" in options.only:
@@ -196,10 +198,10 @@ class Running:
         self._process.stdin.close()
         self._process.wait()
 
-    def round(self, batches: int) -> float:
-        """Images a second of one round."""
+    def round(self, batches: int) -> tuple[float, float]:
+        """Images a second of one round, and microseconds of processor time an image."""
         answer = self._ask(f"round {batches}")
-        return float(answer["images"] / answer["seconds"])
+        return answer["images"] / answer["seconds"], 1e6 * answer["processor_seconds"] / answer["images"]
 
     def memory(self) -> dict[str, float]:
         return self._ask("memory")
@@ -221,22 +223,27 @@ def compare(name: str, images: Images, options: argparse.Namespace) -> dict[str,
     here = Side(str(images.cache(ours, recipe)), recipe, options.workers, options.batch, repeats)
     there = fastest(images, theirs, replace(here, repeats=1), options.batches, scratch)
     speed: dict[str, list[float]] = {"cskd": [], "timm": []}
+    used: dict[str, list[float]] = {"cskd": [], "timm": []}
     held: dict[str, list[dict[str, float]]] = {"cskd": [], "timm": []}
     with Running(here, scratch / "cskd") as cskd, Running(there, scratch / "timm") as timm_:
         for _ in range(options.rounds):
             for side, running in (("cskd", cskd), ("timm", timm_)):
-                speed[side].append(running.round(options.batches))
+                rate, us = running.round(options.batches)
+                speed[side].append(rate)
+                used[side].append(us)
                 held[side].append(running.memory())
     ratio = statistics.median(a / b for a, b in zip(speed["cskd"], speed["timm"], strict=True))
     found: dict[str, Any] = {f"ratio_{name}": round(ratio, 3)}
     for side, rates in speed.items():
         found[f"{name}_{side}_images_s"] = round(statistics.median(rates), 1)
+        found[f"{name}_{side}_cpu_us"] = round(statistics.median(used[side]))
         for key in ("pss", "rss", "main_peak"):
             found[f"{name}_{side}_{key}_mb"] = round(max(m[key] for m in held[side]))
     way = f"{there.mode.removeprefix('timm ')}, {'tar' if there.source.endswith('.tar') else 'folder'}"
     found[f"{name}_timm_way"] = way
     line = f"{name:<12}{found[f'{name}_cskd_images_s']:>14.0f}{found[f'{name}_timm_images_s']:>14.0f}{ratio:>7.2f}"
-    print(f"{line}{found[f'{name}_cskd_pss_mb']:>10}{found[f'{name}_timm_pss_mb']:>9}  {way}", flush=True)
+    work, size = (f"{found[f'{name}_cskd_{key}']} / {found[f'{name}_timm_{key}']}" for key in ("cpu_us", "pss_mb"))
+    print(f"{line}{work:>14}{size:>12}  {way}", flush=True)
     return found
 
 
@@ -250,7 +257,7 @@ def fastest(images: Images, kind: str, like: Side, batches: int, scratch: Path) 
     best = []
     for number, way in enumerate(ways):
         with Running(way, scratch / f"trial{number}") as running:
-            best.append(max(running.round(max(2, batches // 2)) for _ in range(2)))
+            best.append(max(running.round(max(2, batches // 2))[0] for _ in range(2)))
     return ways[best.index(max(best))]
 
 
