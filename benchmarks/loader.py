@@ -6,8 +6,8 @@ ImageNet sample ($CSKD_DATA, else `shared` beside the checkout) at 224 pixels. E
 many workers as the other (`benchmarks.loader_sides`), rounds of the two take turns, so that a busy machine slows both, and
 the ratio is the median over rounds. Both end with a float32 batch, mixed and normalised, on the device (CPU, one thread in the
 main process). cskd replays a cache that it makes first: digests of all views are checked, hard targets of 7x7 cells read.
-timm's `create_loader` decodes and augments with Pillow and torchvision as it does; of its two modes (use_prefetcher) and two
-ways to read (folder, tar) the fastest of a short trial counts. Recipe of both: rand-m9-mstd0.5-inc1, erasing 0.25, mixup 0.8,
+timm's `create_loader` decodes and augments with Pillow and torchvision as it does; of its two modes (use_prefetcher), two
+ways to read (folder, tar), and freed memory kept or not (stage 2 keeps it), the fastest of a short trial counts. Recipe of both: rand-m9-mstd0.5-inc1, erasing 0.25, mixup 0.8,
 cutmix 1.0; `crop_flip`: crop and flip only.
 
     one_view    the original images on both sides
@@ -24,6 +24,7 @@ together (which a busy machine changes less), memory in MB (`pss` of main and wo
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -221,7 +222,7 @@ def compare(name: str, images: Images, options: argparse.Namespace) -> dict[str,
     recipe, ours, theirs, repeats = COMPARISONS[name]
     scratch = images.folder / "scratch" / name
     here = Side(str(images.cache(ours, recipe)), recipe, options.workers, options.batch, repeats)
-    there = fastest(images, theirs, replace(here, repeats=1), options.batches, scratch)
+    there, lean = fastest(images, theirs, replace(here, repeats=1), options.batches, scratch)
     speed: dict[str, list[float]] = {"cskd": [], "timm": []}
     used: dict[str, list[float]] = {"cskd": [], "timm": []}
     held: dict[str, list[dict[str, float]]] = {"cskd": [], "timm": []}
@@ -239,7 +240,10 @@ def compare(name: str, images: Images, options: argparse.Namespace) -> dict[str,
         found[f"{name}_{side}_cpu_us"] = round(statistics.median(used[side]))
         for key in ("pss", "rss", "main_peak"):
             found[f"{name}_{side}_{key}_mb"] = round(max(m[key] for m in held[side]))
+    if there.keep:  # timm by itself does not: its size counts without, its speed with
+        found |= {f"{name}_timm_{key}_mb": round(size) for key, size in lean.items()}
     way = f"{there.mode.removeprefix('timm ')}, {'tar' if there.source.endswith('.tar') else 'folder'}"
+    way += ", memory kept" if there.keep else ""
     found[f"{name}_timm_way"] = way
     line = f"{name:<12}{found[f'{name}_cskd_images_s']:>14.0f}{found[f'{name}_timm_images_s']:>14.0f}{ratio:>7.2f}"
     work, size = (f"{found[f'{name}_cskd_{key}']} / {found[f'{name}_timm_{key}']}" for key in ("cpu_us", "pss_mb"))
@@ -247,18 +251,17 @@ def compare(name: str, images: Images, options: argparse.Namespace) -> dict[str,
     return found
 
 
-def fastest(images: Images, kind: str, like: Side, batches: int, scratch: Path) -> Side:
-    """timm's best way to load these images: each has two short rounds, in turns, and the better of them counts."""
-    ways = [
-        replace(like, source=str(images.files(kind, packed)), mode=mode)
-        for mode in ("timm prefetcher", "timm plain")
-        for packed in (False, True)
-    ]
-    best = []
-    for number, way in enumerate(ways):
-        with Running(way, scratch / f"trial{number}") as running:
-            best.append(max(running.round(max(2, batches // 2))[0] for _ in range(2)))
-    return ways[best.index(max(best))]
+def fastest(images: Images, kind: str, like: Side, batches: int, scratch: Path) -> tuple[Side, dict[str, float]]:
+    """timm's best way to load these images, of two short rounds each; and what the best way holds that keeps no memory."""
+    ways = list(itertools.product(("timm prefetcher", "timm plain"), (False, True), (False, True)))
+    sides, found = {}, {}
+    for way in ways:
+        mode, packed, keep = way
+        sides[way] = replace(like, source=str(images.files(kind, packed)), mode=mode, keep=keep)
+        with Running(sides[way], scratch / "trial") as running:
+            found[way] = max(running.round(max(2, batches // 2))[0] for _ in range(2)), running.memory()
+    best = max(ways, key=lambda way: found[way][0])
+    return sides[best], found[(*best[:2], False)][1]
 
 
 def parts(data: Path, views: int, rounds: int) -> dict[str, float]:
