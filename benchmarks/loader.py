@@ -6,8 +6,8 @@ ImageNet sample ($CSKD_DATA, else `shared` beside the checkout) at 224 pixels. E
 many workers as the other (`benchmarks.loader_sides`), rounds of the two take turns, so that a busy machine slows both, and
 the ratio is the median over rounds. Both end with a float32 batch, mixed and normalised, on the device (CPU, one thread in the
 main process). cskd replays a cache that it makes first: digests of all views are checked, hard targets of 7x7 cells read.
-timm's `create_loader` decodes and augments with Pillow and torchvision as it does; of its two modes (use_prefetcher) and two
-ways to read (folder, tar) the fastest of a short trial counts. Recipe of both: rand-m9-mstd0.5-inc1, erasing 0.25, mixup 0.8,
+timm's `create_loader` decodes and augments with Pillow and torchvision as it does; of its two modes (use_prefetcher), two
+ways to read (folder, tar), and freed memory kept or not (stage 2 keeps it), the fastest of a short trial counts. Recipe of both: rand-m9-mstd0.5-inc1, erasing 0.25, mixup 0.8,
 cutmix 1.0; `crop_flip`: crop and flip only.
 
     one_view    the original images on both sides
@@ -17,13 +17,14 @@ cutmix 1.0; `crop_flip`: crop and flip only.
     crop_flip   the mild recipe, the original images
 
 Then, in one process and one thread: reading and decoding a view, augmenting it, and the digest it is checked by. Prints the
-machine, a table, and one JSON line last: `ratio_NAME`, images a second, memory in MB (`pss` of main and workers at the end of
-a round, their queues full), and `decode_us`, `augment_us`, `digest_us` a view with `digest_share` of the three together.
+machine, a table, and one JSON line last: `ratio_NAME`, images a second, `cpu_us` of processor time an image, all processes
+together (which a busy machine changes less), memory in MB (`pss` of main and workers at the end of a round), and `decode_us`, `augment_us`, `digest_us` a view with `digest_share` of the three together.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -107,7 +108,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory() as folder:
             images = Images(Path(folder), source)
-            print(f"\n{'':<12}{'cskd images/s':>14}{'timm images/s':>14}{'ratio':>7}   cskd MB  timm MB  timm's way")
+            print(
+                f"\n{'':<12}{'cskd images/s':>14}{'timm images/s':>14}{'ratio':>7}{'us an image':>14}{'MB':>12}  timm's way"
+            )
             for name in (n for n in COMPARISONS if n in options.only):
                 result |= compare(name, images, options)
             if "parts" in options.only:
@@ -196,10 +199,10 @@ class Running:
         self._process.stdin.close()
         self._process.wait()
 
-    def round(self, batches: int) -> float:
-        """Images a second of one round."""
+    def round(self, batches: int) -> tuple[float, float]:
+        """Images a second of one round, and microseconds of processor time an image."""
         answer = self._ask(f"round {batches}")
-        return float(answer["images"] / answer["seconds"])
+        return answer["images"] / answer["seconds"], 1e6 * answer["processor_seconds"] / answer["images"]
 
     def memory(self) -> dict[str, float]:
         return self._ask("memory")
@@ -219,39 +222,46 @@ def compare(name: str, images: Images, options: argparse.Namespace) -> dict[str,
     recipe, ours, theirs, repeats = COMPARISONS[name]
     scratch = images.folder / "scratch" / name
     here = Side(str(images.cache(ours, recipe)), recipe, options.workers, options.batch, repeats)
-    there = fastest(images, theirs, replace(here, repeats=1), options.batches, scratch)
+    there, lean = fastest(images, theirs, replace(here, repeats=1), options.batches, scratch)
     speed: dict[str, list[float]] = {"cskd": [], "timm": []}
+    used: dict[str, list[float]] = {"cskd": [], "timm": []}
     held: dict[str, list[dict[str, float]]] = {"cskd": [], "timm": []}
     with Running(here, scratch / "cskd") as cskd, Running(there, scratch / "timm") as timm_:
         for _ in range(options.rounds):
             for side, running in (("cskd", cskd), ("timm", timm_)):
-                speed[side].append(running.round(options.batches))
+                rate, us = running.round(options.batches)
+                speed[side].append(rate)
+                used[side].append(us)
                 held[side].append(running.memory())
     ratio = statistics.median(a / b for a, b in zip(speed["cskd"], speed["timm"], strict=True))
     found: dict[str, Any] = {f"ratio_{name}": round(ratio, 3)}
     for side, rates in speed.items():
         found[f"{name}_{side}_images_s"] = round(statistics.median(rates), 1)
+        found[f"{name}_{side}_cpu_us"] = round(statistics.median(used[side]))
         for key in ("pss", "rss", "main_peak"):
             found[f"{name}_{side}_{key}_mb"] = round(max(m[key] for m in held[side]))
+    if there.keep:  # timm by itself does not: its size counts without, its speed with
+        found |= {f"{name}_timm_{key}_mb": round(size) for key, size in lean.items()}
     way = f"{there.mode.removeprefix('timm ')}, {'tar' if there.source.endswith('.tar') else 'folder'}"
+    way += ", memory kept" if there.keep else ""
     found[f"{name}_timm_way"] = way
     line = f"{name:<12}{found[f'{name}_cskd_images_s']:>14.0f}{found[f'{name}_timm_images_s']:>14.0f}{ratio:>7.2f}"
-    print(f"{line}{found[f'{name}_cskd_pss_mb']:>10}{found[f'{name}_timm_pss_mb']:>9}  {way}", flush=True)
+    work, size = (f"{found[f'{name}_cskd_{key}']} / {found[f'{name}_timm_{key}']}" for key in ("cpu_us", "pss_mb"))
+    print(f"{line}{work:>14}{size:>12}  {way}", flush=True)
     return found
 
 
-def fastest(images: Images, kind: str, like: Side, batches: int, scratch: Path) -> Side:
-    """timm's best way to load these images: each has two short rounds, in turns, and the better of them counts."""
-    ways = [
-        replace(like, source=str(images.files(kind, packed)), mode=mode)
-        for mode in ("timm prefetcher", "timm plain")
-        for packed in (False, True)
-    ]
-    best = []
-    for number, way in enumerate(ways):
-        with Running(way, scratch / f"trial{number}") as running:
-            best.append(max(running.round(max(2, batches // 2)) for _ in range(2)))
-    return ways[best.index(max(best))]
+def fastest(images: Images, kind: str, like: Side, batches: int, scratch: Path) -> tuple[Side, dict[str, float]]:
+    """timm's best way to load these images, of two short rounds each; and what the best way holds that keeps no memory."""
+    ways = list(itertools.product(("timm prefetcher", "timm plain"), (False, True), (False, True)))
+    sides, found = {}, {}
+    for way in ways:
+        mode, packed, keep = way
+        sides[way] = replace(like, source=str(images.files(kind, packed)), mode=mode, keep=keep)
+        with Running(sides[way], scratch / "trial") as running:
+            found[way] = max(running.round(max(2, batches // 2))[0] for _ in range(2)), running.memory()
+    best = max(ways, key=lambda way: found[way][0])
+    return sides[best], found[(*best[:2], False)][1]
 
 
 def parts(data: Path, views: int, rounds: int) -> dict[str, float]:

@@ -14,6 +14,7 @@ what Pillow did before, so that timm can run at all.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import warnings
@@ -41,6 +42,7 @@ class Side:
     batch: int
     repeats: int = 1
     mode: str = "cskd"  # or 'timm prefetcher', 'timm plain'
+    keep: bool = False  # timm: keep freed memory, as stage 2 does on a CPU: faster, and larger
 
     def dump(self) -> str:
         return json.dumps(asdict(self))
@@ -88,12 +90,15 @@ def timm_batches(side: Side) -> Iterator[torch.Tensor]:
     """Inputs of timm's training loader with the same recipe."""
     import timm.data
     import timm.data.auto_augment as auto_augment
+    import torch
     from PIL import Image
 
     from cskd.config import RecipeConfig
-    from cskd.devices import pick_device
+    from cskd.devices import keep_freed_memory
 
-    device = pick_device("cpu")  # as cskd has it: memory is kept, which is half of the time of timm's mixing
+    device = torch.device("cpu")
+    if side.keep:
+        keep_freed_memory()
     whole = auto_augment.posterize
     black = lambda image, bits, **_: whole(image, bits) if bits else Image.new(image.mode, image.size)  # noqa: E731
     auto_augment.NAME_TO_OP |= dict.fromkeys(("Posterize", "PosterizeOriginal", "PosterizeIncreasing"), black)
@@ -137,26 +142,34 @@ def timm_batches(side: Side) -> Iterator[torch.Tensor]:
 
 def memory() -> dict[str, float]:
     """MB: `pss` of this process and all below it (shared pages counted once), `rss` summed, `main_peak` of this one."""
-    pss = rss = 0
-    todo, parents = [], _parents()
-    main = int(Path("/proc/self").resolve().name)
-    todo.append(main)
-    while todo:
-        pid = todo.pop()
-        todo += [child for child, parent in parents.items() if parent == pid]
-        found = _fields(Path(f"/proc/{pid}/smaps_rollup"))
-        pss, rss = pss + found.get("Pss", 0), rss + found.get("Rss", 0)
-    peak = _fields(Path("/proc/self/status"))["VmHWM"]
-    return {"pss": pss / 1024, "rss": rss / 1024, "main_peak": peak / 1024}
+    held = [_fields(Path(f"/proc/{pid}/smaps_rollup")) for pid in _family()]
+    found = {name.lower(): sum(fields.get(name, 0) for fields in held) / 1024 for name in ("Pss", "Rss")}
+    return found | {"main_peak": _fields(Path("/proc/self/status"))["VmHWM"] / 1024}
 
 
-def _parents() -> dict[int, int]:
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
+def processor_seconds() -> float:
+    """Seconds of all cores that this process and all below it have used: what a busy machine changes little."""
+    ticks = 0
+    for pid in _family():
         try:
-            found[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:  # it has ended
             continue
+        ticks += int(fields[11]) + int(fields[12])  # user and system
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _family() -> list[int]:
+    """This process and all below it: workers, and the server that forks them."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found = [os.getpid()]
+    for pid in found:  # grows while it is walked
+        found += [child for child, parent in parents.items() if parent == pid]
     return found
 
 
@@ -183,10 +196,11 @@ def main() -> None:
         else:
             for _ in range((PREFETCH + 1) * side.workers):
                 next(batches)
-            count, clock = int(line.split()[1]), time.perf_counter()
+            count, used, clock = int(line.split()[1]), processor_seconds(), time.perf_counter()
             for _ in range(count):
                 pixels = next(batches)
             answer = {"seconds": time.perf_counter() - clock, "images": count * side.batch}
+            answer["processor_seconds"] = processor_seconds() - used
             assert pixels.shape[0] == side.batch and pixels.shape[1] == 3 and pixels.dtype == torch.float32
         print(json.dumps(answer), flush=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ def pixel_crc(view_HWC: NDArray[np.uint8]) -> int:
     return int(google_crc32c.value(view_HWC.tobytes()))
 
 
-def view_digest(pixels: int, mode: int, lam: int, box: NDArray[np.uint16], partner_hash: int) -> int:
+def view_digest(pixels: int, mode: int, lam: int, box: Sequence[int] | NDArray[np.uint16], partner_hash: int) -> int:
     """crc32c over pixel digest, mixing mode, lambda (1/65536), box and partner's key hash (0 where unmixed)."""
     raw = struct.pack("<IBI4HQ", pixels, mode, lam, *(int(v) for v in box), partner_hash)
     return int(google_crc32c.value(raw))

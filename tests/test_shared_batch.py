@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from cskd.errors import CskdError
-from cskd.loading.shared import SharedBatch
+from cskd.loading.shared import SharedBatch, _Slots
 from cskd.loading.stream import Stream
 
 SPECS: dict[str, tuple[Any, tuple[int, ...]]] = {
@@ -58,14 +59,28 @@ def test_a_copy_of_a_batch_is_one_buffer_with_the_same_tensors() -> None:
     assert copied["label"].untyped_storage().data_ptr() == copied.buffer.data_ptr() != filled(7).buffer.data_ptr()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_come_through_workers_in_order_and_in_shared_memory(workers: int) -> None:
-    for task, batch in enumerate(Stream(Filler(), range(6), workers)):
+@pytest.mark.parametrize(("workers", "prefetch", "tasks"), [(0, 4, 5), (1, 1, 40), (2, 1, 60), (2, 4, 90)])
+def test_a_delivered_batch_is_the_readers_own(workers: int, prefetch: int, tasks: int) -> None:
+    """Workers write their buffers over and over, as far ahead as they may; what has been delivered stays as it was."""
+    kept = []
+    for batch in Stream(Filler(), range(tasks), workers, prefetch):
+        kept.append(batch)
+        if len(kept) % 10 == 0:
+            time.sleep(0.05)  # the workers get ahead
+    for task, batch in enumerate(kept):
         assert_filled(batch, task)
-        assert batch.buffer.is_shared() == bool(workers)
-        batch["label"] += 1  # what is delivered is the reader's to write on
+        batch["label"] += 1  # and it may be written on
     with pytest.raises(CskdError, match="nothing to fill"):
-        list(Stream(Filler(), [0, 99], workers))
+        list(Stream(Filler(), [0, 99], workers, prefetch))
+
+
+def test_buffers_are_used_in_turn_and_grow() -> None:
+    slots = _Slots(3)
+    taken = [slots.take(size) for size in (100, 50, 10, 60, 51, 10)]
+    assert [len(t) for t in taken] == [100, 50, 10, 60, 51, 10] and all(t.is_shared() for t in taken)
+    places = [t.data_ptr() for t in taken]
+    assert places[0] == places[3] and places[2] == places[5]  # used again
+    assert len({*places[:3], places[4]}) == 4  # 51 bytes do not fit where 50 were
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU has pinned memory")

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import forkserver
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
@@ -16,6 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from torch.utils.data import DataLoader, Dataset
 
 from cskd.errors import CskdError, ReadError
+from cskd.loading.shared import use_slots
 
 T = TypeVar("T")
 T_contra = TypeVar("T_contra", contravariant=True)
@@ -76,7 +78,7 @@ class Stream(Generic[T, R]):
             multiprocessing_context=start if workers else None,
             pin_memory=pin_memory,
             collate_fn=_as_it_is,
-            worker_init_fn=_begin_worker if workers else None,
+            worker_init_fn=partial(_begin_worker, prefetch) if workers else None,
         )
 
     def __iter__(self) -> Iterator[R]:
@@ -104,11 +106,12 @@ class Stream(Generic[T, R]):
                 worker.terminate()
 
 
-def _begin_worker(worker: int) -> None:
+def _begin_worker(prefetch: int, worker: int) -> None:
     """In a worker: end with the main process, and in silence.
 
     A killed main process can't end its workers, and torch's own watch sees the fork server, which they keep alive.
     """
+    use_slots(prefetch)
     threading.Thread(target=_end_with_main, daemon=True).start()
     show = sys.excepthook
 
