@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 
 import torch
 
@@ -10,7 +11,17 @@ from cskd.errors import ConfigError
 
 
 def pick_device(name: str) -> torch.device:
-    """'auto' (CUDA, then Apple's MPS, then the CPU) or a torch device name. ConfigError when it is not there."""
+    """'auto' (CUDA, then Apple's MPS, then the CPU) or a torch device name. ConfigError when it is not there.
+
+    Where it is the CPU, the process keeps the memory it frees from now on.
+    """
+    device = _named_device(name)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
+
+
+def _named_device(name: str) -> torch.device:
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
@@ -21,6 +32,21 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as e:
         raise ConfigError(f"device {name!r} is not usable here ({str(e).splitlines()[0]}); use auto or cpu") from None
     return device
+
+
+def keep_freed_memory() -> bool:
+    """Have this process keep the memory it frees for what it allocates next, instead of handing it back to the system.
+
+    Batches and activations on a CPU are tens of MB each, which glibc maps anew every time: the kernel clears and faults in
+    each page, 2 ms an image in a loader of 224-pixel float batches, measured on a virtual machine. Returns whether the C
+    library could be asked (glibc only; others stay as they are).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # no glibc; TypeError: Windows has no library of the process itself
+        return False
+    trim_threshold, mmap_max = -1, -4  # parameters of mallopt(3)
+    return bool(mallopt(trim_threshold, -1)) and bool(mallopt(mmap_max, 0))
 
 
 def autocast(setting: str, device: torch.device) -> contextlib.AbstractContextManager[object]:

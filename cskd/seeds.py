@@ -7,6 +7,7 @@ a Weyl sequence; it is stated here in full so that no library update can change 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 
@@ -74,13 +75,18 @@ def permutation(n: int, seed: int) -> NDArray[np.int64]:
     return np.argsort(draws, kind="stable")
 
 
+_purpose_hash = functools.lru_cache(maxsize=1024)(
+    hash64
+)  # purposes are words of the code: a few dozen, used for every view
+
+
 class Draws:
     """The stream of draws for one (seed, purpose); each call takes the next counter value."""
 
     __slots__ = ("_counter", "_state")
 
     def __init__(self, seed: int, purpose: str) -> None:
-        self._state = mix64(seed ^ hash64(purpose))
+        self._state = mix64(seed ^ _purpose_hash(purpose))
         self._counter = 0
 
     def bits(self) -> int:

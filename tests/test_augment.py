@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from cskd.augment.device import mix_pixels, normalise
+from cskd.augment.device import InputMaker, _mix_batch, mix_pixels, normalise
 from cskd.augment.mixing import CUTMIX, MIXUP, NONE, ONE, own_share, pair_params
 from cskd.augment.ops import apply, apply_op
 from cskd.augment.randaugment import OPERATIONS, Op, argument_of
@@ -206,6 +206,34 @@ def test_mixing_on_the_device_is_the_formula() -> None:
     cut[2:6, 1:5] = x[3][2:6, 1:5]
     assert torch.equal(mixed[2].double(), cut)
     assert torch.equal(mixed[4].double(), x[4])
+
+
+def mixing_batch(n: int = 24, size: int = 40) -> dict[str, torch.Tensor]:
+    """Pairs of all modes, with boxes that touch borders or are empty, as `cskd.loading.stage2` delivers them."""
+    drawn = [pair_params(a, a + 1, RecipeConfig(size=size, mix_prob=0.8)) for a in range(n // 2)]
+    drawn[0], drawn[1] = (CUTMIX, 65000, (0, size, 0, 1)), (CUTMIX, 65535, (3, 3, 5, 5))
+    mode, lam, box = (torch.tensor([field for field in fields for _ in (0, 1)]) for fields in zip(*drawn, strict=True))
+    mate = torch.arange(n) ^ 1
+    return {
+        "pixels": torch.from_numpy(np.stack([image(size, size, s) for s in range(n)])),
+        "partner": torch.where(mode == NONE, torch.arange(n), mate),
+        "mode": mode.to(torch.uint8),
+        "lam": lam,
+        "box": box,
+    }
+
+
+def test_a_batch_mixed_row_by_row_has_the_bits_of_one_mixed_at_once() -> None:
+    batch = mixing_batch()
+    assert set(batch["mode"].tolist()) == {NONE, MIXUP, CUTMIX}
+    at_once = _mix_batch(*batch.values())
+    by_rows = mix_pixels(*batch.values())
+    assert torch.equal(by_rows.view(torch.int32), at_once.view(torch.int32))
+    assert by_rows.is_contiguous(memory_format=torch.channels_last)
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    fed = InputMaker(mean, std, torch.device("cpu")).mixed(batch)
+    assert torch.equal(fed.view(torch.int32), normalise(at_once, mean, std).view(torch.int32))
+    assert fed.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_own_share_is_one_where_unmixed() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import struct
+import tarfile
 import threading
 import warnings
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from cskd.errors import ImageError
-from cskd.images import POLICY, decode, decoder_versions, image_size
+from cskd.images import MAX_PIXELS, POLICY, _plain_jpeg, decode, decoder_versions, image_size
 
 RAMP = np.arange(24 * 32, dtype=np.uint8).reshape(24, 32)
 COLOUR = np.stack([RAMP, RAMP[::-1], RAMP.T.reshape(24, 32)], axis=2)
@@ -42,6 +44,49 @@ def test_lossless_formats_give_their_pixels(kind: str) -> None:
 def test_a_jpeg_gives_what_pillow_gives() -> None:
     np.testing.assert_array_equal(decode(JPEG), np.asarray(Image.open(io.BytesIO(JPEG)).convert("RGB")))
     assert image_size(JPEG) == (32, 24)
+
+
+def by_pillow(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "YCbCr", "CMYK"])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_jpegs_of_every_kind_have_pillows_pixels(mode: str, subsampling: int) -> None:
+    rng = np.random.default_rng(subsampling)
+    for height, width in [(1, 1), (7, 9), (16, 16), (33, 17), (64, 250)]:
+        smooth = Image.fromarray(rng.integers(0, 256, (5, 6, 3), np.uint8)).resize((width, height))
+        for quality, extra in [
+            (5, {}),
+            (60, {"progressive": True}),
+            (95, {"optimize": True, "restart_marker_rows": 1}),
+        ]:
+            data = encoded(smooth.convert(mode), "JPEG", quality=quality, subsampling=subsampling, **extra)
+            pixels = decode(data)
+            assert pixels.flags.writeable and pixels.flags.c_contiguous
+            np.testing.assert_array_equal(pixels, by_pillow(data))
+
+
+def test_a_jpeg_that_the_fast_decoder_only_warns_of_is_left_to_pillow() -> None:
+    for odd in (JPEG[:-2], JPEG[:-2] + b"\x00\x00\xff\xd9", JPEG + b"rubbish", JPEG.replace(b"JFIF", b"JFXX")):
+        try:
+            expected = by_pillow(odd)
+        except OSError:
+            with pytest.raises(ImageError):
+                decode(odd)
+        else:
+            np.testing.assert_array_equal(decode(odd), expected)
+
+
+def test_jpegs_of_imagenet_have_pillows_pixels(sample_data: Path) -> None:
+    with tarfile.open(sample_data / "data" / "imagenet-sample.tar") as tar:
+        names = [name for name in tar.getnames() if name.endswith(".JPEG")]
+        fast = 0
+        for name in names:
+            data = tar.extractfile(name).read()  # type: ignore[union-attr]
+            fast += _plain_jpeg(data, MAX_PIXELS) is not None
+            np.testing.assert_array_equal(decode(data), by_pillow(data))
+    assert fast >= 0.99 * len(names)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK"])

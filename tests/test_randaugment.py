@@ -13,6 +13,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import functional as torchvision_ops
 
+from cskd.augment import geometry
 from cskd.augment.ops import apply_op
 from cskd.augment.rand_string import RandSettings, parse_rand_string
 from cskd.augment.randaugment import OPERATIONS, Op, argument_of, draw_jitter, draw_randaugment
@@ -278,3 +279,42 @@ def test_jitter_is_used_only_where_randaugment_is_off() -> None:
     for seed in range(100):
         assert sample_params(seed, 300, 300, on).ops == draw_randaugment(seed, parse_rand_string(DEIT))
         assert len(sample_params(seed, 300, 300, off).ops) == 3
+
+
+def numpy_slide(image: np.ndarray, shift: np.ndarray, axis: int, fill: tuple[int, int, int]) -> np.ndarray:
+    """`geometry._slide` as it was when numpy did the arithmetic, caches of that time hold its pixels: int16 differences,
+    a float32 polynomial, truncated, then clipped."""
+    height, width = image.shape[:2]
+    whole = np.floor(shift)
+    fraction = (shift - whole).astype(np.float32)
+    lines = geometry._neighbours(image, whole.astype(np.int64), axis, fill).astype(np.int16)
+    if axis == 1:
+        p0, p1, p2, p3 = (lines[:, 3 * k : 3 * (k + width)] for k in range(4))
+        t = fraction[:, None]
+    else:
+        p0, p1, p2, p3 = (lines[k : k + height] for k in range(4))
+        t = np.repeat(fraction, 3)[None]
+    left = p0 - p1
+    third = p3 - p2 - left
+    out = third * t
+    out += left - third
+    out *= t
+    out += p2 - p0
+    out *= t
+    out += p1
+    result = np.clip(out.astype(np.int16), 0, 255).astype(np.uint8).reshape(image.shape)
+    geometry._fill_rims(result if axis == 1 else result.swapaxes(0, 1), shift, fill)
+    return result
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 50), (64, 64), (113, 40), (224, 224), (300, 260)])
+def test_slides_have_the_bits_they_had_in_numpy(shape: tuple[int, int], axis: int) -> None:
+    rng = np.random.default_rng(shape[0])
+    steps = rng.integers(0, 2, (*shape, 3), np.uint8) * 255  # overshoots at every edge
+    for image in (rng.integers(0, 256, (*shape, 3), np.uint8), steps):
+        lines = image.shape[1 - axis]
+        for factor in (0.3, -0.3, 0.07, rng.uniform(-1.0, 1.0)):
+            for shift in (factor * geometry._centres(lines), np.full(lines, factor * image.shape[axis])):
+                expected = numpy_slide(image, shift, axis, FILL)
+                assert np.array_equal(geometry._slide(image, shift, axis, FILL), expected)

@@ -8,15 +8,16 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from cskd.augment.mixing import NONE, own_share
 from cskd.epoch_table import EpochTable, open_table
 from cskd.errors import ImageError
+from cskd.loading.shared import SharedBatch
 from cskd.loading.views import ViewMaker, clean_view
 from cskd.replay import Recorded, check_view, pixel_crc
 
@@ -57,37 +58,60 @@ class BatchMaker:
     def _train_batch(self, task: TrainTask) -> Batch:
         if self._table is None or self._table[0] != task.table:
             self._table = (task.table, open_table(task.table))
-        rows = {name: column[task.start : task.stop] for name, column in self._table[1].columns.items()}
+        table = self._table[1]
+        rows = {name: column[task.start : task.stop] for name, column in table.columns.items()}
+        columns = self._columns(rows, table.targets)
         n, size = task.stop - task.start, self.train.recipe.size
-        mate = np.arange(n) ^ 1
-        mate[mate >= n] = n - 1
-        pixels = np.empty((n, size, size, 3), np.uint8)
-        images: dict[int, NDArray[np.uint8]] = {}  # an image is decoded once for its views in this batch
-        decoding, begun = 0.0, time.perf_counter()
-        for i, (sample, seed) in enumerate(zip(rows["sample"].tolist(), rows["seed"].tolist(), strict=True)):
-            if sample not in images:
-                clock = time.perf_counter()
-                images[sample] = self.train.image(sample)
-                decoding += time.perf_counter() - clock
-            pixels[i] = self.train.view(images[sample], seed)
+        specs: dict[str, tuple[Any, tuple[int, ...]]] = {"pixels": (np.uint8, (n, size, size, 3))}
+        batch = SharedBatch.empty(specs | {name: (a.dtype, a.shape) for name, a in columns.items()})
+        for name, array in columns.items():
+            batch[name].numpy()[...] = array
+        begun = time.perf_counter()
+        decoding = self._views(rows["sample"], rows["seed"], batch["pixels"].numpy())
         if self.recorded is not None:
-            for i, sample in enumerate(rows["sample"].tolist()):
-                fields = {name: rows[name][i] for name in ("seed", "mode", "lam", "box", "digest")}
-                partner, crc = int(rows["sample"][mate[i]]), pixel_crc(pixels[i])
-                check_view(
-                    self.train.inventory,
-                    self.train.recipe,
-                    self.recorded,
-                    sample,
-                    int(rows["view"][i]),
-                    fields,
-                    partner,
-                    crc,
-                )
+            self._check(rows, batch["pixels"].numpy(), self.recorded)
+        batch["seconds"].numpy()[...] = decoding, time.perf_counter() - begun - decoding
+        return batch
+
+    def _views(self, sample: NDArray[np.int64], seed: NDArray[np.uint64], pixels: NDArray[np.uint8]) -> float:
+        """The views, into `pixels` [n, H, W, 3]; an image is decoded once for all its views in this batch.
+
+        Returns: seconds of decoding.
+        """
+        order = np.argsort(sample, kind="stable")  # its views one after the other: one decoded image at a time is kept
+        last, image, decoding = -1, np.empty((0, 0, 3), np.uint8), 0.0
+        for row, i, s in zip(order.tolist(), sample[order].tolist(), seed[order].tolist(), strict=True):
+            if i != last:
+                clock = time.perf_counter()
+                last, image = i, self.train.image(i)
+                decoding += time.perf_counter() - clock
+            pixels[row] = self.train.view(image, s)
+        return decoding
+
+    def _check(self, rows: dict[str, NDArray[Any]], pixels: NDArray[np.uint8], recorded: Recorded) -> None:
+        """Refuse views that are not those of the cache. Raises ReplayError."""
+        mate = _mates(len(pixels))
+        named = ("seed", "mode", "lam", "box", "digest")
+        for i, (sample, view) in enumerate(zip(rows["sample"].tolist(), rows["view"].tolist(), strict=True)):
+            fields = {name: rows[name][i] for name in named}
+            partner = int(rows["sample"][mate[i]])
+            check_view(
+                self.train.inventory,
+                self.train.recipe,
+                recorded,
+                sample,
+                view,
+                fields,
+                partner,
+                pixel_crc(pixels[i]),
+            )
+
+    def _columns(self, rows: dict[str, NDArray[Any]], targets: list[str]) -> dict[str, NDArray[Any]]:
+        """All of a batch but its pixels, in the dtypes the training step reads."""
+        n = len(rows["sample"])
         label = self.train.inventory.label[rows["sample"]].astype(np.int64)
-        mixed = rows["mode"] != NONE
-        batch = {
-            "pixels": pixels,
+        mate, mixed = _mates(n), rows["mode"] != NONE
+        columns = {
             "label": label,
             "partner_label": np.where(mixed, label[mate], label),
             "partner": np.where(mixed, mate, np.arange(n)),
@@ -97,24 +121,29 @@ class BatchMaker:
             "box": rows["box"].astype(np.int64),
             "sample": rows["sample"],
             "view": rows["view"],
-            "seconds": np.array([decoding, time.perf_counter() - begun - decoding]),  # decode; augment and check
+            "seconds": np.zeros(2),  # of decoding; of augmenting and checking
         }
-        for name in self._table[1].targets:
-            column = rows[name]
-            batch[name] = column.astype(np.int64) if column.dtype == np.uint16 else np.array(column)
-        return {name: torch.from_numpy(np.require(a, requirements=["C", "W"])) for name, a in batch.items()}
+        wanted = {name: rows[name] for name in targets}
+        return columns | {name: a.astype(np.int64) if a.dtype == np.uint16 else a for name, a in wanted.items()}
 
     def _eval_batch(self, task: EvalTask) -> Batch:
         assert self.val is not None
         n, size = task.stop - task.start, self.val.recipe.size
-        pixels = np.zeros((n, size, size, 3), np.uint8)
-        label = self.val.inventory.label[task.start : task.stop].astype(np.int64)
+        batch = SharedBatch.empty({"pixels": (np.uint8, (n, size, size, 3)), "label": (np.int64, (n,))})
+        pixels, label = batch["pixels"].numpy(), batch["label"].numpy()
+        label[:] = self.val.inventory.label[task.start : task.stop]
         for row in range(n):
             try:
                 pixels[row] = clean_view(self.val.image(task.start + row), size, self.crop_pct)
             except ImageError:
-                label[row] = UNREADABLE
-        return {"pixels": torch.from_numpy(pixels), "label": torch.from_numpy(label)}
+                pixels[row], label[row] = 0, UNREADABLE
+        return batch
+
+
+def _mates(n: int) -> NDArray[np.int64]:
+    """Row of each row's neighbour in the plan, its partner where it is mixed: int64 [n]."""
+    mates: NDArray[np.int64] = np.minimum(np.arange(n) ^ 1, n - 1)
+    return mates
 
 
 def eval_tasks(n: int, batch: int, rank: int = 0, ranks: int = 1) -> list[EvalTask]:

@@ -123,9 +123,13 @@ def _end_with_main() -> None:
 
 
 def _start_deaf_to_interrupts() -> None:
-    """Start the fork server so that its children ignore Ctrl-C, which the terminal sends to all; main ends them."""
+    """Start the fork server so that its children ignore Ctrl-C, which the terminal sends to all; main ends them.
+
+    It imports what the workers need, so that they share the memory of it and start at once.
+    """
     if threading.current_thread() is not threading.main_thread():
         return
+    forkserver.set_forkserver_preload(["cskd.loading.stage1", "cskd.loading.stage2"])
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by what is started now
     try:
         forkserver.ensure_running()

@@ -24,7 +24,11 @@ class ViewMaker:
 
     def image(self, sample: int) -> Image:
         """Decoded uint8 [H, W, 3]. Raises ImageError for a bad image, ReadError for bytes that can't be read."""
-        return decode(self._reader.read(sample))
+        return decode(self.encoded(sample))
+
+    def encoded(self, sample: int) -> bytes:
+        """The image as it is stored. Raises ReadError for bytes that can't be read."""
+        return self._reader.read(sample)
 
     def view(self, image_HWC: Image, seed: int) -> Image:
         """The view of that seed: uint8 [size, size, 3]."""
