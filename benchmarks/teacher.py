@@ -35,6 +35,7 @@ import timm
 import torch
 
 from cskd.config import Config, from_dict
+from cskd.devices import pick_device
 from cskd.errors import CskdError
 from cskd.teacher import build_model
 from pipeline.cache_teacher import cache_teacher
@@ -124,8 +125,7 @@ class Bare:
     """timm's network on batches that lie ready."""
 
     def __init__(self, name: str, facts: dict[str, Any], weights: Path, device: str) -> None:
-        kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        self.device, self.batch = torch.device(kind), facts["batch"]
+        self.device, self.batch = pick_device(device), facts["batch"]
         model = build_model(name, facts["kwargs"])
         state = {
             k: v.float() if v.is_floating_point() else v for k, v in safetensors.torch.load_file(str(weights)).items()
