@@ -6,7 +6,8 @@ ImageNet sample at 224 pixels with DeiT's full recipe and mixing, three views an
 RegNetY-16GF with random ones, which cost the same. The bare side is timm's network on one batch that lies ready, in
 inference mode, pooled logits only: contiguous and channels_last, float32 and bf16, the fastest of the four. Stage 1 is
 the real `cache_teacher`, from the first images that reach it to the last commit (decoding, augmenting, digests, mixing,
-dense logits, envelope, files); start-up and the clean check are not counted. It runs with three settings:
+dense logits, envelope, files); start-up and the clean check are not counted, and the first chunk of 16 (of 6 with RegNetY)
+was decoded in it. It runs with three settings:
 
     float32  teacher.autocast: none                         over the fastest bare float32
     bf16     teacher.autocast: bf16                         over the fastest bare bf16
@@ -35,6 +36,7 @@ import timm
 import torch
 
 from cskd.config import Config, from_dict
+from cskd.devices import pick_device
 from cskd.errors import CskdError
 from cskd.teacher import build_model
 from pipeline.cache_teacher import cache_teacher
@@ -47,7 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fastest": {"autocast": "auto", "fold": True},
 }
 MODELS: dict[str, dict[str, Any]] = {
-    "mobilenetv2_100": {"kwargs": {"pad_type": "same"}, "batch": 32, "images": 200, "bare": 5},
+    "mobilenetv2_100": {"kwargs": {"pad_type": "same"}, "batch": 32, "images": 500, "bare": 5},
     "regnety_160": {"kwargs": {}, "batch": 16, "images": 96, "bare": 2},
 }
 
@@ -56,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--models", default=",".join(MODELS), help="comma-separated")
-    parser.add_argument("--images", type=int, default=0, help="at most so many; 0: 200 and 96")
+    parser.add_argument("--images", type=int, default=0, help="at most so many; 0: 500 and 96")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(arguments)
     shared = Path(os.environ.get("CSKD_DATA", ROOT.parent / "shared"))
@@ -124,8 +126,7 @@ class Bare:
     """timm's network on batches that lie ready."""
 
     def __init__(self, name: str, facts: dict[str, Any], weights: Path, device: str) -> None:
-        kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        self.device, self.batch = torch.device(kind), facts["batch"]
+        self.device, self.batch = pick_device(device), facts["batch"]
         model = build_model(name, facts["kwargs"])
         state = {
             k: v.float() if v.is_floating_point() else v for k, v in safetensors.torch.load_file(str(weights)).items()
