@@ -45,8 +45,9 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # no glibc; TypeError: Windows has no library of the process itself
         return False
-    trim_threshold, mmap_max = -1, -4  # parameters of mallopt(3)
-    return bool(mallopt(trim_threshold, -1)) and bool(mallopt(mmap_max, 0))
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # parameters of mallopt(3)
+    # One arena for all threads: the others are made of pieces of 64 MB, which are handed back whenever one is empty.
+    return all(bool(mallopt(what, value)) for what, value in ((trim_threshold, -1), (mmap_max, 0), (arena_max, 1)))
 
 
 def autocast(setting: str, device: torch.device) -> contextlib.AbstractContextManager[object]:

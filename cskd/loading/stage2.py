@@ -64,7 +64,6 @@ class BatchMaker:
         columns = self._columns(rows, table.targets)
         n, size = task.stop - task.start, self.train.recipe.size
         specs: dict[str, tuple[Any, tuple[int, ...]]] = {"pixels": (np.uint8, (n, size, size, 3))}
-        specs["seconds"] = (np.float64, (2,))
         batch = SharedBatch.empty(specs | {name: (a.dtype, a.shape) for name, a in columns.items()})
         for name, array in columns.items():
             batch[name].numpy()[...] = array
@@ -72,17 +71,16 @@ class BatchMaker:
         decoding = self._views(rows["sample"], rows["seed"], batch["pixels"].numpy())
         if self.recorded is not None:
             self._check(rows, batch["pixels"].numpy(), self.recorded)
-        batch["seconds"].numpy()[...] = decoding, time.perf_counter() - begun - decoding  # decode; augment and check
+        batch["seconds"].numpy()[...] = decoding, time.perf_counter() - begun - decoding
         return batch
 
     def _views(self, sample: NDArray[np.int64], seed: NDArray[np.uint64], pixels: NDArray[np.uint8]) -> float:
         """The views, into `pixels` [n, H, W, 3]; an image is decoded once for all its views in this batch.
 
-        Returns: seconds spent in reading and decoding.
+        Returns: seconds of reading and decoding.
         """
-        decoding = 0.0
         order = np.argsort(sample, kind="stable")  # its views one after the other: one decoded image at a time is kept
-        last, image = -1, np.empty((0, 0, 3), np.uint8)
+        last, image, decoding = -1, np.empty((0, 0, 3), np.uint8), 0.0
         for row, i, s in zip(order.tolist(), sample[order].tolist(), seed[order].tolist(), strict=True):
             if i != last:
                 clock = time.perf_counter()
@@ -119,6 +117,7 @@ class BatchMaker:
             "box": rows["box"].astype(np.int64),
             "sample": rows["sample"],
             "view": rows["view"],
+            "seconds": np.zeros(2),  # of decoding; of augmenting and checking
         }
         wanted = {name: rows[name] for name in targets}
         return columns | {name: a.astype(np.int64) if a.dtype == np.uint16 else a for name, a in wanted.items()}

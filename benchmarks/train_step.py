@@ -1,0 +1,344 @@
+"""Does a step from the cache cost what a plain supervised one costs? And what does it cost with the teacher beside it?
+
+    python -m benchmarks.train_step [--rounds R] [--batch B] [--students deit_tiny,deit_small,deit_base] [--device cuda]
+
+ImageNet sample at 224 pixels, DeiT's full recipe and mixing, real loaders. One process a side and round, in turns:
+
+    supervised  our `train`, loss.method none
+    cached      our `train`, loss.method cskd-hard, from a cache, every view checked against its digest
+    online      our `train --online`, cskd-hard, RegNetY-16GF running at every step (random weights, which cost the same)
+    cached bf16, online bf16   the last two with the student in bf16, the teacher in bf16 and its batch norms folded; on a CPU
+    timm        timm's loader, model, mixing and optimiser, supervised: what its train script does a step
+    timm kd     the same with its TokenDistillationTask (hard) and RegNetY-16GF; only on a GPU, or with --timm-kd
+
+On a CPU the others are float32. Our sides are the loop of `pipeline.train` itself, timed between its calls of `Progress.update`; start-up and the first
+steps are not counted. On a GPU: bf16, fused AdamW, compiled student. Memory is the sum of the peaks of a side's processes.
+About 6 minutes on 2 cores. Needs $CSKD_DATA (else `shared` beside the checkout). Prints the machine, a table, and one JSON
+line last: `cached_over_supervised`, `online_over_cached`, seconds a step and peak MiB of every side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# A worker imports this file, as it does the `cskd` script: what only a side needs is imported where it is used.
+
+ROOT = Path(__file__).resolve().parent.parent
+DEIT = {"size": 224, "randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25}
+TEACHER = "regnety_160"
+WARM = 2  # steps that are not counted; more where something is compiled
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=12, help="counted steps a side and round; a third of it online")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--students", default="deit_tiny")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--timm-kd", action="store_true", help="timm's distillation on a CPU, too")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.side:
+        print(json.dumps(run_side(json.loads(options.side))), flush=True)
+        return 0
+    shared = Path(os.environ.get("CSKD_DATA", ROOT.parent / "shared"))
+    source = shared / "data" / "imagenet-sample.tar"
+    if not source.is_file():
+        print(f"benchmarks/train_step.py: no {source}; set CSKD_DATA to the folder with data/ in it", file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory() as folder:
+        result = compare(options, shared, Path(folder))
+    print(json.dumps(result))
+    return 0
+
+
+def compare(options: argparse.Namespace, shared: Path, folder: Path) -> dict[str, Any]:
+    """All sides of all students, after the cache is made."""
+    import safetensors.torch
+    import torch
+
+    from cskd.devices import pick_device
+    from cskd.teacher import build_model
+    from pipeline.cache_teacher import cache_teacher
+    from pipeline.packing import pack_data
+
+    cuda = pick_device(options.device).type == "cuda"
+    name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
+    print(f"{name}, {os.cpu_count()} CPUs, torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
+    needed = options.batch * (warm("cuda" if cuda else "cpu") + options.steps + 1)  # no epoch ends while the clock runs
+    source = extract(shared / "data" / "imagenet-sample.tar", folder / "images", needed)
+    pack_data(source, folder / "data", limit=needed, quiet=True)
+    torch.manual_seed(0)
+    safetensors.torch.save_file(build_model(TEACHER, {}).state_dict(), str(folder / "teacher.safetensors"))
+    cache_teacher(_config(_side(options, folder, "cached", ""), shared), quiet=True)
+
+    result: dict[str, Any] = {
+        "benchmark": "train_step",
+        "rounds": options.rounds,
+        "batch": options.batch,
+        "device": name,
+    }
+    sides = ["supervised", "cached", "timm", "online", *(() if cuda else ("cached bf16", "online bf16"))]
+    sides += ["timm kd"] if cuda or options.timm_kd else []
+    for student in options.students.split(","):
+        seconds, peaks, said = defaultdict(list), defaultdict(list), {}
+        for turn in range(options.rounds):
+            for side in sides[:: 1 if turn % 2 else -1]:
+                found = _process(_side(options, folder, side, f"{student}_distilled_patch16_224"), shared)
+                seconds[side].append(found["seconds"])
+                peaks[side].append(found["peak_mib"])
+                said[side] = found["bound_by"]
+        step = {side: statistics.median(seconds[side]) for side in sides}
+        print(f"\n{student}, batches of {options.batch}\n  {'':<12}{'s a step':>10}{'images/s':>10}{'peak MiB':>10}")
+        for side in sides:
+            every = " ".join(f"{s:.3f}" for s in seconds[side])
+            print(
+                f"  {side:<12}{step[side]:>10.3f}{options.batch / step[side]:>10.1f}{max(peaks[side]):>10.0f}   ({every})"
+            )
+            print(f"      {said[side]}" if said[side] else "", flush=True)
+        result |= {
+            f"cached_over_supervised{_of(student)}": step["cached"] / step["supervised"],
+            f"online_over_cached{_of(student)}": step["online"] / step["cached"],
+            **({} if cuda else {f"online_over_cached_bf16{_of(student)}": step["online bf16"] / step["cached bf16"]}),
+            f"cached_over_timm{_of(student)}": step["cached"] / step["timm"],
+            f"seconds{_of(student)}": {side: round(s, 4) for side, s in step.items()},
+            f"peak_mib{_of(student)}": {side: round(max(peaks[side])) for side in sides},
+        }
+    return result
+
+
+def extract(tar: Path, folder: Path, needed: int) -> Path:
+    """The folder of class folders in a tar, its images linked under other names until there are `needed`."""
+    with tarfile.open(tar) as opened:
+        opened.extractall(folder, filter="data")
+    source = next(path for path in folder.iterdir() if path.is_dir())
+    images = sorted(source.glob("*/*.JPEG"))
+    for copy in range(1, -(-needed // len(images))):
+        for image in images:
+            os.link(image, image.with_name(f"{image.stem}_{copy}{image.suffix}"))
+    return source
+
+
+def _of(student: str) -> str:
+    return "" if student == "deit_tiny" else f"_{student}"
+
+
+def _side(options: argparse.Namespace, folder: Path, side: str, student: str) -> dict[str, Any]:
+    steps = max(2, options.steps // 3) if side in ("online", "online bf16", "timm kd") else options.steps
+    names = ("batch", "workers", "device")
+    return {"side": side, "student": student, "folder": str(folder), "steps": steps} | {
+        name: getattr(options, name) for name in names
+    }
+
+
+def _process(side: dict[str, Any], shared: Path) -> dict[str, Any]:
+    """A side in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.train_step", "--side", json.dumps(side)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "CSKD_DATA": str(shared)}, stdout=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"benchmarks/train_step.py: the side {side['side']!r} failed, exit {done.returncode}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def run_side(side: dict[str, Any]) -> dict[str, Any]:
+    """Seconds a step, peak memory, and what our own report says."""
+    if side["side"].startswith("timm"):
+        return _timm(side)
+    import pipeline.train
+    from cskd.devices import pick_device
+
+    config = _config(side, Path(os.environ["CSKD_DATA"]))
+    watch = Stopwatch(warm(pick_device(side["device"]).type), side["steps"])
+    pipeline.train.Progress = watch  # type: ignore[assignment, misc]
+    report = pipeline.train.train(config, online=side["side"].startswith("online"), quiet=True)
+    return watch.found() | {"bound_by": report.bound_by}
+
+
+def warm(device: str) -> int:
+    """Steps before the clock starts; on a GPU the student is compiled in them."""
+    return 20 if device == "cuda" else WARM
+
+
+class Stopwatch:
+    """Stands where `pipeline.train` has its progress line, and takes the time of the steps in between."""
+
+    def __init__(self, warm: int, steps: int) -> None:
+        self._warm, self._steps, self._seen = warm, steps, 0
+        self._begun = self._seconds = self._peak = 0.0
+
+    def __call__(self, *_: object, **__: object) -> Stopwatch:
+        return self
+
+    def __enter__(self) -> Stopwatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, done: int, loss: Any) -> None:
+        """After every step."""
+        self._seen += 1
+        if self._seen == self._warm:
+            loss()  # waits for the device
+            self._begun = time.perf_counter()
+        if self._seen == self._warm + self._steps:
+            loss()
+            self._seconds, self._peak = time.perf_counter() - self._begun, peak_mib()
+
+    def found(self) -> dict[str, Any]:
+        """Seconds a step and peak memory."""
+        return {"seconds": self._seconds / self._steps, "peak_mib": self._peak}
+
+
+def _config(side: dict[str, Any], shared: Path) -> Any:
+    from cskd.config import from_dict
+    from cskd.devices import pick_device
+
+    folder, device = Path(side["folder"]), pick_device(side["device"]).type
+    online, steps = side["side"].startswith("online"), warm(device) + side["steps"]
+    fast = device == "cuda" or side["side"].endswith("bf16") or not side["student"]
+    mobilenet = {
+        "model": "mobilenetv2_100",
+        "kwargs": {"pad_type": "same"},
+        "weights": str(shared / "teachers" / "imagenet_mobilenetv2_100.safetensors"),
+    }
+    regnet = {"model": TEACHER, "weights": str(folder / "teacher.safetensors")}
+    # The cached side's teacher does not run: a small one makes the cache. Both end in 7x7 cells of 1,000 classes.
+    teacher = (regnet if online else mobilenet) | {"check_images": 8, "min_top1": 0.0}
+    teacher |= {"autocast": "bf16", "fold": True} if fast else {}
+    return from_dict(
+        {
+            "data": {"train": str(folder / "data")},
+            "teacher": {**teacher, "input_size": 224, "batch": min(64, side["batch"])},
+            "recipe": DEIT,
+            "cache": {"path": str(folder / "cache"), "views": 1, "device": side["device"]},
+            "student": {"model": side["student"] or "deit_tiny_distilled_patch16_224"},
+            "loss": {"method": "none" if side["side"] == "supervised" else "cskd-hard"},
+            "train": {
+                "output": str(folder / f"run {time.time_ns()}"),
+                "global_batch": side["batch"],
+                "workers": side["workers"],
+                "device": side["device"],
+                "autocast": "bf16" if fast else "none",
+                "compile": device == "cuda",
+                "max_steps": steps,
+                "epochs": 300,
+            },
+        }
+    )
+
+
+def _timm(side: dict[str, Any]) -> dict[str, Any]:
+    """timm's parts put together as its train script does; the task is that of the script's --kd-distill-type token."""
+    import timm
+    import torch
+    from timm.loss import SoftTargetCrossEntropy
+    from timm.optim import create_optimizer_v2
+    from timm.task import ClassificationTask, TokenDistillationTask
+
+    from cskd.devices import autocast, pick_device
+    from cskd.teacher import build_model
+
+    device = pick_device(side["device"])
+    cuda = device.type == "cuda"
+    torch.manual_seed(0)
+    model = timm.create_model(side["student"], num_classes=1000).to(device)
+    criterion = SoftTargetCrossEntropy()
+    if side["side"] == "timm kd":
+        model.set_distilled_training(True)
+        teacher = build_model(TEACHER, {}).to(device).to(memory_format=torch.channels_last)
+        task: Any = TokenDistillationTask(model, teacher, criterion, distill_type="hard", device=device, verbose=False)
+    else:
+        task = ClassificationTask(model, criterion=criterion, device=device, verbose=False)
+    if cuda:
+        task = torch.compile(task)
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, **({"fused": True} if cuda else {}))
+    batches, counted = _timm_batches(side, device), warm(device.type)
+    model.train()
+    clock = 0.0
+    for step in range(counted + side["steps"]):
+        pixels, target = next(batches)
+        with autocast("auto", device):
+            loss = task(pixels, target)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step + 1 == counted:
+            loss.item()
+            clock = time.perf_counter()
+    loss.item()
+    return {"seconds": (time.perf_counter() - clock) / side["steps"], "peak_mib": peak_mib(), "bound_by": ""}
+
+
+def _timm_batches(side: dict[str, Any], device: Any) -> Iterator[Any]:
+    """timm's training loader in its faster mode, mixed and normalised. Its posterize fails with Pillow 13 where RandAugment
+    draws 0 bits; here it returns black there, as Pillow did before."""
+    import timm.data
+    import timm.data.auto_augment as auto_augment
+    from PIL import Image
+
+    whole = auto_augment.posterize
+
+    def black(image: Any, bits: int, **_: object) -> Any:
+        return whole(image, bits) if bits else Image.new(image.mode, image.size)
+
+    auto_augment.NAME_TO_OP |= dict.fromkeys(("Posterize", "PosterizeOriginal", "PosterizeIncreasing"), black)
+    images = Path(side["folder"]) / "images"
+    mixing = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "label_smoothing": 0.1, "num_classes": 1000}
+    loader = timm.data.create_loader(
+        timm.data.ImageDataset(str(next(p for p in images.iterdir() if p.is_dir()))),
+        224,
+        side["batch"],
+        is_training=True,
+        re_prob=0.25,
+        re_mode="pixel",
+        auto_augment=DEIT["randaugment"],
+        interpolation="bicubic",
+        num_workers=side["workers"],
+        collate_fn=timm.data.FastCollateMixup(**mixing),
+        device=device,
+    )
+    while True:
+        yield from loader
+
+
+def peak_mib() -> float:
+    """Peak resident MiB of this process and all below it, each at its own peak; shared pages are counted in each."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it has ended
+            continue
+    total, todo = 0, [os.getpid()]
+    while todo:
+        pid = todo.pop()
+        todo += [child for child, parent in parents.items() if parent == pid]
+        try:
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        except OSError:
+            continue
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return total / 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main())
