@@ -38,7 +38,7 @@ from cskd.augment.device import mix_pixels
 from cskd.augment.mixing import quads
 from cskd.codecs import Arrays, Codec, get_codec
 from cskd.codecs.base import BLEND_ONE
-from cskd.config import load_config
+from cskd.config import from_dict, load_config, to_dict
 from cskd.epoch_table import TargetSpec, build_table
 from cskd.errors import CskdError
 from cskd.identity import identity_of, library_versions
@@ -233,7 +233,7 @@ def make_cache(folder: Path, codec: Codec, dense_NhwK: F32, global_NK: F32, bloc
     inventory = write_inventory(folder / "made", samples, classes=names, shards=shards, block=ROWS)
     recipe = load_config(ROOT / "configs" / "imagenet_sample.yaml").recipe
     identity = identity_of(inventory, recipe, {"model": "mixtures"}, codec.grid, ["envelope"])
-    facts = {"config": {}, "versions": library_versions(), "data": str(folder / "made")}
+    facts = {"config": to_dict(from_dict({})), "versions": library_versions(), "data": str(folder / "made")}
     cache = create_cache(folder / "cache", identity, 1, facts, inventory)
     rng = np.random.default_rng(0)
     for block in range(blocks):

@@ -87,10 +87,15 @@ def end_child(child: Child) -> tuple[int, Any]:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), json.loads(text) if text else None
 
 
-def in_child(function: Callable[[], Any], kill_after: float | None = None) -> tuple[int, Any]:
-    """Run in a forked child to its end, or kill it after so many seconds: then its status is -9, if it still lived."""
+def in_child(
+    function: Callable[[], Any], kill_after: float | None = None, armed: Callable[[], bool] = lambda: True
+) -> tuple[int, Any]:
+    """Run in a forked child to its end, or kill it so many seconds after `armed`: then its status is -9, if it still lived."""
     child = start_child(function)
     if kill_after is not None:
+        ended = os.WEXITED | os.WNOHANG | os.WNOWAIT  # its status is left for `end_child`
+        while not armed() and os.waitid(os.P_PID, child[0], ended) is None:
+            time.sleep(0.0002)
         time.sleep(kill_after)
         os.kill(child[0], signal.SIGKILL)
     return end_child(child)
@@ -142,7 +147,13 @@ class Bench:
             }
         )
 
-    def make(self, cache: Path, kill_after: float | None = None, workers: int = 0) -> tuple[int, Any]:
+    def make(
+        self,
+        cache: Path,
+        kill_after: float | None = None,
+        workers: int = 0,
+        armed: Callable[[], bool] = lambda: True,
+    ) -> tuple[int, Any]:
         """Stage 1 in a child: its exit status, and the content hash as its value.
 
         workers: forked ones, since a fork server would have to import torch, which takes longer than the whole stage.
@@ -153,7 +164,7 @@ class Bench:
                 setattr(pipeline.cache_teacher, "Stream", functools.partial(Stream, start="fork"))  # noqa: B010
             return cache_teacher(self.config(cache, workers=workers), quiet=True).content_root
 
-        return in_child(stage, kill_after)
+        return in_child(stage, kill_after, armed)
 
     def train(self, run: str, kill_after: float | None = None, kill_at: int | None = None) -> tuple[int, Any]:
         """Stage 2 in a child: its exit status, and as its value the sha256 of the weights and the notes of the run.

@@ -26,19 +26,31 @@ EPOCHS, STEPS = 3, 6  # of training; steps of an epoch
 
 
 def kills(bench: Bench, count: int) -> Counter[str]:
-    """kill -9 of stage 1 with two workers, one to three times in a row, each at any moment of a run; then to the end."""
+    """kill -9 of stage 1 with two workers, one to three times in a row; then to the end. Half of them at any moment of a run,
+    which begins with what takes longest, half while units are written: as soon as so many files of them are there."""
     counts, seconds = Counter(kills=0, kills_wrong=0), bench.seconds
     while counts["kills"] < count:
         cache = bench.fresh("killed")
         for _ in range(bench.rng.choice((1, 1, 2, 3))):
-            status, answer = bench.make(cache, kill_after=bench.rng.uniform(0.0, seconds), workers=2)
-            seconds *= 1.01 if status == KILLED else 0.9  # a busy machine becomes faster and slower
+            if bench.rng.random() < 0.5:
+                status, answer = bench.make(cache, kill_after=bench.rng.uniform(0.0, seconds), workers=2)
+                seconds *= 1.01 if status == KILLED else 0.9  # a busy machine becomes faster and slower
+            else:
+                wanted = _written(cache) + bench.rng.randint(1, 2 * UNITS)
+                delay = bench.rng.uniform(0.0, 0.003)
+                armed = lambda cache=cache, wanted=wanted: _written(cache) >= wanted  # noqa: E731
+                status, answer = bench.make(cache, kill_after=delay, workers=2, armed=armed)
             counts["kills_wrong"] += status not in (KILLED, 0) or (status == 0 and "value" not in (answer or {}))
             if status == KILLED:
                 counts["kills"] += 1
                 counts[f"kills_{_when(cache)}"] += 1
         counts["kills_wrong"] += not bench.resumed(cache, workers=bench.rng.choice((0, 2)))
     return counts
+
+
+def _written(cache: Path) -> int:
+    """Unit files and records, finished or not."""
+    return sum(len(names) for part in ("units", "commits") for _, _, names in os.walk(cache / part))
 
 
 def _when(cache: Path) -> str:

@@ -42,6 +42,7 @@ from cskd.errors import CskdError
 
 LIMIT_SECONDS, LIMIT_MB, BATCH = 10, 2048, 200
 CANARY = "the canary lives"
+FULL, SAMPLED = 5000, 10  # mutated inputs from which on all curated ones are read; one in so many of them before
 Counts = Counter[str]
 
 
@@ -97,7 +98,9 @@ def run(
 ) -> Counter[str]:
     """Read the curated inputs and `count` mutated ones; `folder` must not exist yet and is removed.
 
-    Args:    only: kinds, and beginnings of names of curated ones. with_cli: default, only where `count` is 5,000 or more.
+    Where `count` is small, but not 0, one in SAMPLED of the curated inputs.
+
+    Args:    only: kinds, and beginnings of names of curated ones. with_cli: default, only where `count` is FULL or more.
     Returns: hostile (all inputs read), hostile_failed, curated, curated_failed.
     """
     torch.set_num_threads(1)  # a thread that lives while this process is forked would leave its locks held
@@ -108,7 +111,8 @@ def run(
         if with_curated:
             cases = image_cases() + data_cases(base) + text_cases(base) + state_cases(base)
             cases += inventory_cases(base) + column_cases(base)
-            cases += cli_cases(base) if (count >= 5000 if with_cli is None else with_cli) else []
+            cases = cases if only or count >= FULL or not count else cases[::SAMPLED]
+            cases += cli_cases(base) if (count >= FULL if with_cli is None else with_cli) else []
             for case in cases:
                 if only and not case.name.startswith(tuple(only)):
                     continue

@@ -52,13 +52,15 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
 
 
 def _plain_jpeg(data: bytes, max_pixels: int) -> NDArray[np.uint8] | None:
-    """A colour or grey JPEG in which libjpeg finds nothing odd; None leaves the verdict, and its words, to Pillow.
+    """A colour or grey JPEG in which libjpeg finds nothing odd; None leaves the verdict, and its words, to Pillow. Raises
+    ImageError as `refuse_bombs`.
 
     The same libjpeg-turbo algorithms and so Pillow's pixels, without Pillow's detour over four bytes a pixel: 0.98 ms
     instead of 1.19 for an image of ImageNet, on one core.
     """
     if not data.startswith(b"\xff\xd8\xff"):
         return None
+    refuse_bombs(data)
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
         if space not in ("YCbCr", "Gray") or width * height > max_pixels:

@@ -32,6 +32,7 @@ def test_every_kind_of_mutated_input_is_read_or_refused() -> None:
     assert "Traceback" not in err
 
 
+@pytest.mark.slow  # the benchmark of faults reads a tenth of them in every run of the tests
 @pytest.mark.parametrize(
     ("only", "least"),
     [
@@ -49,6 +50,7 @@ def test_curated_inputs_come_to_what_they_should(only: list[str], least: int) ->
     assert counts["curated"] >= least
 
 
+@pytest.mark.slow
 def test_a_dozen_go_through_the_real_command_line(tmp_path: Path) -> None:
     assert len(cli_cases(Base(tmp_path))) >= 12
     done = subprocess.run(
