@@ -25,6 +25,8 @@ import cskd
 from cskd.errors import CskdError
 from cskd.untrusted import printable
 
+_leaving = threading.Lock()  # never given back
+
 GRACE = 20.0  # seconds a run that was interrupted has to end by itself
 
 app = typer.Typer(
@@ -286,7 +288,9 @@ def _second_signal(reader: socket.socket) -> None:
 
 
 def _leave(signum: int, frame: FrameType | None) -> NoReturn:
-    _say_how_to_go_on()
+    """At once, and with one line: the handler and the thread that watches may both come here."""
+    if _leaving.acquire(timeout=1.0):
+        _say_how_to_go_on()
     os._exit(128 + signum)
 
 

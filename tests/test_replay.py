@@ -18,7 +18,7 @@ import cskd.plan
 from cskd.augment.mixing import CUTMIX, MIXUP, NONE
 from cskd.errors import CacheError, ConfigError, ReplayError
 from cskd.store.cache import open_cache
-from cskd.store.format import commit_file
+from cskd.store.format import SEAL, commit_file
 from cskd.store.manifest import write_manifest
 from pipeline.cache_teacher import cache_teacher
 from pipeline.train import train
@@ -202,6 +202,7 @@ def test_verify_finds_a_teacher_that_gives_other_targets(base: Path) -> None:
     mixed = (unit.fields["mode"] != NONE).sum()
     swapped = {n: cache.codecs[n].take(t, np.arange(len(unit.position))[::-1]) for n, t in both.items()}
     (base / "cache" / commit_file(0, 0)).unlink()
+    (base / "cache" / SEAL).unlink(missing_ok=True)  # it would tell by the content alone
     cache.add_unit(0, 0, unit.fields, swapped, {}, {})
     report = verify(base / "cache", again=126, device="cpu", quiet=True)
     assert mixed and report.recomputed and report.recomputed.differing > 0 and report.recomputed.largest_margin > 0
