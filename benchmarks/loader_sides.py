@@ -5,7 +5,8 @@
 Reads commands from standard input, one a line, and answers each with one JSON line: `round` loads so many batches as the
 training step gets them (float32, mixed, normalised, on the device, with labels and targets), `memory` says what the main
 process and its workers hold. The workers and their queues live from round to round, as in training; the batches that lie
-ready when a round begins are taken before its clock starts.
+ready when a round begins are taken before its clock starts, and a round ends when new ones lie ready: no side works in the
+other's round.
 
 timm's `posterize` fails with Pillow 13 where RandAugment draws 0 bits (`rand-m9` does); here it returns black there, which is
 what Pillow did before, so that timm can run at all.
@@ -159,6 +160,16 @@ def processor_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
+def settle() -> None:
+    """Wait until the workers have filled their queues: else they would do so in the other side's round."""
+    still, before = 0, processor_seconds()
+    limit = time.perf_counter() + 10
+    while still < 5 and time.perf_counter() < limit:
+        time.sleep(0.05)
+        now = processor_seconds()
+        still, before = (still + 1 if now == before else 0), now
+
+
 def _family() -> list[int]:
     """This process and all below it: workers, and the server that forks them."""
     parents = {}
@@ -201,6 +212,7 @@ def main() -> None:
                 pixels = next(batches)
             answer = {"seconds": time.perf_counter() - clock, "images": count * side.batch}
             answer["processor_seconds"] = processor_seconds() - used
+            settle()
             assert pixels.shape[0] == side.batch and pixels.shape[1] == 3 and pixels.dtype == torch.float32
         print(json.dumps(answer), flush=True)
 

@@ -41,7 +41,7 @@ def pack(
     block: int = 8192,
     limit: int | None = None,
     short_side: int | None = None,
-    quality: int = 95,
+    quality: int = 90,
     workers: int | None = None,
     max_spool: int = MAX_SPOOL,
     progress: Progress | None = None,

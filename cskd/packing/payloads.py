@@ -66,8 +66,8 @@ def payloads(
 
 
 def shrink(data: bytes, short_side: int, quality: int) -> Payload:
-    """Re-encode an image to that short side if its own is larger: bicubic with antialiasing, RGB JPEG without chroma
-    subsampling, no metadata. Pixels are those of `cskd.images.decode`. What can't be decoded stays as it is."""
+    """Re-encode an image to that short side if its own is larger: bicubic with antialiasing, RGB JPEG with chroma at half
+    the resolution (4:2:0, which decodes in three quarters of the time of 4:4:4), no metadata. Pixels are those of `cskd.images.decode`. What can't be decoded stays as it is."""
     try:
         if min(image_size(data)) <= short_side:
             return Payload(data)
@@ -77,7 +77,7 @@ def shrink(data: bytes, short_side: int, quality: int) -> Payload:
     scale = short_side / min(pixels.size)
     width, height = (max(short_side, round(side * scale)) for side in pixels.size)
     out = io.BytesIO()
-    pixels.resize((width, height), Image.Resampling.BICUBIC).save(out, "JPEG", quality=quality, subsampling=0)
+    pixels.resize((width, height), Image.Resampling.BICUBIC).save(out, "JPEG", quality=quality, subsampling=2)
     return Payload(out.getvalue(), resized=True)
 
 
