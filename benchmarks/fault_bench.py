@@ -21,6 +21,7 @@ from PIL import Image
 
 import pipeline.cache_teacher
 import pipeline.train
+from benchmarks.tiny_teacher import TINY_TEACHER
 from cskd.config import Config, from_dict
 from cskd.errors import CskdError
 from cskd.loading.stream import Stream
@@ -32,25 +33,6 @@ from pipeline.verify import verify
 ROOT = Path(__file__).resolve().parent.parent
 KILLED = -signal.SIGKILL
 IMAGES, SHARD, BLOCK = 48, 12, 24
-TEACHER = """
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(1)
-        self.body, self.fc = nn.Conv2d(3, 6, 8, 8), nn.Linear(6, 4)
-
-    def forward_features(self, x):
-        return self.body(x)
-
-    def forward(self, x):
-        return self.fc(self.forward_features(x).mean((2, 3)))
-
-def build():
-    return Net()
-"""
 
 
 Child = tuple[int, int]  # process number, and the pipe its answer comes through
@@ -107,7 +89,6 @@ class Bench:
 
     def __init__(self, folder: Path, rng: random.Random) -> None:
         self.folder, self.rng = folder, rng
-        (folder / "net.py").write_text(TEACHER)
         noise = np.random.default_rng(0)
         for i in range(IMAGES):
             path = folder / "images" / "abcd"[i % 4] / f"{i:02d}.png"
@@ -127,7 +108,7 @@ class Bench:
         return from_dict(
             {
                 "data": {"train": str(self.folder / "data"), "val": str(self.folder / "data")},
-                "teacher": {"model": f"{self.folder / 'net.py'}:build", "batch": 8, "min_top1": 0.0, "check_images": 8},
+                "teacher": {"model": TINY_TEACHER, "batch": 8, "min_top1": 0.0, "check_images": 8},
                 "recipe": {"size": 32, "seed": seed},
                 "cache": {"path": str(cache), "views": 3, "workers": workers, "device": "cpu"},
                 "student": {

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks.tiny_teacher import TINY_TEACHER
 from cskd.config import Config, from_dict
 from cskd.errors import CacheError
 from cskd.inventory import open_inventory
@@ -32,25 +33,6 @@ from pipeline.packing import index_data, pack_data
 from pipeline.train import train
 from pipeline.verify import verify
 
-TEACHER = """
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(1)
-        self.body, self.fc = nn.Conv2d(3, 6, 8, 8), nn.Linear(6, 2)
-
-    def forward_features(self, x):
-        return self.body(x)
-
-    def forward(self, x):
-        return self.fc(self.forward_features(x).mean((2, 3)))
-
-def build():
-    return Net()
-"""
 LINEAR = (
     "from torch import nn\ndef build():\n    m = nn.Module()\n    m.fc = nn.Linear(8, 5, bias=False)\n    return m\n"
 )
@@ -78,7 +60,13 @@ class Base:
     def config(self, cache: Path, run: Path, data: Path | None = None, /, **changes: dict[str, Any]) -> Config:
         raw: dict[str, dict[str, Any]] = {
             "data": {"train": str(data or self.data)},
-            "teacher": {"model": f"{self.folder / 'net.py'}:build", "batch": 8, "min_top1": 0.0, "check_images": 8},
+            "teacher": {
+                "model": TINY_TEACHER,
+                "kwargs": {"classes": 2},
+                "batch": 8,
+                "min_top1": 0.0,
+                "check_images": 8,
+            },
             "recipe": {"size": 32},
             "cache": {"path": str(cache), "views": 1, "workers": 0, "device": "cpu"},
             "student": {"model": "deit_tiny_distilled_patch16_224", "kwargs": VIT},
@@ -115,7 +103,6 @@ def make_base(folder: Path) -> Base:
     """Make them, with the program itself."""
     folder.mkdir(parents=True)
     base = Base(folder)
-    (folder / "net.py").write_text(TEACHER)
     (folder / "linear.py").write_text(LINEAR)
     for i in range(16):
         write(folder / "images" / "ab"[i % 2] / f"{i:02d}.png", picture("PNG", seed=i))

@@ -46,6 +46,7 @@ import torch
 import torchvision
 
 from benchmarks.loader_sides import Side
+from benchmarks.tiny_teacher import TINY_TEACHER
 from cskd.augment.mixing import NONE, mixing, quads
 from cskd.config import RecipeConfig, from_dict
 from cskd.errors import CskdError
@@ -68,25 +69,6 @@ COMPARISONS = {  # name: recipe, cskd's images, timm's images, repeats
     "equal256": (DEIT, "short", "short", 1),
     "crop_flip": (MILD, "full", "full", 1),
 }
-TEACHER = """
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self, classes):
-        super().__init__()
-        self.body, self.fc = nn.Conv2d(3, 4, 32, 32), nn.Linear(4, classes)
-
-    def forward_features(self, x):
-        return self.body(x)
-
-    def forward(self, x):
-        return self.fc(self.forward_features(x).mean((2, 3)))
-
-def build(classes):
-    torch.manual_seed(1)
-    return Net(classes)
-"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -151,10 +133,9 @@ class Images:
         """A cache of `VIEWS` views, by a teacher that costs next to nothing."""
         out = self.folder / f"{kind}-{'mild' if recipe is MILD else 'deit'}-cache"
         if not out.exists():
-            (self.folder / "teacher.py").write_text(TEACHER)
             data = self.data(kind)
-            kwargs = {"classes": len(open_inventory(data).classes)}
-            teacher = {"model": f"{self.folder / 'teacher.py'}:build", "kwargs": kwargs, "grid": [7, 7]}
+            kwargs = {"classes": len(open_inventory(data).classes), "channels": 4, "patch": 32}
+            teacher = {"model": TINY_TEACHER, "kwargs": kwargs, "grid": [7, 7]}
             config: dict[str, dict[str, Any]] = {
                 "data": {"train": str(data)},
                 "teacher": {**teacher, "input_size": 224, "min_top1": 0.0, "check_images": 8},

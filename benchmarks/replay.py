@@ -32,6 +32,7 @@ import PIL
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.tiny_teacher import TINY_TEACHER
 from cskd.augment.mixing import NONE, mixing, quads
 from cskd.augment.ops import apply
 from cskd.augment.recipe import sample_params
@@ -55,25 +56,6 @@ from pipeline.packing import pack_data
 
 ROOT = Path(__file__).resolve().parent.parent
 DEIT = {"randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25, "mixup": 0.8, "cutmix": 1.0}
-TEACHER = """
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self, classes):
-        super().__init__()
-        self.body, self.fc = nn.Conv2d(3, 4, 32, 32), nn.Linear(4, classes)
-
-    def forward_features(self, x):
-        return self.body(x)
-
-    def forward(self, x):
-        return self.fc(self.forward_features(x).mean((2, 3)))
-
-def build(classes):
-    torch.manual_seed(1)
-    return Net(classes)
-"""
 
 
 @dataclass(frozen=True)
@@ -189,9 +171,8 @@ def show(name: str, score: Score) -> None:
 
 def make_cache(data: Path, folder: Path, sizes: Sizes, size: int) -> Cache:
     """Stage 1 as it is, with a teacher that costs next to nothing."""
-    (folder / "teacher.py").write_text(TEACHER)
-    kwargs = {"classes": len(open_inventory(data).classes)}
-    teacher = {"model": f"{folder / 'teacher.py'}:build", "kwargs": kwargs, "grid": [1, 1]}
+    kwargs = {"classes": len(open_inventory(data).classes), "channels": 4, "patch": 32}
+    teacher = {"model": TINY_TEACHER, "kwargs": kwargs, "grid": [1, 1]}
     config: dict[str, dict[str, Any]] = {
         "data": {"train": str(data)},
         "teacher": {**teacher, "input_size": size, "min_top1": 0.0, "check_images": 8},

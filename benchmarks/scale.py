@@ -41,6 +41,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.tiny_teacher import TINY_TEACHER
 from cskd.augment.mixing import quads
 from cskd.config import Config, from_dict, to_dict, to_yaml
 from cskd.identity import identity_of, library_versions
@@ -53,25 +54,6 @@ from cskd.unit_builder import UnitBuilder
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARD = 8192
-TEACHER = """
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(1)
-        self.body, self.fc = nn.Conv2d(3, 6, 8, 8), nn.Linear(6, 4)
-
-    def forward_features(self, x):
-        return self.body(x)
-
-    def forward(self, x):
-        return self.fc(self.forward_features(x).mean((2, 3)))
-
-def build():
-    return Net()
-"""
 # Runs one stage and says when its first batch came, how long the others took, and how large the process was.
 PROBE = """
 import json, os, sys, time
@@ -150,7 +132,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(folder: Path, n: int, views: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Every stage over n samples, for each number of views."""
-    (folder / "net.py").write_text(TEACHER)
     inventory = make_data(folder / "data", n)
     for count in views:
         grow_cache(folder, inventory, count)
@@ -172,7 +153,7 @@ def config_of(folder: Path, views: int) -> Config:
     return from_dict(
         {
             "data": {"train": str(folder / "data")},
-            "teacher": {"model": f"{folder / 'net.py'}:build", "batch": 64, "min_top1": 0.0},
+            "teacher": {"model": TINY_TEACHER, "batch": 64, "min_top1": 0.0},
             "recipe": {"size": 32},
             "cache": {"path": str(folder / "cache"), "views": views, "workers": 2, "device": "cpu"},
             "student": {"model": "deit_tiny_distilled_patch16_224", "kwargs": {"patch_size": 8, "depth": 1}},

@@ -1,8 +1,10 @@
 """Threads that work on the teacher's batches, each on one at a time, so that encoding and mixing fill the gaps of a forward.
 
-On a CPU a lane has a share of the cores for itself: one batch a core loses nothing at the barriers of a parallel loop, which
-a batch shared by all cores does wherever another process wants one of them. On a GPU lanes take turns in launching, each on
-a stream of its own: while one waits for its results the next one's forward is under way.
+On a CPU a lane has one core: one batch a core loses nothing at the barriers of a parallel loop, which a batch shared by all
+cores does wherever another process wants one of them; and a result does not depend on how many cores there are, as it may
+where a sum is split. A network that may keep state on itself between two of its methods runs one batch at a time, on all
+cores. On a GPU lanes take turns in launching, each on a stream of its own: while one waits for its results the next one's
+forward is under way.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 
 T = TypeVar("T")
 
-MOST = 4  # lanes of a CPU: each holds a batch's activations
+MOST = 8  # lanes of a CPU: each holds a batch's activations
 AHEAD = 2  # batches that wait for each lane, so that none runs dry while the main thread waits for images
 
 
@@ -30,11 +32,13 @@ class Dropped(BaseException):
 class Lanes:
     """A context manager. `submit` never waits; at the end of an interrupted block what is under way is dropped at once.
 
-    Results do not depend on the number of lanes or threads: a batch is worked on by one of them from end to end.
+    Results do not depend on the number of lanes: a batch is worked on by one of them from end to end. reentrant: forwards may
+    run in several threads at once.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.count, threads = lanes_of(device, torch.get_num_threads())
+    def __init__(self, device: torch.device, reentrant: bool = True) -> None:
+        self.count, threads = lanes_of(device, torch.get_num_threads(), reentrant)
+        self._in_turn = device.type == "cuda" or not reentrant
         self._device, self._main_threads = device, torch.get_num_threads()
         self._launch, self._lock = threading.Lock(), threading.Lock()
         self._running: set[int] = set()
@@ -65,13 +69,20 @@ class Lanes:
 
     @contextlib.contextmanager
     def launching(self) -> Iterator[None]:
-        """Around a forward: on a GPU one lane at a time, for precision is a setting of the whole process; then wait for it."""
-        if self._device.type != "cuda":
+        """Around a forward: one lane at a time where they take turns, as on a GPU, where precision is a setting of the whole
+        process; then wait for it."""
+        if not self._in_turn:
             yield
             return
-        with self._launch:
+        while not self._launch.acquire(timeout=0.5):  # a lane that was dropped may have kept it
+            if self._dropped:
+                raise Dropped
+        try:
             yield
-        torch.cuda.current_stream(self._device).synchronize()
+        finally:
+            self._launch.release()
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
 
     def _run(self, job: Callable[..., T], *arguments: Any) -> T:
         me = threading.get_ident()
@@ -101,14 +112,26 @@ class Lanes:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Dropped))
 
 
-def lanes_of(device: torch.device, cores: int) -> tuple[int, int]:
+def lanes_of(device: torch.device, cores: int, reentrant: bool = True) -> tuple[int, int]:
     """How many lanes, and how many threads of arithmetic each has."""
     if device.type == "cuda":
         return 3, 1  # one that runs, one that is launched, one that encodes
     if device.type != "cpu":
         return 1, cores
-    count = min(cores, MOST)
-    return count, cores // count
+    return (min(cores, MOST), 1) if reentrant else (2, cores)  # of two, one runs and one encodes
+
+
+@contextlib.contextmanager
+def threads_of_a_lane(device: torch.device, reentrant: bool) -> Iterator[None]:
+    """In this thread, as many threads of arithmetic as a lane has: what is compared with a lane's results is made alike."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(lanes_of(device, before, reentrant)[1])
+    try:
+        yield
+    finally:
+        if device.type == "cpu":
+            torch.set_num_threads(before)
 
 
 def _begin(device: torch.device, threads: int) -> None:

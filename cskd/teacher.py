@@ -23,6 +23,7 @@ from cskd.class_map import class_map
 from cskd.config import TeacherConfig
 from cskd.errors import TeacherError
 from cskd.forwards import count_teacher_images
+from cskd.lanes import threads_of_a_lane
 from cskd.teacher_build import build, build_model, one_line, weights_sha256
 from cskd.teacher_checks import check_clean, clean_top1, compare_probe, probe_images, project
 from cskd.teacher_fold import fold_norms
@@ -94,6 +95,9 @@ class Teacher:
     pools: bool  # dense logits are pooled to `grid`
     fingerprint: dict[str, Any]  # JSON-able; equal ones mean the same function from pixels to logits
     notes: list[str]  # what a user should know, one line each
+    reentrant: (
+        bool  # forwards may run in several threads at once: not those of code of the user's own, nor compiled ones
+    )
     forwards: int = 0  # images run through the network since it was loaded
 
     # no_grad, not inference_mode: online distillation saves these outputs for the student's backward pass, which
@@ -124,7 +128,8 @@ class Teacher:
 
     def probe(self) -> dict[str, Any]:
         """JSON-able outputs on eight synthetic images: random projections of the logits. See `compare_probe`."""
-        dense_BKhw, global_BK = self.forward_dense(_probe_pixels(self.image_size))
+        with threads_of_a_lane(self.device, self.reentrant):
+            dense_BKhw, global_BK = self.forward_dense(_probe_pixels(self.image_size))
         return {
             "autocast": self.fingerprint["autocast"],
             "global": project(global_BK, "probe global"),
@@ -217,6 +222,7 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
         pools=grid != own_grid,
         fingerprint=fingerprint,
         notes=notes,
+        reentrant="file_sha256" not in built.source and not config.compile,
         forwards=len(images),
     )
 

@@ -88,7 +88,7 @@ def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
     with (
         Claims(cache.root) as claims,
         _thread("write") as writer,
-        Lanes(device) as lanes,
+        Lanes(device, teacher.reentrant) as lanes,
         Progress("cache-teacher", total, "views", quiet=quiet) as progress,
     ):
         line = _Line(cache, teacher, config, claims, lanes, writer)
@@ -317,7 +317,8 @@ class _Line:
         Returns: arrays by codec, and the seconds of teacher and encoding.
         """
         if len(good) == 0:
-            return {}, 0.0, 0.0
+            dense, logits = (torch.zeros(0, self._teacher.classes, *grid) for grid in (self._teacher.grid, ()))
+            return {name: codec.encode(dense, logits) for name, codec in self._cache.codecs.items()}, 0.0, 0.0
         begun, device = time.perf_counter(), self._teacher.device
         inputs = [t.to(device, non_blocking=True) for t in (views_BHWC, *mixing)]
         keep = torch.from_numpy(good).to(device)

@@ -50,14 +50,17 @@ def gc(path: Path, older_than: float = LEASE, dry_run: bool = False, data: Path 
     for file in sorted(file for pattern in LEFT for file in path.glob(pattern)):
         if file in kept or not file.is_file() or not file.parent.resolve().is_relative_to(path.resolve()):
             continue  # a folder that is a link leads out of the cache: what is there is not ours to remove
-        about = file.stat()
+        try:
+            about = file.stat()
+        except FileNotFoundError:  # a writer that lives has put it in place, or given its claim back
+            continue
         if now - about.st_mtime < older_than:
             young += 1
             continue
         size += about.st_size
         removed.append(str(file.relative_to(path)))
         if not dry_run:
-            file.unlink()
+            file.unlink(missing_ok=True)
             if file.parent.name.startswith(".") and not any(file.parent.iterdir()):
                 file.parent.rmdir()
     return GcReport(str(path), removed, size, young, dry_run)

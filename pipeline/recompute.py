@@ -15,6 +15,7 @@ from cskd.config import TeacherConfig
 from cskd.devices import pick_device
 from cskd.errors import CacheError
 from cskd.golden import golden_rows, replay_golden
+from cskd.lanes import threads_of_a_lane
 from cskd.loading.stage1 import pad_rows
 from cskd.loading.views import ViewMaker
 from cskd.store.cache import Cache, Unit, first_difference
@@ -110,7 +111,8 @@ def _logits(
     fields = (torch.from_numpy(np.repeat(unit.fields[n][rows].astype(np.int64), 2, 0)) for n in ("mode", "lam", "box"))
     partner = torch.arange(len(pixels)) ^ 1
     mixed = mix_pixels(pairs, *(f.to(teacher.device) for f in (partner, *fields)))[::2]
-    dense, whole = teacher.forward_dense(pad_rows(mixed, teacher.batch))
+    with threads_of_a_lane(teacher.device, teacher.reentrant):
+        dense, whole = teacher.forward_dense(pad_rows(mixed, teacher.batch))
     return dense[: len(rows)].cpu(), whole[: len(rows)].cpu()
 
 

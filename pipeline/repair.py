@@ -135,7 +135,7 @@ def _that_of_the_records(path: Path, found: list[dict[str, Any]]) -> dict[str, A
     best = max(found, key=units)  # the first of equals
     if fingerprints and not units(best):
         raise CacheError(
-            f"{path}: its {fingerprints.total()} commit records are of fingerprint {max(fingerprints)[:12]}, its manifest of "
+            f"{path}: its {fingerprints.total()} commit records are of fingerprint {fingerprints.most_common(1)[0][0][:12]}, its manifest of "
             f"{best['fingerprint'][:12]}: it is another cache's; put the right {MANIFEST} back"
         )
     return best

@@ -63,7 +63,7 @@ def one_at_a_time(made: Cache, root: Path, base: Path) -> Cache:
 def test_a_cache_made_in_several_lanes_is_that_of_one_batch_after_the_other(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lanes: int
 ) -> None:
-    monkeypatch.setattr(cskd.lanes, "lanes_of", lambda device, cores: (lanes, 1))
+    monkeypatch.setattr(cskd.lanes, "lanes_of", lambda *_: (lanes, 1))
     report = cache_teacher(config(base, cache={"path": str(tmp_path / "cache")}), quiet=True)
     again = one_at_a_time(open_cache(tmp_path / "cache"), tmp_path / "again", base)
     assert report.images == 270
@@ -71,12 +71,63 @@ def test_a_cache_made_in_several_lanes_is_that_of_one_batch_after_the_other(
 
 
 def test_lanes_share_the_cores_of_a_cpu_and_leave_the_main_threads_as_they_were() -> None:
-    assert [lanes_of(CPU, cores) for cores in (1, 2, 3, 8, 64)] == [(1, 1), (2, 1), (3, 1), (4, 2), (4, 16)]
+    assert [lanes_of(CPU, cores) for cores in (1, 2, 3, 8, 64)] == [(1, 1), (2, 1), (3, 1), (8, 1), (8, 1)]
+    assert lanes_of(CPU, 4, reentrant=False) == (2, 4)
     before = torch.get_num_threads()
     with Lanes(CPU) as lanes:
         assert lanes.submit(torch.get_num_threads).result() == lanes_of(CPU, before)[1]
         assert lanes.submit(torch.is_inference_mode_enabled).result()
     assert torch.get_num_threads() == before
+
+
+HOOKED = """
+import time
+import torch
+from torch import nn
+
+class Hooked(nn.Module):
+    \"\"\"Keeps its features on itself, as code often does that takes them from a hook.\"\"\"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.body, self.fc = nn.Conv2d(3, 6, 8, 8), nn.Linear(6, 5)
+        self.body.register_forward_hook(lambda module, inputs, output: setattr(self, "kept", output))
+
+    def forward_features(self, x):
+        self(x)
+        time.sleep(0.002)  # where another thread would come in between
+        return self.kept
+
+    def forward(self, x):
+        return self.fc(self.body(x).mean((2, 3)))
+
+def build():
+    return Hooked()
+"""
+
+
+def test_a_teacher_that_keeps_state_on_itself_runs_one_batch_at_a_time(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain.py").write_text(
+        HOOKED.replace("        self(x)\n", "").replace("return self.kept", "return self.body(x)")
+    )
+    (tmp_path / "hooked.py").write_text(HOOKED)
+    targets = []
+    for name in ("plain", "hooked"):
+        teacher = {"model": f"{tmp_path / name}.py:build", "batch": 8, "min_top1": 0.0, "check_images": 8}
+        cache_teacher(config(base, teacher=teacher, cache={"path": str(tmp_path / name)}), quiet=True)
+        cache = open_cache(tmp_path / name)
+        units = [cache.read(b, v, "envelope").targets for b in range(cache.blocks) for v in range(cache.views)]
+        targets.append([array.tobytes() for unit in units for _, array in sorted(unit.items())])
+    assert targets[0] == targets[1]
+
+
+def test_a_block_of_which_no_image_can_be_decoded_is_cached_as_such(tmp_path: Path) -> None:
+    make_tiny_data(tmp_path / "train", n=12, block=1, shard=1, bad=[5])
+    (tmp_path / "net.py").write_text(TEACHER)
+    report = cache_teacher(config(tmp_path, cache={"max_quarantine": 0.5, "workers": 0}), quiet=True)
+    assert (report.quarantined, report.units) == (1, 36)
+    cache = open_cache(tmp_path / "cache")
+    assert len(cache.read(5, 0, "envelope").position) == 0
 
 
 @pytest.mark.parametrize("batch", [0, 5, 11])

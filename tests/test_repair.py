@@ -16,11 +16,12 @@ from cskd.store.cache import open_cache
 from cskd.store.claims import Claims
 from cskd.store.commit import read_commit
 from cskd.store.format import commit_file
+from cskd.store.seal import seal_cache
 from pipeline.cache_teacher import cache_teacher
 from pipeline.gc import gc
 from pipeline.repair import repair
 from pipeline.verify import verify
-from tests.caches import make_tiny_data
+from tests.caches import make_tiny_cache, make_tiny_data
 from tests.test_pipeline import TEACHER, config
 
 
@@ -221,3 +222,14 @@ def test_gc_stops_where_a_record_is_damaged(cache: Path) -> None:
         gc(cache, older_than=0)
     assert files(cache) == before
     assert open_cache(cache).views == 3
+
+
+def test_a_manifest_that_is_another_json_is_named_and_brought_back(tmp_path: Path) -> None:
+    cache = make_tiny_cache(tmp_path)
+    seal_cache(cache, 0.1)
+    whole = (cache.root / "manifest.json").read_bytes()
+    (cache.root / "manifest.json").write_bytes((cache.root / "commits/b00000/v0001.json").read_bytes())
+    with pytest.raises(CacheError, match=r"manifest\.json has format None.*cskd repair"):
+        verify(cache.root, quiet=True)
+    repair(cache.root, quiet=True)
+    assert (cache.root / "manifest.json").read_bytes() == whole

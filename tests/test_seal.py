@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cskd.errors import CacheError
 from cskd.store.cache import Cache, create_cache, open_cache
-from cskd.store.commit import Commit, publish, read_commit
+from cskd.store.commit import Commit, json_bytes, publish, read_commit
 from cskd.store.format import SEAL, commit_file
 from cskd.store.seal import read_seal, seal_cache, seal_facts
 from pipeline.cache_teacher import write_resolved
 from pipeline.inspect_cache import inspect
+from pipeline.repair import repair
 from pipeline.verify import verify
 from tests.caches import make_tiny_cache
 
@@ -100,6 +102,24 @@ def test_a_seal_of_more_views_than_the_cache_has_is_refused(cache: Cache) -> Non
     (cache.root / SEAL).write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
     with pytest.raises(CacheError, match="seals 9 views"):
         read_seal(cache)
+
+
+def test_the_seal_of_another_cache_is_refused_and_repaired(cache: Cache) -> None:
+    seal = read_seal(cache)
+    assert seal is not None
+    whole = (cache.root / SEAL).read_bytes()
+    (cache.root / SEAL).write_bytes(json_bytes(seal_facts(replace(seal, fingerprint="0" * 64, content_root="1" * 64))))
+    with pytest.raises(CacheError, match=r"sealed\.json is the seal of another cache"):
+        read_seal(cache)
+    report = repair(cache.root, quiet=True)
+    assert (len(report.restored), report.withdrawn, (cache.root / SEAL).read_bytes()) == (1, [], whole)
+
+
+def test_of_two_runs_the_one_that_made_fewer_views_leaves_the_seal_of_more_as_it_is(cache: Cache) -> None:
+    fewer = Cache(cache.root, {**cache.manifest, "views": 2}, cache.inventory)
+    whole = (cache.root / SEAL).read_bytes()
+    assert seal_cache(fewer, 0.1).views == 3
+    assert (cache.root / SEAL).read_bytes() == whole
 
 
 def test_too_many_unreadable_images_over_all_blocks_stop_before_the_seal(tmp_path: Path) -> None:

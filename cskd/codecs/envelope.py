@@ -132,7 +132,7 @@ class EnvelopeCodec(Codec):
     def take(self, arrays: Arrays, index: NDArray[np.integer[Any]]) -> Arrays:
         """The samples at `index`, in its order, each with its segments; a sample may be taken more than once."""
         n_extra, n_classes = arrays["n_extra"], arrays["n_classes"]
-        segments = _spans(n_extra.reshape(len(n_extra), -1).sum(1, dtype=np.int64), index)
+        segments = _spans(n_extra.sum((1, 2), dtype=np.int64), index)
         return _narrowed(
             {
                 "global_class": arrays["global_class"][index],

@@ -102,6 +102,8 @@ class Stream(Generic[T, R]):
                     raise result.error
                 yield result
         finally:
+            if (pinning := getattr(results, "_pin_memory_thread_done_event", None)) is not None:
+                pinning.set()  # else it may be asking a worker that is gone
             for worker in getattr(results, "_workers", ()):  # torch gives each five seconds to finish what nobody reads
                 worker.terminate()
 

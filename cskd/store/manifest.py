@@ -59,7 +59,8 @@ def read_manifest(root: Path, name: str = MANIFEST) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise CacheError(f"{path} holds a {type(manifest).__name__}, expected a mapping; {RESTORE}")
     if manifest.get("format") != FORMAT:
-        raise CacheError(f"{root} has format {manifest.get('format')!r}, this version reads {FORMAT}; cache it again")
+        mend = "cache it again" if type(manifest.get("format")) is int else RESTORE
+        raise CacheError(f"{path} has format {str(manifest.get('format'))[:40]}, this version reads {FORMAT}; {mend}")
     facts = {key: value for key, value in manifest.items() if key != "sha256"}
     if hashlib.sha256(_canonical(facts)).hexdigest() != manifest.get("sha256"):
         raise CacheError(f"{path} does not match its own hash; {RESTORE}")

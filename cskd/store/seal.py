@@ -12,15 +12,17 @@ from dataclasses import asdict, dataclass
 
 from cskd.errors import CacheError
 from cskd.store.cache import Cache
-from cskd.store.commit import json_bytes, write_json
+from cskd.store.commit import json_bytes, link_whole, write_json
 from cskd.store.format import FORMAT, SEAL
+from cskd.store.manifest import read_manifest
 from cskd.untrusted import parse_json, read_file
 
 
 @dataclass(frozen=True)
 class Seal:
-    """`cached` + `quarantined` = images of the inventory * `views`; `content_root`: of those views."""
+    """`cached` + `quarantined` = images of the inventory * `views`; `content_root`: of those views; `fingerprint`: the cache's."""
 
+    fingerprint: str
     views: int
     units: int
     cached: int
@@ -39,7 +41,7 @@ def seal_cache(cache: Cache, max_quarantine: float) -> Seal:
     old = read_seal(cache)
     if old is not None:
         check_seal(cache, old)
-        if old.views == cache.views:
+        if old.views >= cache.views:  # more: another process has let the cache grow since this one opened it
             return old
     if old is None:
         refuse_too_many_in_all(int(cache.quarantined().sum()), cache.inventory.n, max_quarantine)
@@ -48,6 +50,7 @@ def seal_cache(cache: Cache, max_quarantine: float) -> Seal:
     if len(present) < len(commits):
         raise CacheError(f"{cache.root} lacks {len(commits) - len(present)} units; `cskd cache-teacher` makes them")
     seal = Seal(
+        fingerprint=cache.fingerprint,
         views=cache.views,
         units=len(present),
         cached=sum(commit.cached for commit in present),
@@ -59,7 +62,10 @@ def seal_cache(cache: Cache, max_quarantine: float) -> Seal:
             f"{cache.root}: {seal.cached} views cached + {seal.quarantined} quarantined, expected {cache.inventory.n} "
             f"images * {cache.views}; run `cskd verify {cache.root}`"
         )
-    write_json(cache.root / SEAL, seal_facts(seal))
+    if old is not None:
+        write_json(cache.root / SEAL, seal_facts(seal))
+    elif not link_whole(cache.root / SEAL, json_bytes(seal_facts(seal))):  # another process was first
+        return seal_cache(cache, max_quarantine)
     return seal
 
 
@@ -91,13 +97,18 @@ def read_seal(cache: Cache) -> Seal | None:
         written = read_file(path)
         facts = parse_json(written)
         seal = Seal(**facts["seal"])
-        fits = 0 < seal.views <= cache.views
+        fits = seal.views > 0 and (seal.views <= cache.views or seal.views <= read_manifest(cache.root)["views"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise CacheError(f"{path} is not a readable seal ({' '.join(str(e).split())}); {mend}") from None
     if written != json_bytes(seal_facts(seal)):
         raise CacheError(f"{path} is not, byte for byte, what was written; {mend}")
+    if seal.fingerprint != cache.fingerprint:
+        raise CacheError(
+            f"{path} is the seal of another cache, with fingerprint {str(seal.fingerprint)[:12]}; this one has "
+            f"{cache.fingerprint[:12]}; {mend}"
+        )
     if not fits:
         raise CacheError(f"{path} seals {seal.views} views, {cache.root} has {cache.views}; {mend}")
     return seal
