@@ -25,6 +25,7 @@ from cskd.packing.payloads import payloads
 from cskd.packing.sources import open_source
 from cskd.packing.tars import decompressed, members
 from cskd.store.cache import create_cache
+from cskd.store.record_checks import check_manifest
 from cskd.store.unit_layout import frame_size
 from cskd.teacher_build import build_model
 from cskd.untrusted import parse_json, printable, read_file
@@ -218,3 +219,10 @@ def test_a_config_can_t_make_the_program_write_outside_its_output_folder(tmp_pat
     (cache.root / "claims").symlink_to(tmp_path / "project")
     with pytest.raises(OSError, match=r"a link inside cache\.path"):
         create_cache(cache.root, cache.identity, 1, {}, cache.inventory)
+
+
+def test_a_number_of_the_recipe_that_is_written_as_a_text_is_refused(tmp_path: Path) -> None:
+    cache = make_tiny_cache(tmp_path)
+    recipe = {**cache.identity["recipe"], "flip": "0.5"}
+    with pytest.raises(ValueError, match=r"its recipe\.flip is '0\.5'"):
+        check_manifest({**cache.manifest, "identity": {**cache.identity, "recipe": recipe}})

@@ -6,6 +6,7 @@ of loops or bytes is bounded.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from cskd.codecs import get_codec
 from cskd.codecs.base import MAX_CLASSES
-from cskd.config import RecipeConfig, from_dict
+from cskd.config import RecipeConfig, from_dict, to_dict
 from cskd.errors import CskdError
 from cskd.store.format import unit_file
 
@@ -77,7 +78,9 @@ def check_manifest(manifest: dict[str, Any]) -> None:
             get_codec(name, MAX_CLASSES, (grid[0], grid[1]))
         if set(recipe) - set(RecipeConfig.__dataclass_fields__):
             raise ValueError(f"its recipe has the keys {str(sorted(recipe))[:200]}")
-        from_dict({"recipe": recipe})
+        read = json.loads(json.dumps(to_dict(from_dict({"recipe": recipe}).recipe)))
+        if changed := [name for name, value in recipe.items() if read[name] != value]:  # a text that reads as a number
+            raise ValueError(f"its recipe.{changed[0]} is {str(recipe[changed[0]])[:40]!r}")
     except CskdError as e:
         raise ValueError(f"{e}") from None
     if not str(manifest.get("data", "")).isprintable():
