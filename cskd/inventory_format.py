@@ -90,7 +90,13 @@ def read_column(path: Path, name: str, dtype: str) -> NDArray[Any]:
 def verify_files(path: Path, header: dict[str, Any]) -> None:
     """Check the sha256 of every column file, and the id. Raises DataError naming the first that differs."""
     for name in DTYPES:
-        if file_sha256(path / f"{name}.npy") != header["columns"].get(name, {}).get("sha256"):
+        try:
+            digest = file_sha256(path / f"{name}.npy")
+        except OSError as e:
+            raise DataError(
+                f"{path / name}.npy is not readable: {e.strerror}; restore it, or pack or index again"
+            ) from None
+        if digest != header["columns"].get(name, {}).get("sha256"):
             raise DataError(f"{path / name}.npy does not match its recorded sha256; restore it, or pack or index again")
     try:
         found = identify(path, np.array(header["blocks"], np.int64))

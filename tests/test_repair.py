@@ -233,3 +233,20 @@ def test_a_manifest_that_is_another_json_is_named_and_brought_back(tmp_path: Pat
         verify(cache.root, quiet=True)
     repair(cache.root, quiet=True)
     assert (cache.root / "manifest.json").read_bytes() == whole
+
+
+def test_every_file_outside_the_units_that_vanishes_is_named_and_brought_back(tmp_path: Path) -> None:
+    cache = make_tiny_cache(tmp_path)
+    seal_cache(cache, 0.1)
+    for path in sorted(p for p in cache.root.rglob("*") if p.is_file() and p.suffix in (".npy", ".json", ".yaml")):
+        if "commits" in path.parts or path.name == "sealed.json":  # without a seal a cache is whole, and says so
+            continue
+        whole = path.read_bytes()
+        path.unlink()
+        try:
+            errors = verify(cache.root, quiet=True).errors
+        except CskdError as e:
+            errors = [str(e)]
+        assert any(path.name in error or str(path.parent) in error for error in errors), path
+        repair(cache.root, quiet=True)
+        assert path.read_bytes() == whole
