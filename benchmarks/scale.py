@@ -48,7 +48,7 @@ from cskd.identity import identity_of, library_versions
 from cskd.inventory import Inventory, Sample, ShardFile, write_inventory
 from cskd.store.cache import Cache, create_cache
 from cskd.store.commit import record_bytes
-from cskd.store.format import commit_file
+from cskd.store.format import commit_file, unit_file
 from cskd.teacher import load_teacher
 from cskd.unit_builder import UnitBuilder
 
@@ -207,7 +207,8 @@ def grow_cache(folder: Path, inventory: Inventory, views: int) -> None:
             add_unit(cache, block, view)
         else:  # neither synced nor read back, as stage 1 does it: these must only be there
             path = cache.root / commit_file(block, view)
-            path.write_bytes(record_bytes(replace(like, view=view)))
+            files = [replace(f, path=str(unit_file(like.block, view, f.codec, f.sha256))) for f in like.files]
+            path.write_bytes(record_bytes(replace(like, view=view, files=files)))
 
 
 def add_unit(cache: Cache, block: int, view: int) -> None:
