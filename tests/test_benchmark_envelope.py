@@ -41,7 +41,6 @@ def test_a_units_mixtures_are_read_alike_by_stock_zarr(tmp_path: Path, monkeypat
 
 
 def test_a_made_cache_lacks_the_units_that_stage_1_makes_and_grows(tmp_path: Path) -> None:
-    (tmp_path / "net.py").write_text(scale.TEACHER)
     inventory = scale.make_data(tmp_path / "data", 40)
     for views, left in ((1, [0]), (3, [0, 1, 2]), (7, [6])):
         scale.grow_cache(tmp_path, inventory, views)
