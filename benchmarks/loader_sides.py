@@ -64,12 +64,8 @@ def cskd_batches(side: Side, scratch: Path) -> Iterator[torch.Tensor]:
 
     device = pick_device("cpu")
     cache = open_cache(Path(side.source))
-    plan = PlanSpec(
-        bounds=cache.inventory.blocks,
-        bad=cache.quarantined(),
-        inventory_id=cache.inventory.id,
-        recipe=cache.recipe,
-        views=cache.views,
+    plan = PlanSpec.over(
+        cache,
         repeats=side.repeats,
         seed=0,
         global_batch=side.batch,

@@ -251,12 +251,8 @@ def compare(cache: Cache, variant: Variant, pairs: int, digest: NDArray[np.int64
 def feed(cache: Cache, variant: Variant, pairs: int, scratch: Path) -> Iterator[Batch]:
     """What training would be fed: whole epochs of every rank, until `pairs` samples have come. Replay is not verified
     by the workers, so that differences are counted and not refused."""
-    plan = PlanSpec(
-        bounds=cache.inventory.blocks,
-        bad=cache.quarantined(),
-        inventory_id=cache.inventory.id,
-        recipe=cache.recipe,
-        views=cache.views,
+    plan = PlanSpec.over(
+        cache,
         repeats=variant.repeats,
         seed=0,
         global_batch=variant.batch,

@@ -9,6 +9,7 @@ another 1/R of the quads with all R views. So no view is used twice before all h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,10 @@ from cskd.augment.mixing import quads
 from cskd.config import RecipeConfig
 from cskd.errors import PlanError
 from cskd.seeds import hash64, permutation
+
+if TYPE_CHECKING:
+    from cskd.live import LiveViews
+    from cskd.store.cache import Cache
 
 # Rows of a quad in the order that puts each matching's pairs side by side; see `mixing.MATCHINGS`.
 PAIRED = np.array([[0, 1, 2, 3], [0, 2, 1, 3], [0, 3, 1, 2]])
@@ -64,6 +69,32 @@ class PlanSpec:
                 f"an epoch has {self._epoch_items} samples, fewer than train.global_batch {batch}; "
                 f"use a batch of at most {self._epoch_items // (2 * self.ranks) * 2 * self.ranks}"
             )
+
+    @classmethod
+    def over(
+        cls,
+        source: Cache | LiveViews,
+        *,
+        repeats: int,
+        seed: int,
+        global_batch: int,
+        window: int,
+        ranks: int = 1,
+        views: int = 0,
+    ) -> PlanSpec:
+        """The plan over a cache's images; views: how many of its views, 0 for all."""
+        return cls(
+            bounds=source.inventory.blocks,
+            bad=source.quarantined(),
+            inventory_id=source.inventory.id,
+            recipe=source.recipe,
+            views=views or source.views,
+            repeats=repeats,
+            seed=seed,
+            global_batch=global_batch,
+            window=window,
+            ranks=ranks,
+        )
 
     @property
     def _epoch_items(self) -> int:

@@ -227,12 +227,9 @@ def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, q
     torch.manual_seed(settings.seed)
     student = build_student(config.student, len(views.classes), views.recipe.size).to(device)
     student.check_grid(views.grid)
-    plan = PlanSpec(
-        bounds=views.inventory.blocks,
-        bad=views.quarantined(),
-        inventory_id=views.inventory.id,
-        recipe=views.recipe,
-        views=settings.views or views.views,
+    plan = PlanSpec.over(
+        views,
+        views=settings.views,
         repeats=settings.repeats,
         seed=settings.seed,
         global_batch=settings.global_batch,

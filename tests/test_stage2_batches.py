@@ -19,12 +19,8 @@ from tests.caches import make_tiny_cache
 
 
 def tasks_of(cache: Cache, scratch: Path, repeats: int, batch: int) -> list[TrainTask]:
-    plan = PlanSpec(
-        bounds=cache.inventory.blocks,
-        bad=cache.quarantined(),
-        inventory_id=cache.inventory.id,
-        recipe=cache.recipe,
-        views=cache.views,
+    plan = PlanSpec.over(
+        cache,
         repeats=repeats,
         seed=0,
         global_batch=batch,

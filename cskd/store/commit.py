@@ -68,7 +68,7 @@ def publish(root: Path, commit: Commit) -> bool:
 def record_bytes(commit: Commit) -> bytes:
     """A record as it lies on disk; the same commit always gives the same bytes."""
     facts = asdict(commit)
-    return json_bytes({"commit": facts, "sha256": hashlib.sha256(_canonical(facts)).hexdigest()})
+    return json_bytes({"commit": facts, "sha256": hashlib.sha256(canonical(facts)).hexdigest()})
 
 
 def read_commit(root: Path, block: int, view: int) -> Commit | None:
@@ -94,7 +94,7 @@ def record_names(root: Path, block: int) -> set[str]:
 def _parse(raw: Any, path: Path, block: int, view: int) -> Commit:
     try:
         body = raw["commit"]
-        if hashlib.sha256(_canonical(body)).hexdigest() != raw["sha256"]:
+        if hashlib.sha256(canonical(body)).hexdigest() != raw["sha256"]:
             raise CacheError(f"{path} does not match its own hash; {again(path)}")
         commit = Commit(**{**body, "files": [UnitFile(**f) for f in body["files"]]})
         check_commit(commit)
@@ -164,7 +164,8 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _canonical(value: Any) -> bytes:
+def canonical(value: Any) -> bytes:
+    """JSON as it is hashed."""
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 

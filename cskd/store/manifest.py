@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from cskd.errors import CacheError
-from cskd.store.commit import json_bytes, link_whole, write_json
+from cskd.store.commit import canonical, json_bytes, link_whole, write_json
 from cskd.store.format import FORMAT, MANIFEST, MANIFEST_COPY
 from cskd.store.record_checks import check_manifest
 from cskd.untrusted import parse_json, read_file
@@ -20,7 +19,7 @@ RESTORE = (
 
 def fingerprint_of(identity: dict[str, Any]) -> str:
     """sha256 of the canonical JSON of a cache's identity."""
-    return hashlib.sha256(_canonical(identity)).hexdigest()
+    return hashlib.sha256(canonical(identity)).hexdigest()
 
 
 def begin_manifest(root: Path, manifest: dict[str, Any]) -> None:
@@ -62,7 +61,7 @@ def read_manifest(root: Path, name: str = MANIFEST) -> dict[str, Any]:
         mend = "cache it again" if type(manifest.get("format")) is int else RESTORE
         raise CacheError(f"{path} has format {str(manifest.get('format'))[:40]}, this version reads {FORMAT}; {mend}")
     facts = {key: value for key, value in manifest.items() if key != "sha256"}
-    if hashlib.sha256(_canonical(facts)).hexdigest() != manifest.get("sha256"):
+    if hashlib.sha256(canonical(facts)).hexdigest() != manifest.get("sha256"):
         raise CacheError(f"{path} does not match its own hash; {RESTORE}")
     try:
         check_manifest(manifest)
@@ -76,8 +75,4 @@ def read_manifest(root: Path, name: str = MANIFEST) -> dict[str, Any]:
 def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
     facts = {**manifest, "format": FORMAT, "fingerprint": fingerprint_of(manifest["identity"])}
     facts.pop("sha256", None)
-    return {**facts, "sha256": hashlib.sha256(_canonical(facts)).hexdigest()}
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    return {**facts, "sha256": hashlib.sha256(canonical(facts)).hexdigest()}
