@@ -35,7 +35,8 @@ from cskd.codecs.base import BLEND_ONE
 from cskd.config import load_config
 from cskd.devices import pick_device
 from cskd.errors import CacheError, CskdError
-from cskd.loading.stage1 import ChunkMaker, chunks, pad_rows
+from cskd.forwards import pad_rows
+from cskd.loading.stage1 import ChunkMaker, chunks
 from cskd.loading.views import ViewMaker
 from cskd.replay import check_view
 from cskd.store.cache import Cache, Unit, open_cache

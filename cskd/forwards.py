@@ -1,8 +1,12 @@
-"""How many images a teacher has seen in this process. Training reports the difference, which must be 0."""
+"""Forwards of a teacher: how many rows each has, and how many images any teacher of this process has seen, of which training
+reports the difference, which must be 0."""
 
 from __future__ import annotations
 
 import threading
+
+import torch
+from torch import Tensor
 
 _images = 0
 _lock = threading.Lock()  # forwards run in several threads
@@ -18,3 +22,8 @@ def count_teacher_images(n: int) -> None:
 def teacher_images() -> int:
     """Images that went through any teacher of this process so far."""
     return _images
+
+
+def pad_rows(x: Tensor, rows: int) -> Tensor:
+    """A tensor's first axis padded to `rows` with copies of its first row: teacher batches have one fixed size."""
+    return x if len(x) == rows else torch.cat([x, x[:1].expand(rows - len(x), *x.shape[1:])])

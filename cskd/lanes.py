@@ -64,7 +64,7 @@ class Lanes:
             torch.set_num_threads(self._main_threads)  # also what threads begun from now on take
 
     def submit(self, job: Callable[..., T], *arguments: Any) -> Future[T]:
-        """`job(*arguments)` in the next lane that is free, in inference mode."""
+        """`job(*arguments)` in the next lane that is free, without gradients."""
         return self._pool.submit(self._run, job, *arguments)
 
     @contextlib.contextmanager
@@ -91,7 +91,7 @@ class Lanes:
                 raise Dropped
             self._running.add(me)
         try:
-            with torch.inference_mode(), self._stream():
+            with torch.no_grad(), self._stream():
                 return job(*arguments)
         finally:
             with self._lock:

@@ -15,7 +15,7 @@ from cskd.ckf import blend_at, hard_targets
 from cskd.config import LossConfig
 from cskd.epoch_table import TargetSpec
 from cskd.errors import ConfigError
-from cskd.loading.stage1 import pad_rows
+from cskd.forwards import pad_rows
 from cskd.losses import HardTargets, MixedLabels, SoftTargets
 from cskd.store.cache import Cache
 

@@ -33,11 +33,12 @@ from cskd.codecs import Arrays, get_codec
 from cskd.config import Config, to_dict, to_yaml
 from cskd.devices import pick_device
 from cskd.errors import CacheError, ConfigError, DataError, ImageError
+from cskd.forwards import pad_rows
 from cskd.golden import check_versions
 from cskd.identity import identity_of, library_versions
 from cskd.inventory import Inventory, open_inventory
 from cskd.lanes import Lanes
-from cskd.loading.stage1 import Chunk, ChunkMaker, ChunkViews, chunks, pad_rows
+from cskd.loading.stage1 import Chunk, ChunkMaker, ChunkViews, chunks
 from cskd.loading.stream import Stream
 from cskd.loading.views import ViewMaker
 from cskd.store.cache import Cache, create_cache

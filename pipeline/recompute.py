@@ -14,9 +14,9 @@ from cskd.codecs.base import BLEND_ONE, direct_hard
 from cskd.config import TeacherConfig
 from cskd.devices import pick_device
 from cskd.errors import CacheError
+from cskd.forwards import pad_rows
 from cskd.golden import golden_rows, replay_golden
 from cskd.lanes import threads_of_a_lane
-from cskd.loading.stage1 import pad_rows
 from cskd.loading.views import ViewMaker
 from cskd.store.cache import Cache, Unit, first_difference
 from cskd.teacher import Teacher, compare_probe, load_teacher

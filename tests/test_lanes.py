@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from cskd.augment.device import mix_pixels
 from cskd.augment.mixing import quads
 from cskd.codecs.envelope import EnvelopeCodec
 from cskd.errors import CodecError
+from cskd.forwards import pad_rows
 from cskd.lanes import Dropped, Lanes, lanes_of
-from cskd.loading.stage1 import ChunkMaker, chunks, pad_rows
+from cskd.loading.stage1 import ChunkMaker, chunks
 from cskd.loading.views import ViewMaker
 from cskd.store.cache import Cache, create_cache, open_cache
 from cskd.store.claims import Claims
@@ -70,13 +72,29 @@ def test_a_cache_made_in_several_lanes_is_that_of_one_batch_after_the_other(
     assert report.content_root == again.content_root()
 
 
+@pytest.mark.slow
+def test_a_compiled_teacher_gives_the_same_cache_in_any_number_of_lanes(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher: dict[str, Any] = {"model": "mobilenetv2_035", "kwargs": {"num_classes": 5}, "batch": 8, "min_top1": 0.0}
+    teacher |= {"fold": True, "compile": True, "autocast": "bf16"}
+    roots = []
+    for lanes in (1, 2, 6):
+        monkeypatch.setattr(cskd.lanes, "lanes_of", lambda *_, lanes=lanes: (lanes, 1))
+        torch.manual_seed(0)  # of the teacher's random weights
+        cache = {"path": str(tmp_path / str(lanes)), "views": 9}
+        report = cache_teacher(config(base, teacher=teacher, cache=cache), quiet=True)
+        roots.append(report.content_root)
+    assert roots[1:] == roots[:-1]
+
+
 def test_lanes_share_the_cores_of_a_cpu_and_leave_the_main_threads_as_they_were() -> None:
     assert [lanes_of(CPU, cores) for cores in (1, 2, 3, 8, 64)] == [(1, 1), (2, 1), (3, 1), (8, 1), (8, 1)]
     assert lanes_of(CPU, 4, reentrant=False) == (2, 4)
     before = torch.get_num_threads()
     with Lanes(CPU) as lanes:
         assert lanes.submit(torch.get_num_threads).result() == lanes_of(CPU, before)[1]
-        assert lanes.submit(torch.is_inference_mode_enabled).result()
+        assert not lanes.submit(torch.is_grad_enabled).result()
     assert torch.get_num_threads() == before
 
 

@@ -13,6 +13,7 @@ import timm
 import torch
 from PIL import Image
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 
 from cskd.config import TeacherConfig
 from cskd.errors import TeacherError
@@ -231,3 +232,18 @@ def test_a_compiled_backbone_gives_the_same_teacher(tiny: TeacherConfig) -> None
     a, b = load(tiny), load(tiny, compile=True)
     assert compare_probe(a.probe(), b.probe()) is None
     assert a.fingerprint != b.fingerprint
+
+
+def test_a_backbone_that_does_not_compile_is_refused_in_one_line(
+    tiny: TeacherConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(function: Any, **_: Any) -> Any:
+        def run(x: Any) -> Any:
+            raise TorchDynamoException("No working C++ compiler found\nSet TORCHDYNAMO_VERBOSE=1")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", failing)
+    teacher = load(tiny, compile=True)
+    with pytest.raises(TeacherError, match=r"torch\.compile fails: .*No working C.*; set teacher\.compile: false$"):
+        teacher.probe()

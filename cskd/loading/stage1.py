@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -76,8 +75,3 @@ class ChunkMaker:
 def chunks(block: int, views: tuple[int, ...], first: int, order: NDArray[np.int64], batch: int) -> list[Chunk]:
     """The tasks of one pass over a block: `batch` positions each, in the order of the quads; the last may be short."""
     return [Chunk(block, views, first, order[i : i + batch]) for i in range(0, len(order), batch)]
-
-
-def pad_rows(x: Any, rows: int) -> Any:
-    """A tensor's first axis padded to `rows` with copies of its first row: teacher batches have one fixed size."""
-    return x if len(x) == rows else torch.cat([x, x[:1].expand(rows - len(x), *x.shape[1:])])
