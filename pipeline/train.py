@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cskd.augment.device import InputMaker
 from cskd.config import Config, to_yaml
-from cskd.devices import autocast, pick_device
+from cskd.devices import autocast, pick_device, uses_bf16
 from cskd.errors import ConfigError, DataError
 from cskd.forwards import teacher_images
 from cskd.golden import check_versions
@@ -227,6 +227,8 @@ def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, q
     torch.manual_seed(settings.seed)
     student = build_student(config.student, len(views.classes), views.recipe.size).to(device)
     student.check_grid(views.grid)
+    if device.type == "cpu" and uses_bf16(settings.autocast, device):
+        student.unfuse_attention()
     plan = PlanSpec.over(
         views,
         views=settings.views,

@@ -1,10 +1,12 @@
 """The student's heads, patch logits and starting weights; its optimiser."""
 
 import json
+from unittest.mock import patch
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from cskd.config import LossConfig, StudentConfig, TrainConfig
@@ -144,6 +146,21 @@ def test_logits_are_float32_under_bf16_autocast():
     assert [v.dtype for v in output] == [torch.float32] * 3
     full = student(images(), (4, 4))
     assert all(0 < (a - b).abs().max() < 0.2 for a, b in zip(output, full, strict=True))  # it did run in bf16
+
+
+@torch.no_grad()
+def test_attention_that_is_not_fused_gives_the_same_logits():
+    student = build()
+    outputs, calls = [], []
+    kernel = F.scaled_dot_product_attention
+    for _ in range(2):
+        with patch.object(F, "scaled_dot_product_attention", wraps=kernel) as fused:
+            outputs.append(student(images(), (4, 4)))
+        calls.append(fused.call_count)
+        student.unfuse_attention()
+    assert calls == [TINY["depth"], 0]
+    for a, b in zip(*outputs, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @torch.no_grad()

@@ -223,7 +223,7 @@ def test_impossible_preprocessing_is_refused(tiny: TeacherConfig, changes: dict[
 def test_auto_autocast_is_on_where_the_processor_has_bf16_and_the_outcome_is_recorded(
     tiny: TeacherConfig, monkeypatch: pytest.MonkeyPatch, has: bool, recorded: str
 ) -> None:
-    monkeypatch.setattr("cskd.teacher.cpu_has_bf16", lambda: has)
+    monkeypatch.setattr("cskd.devices.cpu_has_bf16", lambda: has)
     assert load(tiny, autocast="auto").fingerprint["autocast"] == recorded
 
 

@@ -105,6 +105,13 @@ class Student(nn.Module):
                 f"set teacher.grid: [{min(h, rows)}, {min(w, cols)}] and cache again, or take smaller patches"
             )
 
+    def unfuse_attention(self) -> None:
+        """Attention as two matrix products with a softmax between: on a CPU in bf16 torch's fused kernel takes four times as
+        long, most of it backward (deit_tiny, 2 cores of an AMD EPYC)."""
+        for module in self.backbone.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False  # type: ignore[assignment]  # timm declares it
+
     def _grid_at(self, image_size: Grid) -> Grid:
         embed = self.backbone.patch_embed
         rows, cols = embed.dynamic_feat_size(image_size) if self.backbone.dynamic_img_size else embed.grid_size
