@@ -7,8 +7,8 @@ many workers as the other (`benchmarks.loader_sides`), rounds of the two take tu
 the ratio is the median over rounds. Both end with a float32 batch, mixed and normalised, on the device (CPU, one thread in the
 main process). cskd replays a cache that it makes first: digests of all views are checked, hard targets of 7x7 cells read.
 timm's `create_loader` decodes and augments with Pillow and torchvision as it does; of its two modes (use_prefetcher), two
-ways to read (folder, tar), and freed memory kept or not (stage 2 keeps it), the fastest of a short trial counts. Recipe of both: rand-m9-mstd0.5-inc1, erasing 0.25, mixup 0.8,
-cutmix 1.0; `crop_flip`: crop and flip only.
+ways to read (folder, tar), and freed memory kept or not (stage 2 keeps it), the fastest of a short trial counts. Recipe of
+both: rand-m9-mstd0.5-inc1, erasing 0.25, mixup 0.8, cutmix 1.0; `crop_flip`: crop and flip only.
 
     one_view    the original images on both sides
     repeats3    the same with three views of an image a batch (timm decodes an image for every view, whatever its sampler)
@@ -18,7 +18,8 @@ cutmix 1.0; `crop_flip`: crop and flip only.
 
 Then, in one process and one thread: reading and decoding a view, augmenting it, and the digest it is checked by. Prints the
 machine, a table, and one JSON line last: `ratio_NAME`, images a second, `cpu_us` of processor time an image, all processes
-together (which a busy machine changes less), memory in MB (`pss` of main and workers at the end of a round), and `decode_us`, `augment_us`, `digest_us` a view with `digest_share` of the three together.
+together (which a busy machine changes less), memory in MB (`pss` of main and workers at the end of a round), and
+`decode_us`, `augment_us`, `digest_us` a view with `digest_share` of the three together.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ COMPARISONS = {  # name: recipe, cskd's images, timm's images, repeats
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batches", type=int, default=20, help="of each side in a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=16, help="of each side in a round")
     parser.add_argument("--batch", type=int, default=64, help="images")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="of each side; default: all cores")
     parser.add_argument("--only", nargs="*", choices=[*COMPARISONS, "parts"], default=[*COMPARISONS, "parts"])
@@ -109,6 +110,7 @@ class Images:
 
     def __init__(self, folder: Path, source: Path) -> None:
         self.folder, self.source = folder, source
+        self.ways: dict[tuple[str, str], tuple[Side, dict[str, float]]] = {}  # timm's best, by images and recipe
 
     def data(self, kind: str) -> Path:
         """Packed shards: 'full', the original files; 'short', re-encoded with a short side of 256.
@@ -233,16 +235,31 @@ def compare(name: str, images: Images, options: argparse.Namespace) -> dict[str,
 
 
 def fastest(images: Images, kind: str, like: Side, batches: int, scratch: Path) -> tuple[Side, dict[str, float]]:
-    """timm's best way to load these images, of two short rounds each; and what the best way holds that keeps no memory."""
-    ways = list(itertools.product(("timm prefetcher", "timm plain"), (False, True), (False, True)))
-    sides, found = {}, {}
-    for way in ways:
-        mode, packed, keep = way
-        sides[way] = replace(like, source=str(images.files(kind, packed)), mode=mode, keep=keep)
-        with Running(sides[way], scratch / "trial") as running:
-            found[way] = max(running.round(max(2, batches // 2))[0] for _ in range(2)), running.memory()
-    best = max(ways, key=lambda way: found[way][0])
-    return sides[best], found[(*best[:2], False)][1]
+    """timm's best way to load these images, of two short rounds each, and what the best way holds that keeps no memory.
+    Found once for all comparisons with the same images and recipe."""
+    key = kind, json.dumps(like.recipe)
+    if key not in images.ways:
+        folder, tar = (str(images.files(kind, packed)) for packed in (False, True))
+        modes = itertools.product(("timm prefetcher", "timm plain"), (False, True))
+        tried = [_tried(replace(like, source=folder, mode=mode, keep=keep), batches, scratch) for mode, keep in modes]
+        tried.append(_tried(replace(max(tried, key=_rate)[0], source=tar), batches, scratch))
+        best = max(tried, key=_rate)[0]
+        lean = min((t for t in tried if t[0].mode == best.mode), key=lambda t: t[0].keep)
+        images.ways[key] = best, lean[2]
+    return images.ways[key]
+
+
+Tried = tuple[Side, float, dict[str, float]]
+
+
+def _tried(side: Side, batches: int, scratch: Path) -> Tried:
+    """A side, its images a second in the better of two short rounds, and its memory."""
+    with Running(side, scratch / "trial") as running:
+        return side, max(running.round(max(2, batches // 2))[0] for _ in range(2)), running.memory()
+
+
+def _rate(tried: Tried) -> float:
+    return tried[1]
 
 
 def parts(data: Path, views: int, rounds: int) -> dict[str, float]:

@@ -11,7 +11,7 @@ was decoded in it. It runs with three settings:
 
     float32  teacher.autocast: none                         over the fastest bare float32
     bf16     teacher.autocast: bf16                         over the fastest bare bf16
-    fastest  teacher.autocast: auto, teacher.fold: true     over the fastest bare one of all: `ratio_*`
+    fastest  autocast: auto, fold: true, compile: true      over the fastest bare one of all: `ratio_*`
 
 Each round runs every side once, in turns. A ratio is that of medians. About 6 minutes on 2 cores.
 Needs $CSKD_DATA (else `shared` beside the checkout). Prints the machine, a table, and one JSON line last.
@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SETTINGS: dict[str, dict[str, Any]] = {
     "float32": {"autocast": "none"},
     "bf16": {"autocast": "bf16"},
-    "fastest": {"autocast": "auto", "fold": True},
+    "fastest": {"autocast": "auto", "fold": True, "compile": True},
 }
 MODELS: dict[str, dict[str, Any]] = {
     "mobilenetv2_100": {"kwargs": {"pad_type": "same"}, "batch": 32, "images": 500, "bare": 5},
