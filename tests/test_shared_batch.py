@@ -7,15 +7,18 @@ import functools
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from cskd.errors import CskdError, ReadError
+from cskd.config import RecipeConfig
+from cskd.errors import CskdError, ImageError, ReadError
 from cskd.loading import shared
 from cskd.loading.shared import SharedBatch, _sent, _Slots
+from cskd.loading.stage1 import Chunk, ChunkMaker
 from cskd.loading.stream import Stream
 
 SPECS: dict[str, tuple[Any, tuple[int, ...]]] = {
@@ -169,6 +172,31 @@ def test_a_copy_of_a_batch_does_not_count_as_sent(monkeypatch: pytest.MonkeyPatc
     assert_filled(copy.deepcopy(batch), 5)
     buffers = [_sent(batch)[1][1] for _ in range(2)]
     assert buffers[0] is not None and buffers[1] is None
+
+
+class OneBad:
+    """Makes views of ones, of all images but the second."""
+
+    recipe = RecipeConfig(size=4)
+    inventory = SimpleNamespace(key_hash=np.arange(3, dtype=np.uint64))
+
+    def image(self, sample: int) -> int:
+        if sample == 1:
+            raise ImageError("not an image")
+        return sample
+
+    def view(self, image: int, seed: int) -> Any:
+        return np.ones((4, 4, 3), np.uint8)
+
+
+def test_views_of_a_bad_image_are_zeros_in_memory_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "_slots", _Slots(0, 0, 1))
+    task = Chunk(0, (0, 1), 0, np.arange(3))
+    SharedBatch.empty({"before": (np.uint8, (2 * 3 * 4 * 4 * 3,))})["before"].fill_(255)
+    made = ChunkMaker(OneBad(), "id")(task)  # type: ignore[arg-type]
+    assert made.batch.slot is not None and list(made.bad) == [1]
+    assert torch.equal(made.pixels.amax((0, 2, 3, 4)), torch.tensor([1, 0, 1], dtype=torch.uint8))
+    assert made.pixels.min() == 0 and made.pixels[:, [0, 2]].min() == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU has pinned memory")
