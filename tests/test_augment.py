@@ -236,6 +236,17 @@ def test_a_batch_mixed_row_by_row_has_the_bits_of_one_mixed_at_once() -> None:
     assert fed.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_every_lambda_mixes_row_by_row_to_the_bits_of_mixing_at_once() -> None:
+    """With steps that round, the two would differ where a CPU multiplies and adds at once."""
+    n = 2048
+    views = torch.from_numpy(np.stack([image(3, 3, s) for s in range(n)]))
+    fields = (torch.arange(n) ^ 1, torch.full((n,), MIXUP, dtype=torch.uint8))
+    for lam in torch.arange(ONE).split(n):
+        at_once = _mix_batch(views, *fields, lam, torch.zeros((n, 4), dtype=torch.int64))
+        by_rows = mix_pixels(views, *fields, lam, torch.zeros((n, 4), dtype=torch.int64))
+        assert torch.equal(by_rows.view(torch.int32), at_once.view(torch.int32))
+
+
 def test_own_share_is_one_where_unmixed() -> None:
     share = own_share(np.array([NONE, MIXUP], np.uint8), np.array([0, 16384], np.uint16))
     assert share.tolist() == [1.0, 0.25]

@@ -62,22 +62,22 @@ def _mix_rows(
 ) -> Tensor:
     """One row after the other, in place: a row stays in the core's cache, and the result is all the memory there is.
 
-    The same bits as `_mix_batch`, in a twentieth of its time on a CPU. scale_shift: float32 [W * C] each, to normalise a
-    row as well; None: leave it in 0..255.
+    The same bits as `_mix_batch`, in a twentieth of its time on a CPU: pixels have 8 bits and lambda 16, so that each step
+    of a MixUp is exact in float32, in whatever order a CPU takes it. scale_shift: float32 [W * C] each, to normalise a row
+    as well; None: leave it in 0..255.
     """
     n, height, width, channels = views_BHWC.shape
-    views = views_BHWC.reshape(n, height, width * channels)
-    out = torch.empty(views.shape, dtype=torch.float32)
-    other = torch.empty(views.shape[1:], dtype=torch.float32)
+    views = views_BHWC.reshape(n, height, width * channels).unbind()
+    out = torch.empty((n, height, width * channels), dtype=torch.float32)
+    other = torch.empty(out.shape[1:], dtype=torch.float32)
     fields = (partner_B.tolist(), mode_B.tolist(), lam_B.tolist(), box_B4.tolist())
     for mine, own, partner, mode, lam, (top, bottom, left, right) in zip(out, views, *fields, strict=True):
         mine.copy_(own)
         if mode == MIXUP:
-            other.copy_(views[partner])
-            mine.mul_(lam / ONE).add_(other.mul_(1.0 - lam / ONE))
+            mine.lerp_(other.copy_(views[partner]), 1.0 - lam / ONE)
         elif mode == CUTMIX:
             box = slice(top, bottom), slice(left * channels, right * channels)
-            mine[box] = views[partner][box]
+            mine[box].copy_(views[partner][box])
         if scale_shift is not None:
             mine.mul_(scale_shift[0]).add_(scale_shift[1])
     return out.view(views_BHWC.shape).permute(0, 3, 1, 2)

@@ -2,12 +2,16 @@
 
 A tensor on its way out of a worker costs a shared-memory file, a descriptor handed over through a socket, and new pages
 from the system: 107 us for a view of 224 pixels, measured on a virtual machine. A batch of a dozen tensors that is one
-buffer pays for one file, and a worker that writes its buffers in turn pays for new pages once.
+buffer pays for one file, and a worker that writes its buffers in turn pays for new pages once. The main process keeps what
+it has mapped of them until the stream ends: a buffer is sent once, and from then on only its number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
@@ -18,6 +22,7 @@ _ALIGN = 64  # bytes: a cache line, and enough for every dtype
 
 Place = tuple[str, tuple[int, ...], int]  # numpy dtype, shape, first byte
 Layout = tuple[tuple[str, Place], ...]
+SlotName = tuple[int, int, int]  # stream, worker, number
 
 
 class SharedBatch(dict[str, Tensor]):
@@ -26,8 +31,8 @@ class SharedBatch(dict[str, Tensor]):
     It travels, and is pinned, as that buffer. Whoever receives it gets a copy of its own (4 us a view).
     """
 
-    def __init__(self, buffer: Tensor, layout: Layout) -> None:
-        self.buffer, self.layout = buffer, layout
+    def __init__(self, buffer: Tensor, layout: Layout, slot: _Slot | None = None) -> None:
+        self.buffer, self.layout, self.slot = buffer, layout, slot
         super().__init__((name, _view(buffer, *place)) for name, place in layout)
 
     @classmethod
@@ -39,48 +44,96 @@ class SharedBatch(dict[str, Tensor]):
         for name, (dtype, shape) in specs.items():
             layout.append((name, (np.dtype(dtype).str, shape, end)))
             end += -(-int(np.prod(shape)) * np.dtype(dtype).itemsize // _ALIGN) * _ALIGN
-        return cls(_slots.take(end) if _slots else torch.empty(end, dtype=torch.uint8), tuple(layout))
+        if _slots is None:
+            return cls(torch.empty(end, dtype=torch.uint8), tuple(layout))
+        slot = _slots.take(end)
+        return cls(slot.buffer[:end], tuple(layout), slot)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _received, (self.buffer, self.layout)
+        return _copied, (self.buffer, self.layout)
 
     def pin_memory(self) -> SharedBatch:
         """A copy in memory from which a GPU can read by itself; what DataLoader calls."""
         return SharedBatch(self.buffer.pin_memory(), self.layout)
 
 
+def _copied(buffer: Tensor, layout: Layout) -> SharedBatch:
+    return SharedBatch(buffer.clone(), layout)
+
+
+class _Slot:
+    """A shared buffer of a worker, uint8 [bytes]. name: (stream, worker, number), which no other slot has."""
+
+    def __init__(self, name: SlotName) -> None:
+        self.name, self.sent = name, False
+        self.buffer = torch.empty(0, dtype=torch.uint8)
+
+    def grow(self, size: int) -> None:
+        storage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]  # as torch's collating does
+        self.buffer, self.sent = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,), (1,)), False
+
+
 class _Slots:
     """A worker's shared buffers, used in turn."""
 
-    def __init__(self, count: int) -> None:
-        self._buffers = [torch.empty(0, dtype=torch.uint8)] * count
+    def __init__(self, stream: int, worker: int, slots: int) -> None:
+        self._slots = [_Slot((stream, worker, number)) for number in range(slots)]
         self._next = 0
 
-    def take(self, size: int) -> Tensor:
-        buffer = self._buffers[self._next]
-        if len(buffer) < size:
-            storage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]  # as torch's collating does
-            buffer = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,), (1,))
-            self._buffers[self._next] = buffer
-        self._next = (self._next + 1) % len(self._buffers)
-        return buffer[:size]
+    def take(self, size: int) -> _Slot:
+        slot = self._slots[self._next]
+        if len(slot.buffer) < size:
+            slot.grow(size)
+        self._next = (self._next + 1) % len(self._slots)
+        return slot
 
 
 _slots: _Slots | None = None
 
 
-def use_slots(prefetch: int) -> None:
+def use_slots(stream: int, worker: int, prefetch: int) -> None:
     """In a worker: make batches in shared buffers from now on, the same ones over and over.
 
     prefetch: results of this worker that may be under way. DataLoader hands out a task when it has taken the result that
     lay `prefetch` tasks back, so the one before that has been copied, and its buffer, one more than `prefetch`, is free.
     """
     global _slots
-    _slots = _Slots(prefetch + 1)
+    _slots = _Slots(stream, worker, prefetch + 1)
 
 
-def _received(buffer: Tensor, layout: Layout) -> SharedBatch:
-    return SharedBatch(buffer.clone(), layout)
+_streams = count()
+_mapped: dict[int, dict[SlotName, Tensor]] = {}  # in the main process: stream -> the buffers that it has been sent
+
+
+@contextmanager
+def mapped_slots() -> Iterator[int]:
+    """In the main process: the number of a new stream, whose workers' buffers are let go of in the end."""
+    stream = next(_streams)
+    _mapped[stream] = {}
+    try:
+        yield stream
+    finally:
+        del _mapped[stream]
+
+
+def _sent(batch: SharedBatch) -> tuple[Any, ...]:
+    """What goes through a worker's queue, which keeps the order of its batches: the buffer only where it is new."""
+    slot = batch.slot
+    if slot is None:
+        return batch.__reduce__()
+    buffer, slot.sent = None if slot.sent else slot.buffer, True
+    return _received, (slot.name, buffer, len(batch.buffer), batch.layout)
+
+
+# Not in `__reduce__`: a copy within the worker is not sent.
+ForkingPickler.register(SharedBatch, _sent)
+
+
+def _received(name: SlotName, buffer: Tensor | None, size: int, layout: Layout) -> SharedBatch:
+    slots = _mapped[name[0]]
+    if buffer is not None:
+        slots[name] = buffer
+    return _copied(slots[name][:size], layout)
 
 
 def _view(buffer: Tensor, dtype: str, shape: tuple[int, ...], first: int) -> Tensor:

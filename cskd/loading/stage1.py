@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from cskd.errors import ImageError
+from cskd.loading.shared import SharedBatch
 from cskd.loading.views import ViewMaker
 from cskd.replay import pixel_crc
 from cskd.seeds import view_seeds
@@ -30,15 +31,19 @@ class ChunkViews:
     """One result: pixels uint8 [V, n, H, W, 3] (zeros where bad), crc int64 [V, n], bad: row -> reason; seconds it took."""
 
     task: Chunk
-    pixels: torch.Tensor
+    batch: SharedBatch  # of the pixels alone
     crc: NDArray[np.int64]
     bad: dict[int, str]
     decode_seconds: float = 0.0
     augment_seconds: float = 0.0  # digests included
 
+    @property
+    def pixels(self) -> torch.Tensor:
+        return self.batch["pixels"]
+
     def pin_memory(self) -> ChunkViews:
         """The same in page-locked memory, from which a GPU copies while it computes; called by torch's DataLoader."""
-        return replace(self, pixels=self.pixels.pin_memory())
+        return replace(self, batch=self.batch.pin_memory())
 
 
 class ChunkMaker:
@@ -49,7 +54,8 @@ class ChunkMaker:
 
     def __call__(self, task: Chunk) -> ChunkViews:
         maker, n, size = self.maker, len(task.position), self.maker.recipe.size
-        pixels = np.zeros((len(task.views), n, size, size, 3), np.uint8)
+        batch = SharedBatch.empty({"pixels": (np.uint8, (len(task.views), n, size, size, 3))})
+        pixels = batch["pixels"].numpy()
         crc = np.zeros((len(task.views), n), np.int64)
         bad: dict[int, str] = {}
         samples = task.first + task.position
@@ -61,7 +67,7 @@ class ChunkMaker:
             try:
                 image = maker.image(sample)
             except ImageError as e:  # an I/O error is not an ImageError, and stops the stage
-                bad[row] = str(e)
+                bad[row], pixels[:, row] = str(e), 0
                 continue
             finally:
                 decoding += time.perf_counter() - clock
@@ -69,7 +75,7 @@ class ChunkMaker:
                 pixels[v, row] = maker.view(image, int(seeds[v][row]))
                 crc[v, row] = pixel_crc(pixels[v, row])
         augmenting = time.perf_counter() - begun - decoding
-        return ChunkViews(task, torch.from_numpy(pixels), crc, bad, decoding, augmenting)
+        return ChunkViews(task, batch, crc, bad, decoding, augmenting)
 
 
 def chunks(block: int, views: tuple[int, ...], first: int, order: NDArray[np.int64], batch: int) -> list[Chunk]:

@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from torch.utils.data import DataLoader, Dataset
 
 from cskd.errors import CskdError, ReadError
-from cskd.loading.shared import use_slots
+from cskd.loading.shared import mapped_slots, use_slots
 
 T = TypeVar("T")
 T_contra = TypeVar("T_contra", contravariant=True)
@@ -78,12 +78,17 @@ class Stream(Generic[T, R]):
             multiprocessing_context=start if workers else None,
             pin_memory=pin_memory,
             collate_fn=_as_it_is,
-            worker_init_fn=partial(_begin_worker, prefetch) if workers else None,
         )
+        self._prefetch = prefetch
 
     def __iter__(self) -> Iterator[R]:
         if self._loader.num_workers:
             _start_deaf_to_interrupts()
+        with mapped_slots() as stream:
+            self._loader.worker_init_fn = partial(_begin_worker, stream, self._prefetch)
+            yield from self._results()
+
+    def _results(self) -> Iterator[R]:
         results = iter(self._loader)
         try:
             while True:
@@ -106,14 +111,16 @@ class Stream(Generic[T, R]):
                 pinning.set()  # else it may be asking a worker that is gone
             for worker in getattr(results, "_workers", ()):  # torch gives each five seconds to finish what nobody reads
                 worker.terminate()
+            if (shut_down := getattr(results, "_shutdown_workers", None)) is not None:
+                shut_down()  # now, not when it is collected: the pinning thread must not receive what is no longer mapped
 
 
-def _begin_worker(prefetch: int, worker: int) -> None:
+def _begin_worker(stream: int, prefetch: int, worker: int) -> None:
     """In a worker: end with the main process, and in silence.
 
     A killed main process can't end its workers, and torch's own watch sees the fork server, which they keep alive.
     """
-    use_slots(prefetch)
+    use_slots(stream, worker, prefetch)
     threading.Thread(target=_end_with_main, daemon=True).start()
     show = sys.excepthook
 
