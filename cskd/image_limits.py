@@ -23,6 +23,7 @@ _PPM = re.compile(
 )
 _FILL = re.compile(rb"\xff*")
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_ALONE = frozenset([0x00, 0x01, *range(0xD0, 0xD9)])  # markers of a JPEG that stand for themselves
 
 
 def refuse_bombs(data: bytes) -> None:
@@ -49,8 +50,9 @@ def _jpeg(data: bytes) -> None:
             here = len(data)
         if here - at > MAX_JUNK:
             raise ImageError(f"{here - at} bytes that belong to no segment of this JPEG; save it anew")
-        marker = _FILL.match(data, here)
-        end = marker.end() if marker else here
+        end = here + 1
+        if data[end : end + 1] == b"\xff" and (filling := _FILL.match(data, end)):
+            end = filling.end()
         if end - here > MAX_JUNK:
             raise ImageError(f"{end - here} filling bytes between two segments of this JPEG; save it anew")
         if end + 9 > len(data):
@@ -66,8 +68,7 @@ def _jpeg(data: bytes) -> None:
             if scans > 10 and scans * width * height > MAX_SCAN_PIXELS:
                 raise ImageError(f"{scans} scans of {width} x {height} pixels in one JPEG, expected ten; save it anew")
             return
-        alone = kind in (0x00, 0x01, *range(0xD0, 0xD9))  # markers that stand for themselves
-        at = end + 1 + (0 if alone else int.from_bytes(data[end + 1 : end + 3], "big"))
+        at = end + 1 + (0 if kind in _ALONE else data[end + 1] << 8 | data[end + 2])
     raise ImageError(f"more than {MAX_SEGMENTS} segments of metadata in this JPEG; save it anew")
 
 

@@ -183,6 +183,21 @@ def test_images_of_usual_structure_pass_and_bombs_do_not() -> None:
         decode(data[:-2] + data[data.rindex(b"\xff\xda") : -2] * 200 + b"\xff\xd9")
 
 
+def test_what_stands_between_the_segments_of_a_jpeg_is_limited_to_the_byte() -> None:
+    out = io.BytesIO()
+    Image.new("RGB", (5, 4)).save(out, "JPEG")
+    start, rest = out.getvalue()[:2], out.getvalue()[2:]
+    for allowed, refused, reason in (
+        (b"\xff" * 65535, b"\xff" * 65536, "filling bytes"),  # the segment's own comes to them
+        (b"\xff\xd0" + bytes(65536), b"\xff\xd0" + bytes(65537), "belong to no segment"),
+        (b"\xff\xd0" * 4080, b"\xff\xd0" * 4096, "segments of metadata"),
+    ):
+        refuse_bombs(start + allowed + rest)
+        with pytest.raises(ImageError, match=reason):
+            refuse_bombs(start + refused + rest)
+        refuse_bombs(start + refused[:20])  # cut off: the decoder says so
+
+
 def test_the_size_of_a_frame_is_read_as_zstd_states_it() -> None:
     from numcodecs import Zstd
 

@@ -1,19 +1,21 @@
-"""Colour operations on uint8 images: pixel for pixel those of Pillow's ImageOps and ImageEnhance, in numpy.
+"""Colour operations on uint8 images: pixel for pixel those of Pillow's ImageOps and ImageEnhance.
 
-Most are a table of 256 values; `bytearray.translate` is the fastest look-up at hand (54 us for a 224 x 224 image,
-np.take 132). What rounds is integers, blends are float32 as in Pillow: no library's version changes a pixel.
+Where a few operations on bytes don't do, a table of 256 values does; `bytearray.translate` is the fastest look-up at hand (54 us
+for a 224 x 224 image, np.take 132). What rounds is integers or exact in float32, blends are float32 as in Pillow, each step
+correctly rounded: no library's version changes a pixel.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import PIL.Image
+import torch
 from numpy.typing import NDArray
 
 Image = NDArray[np.uint8]  # [H, W, 3], RGB, contiguous
 
 _LEVELS = np.arange(256, dtype=np.uint8)
-_LUMA = np.array([19595, 38470, 7471], np.float32)  # ITU-R 601-2, times 65536; sums stay below 2^24: exact in float32
+_LUMA = np.array([19595, 38470, 7471], np.float32) / 65536  # ITU-R 601-2; sums are of 24 bits: exact in float32
 
 
 def auto_contrast(image_HWC: Image) -> Image:
@@ -23,7 +25,7 @@ def auto_contrast(image_HWC: Image) -> Image:
     lightest = rows.max(axis=0).reshape(-1, 3).max(axis=0)
     tables = []
     for low, high in zip(darkest.tolist(), lightest.tolist(), strict=True):
-        if high <= low:
+        if high <= low or (low, high) == (0, 255):
             tables.append(_LEVELS)
         else:
             scale = 255.0 / (high - low)
@@ -58,12 +60,12 @@ def posterize(image_HWC: Image, bits: int) -> Image:
 
 def solarize(image_HWC: Image, threshold: int) -> Image:
     """Invert the values from `threshold` (0..256) on."""
-    return _look_up(image_HWC, np.where(np.arange(256) < threshold, _LEVELS, ~_LEVELS))
+    return image_HWC ^ -(image_HWC >= threshold).view(np.uint8)  # True becomes 255; a fifth of a table's time
 
 
 def solarize_add(image_HWC: Image, add: int) -> Image:
     """Add `add` (0..127) to the values below 128."""
-    return _look_up(image_HWC, np.where(_LEVELS < 128, _LEVELS + np.uint8(add), _LEVELS))
+    return image_HWC + (image_HWC < 128) * np.uint8(add)
 
 
 def color(image_HWC: Image, factor: float) -> Image:
@@ -77,7 +79,8 @@ def color(image_HWC: Image, factor: float) -> Image:
 def contrast(image_HWC: Image, factor: float) -> Image:
     """Blend from the mean grey (factor 0) through the image itself (1) to more contrast."""
     gray = gray_of(image_HWC)
-    mean = int(int(gray.sum(dtype=np.int64)) / gray.size + 0.5)
+    total = int(gray.sum(axis=0, dtype=np.uint32).sum(dtype=np.int64))
+    mean = int(total / gray.size + 0.5)
     return _look_up(image_HWC, blend(np.full(256, mean, np.uint8), _LEVELS, factor))
 
 
@@ -108,15 +111,24 @@ def sharpness(image_HWC: Image, factor: float) -> Image:
 
 def blend(low: Image, high: Image, factor: float) -> Image:
     """low + factor * (high - low) in float32, truncated and clipped to 0..255; any shape, factor in 0..100."""
-    out = (high.astype(np.int16) - low) * np.float32(factor)
-    out += low
-    return np.clip(out.astype(np.int16), 0, 255).astype(np.uint8)
+    start, out = _floats(low), _floats(high)
+    out -= start
+    out *= np.float32(factor)
+    out += start
+    torch.from_numpy(out).clamp_(0.0, 255.0)
+    return out.astype(np.uint8)
+
+
+def _floats(values: Image) -> NDArray[np.float32]:
+    """The same as float32, by torch: 8 us for a 224 x 224 image, numpy 11."""
+    return torch.from_numpy(values).float().numpy()
 
 
 def gray_of(image_HWC: Image) -> Image:
     """Luma, rounded: uint8 [H, W]."""
-    weighted = image_HWC.reshape(-1, 3).astype(np.float32) @ _LUMA
-    return ((weighted.astype(np.int32) + 0x8000) >> 16).astype(np.uint8).reshape(image_HWC.shape[:2])
+    weighted = _floats(image_HWC).reshape(-1, 3) @ _LUMA
+    weighted += np.float32(0.5)
+    return weighted.astype(np.uint8).reshape(image_HWC.shape[:2])
 
 
 def _look_up(image: Image, table_256: Image) -> Image:
@@ -125,7 +137,8 @@ def _look_up(image: Image, table_256: Image) -> Image:
 
 
 def _look_up_each(image_HWC: Image, tables_C: list[Image]) -> Image:
-    out = np.empty_like(image_HWC)
+    out = image_HWC.copy()
     for channel, table in enumerate(tables_C):
-        out[..., channel] = _look_up(np.ascontiguousarray(image_HWC[..., channel]), table)
+        if table is not _LEVELS:
+            out[..., channel] = _look_up(np.ascontiguousarray(image_HWC[..., channel]), table)
     return out
