@@ -5,7 +5,7 @@
     view    one view of DeiT's full recipe from the original images and from copies with short side 256: reading, decoding,
             each operation (as often as it is drawn), digest
     batch   one view in a lane of stage 1, MobileNetV2: mixing, preparing, network, classifier, envelope; float32, and the
-            fastest setting (bf16, folded, compiled)
+            fastest setting (bf16, folded)
     step    torch's profile of a training step of DeiT-Ti on 16 images, forward, loss, backward and AdamW, in float32 and bf16
 
 One thread, except for `step`, which has all cores; medians of several rounds, the first ones not counted. Needs $CSKD_DATA
@@ -145,7 +145,7 @@ def batches(folder: Path, shared: Path) -> dict[str, Any]:
     mode = torch.tensor([0, 1, 1, 2] * (n // 4), dtype=torch.uint8)
     mixing = torch.arange(n) ^ 1, mode, torch.full((n,), 20000), torch.tensor([[10, 100, 20, 120]] * n)
     pixels = torch.randint(0, 256, (n, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    for name, changes in (("float32", {}), ("fastest", {"autocast": "auto", "fold": True, "compile": True})):
+    for name, changes in (("float32", {}), ("fastest", {"autocast": "auto", "fold": True})):
         config = teacher_config("mobilenetv2_100", facts, weights, folder / "full", folder / "none", "cpu", changes)
         teacher = load_teacher(config.teacher, classes, CPU, 224)
         codec, clock = get_codec("envelope", teacher.classes, teacher.grid), Clock()

@@ -28,6 +28,7 @@ from cskd.lanes import threads_of_a_lane
 from cskd.teacher_build import build, build_model, one_line, weights_sha256
 from cskd.teacher_checks import check_clean, clean_top1, compare_probe, probe_images, project
 from cskd.teacher_fold import fold_norms
+from cskd.teacher_fuse import fuse_activations
 from cskd.teacher_heads import Head, find_head, full_precision, keep_classes
 
 __all__ = [
@@ -103,7 +104,7 @@ class Teacher:
     fingerprint: dict[str, Any]  # JSON-able; equal ones mean the same function from pixels to logits
     notes: list[str]  # what a user should know, one line each
     compiled: bool
-    reentrant: bool  # forwards may run in several threads at once: not those of code of the user's own
+    reentrant: bool  # forwards may run in several threads at once: not those of the user's own code, nor compiled ones
     forwards: int = 0  # images run through the network since it was loaded
 
     # no_grad, not inference_mode: online distillation saves these outputs for the student's backward pass, which
@@ -191,6 +192,11 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
         )
     dtype = torch.float64 if config.dtype == "float64" else torch.float32
     model.to(dtype)  # verified in float32 first; a head's closures see the same modules
+    plain = dtype == torch.float32 and config.channels_last and head.kind != "forward_dense"
+    if config.fold and device.type == "cpu" and plain and not config.compile:
+        with torch.no_grad(), full_precision(device):
+            fused = fuse_activations(model, backbone, x, features, torch.bfloat16 if bf16 else torch.float32)
+        notes.append(f"{fused} convolutions run with what follows them")
     own_grid = (dense_BKhw.shape[2], dense_BKhw.shape[3])
     grid = _grid(config, own_grid)
     if grid == (1, 1):
@@ -227,26 +233,23 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
         bf16=bf16,
         dtype=dtype,
         head=head,
-        backbone=_compiled(backbone, device) if config.compile else backbone,
+        backbone=_compiled(backbone) if config.compile else backbone,
         prepare=prepare,
         rows=rows,
         pools=grid != own_grid,
         fingerprint=fingerprint,
         notes=notes,
         compiled=config.compile,
-        reentrant="file_sha256" not in built.source,
+        reentrant="file_sha256" not in built.source and not config.compile,
         forwards=len(images),
     )
 
 
-def _compiled(backbone: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
-    """The backbone as one program, made at its first batch. Raises TeacherError where it can't be.
-
-    On a CPU its weights are laid out for oneDNN once, and activations done by the convolution before them (Inductor's freezing).
-    """
+def _compiled(backbone: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The backbone as one program, made at its first batch. Raises TeacherError where it can't be."""
     from torch._dynamo.exc import TorchDynamoException
 
-    program = torch.compile(backbone, dynamic=False, options={"freezing": True} if device.type == "cpu" else None)
+    program = torch.compile(backbone, dynamic=False)
 
     def run(x: Tensor) -> Tensor:
         try:

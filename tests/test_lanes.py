@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -70,22 +69,6 @@ def test_a_cache_made_in_several_lanes_is_that_of_one_batch_after_the_other(
     again = one_at_a_time(open_cache(tmp_path / "cache"), tmp_path / "again", base)
     assert report.images == 270
     assert report.content_root == again.content_root()
-
-
-@pytest.mark.slow
-def test_a_compiled_teacher_gives_the_same_cache_in_any_number_of_lanes(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    teacher: dict[str, Any] = {"model": "mobilenetv2_035", "kwargs": {"num_classes": 5}, "batch": 8, "min_top1": 0.0}
-    teacher |= {"fold": True, "compile": True, "autocast": "bf16"}
-    roots = []
-    for lanes in (1, 2, 6):
-        monkeypatch.setattr(cskd.lanes, "lanes_of", lambda *_, lanes=lanes: (lanes, 1))
-        torch.manual_seed(0)  # of the teacher's random weights
-        cache = {"path": str(tmp_path / str(lanes)), "views": 9}
-        report = cache_teacher(config(base, teacher=teacher, cache=cache), quiet=True)
-        roots.append(report.content_root)
-    assert roots[1:] == roots[:-1]
 
 
 def test_lanes_share_the_cores_of_a_cpu_and_leave_the_main_threads_as_they_were() -> None:
