@@ -8,8 +8,8 @@
             fastest setting (bf16, folded)
     step    torch's profile of a training step of DeiT-Ti on 16 images, forward, loss, backward and AdamW, in float32 and bf16
 
-One thread, except for `step`, which has all cores; medians of several rounds, the first ones not counted. Needs $CSKD_DATA
-(else `shared` beside the checkout). About 2 minutes on 2 cores. Prints tables, and one JSON line last.
+One thread and medians of several rounds, the first ones not counted; for `step` all cores and one step, the third. Needs
+$CSKD_DATA (else `shared` beside the checkout). About 2 minutes on 2 cores. Prints tables, and one JSON line last.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ ImageNet sample ($CSKD_DATA, else `shared` beside the checkout) at 224 pixels. E
 many workers as the other (`benchmarks.loader_sides`), rounds of the two take turns, so that a busy machine slows both, and
 the ratio is the median over rounds. Both end with a float32 batch, mixed and normalised, on the device (CPU, one thread in the
 main process). cskd replays a cache that it makes first: digests of all views are checked, hard targets of 7x7 cells read.
-timm's `create_loader` decodes and augments with Pillow and torchvision as it does; of its two modes (use_prefetcher), two
-ways to read (folder, tar), and freed memory kept or not (stage 2 keeps it), the fastest of a short trial counts. Recipe of
+timm's `create_loader` decodes and augments with Pillow and torchvision as it does; of its two modes (use_prefetcher), with
+freed memory kept or not (stage 2 keeps it), the fastest of a short trial counts, from a folder or, where that is faster,
+from a tar. Recipe of
 both: rand-m9-mstd0.5-inc1, erasing 0.25, mixup 0.8, cutmix 1.0; `crop_flip`: crop and flip only.
 
     one_view    the original images on both sides
@@ -35,7 +36,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -235,31 +236,35 @@ def compare(name: str, images: Images, options: argparse.Namespace) -> dict[str,
 
 
 def fastest(images: Images, kind: str, like: Side, batches: int, scratch: Path) -> tuple[Side, dict[str, float]]:
-    """timm's best way to load these images, of two short rounds each, and what the best way holds that keeps no memory.
-    Found once for all comparisons with the same images and recipe."""
+    """timm's best way to load these images, and what it holds when it keeps no memory. Found once for all comparisons of a
+    run with the same images and recipe."""
     key = kind, json.dumps(like.recipe)
     if key not in images.ways:
         folder, tar = (str(images.files(kind, packed)) for packed in (False, True))
         modes = itertools.product(("timm prefetcher", "timm plain"), (False, True))
-        tried = [_tried(replace(like, source=folder, mode=mode, keep=keep), batches, scratch) for mode, keep in modes]
-        tried.append(_tried(replace(max(tried, key=_rate)[0], source=tar), batches, scratch))
-        best = max(tried, key=_rate)[0]
-        lean = min((t for t in tried if t[0].mode == best.mode), key=lambda t: t[0].keep)
-        images.ways[key] = best, lean[2]
+        trials = [
+            Trial.of(replace(like, source=folder, mode=mode, keep=keep), batches, scratch) for mode, keep in modes
+        ]
+        best = max(trials, key=lambda trial: trial.rate)
+        other = Trial.of(replace(best.side, source=tar), batches, scratch)
+        best = max(best, other, key=lambda trial: trial.rate)
+        lean = best if not best.side.keep else Trial.of(replace(best.side, keep=False), batches, scratch)
+        images.ways[key] = best.side, lean.memory
     return images.ways[key]
 
 
-Tried = tuple[Side, float, dict[str, float]]
-
-
-def _tried(side: Side, batches: int, scratch: Path) -> Tried:
+@dataclass(frozen=True)
+class Trial:
     """A side, its images a second in the better of two short rounds, and its memory."""
-    with Running(side, scratch / "trial") as running:
-        return side, max(running.round(max(2, batches // 2))[0] for _ in range(2)), running.memory()
 
+    side: Side
+    rate: float
+    memory: dict[str, float]
 
-def _rate(tried: Tried) -> float:
-    return tried[1]
+    @classmethod
+    def of(cls, side: Side, batches: int, scratch: Path) -> Trial:
+        with Running(side, scratch / "trial") as running:
+            return cls(side, max(running.round(max(2, batches // 2))[0] for _ in range(2)), running.memory())
 
 
 def parts(data: Path, views: int, rounds: int) -> dict[str, float]:

@@ -3,11 +3,11 @@
     python -m benchmarks.teacher [--rounds R] [--models mobilenetv2_100,regnety_160] [--images N] [--device cpu]
 
 ImageNet sample at 224 pixels with DeiT's full recipe and mixing, three views of an image in a pass. MobileNetV2 with its
-weights and 12 views, RegNetY-16GF with random ones, which cost the same, and 3. The bare side is timm's network on one batch that lies ready, in
-inference mode, pooled logits only: contiguous and channels_last, float32 and bf16, the fastest of the four. Stage 1 is
-the real `cache_teacher`, from the first images that reach it to the last commit (decoding, augmenting, digests, mixing,
-dense logits, envelope, files); start-up and the clean check are not counted, and the first chunk of 16 (of 6 with RegNetY)
-was decoded in it. It runs with three settings:
+weights and 12 views, RegNetY-16GF with random ones, which cost the same, and 3. The bare side is timm's network on one batch
+that lies ready, in inference mode, pooled logits only: contiguous and channels_last, float32 and bf16, the fastest of the
+four. Stage 1 is the real `cache_teacher`, from the first images that reach it to the last commit (decoding, augmenting,
+digests, mixing, dense logits, envelope, files); start-up and the clean check are not counted, and the first chunk of 16 in a
+pass (of 6 with RegNetY) was decoded in it. It runs with three settings:
 
     float32  teacher.autocast: none                         over the fastest bare float32
     bf16     teacher.autocast: bf16                         over the fastest bare bf16

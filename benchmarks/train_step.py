@@ -10,8 +10,8 @@ ImageNet sample at 224 pixels, DeiT's full recipe and mixing, real loaders. One 
     timm        timm's loader, model, mixing and optimiser, supervised: what its train script does a step
     timm kd     the same with its TokenDistillationTask (hard) and RegNetY-16GF; only on a GPU, or with --timm-kd
 
-These have the settings that are ours by default: the student in bf16 where the device computes in it (timm's side, too), the
-teacher in float32. On a CPU there are besides, for those who set otherwise:
+These have the settings that are ours by default: the student in bf16 where the device computes in it (timm's side, too, and with
+timm's attention not fused, which is faster there), the teacher in float32. On a CPU there are besides, for those who set otherwise:
 
     ... float32   the student in float32, with the teacher in float32 where it runs
     online fast   as online, the teacher in bf16 with its batch norms folded
@@ -269,12 +269,14 @@ def _timm(side: dict[str, Any]) -> dict[str, Any]:
     from timm.optim import create_optimizer_v2
     from timm.task import ClassificationTask, TokenDistillationTask
 
-    from cskd.devices import autocast, pick_device
+    from cskd.devices import autocast, pick_device, uses_bf16
     from cskd.teacher import build_model
 
     device = pick_device(side["device"])
     cuda = device.type == "cuda"
     torch.manual_seed(0)
+    if not cuda and uses_bf16(_autocast(side), device):
+        timm.layers.set_fused_attn(False)  # on a CPU faster in bf16, as for our side
     model = timm.create_model(side["student"], num_classes=1000).to(device)
     criterion = SoftTargetCrossEntropy()
     if side["side"] == "timm kd":

@@ -1,5 +1,7 @@
-"""Forwards of a teacher: how many rows each has, and how many images any teacher of this process has seen, of which training
-reports the difference, which must be 0."""
+"""What holds for every forward of a teacher: it has a fixed number of rows, and its images are counted.
+
+Training reports how many there were meanwhile, which must be 0.
+"""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ class Lanes:
                 raise Dropped
             self._running.add(me)
         try:
-            with torch.no_grad(), self._stream():
+            with torch.no_grad(), self._stream():  # as for the probe: a program is compiled for one of both
                 return job(*arguments)
         finally:
             with self._lock:

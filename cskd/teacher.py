@@ -67,6 +67,7 @@ class Prepare:
         self.mean, self.std = (
             (torch.tensor(v, device=device) * 255.0).reshape(1, 3, 1, 1) for v in (preprocess.mean, preprocess.std)
         )
+        self.mean_L, self.std_L = (t.flatten().repeat(self.size) for t in (self.mean, self.std))  # of a line of pixels
 
     def __call__(self, pixels_BCHW: Tensor) -> Tensor:
         """[B, 3, H, W] RGB in 0..255 -> float32 [B, 3, size, size], normalised, on the device."""
@@ -79,8 +80,7 @@ class Prepare:
             return ((x - self.mean) / self.std).contiguous(memory_format=self.memory)
         # A whole line of pixels at a time: a loop over three channels, which lie innermost, takes three times as long.
         lines_BHL = x.permute(0, 2, 3, 1).flatten(2)
-        mean_L, std_L = (t.flatten().repeat(self.size) for t in (self.mean, self.std))
-        x = lines_BHL.sub(mean_L).div_(std_L).view(len(x), self.size, self.size, 3).permute(0, 3, 1, 2)
+        x = lines_BHL.sub(self.mean_L).div_(self.std_L).view(len(x), self.size, self.size, 3).permute(0, 3, 1, 2)
         return x.contiguous(memory_format=self.memory)
 
 
@@ -101,7 +101,7 @@ class Teacher:
     prepare: Prepare
     rows: Tensor | None  # int64 [K], the outputs to keep; None: all of them
     pools: bool  # dense logits are pooled to `grid`
-    fingerprint: dict[str, Any]  # JSON-able; equal ones mean the same function from pixels to logits
+    fingerprint: dict[str, Any]  # JSON-able; equal ones mean the same function from pixels to logits, up to rounding
     notes: list[str]  # what a user should know, one line each
     compiled: bool
     reentrant: bool  # forwards may run in several threads at once: not those of the user's own code, nor compiled ones
@@ -192,11 +192,11 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
         )
     dtype = torch.float64 if config.dtype == "float64" else torch.float32
     model.to(dtype)  # verified in float32 first; a head's closures see the same modules
-    plain = dtype == torch.float32 and config.channels_last and head.kind != "forward_dense"
-    if config.fold and device.type == "cpu" and plain and not config.compile:
+    if config.fold and device.type == "cpu" and _fusable(config, head):
         with torch.no_grad(), full_precision(device):
             fused = fuse_activations(model, backbone, x, features, torch.bfloat16 if bf16 else torch.float32)
-        notes.append(f"{fused} convolutions run with what follows them")
+        if fused:
+            notes.append(f"{fused} convolutions run in oneDNN, with the activations behind them")
     own_grid = (dense_BKhw.shape[2], dense_BKhw.shape[3])
     grid = _grid(config, own_grid)
     if grid == (1, 1):
@@ -243,6 +243,11 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
         reentrant="file_sha256" not in built.source and not config.compile,
         forwards=len(images),
     )
+
+
+def _fusable(config: TeacherConfig, head: Head) -> bool:
+    """Whether the backbone runs as it is, in float32 or bf16, and channels_last."""
+    return config.dtype == "float32" and config.channels_last and not config.compile and head.kind != "forward_dense"
 
 
 def _compiled(backbone: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

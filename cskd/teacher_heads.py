@@ -47,7 +47,8 @@ class Head:
         if self.kind == "forward_dense":
             dense_BKhw, global_BK = self.apply(features)
             return dense_BKhw, global_BK
-        if self.classifier is not None and features.device.type == "cpu" and features.dtype == torch.float32:
+        on_cpu = features.device.type == "cpu" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        if self.classifier is not None and on_cpu and features.dtype == torch.float32:
             return convolved(self.classifier, features), self.apply(features)
         return dense_of(self.apply, features, self.nhwc), self.apply(features)
 
@@ -123,7 +124,9 @@ def find_head(model: Any, x: Tensor, mode: Literal["exact", "per_cell"]) -> Head
     layers = _layers(model, apply, features)
     gap = _gap(apply, features, nhwc, layers)
     if gap <= TOLERANCE:
-        return Head("linear", gap, layers, model.forward_features, apply, nhwc, _plain(model, apply, features, nhwc))
+        return Head(
+            "linear", gap, layers, model.forward_features, apply, nhwc, _sole_classifier(model, apply, features, nhwc)
+        )
     if mode == "exact":
         raise TeacherError(
             f"the teacher's head is not linear in the mean of the cells ({_why(model)}: {layers}; gap {gap:.2g} of the "
@@ -224,7 +227,7 @@ def _classifier(model: nn.Module, channels: int | None) -> nn.Linear | nn.Conv2d
     return None
 
 
-def _plain(
+def _sole_classifier(
     model: nn.Module, apply: Callable[[Tensor], Tensor], features: Tensor, nhwc: bool
 ) -> nn.Linear | nn.Conv2d | None:
     """The classifier, where it is the whole of the head but for the pooling; None where the cells' logits say otherwise."""

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cskd.augment.recipe import RECIPE_CODE_VERSION
 from cskd.config import Config, to_dict
+from cskd.devices import uses_bf16
 from cskd.errors import CacheError, ConfigError
 from cskd.images import POLICY
 from cskd.live import LiveViews
@@ -83,9 +86,12 @@ def own_output(output: Path) -> None:
         )
 
 
-def run_identity(config: Config, source: Cache | LiveViews, views: int, ranks: int, online: bool) -> dict[str, Any]:
-    """What decides the numbers of a run: kept in its resume states."""
+def run_identity(
+    config: Config, source: Cache | LiveViews, views: int, ranks: int, online: bool, device: torch.device
+) -> dict[str, Any]:
+    """What decides the numbers of a run: kept in its resume states. Of `autocast: auto` what it means on this device."""
     train = {k: v for k, v in to_dict(config.train).items() if k not in (*_FREE, "views")}
+    train["autocast"] = "bf16" if uses_bf16(config.train.autocast, device) else "none"
     return {
         "cache": source.fingerprint,
         "views": views,

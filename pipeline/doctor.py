@@ -125,7 +125,7 @@ def _storage() -> Iterator[Check]:
     yield _hard_links(Path.cwd())
     shm = Path("/dev/shm")
     if shm.is_dir():
-        advice = "workers hand batches over in it; in a container: docker run --shm-size=8g, else lower train.workers"
+        advice = "workers hand batches over in it; in a container: docker run --shm-size=8g, else fewer workers"
         yield _free("shared memory", shm, 1 * GB, advice)
     if sys.platform == "linux":
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -160,7 +160,7 @@ def _devices() -> Iterator[Check]:
     from cskd.devices import cpu_has_bf16
 
     yield Check("threads of torch", str(torch.get_num_threads()))
-    yield Check("processor", "bf16" if cpu_has_bf16() else "no bf16: autocast: auto is float32 on it")
+    yield Check("processor", "bf16" if cpu_has_bf16() else "no AVX512-BF16, no AMX: autocast: auto is float32 on it")
     for i in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(i)
         name, value = f"GPU {i}", f"{facts.name}, {facts.total_memory / GB:.0f} GB"

@@ -240,7 +240,7 @@ def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, q
     )
     optimisation = Optimisation(student, settings, plan.steps)
     states = ResumeStates(output / "resume", keep=settings.keep)
-    identity = run_identity(config, views, plan.views, ranks.count, online)
+    identity = run_identity(config, views, plan.views, ranks.count, online, device)
     loaded = states.load(student, optimisation)
     ranks.refuse_differing(loaded.step if loaded else 0, device)
     if loaded:

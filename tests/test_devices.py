@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cskd.devices import keep_freed_memory, pick_device
+from cskd.devices import autocast, keep_freed_memory, pick_device, uses_bf16
 from cskd.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,3 +45,12 @@ def test_on_the_cpu_a_process_asks_the_system_for_the_memory_of_a_batch_once() -
         command = [sys.executable, "-c", PAGES, how]
         new[how] = int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
     assert new["cpu"] < 100 < new["plain"]
+
+
+@pytest.mark.parametrize("has", [False, True])
+def test_auto_is_bf16_on_processors_that_compute_in_it(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
+    monkeypatch.setattr("cskd.devices.cpu_has_bf16", lambda: has)
+    cpu = torch.device("cpu")
+    assert [uses_bf16(setting, cpu) for setting in ("auto", "bf16", "none")] == [has, True, False]
+    with autocast("auto", cpu):
+        assert torch.is_autocast_enabled("cpu") == has

@@ -300,3 +300,15 @@ def test_a_cache_in_the_folder_of_its_data_is_refused(base: Path) -> None:
     with pytest.raises(ConfigError, match=r"cache\.path and data\.train are both"):
         cache_teacher(config(base, cache={"path": str(base / "train")}), quiet=True)
     assert not (base / "train" / "manifest.json").exists()
+
+
+def test_a_run_is_not_resumed_in_another_precision(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"max_steps": 2, "save_every": 1, "autocast": "auto"}
+    unfused = []
+    monkeypatch.setattr("cskd.student.model.Student.unfuse_attention", lambda _: unfused.append(True))
+    for has in (False, True):
+        monkeypatch.setattr("cskd.devices.cpu_has_bf16", lambda has=has: has)
+        train(config(cached, f"precision {has}", train=changes), quiet=True)
+        assert len(unfused) == has
+    with pytest.raises(ConfigError, match=r"begun with train\.autocast = 'none', now it is 'bf16'"):
+        train(config(cached, "precision False", train=changes), quiet=True)

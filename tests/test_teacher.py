@@ -18,7 +18,7 @@ from torch._dynamo.exc import TorchDynamoException
 from cskd.config import TeacherConfig
 from cskd.errors import TeacherError
 from cskd.forwards import teacher_images
-from cskd.teacher import compare_probe, probe_images
+from cskd.teacher import Prepare, Preprocess, compare_probe, probe_images
 from tests.teachers import NAMES, load, pixels, tiny_teacher
 
 
@@ -247,3 +247,11 @@ def test_a_backbone_that_does_not_compile_is_refused_in_one_line(
     teacher = load(tiny, compile=True)
     with pytest.raises(TeacherError, match=r"torch\.compile fails: .*No working C.*; set teacher\.compile: false$"):
         teacher.probe()
+
+
+@torch.no_grad()
+def test_both_memory_layouts_are_normalised_to_the_same_bits() -> None:
+    preprocess = Preprocess(32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic", 1.0)
+    prepare = Prepare(preprocess, torch.device("cpu"), channels_last=True)
+    x = pixels(32)
+    assert torch.equal(prepare(x), prepare(x.contiguous(memory_format=torch.channels_last)))

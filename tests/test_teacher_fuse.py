@@ -69,7 +69,8 @@ def test_in_bf16_it_is_as_close_as_autocast() -> None:
     exact = model.forward_features(x)
     with torch.autocast("cpu", torch.bfloat16):
         autocast = model.forward_features(x).float()
-        fuse(model, x, torch.bfloat16)
+    assert fuse(model, x, torch.bfloat16) == 70
+    with torch.autocast("cpu", torch.bfloat16):
         fused = model.forward_features(x)
     assert fused.dtype == torch.bfloat16
     assert float((fused.float() - exact).square().mean()) < 2 * float((autocast - exact).square().mean())
@@ -126,15 +127,43 @@ def test_a_model_whose_features_would_change_stays_as_it_was() -> None:
     assert type(model.conv) is nn.Conv2d
 
 
+@pytest.mark.parametrize("refused", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_without_the_operator_the_model_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(*_: Any) -> Tensor:
-        raise NotImplementedError("no such operator")
+def test_without_the_operator_for_the_dtype_the_model_stays_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, refused: torch.dtype
+) -> None:
+    operator = torch.ops.mkldnn._convolution_pointwise
 
-    monkeypatch.setattr(torch.ops.mkldnn, "_convolution_pointwise", missing)
+    def partly(x: Tensor, *arguments: Any) -> Any:
+        if x.dtype == refused:
+            raise RuntimeError("needs the cpu support avx512bw")
+        return operator(x, *arguments)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_convolution_pointwise", partly)
     model, x = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), torch.randn(2, 3, 8, 8)
-    assert fuse(model, x) == 0
+    expected = model(x)
+    assert fuse(model, x, torch.bfloat16) == 0
     assert [type(m) for m in model] == [nn.Conv2d, nn.ReLU]
+    assert torch.equal(model(x), expected)
+
+
+class Keywords(nn.Module):
+    """Calls its layers by keyword, which a hook does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 4, 1), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.act(input=self.conv(input=x))
+        return y
+
+
+@torch.no_grad()
+def test_a_model_that_can_not_be_watched_stays_as_it_was() -> None:
+    model, x = Keywords(), torch.randn(2, 3, 8, 8)
+    assert fuse(model, x) == 0
+    assert type(model.conv) is nn.Conv2d and not model.conv._forward_hooks
 
 
 @torch.no_grad()
@@ -149,7 +178,7 @@ def test_only_a_folded_teacher_on_the_cpu_is_fused(tmp_path: Path) -> None:
     tiny: TeacherConfig = tiny_teacher(tmp_path)
     plain, folded = load(tiny), load(tiny, fold=True)
     exact = load(tiny, fold=True, dtype="float64")
-    said = [any("convolutions run with" in note for note in t.notes) for t in (plain, folded, exact)]
+    said = [any("convolutions run in oneDNN" in note for note in t.notes) for t in (plain, folded, exact)]
     assert said == [False, True, False]
     for a, b in zip(plain.forward_dense(pixels()), folded.forward_dense(pixels()), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)

@@ -111,7 +111,7 @@ def sharpness(image_HWC: Image, factor: float) -> Image:
 
 def blend(low: Image, high: Image, factor: float) -> Image:
     """low + factor * (high - low) in float32, truncated and clipped to 0..255; any shape, factor in 0..100."""
-    start, out = _floats(low), _floats(high)
+    start, out = low.astype(np.float32), high.astype(np.float32)
     out -= start
     out *= np.float32(factor)
     out += start
@@ -119,14 +119,9 @@ def blend(low: Image, high: Image, factor: float) -> Image:
     return out.astype(np.uint8)
 
 
-def _floats(values: Image) -> NDArray[np.float32]:
-    """The same as float32, by torch: 8 us for a 224 x 224 image, numpy 11."""
-    return torch.from_numpy(values).float().numpy()
-
-
 def gray_of(image_HWC: Image) -> Image:
     """Luma, rounded: uint8 [H, W]."""
-    weighted = _floats(image_HWC).reshape(-1, 3) @ _LUMA
+    weighted = image_HWC.astype(np.float32).reshape(-1, 3) @ _LUMA
     weighted += np.float32(0.5)
     return weighted.astype(np.uint8).reshape(image_HWC.shape[:2])
 

@@ -82,7 +82,9 @@ class TeacherConfig:
     )
     grid: list[int] | None = None  # [h, w]: pool the teacher's map to this; null = the teacher's own
     autocast: Autocast = "none"  # of the backbone only; classifier and codecs always run in float32
-    fold: bool = False  # batch norms into the convolutions before them: faster, the same up to rounding
+    fold: bool = (
+        False  # batch norms into the convolutions before them, on a CPU activations, too: the same up to rounding
+    )
     dtype: Literal["float32", "float64"] = "float32"  # of weights and arithmetic; logits are float32 always
     channels_last: bool = True
     compile: bool = False

@@ -3,14 +3,15 @@
 A tensor on its way out of a worker costs a shared-memory file, a descriptor handed over through a socket, and new pages
 from the system: 107 us for a view of 224 pixels, measured on a virtual machine. A batch of a dozen tensors that is one
 buffer pays for one file, and a worker that writes its buffers in turn pays for new pages once. The main process keeps what
-it has mapped of them until the stream ends: a buffer is sent once, and from then on only its number.
+it has mapped of them, and a descriptor of each, until the stream ends: a buffer is sent once, and from then on only its
+number.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import count
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -62,7 +63,10 @@ def _copied(buffer: Tensor, layout: Layout) -> SharedBatch:
 
 
 class _Slot:
-    """A shared buffer of a worker, uint8 [bytes]. name: (stream, worker, number), which no other slot has."""
+    """A shared buffer of a worker, uint8 [bytes]. name: (stream, worker, number), which no other slot has.
+
+    It is written in the worker's main thread and sent in its queue's, one after the other by the rule of `use_slots`.
+    """
 
     def __init__(self, name: SlotName) -> None:
         self.name, self.sent = name, False
@@ -101,8 +105,10 @@ def use_slots(stream: int, worker: int, prefetch: int) -> None:
     _slots = _Slots(stream, worker, prefetch + 1)
 
 
-_streams = count()
-_mapped: dict[int, dict[SlotName, Tensor]] = {}  # in the main process: stream -> the buffers that it has been sent
+_streams = itertools.count()
+_mapped: dict[
+    int, dict[SlotName, Tensor]
+] = {}  # in the main process, by whichever thread receives: stream -> what was sent
 
 
 @contextmanager

@@ -69,27 +69,28 @@ class Stream(Generic[T, R]):
         pin_memory: bool = False,
         start: str = "forkserver",
     ) -> None:
-        self._loader: DataLoader[Any] = DataLoader(
-            _Tasks(worker),
-            sampler=tasks,
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=prefetch if workers else None,
-            multiprocessing_context=start if workers else None,
-            pin_memory=pin_memory,
-            collate_fn=_as_it_is,
-        )
-        self._prefetch = prefetch
+        self._worker, self._tasks = worker, tasks
+        self._workers, self._prefetch, self._pin, self._start = workers, prefetch, pin_memory, start
 
     def __iter__(self) -> Iterator[R]:
-        if self._loader.num_workers:
+        if self._workers:
             _start_deaf_to_interrupts()
         with mapped_slots() as stream:
-            self._loader.worker_init_fn = partial(_begin_worker, stream, self._prefetch)
-            yield from self._results()
+            yield from self._results(stream)
 
-    def _results(self) -> Iterator[R]:
-        results = iter(self._loader)
+    def _results(self, stream: int) -> Iterator[R]:
+        loader: DataLoader[Any] = DataLoader(
+            _Tasks(self._worker),
+            sampler=self._tasks,
+            batch_size=None,
+            num_workers=self._workers,
+            prefetch_factor=self._prefetch if self._workers else None,
+            multiprocessing_context=self._start if self._workers else None,
+            pin_memory=self._pin,
+            collate_fn=_as_it_is,
+            worker_init_fn=partial(_begin_worker, stream, self._prefetch) if self._workers else None,
+        )
+        results = iter(loader)
         try:
             while True:
                 try:
