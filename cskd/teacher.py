@@ -194,7 +194,7 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
     model.to(dtype)  # verified in float32 first; a head's closures see the same modules
     if config.fold and device.type == "cpu" and _fusable(config, head):
         with torch.no_grad(), full_precision(device):
-            fused = fuse_activations(model, backbone, x, features, torch.bfloat16 if bf16 else torch.float32)
+            fused = fuse_activations(model, head, x, torch.bfloat16 if bf16 else torch.float32)
         if fused:
             notes.append(f"{fused} convolutions run in oneDNN, with the activations behind them")
     own_grid = (dense_BKhw.shape[2], dense_BKhw.shape[3])

@@ -58,11 +58,12 @@ def _pairs(model: nn.Module, x: Tensor) -> tuple[list[tuple[nn.Conv2d, nn.BatchN
 
     def before_norm(module: nn.BatchNorm2d, inputs: tuple[Tensor, ...]) -> None:
         runs[module] = runs.get(module, 0) + 1
-        if id(inputs[0]) in wrote:
+        if inputs and id(inputs[0]) in wrote:
             found.append((wrote[id(inputs[0])], module))
 
-    hooks = [m.register_forward_hook(after_convolution) for m in model.modules() if type(m) in _CONVOLUTIONS]
-    hooks += [m.register_forward_pre_hook(before_norm) for m in model.modules() if type(m) in _NORMS]
+    unwatched = [m for m in model.modules() if not m._forward_hooks and not m._forward_pre_hooks]  # nor weight-normed
+    hooks = [m.register_forward_hook(after_convolution) for m in unwatched if type(m) in _CONVOLUTIONS]
+    hooks += [m.register_forward_pre_hook(before_norm) for m in unwatched if type(m) in _NORMS]
     try:
         before: Tensor = model(x)
     finally:

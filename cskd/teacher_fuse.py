@@ -1,6 +1,6 @@
 """On a CPU: each convolution with the activation behind it as one call of oneDNN, which saves a pass over memory.
 
-Which activation follows which convolution is seen by running the network; that the feature map is the same is measured. Of
+Which activation follows which convolution is seen by running the network; that features and logits are the same is measured. Of
 MobileNetV2 in bf16, its norms folded, two forwards beside each other take 0.73 of the time (2 cores of an AMD EPYC): 0.84
 by the activations, the rest by 'same' padding, which is part of the kernel here and no copy of the input.
 The operator is the one Inductor calls (seen in torch 2.14), and not public: where it is missing, or refuses, nothing changes.
@@ -11,7 +11,8 @@ The operator is the one Inductor calls (seen in torch 2.14), and not public: whe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections import Counter
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,9 @@ from timm.layers.padding import get_same_padding
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-TOLERANCE = 1e-3  # of the feature map's root mean square; fusing shows 2e-6 (MobileNetV2, RegNetY-16GF)
+from cskd.teacher_heads import Head
+
+TOLERANCE = 1e-3  # of the root mean square of features and logits; fusing shows 2e-6 (MobileNetV2, RegNetY-16GF)
 _CONVOLUTIONS = (nn.Conv2d, Conv2dSame)  # not their subclasses, which may do more with a weight than convolve
 
 Act = tuple[str, list[float], str]  # an activation's name, numbers and algorithm, as Inductor hands them to oneDNN
@@ -55,78 +58,103 @@ class FusedConvolution(nn.Module):
         return out
 
 
-def fuse_activations(
-    model: nn.Module, backbone: Callable[[Tensor], Tensor], x: Tensor, features: Tensor, dtype: torch.dtype
-) -> int:
-    """Replace the convolutions that run in `backbone`, a method of `model`, in place, and compute them in `dtype`.
+def fuse_activations(model: nn.Module, head: Head, x: Tensor, dtype: torch.dtype) -> int:
+    """Replace the convolutions of the backbone in place, and compute in `dtype` those that autocast computes in it.
 
-    Args:    model float32, in eval mode, on a CPU; x float32 [B, 3, H, W], the only size it will be given; features what
-             backbone(x) gives.
-    Returns: how many were replaced. All or none: 0 where oneDNN can't, or the features would be others; then the model is as
-             it was.
+    Args:    model float32, in eval mode, on a CPU, and its head; x float32 [B, 3, H, W], the only size it will be given.
+    Returns: how many were replaced. All or none: 0 where oneDNN can't, or the logits would be others; then the model is as it
+             was.
     """
     with contextlib.ExitStack() as undo:
         try:
-            new = _replacements(model, backbone, x)
+            features = head.backbone(x)
+            logits = head.dense(features)
+            with _autocast(dtype):
+                rough = _distance(head.backbone(x).float(), features)
+            new = _replacements(model, head, x)
             places = [
-                (parent, name, child)
-                for parent in model.modules()
-                for name, child in parent.named_children()
-                if id(child) in new
+                (p, name, child) for p in model.modules() for name, child in p.named_children() if id(child) in new
             ]
             for parent, name, child in places:
                 undo.callback(setattr, parent, name, child)
-                setattr(parent, name, new[id(child)])
-            off = float((backbone(x) - features).abs().max() / features.square().mean().sqrt().clamp_min(1e-30))
-            fused = [module.to(dtype) for module in new.values() if isinstance(module, FusedConvolution)]
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                finite = bool(torch.isfinite(backbone(x)).all())  # a processor may have the one dtype and not the other
+                setattr(parent, name, new[id(child)][0])
+            off = max(_distance(a, b) for a, b in zip(_logits(head, x), (features, *logits), strict=True))
+            for module, own in new.values():
+                module.to(dtype if own == dtype else torch.float32)
+            with _autocast(dtype):  # a processor may have the one dtype and not the other
+                still = _distance(head.backbone(x).float(), features)
         except (
             Exception
         ):  # an operator that is missing, or not for these sizes; code of the user's own may raise anything
             return 0
-        if not off <= TOLERANCE or not finite or not places:
+        if not (off <= TOLERANCE and still <= 2 * rough + TOLERANCE and places):
             return 0
         undo.pop_all()
-    return len(fused)
+    return sum(isinstance(module, FusedConvolution) for module, _ in new.values())
 
 
-def _replacements(model: nn.Module, backbone: Callable[[Tensor], Tensor], x: Tensor) -> dict[int, nn.Module]:
-    """By the id of the module: what takes its place."""
-    new: dict[int, nn.Module] = {}
-    for convolution, size, activation in _pairs(model, backbone, x):
-        padding = _padded(convolution, size)
+def _autocast(dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def _logits(head: Head, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, dense and global logits."""
+    features = head.backbone(x)
+    return features, *head.dense(features)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """Largest difference, as a share of b's root mean square."""
+    return float((a - b).abs().max() / b.square().mean().sqrt().clamp_min(1e-30))
+
+
+def _replacements(model: nn.Module, head: Head, x: Tensor) -> dict[int, tuple[nn.Module, torch.dtype]]:
+    """By the id of the module: what takes its place, and the dtype that autocast gives its output."""
+    new: dict[int, tuple[nn.Module, torch.dtype]] = {}
+    for seen in _seen(model, head, x):
+        padding = _padded(seen.convolution, seen.size)
         if padding is None:
             continue
-        act = None if activation is None else _act(activation)
-        new[id(convolution)] = FusedConvolution(convolution, padding, act or _NOTHING, size)
+        act = None if seen.activation is None else _act(seen.activation)
+        new[id(seen.convolution)] = (
+            FusedConvolution(seen.convolution, padding, act or _NOTHING, seen.size),
+            seen.dtype,
+        )
         if act:
-            new[id(activation)] = nn.Identity()
+            new[id(seen.activation)] = nn.Identity(), seen.dtype
     return new
 
 
-def _pairs(
-    model: nn.Module, backbone: Callable[[Tensor], Tensor], x: Tensor
-) -> list[tuple[nn.Conv2d, tuple[int, int], nn.Module | None]]:
-    """Each convolution that runs once, the size of its input, and the activation that reads what it wrote, if one does."""
-    wrote: dict[int, tuple[nn.Conv2d, int]] = {}  # by the tensor: who wrote it, and its version then
-    runs: dict[nn.Module, int] = {}
-    sizes: dict[nn.Conv2d, tuple[int, int]] = {}
-    reader: dict[nn.Conv2d, nn.Module] = {}
+@dataclass
+class _Seen:
+    """A convolution that ran: (H, W) and dtype, under autocast, of its input and output; the activation that read it."""
+
+    convolution: nn.Conv2d
+    size: tuple[int, int]
+    dtype: torch.dtype
+    activation: nn.Module | None = None
+
+
+def _seen(model: nn.Module, head: Head, x: Tensor) -> list[_Seen]:
+    """The convolutions that run once, in the backbone, with one batch as their only argument."""
+    wrote: dict[int, tuple[_Seen, int]] = {}  # by the tensor: who wrote it, and its version then
+    runs: Counter[nn.Module] = Counter()
+    found: dict[nn.Module, _Seen] = {}
     alive: list[Tensor] = []  # keeps addresses from being used again
 
     def after_convolution(module: nn.Conv2d, inputs: tuple[Tensor, ...], out: Tensor) -> None:
-        runs[module] = runs.get(module, 0) + 1
-        sizes[module] = (inputs[0].shape[2], inputs[0].shape[3])
-        wrote[id(out)] = module, out._version
-        alive.append(out)
+        runs[module] += 1
+        if len(inputs) == 1 and inputs[0].ndim == 4:
+            found[module] = _Seen(module, (inputs[0].shape[2], inputs[0].shape[3]), out.dtype)
+            wrote[id(out)] = found[module], out._version
+            alive.append(out)
 
     def before_activation(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        runs[module] = runs.get(module, 0) + 1
-        convolution, version = wrote.get(id(inputs[0]), (None, 0))
+        runs[module] += 1
+        read, version = wrote.get(id(inputs[0]), (None, 0)) if inputs else (None, 0)
         # A sum in place, as in ResNet, writes the same tensor.
-        if convolution is not None and inputs[0]._version == version:
-            reader.setdefault(convolution, module)
+        if read is not None and inputs[0]._version == version and read.activation is None:
+            read.activation = module
 
     hooks: list[RemovableHandle] = []
     for module in model.modules():
@@ -137,12 +165,18 @@ def _pairs(
         elif _act(module):
             hooks.append(module.register_forward_pre_hook(before_activation))
     try:
-        backbone(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            features = head.backbone(x).float()
+        backbone = list(found.values())
+        head.dense(features)  # what runs here, too, stays
     finally:
         for hook in hooks:
             hook.remove()
-    single = {module for module, count in runs.items() if count == 1}
-    return [(c, size, a if (a := reader.get(c)) in single else None) for c, size in sizes.items() if c in single]
+    single = [seen for seen in backbone if runs[seen.convolution] == 1]
+    for seen in single:
+        if seen.activation is not None and runs[seen.activation] != 1:
+            seen.activation = None
+    return single
 
 
 def _act(module: nn.Module) -> Act | None:

@@ -142,7 +142,7 @@ def keep_classes(model: Any, head: Head, features: Tensor, rows: Tensor) -> bool
     Returns: whether the head gives the chosen outputs now; where it is of another form it is left as it was.
     """
     layer = _classifier(model, None)
-    if head.kind == "forward_dense" or layer is None:
+    if head.kind == "forward_dense" or layer is None or "weight" not in layer._parameters:  # a weight that is computed
         return False
     logits_BK = head.apply(features)
     if len(layer.weight) != logits_BK.shape[1]:
@@ -234,14 +234,29 @@ def _sole_classifier(
     layer = None if nhwc else _classifier(model, features.shape[1])
     if layer is None:
         return None
-    expected_BKhw = dense_of(apply, features, nhwc)
-    if layer.weight.shape[0] != expected_BKhw.shape[1] or not _close(convolved(layer, features), expected_BKhw):
-        return None
+    for maps in (features, _made_up_maps(features, nhwc)):
+        expected_BKhw = dense_of(apply, maps, nhwc)
+        if layer.weight.shape[0] != expected_BKhw.shape[1] or not _close(convolved(layer, maps), expected_BKhw):
+            return None
     return layer
 
 
 def _gap(apply: Callable[[Tensor], Tensor], features: Tensor, nhwc: bool, layers: str) -> float:
-    """How far the cells' logits are from averaging to the global ones, on four made-up maps of growing amplitude.
+    """How far the cells' logits are from averaging to the global ones, on made-up maps."""
+    maps = _made_up_maps(features, nhwc)
+    try:
+        dense_BKhw, global_BK = dense_of(apply, maps, nhwc), apply(maps)
+    except Exception as e:  # a head may raise anything on a map of another size
+        raise TeacherError(f"the teacher's head can't be applied to single cells ({layers}): {one_line(e)}") from None
+    if dense_BKhw.shape[:2] != global_BK.shape:
+        raise TeacherError(
+            f"the teacher's head gives {_describe(dense_BKhw)} for cells, {_describe(global_BK)} for the map"
+        )
+    return _relative_gap(dense_BKhw, global_BK)
+
+
+def _made_up_maps(features: Tensor, nhwc: bool) -> Tensor:
+    """Four maps of growing amplitude in the form of `features`.
 
     Real features won't do: those of a freshly built network hardly differ between cells, and any head seems linear.
     """
@@ -252,16 +267,7 @@ def _gap(apply: Callable[[Tensor], Tensor], features: Tensor, nhwc: bool, layers
     noise = uniform_array(mix64_array(cells), "teacher head") * 4 - 1  # [-1, 3): mostly positive, as after a ReLU
     amplitude = max(float(features.square().mean().sqrt()), 1.0) * 2.0 ** np.arange(4).reshape(4, 1, 1, 1)
     maps_BhwC = torch.from_numpy((noise.reshape(4, h, w, C) * amplitude).astype(np.float32)).to(features.device)
-    maps = maps_BhwC if nhwc else maps_BhwC.permute(0, 3, 1, 2).contiguous()
-    try:
-        dense_BKhw, global_BK = dense_of(apply, maps, nhwc), apply(maps)
-    except Exception as e:  # a head may raise anything on a map of another size
-        raise TeacherError(f"the teacher's head can't be applied to single cells ({layers}): {one_line(e)}") from None
-    if dense_BKhw.shape[:2] != global_BK.shape:
-        raise TeacherError(
-            f"the teacher's head gives {_describe(dense_BKhw)} for cells, {_describe(global_BK)} for the map"
-        )
-    return _relative_gap(dense_BKhw, global_BK)
+    return maps_BhwC if nhwc else maps_BhwC.permute(0, 3, 1, 2).contiguous()
 
 
 def _relative_gap(dense_BKhw: Tensor, global_BK: Tensor) -> float:

@@ -87,3 +87,15 @@ def test_folding_works_on_a_users_own_network(tmp_path: Path) -> None:
     assert fold_norms(model, x) == 1
     assert isinstance(model[1], nn.Sequential) and len(model[1]) == 0
     torch.testing.assert_close(model(x), before)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@torch.no_grad()
+def test_a_convolution_whose_weight_is_computed_keeps_its_norm() -> None:
+    model, x = (
+        nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 1)), nn.BatchNorm2d(4)).eval(),
+        torch.randn(2, 3, 8, 8),
+    )
+    expected = model(x)
+    assert fold_norms(model, x) == 0
+    assert torch.equal(model(x), expected)

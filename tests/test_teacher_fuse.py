@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cskd.config import TeacherConfig
 from cskd.teacher_fold import fold_norms
 from cskd.teacher_fuse import FusedConvolution, fuse_activations
+from cskd.teacher_heads import Head
 from tests.teachers import load, pixels, tiny_teacher
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
@@ -22,7 +23,8 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 def fuse(model: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) -> int:
     backbone: Any = getattr(model, "forward_features", model)
-    return fuse_activations(model, backbone, x, backbone(x), dtype)
+    head: Any = getattr(model, "forward_head", lambda features: features.mean((2, 3)))
+    return fuse_activations(model, Head("linear", 0.0, "", backbone, head), x, dtype)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +147,55 @@ def test_without_the_operator_for_the_dtype_the_model_stays_as_it_was(
     assert fuse(model, x, torch.bfloat16) == 0
     assert [type(m) for m in model] == [nn.Conv2d, nn.ReLU]
     assert torch.equal(model(x), expected)
+
+
+class Shared(nn.Module):
+    """The head uses an activation and a convolution of the features once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mix, self.last = nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.act, self.fc = nn.ReLU(), nn.Linear(8, 5)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.mix(self.act(self.first(x))))
+        return y
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        y: Tensor = self.fc(self.act(self.mix(features)).mean((2, 3)))
+        return y
+
+
+@torch.no_grad()
+def test_what_the_head_uses_too_is_not_replaced() -> None:
+    torch.manual_seed(0)
+    model, x = Shared(), torch.randn(2, 3, 9, 9)
+    expected = model.forward_head(model.forward_features(x))
+    assert fuse(model, x) == 2
+    assert [type(m) for m in (model.mix, model.act)] == [nn.Conv2d, nn.ReLU]
+    torch.testing.assert_close(model.forward_head(model.forward_features(x)), expected)
+
+
+class OwnPrecision(nn.Module):
+    """Leaves autocast for a part of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        with torch.autocast("cpu", enabled=False):
+            return self.last(self.second(y.float()).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def test_a_part_that_the_model_keeps_in_float32_stays_in_it() -> None:
+    model, x = OwnPrecision(), torch.randn(2, 3, 8, 8)
+    assert fuse(model, x, torch.bfloat16) == 2
+    assert [m.weight.dtype for m in (model.first, model.second)] == [torch.bfloat16, torch.float32]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.float32
 
 
 class Keywords(nn.Module):

@@ -294,3 +294,43 @@ def test_a_head_is_plain_data() -> None:
     head = Head("linear", 0.0, "fc Linear", nn.Identity(), lambda f: f.mean((2, 3)))
     dense, pooled = head.dense(torch.ones(1, 4, 2, 2))
     assert dense.shape == (1, 4, 2, 2) and pooled.shape == (1, 4)
+
+
+class Clipped(nn.Module):
+    """A head that clips what is larger than any feature of the images it is looked at with."""
+
+    num_features = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.fc = nn.Conv2d(3, 4, 8, 8), nn.Linear(4, 5)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        y: Tensor = self.body(x).relu()
+        return y
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        y: Tensor = self.fc(features.clamp(max=6.0).mean((2, 3)))
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+@torch.no_grad()
+def test_a_head_that_does_more_to_a_cell_than_classify_is_run_as_it_is() -> None:
+    model, x = Clipped(), torch.rand(2, 3, 32, 32)
+    head = find_head(model, x, "exact")
+    features = 20 * model.forward_features(x)
+    dense, _ = head.dense(features)
+    cells = features.permute(0, 2, 3, 1).reshape(-1, 4, 1, 1)
+    torch.testing.assert_close(dense.permute(0, 2, 3, 1).reshape(-1, 5), model.forward_head(cells))
+
+
+@torch.no_grad()
+def test_a_classifier_whose_weight_is_computed_keeps_all_its_outputs() -> None:
+    model, x = Clipped(), torch.rand(2, 3, 32, 32)
+    torch.nn.utils.parametrizations.weight_norm(model.fc)
+    head = find_head(model, x, "exact")
+    assert not keep_classes(model, head, model.forward_features(x), torch.tensor([3, 0]))

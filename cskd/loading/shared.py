@@ -10,6 +10,7 @@ number.
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
@@ -73,8 +74,22 @@ class _Slot:
         self.buffer = torch.empty(0, dtype=torch.uint8)
 
     def grow(self, size: int) -> None:
-        storage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]  # as torch's collating does
+        with _not_ended():
+            storage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]  # as torch's collating does
         self.buffer, self.sent = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,), (1,)), False
+
+
+@contextmanager
+def _not_ended() -> Iterator[None]:
+    """SIGTERM, by which a stream ends its workers, waits: a file that has a name for a moment would keep it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Slots:
