@@ -7,9 +7,6 @@ training step gets them (float32, mixed, normalised, on the device, with labels 
 process and its workers hold. The workers and their queues live from round to round, as in training; the batches that lie
 ready when a round begins are taken before its clock starts, and a round ends when new ones lie ready: no side works in the
 other's round.
-
-timm's `posterize` fails with Pillow 13 where RandAugment draws 0 bits (`rand-m9` does); here it returns black there, which is
-what Pillow did before, so that timm can run at all.
 """
 
 from __future__ import annotations
@@ -86,9 +83,7 @@ def cskd_batches(side: Side, scratch: Path) -> Iterator[torch.Tensor]:
 def timm_batches(side: Side) -> Iterator[torch.Tensor]:
     """Inputs of timm's training loader with the same recipe."""
     import timm.data
-    import timm.data.auto_augment as auto_augment
     import torch
-    from PIL import Image
 
     from cskd.config import RecipeConfig
     from cskd.devices import keep_freed_memory
@@ -96,9 +91,7 @@ def timm_batches(side: Side) -> Iterator[torch.Tensor]:
     device = torch.device("cpu")
     if side.keep:
         keep_freed_memory()
-    whole = auto_augment.posterize
-    black = lambda image, bits, **_: whole(image, bits) if bits else Image.new(image.mode, image.size)  # noqa: E731
-    auto_augment.NAME_TO_OP |= dict.fromkeys(("Posterize", "PosterizeOriginal", "PosterizeIncreasing"), black)
+    mend_posterize()
     recipe = RecipeConfig(**side.recipe)
 
     class Long(timm.data.ImageDataset):
@@ -137,17 +130,30 @@ def timm_batches(side: Side) -> Iterator[torch.Tensor]:
             yield mix(pixels, target)[0] if mix else pixels
 
 
+def mend_posterize() -> None:
+    """timm's fails with Pillow 13 where RandAugment draws 0 bits: let it return black there, as Pillow did before."""
+    import timm.data.auto_augment as auto_augment
+    from PIL import Image
+
+    whole = auto_augment.posterize
+
+    def black(image: Any, bits: int, **_: object) -> Any:
+        return whole(image, bits) if bits else Image.new(image.mode, image.size)
+
+    auto_augment.NAME_TO_OP |= dict.fromkeys(("Posterize", "PosterizeOriginal", "PosterizeIncreasing"), black)
+
+
 def memory() -> dict[str, float]:
     """MB: `pss` of this process and all below it (shared pages counted once), `rss` summed, `main_peak` of this one."""
-    held = [_fields(Path(f"/proc/{pid}/smaps_rollup")) for pid in _family()]
+    held = [proc_fields(Path(f"/proc/{pid}/smaps_rollup")) for pid in family()]
     found = {name.lower(): sum(fields.get(name, 0) for fields in held) / 1024 for name in ("Pss", "Rss")}
-    return found | {"main_peak": _fields(Path("/proc/self/status"))["VmHWM"] / 1024}
+    return found | {"main_peak": proc_fields(Path("/proc/self/status"))["VmHWM"] / 1024}
 
 
 def processor_seconds() -> float:
     """Seconds of all cores that this process and all below it have used: what a busy machine changes little."""
     ticks = 0
-    for pid in _family():
+    for pid in family():
         try:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:  # it has ended
@@ -166,7 +172,7 @@ def settle() -> None:
         still, before = (still + 1 if now == before else 0), now
 
 
-def _family() -> list[int]:
+def family() -> list[int]:
     """This process and all below it: workers, and the server that forks them."""
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
@@ -180,7 +186,7 @@ def _family() -> list[int]:
     return found
 
 
-def _fields(path: Path) -> dict[str, int]:
+def proc_fields(path: Path) -> dict[str, int]:
     """`Name:   123 kB` lines of a file of /proc."""
     try:
         lines = [line.split() for line in path.read_text().splitlines()]

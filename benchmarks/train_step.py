@@ -40,6 +40,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.loader_sides import family, mend_posterize, proc_fields
+
 # A worker imports this file, as it does the `cskd` script: what only a side needs is imported where it is used.
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -309,18 +311,10 @@ def _timm(side: dict[str, Any]) -> dict[str, Any]:
 
 
 def _timm_batches(side: dict[str, Any], device: Any) -> Iterator[Any]:
-    """timm's training loader in its faster mode, mixed and normalised. Its posterize fails with Pillow 13 where RandAugment
-    draws 0 bits; here it returns black there, as Pillow did before."""
+    """timm's training loader in its faster mode, mixed and normalised."""
     import timm.data
-    import timm.data.auto_augment as auto_augment
-    from PIL import Image
 
-    whole = auto_augment.posterize
-
-    def black(image: Any, bits: int, **_: object) -> Any:
-        return whole(image, bits) if bits else Image.new(image.mode, image.size)
-
-    auto_augment.NAME_TO_OP |= dict.fromkeys(("Posterize", "PosterizeOriginal", "PosterizeIncreasing"), black)
+    mend_posterize()
     images = Path(side["folder"]) / "images"
     mixing = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "label_smoothing": 0.1, "num_classes": 1000}
     loader = timm.data.create_loader(
@@ -342,22 +336,7 @@ def _timm_batches(side: dict[str, Any], device: Any) -> Iterator[Any]:
 
 def peak_mib() -> float:
     """Peak resident MiB of this process and all below it, each at its own peak; shared pages are counted in each."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has ended
-            continue
-    total, todo = 0, [os.getpid()]
-    while todo:
-        pid = todo.pop()
-        todo += [child for child, parent in parents.items() if parent == pid]
-        try:
-            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-    return total / 1024
+    return sum(proc_fields(Path(f"/proc/{pid}/status")).get("VmHWM", 0) for pid in family()) / 1024
 
 
 if __name__ == "__main__":

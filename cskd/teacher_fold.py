@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cskd.errors import TeacherError
 
 TOLERANCE = 1e-3  # of the outputs' root mean square; folding shows 2e-6 (MobileNetV2, RegNetY-16GF)
-_CONVOLUTIONS = (nn.Conv2d, Conv2dSame)  # not their subclasses, which may do more with a weight than convolve
+CONVOLUTIONS = (nn.Conv2d, Conv2dSame)  # not their subclasses, which may do more with a weight than convolve
 _NORMS = (nn.BatchNorm2d, BatchNormAct2d)
 
 
@@ -62,7 +62,7 @@ def _pairs(model: nn.Module, x: Tensor) -> tuple[list[tuple[nn.Conv2d, nn.BatchN
             found.append((wrote[id(inputs[0])], module))
 
     unwatched = [m for m in model.modules() if not m._forward_hooks and not m._forward_pre_hooks]  # nor weight-normed
-    hooks = [m.register_forward_hook(after_convolution) for m in unwatched if type(m) in _CONVOLUTIONS]
+    hooks = [m.register_forward_hook(after_convolution) for m in unwatched if type(m) in CONVOLUTIONS]
     hooks += [m.register_forward_pre_hook(before_norm) for m in unwatched if type(m) in _NORMS]
     try:
         before: Tensor = model(x)

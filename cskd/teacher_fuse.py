@@ -1,8 +1,8 @@
 """On a CPU: each convolution with the activation behind it as one call of oneDNN, which saves a pass over memory.
 
 Which activation follows which convolution is seen by running the network; that features and logits are the same is measured. Of
-MobileNetV2 in bf16, its norms folded, two forwards beside each other take 0.73 of the time (2 cores of an AMD EPYC): 0.84
-by the activations, the rest by 'same' padding, which is part of the kernel here and no copy of the input.
+MobileNetV2 in bf16, its norms folded, a forward takes 0.73 of the time (`benchmarks/hotspots.py`, AMD EPYC), also because 'same'
+padding is part of the kernel here and no copy of the input.
 The operator is the one Inductor calls (seen in torch 2.14), and not public: where it is missing, or refuses, nothing changes.
 """
 
@@ -21,10 +21,10 @@ from timm.layers.padding import get_same_padding
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from cskd.teacher_fold import CONVOLUTIONS
 from cskd.teacher_heads import Head
 
-TOLERANCE = 1e-3  # of the root mean square of features and logits; fusing shows 2e-6 (MobileNetV2, RegNetY-16GF)
-_CONVOLUTIONS = (nn.Conv2d, Conv2dSame)  # not their subclasses, which may do more with a weight than convolve
+TOLERANCE = 1e-3  # of the root mean square of features and logits, as for folding
 
 Act = tuple[str, list[float], str]  # an activation's name, numbers and algorithm, as Inductor hands them to oneDNN
 _NOTHING: Act = "none", [], ""
@@ -67,8 +67,8 @@ def fuse_activations(model: nn.Module, head: Head, x: Tensor, dtype: torch.dtype
     """
     with contextlib.ExitStack() as undo:
         try:
-            features = head.backbone(x)
-            logits = head.dense(features)
+            before = _logits(head, x)
+            features = before[0]
             with _autocast(dtype):
                 rough = _distance(head.backbone(x).float(), features)
             new = _replacements(model, head, x)
@@ -78,14 +78,13 @@ def fuse_activations(model: nn.Module, head: Head, x: Tensor, dtype: torch.dtype
             for parent, name, child in places:
                 undo.callback(setattr, parent, name, child)
                 setattr(parent, name, new[id(child)][0])
-            off = max(_distance(a, b) for a, b in zip(_logits(head, x), (features, *logits), strict=True))
+            off = max(_distance(a, b) for a, b in zip(_logits(head, x), before, strict=True))
             for module, own in new.values():
                 module.to(dtype if own == dtype else torch.float32)
             with _autocast(dtype):  # a processor may have the one dtype and not the other
                 still = _distance(head.backbone(x).float(), features)
-        except (
-            Exception
-        ):  # an operator that is missing, or not for these sizes; code of the user's own may raise anything
+        # An operator that is missing, or not for these sizes; and code of the user's own may raise anything.
+        except Exception:
             return 0
         if not (off <= TOLERANCE and still <= 2 * rough + TOLERANCE and places):
             return 0
@@ -160,7 +159,7 @@ def _seen(model: nn.Module, head: Head, x: Tensor) -> list[_Seen]:
     for module in model.modules():
         if module._forward_hooks or module._forward_pre_hooks:
             continue  # somebody else watches it
-        if type(module) in _CONVOLUTIONS and module.padding_mode == "zeros":
+        if type(module) in CONVOLUTIONS and module.padding_mode == "zeros":
             hooks.append(module.register_forward_hook(after_convolution))
         elif _act(module):
             hooks.append(module.register_forward_pre_hook(before_activation))

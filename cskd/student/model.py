@@ -106,7 +106,7 @@ class Student(nn.Module):
             )
 
     def unfuse_attention(self) -> None:
-        """Attention as two matrix products with a softmax between: on a CPU in bf16 torch's fused kernel takes four times as
+        """Attention as two matrix products with a softmax between: on a CPU in bf16 torch's fused kernel takes six times as
         long, most of it backward (deit_tiny, 2 cores of an AMD EPYC)."""
         for module in self.backbone.modules():
             if hasattr(module, "fused_attn"):
