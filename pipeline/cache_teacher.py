@@ -32,7 +32,7 @@ from cskd.augment.mixing import quads
 from cskd.codecs import Arrays, get_codec
 from cskd.config import Config, to_dict, to_yaml
 from cskd.devices import pick_device
-from cskd.errors import CacheError, ConfigError, DataError, ImageError
+from cskd.errors import CacheError, ConfigError
 from cskd.forwards import pad_rows
 from cskd.golden import check_versions
 from cskd.identity import identity_of, library_versions
@@ -46,9 +46,10 @@ from cskd.store.claims import Claims
 from cskd.store.commit import write_whole
 from cskd.store.format import RESOLVED
 from cskd.store.seal import seal_cache
-from cskd.teacher import Teacher, check_clean, clean_top1, compare_probe, load_teacher
+from cskd.teacher import Teacher, compare_probe, load_teacher
 from cskd.unit_builder import PassBuilder, UnitBuilder
-from pipeline.progress import Pool, Progress, bound_by
+from pipeline.clean_check import clean_check
+from pipeline.progress import Pool, Progress, bound_by, say
 
 WAIT = 2.0  # seconds between two looks at what other processes are making
 
@@ -66,6 +67,7 @@ class CacheReport:
     quarantined: int  # images of the whole cache
     content_root: str
     bound_by: str
+    notes: list[str]  # what a user should know, said before the first unit too
 
 
 def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
@@ -84,6 +86,8 @@ def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
     teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
     maker = ViewMaker(inventory, config.recipe)
     cache = _open_or_create(config, inventory, teacher, maker)
+    notes = list(cache.manifest.get("notes", teacher.notes))
+    say(notes, quiet)
 
     total, loop_clock = _left(cache), 0.0
     with (
@@ -120,6 +124,7 @@ def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
         quarantined=int(cache.quarantined().sum()),
         content_root=seal_cache(cache, config.cache.max_quarantine).content_root,
         bound_by=bound_by(line.pools, loop_seconds, line.images, "views") if line.images else "nothing was missing",
+        notes=notes,
     )
 
 
@@ -135,6 +140,7 @@ def _open_or_create(config: Config, inventory: Inventory, teacher: Teacher, make
         facts = {
             "clean_top1": top1,
             "clean_images": count,
+            "notes": teacher.notes,
             "probe": probe,
             "versions": library_versions(),
             "data": str(Path(config.data.train).resolve()),
@@ -166,23 +172,6 @@ def write_resolved(cache: Cache) -> None:
         if path.read_text(encoding="utf-8") == text:
             return
     write_whole(path, text.encode())
-
-
-def clean_check(teacher: Teacher, maker: ViewMaker, config: Config) -> tuple[float, int]:
-    """Top-1 of the teacher on clean images spread over the data set, and how many; near chance is refused."""
-    images, labels = [], []
-    wanted = min(config.teacher.check_images, len(maker.inventory))
-    for i in np.linspace(0, len(maker.inventory) - 1, wanted).astype(int).tolist():
-        with contextlib.suppress(ImageError):  # it will be quarantined, and counted, in its turn
-            images.append(maker.image(i))
-            labels.append(int(maker.inventory.label[i]))
-    if not images:
-        raise DataError(
-            f"none of {wanted} images of {config.data.train} can be decoded; run `cskd pack` on a whole data set"
-        )
-    top1 = clean_top1(teacher, images, labels)
-    check_clean(top1, teacher.classes, len(images), config.teacher.min_top1)
-    return top1, len(images)
 
 
 def _passes(cache: Cache) -> list[tuple[int, tuple[int, ...]]]:

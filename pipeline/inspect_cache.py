@@ -77,6 +77,7 @@ def inspect(
             "weights_sha256": identity["teacher"].get("weights_sha256"),
             "clean_top1": manifest.get("clean_top1"),
             "clean_images": manifest.get("clean_images"),
+            "notes": manifest.get("notes", []),
         },
         "grid": list(opened.grid),
         "recipe": identity["recipe"],
@@ -266,6 +267,8 @@ def _lines(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
     top1 = teacher["clean_top1"]
     measured = "" if top1 is None else f", top-1 {100 * top1:.1f} % on {teacher['clean_images']} clean images"
     yield "teacher", f"{teacher['model']}, grid {facts['grid'][0]} x {facts['grid'][1]}{measured}"
+    for note in teacher["notes"]:
+        yield "", f"({note})"
     state = f"{units['present']:,} of {units['total']:,} present ({_count(units['views'], 'view')})"
     if units["missing"]:
         first = units["first_missing"][0]

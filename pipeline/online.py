@@ -27,7 +27,8 @@ from cskd.store.manifest import fingerprint_of
 from cskd.store.seal import refuse_too_many_in_all
 from cskd.targets import LiveTargets
 from cskd.teacher import load_teacher
-from pipeline.cache_teacher import clean_check, refuse_too_many
+from pipeline.cache_teacher import refuse_too_many
+from pipeline.clean_check import clean_check
 from pipeline.progress import Progress
 
 UNREADABLE = "unreadable.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -12,6 +12,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
+
+from cskd.untrusted import printable
 
 REDRAW_SECONDS = 0.25  # between two drawings of the bar
 WINDOW_SECONDS = 60.0  # over which the rate is taken: long enough to be steady, short enough to follow a change
@@ -109,6 +111,14 @@ class Progress:
 
     def _print(self, text: str) -> None:
         self._console.print(f"{self.what}: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def say(notes: Iterable[str], quiet: bool = False, console: Console | None = None) -> None:
+    """Print on stderr, at once, what a user should know before long work begins: one line each."""
+    for note in () if quiet else notes:
+        (console or Console(stderr=True)).print(
+            f"note: {printable(note)}", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 @dataclass(frozen=True)

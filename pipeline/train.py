@@ -59,7 +59,7 @@ from pipeline.conflicts import (
 from pipeline.evaluate import score_heads
 from pipeline.metrics import MetricsLog
 from pipeline.online import open_online
-from pipeline.progress import Pool, Progress, bound_by
+from pipeline.progress import Pool, Progress, bound_by, say
 
 TERMS = ("label", "dist", "patch")  # of the loss, as logged
 
@@ -86,7 +86,9 @@ def train(config: Config, verify_replay: bool = True, online: bool = False, quie
     ranks = start_ranks(config.train.device)
     quiet = quiet or not ranks.first
     try:
-        return _train(_open_run(config, ranks, verify_replay, online, quiet), verify_replay, quiet)
+        run = _open_run(config, ranks, verify_replay, online, quiet)
+        say(run.notes, quiet)
+        return _train(run, verify_replay, quiet)
     finally:
         stop_ranks()
 
@@ -344,5 +346,5 @@ def render(report: TrainReport, console: Console) -> None:
         console.print(
             "top-1 %: " + "  ".join(f"{name} {top1:.2f}" for name, top1 in report.top1.items()), soft_wrap=True
         )
-    for line in ((report.bound_by,) if report.steps else ()) + tuple(report.notes):
-        console.print(escape(line), soft_wrap=True)
+    if report.steps:
+        console.print(escape(report.bound_by), soft_wrap=True)
