@@ -137,6 +137,11 @@ class _Run:
         averaged = self.optimisation.averaged
         return {"": self.student} | ({"ema.": averaged} if averaged is not None else {})
 
+    @property
+    def score(self) -> str:
+        """The evaluated head, or average of heads, that is the run's score: what timm computes from model.safetensors."""
+        return ("" if self.optimisation.averaged is None else "ema.") + score_head(self.student.trained)
+
     def save(self, step: int) -> None:
         """A state that the same command resumes from."""
         if self.ranks.first:
@@ -192,7 +197,7 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
                 )
                 row |= {f"top1.{name}": score.top1 for name, score in scores.items()}
                 row |= {f"top5.{name}": score.top5 for name, score in scores.items()} | {"unreadable": unreadable}
-                row |= {"score": score_head(run.student.trained), "arithmetic": _arithmetic(run)}
+                row |= {"score": run.score, "arithmetic": _arithmetic(run)}
                 seconds["evaluate"] += time.perf_counter() - clock
             tasks.retire(epoch)
             log.add(
@@ -211,7 +216,7 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
         seconds=time.perf_counter() - start_clock,
         teacher_forwards=teacher_images() - forwards_before,
         top1={name.removeprefix("top1."): top1 for name, top1 in last.items() if name.startswith("top1.")},
-        score=score_head(run.student.trained),
+        score=run.score,
         arithmetic=_arithmetic(run),
         bound_by=bound_by(_pools(run, seconds, tasks.read_seconds), time.perf_counter() - start_clock, images),
         notes=run.notes,

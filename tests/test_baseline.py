@@ -146,13 +146,20 @@ def test_two_ranks_train_the_class_head_alone(base: Path, tmp_path: Path) -> Non
 # --- which head counts ---
 
 
+def test_the_score_of_a_run_is_that_of_its_exported_weights(base: Path) -> None:
+    report = train(alone(base, "score", train={"autocast": "none"}), quiet=True)
+    again = evaluate_checkpoint(base / "score", base / "val", 8, 0, None, "cpu", quiet=True)
+    assert (again.score, report.score) == ("class", "ema.class")
+    assert again.heads[again.score].top1 == pytest.approx(report.top1[report.score])
+
+
 def test_figures_name_untrained_heads_and_the_score_is_what_timm_computes(base: Path) -> None:
     report = train(alone(base, "figures"), quiet=True)
     heads = ["class", "distillation.untrained", "patches.untrained"]
     assert list(report.top1) == [prefix + head for prefix in ("", "ema.") for head in heads]
-    assert report.score == "class"
+    assert report.score == "ema.class"  # the averaged weights are those that are exported
     row = read_metrics(base / "figures")[-1]
-    assert (row["score"], row["arithmetic"]) == ("class", report.arithmetic)
+    assert (row["score"], row["arithmetic"]) == ("ema.class", report.arithmetic)
     note = next(n for n in report.notes if "evaluated as NAME.untrained" in n)
     assert note.startswith(
         "loss.method none trains class of deit_tiny_distilled_patch16_224, not distillation and patches"
@@ -201,7 +208,7 @@ def test_a_head_that_the_loss_does_not_train_is_named_at_the_start(
     settings = config(base, name, recipe=DEIT, cache={"views": 6}, student=student, loss=loss, train={"epochs": 2})
     report = train(settings, quiet=True)
     assert any(said in note for note in report.notes), report.notes
-    assert report.score == score and score in report.top1
+    assert report.score == f"ema.{score}" and report.score in report.top1
     untrained = {name.partition(".untrained")[0] for name in report.top1 if name.endswith(".untrained")}
     assert not any(untrained & set(name.removeprefix("ema.").split("+")) for name in report.top1 if "+" in name)
 

@@ -293,6 +293,10 @@ def test_timm_computes_the_heads_that_were_trained_and_no_other(tmp_path, kind):
     by_folder = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert torch.equal(by_folder(images), eval_heads(averaged(images, (1, 1)), averaged.trained)[score])
     warm = build_student(StudentConfig(DEIT, TINY, init=str(folder)), 7, 32).eval()
+    only = [
+        note for note in warm.notes if note.endswith(f"only the heads {' and '.join(student.trained)} were trained")
+    ]
+    assert len(only) == ("+" not in score)
     for own, other in zip(warm(images, (2, 2)), averaged(images, (2, 2)), strict=True):
         assert torch.equal(own, other)
 

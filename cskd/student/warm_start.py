@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor
 
 from cskd.errors import StudentError
-from cskd.student.heads import multiplied, recorded_factors
+from cskd.student.heads import multiplied, recorded_factors, recorded_heads
 from cskd.untrusted import parse_json, read_file
 from cskd.weight_files import check_tensors, check_weight_file
 
@@ -34,7 +34,7 @@ def start_from(vit: VisionTransformer, path: Path) -> list[str]:
     state = _read(path, sum(t.nbytes for t in vit.state_dict().values()))
     own = vit.state_dict()
     notes: list[str] = []
-    state = _as_trained(path, state)
+    state = _as_trained(path, state, notes)
     for token in PREFIX_TOKENS:
         if _shape(state, token) != _shape(own, token):
             raise StudentError(
@@ -87,14 +87,18 @@ def _read(path: Path, model_bytes: int) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _as_trained(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_trained(path: Path, state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
     """The weights that a run of ours exported with factors, without them; see `cskd.student.heads`."""
     beside = path.with_name("config.json")
     if not beside.is_file():
         return state
     try:
-        return multiplied(state, recorded_factors(parse_json(read_file(beside))))
-    except (OSError, ValueError, TypeError, AttributeError) as e:
+        facts = parse_json(read_file(beside))
+        undo = recorded_factors(facts)
+        if undo:
+            notes.append(f"of {path} only the heads {' and '.join(recorded_heads(facts, distilled=True))} were trained")
+        return multiplied(state, undo)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise StudentError(f"{beside} is not a timm config ({_line(e)}); mend it or move it away") from e
 
 
