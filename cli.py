@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -135,12 +135,16 @@ def evaluate(
         float | None, typer.Option(min=0.01, max=1.0, help="Share of the short side; default: as in training.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    autocast: Annotated[
+        Literal["none", "bf16", "auto"], typer.Option(help="none: float32; auto: bf16 where the device gains by it.")
+    ] = "none",
     json_: Json = False,
 ) -> None:
     """Top-1 and top-5 of every head of a trained student, and of their averages."""
     from pipeline.evaluate import evaluate_checkpoint, render
 
-    _print(evaluate_checkpoint(checkpoint, data, batch, workers, crop_pct, device, quiet=json_), json_, render)
+    report = evaluate_checkpoint(checkpoint, data, batch, workers, crop_pct, device, json_, autocast)
+    _print(report, json_, render)
 
 
 @app.command()

@@ -4,7 +4,7 @@
 
 ImageNet sample at 224 pixels, DeiT's full recipe and mixing, real loaders. One process a side and round, in turns:
 
-    supervised  our `train`, loss.method none
+    supervised  our `train`, loss.method none on the mean of both heads, as timm trains
     cached      our `train`, loss.method cskd-hard, from a cache, every view checked against its digest
     online      our `train --online`, cskd-hard, RegNetY-16GF running at every step (random weights, which cost the same)
     timm        timm's loader, model, mixing and optimiser, supervised: what its train script does a step
@@ -246,7 +246,9 @@ def _config(side: dict[str, Any], shared: Path) -> Any:
             "recipe": DEIT,
             "cache": {"path": str(folder / "cache"), "views": 1, "device": side["device"]},
             "student": {"model": side["student"] or "deit_tiny_distilled_patch16_224"},
-            "loss": {"method": "none" if side["side"].startswith("supervised") else "cskd-hard"},
+            "loss": {"method": "none", "baseline_head": "mean"}
+            if side["side"].startswith("supervised")
+            else {"method": "cskd-hard"},
             "train": {
                 "output": str(folder / f"run {time.time_ns()}"),
                 "global_batch": side["batch"],

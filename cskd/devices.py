@@ -65,6 +65,13 @@ def uses_bf16(setting: str, device: torch.device) -> bool:
     return setting == "bf16"
 
 
+def arithmetic(setting: str, device: torch.device) -> str:
+    """The arithmetic of a student's forward under a config's 'autocast', for reports: 'bf16' or 'float32'."""
+    if uses_bf16(setting, device):
+        return "bf16"
+    return "float32, convolutions tf32" if device.type == "cuda" and torch.backends.cudnn.allow_tf32 else "float32"
+
+
 def cpu_has_bf16() -> bool:
     """Whether the processor has AVX512-BF16 or AMX. There a forward of MobileNetV2 takes 0.6 of the time, a training step of
     DeiT-Ti 0.4 (2 cores of an AMD EPYC). Other kinds count as without: nothing was measured on them."""

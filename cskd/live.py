@@ -1,4 +1,7 @@
-"""Views without a cache: the same seeds and mixing a cache would hold, computed on the spot, for a teacher that runs live."""
+"""Views without a cache: the same seeds and mixing a cache would hold, computed on the spot.
+
+For a teacher that runs live, and for a baseline that has none.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from cskd.view_fields import view_fields
 class LiveViews:
     """Stands where a cache stands in training, but holds no targets and no digests.
 
-    bad: bool [n], samples of the inventory that can't be decoded; `fingerprint`: that of the cache stage 1 would make.
+    bad: bool [n], samples of the inventory that can't be decoded; `fingerprint`: that of the cache stage 1 would make, or
+    where no teacher is known, what tells these views from others.
     """
 
     def __init__(

@@ -66,10 +66,11 @@ class DistillationLoss:
         'paper'       what the authors' code divides by: the distillation term by B * K, the patch term by B alone,
                       which weighs K * h * w (49,000) times more against the other than in 'consistent'.
 
-    A ViT without a distillation token has one head that serves all terms. With 'none' a distilled student is trained on
-    the mean of its two heads' logits, as timm does outside `distilled_training`: so both tokens learn.
+    A ViT without a distillation token has one head that serves all terms. With 'none' the class head is trained alone, as
+    in DeiT's and the CSKD authors' code; with `baseline_head: mean` the mean of the logits of a distilled student's two
+    heads, as timm does outside `distilled_training`: then both tokens learn. See `trained_heads`.
 
-    Source: cskd.py of the CSKD authors' code and losses.py of DeiT's for the two divisors.
+    Source: cskd.py of the CSKD authors' code and losses.py of DeiT's for the two divisors and the class head of 'none'.
     """
 
     def __init__(self, config: LossConfig) -> None:
@@ -93,7 +94,8 @@ class DistillationLoss:
         cls = _full(output.cls_logits)
         dist = cls if output.dist_logits is None else _full(output.dist_logits)
         if not self.distils:
-            total = label_loss(cls if dist is cls else (cls + dist) / 2, labels, c.smoothing)
+            alone = dist is cls or c.baseline_head == "class"
+            total = label_loss(cls if alone else (cls + dist) / 2, labels, c.smoothing)
             return total, {"label": total.detach()}
         terms = {"label": label_loss(cls, labels, c.smoothing), "dist": self._distillation(dist, targets)}
         total = (1 - c.alpha) * terms["label"] + c.alpha * terms["dist"]
@@ -130,6 +132,21 @@ class DistillationLoss:
         log_student = F.log_softmax(student / tau, dim=1)
         log_teacher = F.log_softmax(_full(teacher) / tau, dim=1)
         return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True) * tau**2
+
+
+def trained_heads(config: LossConfig, distilled: bool) -> tuple[str, ...]:
+    """What a loss trains of a student's outputs, out of 'class', 'distillation' and 'patches'.
+
+    Args:    distilled whether the student has a distillation token; without one its head is that of the class token.
+    """
+    if config.method == "none":
+        return ("class", "distillation") if distilled and config.baseline_head == "mean" else ("class",)
+    trains = {
+        "class": not distilled or config.alpha < 1,
+        "distillation": distilled and config.alpha > 0,
+        "patches": config.method.startswith("cskd") and config.patch_weight > 0,
+    }
+    return tuple(name for name, yes in trains.items() if yes)
 
 
 def label_loss(logits_BK: Tensor, labels: MixedLabels, smoothing: float) -> Tensor:

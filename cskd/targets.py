@@ -95,6 +95,17 @@ class LiveTargets:
         return dense, image
 
 
+class NoTargets:
+    """Of a run that is taught nothing but labels: neither cache nor teacher is asked."""
+
+    def spec(self, epoch: int) -> TargetSpec:
+        """The epoch table holds views only."""
+        return TargetSpec("none", "", 0)
+
+    def of(self, batch: Batch, epoch: int, device: torch.device) -> None:
+        """No targets."""
+
+
 def mixed_labels(batch: Batch, device: torch.device) -> MixedLabels:
     """Labels of the mixed images of a batch, on the device."""
     return MixedLabels(*(batch[name].to(device, non_blocking=True) for name in ("label", "partner_label", "share")))

@@ -103,8 +103,16 @@ def run_identity(
     }
 
 
-def refuse_other_run(begun: dict[str, Any], now: dict[str, Any], output: Path) -> None:
-    """ConfigError when a resume state is of another run, with the field and both values."""
+def refuse_other_run(begun: dict[str, Any], now: dict[str, Any], output: Path, distilled: bool) -> None:
+    """ConfigError when a resume state is of another run, with the field and both values.
+
+    distilled: whether the student has a distillation token. Runs of earlier versions name no `loss.baseline_head`: their
+    method none trained the mean of both heads where there were two.
+    """
+    loss = begun.get("loss")
+    if isinstance(loss, dict) and "baseline_head" not in loss:
+        had_choice = distilled and loss.get("method") == "none"
+        begun = begun | {"loss": loss | {"baseline_head": "mean" if had_choice else now["loss"]["baseline_head"]}}
     difference = first_difference(begun, now)
     if difference:
         key, old, new = difference

@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from cskd.augment.device import InputMaker
 from cskd.config import RecipeConfig
-from cskd.devices import autocast, pick_device
+from cskd.devices import arithmetic, autocast, pick_device, uses_bf16
 from cskd.errors import DataError
 from cskd.inventory import open_inventory
 from cskd.loading.stage2 import UNREADABLE, Batch, BatchMaker, eval_tasks
 from cskd.loading.stream import Stream
 from cskd.loading.views import ViewMaker
 from cskd.ranks import Ranks
-from cskd.student import eval_heads
+from cskd.student import Student, eval_heads
 from cskd.student.checkpoint import load_student
+from cskd.student.heads import UNTRAINED, score_head
 from pipeline.progress import Progress
 
 
@@ -36,17 +37,22 @@ class HeadScores:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """`cskd eval`: images of the data set and the scores of every head."""
+    """`cskd eval`: images of the data set and the scores of every head; all that the figures depend on."""
 
     checkpoint: str
     images: int
     unreadable: int  # of them; wrong for every head
-    heads: dict[str, HeadScores]
+    heads: dict[str, HeadScores]  # NAME.untrained: of a head that the run did not train
+    score: str  # which of them is the student's: what timm computes from these weights
+    arithmetic: str  # of the student's forward: float32 or bf16
+    device: str
+    size: list[int]  # height, width of what the student sees, pixels
+    crop_pct: float  # share of the short side
 
 
 @torch.no_grad()  # not inference_mode: a batch that is read ahead here may be a training one, which needs gradients
 def score_heads(
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, Student],
     batches: Iterator[Batch],
     count: int,
     inputs: InputMaker,
@@ -69,7 +75,7 @@ def score_heads(
         for prefix, model in models.items():
             with autocast(autocast_setting, inputs.device):
                 out = model(pixels, (1, 1))
-            for head, logits in eval_heads(out).items():
+            for head, logits in eval_heads(out, model.trained).items():
                 top = logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None]
                 both = torch.stack([top[:, 0].sum(), top.any(1).sum()]).double()
                 hits[prefix + head] = hits.get(prefix + head, torch.zeros_like(both)) + both
@@ -83,9 +89,19 @@ def score_heads(
 
 
 def evaluate_checkpoint(
-    checkpoint: Path, data: Path, batch: int, workers: int, crop_pct: float | None, device_name: str, quiet: bool
+    checkpoint: Path,
+    data: Path,
+    batch: int,
+    workers: int,
+    crop_pct: float | None,
+    device_name: str,
+    quiet: bool,
+    autocast_setting: str = "none",
 ) -> EvalReport:
-    """Scores of a result folder of `cskd train` on a packed data set."""
+    """Scores of a result folder of `cskd train` on a packed data set.
+
+    autocast_setting: as in `train.autocast`; 'none' is float32, on CUDA without tf32.
+    """
     device = pick_device(device_name)
     val = open_inventory(data)
     student, facts = load_student(checkpoint)
@@ -94,31 +110,52 @@ def evaluate_checkpoint(
             f"{checkpoint} was trained on other classes than {data} has; pack it with --classes and the same list"
         )
     student.to(device)
+    if device.type == "cpu" and uses_bf16(autocast_setting, device):
+        student.unfuse_attention()
     maker = ViewMaker(val, RecipeConfig(size=student.image_size[0]))
     tasks = eval_tasks(len(val), batch)
     crop_pct = crop_pct or facts["pretrained_cfg"]["crop_pct"]
     stream = iter(Stream(BatchMaker(maker, maker, crop_pct), tasks, workers))
-    with Progress("eval", total=len(val), unit="images", quiet=quiet) as progress:
+    # tf32 rounds the inputs of a convolution to 10 bits, which float32 should not mean here
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with exact, Progress("eval", total=len(val), unit="images", quiet=quiet) as progress:
         heads, unreadable = score_heads(
             {"": student},
             _counted(stream, progress),
             len(tasks),
             InputMaker(student.mean, student.std, device),
-            "auto",
+            autocast_setting,
             Ranks(),
         )
-    return EvalReport(str(checkpoint), len(val), unreadable, heads)
+        computed = arithmetic(autocast_setting, device)
+    return EvalReport(
+        checkpoint=str(checkpoint),
+        images=len(val),
+        unreadable=unreadable,
+        heads=heads,
+        score=score_head(student.trained),
+        arithmetic=computed,
+        device=str(device),
+        size=list(student.image_size),
+        crop_pct=crop_pct,
+    )
 
 
 def render(report: EvalReport, console: Console) -> None:
     """The scores as a table."""
     unreadable = f", {report.unreadable:,} of them unreadable: wrong for every head" if report.unreadable else ""
-    table = Table(title=f"{report.images:,} images{unreadable}")
+    how = (
+        f"{' x '.join(map(str, report.size))} pixels, crop {report.crop_pct:g}, {report.arithmetic} on {report.device}"
+    )
+    table = Table(title=f"{report.images:,} images{unreadable}\n{how}", min_width=len(how))
     for column in ("head", "top-1 %", "top-5 %"):
         table.add_column(column, justify="left" if column == "head" else "right")
     for name, s in report.heads.items():
-        table.add_row(name, f"{s.top1:.2f}", f"{s.top5:.2f}")
+        mark = " (the score)" if name == report.score else ""
+        table.add_row(name + mark, f"{s.top1:.2f}", f"{s.top5:.2f}")
     console.print(table)
+    if any(name.endswith(UNTRAINED) for name in report.heads):
+        console.print(f"NAME{UNTRAINED}: a head that the run did not train; part of no average", soft_wrap=True)
 
 
 def _counted(batches: Iterator[Batch], progress: Progress) -> Iterator[Any]:

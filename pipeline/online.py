@@ -46,27 +46,43 @@ class Online:
 
 def open_online(config: Config, device: torch.device, ranks: Ranks, quiet: bool) -> Online:
     """Load and check the teacher, and find the images that can't be decoded (once a run: kept in its output folder)."""
-    if not config.data.train:
-        raise ConfigError(
-            "data.train is empty; say which packed data set to train on, for example --set data.train=data/mine"
-        )
-    inventory = open_inventory(Path(config.data.train))
+    inventory = training_images(config)
     teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
     maker = ViewMaker(inventory, config.recipe)
     top1, images = clean_check(teacher, maker, config)
-    if ranks.first:
-        _find_unreadable(maker, config, quiet)
-    ranks.barrier()
+    bad, left_out = decodable(maker, config, ranks, quiet)
     codecs = [get_codec(name, teacher.classes, teacher.grid).name for name in config.cache.codecs]
     fingerprint = fingerprint_of(identity_of(inventory, config.recipe, teacher.fingerprint, teacher.grid, codecs))
-    bad = np.zeros(len(inventory), bool)
-    bad[list(_unreadable(config, inventory) or [])] = True
     views = LiveViews(inventory, config.recipe, config.cache.views, teacher.grid, bad, fingerprint)
     notes = [
         f"online: the teacher runs at every step; its top-1 on {images} clean images is {100 * top1:.1f} %",
         *teacher.notes,
+        *left_out,
     ]
     return Online(views, LiveTargets(teacher, config.loss, config.train.epochs), notes)
+
+
+def training_images(config: Config) -> Inventory:
+    """The inventory of data.train. ConfigError where it is empty."""
+    if not config.data.train:
+        raise ConfigError(
+            "data.train is empty; say which packed data set to train on, for example --set data.train=data/mine"
+        )
+    return open_inventory(Path(config.data.train))
+
+
+def decodable(maker: ViewMaker, config: Config, ranks: Ranks, quiet: bool) -> tuple[NDArray[np.bool_], list[str]]:
+    """Which images can't be decoded, bool [n], found once a run; and a note of how many they are, if any."""
+    if ranks.first:
+        _find_unreadable(maker, config, quiet)
+    ranks.barrier()
+    found = _unreadable(config, maker.inventory) or {}
+    bad = np.zeros(len(maker.inventory), bool)
+    bad[list(found)] = True
+    where = Path(config.train.output) / UNREADABLE
+    return bad, [
+        f"{len(found)} of {len(bad)} images can't be decoded and are left out; {where} names them"
+    ] if found else []
 
 
 class _Check:

@@ -28,8 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cskd.augment.device import InputMaker
 from cskd.config import Config, to_yaml
-from cskd.devices import autocast, pick_device, uses_bf16
-from cskd.errors import ConfigError, DataError
+from cskd.devices import arithmetic, autocast, pick_device, uses_bf16
+from cskd.errors import CacheError, ConfigError, DataError
 from cskd.forwards import teacher_images
 from cskd.golden import check_versions
 from cskd.inventory import Inventory, open_inventory
@@ -46,8 +46,10 @@ from cskd.store.commit import write_whole
 from cskd.store.format import RESOLVED
 from cskd.student import Student, build_student
 from cskd.student.checkpoint import ResumeStates, TrainState, export
+from cskd.student.heads import score_head
 from cskd.student.optim import Optimisation, reseed_step
-from cskd.targets import CachedTargets, LiveTargets, mixed_labels
+from cskd.targets import CachedTargets, LiveTargets, NoTargets, mixed_labels
+from pipeline.baseline import open_baseline
 from pipeline.conflicts import (
     own_output,
     refuse_conflicts,
@@ -74,6 +76,8 @@ class TrainReport:
     seconds: float
     teacher_forwards: int
     top1: dict[str, float]  # of every head, last evaluation, per cent
+    score: str  # which of them is the student's: what timm computes from the exported weights
+    arithmetic: str  # of the evaluation
     bound_by: str
     notes: list[str]
 
@@ -105,7 +109,7 @@ class _Run:
     val: Inventory | None
     student: Student
     plan: PlanSpec
-    targets: CachedTargets | LiveTargets
+    targets: CachedTargets | LiveTargets | NoTargets
     optimisation: Optimisation
     states: ResumeStates
     identity: dict[str, Any]
@@ -132,6 +136,11 @@ class _Run:
         """The students that are evaluated: the live one, and the averaged one where there is one."""
         averaged = self.optimisation.averaged
         return {"": self.student} | ({"ema.": averaged} if averaged is not None else {})
+
+    @property
+    def score(self) -> str:
+        """The evaluated head, or average of heads, that is the run's score: what timm computes from model.safetensors."""
+        return ("" if self.optimisation.averaged is None else "ema.") + score_head(self.student.trained)
 
     def save(self, step: int) -> None:
         """A state that the same command resumes from."""
@@ -188,6 +197,7 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
                 )
                 row |= {f"top1.{name}": score.top1 for name, score in scores.items()}
                 row |= {f"top5.{name}": score.top5 for name, score in scores.items()} | {"unreadable": unreadable}
+                row |= {"score": run.score, "arithmetic": _arithmetic(run)}
                 seconds["evaluate"] += time.perf_counter() - clock
             tasks.retire(epoch)
             log.add(
@@ -206,6 +216,8 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
         seconds=time.perf_counter() - start_clock,
         teacher_forwards=teacher_images() - forwards_before,
         top1={name.removeprefix("top1."): top1 for name, top1 in last.items() if name.startswith("top1.")},
+        score=run.score,
+        arithmetic=_arithmetic(run),
         bound_by=bound_by(_pools(run, seconds, tasks.read_seconds), time.perf_counter() - start_clock, images),
         notes=run.notes,
     )
@@ -229,6 +241,7 @@ def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, q
     torch.manual_seed(settings.seed)
     student = build_student(config.student, len(views.classes), views.recipe.size).to(device)
     student.check_grid(views.grid)
+    student.taught_by(config.loss)
     if device.type == "cpu" and uses_bf16(settings.autocast, device):
         student.unfuse_attention()
     plan = PlanSpec.over(
@@ -246,7 +259,7 @@ def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, q
     loaded = states.load(student, optimisation)
     ranks.refuse_differing(loaded.step if loaded else 0, device)
     if loaded:
-        refuse_other_run(loaded.info, json.loads(json.dumps(identity)), output)
+        refuse_other_run(loaded.info, json.loads(json.dumps(identity)), output, student.distilled)
     if ranks.first:
         own_output(output)
         write_whole(output / RESOLVED, to_yaml(config).encode())
@@ -273,11 +286,27 @@ def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, q
 
 def _open_views(
     config: Config, device: torch.device, ranks: Ranks, verify_replay: bool, online: bool, quiet: bool
-) -> tuple[Cache | LiveViews, CachedTargets | LiveTargets, list[str]]:
-    """What is fed and what is taught, and notes: from a checked cache, or with a teacher that runs live."""
+) -> tuple[Cache | LiveViews, CachedTargets | LiveTargets | NoTargets, list[str]]:
+    """What is fed and what is taught, and notes: from a checked cache, with a teacher that runs live, or from images alone.
+
+    Method none needs no targets: it reads a cache only where cache.path names one.
+    """
+    baseline = config.loss.method == "none"
+    if baseline and (online or not config.cache.path):
+        return open_baseline(config, ranks, online, quiet)
     if online:
         live = open_online(config, device, ranks, quiet)
         return live.views, live.targets, live.notes
+    if not config.cache.path:
+        raise ConfigError(
+            f"cache.path is empty and loss.method {config.loss.method} reads a teacher's targets; set cache.path, run the "
+            "teacher with --online, or train a baseline with --set loss.method=none"
+        )
+    if baseline and not Path(config.cache.path).exists():
+        raise CacheError(
+            f"no cache at {config.cache.path}; make it with `cskd cache-teacher CONFIG`, or train the baseline without a "
+            "cache: --set cache.path="
+        )
     cache = open_cache(config.cache.path, data=Path(config.data.train) if config.data.train else None)
     refuse_conflicts(config, cache)
     refuse_other_code(cache)
@@ -288,6 +317,7 @@ def _open_views(
 
 def _parallel(run: _Run) -> torch.nn.Module:
     """The student as the loop calls it: compiled where asked for, its gradients averaged over ranks."""
+    run.student.freeze_unused(run.config.loss)
     net: torch.nn.Module = torch.compile(run.student) if run.config.train.compile else run.student  # type: ignore[assignment]
     if run.ranks.count == 1:
         return net
@@ -328,6 +358,10 @@ def _pools(run: _Run, seconds: dict[str, float], read_seconds: float) -> list[Po
     return [*pools, Pool(1, {"read": read_seconds})]
 
 
+def _arithmetic(run: _Run) -> str:
+    return arithmetic(run.config.train.autocast, run.device)
+
+
 def _mean_loss(losses: Tensor, counted: int) -> str:
     return f"{float(losses[0]) / counted:.3f}"
 
@@ -344,7 +378,9 @@ def render(report: TrainReport, console: Console) -> None:
     console.print(f"{escape(report.output)}: {did}", soft_wrap=True)
     if report.top1:
         console.print(
-            "top-1 %: " + "  ".join(f"{name} {top1:.2f}" for name, top1 in report.top1.items()), soft_wrap=True
+            f"top-1 % in {report.arithmetic}, score {report.score}: "
+            + "  ".join(f"{name} {top1:.2f}" for name, top1 in report.top1.items()),
+            soft_wrap=True,
         )
     if report.steps:
         console.print(escape(report.bound_by), soft_wrap=True)

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from cskd.config import Config, LossConfig, StudentConfig, TrainConfig
 from cskd.errors import StudentError
 from cskd.losses import DistillationLoss, HardTargets, MixedLabels
-from cskd.student import build_student
+from cskd.student import build_student, eval_heads
 from cskd.student.checkpoint import ResumeStates, TrainState, export, load_student
+from cskd.student.heads import HEADS
 from cskd.student.optim import Optimisation, reseed_step
 
 DEIT, PLAIN = "deit_tiny_distilled_patch16_224", "vit_tiny_patch16_224"
@@ -191,6 +192,15 @@ def test_an_optimiser_whose_state_is_no_numbers_is_refused(tmp_path):
 
 # --- the checkpoint ---
 
+# Losses that leave a head of a distilled student untrained: what timm's forward must give all the same.
+PARTLY = {
+    "baseline": (LossConfig("none"), "class"),
+    "labels and cells": (LossConfig("cskd-hard", alpha=0.0), "class"),
+    "teacher alone": (LossConfig("deit-hard", alpha=1.0), "distillation"),
+    "labels alone": (LossConfig("deit-hard", alpha=0.0), "class"),
+    "both heads": (LossConfig("none", baseline_head="mean"), "class+distillation"),
+}
+
 KINDS = {
     "distilled": (DEIT, TINY, 32),
     "plain": (PLAIN, TINY, 32),
@@ -251,6 +261,74 @@ def test_a_student_is_loaded_with_its_patch_logits(tmp_path, kind):
         assert (loaded.image_size, loaded.mean, facts["label_names"]) == (student.image_size, student.mean, NAMES)
         for a, b in zip(loaded(images, (2, 4)), original(images, (2, 4)), strict=True):
             assert (a is None and b is None) or torch.equal(a, b)
+
+
+def exported_by(tmp_path, loss, ema=0.9):
+    student, optimisation = start(ema=ema)
+    for one in (student, optimisation.averaged):
+        one.taught_by(loss)
+    advance((student, optimisation), 0, 2)
+    config = Config(student=StudentConfig(DEIT, TINY, drop_path=0.5), loss=loss, train=TrainConfig(ema=ema))
+    export(tmp_path / "run", student, optimisation, config, NAMES, step=2)
+    return tmp_path / "run", student.eval(), optimisation.averaged
+
+
+@pytest.mark.parametrize("kind", PARTLY)
+@torch.no_grad()
+def test_timm_computes_the_heads_that_were_trained_and_no_other(tmp_path, kind):
+    loss, score = PARTLY[kind]
+    folder, student, averaged = exported_by(tmp_path, loss)
+    facts = json.loads((folder / "config.json").read_text())["cskd"]["heads"]
+    assert (facts["score"], facts["trained"]) == (score, list(student.trained))
+    images = torch.randn(2, 3, *student.image_size)
+    kwargs = {"num_classes": 7, "img_size": 32, **TINY}
+    for name, original in (("model", averaged), ("model_last", student)):
+        want = eval_heads(original(images, (1, 1)), original.trained)[score]
+        vit = timm.create_model(DEIT, checkpoint_path=str(folder / f"{name}.safetensors"), **kwargs)
+        assert torch.equal(vit.eval()(images), want)
+        loaded, _ = load_student(folder / f"{name}.safetensors")
+        assert loaded.trained == student.trained
+        for own, other in zip(loaded(images, (2, 2)), original(images, (2, 2)), strict=True):
+            assert torch.equal(own, other)
+    by_folder = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert torch.equal(by_folder(images), eval_heads(averaged(images, (1, 1)), averaged.trained)[score])
+    warm = build_student(StudentConfig(DEIT, TINY, init=str(folder)), 7, 32).eval()
+    only = [
+        note for note in warm.notes if note.endswith(f"only the heads {' and '.join(student.trained)} were trained")
+    ]
+    assert len(only) == ("+" not in score)
+    for own, other in zip(warm(images, (2, 2)), averaged(images, (2, 2)), strict=True):
+        assert torch.equal(own, other)
+
+
+@pytest.mark.parametrize("heads", [{"times": {"head": 3.0}}, {"times": []}, {"trained": ["nose"]}, {"trained": []}, []])
+def test_heads_that_no_run_records_are_refused(tmp_path, heads):
+    folder, *_ = exported_by(tmp_path, LossConfig("none"))
+    facts = json.loads((folder / "config.json").read_text())
+    facts["cskd"]["heads"] = facts["cskd"]["heads"] | heads if heads else heads
+    (folder / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(StudentError, match=r"config\.json") as refusal:
+        load_student(folder)
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "trained"),
+    [
+        ("none", ("class", "distillation")),
+        ("deit-hard", ("class", "distillation")),
+        (None, HEADS),
+        ("cskd-soft", HEADS),
+    ],
+)
+def test_a_run_of_an_earlier_version_is_read_as_it_was_trained(tmp_path, method, trained):
+    folder, student, _ = exported(tmp_path)
+    facts = json.loads((folder / "config.json").read_text())
+    facts["cskd"] = {"method": method} if method else {}
+    (folder / "config.json").write_text(json.dumps(facts))
+    loaded, _ = load_student(folder / "model_last.safetensors")
+    assert loaded.trained == trained
+    assert torch.equal(loaded.backbone.head.weight, student.backbone.head.weight)
 
 
 def test_a_checkpoint_starts_another_student_at_another_resolution(tmp_path):

@@ -144,7 +144,13 @@ def test_what_a_damaged_unit_advises_brings_it_back_into_stage_1(tmp_path: Path,
 
 
 def test_usage_errors_exit_with_2(run: Any) -> None:
-    for argv in (["train"], ["nope"], ["train", "c.yaml", "--nope"], ["eval", "a", "b", "--batch", "0"]):
+    for argv in (
+        ["train"],
+        ["nope"],
+        ["train", "c.yaml", "--nope"],
+        ["eval", "a", "b", "--batch", "0"],
+        ["eval", "a", "b", "--autocast", "fp8"],
+    ):
         result = run(*argv)
         assert (result.code, result.out) == (2, "")
         assert "Usage" in result.err
@@ -161,7 +167,8 @@ def test_json_is_one_object_and_a_finished_run_still_says_its_top_1(made: Path, 
     shown = run("train", config, *sets).out
     assert f"{output}: finished before, nothing to do" in shown  # whole, unwrapped, its brackets no markup
     assert f"class {report['top1']['class']:.2f}" in shown
-    scores = json.loads(run("eval", output, made / "val", "--workers", 0, "--json").out)
+    scores = json.loads(run("eval", output, made / "val", "--workers", 0, "--autocast", "auto", "--json").out)
+    assert scores["arithmetic"] == report["arithmetic"]
     assert scores["heads"]["class"]["top1"] == pytest.approx(report["top1"]["class"])
 
 

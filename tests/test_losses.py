@@ -8,8 +8,16 @@ import torch
 from timm.data.mixup import mixup_target
 
 from cskd.config import LossConfig
-from cskd.errors import StudentError
-from cskd.losses import DistillationLoss, HardTargets, MixedLabels, SoftTargets, StudentOutput, label_loss
+from cskd.errors import ConfigError, StudentError
+from cskd.losses import (
+    DistillationLoss,
+    HardTargets,
+    MixedLabels,
+    SoftTargets,
+    StudentOutput,
+    label_loss,
+    trained_heads,
+)
 
 B, K, H, W = 4, 7, 2, 3
 METHODS = ["none", "deit-hard", "deit-soft", "cskd-hard", "cskd-soft"]
@@ -33,7 +41,7 @@ def one_hot(c):
     return np.eye(K)[c]
 
 
-def stated(x, method, reduction, distilled, alpha, weight, tau, smoothing):
+def stated(x, method, reduction, distilled, alpha, weight, tau, smoothing, baseline="class"):
     """The loss as the design states it; x holds float64 arrays."""
     cls, dist = x["cls"], x["dist"] if distilled else x["cls"]
 
@@ -42,7 +50,8 @@ def stated(x, method, reduction, distilled, alpha, weight, tau, smoothing):
 
     mixed = [l * smooth(a) + (1 - l) * smooth(b) for l, a, b in zip(x["lam"], x["label"], x["partner"], strict=True)]  # noqa: E741
     if method == "none":
-        return {"total": np.mean([cross_entropy(v, t) for v, t in zip((cls + dist) / 2, mixed, strict=True)])}
+        head = cls if baseline == "class" else (cls + dist) / 2
+        return {"total": np.mean([cross_entropy(v, t) for v, t in zip(head, mixed, strict=True)])}
     label = np.mean([cross_entropy(v, t) for v, t in zip(cls, mixed, strict=True)])
     cells = list(itertools.product(range(B), range(H), range(W)))
     blended = {(b, i, j): x["a"] * x["dense"][b, :, i, j] + (1 - x["a"]) * x["global"][b] for b, i, j in cells}
@@ -124,12 +133,40 @@ def test_the_label_term_is_timms_mixup_target():
     assert torch.allclose(got, want, rtol=1e-6)
 
 
-def test_without_distillation_both_tokens_learn(x):
-    leaves, output = output_of(x, distilled=True)
-    DistillationLoss(LossConfig("none"))(output, targets_of(x, "none", True)[0])[0].backward()
-    assert leaves["cls"].grad.abs().sum() > 0
-    assert torch.equal(leaves["cls"].grad, leaves["dist"].grad)
-    assert leaves["patch"].grad is None
+@pytest.mark.parametrize("distilled", [True, False])
+@pytest.mark.parametrize("baseline", ["class", "mean"])
+def test_a_baseline_trains_the_class_head_alone_and_both_heads_by_name(x, distilled, baseline):
+    """The authors' CSKDLoss and DeiT's DistillationLoss return the label term of the first output for 'none'."""
+    leaves, output = output_of(x, distilled)
+    config = LossConfig("none", baseline_head=baseline)
+    total, _ = DistillationLoss(config)(output, targets_of(x, "none", True)[0])
+    want = stated(x, "none", "paper", distilled, 0.5, 1.0, 1.0, 0.1, baseline)
+    assert total.item() == pytest.approx(want["total"], rel=1e-12)
+    total.backward()
+    learn = {name for name, leaf in leaves.items() if leaf.grad is not None and leaf.grad.any()}
+    assert learn == ({"cls", "dist"} if distilled and baseline == "mean" else {"cls"})
+    if "dist" in learn:
+        assert torch.equal(leaves["cls"].grad, leaves["dist"].grad)
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_the_heads_a_loss_trains_are_those_that_get_a_gradient(x, distilled, method, alpha, weight):
+    config = LossConfig(method, alpha=alpha, patch_weight=weight)
+    leaves, output = output_of(x, distilled)
+    DistillationLoss(config)(output, *targets_of(x, method, True))[0].backward()
+    name = {"class": "cls", "distillation": "dist", "patches": "patch"}
+    learn = {n for n, leaf in leaves.items() if leaf.grad is not None and leaf.grad.any()}
+    assert {name[head] for head in trained_heads(config, distilled)} == learn
+
+
+def test_a_key_of_the_baseline_is_refused_where_it_means_nothing():
+    with pytest.raises(
+        ConfigError, match=r"loss\.baseline_head is 'mean' and loss\.method cskd-hard, which does not read"
+    ):
+        LossConfig("cskd-hard", baseline_head="mean")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -173,15 +173,18 @@ def test_the_student_compiles_to_one_graph():
 
 
 @pytest.mark.parametrize("model", [DEIT, PLAIN])
-@pytest.mark.parametrize("method", ["none", "deit-hard", "cskd-hard"])
+@pytest.mark.parametrize("method", ["none", "none of both heads", "deit-hard", "cskd-hard"])
 def test_every_parameter_learns(model, method):
-    student, loss = build(model), DistillationLoss(LossConfig(method))
+    """But those of the distillation head, where the class head is trained alone."""
+    method, _, both = method.partition(" of ")
+    student, loss = build(model), DistillationLoss(LossConfig(method, baseline_head="mean" if both else "class"))
     output = student.train()(images(), (4, 4) if loss.uses_patches else None)
     label = torch.tensor([0, 1, 2])
     targets = HardTargets(label, torch.randint(7, (3, 4, 4)))
     loss(output, MixedLabels(label, label, torch.ones(3)), targets)[0].backward()
     idle = [n for n, p in student.named_parameters() if p.grad is None or not p.grad.any()]
-    assert idle == []
+    alone = model == DEIT and method == "none" and not both
+    assert idle == (["backbone.head_dist.weight", "backbone.head_dist.bias"] if alone else [])
 
 
 def test_averages_are_of_logits_and_labelled():
@@ -195,6 +198,26 @@ def test_averages_are_of_logits_and_labelled():
     assert set(plain) == {"class", "patches", "all"}
     torch.testing.assert_close(plain["all"], (cls + mean) / 2)
     assert set(eval_heads(StudentOutput(cls, dist))) == {"class", "distillation", "class+distillation"}
+
+
+@pytest.mark.parametrize(
+    ("trained", "names"),
+    [
+        (("class",), ["class", "distillation.untrained", "patches.untrained"]),
+        (("distillation",), ["class.untrained", "distillation", "patches.untrained"]),
+        (("class", "distillation"), ["class", "distillation", "patches.untrained", "class+distillation"]),
+        (("class", "patches"), ["class", "distillation.untrained", "patches", "class+patches"]),
+        (("distillation", "patches"), ["class.untrained", "distillation", "patches", "distillation+patches"]),
+        (("class", "distillation", "patches"), ["class", "distillation", "patches", "class+distillation", "all"]),
+    ],
+)
+def test_no_average_holds_a_head_that_was_not_trained(trained, names):
+    output = StudentOutput(torch.randn(2, 5), torch.randn(2, 5), torch.randn(2, 5, 3, 3))
+    heads, single = eval_heads(output, trained), eval_heads(output)
+    assert list(heads) == names
+    for name in names:
+        parts = trained if name == "all" else name.removesuffix(".untrained").split("+")
+        torch.testing.assert_close(heads[name], sum(single[part] for part in parts) / len(parts))
 
 
 # --- student.init ---

@@ -147,7 +147,9 @@ def _build(cls: type[Any], raw: dict[str, Any], prefix: str) -> Any:
             nearest = prefix + inside[0] if inside else near[0] if near else None
             hint = f"the nearest known one is '{nearest}'" if nearest else "expected one of " + ", ".join(known)
             raise ConfigError(f"unknown key '{prefix}{key}'; {hint}")
-    values = {key: _check(known[key], value, prefix + key) for key, value in raw.items()}
+    # A text with nothing after its key is empty, as in `--set cache.path=`; null stays what it is where it means something.
+    empty = {key: "" for key, value in raw.items() if value is None and known[key] is str}
+    values = {key: _check(known[key], value, prefix + key) for key, value in {**raw, **empty}.items()}
     return cls(**values)
 
 

@@ -158,7 +158,7 @@ class RecipeConfig:
 class CacheConfig:
     """Where the cache lies and what it holds."""
 
-    path: str = ""
+    path: str = ""  # empty: loss.method none trains from data.train alone, with no cache and no teacher
     views: int = 6
     codecs: list[str] = field(default_factory=lambda: ["envelope"])  # envelope, int8, topk10, topk:K
     max_quarantine: float = 0.001  # share of unreadable images that stops stage 1
@@ -198,6 +198,9 @@ class LossConfig:
     """The method: what the student is taught. Section 3 of the paper."""
 
     method: Method = "cskd-hard"
+    # What method none trains of a student with a distillation token: class, the class head alone, as DeiT's and the CSKD
+    # authors' baselines; mean, the mean of the logits of both heads, as timm outside distilled training.
+    baseline_head: Literal["class", "mean"] = "class"
     decay: Decay = "linear"  # of the blend of local and global teacher outputs
     alpha: float = 0.5  # share of the distillation token's term; 1 - alpha is the label's
     patch_weight: float = 1.0  # weight of the patch tokens' term
@@ -210,6 +213,11 @@ class LossConfig:
     def __post_init__(self) -> None:
         _need(0.0 <= self.alpha <= 1.0, "loss.alpha", self.alpha, "a share in [0, 1]")
         _need(self.patch_weight >= 0.0, "loss.patch_weight", self.patch_weight, "a weight >= 0")
+        if self.method != "none" and self.baseline_head != "class":
+            raise ConfigError(
+                f"loss.baseline_head is {self.baseline_head!r} and loss.method {self.method}, which does not read it; "
+                "leave it out, or set loss.method=none"
+            )
         _need(self.tau > 0, "loss.tau", self.tau, "a temperature above 0")
         _need(0.0 <= self.smoothing < 1.0, "loss.smoothing", self.smoothing, "a share in [0, 1)")
 
@@ -221,7 +229,9 @@ class TrainConfig:
     output: str = ""
     epochs: int = 300
     global_batch: int = 1024  # over all ranks; even per rank
-    views: int = 0  # use the first so many views of the cache; 0 = all, which must be finished
+    # Use the first so many views of the cache; 0 = all, which must be finished. Without a cache 0 = as many as the run
+    # needs, so that no view is used twice.
+    views: int = 0
     repeats: int = 1  # views of an image in one epoch (repeated augmentation); divides mix_group and views
     seed: int = 0
     opt: str = "adamw"  # any name of timm's optimiser factory

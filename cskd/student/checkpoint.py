@@ -22,6 +22,7 @@ from torch import nn
 import cskd
 from cskd.config import Config, StudentConfig
 from cskd.errors import ConfigError, StudentError
+from cskd.student.heads import export_factors, multiplied, recorded_factors, recorded_heads, score_head
 from cskd.student.model import Student, build_student
 from cskd.student.optim import Optimisation
 from cskd.student.resume import ResumeStates, TrainState, put_file
@@ -45,17 +46,20 @@ def export(
     """
     folder.mkdir(parents=True, exist_ok=True)
     averaged = optimisation.averaged
-    _put_weights(folder / MODEL, (averaged or student).backbone)
+    factors = export_factors(student.trained, student.distilled)
+    _put_weights(folder / MODEL, (averaged or student).backbone, factors)
     if averaged is None:
         (folder / MODEL_LAST).unlink(missing_ok=True)
     else:
-        _put_weights(folder / MODEL_LAST, student.backbone)
+        _put_weights(folder / MODEL_LAST, student.backbone, factors)
     facts = timm_config(student, classes, crop_pct=config.train.eval_crop_pct)
     facts["cskd"] = {
         "version": cskd.__version__,
         "timm": timm.__version__,
         "torch": torch.__version__,
         "method": config.loss.method,
+        # times: what exported layers were multiplied by, so that timm's forward gives the score alone; see heads.py
+        "heads": {"trained": list(student.trained), "score": score_head(student.trained), "times": factors},
         "weights": "live" if averaged is None else f"averaged, decay {config.train.ema}",
         "step": step,
         "image_size": list(student.image_size),
@@ -108,6 +112,7 @@ def load_student(path: Path) -> tuple[Student, dict[str, Any]]:
     try:
         facts: dict[str, Any] = parse_json(read_file(beside))
         config, classes, size = _described(facts)
+        undo = recorded_factors(facts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as e:
         raise StudentError(
             f"{beside} is not a run's config ({type(e).__name__}: {e}); restore it, or train into another folder"
@@ -121,7 +126,8 @@ def load_student(path: Path) -> tuple[Student, dict[str, Any]]:
         student = build_student(config, classes, size)
         tensors = load_file(weights)
         check_tensors(tensors.values())
-        student.backbone.load_state_dict(tensors)
+        student.trained = recorded_heads(facts, student.distilled)
+        student.backbone.load_state_dict(multiplied(tensors, undo))
     except StudentError:
         raise
     except Exception as e:  # whatever a damaged file makes the reader raise
@@ -157,6 +163,6 @@ def _described(facts: dict[str, Any]) -> tuple[StudentConfig, int, tuple[int, in
     )
 
 
-def _put_weights(path: Path, vit: nn.Module) -> None:
-    tensors = {k: v.detach().cpu().contiguous() for k, v in vit.state_dict().items()}
+def _put_weights(path: Path, vit: nn.Module, factors: dict[str, float]) -> None:
+    tensors = {k: v.detach().cpu().contiguous() for k, v in multiplied(vit.state_dict(), factors).items()}
     put_file(path, lambda temp: save_file(tensors, temp, {"format": "pt"}))

@@ -7,6 +7,7 @@ Source: arXiv 2307.08500, section 3; models/vision_transformer.py of the authors
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,9 +18,10 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from cskd.config.schema import StudentConfig
+from cskd.config.schema import LossConfig, StudentConfig
 from cskd.errors import StudentError
-from cskd.losses import StudentOutput
+from cskd.losses import StudentOutput, trained_heads
+from cskd.student.heads import HEADS, UNTRAINED, heads_of, shared_head_note, untrained_note
 from cskd.student.warm_start import start_from
 
 Grid = tuple[int, int]
@@ -69,6 +71,18 @@ class Student(nn.Module):
                 "which is not the mean of the single patches' logits"
             )
         self.notes = [self.note] if self.note else []
+        self.trained = heads_of(self.distilled)  # by the loss, see `taught_by`
+
+    def taught_by(self, loss: LossConfig) -> None:
+        """Have `trained` say which heads this loss trains, and `notes` which it does not."""
+        self.trained = trained_heads(loss, self.distilled)
+        notes = (note(loss, self.config.model, self.distilled) for note in (untrained_note, shared_head_note))
+        self.notes = [*self.notes, *filter(None, notes)]
+
+    def freeze_unused(self, loss: LossConfig) -> None:
+        """Ask for no gradient of a head that the loss does not read: DistributedDataParallel waits for each one asked for."""
+        if loss.method == "none" and self.distilled and "distillation" not in trained_heads(loss, self.distilled):
+            cast(nn.Module, self.backbone.head_dist).requires_grad_(False)
 
     def forward(self, images: Tensor, teacher_grid: Grid | None = None) -> StudentOutput:
         """Logits of every head.
@@ -132,21 +146,24 @@ def pool_tokens(tokens_BNC: Tensor, grid: Grid, teacher_grid: Grid) -> Tensor:
     return F.adaptive_avg_pool2d(maps, (h, w)).permute(0, 2, 3, 1)
 
 
-def eval_heads(output: StudentOutput) -> dict[str, Tensor]:
+def eval_heads(output: StudentOutput, trained: Collection[str] = HEADS) -> dict[str, Tensor]:
     """What inference can predict from, float32 [B, K] each; averages are of logits.
 
     'class', 'distillation' and 'patches' (mean over the cells) are the heads; 'class+distillation' is what timm's
     forward gives, 'all' averages the three, as the CSKD authors' code does. A plain ViT has no distillation head: its
-    'all' averages two. Without patch logits there is neither 'patches' nor 'all'.
+    'all' averages two. Without patch logits there is neither 'patches' nor 'all'. A head that is not in `trained` is called
+    so ('patches.untrained') and is part of no average: where two of three are left, their average has their names.
     """
     cls, dist, patch = output
-    heads = {"class": cls}
-    if dist is not None:
-        heads |= {"distillation": dist, "class+distillation": (cls + dist) / 2}
-    if patch is not None:
-        heads["patches"] = patch.mean((2, 3))
-        parts = [heads[name] for name in ("class", "distillation", "patches") if name in heads]
-        heads["all"] = sum(parts[1:], parts[0]) / len(parts)
+    found = {"class": cls, "distillation": dist, "patches": None if patch is None else patch.mean((2, 3))}
+    logits = {name: head for name, head in found.items() if head is not None}
+    heads = {name if name in trained else name + UNTRAINED: head for name, head in logits.items()}
+    parts = [name for name in logits if name in trained]
+    if dist is not None and parts[:2] == ["class", "distillation"]:
+        heads["class+distillation"] = (cls + dist) / 2
+    if "patches" in parts[1:]:
+        name = "all" if len(parts) == len(logits) else "+".join(parts)
+        heads[name] = sum((logits[part] for part in parts[1:]), logits[parts[0]]) / len(parts)
     return heads
 
 

@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor
 
 from cskd.errors import StudentError
+from cskd.student.heads import multiplied, recorded_factors, recorded_heads
 from cskd.untrusted import parse_json, read_file
 from cskd.weight_files import check_tensors, check_weight_file
 
@@ -33,6 +34,7 @@ def start_from(vit: VisionTransformer, path: Path) -> list[str]:
     state = _read(path, sum(t.nbytes for t in vit.state_dict().values()))
     own = vit.state_dict()
     notes: list[str] = []
+    state = _as_trained(path, state, notes)
     for token in PREFIX_TOKENS:
         if _shape(state, token) != _shape(own, token):
             raise StudentError(
@@ -83,6 +85,21 @@ def _read(path: Path, model_bytes: int) -> dict[str, Tensor]:
     except ValueError as e:
         raise StudentError(f"{path} holds {e}; expected the state dict of a ViT") from None
     return dict(state)
+
+
+def _as_trained(path: Path, state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    """The weights that a run of ours exported with factors, without them; see `cskd.student.heads`."""
+    beside = path.with_name("config.json")
+    if not beside.is_file():
+        return state
+    try:
+        facts = parse_json(read_file(beside))
+        undo = recorded_factors(facts)
+        if undo:
+            notes.append(f"of {path} only the heads {' and '.join(recorded_heads(facts, distilled=True))} were trained")
+        return multiplied(state, undo)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise StudentError(f"{beside} is not a timm config ({_line(e)}); mend it or move it away") from e
 
 
 def _grid_of(vit: VisionTransformer, path: Path, state: dict[str, Tensor], position: Tensor) -> tuple[int, int]:
