@@ -270,7 +270,10 @@ class InventoryWriter:
             )
         if pair := first_duplicate(made.key_hash):
             first, second = (f"'{made.key(i)}' in {made.shards[made.shard[i]].name}" for i in pair)
-            raise DataError(f"two samples have the same key: {first} and {second}; every key must occur once")
+            raise DataError(
+                f"two samples have the same key: {first} and {second}; keys must differ over all shards: "
+                "make them again with the name of the shard in front of each key"
+            )
 
     def _flush(self) -> None:
         if not self._rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from cskd.class_map import MAX_CLASSES
@@ -12,12 +12,11 @@ from cskd.packing.places import WHOLE, Place, place_size, read_place
 from cskd.packing.split_words import some
 
 
-def label_names(classes: Path | None, beside: Path, labels: Mapping[int, int]) -> tuple[list[str], list[str]]:
+def label_names(classes: Path | None, beside: Path, labels: Collection[int]) -> tuple[list[str], list[str]]:
     """Names for the labels of shards, and notes: from a class file, else the file `beside` them, else '0', '1', ...
 
-    Args:    labels: label -> number of samples.
-    Raises:  DataError when there are fewer names than labels, a label without names that no codec can hold, or one label
-             only and nothing that says there are more classes.
+    Args:    labels: those that occur.
+    Raises:  DataError when there are fewer names than labels, or a label without names that no codec can hold.
     """
     largest = max(labels)
     notes = ["no sample has the label 0: labels count from 0, are these 1 to the number of classes?"] * (
@@ -32,11 +31,6 @@ def label_names(classes: Path | None, beside: Path, labels: Mapping[int, int]) -
             raise DataError(
                 f"the largest label is {largest}, expected one below {MAX_CLASSES}; mend the labels of the shards"
             )
-        if len(labels) == 1:
-            raise DataError(
-                f"all {labels[largest]} sample(s) have the label {largest}, expected two classes or more; mend the labels, "
-                "or, for a part of the classes, give a file of all their names with --classes"
-            )
         return [str(label) for label in range(largest + 1)], [*notes, "no class names given: named by their numbers"]
     names = class_file(origin)
     if largest >= len(names):
@@ -44,6 +38,16 @@ def label_names(classes: Path | None, beside: Path, labels: Mapping[int, int]) -
             f"{origin} has {len(names)} names, but label {largest} occurs; give the right file with --classes"
         )
     return names, notes
+
+
+def check_labels(labels: Mapping[int, int], named: bool) -> None:
+    """DataError where all samples of shards have one label (label -> samples) and no names say that there are more."""
+    if len(labels) == 1 and not named:
+        [(label, count)] = labels.items()
+        raise DataError(
+            f"all {count} sample(s) have the label {label}, expected two classes or more; mend the labels, "
+            "or, for a part of the classes, give a file of all their names with --classes"
+        )
 
 
 def classes_held(names: Sequence[str], labels: Iterable[int]) -> list[str]:

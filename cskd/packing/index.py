@@ -11,7 +11,7 @@ import google_crc32c
 
 from cskd.errors import DataError
 from cskd.inventory import Inventory, Sample, ShardFile, new_inventory, publish_inventory
-from cskd.packing.class_names import classes_held, label_names
+from cskd.packing.class_names import check_labels, classes_held, label_names
 from cskd.packing.layout import check_keys
 from cskd.packing.names import CLASSES_FILE
 from cskd.packing.places import Place, read_place
@@ -77,6 +77,7 @@ def index(
                 notes += incomplete.notes("samples without image or label")
             files = [ShardFile(path.relative_to(data).as_posix(), path.stat().st_size) for path in paths]
             writer.finish(names, files, block, made, notes)
+            check_labels(labels, named=classes is not None or (data / CLASSES_FILE).is_file())
             return publish_inventory(writer.folder, data)
     except FileExistsError as e:
         raise DataError(f"{e.filename} is a file, expected a folder; give another one") from e

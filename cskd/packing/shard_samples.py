@@ -62,12 +62,12 @@ def why_no_shard(tar: Path, shown: Path) -> str:
                     f"{shown} holds folders of images ({name}), not samples with labels; give it alone to 'cskd pack'"
                 )
             rest = sorted(parts.keys() - {images[0]})
+            has = f"it has .{', .'.join(rest[:4])}" if rest else "there is nothing else of that name"
             if "json" in parts and (facts := _json(file, parts["json"])):
-                rest = [f'a .json of {some(facts)} without a "label"']
-            has = f"it has {some(rest)}" if rest else "there is nothing else of that name"
+                has = f'its .json has {some(facts)}, no "label"'
             return (
                 f"sample '{key}' in {shown} has no class label ({has}); add {key}.cls with a number from 0, or "
-                '"label" in its .json, or sort the images into class folders'
+                '"label" to its .json, or sort the images into class folders'
             )
     return f"{shown} holds no samples; expected images with .cls or .json labels"
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from cskd.errors import DataError
 from cskd.inventory import first_duplicate
-from cskd.packing.class_names import class_file, label_names, read_classes
+from cskd.packing.class_names import check_labels, class_file, label_names, read_classes
 from cskd.packing.layout import Tree, check_keys, check_tree, class_prefix
 from cskd.packing.names import (
     CLASSES_FILE,
@@ -155,7 +155,7 @@ def open_source(
     if not src.exists():
         raise DataError(f"nothing at {src}; expected a folder of class folders, a tar of one, or webdataset shards")
     if src.is_dir():
-        listing = _list_folder(src, rest, progress, split if split and (src / split).is_dir() else None)
+        listing = _list_folder(src, rest, progress, split if _is_below(src, split) else None)
     else:
         tar = decompressed(src, work, max_spool)
         if is_shard(tar, src):
@@ -172,8 +172,14 @@ def open_source(
 
 
 def _holds_shards(src: Path, split: str | None) -> bool:
-    tars = sorted(src.glob("*.tar")) or (sorted((src / split).glob("*.tar")) if split else [])
+    tars = sorted(src.glob("*.tar"))
+    if not tars and split and _is_below(src, split):
+        tars = sorted((src / split).glob("*.tar"))
     return any(is_shard(tar, tar) for tar in tars[:1])
+
+
+def _is_below(src: Path, split: str | None) -> bool:
+    return bool(split) and split == Path(str(split)).name and (src / str(split)).is_dir()
 
 
 def _all_shards(src: Path, classes: Path | None, split: str | None, progress: Progress | None) -> Source:
@@ -335,9 +341,10 @@ def _shard_source(
         if progress:
             progress(len(listing), 0)
     check_keys(keys.folders, split, len(listing), shown)
-    names, notes = label_names(classes, beside, Counter(listing.label))
-    notes += empty.notes("shards without samples")
-    return Source(listing, names, None, _key_hashes(listing), notes)
+    hashes, labels = _key_hashes(listing), Counter(listing.label)
+    names, notes = label_names(classes, beside, labels)
+    check_labels(labels, named=classes is not None or beside.is_file())
+    return Source(listing, names, None, hashes, notes + empty.notes("shards without samples"))
 
 
 def _key_hashes(listing: Listing) -> U64:
