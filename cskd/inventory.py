@@ -333,7 +333,9 @@ def publish_inventory(partial: Path, data: Path) -> Inventory:
         old, new = open_inventory(final), open_inventory(partial)
         if old.id != new.id or old.classes != new.classes:
             what = f"the inventory {old.id[:12]}" if old.id != new.id else "an inventory with other class names"
-            raise DataError(f"{data} holds {what} already; delete {final} first if it may go")
+            raise DataError(
+                f"{data} holds {what} already; delete {final} first if it may go, or give these shards a folder of their own"
+            )
         old.notes = [*new.notes, "this inventory was here already: nothing was written"]
         return old
     shutil.rmtree(final, ignore_errors=True)  # without a header it is nobody's

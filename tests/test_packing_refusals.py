@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from cskd.errors import DataError
+from cskd.packing.index import index
 from cskd.packing.names import parse_classes
 from cskd.packing.pack import pack
-from tests.data_sources import FILES, folder, tar
+from tests.data_sources import FILES, folder, shard, tar
 
 
 def link_member(path: Path) -> Path:
@@ -146,3 +147,65 @@ def test_a_damaged_or_joined_tar_is_refused(tmp_path: Path, at: int) -> None:
     path.write_bytes(whole + whole)
     with pytest.raises(DataError, match="goes on after its end-of-archive mark"):
         pack(path, tmp_path / "out")
+
+
+WRONG: dict[str, tuple[dict[str, dict[str, bytes]], str]] = {
+    "compressed": ({"0.tar.gz": {}, "1.tar.gz": {}}, r"2 compressed .*0.tar.gz for one; .*gunzip"),
+    "compressed in part": ({"0.tar": shard("a", "b"), "1.tar.gz": {}}, r"1 compressed .*1.tar.gz for one; .*gunzip"),
+    "label as text": (
+        {"0.tar": {"0.jpg": b"", "0.json": b'{"label": "3"}'}},
+        "sample '0' in .*0.tar has the label '3' as text in its .json, expected a number from 0; write the shards again",
+    ),
+    "no label": (
+        {"0.tar": {"0.jpg": b"", "0.json": b'{"caption": "c", "url": "u"}'}},
+        """sample '0' in .*0.tar has no class label .its .json has caption, url, no "label".; add 0.cls""",
+    ),
+    "captions": (
+        {"0.tar": {"0.jpg": b"", "0.txt": b"a cat"}},
+        r"sample '0' in .* has no class label .it has .txt.; add",
+    ),
+    "tars of classes": (
+        {"n01.tar": {"n01_1.jpg": b""}, "n02.tar": {"n02_1.jpg": b""}},
+        "'n01_1' in .* has no class label",
+    ),
+    "tars of class folders": (
+        {"train.tar": {"a/0.jpg": b"", "b/1.jpg": b""}},
+        "holds folders of images .*give it alone",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(WRONG))
+def test_tars_that_are_no_shards_are_named_for_what_they_are(tmp_path: Path, case: str) -> None:
+    what, message = WRONG[case]
+    for name, members in what.items():
+        (tmp_path / "src").mkdir(exist_ok=True)
+        tar(tmp_path / "src" / name, members, "w:gz" if name.endswith("gz") else "w")
+    with pytest.raises(DataError, match=message) as caught:
+        pack(tmp_path / "src", tmp_path / "out")
+    assert len(str(caught.value).replace(str(tmp_path), "")) <= 300
+    if case.startswith("compressed"):
+        with pytest.raises(DataError, match=message):
+            index(tmp_path / "src")
+
+
+def test_single_files_are_named_for_what_they_are(tmp_path: Path) -> None:
+    classes = {f"n0{i}.tar": tar(tmp_path / "x.tar", {"a.jpg": b""}).read_bytes() for i in range(2)}
+    for name, data, message in (
+        (
+            "train.tar",
+            tar(tmp_path / "y.tar", classes).read_bytes(),
+            "is a tar of 2 .*n00.tar for one, .* each one class",
+        ),
+        ("both.tar", tar(tmp_path / "z.tar", {"train.tar": b"", "val.tar": b""}).read_bytes(), "each its own split"),
+        ("x.zip", b"PK\3\4" + bytes(600), "x.zip is a zip, not a tar; unpack it"),
+        ("x.parquet", b"PAR1" + bytes(600), "x.parquet is a parquet file, not a tar; write its images"),
+        ("flat.tar", tar(tmp_path / "f.tar", {"0.jpg": b"", "0.json": b"{}"}).read_bytes(), "'0' in .* no class label"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(DataError, match=message):
+            pack(tmp_path / name, tmp_path / "out")
+    (tmp_path / "gz").mkdir()
+    tar(tmp_path / "gz" / "0.tar", shard("a", "b"), "w:gz")
+    with pytest.raises(DataError, match=r"0.tar is compressed with gzip, not a tar; decompress it first \(gunzip\)"):
+        index(tmp_path / "gz")
