@@ -44,6 +44,10 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config;
 CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="Folder made by cskd cache-teacher.")]
 Data = Annotated[Path | None, typer.Option("--data", help="Folder of the image shards, where they have moved.")]
 
+Split = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Only that split of a source that holds several: train, val, ...")
+]
+
 
 @app.callback(invoke_without_command=True)
 def options(
@@ -79,12 +83,13 @@ def pack(
     short_side: Annotated[
         int | None, typer.Option(min=1, help="Re-encode images whose short side is larger, pixels.")
     ] = None,
+    split: Split = None,
     json_: Json = False,
 ) -> None:
     """A folder of class folders (or a tar of one) to shuffled webdataset shards with an inventory."""
     from pipeline.packing import pack_data, render
 
-    report = pack_data(src, out, classes, seed, shard_size, block, limit, short_side, quiet=json_)
+    report = pack_data(src, out, classes, seed, shard_size, block, limit, short_side, split, quiet=json_)
     _print(report, json_, render)
 
 
@@ -93,12 +98,13 @@ def index(
     shards: Annotated[Path, typer.Argument(help="Folder of webdataset shards.")],
     classes: Annotated[Path | None, typer.Option(help="Class names in label order, one a line.")] = None,
     block: Annotated[int, typer.Option(min=1, help="Images a block of whole shards: the unit of the cache.")] = 8192,
+    split: Split = None,
     json_: Json = False,
 ) -> None:
     """The inventory of existing webdataset shards, which stay as they are."""
     from pipeline.packing import index_data, render
 
-    _print(index_data(shards, classes, block, quiet=json_), json_, render)
+    _print(index_data(shards, classes, block, split, quiet=json_), json_, render)
 
 
 @app.command(name="cache-teacher")

@@ -57,7 +57,7 @@ def pax(records: dict[bytes, bytes], kind: bytes = b"x") -> bytes:
 
 def tar_cases() -> list[Case]:
     one, end = picture("PNG"), bytes(2 * BLOCK)
-    good = member(b"a/0.png", one) + member(b"a/0.cls", b"0")
+    good = member(b"z/0.png", one) + member(b"z/0.cls", b"1") + member(b"a/0.png", one) + member(b"a/0.cls", b"0")
     odd: dict[str, bytes] = {
         "an absolute name": member(b"/etc/canary.png", one),
         "a name with ..": member(b"a/../../canary.png", one),
@@ -110,8 +110,8 @@ def tar_cases() -> list[Case]:
     of_json = lambda text: good + member(b"a/1.png", one) + member(b"a/1.json", text) + end  # noqa: E731
     shards = {
         "a key twice": good + good + end,
-        "two images of one key": member(b"a/0.jpg", one) + good + end,
-        "one name in two cases": member(b"a/0.PNG", one) + good + end,
+        "two images of one key": good + member(b"a/0.jpg", one) + end,
+        "one name in two cases": good + member(b"a/0.PNG", one) + end,
         "no label": member(b"a/0.png", one) + end,
         "no image": member(b"a/0.cls", b"0") + end,
         "a label of 10,000 digits": label(b"9" * 10_000),
@@ -131,9 +131,9 @@ def tar_cases() -> list[Case]:
     cases += [_tar(f"index: shard with {name}", data, shard=True) for name, data in shards.items()]
     programs = b"\x80\x04cos\nsystem\n."
     ignored = good + member(b"a/0.pyd", programs) + member(b"a/0.pickle", programs) + member(b"a/0.pth", programs) + end
-    cases.append(_tar("index: shard with pickles beside its images", ignored, shard=True, count=1))
-    cases.append(_tar("pack: shard with pickles beside its images", ignored, count=1))
-    many = b"".join(member(b"a/%06d.png" % i, one) for i in range(20)) + member(b"a/bad.png", b"no image") + end
+    cases.append(_tar("index: shard with pickles beside its images", ignored, shard=True, count=2))
+    cases.append(_tar("pack: shard with pickles beside its images", ignored, count=2))
+    many = b"".join(member(b"a/%06d.png" % i, one) for i in range(20)) + member(b"b/bad.png", b"no image") + end
     cases.append(_tar("pack: tar with an image that is none", many, count=21))
     return cases
 
@@ -245,8 +245,9 @@ def folder_cases() -> list[Case]:
 
     def many_large(work: Path) -> None:
         first = sparse(work / "src" / "a" / "0.png", 100_000_000, one)
+        (work / "src" / "b").mkdir()
         for i in range(1, 30):
-            os.link(first, work / "src" / "a" / f"{i}.png")
+            os.link(first, work / "src" / "ab"[i % 2] / f"{i}.png")
 
     def read_all(work: Path) -> None:
         source = open_source(work / "src", None, work, 0, None)

@@ -112,7 +112,7 @@ def make_kinds(base: Base) -> dict[str, Kind]:
     png = pictures[0]
     tree = tar({f"train/{c}/{i}.png": png for c in "ab" for i in range(3)})
     shard = tar({f"{i:04d}.{x}": d for i in range(4) for x, d in (("png", png), ("cls", b"%d" % (i % 2)))})
-    labels = tar({f"{i}.{x}": d for i in range(3) for x, d in (("png", png), ("json", b'{"label": 1, "a": [1]}'))})
+    labels = tar({f"{i}.{x}": d for i in range(3) for x, d in (("png", png), ("json", b'{"label": %d, "a": [1]}' % i))})
     tensors = {"fc.weight": np.ones((5, 8), np.float32)}
     pickled, legacy = io.BytesIO(), io.BytesIO()
     torch.save({"state_dict": {"fc.weight": torch.ones(5, 8)}}, pickled)

@@ -270,7 +270,10 @@ class InventoryWriter:
             )
         if pair := first_duplicate(made.key_hash):
             first, second = (f"'{made.key(i)}' in {made.shards[made.shard[i]].name}" for i in pair)
-            raise DataError(f"two samples have the same key: {first} and {second}; every key must occur once")
+            raise DataError(
+                f"two samples have the same key: {first} and {second}; keys must differ over all shards: "
+                "make them again with the name of the shard in front of each key"
+            )
 
     def _flush(self) -> None:
         if not self._rows:
@@ -330,7 +333,9 @@ def publish_inventory(partial: Path, data: Path) -> Inventory:
         old, new = open_inventory(final), open_inventory(partial)
         if old.id != new.id or old.classes != new.classes:
             what = f"the inventory {old.id[:12]}" if old.id != new.id else "an inventory with other class names"
-            raise DataError(f"{data} holds {what} already; delete {final} first if it may go")
+            raise DataError(
+                f"{data} holds {what} already; delete {final} first if it may go, or give these shards a folder of their own"
+            )
         old.notes = [*new.notes, "this inventory was here already: nothing was written"]
         return old
     shutil.rmtree(final, ignore_errors=True)  # without a header it is nobody's

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
@@ -14,7 +15,7 @@ from cskd.inventory import Inventory
 from cskd.packing.index import index
 from cskd.packing.pack import pack
 from cskd.untrusted import printable
-from pipeline.progress import Progress
+from pipeline.progress import Progress, say
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class PackReport:
     inventory: str
     samples: int
     classes: int
+    classes_with_images: int
     shards: int
     blocks: int
     bytes: int
@@ -41,12 +43,22 @@ def pack_data(
     block: int = 8192,
     limit: int | None = None,
     short_side: int | None = None,
+    split: str | None = None,
     quiet: bool = False,
 ) -> PackReport:
     """`cskd.packing.pack.pack` with progress; arguments as there."""
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        shown = stack.enter_context(Progress("list", 0, quiet=quiet))
 
-    def make(progress: Callable[[int, int], None]) -> Inventory:
-        return pack(
+        def show(done: int, total: int) -> None:
+            nonlocal shown
+            if total and shown.what == "list":
+                stack.close()
+                shown = stack.enter_context(Progress("pack", total, quiet=quiet))
+            shown.update(done)
+
+        inventory = pack(
             src,
             out,
             classes=classes,
@@ -55,22 +67,34 @@ def pack_data(
             block=block,
             limit=limit,
             short_side=short_side,
-            progress=progress,
+            split=split,
+            progress=show,
+            tell=lambda notes: say(notes, quiet),
         )
+    return _report(inventory, start)
 
-    return _run("pack", make, out, quiet)
 
-
-def index_data(shards: Path, classes: Path | None = None, block: int = 8192, quiet: bool = False) -> PackReport:
+def index_data(
+    shards: Path, classes: Path | None = None, block: int = 8192, split: str | None = None, quiet: bool = False
+) -> PackReport:
     """`cskd.packing.index.index` with progress; arguments as there."""
-    return _run("index", lambda p: index(shards, classes=classes, block=block, progress=p), shards, quiet)
+    start = time.perf_counter()
+    with Progress("index", 0, quiet=quiet) as shown:
+
+        def show(images: int, done: int, total: int) -> None:
+            shown.update(images, shards=f"{done} of {total}")
+
+        inventory = index(shards, classes=classes, block=block, split=split, progress=show)
+    return _report(inventory, start)
 
 
 def render(report: PackReport, console: Console) -> None:
     """The report for people."""
     rate = report.samples / report.seconds if report.seconds else 0.0
+    held, classes = report.classes_with_images, report.classes
     console.print(
-        f"{escape(printable(report.folder))}: {report.samples:,} images of {report.classes} classes in {report.shards} shards "
+        f"{escape(printable(report.folder))}: {report.samples:,} images of "
+        f"{classes if held == classes else f'{held} of {classes}'} classes in {report.shards} shards "
         f"({report.blocks} blocks, {report.bytes / 1e6:.1f} MB), {report.seconds:.1f} s ({rate:,.0f} images/s)",
         soft_wrap=True,
     )
@@ -79,20 +103,13 @@ def render(report: PackReport, console: Console) -> None:
         console.print(escape(printable(note)), soft_wrap=True)
 
 
-def _run(what: str, make: Callable[[Callable[[int, int], None]], Inventory], folder: Path, quiet: bool) -> PackReport:
-    start = time.perf_counter()
-    with Progress(what, 0, quiet=quiet) as progress:
-
-        def show(done: int, total: int) -> None:
-            progress.total = total
-            progress.update(done)
-
-        inventory = make(show)
+def _report(inventory: Inventory, start: float) -> PackReport:
     return PackReport(
-        folder=str(folder),
+        folder=str(inventory.root),
         inventory=inventory.id,
         samples=len(inventory),
         classes=len(inventory.classes),
+        classes_with_images=len(np.unique(inventory.label)),
         shards=len(inventory.shards),
         blocks=len(inventory.blocks) - 1,
         bytes=sum(shard.bytes for shard in inventory.shards),

@@ -28,7 +28,7 @@ class Progress:
         with Progress("train", total=50_000, unit="images", start=1_024) as progress:
             progress.update(2_048, loss=lambda: f"{loss.item():.3f}")
 
-    Args:    what, the name of the work; total in `unit`s; start, where a resumed run goes on (not counted in the rate);
+    Args:    what, the name of the work; total in `unit`s, 0 where nobody knows it; start, where a resumed run goes on (not counted in the rate);
              quiet, show nothing; every, seconds before the first plain line; console and clock, for tests.
     A field is text, or a function called only when the line is shown, so that a value on a device is rarely waited for.
     """
@@ -62,7 +62,7 @@ class Progress:
             name = TextColumn("{task.description}", markup=False)
             self._bar = RichProgress(name, BarColumn(20), line, console=self._console, auto_refresh=False)
             self._bar.start()
-            self._bar.add_task(self.what, total=self.total, completed=self.start, line="")
+            self._bar.add_task(self.what, total=self.total or None, completed=self.start, line="")
             self._bar.refresh()
         return self
 
@@ -100,10 +100,8 @@ class Progress:
 
     def _line(self, now: float, done: int, fields: Mapping[str, Field]) -> str:
         seconds, made = now - self._recent[0][0], done - self._recent[0][1]
-        parts = [
-            f"{done:,} of {self.total:,} {self.unit} ({done / max(1, self.total):.0%})",
-            _rate(made, seconds, self.unit),
-        ]
+        whole = f" of {self.total:,} {self.unit} ({done / self.total:.0%})" if self.total else f" {self.unit}"
+        parts = [f"{done:,}{whole}", _rate(made, seconds, self.unit)]
         if made > 0 and done < self.total:
             parts.append(f"{duration((self.total - done) * seconds / made)} left")
         parts += [f"{name} {value if isinstance(value, str) else value()}" for name, value in fields.items()]

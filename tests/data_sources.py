@@ -34,6 +34,15 @@ def tar(path: Path, files: dict[str, bytes], mode: str = "w", **options: Any) ->
     return path
 
 
+def shard(*keys: str) -> dict[str, bytes]:
+    """Files of a shard: an image of each key, labels 0 and 1 in turn."""
+    return {
+        f"{key}.{x}": data
+        for n, key in enumerate(keys)
+        for x, data in (("jpg", key.encode()), ("cls", b"%d" % (n % 2)))
+    }
+
+
 def contents(inventory: Inventory) -> dict[str, tuple[str, bytes]]:
     """key -> (class, bytes), read by the inventory."""
     reader = ShardReader(inventory)

@@ -27,13 +27,13 @@ def test_index_gives_the_id_of_pack_and_changes_no_shard(tmp_path: Path, source:
     made = pack(source, tmp_path / "out", **SMALL)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.tar")}
     shutil.rmtree(tmp_path / "out" / "inventory")
-    calls: list[tuple[int, int]] = []
-    again = index(tmp_path / "out", block=8, progress=lambda done, total: calls.append((done, total)))
+    calls: list[tuple[int, int, int]] = []
+    again = index(tmp_path / "out", block=8, progress=lambda *done: calls.append(done))
     assert (again.id, again.classes) == (made.id, made.classes)
     for name in ("offset", "size", "shard", "crc32c", "label", "key_hash"):
         np.testing.assert_array_equal(getattr(again, name), getattr(made, name))
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.tar")} == before
-    assert calls == [(i, 7) for i in range(1, 8)]
+    assert calls == [(min(4 * i, 27), i, 7) for i in range(1, 8)], "images, shards, all shards"
     assert "nothing was written" in index(tmp_path / "out" / "shard-{000000..000006}.tar", block=8).notes[-1]
     with pytest.raises(DataError, match=r"holds the inventory .* already"):
         index(tmp_path / "out" / "shard-00000[012].tar", block=8)
@@ -80,11 +80,14 @@ BAD_SHARDS: dict[str, tuple[dict[str, bytes], str]] = {
     "no image": ({"a/9.cls": b"1", **shard_files()}, r"sample 'a/9' in .*x.tar has no image \(it has cls\)"),
     "json without": ({"a/9.jpg": b"", "a/9.json": b'{"x": 1}'}, "sample 'a/9' in .* has no label"),
     "no number": ({"a/9.jpg": b"", "a/9.cls": b"cat"}, "has the label b'cat', expected a number from 0"),
-    "negative": ({"a/9.jpg": b"", "a/9.json": b'{"label": -1}'}, "has the label -1 in its .json"),
-    "text": ({"a/9.jpg": b"", "a/9.json": b'{"label": true}'}, "has the label True in its .json"),
+    "negative": ({"a/9.jpg": b"", "a/9.json": b'{"label": -1}'}, "has the label '-1' in its .json"),
+    "text": ({"a/9.jpg": b"", "a/9.json": b'{"label": true}'}, "has the label 'True' in its .json"),
     "no json": ({"a/9.jpg": b"", "a/9.json": b"["}, "a/9.json in .* is no JSON object"),
     "two images": ({"a/9.jpg": b"", "a/9.png": b"", "a/9.cls": b"1"}, "two images, .jpg and .png"),
-    "apart": ({"a/8.jpg": b"", "a/9.jpg": b"", "a/8.cls": b"1", "a/9.cls": b"1"}, "'a/8' in .* has no label"),
+    "apart": (
+        {"a/8.jpg": b"", "a/9.jpg": b"", "a/8.cls": b"1", "a/9.cls": b"1"},
+        "files of sample 'a/8' in .* are not next to each other; make the shard again",
+    ),
     "one name": ({"a/9.jpg": b"", "a/9.JPG": b"", "a/9.cls": b"1"}, "a/9.jpg and a/9.JPG, which are one name"),
 }
 

@@ -98,7 +98,12 @@ def test_images_come_in_that_order_whatever_the_workers(
 def test_limit_takes_the_first_of_the_shuffled(tmp_path: Path, source: Path) -> None:
     whole, part = pack(source, tmp_path / "a"), pack(source, tmp_path / "b", limit=5)
     assert [part.key(i) for i in range(part.n)] == [whole.key(i) for i in range(5)]
-    assert part.notes == ["5 of 27 images taken, as limited"]
+    assert part.classes == whole.classes == ["ant", "bee", "cat"]
+    assert {part.key(i)[:3] for i in range(5)} == {"bee", "cat"}
+    assert part.notes == [
+        "5 of 27 images taken, as limited; labels stay those of all 3 classes",
+        "2 of 3 classes have images; none: ant",
+    ]
     assert "nothing was written" in pack(source, tmp_path / "b", limit=5).notes[-1]
 
 
@@ -133,7 +138,7 @@ def test_a_class_file_fixes_the_labels_given_or_found_at_the_top(tmp_path: Path,
     for inventory in (own, given):
         assert inventory.classes == ["zebra", "cat", "bee", "yak", "ant"]
         assert contents(inventory) == EXPECTED
-        assert "3 of 5 classes have images" in inventory.notes
+        assert "3 of 5 classes have images; none: zebra, yak" in inventory.notes
     assert own.notes[0] == f"class order from {place} of own.tar"
     assert own.id == given.id
 
@@ -145,7 +150,7 @@ def test_other_files_are_counted_and_shown(tmp_path: Path, source: Path) -> None
     )
     inventory = pack(source, tmp_path / "out")
     assert contents(inventory) == EXPECTED
-    assert inventory.notes == ["5 other files passed over: .git ..."]
+    assert inventory.notes == ["5 other files passed over (2 hidden, 1 .md, 1 .txt, 1 without extension): .git ..."]
 
 
 def test_links_in_folders_are_followed(tmp_path: Path, source: Path) -> None:

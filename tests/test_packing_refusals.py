@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from cskd.errors import DataError
+from cskd.packing.index import index
 from cskd.packing.names import parse_classes
 from cskd.packing.pack import pack
-from tests.data_sources import FILES, folder, tar
+from tests.data_sources import FILES, folder, shard, tar
 
 
 def link_member(path: Path) -> Path:
@@ -37,23 +38,26 @@ def broken_link(root: Path) -> Path:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "nothing": (lambda p: folder(p, {"a/readme": b""}), "holds no images in class folders .1 other files."),
+    "nothing": (
+        lambda p: folder(p, {"a/readme": b""}),
+        r"holds no images in class folders \(1 other file\(s\): 1 without extension\)",
+    ),
     "no class folder": (lambda p: folder(p, {"x.jpg": b"", "a/y.jpg": b""}), r"x.jpg in .* is in no class folder"),
     "one key, two files": (
-        lambda p: folder(p, {"a/x.jpg": b"", "a/x.PNG": b""}),
+        lambda p: folder(p, {"a/x.jpg": b"", "a/x.PNG": b"", "b/y.jpg": b""}),
         r"a/x.PNG in .* and a/x.jpg in .*'a/x'",
     ),
     "dots collide": (
-        lambda p: folder(p, {"a/x.1.jpg": b"", "a/x_1.jpg": b""}),
+        lambda p: folder(p, {"a/x.1.jpg": b"", "a/x_1.jpg": b"", "b/y.jpg": b""}),
         r"a/x.1.jpg in .* and a/x_1.jpg in .*'a/x_1'",
     ),
     "twice in a tar": (
-        lambda p: tar(p, {"a/x.jpg": b"", "./a/x.jpg": b""}),
+        lambda p: tar(p, {"a/x.jpg": b"", "./a/x.jpg": b"", "b/y.jpg": b""}),
         r"a/x.jpg in .* and a/x.jpg in .*same key",
     ),
     "train and val": (
         lambda p: tar(p, {"train/a/x.jpg": b"", "val/a/y.jpg": b""}),
-        "'a' is in two places.*train/a and val/a",
+        "holds the splits train, val; pick one with --split train$",
     ),
     "nested": (lambda p: folder(p, {"a/x.jpg": b"", "a/b/y.jpg": b""}), "a holds images and so does a/b inside it"),
     "link in a tar": (link_member, "'a/x.jpg' in .* is a link"),
@@ -119,7 +123,7 @@ def test_a_decompressed_copy_is_bounded(tmp_path: Path) -> None:
 
 
 def test_no_cut_of_a_tar_goes_unnoticed(tmp_path: Path) -> None:
-    whole = tar(tmp_path / "whole.tar", dict(list(FILES.items())[:3])).read_bytes()
+    whole = tar(tmp_path / "whole.tar", dict(list(FILES.items())[7:10])).read_bytes()
     end = len(whole.rstrip(b"\0"))
     end += -end % 512  # the end-of-archive mark begins here
     for length in range(0, end + 1, 256):
@@ -127,7 +131,7 @@ def test_no_cut_of_a_tar_goes_unnoticed(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"cut\.tar"):
             pack(tmp_path / "cut.tar", tmp_path / "out")
     (tmp_path / "cut.tar").write_bytes(whole[:515])
-    with pytest.raises(DataError, match=r"was cut off inside 'ant/ant_00.JPEG'"):
+    with pytest.raises(DataError, match=r"was cut off inside 'ant/ant_07.JPEG'"):
         pack(tmp_path / "cut.tar", tmp_path / "out")
     (tmp_path / "cut.tar").write_bytes(whole[: end + 512])
     assert pack(tmp_path / "cut.tar", tmp_path / "out").n == 3
@@ -143,3 +147,65 @@ def test_a_damaged_or_joined_tar_is_refused(tmp_path: Path, at: int) -> None:
     path.write_bytes(whole + whole)
     with pytest.raises(DataError, match="goes on after its end-of-archive mark"):
         pack(path, tmp_path / "out")
+
+
+WRONG: dict[str, tuple[dict[str, dict[str, bytes]], str]] = {
+    "compressed": ({"0.tar.gz": {}, "1.tar.gz": {}}, r"2 compressed .*0.tar.gz for one; .*gunzip"),
+    "compressed in part": ({"0.tar": shard("a", "b"), "1.tar.gz": {}}, r"1 compressed .*1.tar.gz for one; .*gunzip"),
+    "label as text": (
+        {"0.tar": {"0.jpg": b"", "0.json": b'{"label": "3"}'}},
+        "sample '0' in .*0.tar has the label '3' as text in its .json, expected a number from 0; write the shards again",
+    ),
+    "no label": (
+        {"0.tar": {"0.jpg": b"", "0.json": b'{"caption": "c", "url": "u"}'}},
+        """sample '0' in .*0.tar has no class label .its .json has caption, url, no "label".; add 0.cls""",
+    ),
+    "captions": (
+        {"0.tar": {"0.jpg": b"", "0.txt": b"a cat"}},
+        r"sample '0' in .* has no class label .it has .txt.; add",
+    ),
+    "tars of classes": (
+        {"n01.tar": {"n01_1.jpg": b""}, "n02.tar": {"n02_1.jpg": b""}},
+        "'n01_1' in .* has no class label",
+    ),
+    "tars of class folders": (
+        {"train.tar": {"a/0.jpg": b"", "b/1.jpg": b""}},
+        "holds folders of images .*give it alone",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(WRONG))
+def test_tars_that_are_no_shards_are_named_for_what_they_are(tmp_path: Path, case: str) -> None:
+    what, message = WRONG[case]
+    for name, members in what.items():
+        (tmp_path / "src").mkdir(exist_ok=True)
+        tar(tmp_path / "src" / name, members, "w:gz" if name.endswith("gz") else "w")
+    with pytest.raises(DataError, match=message) as caught:
+        pack(tmp_path / "src", tmp_path / "out")
+    assert len(str(caught.value).replace(str(tmp_path), "")) <= 300
+    if case.startswith("compressed"):
+        with pytest.raises(DataError, match=message):
+            index(tmp_path / "src")
+
+
+def test_single_files_are_named_for_what_they_are(tmp_path: Path) -> None:
+    classes = {f"n0{i}.tar": tar(tmp_path / "x.tar", {"a.jpg": b""}).read_bytes() for i in range(2)}
+    for name, data, message in (
+        (
+            "train.tar",
+            tar(tmp_path / "y.tar", classes).read_bytes(),
+            "is a tar of 2 .*n00.tar for one, .* each one class",
+        ),
+        ("both.tar", tar(tmp_path / "z.tar", {"train.tar": b"", "val.tar": b""}).read_bytes(), "each its own split"),
+        ("x.zip", b"PK\3\4" + bytes(600), "x.zip is a zip, not a tar; unpack it"),
+        ("x.parquet", b"PAR1" + bytes(600), "x.parquet is a parquet file, not a tar; write its images"),
+        ("flat.tar", tar(tmp_path / "f.tar", {"0.jpg": b"", "0.json": b"{}"}).read_bytes(), "'0' in .* no class label"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(DataError, match=message):
+            pack(tmp_path / name, tmp_path / "out")
+    (tmp_path / "gz").mkdir()
+    tar(tmp_path / "gz" / "0.tar", shard("a", "b"), "w:gz")
+    with pytest.raises(DataError, match=r"0.tar is compressed with gzip, not a tar; decompress it first \(gunzip\)"):
+        index(tmp_path / "gz")

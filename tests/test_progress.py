@@ -48,6 +48,20 @@ def test_off_a_terminal_each_line_is_plain_text_with_count_rate_time_left_and_fi
     assert "\x1b" not in "".join(lines)
 
 
+def test_where_nobody_knows_the_total_only_what_is_done_is_shown():
+    out, clock = io.StringIO(), Clock()
+    with Progress("index", 0, console=Console(file=out, width=160), clock=clock) as progress:
+        for shard in range(3):
+            clock.now += 10.0
+            progress.update(1000 * (shard + 1), shards=f"{shard + 1} of 3")
+    assert out.getvalue().splitlines() == [
+        "index: 1,000 images, 100 images/s, shards 1 of 3",
+        "index: 2,000 images, 100 images/s, shards 2 of 3",
+        "index: 3,000 images, 100 images/s, shards 3 of 3",
+        "index: 3,000 images in 30 s, 100 images/s",
+    ]
+
+
 def test_a_run_of_a_day_prints_few_lines_and_is_never_silent_for_more_than_ten_minutes():
     out, clock, at = io.StringIO(), Clock(), []
     with Progress("train", 86_400, console=Console(file=out, width=160), clock=clock) as progress:

@@ -63,8 +63,8 @@ def test_what_is_printed_controls_no_terminal() -> None:
     odd = "a\x1b[2J\n\r\x07\x9b\u202e\ud800\u2028é"
     assert printable(odd) == "a\\x1b[2J\\n\\r\\x07\\x9b\\u202e\\ud800\\u2028é"
     assert str(DataError(odd)) == printable(odd) == printable(printable(odd))
-    report = PackReport(odd, "id", 1, 1, 1, 1, 1, 1.0, [odd])
-    assert _printable(report) == PackReport(printable(odd), "id", 1, 1, 1, 1, 1, 1.0, [printable(odd)])
+    report = PackReport(odd, "id", 1, 1, 1, 1, 1, 1, 1.0, [odd])
+    assert _printable(report) == PackReport(printable(odd), "id", 1, 1, 1, 1, 1, 1, 1.0, [printable(odd)])
 
 
 def test_aliases_may_be_written_but_not_multiply() -> None:
@@ -135,9 +135,10 @@ def test_a_bomb_is_stopped_long_before_the_disk_is_full(tmp_path: Path) -> None:
 
 def test_large_images_are_read_when_their_turn_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many threads read ahead, only small images wait in memory."""
-    (tmp_path / "src" / "a").mkdir(parents=True)
+    for name in "ab":
+        (tmp_path / "src" / name).mkdir(parents=True)
     for i in range(20):
-        (tmp_path / "src" / "a" / f"{i:02d}.png").write_bytes(bytes(1000 + i))
+        (tmp_path / "src" / "ab"[i % 2] / f"{i:02d}.png").write_bytes(bytes(1000 + i))
     source = open_source(tmp_path / "src", None, tmp_path, 0, None)
     order = np.argsort(source.listing.size, kind="stable")
     whole = [payload.data for _, payload in payloads(source.listing, order, None, 95, 2)]
@@ -148,8 +149,9 @@ def test_large_images_are_read_when_their_turn_comes(tmp_path: Path, monkeypatch
 
 
 def test_a_pack_removes_nothing_that_is_not_its_own(tmp_path: Path) -> None:
-    (tmp_path / "src" / "a").mkdir(parents=True)
-    Image.new("RGB", (4, 4)).save(tmp_path / "src" / "a" / "0.png")
+    for name in "ab":
+        (tmp_path / "src" / name).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "src" / name / "0.png")
     (tmp_path / "precious").write_text("x")
     (tmp_path / "out" / ".packing").mkdir(parents=True)
     (tmp_path / "out" / ".packing" / "publishing").write_text(f"../precious\n{tmp_path / 'precious'}\n")

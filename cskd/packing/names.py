@@ -11,6 +11,7 @@ from cskd.class_map import MAX_CLASSES
 from cskd.errors import DataError
 
 IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif"])
+UNREAD_IMAGES = frozenset(["avif", "heic", "heif", "jxl", "jp2", "j2k", "jfif", "jpe", "psd", "svg"])
 CLASSES_FILE = "classes.txt"
 MAX_CLASS_BYTES = 1 << 23  # of a class file: 65,535 names of 128 bytes
 MAX_CLASS_NAME = 512  # characters
@@ -22,6 +23,11 @@ def image_extension(name: str) -> str | None:
     """The extension of an image file's name in lower case, without the dot; None for other files."""
     extension = name.rpartition(".")[2].lower()
     return extension if extension in IMAGE_EXTENSIONS else None
+
+
+def is_unread_image(name: str) -> bool:
+    """Whether a file looks like an image of a kind that is not read."""
+    return name.rpartition(".")[2].lower() in UNREAD_IMAGES
 
 
 def sample_key(path: str) -> str:

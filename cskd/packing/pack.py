@@ -6,7 +6,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from cskd.errors import DataError
 from cskd.inventory import Inventory, InventoryWriter, Sample, open_inventory, publish_inventory
 from cskd.inventory_format import FOLDER, HEADER, sync
+from cskd.packing.class_names import classes_held
 from cskd.packing.names import CLASSES_FILE
 from cskd.packing.payloads import Payload, payloads
 from cskd.packing.sources import Progress, Source, open_source
@@ -44,16 +45,19 @@ def pack(
     quality: int = 90,
     workers: int | None = None,
     max_spool: int = MAX_SPOOL,
+    split: str | None = None,
     progress: Progress | None = None,
+    tell: Callable[[list[str]], None] | None = None,
 ) -> Inventory:
     """Shuffle a data set into webdataset shards out/shard-000000.tar, ... with out/inventory and out/classes.txt.
 
     The order depends on (seed, key) only, so a folder, a tar and a tar.gz of it give the same inventory id.
 
-    Args:    src, classes, max_spool: see `open_source`. shard_size: images a shard (fewer where they pass 1 GB).
+    Args:    src, classes, max_spool, split: see `open_source`. shard_size: images a shard (fewer where they pass 1 GB).
              block: images a block, about. limit: only the first so many of the shuffled images. short_side, quality:
              see `shrink`. workers: threads that read, or processes that re-encode (default: the CPUs, at least 2, at
              most 8). progress: called with (images done, images in all), the latter 0 while the source is being listed.
+             tell: called with the notes on how the source was read, before images are.
     Returns: the inventory; its notes say what was passed over. The same data set in `out` already: nothing is written.
     Raises:  DataError; `out` is then as it was before.
     """
@@ -76,18 +80,25 @@ def pack(
         "short_side": short_side,
         "quality": quality if short_side is not None else None,
     }
+    asked = {"split": split} if split else {}
     workers = workers or min(8, max(2, os.cpu_count() or 1))
     try:
         with _workspace(out) as work:
-            source = open_source(src, classes, work, max_spool, progress)
+            source = open_source(src, classes, work, max_spool, progress, split)
             order = shuffled(source.key_hash, seed)[:limit]
             if len(order) < len(source.listing):
-                source.notes.append(f"{len(order)} of {len(source.listing)} images taken, as limited")
+                source.notes.append(
+                    f"{len(order)} of {len(source.listing)} images taken, as limited; labels stay those of all "
+                    f"{len(source.classes)} classes"
+                )
+            source.notes += classes_held(source.classes, {source.label(int(i)) for i in order})
+            if tell:
+                tell(source.notes)
             with closing(payloads(source.listing, order, short_side, quality, workers)) as stream:
                 images = _counted(stream, len(order), progress)
                 if (out / FOLDER / HEADER).is_file():
                     return _confirm(open_inventory(out), source, len(order), images, options)
-                _write(source, images, work, {"by": "pack", "source": src.name, **options})
+                _write(source, images, work, {"by": "pack", "source": src.name, **asked, **options})
             return _publish(work, out)
     except FileExistsError as e:
         raise DataError(f"{e.filename} is a file, expected a folder; give another one") from e

@@ -17,7 +17,8 @@ from PIL import Image
 
 from cskd.errors import DataError, ImageError
 from cskd.images import decode, image_size
-from cskd.packing.sources import Listing, Place, place_size, read_place
+from cskd.packing.places import Place, place_size, read_place
+from cskd.packing.sources import Listing
 
 CHUNK = 16  # images a task: of 110 kB (ImageNet), 2 MB
 CHUNK_BYTES = 1 << 25  # of a task's images that are held; what is beyond is read when its turn comes

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from cskd.errors import DataError
 from cskd.packing.names import IMAGE_EXTENSIONS, check_path, is_metadata
+from cskd.packing.split_words import some
+from cskd.packing.tally import Tally
 from cskd.packing.tars import Member, members
 from cskd.untrusted import open_regular, parse_json
 
 MAX_LABEL_BYTES = 1 << 20
-MAX_BRACES = 16
-MAX_SHARDS = 1 << 20  # that braces may stand for
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d{1,9})\.\.(\d{1,9})")
+_AS_NUMBER = 'write the shards again with the number of the class (12, not "12" or a name)'
 
 
 class ShardSample(NamedTuple):
@@ -34,54 +30,46 @@ class ShardSample(NamedTuple):
     size: int
 
 
-@dataclass
-class Tally:
-    """Files that were passed over, counted, with one of them to show."""
-
-    count: int = 0
-    first: str = ""
-
-    def add(self, name: str) -> None:
-        """One more; the smallest name is shown, so that the order of a folder doesn't matter."""
-        self.first = min(self.first, name) if self.count else name
-        self.count += 1
-
-    def notes(self, what: str) -> list[str]:
-        """A line for the user, or none."""
-        more = " ..." if self.count > 1 else ""
-        return [f"{self.count} {what} passed over: {self.first}{more}"] if self.count else []
-
-
-def expand_shards(spec: Path) -> list[Path]:
-    """The shards that a folder, a glob, a {000..146} or a {a,b} names, sorted. Raises DataError when there are none."""
-    if spec.is_dir():
-        found = list(spec.glob("*.tar"))
-    else:
-        found = [
-            Path(name) for text in _braces(str(spec)) for name in (glob.glob(text) if glob.has_magic(text) else [text])
-        ]
-    if not found:
-        raise DataError(f"no .tar files at {spec}; expected webdataset shards (decompressed)")
-    for shard in found:
-        if not shard.is_file():
-            raise DataError(f"no shard at {shard}; expected a folder, glob or {{000..999}} of webdataset shards")
-    return sorted(set(found))
-
-
 def is_shard(tar: Path, shown: Path) -> bool:
     """Whether a tar looks like a webdataset shard, not class folders: its first files have a .cls, or a .json label."""
     with os.fdopen(open_regular(tar), "rb") as file:
-        for key, group in itertools.groupby(
-            itertools.islice(members(tar, shown), 64), lambda member: _key(member.name)
-        ):
-            parts = {member.name[len(key or "") + 1 :].lower(): member for member in group}
+        for key, parts in _first_samples(tar, shown):
             if "cls" in parts:
                 return True
-            if key and parts.keys() & IMAGE_EXTENSIONS:
-                with contextlib.suppress(DataError):  # a .json of another kind
-                    if _label(file, shown, key, parts) is not None:
-                        return True
+            if key and parts.keys() & IMAGE_EXTENSIONS and "json" in parts:
+                label = _json(file, parts["json"]).get("label")
+                # beside class folders, a text is somebody's annotation; in a flat shard, it is a label of a wrong type
+                if type(label) is int or (label is not None and "/" not in key):
+                    return True
     return False
+
+
+def why_no_shard(tar: Path, shown: Path) -> str:
+    """What a tar without labels is, and what to do with it, as a line for the user."""
+    with os.fdopen(open_regular(tar), "rb") as file:
+        for key, parts in _first_samples(tar, shown):
+            name = next(iter(parts.values())).name
+            if name.lower().endswith(".tar"):
+                return (
+                    f"{shown} is a tar of tars ({name} for one); unpack it, then each of those into a folder of its own "
+                    "name, which is its class, and pack the folder above them"
+                )
+            images = sorted(parts.keys() & IMAGE_EXTENSIONS)
+            if key is None or not images:
+                continue
+            if "/" in key:
+                return (
+                    f"{shown} holds folders of images ({name}), not samples with labels; give it alone to 'cskd pack'"
+                )
+            rest = sorted(parts.keys() - {images[0]})
+            has = f"it has .{', .'.join(rest[:4])}" if rest else "there is nothing else of that name"
+            if "json" in parts and (facts := _json(file, parts["json"])):
+                has = f'its .json has {some(facts)}, no "label"'
+            return (
+                f"sample '{key}' in {shown} has no class label ({has}); add {key}.cls with a number from 0, or "
+                '"label" to its .json, or sort the images into class folders'
+            )
+    return f"{shown} holds no samples; expected images with .cls or .json labels"
 
 
 def shard_samples(shard: Path, incomplete: Tally | None = None, shown: Path | None = None) -> Iterator[ShardSample]:
@@ -93,11 +81,11 @@ def shard_samples(shard: Path, incomplete: Tally | None = None, shown: Path | No
     Raises:  DataError for a damaged shard, an incomplete sample, two images of one key, or a label that is none.
     """
     with os.fdopen(open_regular(shard), "rb") as file:
-        yield from _samples(file, shown or shard, members(shard, shown), incomplete)
+        yield from _samples(file, shard, shown or shard, incomplete)
 
 
-def _samples(file: BinaryIO, shard: Path, files: Iterable[Member], incomplete: Tally | None) -> Iterator[ShardSample]:
-    for key, group in itertools.groupby(files, lambda member: _key(member.name)):
+def _samples(file: BinaryIO, path: Path, shard: Path, incomplete: Tally | None) -> Iterator[ShardSample]:
+    for key, group in itertools.groupby(members(path, shard), lambda member: _key(member.name)):
         if key is None or is_metadata(key):
             continue
         parts: dict[str, Member] = {}
@@ -114,9 +102,25 @@ def _samples(file: BinaryIO, shard: Path, files: Iterable[Member], incomplete: T
             yield ShardSample(key, images[0], label, image.offset, image.size)
         elif incomplete is not None:
             incomplete.add(f"'{key}' in {shard.name}")
+        elif _is_apart(path, key):
+            raise DataError(
+                f"the files of sample '{key}' in {shard} are not next to each other; make the shard again with its files "
+                "in the order of their names (tar --sort=name)"
+            )
         else:
             missing = 'label (.cls, or .json with "label")' if images else f"image (it has {', '.join(sorted(parts))})"
             raise DataError(f"sample '{key}' in {shard} has no {missing}; mend it, or take it out of the shard")
+
+
+def _first_samples(tar: Path, shown: Path) -> Iterator[tuple[str | None, dict[str, Member]]]:
+    """Key and files by extension of what the first members are."""
+    for key, group in itertools.groupby(itertools.islice(members(tar, shown), 64), lambda member: _key(member.name)):
+        yield key, {member.name[len(key or "") + 1 :].lower(): member for member in group}
+
+
+def _is_apart(shard: Path, key: str) -> bool:
+    """Whether files of a key are in two places of a shard."""
+    return sum(k == key for k, _ in itertools.groupby(members(shard), lambda member: _key(member.name))) > 1
 
 
 def _key(name: str) -> str | None:
@@ -130,7 +134,9 @@ def _label(file: BinaryIO, shard: Path, key: str, parts: dict[str, Member]) -> i
     if "cls" in parts:
         text = _read(file, shard, parts["cls"]).strip()
         if not re.fullmatch(rb"\d{1,9}", text):
-            raise DataError(f"sample '{key}' in {shard} has the label {text[:40]!r}, expected a number from 0")
+            raise DataError(
+                f"sample '{key}' in {shard} has the label {text[:40]!r}, expected a number from 0; {_AS_NUMBER}"
+            )
         return int(text)
     if "json" not in parts:
         return None
@@ -139,8 +145,24 @@ def _label(file: BinaryIO, shard: Path, key: str, parts: dict[str, Member]) -> i
     except (ValueError, AttributeError):
         raise DataError(f"{key}.json in {shard} is no JSON object; mend it") from None
     if label is not None and (type(label) is not int or not 0 <= label < 10**9):
-        raise DataError(f"sample '{key}' in {shard} has the label {label!r} in its .json, expected a number from 0")
+        as_text = "as text " if isinstance(label, str) else ""
+        raise DataError(
+            f"sample '{key}' in {shard} has the label {str(label)[:40]!r} {as_text}in its .json, expected a number from 0; "
+            f"{_AS_NUMBER}"
+        )
     return label
+
+
+def _json(file: BinaryIO, member: Member) -> dict[str, Any]:
+    """What a sidecar holds; nothing where it is large or no JSON object."""
+    if member.size > MAX_LABEL_BYTES:
+        return {}
+    file.seek(member.offset)
+    try:
+        value = parse_json(file.read(member.size))
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _read(file: BinaryIO, shard: Path, member: Member) -> bytes:
@@ -150,27 +172,3 @@ def _read(file: BinaryIO, shard: Path, member: Member) -> bytes:
         )
     file.seek(member.offset)
     return file.read(member.size)
-
-
-def _braces(text: str) -> list[str]:
-    """`a{0..2}` is a0, a1, a2 and `a{x,y}` is ax, ay; leading zeros keep the width."""
-    _refuse_many(MAX_SHARDS + 1 if text.count("{") > MAX_BRACES else 1, text)
-    found = _BRACES.search(text)
-    if found is None:
-        return [text]
-    if bounds := _RANGE.fullmatch(found[1]):
-        width = len(bounds[1])
-        _refuse_many(int(bounds[2]) - int(bounds[1]) + 1, text)
-        options = [f"{number:0{width}d}" for number in range(int(bounds[1]), int(bounds[2]) + 1)]
-    else:
-        options = found[1].split(",")
-    head, tails = text[: found.start()], _braces(text[found.end() :])
-    _refuse_many(len(options) * len(tails), text)
-    return [head + option + tail for option in options for tail in tails]
-
-
-def _refuse_many(count: int, text: str) -> None:
-    if count > MAX_SHARDS:
-        raise DataError(
-            f"{text} stands for {count} shards or more, expected at most {MAX_SHARDS}; name the folder they are in"
-        )

@@ -8,44 +8,36 @@ from __future__ import annotations
 
 import os
 from array import array
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from cskd.class_map import MAX_CLASSES
 from cskd.errors import DataError
 from cskd.inventory import first_duplicate
+from cskd.packing.class_names import check_labels, class_file, label_names, read_classes
+from cskd.packing.layout import Tree, check_keys, check_tree, class_prefix
 from cskd.packing.names import (
     CLASSES_FILE,
-    IMAGE_EXTENSIONS,
-    MAX_CLASS_BYTES,
     check_path,
     class_labels,
     image_extension,
-    is_metadata,
-    parse_classes,
+    is_unread_image,
     sample_key,
 )
-from cskd.packing.shard_samples import Tally, expand_shards, is_shard, shard_samples
+from cskd.packing.no_images import why_no_images
+from cskd.packing.places import MAX_IMAGE_BYTES, WHOLE, Place
+from cskd.packing.shard_samples import is_shard, shard_samples, why_no_shard
+from cskd.packing.shard_sets import find_shards, is_pattern, missing_numbers
+from cskd.packing.split_words import KeySplit, roots_of, some
+from cskd.packing.tally import Tally
 from cskd.packing.tars import decompressed, members
 from cskd.seeds import U64, key_hash
-from cskd.untrusted import open_regular
 
 Progress = Callable[[int, int], None]
-WHOLE = -1  # size of a place that is a whole file
-MAX_IMAGE_BYTES = 1 << 28
 MAX_FOLDER_DEPTH = 64
-
-
-class Place(NamedTuple):
-    """Where an encoded image is: `size` bytes at `offset` of the file at `path`, or all of it (WHOLE)."""
-
-    path: str
-    offset: int
-    size: int
 
 
 @dataclass
@@ -77,9 +69,13 @@ class Listing:
         self.size.append(size)
         self.label.append(label)
 
+    def name(self, i: int) -> str:
+        """The image's name in its folder."""
+        return self._name[self._name_end[i] : self._name_end[i + 1]].decode()
+
     def path(self, i: int) -> str:
         """The image's path in the source."""
-        name = self._name[self._name_end[i] : self._name_end[i + 1]].decode()
+        name = self.name(i)
         folder = self.folders[self.folder[i]]
         return f"{folder}/{name}" if folder else name
 
@@ -102,6 +98,26 @@ class Listing:
 
 
 @dataclass
+class _Rest:
+    """What lies in a source in addition to its images."""
+
+    ignored: Tally = field(default_factory=Tally)
+    class_files: dict[str, Place] = field(default_factory=dict)  # folder -> its classes.txt
+    folders: set[str] = field(default_factory=set)
+    files: dict[str, str] = field(default_factory=dict)  # folder -> one of its files that are no images
+
+    def add(self, path: str, place: Place) -> None:
+        """A file that is no image, or is hidden."""
+        folder, _, name = path.rpartition("/")
+        if name == CLASSES_FILE:
+            self.class_files[folder] = place
+            return
+        self.ignored.add_file(path)
+        if not name.startswith(".") and (folder not in self.files or is_unread_image(name)):
+            self.files[folder] = name
+
+
+@dataclass
 class Source:
     """A listing with the label of every sample."""
 
@@ -117,39 +133,64 @@ class Source:
         return self.folder_labels[self.listing.folder[i]]
 
 
-def open_source(src: str | Path, classes: Path | None, work: Path, max_spool: int, progress: Progress | None) -> Source:
+def open_source(
+    src: str | Path,
+    classes: Path | None,
+    work: Path,
+    max_spool: int,
+    progress: Progress | None,
+    split: str | None = None,
+) -> Source:
     """List the images of `src` and give each its label and key.
 
     Args:    src: a folder of class folders; a tar of one, also compressed; webdataset shards: a folder, glob or {a..b}.
              classes: class file; without it the source's own classes.txt, else the sorted names of the class folders.
              work: folder for a decompressed copy of at most `max_spool` bytes.
+             split: take that folder of a source, or the shards or keys with that word, and nothing else.
     Raises:  DataError for anything in the source that would change what it means if it were passed over.
     """
-    src = Path(src)
-    ignored = Tally()
-    class_files: dict[str, Place] = {}
-    if src.is_dir() and not any(is_shard(tar, tar) for tar in sorted(src.glob("*.tar"))[:1]):
-        listing = _list_folder(src, ignored, class_files, progress)
-    elif src.is_dir() or (not src.exists() and set("*?[{") & set(str(src))):
-        shards = expand_shards(src)
-        return _shard_source(shards, shards, classes, shards[0].parent / CLASSES_FILE, progress)
-    elif not src.exists():
+    src, rest = Path(src), _Rest()
+    if is_pattern(src) or (src.is_dir() and _holds_shards(src, split)):
+        return _all_shards(src, classes, split, progress)
+    if not src.exists():
         raise DataError(f"nothing at {src}; expected a folder of class folders, a tar of one, or webdataset shards")
+    if src.is_dir():
+        listing = _list_folder(src, rest, progress, split if _is_below(src, split) else None)
     else:
         tar = decompressed(src, work, max_spool)
         if is_shard(tar, src):
-            return _shard_source([tar], [src], classes, src.parent / CLASSES_FILE, progress)
-        listing = _list_tar(tar, src, ignored, class_files, progress)
+            return _shard_source([tar], [src], classes, src.parent / CLASSES_FILE, progress, split)
+        listing = _list_tar(tar, src, rest, progress)
+        if listing.folders == [""]:
+            raise DataError(why_no_shard(tar, src))
     if not len(listing):
-        raise DataError(
-            f"{src} holds no images in class folders ({ignored.count} other files); "
-            f"expected CLASS/NAME with one of {', '.join(sorted(IMAGE_EXTENSIONS))}"
-        )
-    return _folder_source(listing, classes, src, ignored, class_files)
+        tar_inside = rest.ignored.kinds.get(".tar", (0, ""))[1]
+        if src.is_dir() and tar_inside and is_shard(src / tar_inside, src / tar_inside):
+            return _all_shards(src, classes, split, progress)
+        raise DataError(why_no_images(src, rest.ignored))
+    return _folder_source(listing, classes, src, rest, split)
 
 
-def _list_folder(root: Path, ignored: Tally, class_files: dict[str, Place], progress: Progress | None) -> Listing:
-    """All images below `root`; links to files and folders are followed, each folder once."""
+def _holds_shards(src: Path, split: str | None) -> bool:
+    tars = sorted(src.glob("*.tar"))
+    if not tars and split and _is_below(src, split):
+        tars = sorted((src / split).glob("*.tar"))
+    return any(is_shard(tar, tar) for tar in tars[:1])
+
+
+def _is_below(src: Path, split: str | None) -> bool:
+    return bool(split) and split == Path(str(split)).name and (src / str(split)).is_dir()
+
+
+def _all_shards(src: Path, classes: Path | None, split: str | None, progress: Progress | None) -> Source:
+    shards, key_split = find_shards(src, split)
+    source = _shard_source(shards, shards, classes, shards[0].parent / CLASSES_FILE, progress, key_split)
+    source.notes[:0] = missing_numbers(shards)
+    return source
+
+
+def _list_folder(root: Path, rest: _Rest, progress: Progress | None, only: str | None) -> Listing:
+    """All images below `root`, or below its folder `only`; links to files and folders are followed, each folder once."""
     listing = Listing([str(root)], [str(root)])
     stack: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     seen: dict[tuple[int, int], str] = {}
@@ -170,14 +211,15 @@ def _list_folder(root: Path, ignored: Tally, class_files: dict[str, Place], prog
             for entry in entries:
                 path = f"{folder}/{entry.name}" if folder else entry.name
                 if entry.name.startswith("."):
-                    ignored.add(path)
+                    rest.ignored.add_file(path)
                 elif entry.is_dir():
-                    stack.append((path, above | {here}))
+                    if folder or only is None or entry.name == only:
+                        stack.append((path, above | {here}))
+                        rest.folders.add(path)
                 elif image_extension(entry.name) is None:
-                    if entry.name == CLASSES_FILE:
-                        class_files[folder] = Place(entry.path, 0, WHOLE)
-                    else:
-                        ignored.add(path)
+                    rest.add(path, Place(entry.path, 0, WHOLE))
+                elif only is not None and not folder:
+                    continue
                 elif not entry.is_file():
                     raise DataError(f"{entry.path} is no regular file, or a link to none; remove or mend it")
                 else:
@@ -191,20 +233,18 @@ def _list_folder(root: Path, ignored: Tally, class_files: dict[str, Place], prog
     return listing
 
 
-def _list_tar(
-    tar: Path, shown: Path, ignored: Tally, class_files: dict[str, Place], progress: Progress | None
-) -> Listing:
+def _list_tar(tar: Path, shown: Path, rest: _Rest, progress: Progress | None) -> Listing:
     listing = Listing([str(tar)], [str(shown)])
     numbers: dict[str, int] = {}
-    for member in members(tar, shown):
+    for member in members(tar, shown, rest.folders):
         folder, _, name = member.name.rpartition("/")
         if member.name.startswith(".") or "/." in member.name:
-            ignored.add(member.name)
-        elif image_extension(name) is None:
-            if name == CLASSES_FILE:
-                class_files[folder] = Place(str(tar), member.offset, member.size)
-            else:
-                ignored.add(member.name)
+            rest.ignored.add_file(member.name)
+            continue
+        if folder:
+            rest.folders.add(folder)
+        if image_extension(name) is None:
+            rest.add(member.name, Place(str(tar), member.offset, member.size))
         else:
             check_path(member.name, str(shown))
             if member.size > MAX_IMAGE_BYTES:
@@ -218,96 +258,93 @@ def _list_tar(
     return listing
 
 
-def _folder_source(
-    listing: Listing, classes: Path | None, src: Path, ignored: Tally, class_files: dict[str, Place]
-) -> Source:
-    listing.prefix = _check_folders(listing, src)
-    found = sorted({folder.rpartition("/")[2] for folder in listing.folders})
-    own = [folder for folder in class_files if listing.prefix.startswith(f"{folder}/" if folder else "")]
-    notes = []
+def _folder_source(listing: Listing, classes: Path | None, src: Path, rest: _Rest, split: str | None) -> Source:
+    picked = ""
+    if split is not None:
+        picked = _picked_folder(listing, src, split)
+        listing = _below(listing, picked)
+        rest.folders = {folder for folder in rest.folders if folder.startswith(f"{picked}/")}
+    listing.prefix = class_prefix(listing.folders)
+    own = [folder for folder in rest.class_files if listing.prefix.startswith(f"{folder}/" if folder else "")]
+    names, notes, origin = None, [], str(src)
     if classes is not None:
-        names, origin = _class_file(classes), str(classes)
+        names, origin = class_file(classes), str(classes)
     elif own:
         nearest = max(own, key=len)
         origin = f"{nearest}/{CLASSES_FILE}".lstrip("/") + f" of {src.name}"
-        names = _read_classes(class_files.pop(nearest), origin)
+        names = read_classes(rest.class_files.pop(nearest), origin)
         notes.append(f"class order from {origin}")
-    else:
-        names, origin = found, str(src)
-    if len(found) < len(names):
-        notes.append(f"{len(found)} of {len(names)} classes have images")
-    for folder in class_files if classes is None else ():
-        ignored.add(f"{folder}/{CLASSES_FILE}".lstrip("/"))
-    notes += ignored.notes("other files")
+    counts = np.bincount(np.array(listing.folder), minlength=len(listing.folders)).tolist()
+    tree = Tree(
+        source=str(src),
+        images=dict(zip(listing.folders, counts, strict=True)),
+        example=lambda folder: listing.path(listing.folder.index(listing.folders.index(folder))),
+        visible=rest.folders,
+        others=rest.files,
+        listed=frozenset(names or ()),
+        is_folder=src.is_dir(),
+        picked=picked,
+    )
+    notes += check_tree(tree)
+    if names is None:
+        names = sorted({folder.rpartition("/")[2] for folder in listing.folders})
+    for folder in rest.class_files if classes is None else ():
+        rest.ignored.add_file(f"{folder}/{CLASSES_FILE}".lstrip("/"))
+    notes += rest.ignored.notes("other files")
     return Source(listing, names, class_labels(listing.folders, names, origin), _key_hashes(listing), notes)
 
 
+def _picked_folder(listing: Listing, src: Path, split: str) -> str:
+    roots = roots_of(listing.folders, split)
+    if len(roots) == 1:
+        return roots[0]
+    if roots:
+        raise DataError(
+            f"{src} holds {len(roots)} folders that '--split {split}' may mean: {some(roots)}; give the path of one"
+        )
+    tops = sorted({folder[len(class_prefix(listing.folders)) :].split("/")[0] for folder in listing.folders})
+    raise DataError(f"{src} holds no folder of images for '--split {split}'; it holds {some(tops)}; name one of them")
+
+
+def _below(listing: Listing, root: str) -> Listing:
+    """The images in the folder `root` and in those inside it."""
+    part = Listing(listing.files, listing.shown)
+    numbers: dict[int, int] = {}
+    for number, folder in enumerate(listing.folders):
+        if f"{folder}/".startswith(f"{root}/"):
+            numbers[number] = len(part.folders)
+            part.folders.append(folder)
+    for i, number in enumerate(listing.folder):
+        if number in numbers:
+            part.add(listing.name(i), numbers[number], listing.file[i], listing.offset[i], listing.size[i])
+    return part
+
+
 def _shard_source(
-    shards: list[Path], shown: list[Path], classes: Path | None, beside: Path, progress: Progress | None
+    shards: list[Path],
+    shown: list[Path],
+    classes: Path | None,
+    beside: Path,
+    progress: Progress | None,
+    split: str | None = None,
 ) -> Source:
     listing = Listing([str(shard) for shard in shards], [str(shard) for shard in shown], folders=[""])
+    keys = KeySplit(split)
+    empty = Tally()
     for number, shard in enumerate(shards):
+        before = keys.seen
         for key, extension, label, offset, size in shard_samples(shard, shown=shown[number]):
-            listing.add(f"{key}.{extension}", 0, number, offset, size, label)
+            if keys.takes(key):
+                listing.add(f"{key}.{extension}", 0, number, offset, size, label)
+        if keys.seen == before:
+            empty.add(shown[number].name)
         if progress:
             progress(len(listing), 0)
-    if not len(listing):
-        raise DataError(f"{shown[0]} holds no samples; expected images with .cls or .json labels")
-    names, notes = label_names(classes, beside, max(listing.label))
-    return Source(listing, names, None, _key_hashes(listing), notes)
-
-
-def label_names(classes: Path | None, beside: Path, largest: int) -> tuple[list[str], list[str]]:
-    """Names for the labels of shards, and notes: from a class file, else the file `beside` them, else '0', '1', ...
-
-    Raises:  DataError when there are fewer names than labels, or a label without names that no codec can hold.
-    """
-    origin, notes = classes, []
-    if classes is None and beside.is_file():
-        origin = beside
-        notes.append(f"class names from {beside.name}, which is beside the shards")
-    if origin is None:
-        if largest >= MAX_CLASSES:
-            raise DataError(
-                f"the largest label is {largest}, expected one below {MAX_CLASSES}; mend the labels of the shards"
-            )
-        return [str(label) for label in range(largest + 1)], ["no class names given: named by their numbers"]
-    names = _class_file(origin)
-    if largest >= len(names):
-        raise DataError(
-            f"{origin} has {len(names)} names, but label {largest} occurs; give the right file with --classes"
-        )
-    return names, notes
-
-
-def _check_folders(listing: Listing, src: Path) -> str:
-    """Each folder of images must be one class. Returns the leading part that all share, up to and with its last '/'."""
-    if "" in listing.folders:
-        first = listing.path(listing.folder.index(listing.folders.index("")))
-        raise DataError(f"{first} in {src} is in no class folder; expected CLASS/{first}")
-    known = set(listing.folders)
-    by_name: dict[str, str] = {}
-    for folder in sorted(listing.folders):
-        parts = folder.split("/")
-        for depth in range(1, len(parts)):
-            if (above := "/".join(parts[:depth])) in known:
-                raise DataError(f"in {src}, {above} holds images and so does {folder} inside it; a class is one folder")
-        if (other := by_name.setdefault(parts[-1], folder)) != folder:
-            raise DataError(
-                f"class '{parts[-1]}' is in two places of {src}, {other} and {folder}; pack one of them (train or val?)"
-            )
-    parents = [folder.split("/")[:-1] for folder in listing.folders]
-    shared = parents[0]
-    for parent in parents:
-        same = 0
-        while same < min(len(shared), len(parent)) and shared[same] == parent[same]:
-            same += 1
-        shared = shared[:same]
-    prefix = "".join(part + "/" for part in shared)
-    for folder in listing.folders:
-        if is_metadata(f"{folder[len(prefix) :]}/"):
-            raise DataError(f"{folder} in {src}: webdataset skips folders named __like this__; rename it")
-    return prefix
+    check_keys(keys.folders, split, len(listing), shown)
+    hashes, labels = _key_hashes(listing), Counter(listing.label)
+    names, notes = label_names(classes, beside, labels)
+    check_labels(labels, named=classes is not None or beside.is_file())
+    return Source(listing, names, None, hashes, notes + empty.notes("shards without samples"))
 
 
 def _key_hashes(listing: Listing) -> U64:
@@ -315,62 +352,8 @@ def _key_hashes(listing: Listing) -> U64:
     hashes = np.fromiter((key_hash(listing.key(i)) for i in range(len(listing))), np.uint64, len(listing))
     if pair := first_duplicate(hashes):
         first, second = sorted(listing.origin(i) for i in pair)
-        raise DataError(
-            f"{first} and {second} have the same key '{listing.key(pair[0])}' "
-            "(the path without its extension; dots become '_'); rename or remove one"
-        )
+        cure = "(the path without its extension; dots become '_'); rename or remove one"
+        if listing.folders == [""]:
+            cure = "; keys must differ over all shards: make them again with the name of the shard in front of each key"
+        raise DataError(f"{first} and {second} have the same key '{listing.key(pair[0])}' {cure}".replace(" ;", ";"))
     return hashes
-
-
-def place_size(place: Place) -> int:
-    """Bytes at a place; 0 where there is no file, which `read_place` will say."""
-    if place.size != WHOLE:
-        return place.size
-    try:
-        return os.stat(place.path).st_size
-    except OSError:
-        return 0
-
-
-def read_place(place: Place) -> bytes:
-    """The encoded image at a place. Raises DataError when it is cut off, too large or can't be read."""
-    try:
-        fd = open_regular(place.path)
-        try:
-            size = os.fstat(fd).st_size if place.size == WHOLE else place.size
-            if size > MAX_IMAGE_BYTES:
-                raise DataError(f"{place.path} has {size} bytes, expected an image of at most {MAX_IMAGE_BYTES}")
-            data = _pread(fd, size, place.offset)
-        finally:
-            os.close(fd)
-    except OSError as e:
-        raise DataError(
-            f"{place.path} can't be read: {e.strerror}; check the file and its disk, then run again"
-        ) from None
-    if len(data) != size:
-        raise DataError(
-            f"{place.path} ended after {len(data)} of {size} bytes at {place.offset}; was it changed meanwhile?"
-        )
-    return data
-
-
-def _pread(fd: int, size: int, offset: int) -> bytes:
-    """`size` bytes at `offset`, or fewer where the file ends; a signal may cut one pread short."""
-    data = os.pread(fd, size, offset)
-    while len(data) < size and (more := os.pread(fd, size - len(data), offset + len(data))):
-        data += more
-    return data
-
-
-def _class_file(path: Path) -> list[str]:
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "no file"
-        raise DataError(f"{path} is {found}; expected a file of class names in label order; give it with --classes")
-    return _read_classes(Place(str(path), 0, WHOLE), str(path))
-
-
-def _read_classes(place: Place, origin: str) -> list[str]:
-    size = place_size(place)
-    if size > MAX_CLASS_BYTES:
-        raise DataError(f"{origin} has {size} bytes, expected class names, at most {MAX_CLASS_BYTES} bytes of them")
-    return parse_classes(read_place(place), origin)

@@ -25,6 +25,20 @@ FREE_BYTES = 1 << 26  # decompressed before the ratio is looked at: small tars o
 XZ_MEMORY = 1 << 28  # bytes; xz -9 asks for 65 MB
 _DAMAGE = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, OSError)
 
+_UNPACK = "unpack it, and give the folder that holds the class folders"
+_DECOMPRESS = "decompress it first"
+_NO_TARS = [
+    (b"PK\x03\x04", "a zip", _UNPACK),
+    (b"7z\xbc\xaf", "a 7z archive", _UNPACK),
+    (b"Rar!", "a rar archive", _UNPACK),
+    (b"\x1f\x8b", "compressed with gzip", f"{_DECOMPRESS} (gunzip)"),
+    (b"BZh", "compressed with bzip2", f"{_DECOMPRESS} (bunzip2)"),
+    (b"\xfd7zXZ", "compressed with xz", f"{_DECOMPRESS} (unxz)"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd", f"{_DECOMPRESS} (zstd -d)"),
+    (b"PAR1", "a parquet file", "write its images to class folders or webdataset shards first"),
+    (b"\x89HDF", "an HDF5 file", "write its images to class folders or webdataset shards first"),
+]
+
 
 class Member(NamedTuple):
     """A regular file in a tar: its path without a leading './', and where its bytes are in the tar."""
@@ -34,8 +48,8 @@ class Member(NamedTuple):
     size: int
 
 
-def members(path: Path, shown: Path | None = None) -> Iterator[Member]:
-    """The regular files of an uncompressed tar, in order; messages call it `shown`.
+def members(path: Path, shown: Path | None = None, folders: set[str] | None = None) -> Iterator[Member]:
+    """The regular files of an uncompressed tar, in order; messages call it `shown`. Names of folders go to `folders`.
 
     Raises:  DataError for a damaged or cut tar, a link, device or sparse file, or a name that is absolute or has '..'.
     """
@@ -46,7 +60,14 @@ def members(path: Path, shown: Path | None = None) -> Iterator[Member]:
                 member = _member(header, shown)
                 if member is not None:
                     yield member
+                elif folders is not None:
+                    folders.add("/".join(part for part in header.name.split("/") if part not in ("", ".")))
         except ValueError as e:
+            file.seek(0)
+            start = file.read(6)
+            for magic, what, cure in _NO_TARS:
+                if start.startswith(magic):
+                    raise DataError(f"{shown} is {what}, not a tar; {cure}") from None
             raise DataError(f"{shown} {e}; copy or make it again") from None
 
 

@@ -1,0 +1,60 @@
+"""Where an encoded image, or a class file, is, and reading it."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from cskd.errors import DataError
+from cskd.untrusted import open_regular
+
+WHOLE = -1  # size of a place that is a whole file
+MAX_IMAGE_BYTES = 1 << 28
+
+
+class Place(NamedTuple):
+    """Where an encoded image is: `size` bytes at `offset` of the file at `path`, or all of it (WHOLE)."""
+
+    path: str
+    offset: int
+    size: int
+
+
+def place_size(place: Place) -> int:
+    """Bytes at a place; 0 where there is no file, which `read_place` will say."""
+    if place.size != WHOLE:
+        return place.size
+    try:
+        return os.stat(place.path).st_size
+    except OSError:
+        return 0
+
+
+def read_place(place: Place) -> bytes:
+    """The encoded image at a place. Raises DataError when it is cut off, too large or can't be read."""
+    try:
+        fd = open_regular(place.path)
+        try:
+            size = os.fstat(fd).st_size if place.size == WHOLE else place.size
+            if size > MAX_IMAGE_BYTES:
+                raise DataError(f"{place.path} has {size} bytes, expected an image of at most {MAX_IMAGE_BYTES}")
+            data = _pread(fd, size, place.offset)
+        finally:
+            os.close(fd)
+    except OSError as e:
+        raise DataError(
+            f"{place.path} can't be read: {e.strerror}; check the file and its disk, then run again"
+        ) from None
+    if len(data) != size:
+        raise DataError(
+            f"{place.path} ended after {len(data)} of {size} bytes at {place.offset}; was it changed meanwhile?"
+        )
+    return data
+
+
+def _pread(fd: int, size: int, offset: int) -> bytes:
+    """`size` bytes at `offset`, or fewer where the file ends; a signal may cut one pread short."""
+    data = os.pread(fd, size, offset)
+    while len(data) < size and (more := os.pread(fd, size - len(data), offset + len(data))):
+        data += more
+    return data
