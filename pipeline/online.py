@@ -53,7 +53,7 @@ def open_online(config: Config, device: torch.device, ranks: Ranks, quiet: bool)
     inventory = open_inventory(Path(config.data.train))
     teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
     maker = ViewMaker(inventory, config.recipe)
-    top1, images = clean_check(teacher, maker, config)
+    check = clean_check(teacher, maker, config)
     if ranks.first:
         _find_unreadable(maker, config, quiet)
     ranks.barrier()
@@ -63,8 +63,9 @@ def open_online(config: Config, device: torch.device, ranks: Ranks, quiet: bool)
     bad[list(_unreadable(config, inventory) or [])] = True
     views = LiveViews(inventory, config.recipe, config.cache.views, teacher.grid, bad, fingerprint)
     notes = [
-        f"online: the teacher runs at every step; its top-1 on {images} clean images is {100 * top1:.1f} %",
+        f"online: the teacher runs at every step; its top-1 is {check.text}",
         *teacher.notes,
+        *check.notes,
     ]
     return Online(views, LiveTargets(teacher, config.loss, config.train.epochs), notes)
 
