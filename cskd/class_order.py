@@ -26,7 +26,9 @@ SURE = 5e-3  # chance that a coin falls so: for orders that disagree, of the ima
 CLEAR = 4  # times as many images right as under the stated order, among classes that the two number differently
 OFTEN = 0.5  # share of a class's images that must go to one other class
 SEEN = 3  # images of a class that say where it goes, unless it is part of a cycle
-MANY = 4  # classes that go elsewhere, and a quarter of all, need not form a cycle
+MANY = (
+    4  # classes that go elsewhere, and a third of all, need not form a cycle: some are not seen, or seen too seldom
+)
 SHOWN = 24  # characters of a class name in a message
 
 
@@ -77,7 +79,7 @@ def other_order(predicted: Ints, labels: Ints, K: int, known: Mapping[str, Ints]
     orders = [_weigh(cure, column, predicted, labels) for cure, column in known.items()]
     goes = goes_to(predicted, labels, K, SEEN)
     seen = int((np.bincount(labels, minlength=K) >= SEEN).sum())
-    if len(goes) < max(MANY, seen / 4):
+    if len(goes) < max(MANY, seen / 3):
         goes = cycles(goes_to(predicted, labels, K, 2))
     column = np.arange(K)
     column[list(goes)] = list(goes.values())
@@ -91,15 +93,24 @@ def other_order(predicted: Ints, labels: Ints, K: int, known: Mapping[str, Ints]
 
 
 def goes_to(predicted: Ints, labels: Ints, K: int, least: int) -> dict[int, int]:
-    """Label -> another class, which most of its images (`least` or more) are taken for, and those of no other label are."""
+    """Label -> another class, which most of its images (`least` or more) are taken for, and those of no other label are.
+
+    Where most images of that class are taken for what they are, it is the teacher that errs, and not the order.
+    """
+    most = _most(predicted, labels)
+    count = np.bincount(labels, minlength=K)
+    targets = [to for k, to in most.items() if count[k] >= least or to == k]
+    return {k: to for k, to in most.items() if to != k and count[k] >= least and targets.count(to) == 1}
+
+
+def _most(predicted: Ints, labels: Ints) -> dict[int, int]:
+    """Label -> the class that more than OFTEN of its images are taken for, where there is one."""
     most = {}
     for k in np.unique(labels).tolist():
-        said = predicted[labels == k]
-        values, counts = np.unique(said, return_counts=True)
-        if len(said) >= least and counts.max() > OFTEN * len(said):
+        values, counts = np.unique(predicted[labels == k], return_counts=True)
+        if counts.max() > OFTEN * counts.sum():
             most[k] = int(values[counts.argmax()])
-    targets = list(most.values())
-    return {k: to for k, to in most.items() if to != k and targets.count(to) == 1}
+    return most
 
 
 def cycles(goes: Mapping[int, int]) -> dict[int, int]:
@@ -121,9 +132,10 @@ def suspects(predicted: Ints, labels: Ints, K: int, known: Mapping[str, Ints], m
             wanted += moved.tolist()
     once = goes_to(predicted, labels, K, 1)
     wanted += cycles(once)
-    if len(once) >= max(MANY, (count > 0).sum() / 4):
-        few = list(once)[:: -(-len(once) // (most // 4))]
-        wanted += [k for link in few for k in (link, once[link])]
+    if len(once) >= max(MANY, (count > 0).sum() / 3):
+        present = np.flatnonzero(count)
+        few = present[np.linspace(0, len(present) - 1, most // 4).astype(int)].tolist()
+        wanted += [k for label in few for k in (label, once.get(label, label))]
     return np.array(list(dict.fromkeys(wanted))[:most], np.int64)
 
 
