@@ -83,9 +83,13 @@ def _which(outputs: int, count: int) -> str:
             "where its first output is a background class set teacher.classes: shift:1, where the last one is, shift:0; else "
             "give a file of the teacher's class names"
         )
-    first = "if the labels count from 1, make them count from 0; else " if outputs == count - 1 else ""
+    if outputs == count - 1:
+        return (
+            "if the labels count from 1, make them count from 0; else build a teacher of that size (for a timm model "
+            f"teacher.kwargs: {{num_classes: {count}}})"
+        )
     return (
-        f"{first}say which are meant with teacher.classes (a list of {count} output indices, or a file of the teacher's class "
+        f"say which are meant with teacher.classes (a list of {count} output indices, or a file of the teacher's class "
         f"names), or build a teacher of that size (for a timm model teacher.kwargs: {{num_classes: {count}}})"
     )
 

@@ -25,11 +25,9 @@ Ints = NDArray[np.int64]
 SURE = 5e-3  # chance that a coin falls so: for orders that disagree, of the images that one of them gets right
 CLEAR = 4  # times as many images right as under the stated order, among classes that the two number differently
 OFTEN = 0.5  # share of a class's images that must go to one other class
-SEEN = 3  # images of a class that say where it goes, unless it is part of a cycle
-MANY = (
-    4  # classes that go elsewhere, and a third of all, need not form a cycle: some are not seen, or seen too seldom
-)
-SHOWN = 24  # characters of a class name in a message
+SEEN = 4  # images of a class that say where it goes, unless it is part of a cycle
+MANY = 4  # classes that go elsewhere, and a third of all, need not form a cycle: some are not seen, or seen too seldom
+SHOWN = 16  # characters of a class name in a message
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def other_order(predicted: Ints, labels: Ints, K: int, known: Mapping[str, Ints]
         goes = cycles(goes_to(predicted, labels, K, 2))
     column = np.arange(K)
     column[list(goes)] = list(goes.values())
-    orders.append(_weigh(None, column, predicted, labels))
+    orders.append(_weigh(None, column, predicted, labels, fitted=len(goes)))
     found = [order for order in orders if order.better > order.worse and _coin(order.better, order.worse) < SURE]
     found = [order for order in found if order.better >= CLEAR / 2 * order.worse]
     if not found:
@@ -139,17 +137,17 @@ def suspects(predicted: Ints, labels: Ints, K: int, known: Mapping[str, Ints], m
     return np.array(list(dict.fromkeys(wanted))[:most], np.int64)
 
 
-def describe(order: OtherOrder, predicted: Ints, labels: Ints, names: Sequence[str]) -> str:
-    """What shows that order, for people: class 'ibis': the teacher says 'ant' in 98 %, ..."""
+def describe(order: OtherOrder, predicted: Ints, labels: Ints, names: Sequence[str], most: int = 2) -> str:
+    """What shows that order, for people: class 'ibis': the teacher says 'ant' in 98 %, of at most so many classes."""
     moved = [k for k in order.moved().tolist() if (labels == k).any()]
     share = {k: float((predicted[labels == k] == order.column[k]).mean()) for k in moved}
     moved.sort(key=lambda k: -share[k])
     first = [
         f"class {shown(names[k])}: the teacher says {shown(names[order.column[k]])} in {100 * share[k]:.0f} %"
-        for k in moved[:2]
+        for k in moved[:most]
     ]
-    rest = sum(share[k] > OFTEN for k in moved[2:])
-    return "; ".join(first) + (f"; so for {rest} more" if rest else "")
+    rest = sum(share[k] > OFTEN for k in moved[most:])
+    return "; ".join(first) + (f"; so for {rest} more" if rest and most > 1 else "")
 
 
 def one_way(predicted: Ints, labels: Ints, names: Sequence[str], least: int = 8, share: float = 0.8) -> str | None:
@@ -175,14 +173,14 @@ def shown(name: str) -> str:
     return repr(name if len(name) <= SHOWN else name[: SHOWN - 3] + "...")
 
 
-def _weigh(cure: str | None, column: Ints, predicted: Ints, labels: Ints) -> OtherOrder:
-    """An order against the stated one."""
+def _weigh(cure: str | None, column: Ints, predicted: Ints, labels: Ints, fitted: int = 0) -> OtherOrder:
+    """An order against the stated one. fitted: classes that were put where their images go, so that one of each says nothing."""
     right, stated = predicted == column[labels], predicted == labels
     only = np.bincount(labels[right & ~stated], minlength=1)  # by label
     better, worse = int(only.sum()), int((stated & ~right).sum())
     # One class that all images are taken for speaks for any order that has it in another place.
     spread = only.max() <= 0.75 * better
-    sure = better >= CLEAR * worse and bool(spread) and clearly_more(better, worse, SURE)
+    sure = better >= CLEAR * worse and bool(spread) and clearly_more(better - fitted, worse, SURE)
     return OtherOrder(cure, column, better, worse, sure)
 
 

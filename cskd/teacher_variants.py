@@ -66,7 +66,7 @@ class Better:
     def text(self) -> str:
         """What it is and what to do, for people."""
         return (
-            f"with {self.variant.name} {100 * self.top1:.1f} % of {self.images} clean images are right, not "
+            f"with {self.variant.name} {100 * self.top1:.1f} % of {self.images} images are right, not "
             f"{100 * self.stated:.1f} %: {self.variant.cure}"
         )
 
@@ -103,12 +103,15 @@ def _variants(teacher: Teacher, images: Sequence[Image]) -> Iterator[Variant]:
     own = ("this data's own", tuple(pixels.mean(0).tolist()), tuple((pixels.std(0) + 1e-3).tolist()))
     for name, mean, std in (*_NORMALISATIONS, own):
         here = dataclasses.replace(stated, mean=mean, std=std)
-        cure = f"set teacher.mean: {_numbers(mean)} and teacher.std: {_numbers(std)}"
+        cure = f"set teacher.mean: {_numbers(mean)}, teacher.std: {_numbers(std)}"
         if not np.allclose((mean, std), (stated.mean, stated.std), atol=2e-3):
             yield Variant(f"{name} mean and std", cure, here)
         if name == "Caffe's":
-            yield Variant("Caffe's BGR channels and means", f"{cure}, and {_REVERSE}", here, bgr=True)
+            yield Variant("Caffe's means and BGR channels", f"{cure}, {_REVERSE}", here, bgr=True)
     yield Variant("channels as BGR", _REVERSE, stated, bgr=True)
+    if stated.crop_pct < 1.0:
+        cure = "set teacher.crop_pct: 1.0 (of this check alone)"
+        yield Variant("whole images", cure, dataclasses.replace(stated, crop_pct=1.0))
     sides = {min(image.shape[:2]) for image in images}
     for size in sorted({teacher.image_size, *(sides if len(sides) == 1 else ())} - {stated.size}):
         if 8 <= size <= 2 * stated.size:
@@ -116,7 +119,7 @@ def _variants(teacher: Teacher, images: Sequence[Image]) -> Iterator[Variant]:
             yield Variant(f"images of {size} pixels", f"set teacher.input_size: {size}", here)
 
 
-_REVERSE = "build() must reverse the channels: x[:, [2, 1, 0]]"
+_REVERSE = "reverse the channels in build(): x[:, [2, 1, 0]]"
 
 
 def _numbers(values: Sequence[float]) -> str:

@@ -95,7 +95,7 @@ def clean_check(teacher: Teacher, maker: ViewMaker, config: Config) -> CleanChec
         better = None
     try:
         for fault in faults:
-            raise TeacherError(f"{fault}; or teacher.check: note to go on")
+            raise TeacherError(f"{fault}; teacher.check: note goes on")
         check_clean(top1, teacher.classes, count, config.teacher.min_top1, better.text if better else None)
     except TeacherError as e:
         if config.teacher.check == "refuse":
@@ -113,10 +113,11 @@ def _judge(
         return [], [text for text in (better and better.text, odd) if text]
     shows = describe(order, seen.predicted, seen.labels, names)
     if better and order.cure is None:  # colours that change places look like classes that do
-        return ([f"{shows}; {better.text}"], []) if order.sure else ([], [better.text])
-    cured = f"top-1 {100 * seen.top1(count):.1f} %, {100 * seen.top1(count, order.column):.1f} % in another order"
+        one = describe(order, seen.predicted, seen.labels, names, most=1)
+        return ([f"{one}; {better.text}"], []) if order.sure else ([], [better.text])
+    cured = f"top-1 {100 * seen.top1(count):.1f} %, in another order {100 * seen.top1(count, order.column):.1f} %"
     if not order.sure:
-        return [], [f"{shows}; is that the order of the teacher's outputs? ({cured}; teacher.classes says it)"]
+        return [], [f"{shows} ({cured}): are its outputs in that order? teacher.classes says it"]
     return [f"{shows} ({cured}); set teacher.classes: {order.cure or _outputs(order, teacher)}"], []
 
 
@@ -126,7 +127,7 @@ def _outputs(order: OtherOrder, teacher: Teacher) -> str:
         text = "[" + ", ".join(str(teacher.chosen[column]) for column in order.column) + "]"
         if len(text) <= LONGEST_LIST:
             return text
-    return "a file of its class names in the order of its outputs"
+    return "a file of its names in output order"
 
 
 @dataclass(frozen=True)
