@@ -70,6 +70,9 @@ def clean_check(teacher: Teacher, maker: ViewMaker, config: Config) -> CleanChec
             if source.name == "train":
                 raise
             notes.append(f"the clean check ran on data.train: {e}")
+        else:
+            if not len(seen) and source.name == "val":
+                notes.append(f"the clean check ran on data.train: no image of {config.data.val} can be decoded")
         if len(seen):
             break
         sources.remove(source)
