@@ -69,6 +69,11 @@ def clean_predictions(teacher: Teacher, images: Iterable[NDArray[np.uint8]]) -> 
 
     Args:    images uint8 [H, W, 3] RGB of any size.
     """
+    return predictions(teacher, (clean_image(image, teacher.preprocess) for image in images))
+
+
+def predictions(teacher: Teacher, pixels: Iterable[Tensor]) -> NDArray[np.int64]:
+    """The class that the teacher says of each image, uint8 [3, size, size] RGB of one size: int64 [N]."""
     said: list[Tensor] = []
     waiting: list[Tensor] = []
 
@@ -76,8 +81,8 @@ def clean_predictions(teacher: Teacher, images: Iterable[NDArray[np.uint8]]) -> 
         said.append(teacher.forward_global(torch.stack(waiting).float()).argmax(1).cpu())
         waiting.clear()
 
-    for image in images:
-        waiting.append(clean_image(image, teacher.preprocess))
+    for image in pixels:
+        waiting.append(image)
         if len(waiting) == teacher.batch:
             flush()
     if waiting:

@@ -5,15 +5,17 @@ The weights decide how an image must be normalised, and nothing in them says it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cskd.class_order import clearly_more
 from cskd.teacher import IMAGENET_MEAN, IMAGENET_STD, Prepare, Preprocess, Teacher
-from cskd.teacher_checks import clean_predictions
+from cskd.teacher_checks import clean_image, predictions
 
 Image = NDArray[np.uint8]
 Ints = NDArray[np.int64]
@@ -30,8 +32,9 @@ _NORMALISATIONS = (
     ("CIFAR-10's", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     ("CIFAR-100's", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 )
-FEW = 64  # images that every variant is tried on, the best two on ENOUGH
-ENOUGH = 256
+FEW = 64  # images that every variant is tried on, the best two on MORE, the better one of them on ENOUGH
+MORE = 256
+ENOUGH = 512
 CHANCE = 2e-3  # that a variant is better by luck
 MARGIN = 0.02  # of the images: less is not worth a word
 
@@ -45,12 +48,6 @@ class Variant:
     preprocess: Preprocess
     bgr: bool = False
 
-    def predictions(self, teacher: Teacher, images: Sequence[Image]) -> Ints:
-        """As `clean_predictions`, of the same network. Its fingerprint and count of images stay what they are."""
-        prepare = Prepare(self.preprocess, teacher.device, teacher.fingerprint["channels_last"])
-        other = dataclasses.replace(teacher, preprocess=self.preprocess, prepare=prepare)
-        return clean_predictions(other, (image[..., ::-1] if self.bgr else image for image in images))
-
 
 @dataclasses.dataclass(frozen=True)
 class Better:
@@ -60,7 +57,6 @@ class Better:
     top1: float
     stated: float
     images: int
-    gain: int  # images more
 
     @property
     def text(self) -> str:
@@ -71,36 +67,65 @@ class Better:
         )
 
 
+class _Trial:
+    """Variants on the same images; what they all have in common is read and resized once."""
+
+    def __init__(self, teacher: Teacher, images: Sequence[Image], labels: Ints) -> None:
+        self.teacher, self.images, self.labels = teacher, images, labels
+        self.sides: dict[int, int] = {}  # image -> its short side
+        self._clean: dict[int, Tensor] = {}
+
+    def right(self, variant: Variant, rows: Ints) -> NDArray[np.bool_]:
+        """Which of the images `rows` the same network gets right. Its fingerprint and count of images stay what they are."""
+        prepare = Prepare(variant.preprocess, self.teacher.device, self.teacher.fingerprint["channels_last"])
+        other = dataclasses.replace(self.teacher, preprocess=variant.preprocess, prepare=prepare)
+        pixels = (self.clean(i, variant.preprocess) for i in rows.tolist())
+        said = predictions(other, (x.flip(0) if variant.bgr else x for x in pixels))
+        return np.asarray(said == self.labels[rows])
+
+    def clean(self, i: int, preprocess: Preprocess) -> Tensor:
+        """Image i as of `clean_image`."""
+        stated = self.teacher.preprocess
+        if (preprocess.size, preprocess.crop_pct) != (stated.size, stated.crop_pct):
+            return clean_image(self.images[i], preprocess)
+        if i not in self._clean:
+            image = self.images[i]
+            self.sides[i], self._clean[i] = min(image.shape[:2]), clean_image(image, stated)
+        return self._clean[i]
+
+
 def better_variant(teacher: Teacher, images: Sequence[Image], labels: Ints, predicted: Ints) -> Better | None:
     """The variant with which the teacher is clearly better on the same images, or None.
 
-    Args:    images uint8 [H, W, 3], at most ENOUGH; labels and predicted int64 [N], theirs and what the teacher says of them.
+    Args:    images uint8 [H, W, 3], at most ENOUGH, decoded when they are asked for; labels and predicted int64 [N], theirs and
+             what the teacher says of them.
     """
-    right = predicted == labels
-    few = np.unique(np.linspace(0, len(images) - 1, FEW).astype(int))
-    gains: list[tuple[int, Variant]] = []
-    for variant in _variants(teacher, images):
-        try:
-            said = variant.predictions(teacher, [images[i] for i in few])
-        except Exception:  # a network may refuse another input size, in whatever way it likes
-            continue
-        gains.append((int((said == labels[few]).sum() - right[few].sum()), variant))
-    gains.sort(key=lambda gain: -gain[0])
-    found: list[Better] = []
-    for gain, variant in gains[:2]:
-        if gain < 1:
-            continue
-        now = variant.predictions(teacher, images) == labels
-        better, worse = int((now & ~right).sum()), int((right & ~now).sum())
-        if clearly_more(better, worse, CHANCE) and better - worse >= MARGIN * len(images):
-            found.append(Better(variant, float(now.mean()), float(right.mean()), len(images), better - worse))
-    return max(found, key=lambda better: better.gain, default=None)
+    trial, stated = _Trial(teacher, images, labels), predicted == labels
+    few, more = (np.unique(np.linspace(0, len(images) - 1, most).astype(int)) for most in (FEW, MORE))
+    every = np.arange(len(images))
+
+    def best(variants: list[Variant], rows: Ints, most: int) -> list[Variant]:
+        gains = []
+        for variant in variants:
+            with contextlib.suppress(Exception):  # a network may refuse another input size, in whatever way it likes
+                gains.append((int(trial.right(variant, rows).sum() - stated[rows].sum()), variant))
+        gains.sort(key=lambda gain: -gain[0])
+        return [variant for gain, variant in gains[:most] if gain > 0]
+
+    for variant in best(best(list(_variants(trial, few)), few, 2), more, 1):
+        now = trial.right(variant, every)
+        gained, lost = int((now & ~stated).sum()), int((stated & ~now).sum())
+        if clearly_more(gained, lost, CHANCE) and gained - lost >= MARGIN * len(images):
+            return Better(variant, float(now.mean()), float(stated.mean()), len(images))
+    return None
 
 
-def _variants(teacher: Teacher, images: Sequence[Image]) -> Iterator[Variant]:
-    stated = teacher.preprocess
-    pixels = np.concatenate([image[::4, ::4].reshape(-1, 3) for image in images]) / 255.0
-    own = ("this data's own", tuple(pixels.mean(0).tolist()), tuple((pixels.std(0) + 1e-3).tolist()))
+def _variants(trial: _Trial, rows: Ints) -> Iterator[Variant]:
+    stated = trial.teacher.preprocess
+    pixels = (
+        np.concatenate([trial.clean(i, stated)[:, ::2, ::2].flatten(1).numpy() for i in rows.tolist()], axis=1) / 255.0
+    )
+    own = ("this data's own", tuple(pixels.mean(1).tolist()), tuple((pixels.std(1) + 1e-3).tolist()))
     for name, mean, std in (*_NORMALISATIONS, own):
         here = dataclasses.replace(stated, mean=mean, std=std)
         cure = f"set teacher.mean: {_numbers(mean)}, teacher.std: {_numbers(std)}"
@@ -112,8 +137,8 @@ def _variants(teacher: Teacher, images: Sequence[Image]) -> Iterator[Variant]:
     if stated.crop_pct < 1.0:
         cure = "set teacher.crop_pct: 1.0 (of this check alone)"
         yield Variant("whole images", cure, dataclasses.replace(stated, crop_pct=1.0))
-    sides = {min(image.shape[:2]) for image in images}
-    for size in sorted({teacher.image_size, *(sides if len(sides) == 1 else ())} - {stated.size}):
+    sides = set(trial.sides.values())
+    for size in sorted({trial.teacher.image_size, *(sides if len(sides) == 1 else ())} - {stated.size}):
         if 8 <= size <= 2 * stated.size:
             here = dataclasses.replace(stated, size=size)
             yield Variant(f"images of {size} pixels", f"set teacher.input_size: {size}", here)

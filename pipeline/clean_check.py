@@ -159,6 +159,20 @@ def _sources(maker: ViewMaker, config: Config) -> tuple[list[_Source], list[str]
     return [_Source("val", ViewMaker(val, maker.recipe), label), train], []
 
 
+class _Images(Sequence[Image]):
+    """Images that are decoded when they are asked for."""
+
+    def __init__(self, at: list[tuple[_Source, int]]) -> None:
+        self.at = at
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    def __getitem__(self, row: Any) -> Any:
+        source, i = self.at[row]
+        return source.maker.image(i)
+
+
 class _Seen:
     """Images that the teacher has seen: where they are, their labels, and what it said."""
 
@@ -200,11 +214,10 @@ class _Seen:
                 self.add(source, free[spread(source.label[free], count)])
             count -= len(self) - before
 
-    def again(self, most: int) -> tuple[list[Image], Ints, Ints]:
+    def again(self, most: int) -> tuple[_Images, Ints, Ints]:
         """At most so many of the images, spread evenly, with labels and predictions."""
         rows = np.unique(np.linspace(0, len(self) - 1, most).astype(int))
-        images = [source.maker.image(i) for source, i in (self.at[row] for row in rows)]
-        return images, self.labels[rows], self.predicted[rows]
+        return _Images([self.at[row] for row in rows]), self.labels[rows], self.predicted[rows]
 
     @staticmethod
     def _decoded(source: _Source, samples: Ints, good: list[int]) -> Iterator[Image]:

@@ -91,6 +91,7 @@ def config(base: Path, val: str = "", kwargs: dict[str, Any] | None = None, **te
             "teacher": {**own, **RAW, **teacher},
             "recipe": {"size": SIZE},
             "cache": {"path": str(base / "cache"), "views": 1, "workers": 0},
+            "train": {"workers": 0},
         }
     )
 
