@@ -115,6 +115,24 @@ def test_two_classes_that_look_alike_are_no_swap(twins: float) -> None:
         assert order is None or not order.sure
 
 
+def test_a_handful_of_images_is_no_proof_of_a_swap() -> None:
+    K, labels = 20, np.arange(20).repeat(3)
+    predicted = np.where(labels < 2, 1 - labels, labels)  # six images, and all speak for it
+    order = found(predicted, labels, K)
+    assert order is None or not order.sure
+    labels = np.arange(20).repeat(8)
+    order = found(np.where(labels < 2, 1 - labels, labels), labels, K)
+    assert order is not None and order.sure
+
+
+def test_a_class_that_is_known_is_not_where_another_one_belongs() -> None:
+    """Many classes seen often are each taken for one that is seen once, and rightly: the teacher errs."""
+    K = 40
+    labels = np.r_[np.arange(10).repeat(10), np.arange(20, 30)]
+    predicted = np.where(labels < 10, labels + 20, labels)
+    assert found(predicted, labels, K) is None
+
+
 @pytest.mark.parametrize("K", [2, 5, 22])
 def test_a_teacher_that_always_says_the_same_is_no_order(K: int) -> None:
     for only in range(K):
