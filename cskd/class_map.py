@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from pathlib import Path
+import re
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +16,20 @@ from cskd.untrusted import read_file
 
 MAX_BYTES = 1 << 23  # of a file of class names
 MAX_CLASSES = 65535  # labels and argmaxes are stored as uint16
+_SHIFT = re.compile(r"shift:([+-]?\d{1,5})")
+
+
+def natural_key(name: str) -> list[str | int]:
+    """What timm's folder reader sorts class names by: without regard to case, runs of digits as numbers."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name.lower()))]
+
+
+# Words that `teacher.classes` may be: what other programs sort a folder's class names by to number them.
+ORDERS: dict[str, Callable[[str], object]] = {
+    "timm": natural_key,
+    "sorted": str,  # torchvision, Keras, Hugging Face
+    "caseless": str.lower,
+}
 
 
 def class_map(
@@ -21,9 +37,9 @@ def class_map(
 ) -> NDArray[np.int64] | None:
     """Teacher output of every label.
 
-    Args:    classes what `teacher.classes` says: None, K output indices, or the path of a text file with the teacher's
-             class names in output order, one a line; class_names the data set's K names in label order; outputs how
-             many logits the teacher gives.
+    Args:    classes what `teacher.classes` says: None, K output indices, a word of ORDERS, shift:N for output k + N of
+             label k, or the path of a text file with the teacher's class names in output order, one per line;
+             class_names the data set's K names in label order; outputs how many logits the teacher gives.
     Returns: int64 [K], or None where label k is output k for all of them.
     Raises:  TeacherError for sizes that disagree, duplicates, indices out of range, names the teacher does not have.
     """
@@ -35,12 +51,17 @@ def class_map(
     if classes is None:
         if outputs != count:
             raise TeacherError(
-                f"the teacher gives {outputs} logits and the data set has {count} classes; say which are meant with "
-                f"teacher.classes (a list of {count} output indices, or a file of the teacher's class names), or build "
-                f"a teacher of that size (for a timm model teacher.kwargs: {{num_classes: {count}}})"
+                f"the teacher gives {outputs} logits and the data set has {count} classes; {_which(outputs, count)}"
             )
         return None
-    indices = _from_file(Path(classes), class_names, outputs) if isinstance(classes, str) else list(classes)
+    if not isinstance(classes, str):
+        indices = list(classes)
+    elif classes in ORDERS:
+        indices = _ranks(classes, class_names, outputs)
+    elif shift := _SHIFT.fullmatch(classes):
+        indices = [(k + int(shift[1])) % outputs for k in range(count)]
+    else:
+        indices = _from_file(Path(classes), class_names, outputs)
     if len(indices) != count:
         raise TeacherError(
             f"teacher.classes has {len(indices)} indices and the data set {count} classes; give one index a label"
@@ -53,6 +74,42 @@ def class_map(
         )
     identity = indices == list(range(outputs))
     return None if identity else np.array(indices, dtype=np.int64)
+
+
+def _which(outputs: int, count: int) -> str:
+    """How to say which of the outputs are meant."""
+    if outputs == count + 1:
+        return (
+            "where its first output is a background class set teacher.classes: shift:1, where the last one is, shift:0; else "
+            "give a file of the teacher's class names"
+        )
+    if outputs == count - 1:
+        return (
+            "if the labels count from 1, make them count from 0; else build a teacher of that size (for a timm model "
+            f"teacher.kwargs: {{num_classes: {count}}})"
+        )
+    return (
+        f"say which are meant with teacher.classes (a list of {count} output indices, or a file of the teacher's class "
+        f"names), or build a teacher of that size (for a timm model teacher.kwargs: {{num_classes: {count}}})"
+    )
+
+
+def _ranks(word: str, class_names: Sequence[str], outputs: int) -> list[int]:
+    """The place of each class name once they are sorted as ORDERS says."""
+    if outputs != len(class_names):
+        raise TeacherError(
+            f"teacher.classes: {word} numbers the data set's {len(class_names)} class names and the teacher gives {outputs} "
+            "logits; give a list of output indices, or a file of the teacher's class names"
+        )
+    keys = [ORDERS[word](PurePosixPath(name).name) for name in class_names]
+    order = sorted(range(len(keys)), key=lambda k: keys[k])  # type: ignore[arg-type, return-value]
+    for a, b in pairwise(order):
+        if keys[a] == keys[b]:
+            raise TeacherError(
+                f"teacher.classes: {word} sorts {class_names[a][:40]!r} and {class_names[b][:40]!r} alike; give a file of the "
+                "teacher's class names in the order of its outputs"
+            )
+    return [int(rank) for rank in np.argsort(order)]
 
 
 def _from_file(path: Path, class_names: Sequence[str], outputs: int) -> list[int]:

@@ -100,6 +100,8 @@ class Teacher:
     backbone: Callable[[Tensor], Tensor]  # network input -> feature map; compiled where asked for, for whole batches
     prepare: Prepare
     rows: Tensor | None  # int64 [K], the outputs to keep; None: all of them
+    chosen: tuple[int, ...]  # [K], which of the network's outputs each logit is
+    outputs: int  # of the network
     pools: bool  # dense logits are pooled to `grid`
     fingerprint: dict[str, Any]  # JSON-able; equal ones mean the same function from pixels to logits, up to rounding
     notes: list[str]  # what a user should know, one line each
@@ -180,7 +182,8 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
         backbone = head.backbone
         features = backbone(x)
         dense_BKhw, global_BK = head.dense(features)
-        indices = class_map(config.classes, class_names, global_BK.shape[1])
+        outputs = global_BK.shape[1]
+        indices = class_map(config.classes, class_names, outputs)
         rows = None if indices is None else torch.from_numpy(indices).to(device)
         if rows is not None and keep_classes(model, head, features, rows):
             rows = None
@@ -235,6 +238,8 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
         backbone=_compiled(backbone) if config.compile else backbone,
         prepare=prepare,
         rows=rows,
+        chosen=tuple(range(outputs) if indices is None else indices.tolist()),
+        outputs=outputs,
         pools=grid != own_grid,
         fingerprint=fingerprint,
         notes=notes,

@@ -64,6 +64,7 @@ class CacheReport:
     seconds: float
     loop_seconds: float  # from the first chunk of views to the last commit
     clean_top1: float
+    clean_data: str | None  # where its images are from: val or train; None: of a cache older than that fact
     quarantined: int  # images of the whole cache
     content_root: str
     bound_by: str
@@ -121,6 +122,7 @@ def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
         seconds=time.perf_counter() - start,
         loop_seconds=loop_seconds,
         clean_top1=cache.manifest["clean_top1"],
+        clean_data=cache.manifest.get("clean_data"),
         quarantined=int(cache.quarantined().sum()),
         content_root=seal_cache(cache, config.cache.max_quarantine).content_root,
         bound_by=bound_by(line.pools, loop_seconds, line.images, "views") if line.images else "nothing was missing",
@@ -136,11 +138,10 @@ def _open_or_create(config: Config, inventory: Inventory, teacher: Teacher, make
     probe = teacher.probe()
     facts: dict[str, Any] = {}
     if not (root / "manifest.json").exists():
-        top1, count = clean_check(teacher, maker, config)
+        check = clean_check(teacher, maker, config)
         facts = {
-            "clean_top1": top1,
-            "clean_images": count,
-            "notes": teacher.notes,
+            **check.facts,
+            "notes": teacher.notes + check.notes,
             "probe": probe,
             "versions": library_versions(),
             "data": str(Path(config.data.train).resolve()),
@@ -364,8 +365,9 @@ def render(report: CacheReport, console: Console) -> None:
         f"{escape(report.cache)}: {report.units} units, {report.images} views in {report.seconds:.1f} s ({rate:.0f} views/s)",
         soft_wrap=True,
     )
+    of = f" of data.{report.clean_data}" if report.clean_data else ""
     console.print(
-        f"teacher top-1 on clean images {100 * report.clean_top1:.1f} %, quarantined {report.quarantined} images",
+        f"teacher top-1 on clean images{of} {100 * report.clean_top1:.1f} %, quarantined {report.quarantined} images",
         soft_wrap=True,
     )
     console.print(f"sealed, content {report.content_root}", soft_wrap=True)

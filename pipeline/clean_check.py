@@ -1,29 +1,245 @@
-"""The teacher on clean images, before it teaches anything: a wrong normalisation or class order costs days."""
+"""The teacher on clean images, before it teaches anything: a wrong normalisation or class order costs days.
+
+choose    validation images where there are any of the same classes, else training images, evenly over the classes
+top-1     near chance is refused
+order     predictions against labels, class by class: an order of the outputs that explains much more is refused
+variants  other usual normalisations, on the same images: one that is clearly better is noted
+"""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from cskd.class_order import OtherOrder, describe, known_orders, one_way, other_order, suspects
 from cskd.config import Config
-from cskd.errors import DataError, ImageError
-from cskd.loading.views import ViewMaker
-from cskd.teacher import Teacher, check_clean, clean_top1
+from cskd.errors import DataError, ImageError, TeacherError
+from cskd.inventory import Inventory, open_inventory
+from cskd.loading.views import Image, ViewMaker
+from cskd.teacher import Teacher, check_clean
+from cskd.teacher_checks import clean_limit, clean_predictions
+from cskd.teacher_variants import ENOUGH, Better, better_variant
+
+Ints = NDArray[np.int64]
+
+MORE = 128  # images at most that are read to make sure of an order, or of a variant
+PER_CLASS = 16  # images of a class that are enough to be sure
+PERFECT = 0.995  # top-1 from which on no other normalisation is looked for
+LONGEST_LIST = 60  # characters of a list of outputs that a message holds
 
 
-def clean_check(teacher: Teacher, maker: ViewMaker, config: Config) -> tuple[float, int]:
-    """Top-1 of the teacher on clean images spread over the data set, and how many; near chance is refused."""
-    images, labels = [], []
-    wanted = min(config.teacher.check_images, len(maker.inventory))
-    for i in np.linspace(0, len(maker.inventory) - 1, wanted).astype(int).tolist():
-        with contextlib.suppress(ImageError):  # it will be quarantined, and counted, in its turn
-            images.append(maker.image(i))
-            labels.append(int(maker.inventory.label[i]))
-    if not images:
+@dataclass(frozen=True)
+class CleanCheck:
+    """What the check found of a teacher that may go on."""
+
+    top1: float  # share of `images` right
+    images: int
+    data: str  # where they are from: val or train
+    notes: list[str]  # what a user should know, one line each
+
+    @property
+    def text(self) -> str:
+        """The accuracy, for people."""
+        return f"{100 * self.top1:.1f} % on {self.images} clean images of data.{self.data}"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the manifest keeps."""
+        return {"clean_top1": self.top1, "clean_images": self.images, "clean_data": self.data}
+
+
+def clean_check(teacher: Teacher, maker: ViewMaker, config: Config) -> CleanCheck:
+    """Top-1 of the teacher on clean images spread over the classes, and whether order and normalisation are the right ones.
+
+    Raises:  TeacherError near chance, or for another order of the classes, with what mends it, unless `teacher.check: note`;
+             DataError where no image can be decoded.
+    """
+    wanted, names = config.teacher.check_images, maker.inventory.classes
+    sources, notes = _sources(maker, config)
+    seen = _Seen(teacher, sources)
+    for source in list(sources):
+        try:
+            seen.add(source, spread(source.label, wanted))
+        except DataError as e:
+            if source.name == "train":
+                raise
+            notes.append(f"the clean check ran on data.train: {e}")
+        else:
+            if not len(seen) and source.name == "val":
+                notes.append(f"the clean check ran on data.train: no image of {config.data.val} can be decoded")
+        if len(seen):
+            break
+        sources.remove(source)
+    else:
         raise DataError(
-            f"none of {wanted} images of {config.data.train} can be decoded; run `cskd pack` on a whole data set"
+            f"none of {min(wanted, len(maker.inventory))} images of {config.data.train} can be decoded; run `cskd pack` on a "
+            "whole data set"
         )
-    top1 = clean_top1(teacher, images, labels)
-    check_clean(top1, teacher.classes, len(images), config.teacher.min_top1)
-    return top1, len(images)
+    count = len(seen)
+    top1 = seen.top1(count)
+
+    known = known_orders(names, teacher.chosen, teacher.outputs)
+    if len(unsure := suspects(seen.predicted, seen.labels, len(names), known)):
+        goal = max(1, min(PER_CLASS, MORE // len(unsure)))
+        seen.more(goal * len(unsure) - int(np.isin(seen.labels, unsure).sum()), min(MORE, wanted), unsure)
+    order = other_order(seen.predicted, seen.labels, len(names), known)
+    better = None
+    if top1 < PERFECT and not (order and order.sure and order.cure):
+        seen.more(MORE - len(seen), min(MORE, wanted))
+        better = better_variant(teacher, *seen.again(ENOUGH))
+    faults, more_notes = _judge(order, better, seen, count, teacher, names)
+    if better and better.top1 < clean_limit(teacher.classes, better.images, config.teacher.min_top1):
+        better = None
+    try:
+        for fault in faults:
+            raise TeacherError(f"{fault}; teacher.check: note goes on")
+        check_clean(top1, teacher.classes, count, config.teacher.min_top1, better.text if better else None)
+    except TeacherError as e:
+        if config.teacher.check == "refuse":
+            raise
+        more_notes = [*(faults or [str(e)]), *more_notes]
+    return CleanCheck(top1, count, sources[0].name, notes + more_notes)
+
+
+def _judge(
+    order: OtherOrder | None, better: Better | None, seen: _Seen, count: int, teacher: Teacher, names: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """What speaks against the teacher: faults, and notes."""
+    if order is None:
+        odd = one_way(seen.predicted, seen.labels, names)
+        return [], [text for text in (better and better.text, odd) if text]
+    shows = describe(order, seen.predicted, seen.labels, names)
+    if better and order.cure is None:  # colours that change places look like classes that do
+        one = describe(order, seen.predicted, seen.labels, names, most=1)
+        return ([f"{one}; {better.text}"], []) if order.sure else ([], [better.text])
+    cured = f"top-1 {100 * seen.top1(count):.1f} %, in another order {100 * seen.top1(count, order.column):.1f} %"
+    if not order.sure:
+        return [], [f"{shows} ({cured}): are its outputs in that order? teacher.classes says it"]
+    return [f"{shows} ({cured}); set teacher.classes: {order.cure or _outputs(order, teacher)}"], []
+
+
+def _outputs(order: OtherOrder, teacher: Teacher) -> str:
+    """The order as a list where that is short and no class is left out of it."""
+    if order.column.min() >= 0 and len(set(order.column.tolist())) == len(order.column):
+        text = "[" + ", ".join(str(teacher.chosen[column]) for column in order.column) + "]"
+        if len(text) <= LONGEST_LIST:
+            return text
+    return "a file of its names in output order"
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A data set that clean images are taken from; label int64 [N] in the order of the classes that are trained on."""
+
+    name: str
+    maker: ViewMaker
+    label: Ints
+    used: set[int] = field(default_factory=set)
+
+
+def _sources(maker: ViewMaker, config: Config) -> tuple[list[_Source], list[str]]:
+    """Where images may come from, best first, and why not from data.val."""
+    train = _Source("train", maker, np.asarray(maker.inventory.label, np.int64))
+    if not config.data.val:
+        return [train], []
+    try:
+        val: Inventory = open_inventory(Path(config.data.val))
+    except DataError as e:
+        return [train], [f"the clean check ran on data.train: {e}"]
+    place = {name: k for k, name in enumerate(maker.inventory.classes)}
+    if set(val.classes) != set(place):
+        return [train], [f"the clean check ran on data.train: {config.data.val} has other classes"]
+    label = np.array([place[name] for name in val.classes])[val.label]
+    return [_Source("val", ViewMaker(val, maker.recipe), label), train], []
+
+
+class _Images(Sequence[Image]):
+    """Images that are decoded when they are asked for."""
+
+    def __init__(self, at: list[tuple[_Source, int]]) -> None:
+        self.at = at
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    def __getitem__(self, row: Any) -> Any:
+        source, i = self.at[row]
+        return source.maker.image(i)
+
+
+class _Seen:
+    """Images that the teacher has seen: where they are, their labels, and what it said."""
+
+    def __init__(self, teacher: Teacher, sources: list[_Source]) -> None:
+        self.teacher, self.sources = teacher, sources
+        self.at: list[tuple[_Source, int]] = []
+        self.labels, self.predicted = np.zeros(0, np.int64), np.zeros(0, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    def top1(self, count: int, column: Ints | None = None) -> float:
+        """Of the first `count`, in another order of the outputs where `column` says so."""
+        labels = self.labels[:count]
+        return float((self.predicted[:count] == (labels if column is None else column[labels])).mean())
+
+    def add(self, source: _Source, samples: Ints) -> None:
+        """Let the teacher see samples of a source; those that can't be decoded will be quarantined, and counted, in their turn."""
+        good: list[int] = []
+        said = clean_predictions(self.teacher, self._decoded(source, samples, good))
+        self.at += [(source, i) for i in good]
+        source.used.update(samples.tolist())
+        self.labels = np.concatenate([self.labels, source.label[good]])
+        self.predicted = np.concatenate([self.predicted, said])
+
+    def more(self, count: int, most: int, classes: Ints | None = None) -> None:
+        """Up to `count` and `most` images more, of these classes or of all."""
+        count = min(count, most)
+        for source in self.sources:
+            if count <= 0:
+                return
+            unused = np.ones(len(source.label), bool)
+            unused[list(source.used)] = False
+            if classes is not None:
+                unused &= np.isin(source.label, classes)
+            free = np.flatnonzero(unused)
+            before = len(self)
+            with contextlib.suppress(DataError):  # it is said where that data set is read in its turn
+                self.add(source, free[spread(source.label[free], count)])
+            count -= len(self) - before
+
+    def again(self, most: int) -> tuple[_Images, Ints, Ints]:
+        """At most so many of the images, spread evenly, with labels and predictions."""
+        rows = np.unique(np.linspace(0, len(self) - 1, most).astype(int))
+        return _Images([self.at[row] for row in rows]), self.labels[rows], self.predicted[rows]
+
+    @staticmethod
+    def _decoded(source: _Source, samples: Ints, good: list[int]) -> Iterator[Image]:
+        for i in samples.tolist():
+            with contextlib.suppress(ImageError):
+                image = source.maker.image(i)
+                good.append(i)
+                yield image
+
+
+def spread(labels: Ints, wanted: int) -> Ints:
+    """At most `wanted` samples of those labels [N], evenly over the classes, and within a class over the data set; sorted."""
+    if len(labels) <= wanted:
+        return np.arange(len(labels))
+    order = np.argsort(labels, kind="stable")
+    present, first, count = np.unique(labels[order], return_index=True, return_counts=True)
+    each = np.zeros(len(present), np.int64)
+    while (left := wanted - int(each.sum())) > 0:
+        open_ = np.flatnonzero(each < count)
+        if left < len(open_):
+            each[open_[np.linspace(0, len(open_) - 1, left).astype(int)]] += 1
+        else:
+            each[open_] += np.minimum(left // len(open_), (count - each)[open_])
+    places = [f + ((np.arange(q) + 0.5) * n / q).astype(int) for f, n, q in zip(first, count, each, strict=True) if q]
+    return np.sort(order[np.concatenate(places)])

@@ -77,6 +77,7 @@ def inspect(
             "weights_sha256": identity["teacher"].get("weights_sha256"),
             "clean_top1": manifest.get("clean_top1"),
             "clean_images": manifest.get("clean_images"),
+            "clean_data": manifest.get("clean_data"),
             "notes": manifest.get("notes", []),
         },
         "grid": list(opened.grid),
@@ -266,6 +267,7 @@ def _lines(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
     )
     top1 = teacher["clean_top1"]
     measured = "" if top1 is None else f", top-1 {100 * top1:.1f} % on {teacher['clean_images']} clean images"
+    measured += f" of data.{teacher['clean_data']}" if teacher["clean_data"] else ""
     yield "teacher", f"{teacher['model']}, grid {facts['grid'][0]} x {facts['grid'][1]}{measured}"
     for note in teacher["notes"]:
         yield "", f"({note})"

@@ -49,14 +49,15 @@ def open_online(config: Config, device: torch.device, ranks: Ranks, quiet: bool)
     inventory = training_images(config)
     teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
     maker = ViewMaker(inventory, config.recipe)
-    top1, images = clean_check(teacher, maker, config)
+    check = clean_check(teacher, maker, config)
     bad, left_out = decodable(maker, config, ranks, quiet)
     codecs = [get_codec(name, teacher.classes, teacher.grid).name for name in config.cache.codecs]
     fingerprint = fingerprint_of(identity_of(inventory, config.recipe, teacher.fingerprint, teacher.grid, codecs))
     views = LiveViews(inventory, config.recipe, config.cache.views, teacher.grid, bad, fingerprint)
     notes = [
-        f"online: the teacher runs at every step; its top-1 on {images} clean images is {100 * top1:.1f} %",
+        f"online: the teacher runs at every step; its top-1 is {check.text}",
         *teacher.notes,
+        *check.notes,
         *left_out,
     ]
     return Online(views, LiveTargets(teacher, config.loss, config.train.epochs), notes)

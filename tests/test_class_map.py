@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from cskd.class_map import class_map
 from cskd.errors import TeacherError
@@ -86,3 +87,46 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_more_classes_than_uint16_holds_are_refused() -> None:
     assert "65536" in refusal(None, [str(i) for i in range(65536)], 65536)
     assert class_map(None, [str(i) for i in range(65535)], 65535) is None
+
+
+def test_timm_is_the_order_of_timms_own_folder_reader(tmp_path: Path) -> None:
+    names = sorted(["ant", "Ibis", "type2", "type10", "Type1", "x007y9", "x7y10", "é1", "n01440764", "0", "10", "9"])
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jpg").touch()
+    _, index = find_images_and_targets(str(tmp_path))
+    indices = class_map("timm", names, len(names))
+    assert indices is not None and indices.tolist() == [index[name] for name in names]
+
+
+def test_words_number_the_names_as_other_programs_do() -> None:
+    names = ["b", "B2", "a", "C10", "c9"]  # as a class file may order them
+    for word, expected in (
+        ("sorted", [3, 0, 2, 1, 4]),  # B2 C10 a b c9
+        ("caseless", [1, 2, 0, 3, 4]),  # a b B2 C10 c9
+        ("timm", [1, 2, 0, 4, 3]),  # a b B2 c9 C10
+    ):
+        indices = class_map(word, names, 5)
+        assert indices is not None and indices.tolist() == expected
+    assert class_map("sorted", NAMES, 3) is None  # the identity: caches are shared with no word at all
+
+
+def test_a_shift_says_where_the_first_label_is_and_wraps() -> None:
+    for word, outputs, expected in (("shift:1", 4, [1, 2, 3]), ("shift:1", 3, [1, 2, 0]), ("shift:-1", 4, [3, 0, 1])):
+        indices = class_map(word, NAMES, outputs)
+        assert indices is not None and indices.tolist() == expected
+    assert class_map("shift:0", NAMES, 3) is None
+
+
+def test_a_word_that_does_not_say_one_order_is_refused() -> None:
+    assert "3 class names" in refusal("timm", NAMES, 4)
+    assert "'Ant' and 'ant' alike" in refusal("timm", ["Ant", "ant", "bee"], 3)
+    assert "'type2' and 'type02' alike" in refusal("timm", ["type2", "type02"], 2)
+    assert "twice" in refusal("shift:1", NAMES, 2)
+
+
+def test_one_output_more_or_less_than_classes_is_told_the_usual_reason() -> None:
+    names = [str(i) for i in range(1000)]
+    assert "shift:1" in refusal(None, names, 1001) and "background" in refusal(None, names, 1001)
+    assert "count from 1" in refusal(None, names, 999)
+    assert max(len(refusal(None, names, n)) for n in (999, 1001)) <= 300

@@ -74,9 +74,9 @@ class TeacherConfig:
     std: list[float] | None = None
     interpolation: Literal["bicubic", "bilinear"] | None = None  # of the clean-image check; null = the model's own
     crop_pct: float | None = None  # of the clean-image check; null = the model's own
-    classes: str | list[int] | None = (
-        None  # label -> teacher output: a list of indices, or a file of teacher class names
-    )
+    # label -> teacher output: a list of indices, a file of the teacher's class names, shift:N (output k + N for label k), or
+    # how the names were sorted to number the outputs: timm (its folder reader), sorted (torchvision, Keras), caseless
+    classes: str | list[int] | None = None
     dense: Literal["exact", "per_cell"] = (
         "exact"  # per_cell: apply a head that is not linear to every cell all the same
     )
@@ -91,6 +91,7 @@ class TeacherConfig:
     batch: int = 64  # images a forward; part of the fingerprint
     check_images: int = 512  # clean images for the top-1 check before the first unit
     min_top1: float | None = None  # refuse below this; null = clearly above chance, about twice
+    check: Literal["refuse", "note"] = "refuse"  # what that check finds against the teacher stops stage 1, or is noted
 
     def __post_init__(self) -> None:
         _at_most("teacher", self)

@@ -100,6 +100,8 @@ def check_manifest(manifest: dict[str, Any]) -> None:
     top1 = manifest.get("clean_top1")
     if top1 is not None and not isinstance(top1, int | float):
         raise ValueError(f"its clean_top1 is {str(top1)[:40]}")
+    if (data := manifest.get("clean_data")) not in (None, "val", "train"):
+        raise ValueError(f"its clean_data is {str(data)[:40]}, expected val or train")
 
 
 def _is_hash(value: object) -> bool:
