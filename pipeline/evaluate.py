@@ -20,6 +20,7 @@ from cskd.inventory import open_inventory
 from cskd.loading.stage2 import UNREADABLE, Batch, BatchMaker, eval_tasks
 from cskd.loading.stream import Stream
 from cskd.loading.views import ViewMaker
+from cskd.machine.threads import choose_threads, computing_with
 from cskd.ranks import Ranks
 from cskd.student import eval_heads
 from cskd.student.checkpoint import load_student
@@ -98,7 +99,8 @@ def evaluate_checkpoint(
     tasks = eval_tasks(len(val), batch)
     crop_pct = crop_pct or facts["pretrained_cfg"]["crop_pct"]
     stream = iter(Stream(BatchMaker(maker, maker, crop_pct), tasks, workers))
-    with Progress("eval", total=len(val), unit="images", quiet=quiet) as progress:
+    threads = choose_threads(workers=workers)
+    with computing_with(threads.count), Progress("eval", total=len(val), unit="images", quiet=quiet) as progress:
         heads, unreadable = score_heads(
             {"": student},
             _counted(stream, progress),

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from cskd.errors import DataError
 from cskd.inventory import Inventory, InventoryWriter, Sample, open_inventory, publish_inventory
 from cskd.inventory_format import FOLDER, HEADER, sync
+from cskd.machine.cores import usable_cores
 from cskd.packing.names import CLASSES_FILE
 from cskd.packing.payloads import Payload, payloads
 from cskd.packing.sources import Progress, Source, open_source
@@ -76,7 +77,7 @@ def pack(
         "short_side": short_side,
         "quality": quality if short_side is not None else None,
     }
-    workers = workers or min(8, max(2, os.cpu_count() or 1))
+    workers = workers or min(8, max(2, usable_cores().count))
     try:
         with _workspace(out) as work:
             source = open_source(src, classes, work, max_spool, progress)
