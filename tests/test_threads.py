@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -360,6 +361,22 @@ def test_stage_1_says_its_threads_and_a_cache_of_own_code_keeps_them(
     assert set(seen) == {3}
 
 
+def test_the_content_of_a_cache_does_not_depend_on_threads(base: Path, tmp_path: Path) -> None:
+    teacher = {
+        "model": "resnet18",
+        "kwargs": {"channels": [8, 8, 8, 16], "num_classes": 5},
+        "batch": 8,
+        "min_top1": 0.0,
+    }
+    roots = set()
+    for threads in (1, 3):
+        torch.manual_seed(0)  # the weights
+        cache = {"path": str(tmp_path / f"{threads}"), "views": 1, "threads": threads}
+        roots.add(cache_teacher(config(base, teacher=teacher, cache=cache), quiet=True).content_root)
+        assert open_cache(tmp_path / f"{threads}").manifest["threads"] == 1  # of a forward: a lane has one
+    assert len(roots) == 1
+
+
 def test_eval_computes_with_the_threads_of_the_cores(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -386,6 +403,17 @@ def test_a_loader_worker_computes_with_one_thread() -> None:
 
 def count_threads(task: int) -> int:
     return torch.get_num_threads()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or usable_cores().count < 2, reason="GNU's OpenMP, and threads that wait")
+def test_next_to_busy_processes_training_is_many_times_faster_than_with_threads_that_spin() -> None:
+    command = [sys.executable, "-m", "benchmarks.threads", "--rounds", "3", "--seconds", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["busy: cskd / default"] > 3 and found["busy: cskd / one"] > 0.7
+    assert set(found["steps_per_second"]) == {"quiet", "loaders", "busy"}
 
 
 def test_cores_of_this_machine_are_read_without_an_error() -> None:
