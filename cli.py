@@ -212,10 +212,13 @@ def gc(
 
 @app.command()
 def doctor(json_: Json = False) -> None:
-    """Versions, decoder, start methods, disk and GPU of this machine."""
+    """Versions, decoder, cores, threads, disk and GPU of this machine; exit code 1 when something is broken."""
     from pipeline.doctor import doctor, render
 
-    _print(doctor(), json_, render)
+    report = doctor()
+    _print(report, json_, render)
+    if not report["ok"]:
+        raise typer.Exit(1)
 
 
 def _print(report: Any, as_json: bool, render: Any) -> None:

@@ -33,7 +33,7 @@ class Lanes:
     """A context manager. `submit` never waits; at the end of an interrupted block what is under way is dropped at once.
 
     Results do not depend on the number of lanes: a batch is worked on by one of them from end to end. reentrant: forwards may
-    run in several threads at once.
+    run in several threads at once. The threads of arithmetic of the main thread say how many cores there are.
     """
 
     def __init__(self, device: torch.device, reentrant: bool = True) -> None:

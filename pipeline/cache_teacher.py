@@ -37,10 +37,11 @@ from cskd.forwards import pad_rows
 from cskd.golden import check_versions
 from cskd.identity import identity_of, library_versions
 from cskd.inventory import Inventory, open_inventory
-from cskd.lanes import Lanes
+from cskd.lanes import Lanes, lanes_of
 from cskd.loading.stage1 import Chunk, ChunkMaker, ChunkViews, chunks
 from cskd.loading.stream import Stream
 from cskd.loading.views import ViewMaker
+from cskd.machine.threads import Threads, begun_with, choose_threads, computing_with
 from cskd.store.cache import Cache, create_cache
 from cskd.store.claims import Claims
 from cskd.store.commit import write_whole
@@ -73,6 +74,12 @@ class CacheReport:
 
 def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
     """Make, finish or extend the cache of a config. Raises CskdError; whatever was committed stays."""
+    threads = choose_threads(config.cache.threads, "cache.threads", config.cache.workers)
+    with computing_with(threads.count):
+        return _cache_teacher(config, threads, quiet)
+
+
+def _cache_teacher(config: Config, threads: Threads, quiet: bool) -> CacheReport:
     start = time.perf_counter()
     if not config.cache.path:
         raise ConfigError("cache.path is empty; say where the cache goes, for example --set cache.path=caches/mine")
@@ -87,7 +94,7 @@ def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
     teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
     maker = ViewMaker(inventory, config.recipe)
     cache = _open_or_create(config, inventory, teacher, maker)
-    notes = list(cache.manifest.get("notes", teacher.notes))
+    notes = _use_threads(threads, cache, teacher, config) + cache.manifest.get("notes", teacher.notes)
     say(notes, quiet)
 
     total, loop_clock = _left(cache), 0.0
@@ -143,6 +150,7 @@ def _open_or_create(config: Config, inventory: Inventory, teacher: Teacher, make
             **check.facts,
             "notes": teacher.notes + check.notes,
             "probe": probe,
+            "threads": lanes_of(teacher.device, torch.get_num_threads(), teacher.reentrant)[1],  # of one forward
             "versions": library_versions(),
             "data": str(Path(config.data.train).resolve()),
             "config": to_dict(config),
@@ -155,6 +163,16 @@ def _open_or_create(config: Config, inventory: Inventory, teacher: Teacher, make
     if difference:
         raise CacheError(f"{root}: the teacher no longer gives the outputs the cache was begun with ({difference})")
     return cache
+
+
+def _use_threads(threads: Threads, cache: Cache, teacher: Teacher, config: Config) -> list[str]:
+    """Compute with so many from here on, or with those that the cache was begun with, where a forward is split over them: then
+    its last bits depend on how many. Returns notes."""
+    changed: list[str] = []
+    if teacher.device.type == "cpu" and not teacher.reentrant:
+        threads, changed = begun_with(cache.manifest.get("threads"), threads, config.cache.threads is not None)
+    torch.set_num_threads(threads.count)
+    return [str(threads), *changed]
 
 
 def resolved_of(cache: Cache) -> str:

@@ -25,6 +25,7 @@ _RUN_FILES = (MODEL, MODEL_LAST, "config.json", "metrics.jsonl", "metrics.csv")
 _RUN_NAMES = (*_RUN_FILES, RESOLVED, "unreadable.json", "resume", "scratch", "tensorboard")
 # Keys that don't change which numbers a run ends with: they may differ when it is resumed.
 _FREE = ("output", "workers", "device", "eval_every", "keep", "save_every", "max_steps", "tensorboard", "prefetch")
+_NOTED = ("threads",)  # these may differ too: they change last bits, and a note says so
 
 
 def refuse_conflicts(config: Config, cache: Cache) -> None:
@@ -90,7 +91,7 @@ def run_identity(
     config: Config, source: Cache | LiveViews, views: int, ranks: int, online: bool, device: torch.device
 ) -> dict[str, Any]:
     """What decides the numbers of a run: kept in its resume states. Of `autocast: auto` what it means on this device."""
-    train = {k: v for k, v in to_dict(config.train).items() if k not in (*_FREE, "views")}
+    train = {k: v for k, v in to_dict(config.train).items() if k not in (*_FREE, *_NOTED, "views")}
     train["autocast"] = "bf16" if uses_bf16(config.train.autocast, device) else "none"
     return {
         "cache": source.fingerprint,
@@ -109,6 +110,7 @@ def refuse_other_run(begun: dict[str, Any], now: dict[str, Any], output: Path, d
     distilled: whether the student has a distillation token. Runs of earlier versions name no `loss.baseline_head`: their
     method none trained the mean of both heads where there were two.
     """
+    begun, now = ({k: v for k, v in run.items() if k not in _NOTED} for run in (begun, now))
     loss = begun.get("loss")
     if isinstance(loss, dict) and "baseline_head" not in loss:
         had_choice = distilled and loss.get("method") == "none"

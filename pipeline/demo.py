@@ -28,6 +28,7 @@ from cskd.augment.device import normalise
 from cskd.config import Config, from_dict, load_config
 from cskd.errors import ConfigError
 from cskd.forwards import teacher_images
+from cskd.machine.threads import choose_threads, computing_with
 from cskd.seeds import permutation
 from cskd.store.cache import open_cache
 from cskd.teacher_build import build_model
@@ -80,7 +81,8 @@ def run_demo(out: Path, epochs: int | None = None, quiet: bool = False) -> DemoR
             _write_images(out / "images" / split, images, labels)
             pack_data(out / "images" / split, out / "data" / split, block=1024, shard_size=256, quiet=True)
     if not (out / "teacher.safetensors").exists():
-        _train_teacher(out / "teacher.safetensors", quiet)
+        with computing_with(choose_threads().count):
+            _train_teacher(out / "teacher.safetensors", quiet)
     config = _config(out, "none", epochs)
     cached = cache_teacher(config, quiet=quiet)
     cache = open_cache(config.cache.path)

@@ -19,9 +19,15 @@ from rich.table import Table
 from rich.text import Text
 
 import cskd
+from cskd.config import TrainConfig
+from cskd.machine.cores import usable_cores
+from cskd.machine.threads import WAITING, choose_threads, users_count
 
 GB = 1e9
-PACKAGES = (
+SECONDS = 0.4  # that each speed is measured for
+BUSY = 0.5  # processes that want to run, per core: more than the doctor itself on two cores
+SLOWER = 0.8  # of one thread's speed: less than that is not noise
+PACKAGES = (  # cskd's dependencies, and torchvision, which timm needs
     "numpy",
     "torch",
     "torchvision",
@@ -30,35 +36,45 @@ PACKAGES = (
     "zarr",
     "numcodecs",
     "pillow",
+    "simplejpeg",
+    "google-crc32c",
     "safetensors",
+    "pyyaml",
     "typer",
     "rich",
 )
+OPTIONAL = {
+    "scikit-learn": "cskd demo: pip install 'cskd[demo]'",
+    "tensorboard": "train.tensorboard: pip install 'cskd[tensorboard]'",
+}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One row. advice: what to do when `state` is warn, else why it matters or nothing."""
+    """One row. fail: cskd does not work here; warn: it does, but slowly, or not for every use. advice: what to do then, else
+    why it matters or nothing."""
 
     name: str
     value: str
-    state: Literal["ok", "warn"] = "ok"
+    state: Literal["ok", "warn", "fail"] = "ok"
     advice: str = ""
 
 
 def doctor() -> dict[str, Any]:
     """Look at this machine; nothing is changed but a temporary file in the current folder.
 
-    Returns: {"ok": no row warns, "checks": rows {"name", "value", "state": "ok" | "warn", "advice"}}, ready for JSON.
+    Returns: {"ok": no row fails, "warnings": rows that warn, "checks": rows {"name", "value", "state": "ok" | "warn" | "fail",
+             "advice"}}, ready for JSON.
     """
     checks: list[Check] = []
     for name, probe in PROBES.items():
         try:
             checks += probe()
-        except (ImportError, OSError) as e:  # a broken installation is what a doctor is for
+        except (ImportError, OSError, RuntimeError) as e:  # a broken installation is what a doctor is for
             text = " ".join(str(e).split())
-            checks.append(Check(name, f"{type(e).__name__}: {text}", "warn", "install cskd again in a new environment"))
-    return {"ok": all(c.state == "ok" for c in checks), "checks": [asdict(c) for c in checks]}
+            checks.append(Check(name, f"{type(e).__name__}: {text}", "fail", "install cskd again in a new environment"))
+    states = [c.state for c in checks]
+    return {"ok": "fail" not in states, "warnings": states.count("warn"), "checks": [asdict(c) for c in checks]}
 
 
 def render(report: dict[str, Any], console: Console) -> None:
@@ -67,8 +83,7 @@ def render(report: dict[str, Any], console: Console) -> None:
     for heading in ("", "what", "found", "what to do"):
         table.add_column(heading, overflow="fold")
     for row in report["checks"]:
-        warns = row["state"] == "warn"
-        mark = Text("warn", "bold yellow") if warns else Text("ok", "green")
+        mark = Text(row["state"], {"ok": "green", "warn": "bold yellow", "fail": "bold red"}[row["state"]])
         table.add_row(mark, Text(row["name"]), Text(row["value"]), Text(row["advice"]))
     console.print(table)
 
@@ -80,7 +95,12 @@ def _versions() -> Iterator[Check]:
         try:
             yield Check(name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            yield Check(name, "not installed", "warn", f"pip install {name}")
+            yield Check(name, "not installed", "fail", f"pip install {name}")
+    for name, use in OPTIONAL.items():
+        try:
+            yield Check(name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            yield Check(name, "not installed", advice=f"only for {use}")
 
 
 def _decoder() -> Iterator[Check]:
@@ -93,7 +113,7 @@ def _decoder() -> Iterator[Check]:
         yield Check("JPEG decoder", f"libjpeg-turbo {turbo}")
     else:
         advice = "Pillow's own wheels bring libjpeg-turbo, several times as fast: pip install --force-reinstall pillow"
-        yield Check("JPEG decoder", f"libjpeg {found}" if found else "none", "warn", advice)
+        yield Check("JPEG decoder", f"libjpeg {found}" if found else "none", "warn" if found else "fail", advice)
 
 
 def _checksum() -> Iterator[Check]:
@@ -107,9 +127,12 @@ def _checksum() -> Iterator[Check]:
 
 
 def _processes() -> Iterator[Check]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    all_cores = os.cpu_count() or cores
-    yield Check("CPU cores", str(cores) if cores == all_cores else f"{cores} of {all_cores} are this process's")
+    cores, machine = usable_cores(), os.cpu_count() or 1
+    yield Check("CPU cores", f"{cores}" if cores.count == machine else f"{cores}, the machine has {machine}")
+    if cores.quota is not None:
+        short = "less than two cores' time: training takes a core, and its loader another"
+        value = f"{cores.quota:g} CPUs, affinity {cores.allowed}"
+        yield Check("CPU quota", value, "ok" if cores.quota >= 2 else "warn", "" if cores.quota >= 2 else short)
     methods = multiprocessing.get_all_start_methods()
     if "forkserver" in methods:
         yield Check("start methods", ", ".join(methods))
@@ -159,7 +182,6 @@ def _devices() -> Iterator[Check]:
 
     from cskd.devices import cpu_has_bf16
 
-    yield Check("threads of torch", str(torch.get_num_threads()))
     yield Check("processor", "bf16" if cpu_has_bf16() else "no AVX512-BF16, no AMX: autocast: auto is float32 on it")
     for i in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(i)
@@ -177,6 +199,37 @@ def _devices() -> Iterator[Check]:
         yield Check("GPU", "none", "warn", advice)
 
 
+def _threads() -> Iterator[Check]:
+    """The threads that a run would compute with, and what they gain and their way of waiting costs right now."""
+    from cskd.machine.speed import steps_elsewhere, steps_per_second
+
+    threads = choose_threads(workers=TrainConfig().workers)
+    user = users_count()
+    if threads.count > threads.share and user:
+        advice = f"threads beyond the cores wait for each other: unset {user[0]}, or set it to {threads.share} at most"
+        yield Check("threads", str(threads), "warn", advice)
+    else:
+        yield Check("threads", str(threads))
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    busy = load > BUSY * threads.cores.count
+    yield Check("load", f"{load:.1f}", advice="other work runs here now, which slows what follows down" if busy else "")
+    one = steps_per_second(1, SECONDS)
+    if threads.count == 1:
+        yield Check("speed", f"{one:.0f} steps/s of a small network with 1 thread")
+        return
+    several = steps_per_second(threads.count, SECONDS)
+    spinning = steps_elsewhere(threads.count, SECONDS, {}, without=tuple(WAITING))
+    value = f"{one:.0f} steps/s of a small network with 1 thread, {several:.0f} with {threads.count}"
+    if spinning is not None:
+        value += f", {spinning:.0f} if they spun at barriers"
+    if several < SLOWER * one:
+        when = "next to the other work" if busy else "on this machine"
+        advice = f"several threads are slower than one {when}: set train.threads: 1 and cache.threads: 1"
+        yield Check("speed", value, "warn", advice)
+    else:
+        yield Check("speed", value)
+
+
 PROBES: dict[str, Callable[[], Iterator[Check]]] = {
     "versions": _versions,
     "JPEG decoder": _decoder,
@@ -184,4 +237,5 @@ PROBES: dict[str, Callable[[], Iterator[Check]]] = {
     "processes": _processes,
     "storage": _storage,
     "torch": _devices,
+    "threads": _threads,
 }

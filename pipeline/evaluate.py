@@ -20,6 +20,7 @@ from cskd.inventory import open_inventory
 from cskd.loading.stage2 import UNREADABLE, Batch, BatchMaker, eval_tasks
 from cskd.loading.stream import Stream
 from cskd.loading.views import ViewMaker
+from cskd.machine.threads import choose_threads, computing_with
 from cskd.ranks import Ranks
 from cskd.student import Student, eval_heads
 from cskd.student.checkpoint import load_student
@@ -116,9 +117,11 @@ def evaluate_checkpoint(
     tasks = eval_tasks(len(val), batch)
     crop_pct = crop_pct or facts["pretrained_cfg"]["crop_pct"]
     stream = iter(Stream(BatchMaker(maker, maker, crop_pct), tasks, workers))
+    threads = choose_threads(workers=workers)
     # tf32 rounds the inputs of a convolution to 10 bits, which float32 should not mean here
     exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-    with exact, Progress("eval", total=len(val), unit="images", quiet=quiet) as progress:
+    progress_bar = Progress("eval", total=len(val), unit="images", quiet=quiet)
+    with computing_with(threads.count), exact, progress_bar as progress:
         heads, unreadable = score_heads(
             {"": student},
             _counted(stream, progress),

@@ -18,6 +18,7 @@ from cskd.forwards import pad_rows
 from cskd.golden import golden_rows, replay_golden
 from cskd.lanes import threads_of_a_lane
 from cskd.loading.views import ViewMaker
+from cskd.machine.threads import begun_with, choose_threads, computing_with
 from cskd.store.cache import Cache, Unit, first_difference
 from cskd.teacher import Teacher, compare_probe, load_teacher
 from pipeline.progress import Progress
@@ -68,7 +69,10 @@ def recompute(cache: Cache, count: int, device: str, quiet: bool) -> Recomputed:
     maker = ViewMaker(cache.inventory, cache.recipe)
     views = lookups = differing = 0
     margin, largest = 0.0, 0.0
-    with Progress("recompute", count, "views", quiet=quiet) as progress:
+    threads = choose_threads()
+    if not teacher.reentrant:
+        threads, _ = begun_with(cache.manifest.get("threads"), threads, asked=False)
+    with computing_with(threads.count), Progress("recompute", count, "views", quiet=quiet) as progress:
         for block, view, unit, rows in golden_rows(cache, count):
             targets = {name: cache.read(block, view, name).targets for name in {hard, soft or hard}}
             for part in np.array_split(rows, -(-len(rows) // teacher.batch)):

@@ -39,6 +39,7 @@ from cskd.loading.stream import Stream
 from cskd.loading.tasks import RunTasks
 from cskd.loading.views import ViewMaker
 from cskd.losses import DistillationLoss
+from cskd.machine.threads import Threads, begun_with, choose_threads, computing_with
 from cskd.plan import PlanSpec
 from cskd.ranks import Ranks, start_ranks, stop_ranks
 from cskd.store.cache import Cache, open_cache
@@ -89,10 +90,12 @@ def train(config: Config, verify_replay: bool = True, online: bool = False, quie
     """
     ranks = start_ranks(config.train.device)
     quiet = quiet or not ranks.first
+    threads = choose_threads(config.train.threads, "train.threads", config.train.workers)
     try:
-        run = _open_run(config, ranks, verify_replay, online, quiet)
-        say(run.notes, quiet)
-        return _train(run, verify_replay, quiet)
+        with computing_with(threads.count):
+            run = _open_run(config, ranks, verify_replay, online, quiet, threads)
+            say(run.notes, quiet)
+            return _train(run, verify_replay, quiet)
     finally:
         stop_ranks()
 
@@ -223,7 +226,7 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
     )
 
 
-def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, quiet: bool) -> _Run:
+def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, quiet: bool, threads: Threads) -> _Run:
     """Views, targets, student, plan and optimiser of a config, and where an earlier run of it stopped."""
     settings = config.train
     if not settings.output:
@@ -260,6 +263,11 @@ def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, q
     ranks.refuse_differing(loaded.step if loaded else 0, device)
     if loaded:
         refuse_other_run(loaded.info, json.loads(json.dumps(identity)), output, student.distilled)
+        if device.type == "cpu":
+            threads, changed = begun_with(loaded.info.get("threads"), threads, settings.threads is not None)
+            notes += changed
+    torch.set_num_threads(threads.count)
+    identity["threads"] = threads.count
     if ranks.first:
         own_output(output)
         write_whole(output / RESOLVED, to_yaml(config).encode())
@@ -280,7 +288,7 @@ def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, q
         identity=identity,
         step=loaded.step if loaded else 0,
         stop=min(stop, settings.max_steps) if settings.max_steps else stop,
-        notes=[*notes, *student.notes, *(loaded.warnings if loaded else [])],
+        notes=[str(threads), *notes, *student.notes, *(loaded.warnings if loaded else [])],
     )
 
 

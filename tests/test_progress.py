@@ -190,8 +190,8 @@ def test_doctor_reports_rows_that_json_and_a_table_can_hold(tmp_path, monkeypatc
         "start methods",
         "hard links",
     } <= names
-    assert report["ok"] == all(row["state"] == "ok" for row in report["checks"])
-    assert all(row["advice"] for row in report["checks"] if row["state"] == "warn")
+    assert report["ok"] == all(row["state"] != "fail" for row in report["checks"])
+    assert all(row["advice"] for row in report["checks"] if row["state"] != "ok")
     assert list(tmp_path.iterdir()) == []
     out = io.StringIO()
     render(report, Console(file=out, width=200))
@@ -216,7 +216,9 @@ def test_doctor_reports_a_broken_installation_instead_of_failing_with_it(monkeyp
     monkeypatch.setitem(doctor_module.PROBES, "torch", broken)
     report = doctor()
     assert not report["ok"]
-    assert report["checks"][-1]["value"] == "ImportError: libcudart.so: no such file [1]"
+    assert "ImportError: libcudart.so: no such file [1]" in [
+        c["value"] for c in report["checks"] if c["state"] == "fail"
+    ]
     out = io.StringIO()
     render(report, Console(file=out, width=200))
     assert "file [1]" in out.getvalue()

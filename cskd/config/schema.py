@@ -30,9 +30,11 @@ MOST = {
     "recipe.cutmix": 1e6,
     "cache.views": 100_000,
     "cache.workers": 1024,
+    "cache.threads": 1024,
     "train.epochs": 1_000_000,
     "train.global_batch": 1 << 24,
     "train.workers": 1024,
+    "train.threads": 1024,
     "train.prefetch": 1024,
     "train.keep": 1_000_000,
     "train.window": 1_000_000,
@@ -164,6 +166,7 @@ class CacheConfig:
     codecs: list[str] = field(default_factory=lambda: ["envelope"])  # envelope, int8, topk10, topk:K
     max_quarantine: float = 0.001  # share of unreadable images that stops stage 1
     workers: int = 2  # processes that decode and augment
+    threads: int | None = None  # of arithmetic, here lanes of the teacher on a CPU; null = chosen from the cores
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -173,6 +176,7 @@ class CacheConfig:
         distinct = {name.replace(":", "") for name in self.codecs}  # topk10 is topk:10
         _need(len(distinct) == len(self.codecs), "cache.codecs", self.codecs, "each codec once")
         _need(self.workers >= 0, "cache.workers", self.workers, "0 or more processes")
+        _need(self.threads is None or self.threads > 0, "cache.threads", self.threads, "at least 1, or null")
         _need(0.0 <= self.max_quarantine <= 1.0, "cache.max_quarantine", self.max_quarantine, "a share in [0, 1]")
 
 
@@ -247,6 +251,7 @@ class TrainConfig:
     autocast: Autocast = "auto"  # auto: bf16 where the device gains by it
     compile: bool = False
     workers: int = 2
+    threads: int | None = None  # of arithmetic in the main process; null = chosen from the cores
     device: str = "auto"
     eval_every: int = 1  # epochs
     eval_crop_pct: float = 0.875  # share of the short side that evaluation sees
@@ -265,6 +270,7 @@ class TrainConfig:
             _need(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
         for name in ("lr", "warmup_epochs", "warmup_lr", "min_lr", "weight_decay"):
             _need(getattr(self, name) >= 0.0, f"train.{name}", getattr(self, name), "a number >= 0")
+        _need(self.threads is None or self.threads > 0, "train.threads", self.threads, "at least 1, or null")
         _need(0.0 < self.eval_crop_pct <= 1.0, "train.eval_crop_pct", self.eval_crop_pct, "a share in (0, 1]")
         _need(self.ema is None or 0.0 <= self.ema < 1.0, "train.ema", self.ema, "a decay in [0, 1), or null")
         _need(self.clip_grad is None or self.clip_grad > 0.0, "train.clip_grad", self.clip_grad, "a norm > 0, or null")

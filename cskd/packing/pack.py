@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from cskd.errors import DataError
 from cskd.inventory import Inventory, InventoryWriter, Sample, open_inventory, publish_inventory
 from cskd.inventory_format import FOLDER, HEADER, sync
+from cskd.machine.cores import usable_cores
 from cskd.packing.class_names import classes_held
 from cskd.packing.names import CLASSES_FILE
 from cskd.packing.payloads import Payload, payloads
@@ -81,7 +82,7 @@ def pack(
         "quality": quality if short_side is not None else None,
     }
     asked = {"split": split} if split else {}
-    workers = workers or min(8, max(2, os.cpu_count() or 1))
+    workers = workers or min(8, max(2, usable_cores().count))
     try:
         with _workspace(out) as work:
             source = open_source(src, classes, work, max_spool, progress, split)

@@ -1,0 +1,150 @@
+"""How many threads the main process computes with, and how they wait for each other. No torch is loaded by importing it.
+
+Parallel loops end at barriers. By default OpenMP's threads spin there for milliseconds; where another process has one of the
+cores, the thread that everybody waits for does not run, and a loop of 50 us takes as long as a time slice: training of a small
+student next to two busy processes on two cores was 20 times slower than with one thread (`python -m benchmarks.threads`).
+Here they look a few hundred times, some 10 us, and then sleep. Not at once: sleeping and waking costs a small student on a
+quiet machine all that its second thread gains.
+
+OpenMP reads its settings once, when torch is loaded, so `wait_passively` comes before it: `pipeline/__init__.py` calls it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cskd.machine.cores import Cores, affinity, usable_cores
+
+# GOMP_SPINCOUNT is for GNU's OpenMP, in torch's wheels for Linux; KMP_BLOCKTIME, in ms, for LLVM's and Intel's.
+WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "500", "KMP_BLOCKTIME": "0"}
+COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # by which a user says how many threads
+MOST = 1024
+MOST_PER_CORE = 4  # a resumed run keeps its number of threads up to here
+_SHARE = 4  # loader workers are left at most one core in so many: a view costs a fraction of a student's step
+
+
+@dataclass(frozen=True)
+class Threads:
+    """count: threads of arithmetic of the main process; cores: its CPUs, of which `share` are this rank's; why: who says how
+    many, '' where they were chosen here."""
+
+    count: int
+    cores: Cores
+    share: int
+    workers: int = 0
+    why: str = ""
+
+    def __str__(self) -> str:
+        per_rank = f", {self.share} per rank" if self.share < self.cores.count else ""
+        parts = [f"{_number(self.count, 'thread')}{self.why and f' ({self.why})'} of {self.cores}{per_rank}"]
+        if self.count > 1:
+            parts.append(waiting())
+        parts.append(_number(self.workers, "loader worker"))
+        slow = ": more threads than cores, which is slow" if self.count > self.share else ""
+        return ", ".join(parts) + slow
+
+
+def wait_passively(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Have OpenMP's threads wait briefly, then sleep, unless the user says how they wait; before torch is loaded."""
+    if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in environ:
+        for name, value in WAITING.items():
+            environ.setdefault(name, value)
+
+
+def waiting() -> str:
+    """How the threads of this process wait, in words."""
+    found = {name: os.environ[name] for name in WAITING if name in os.environ}
+    if found == WAITING:
+        return "waiting passively"
+    if not found:
+        return "spinning at barriers (torch was loaded first: set OMP_WAIT_POLICY=passive before the start)"
+    return "waiting as set: " + " ".join(f"{name}={value[:20]}" for name, value in found.items())
+
+
+def choose_threads(asked: int | None = None, key: str = "", workers: int = 0, cores: Cores | None = None) -> Threads:
+    """Threads for the main process: what the config's `key` asks for, else the user's OMP_NUM_THREADS, else this rank's share
+    of the cores, less one for each of its loader workers, which may have a quarter of them."""
+    cores = cores or usable_cores()
+    share = _share(cores)
+    if asked is not None:
+        return Threads(asked, cores, share, workers, key)
+    if (user := users_count()) is not None:
+        return Threads(user[1], cores, share, workers, user[0])
+    return Threads(share - min(workers, share // _SHARE), cores, share, workers)
+
+
+def users_count() -> tuple[str, int] | None:
+    """The environment variable by which the user says how many threads, and the number; not torchrun's own OMP_NUM_THREADS=1."""
+    for name in COUNTS:
+        value = os.environ.get(name, "").partition(",")[0].strip()  # '4,2': of nested loops
+        if value.isascii() and value.isdigit() and 0 < int(value[:9]) <= MOST and not _set_by_torchrun(name, value):
+            return name, int(value)
+    return None
+
+
+def begun_with(recorded: object, now: Threads, asked: bool) -> tuple[Threads, list[str]]:
+    """The threads of work that is taken up again, and notes: sums are split over threads, so that another number of them
+    gives other last bits.
+
+    Args:    recorded: how many it was begun with; None: not known, as of older versions. asked: the config says how many.
+    """
+    if type(recorded) is not int or not 0 < recorded <= MOST:
+        return now, [f"with how many threads this was begun is not recorded; with {now.count} last bits may differ"]
+    if recorded == now.count:
+        return now, []
+    if asked:
+        return now, [
+            f"begun with {_number(recorded, 'thread')}, {now.why} is {now.count}: last bits differ from here on"
+        ]
+    if recorded > MOST_PER_CORE * now.share:
+        return now, [
+            f"begun with {recorded} threads, too many for {now.cores}: it goes on with {now.count}, and last bits differ from "
+            "here on"
+        ]
+    return replace(now, count=recorded, why="as it was begun"), []
+
+
+@contextlib.contextmanager
+def computing_with(count: int) -> Iterator[None]:
+    """So many threads of arithmetic inside; as many as before after it."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _share(cores: Cores) -> int:
+    """The cores of one of the ranks that torchrun started here. Where each was given CPUs of its own, those, if they are fewer
+    than its part of what torchrun has."""
+    try:
+        ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    except ValueError:
+        ranks = 1
+    if ranks == 1:
+        return cores.count
+    whole = replace(cores, allowed=max(cores.allowed, affinity(os.getppid()) or 0))
+    return max(1, min(cores.count, whole.count // ranks))
+
+
+def _set_by_torchrun(name: str, value: str) -> bool:
+    """torchrun sets OMP_NUM_THREADS=1 where the user did not; what it was started with tells."""
+    if name != "OMP_NUM_THREADS" or value != "1" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    try:
+        started_with = Path(f"/proc/{os.getppid()}/environ").read_bytes()
+    except OSError:
+        return True
+    return not any(entry.startswith(b"OMP_NUM_THREADS=") for entry in started_with.split(b"\0"))
+
+
+def _number(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
