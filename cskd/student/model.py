@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import timm
+import torch
 import torch.nn.functional as F
 from timm.models import is_model_in_modules
 from timm.models.deit import VisionTransformerDistilled
@@ -148,6 +149,12 @@ def eval_heads(output: StudentOutput) -> dict[str, Tensor]:
         parts = [heads[name] for name in ("class", "distillation", "patches") if name in heads]
         heads["all"] = sum(parts[1:], parts[0]) / len(parts)
     return heads
+
+
+def head_names(student: Student) -> list[str]:
+    """The heads that `eval_heads` finds in the output of an evaluation."""
+    image = torch.zeros(1, 1)
+    return list(eval_heads(StudentOutput(image, image if student.distilled else None, image[..., None, None])))
 
 
 def build_student(config: StudentConfig, num_classes: int, image_size: int | Grid) -> Student:
