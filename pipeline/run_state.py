@@ -43,13 +43,16 @@ class RunState:
         self._forwards, self._forwards_before = 0, teacher_images()  # by earlier processes; of this one before it began
         self._recent: list[Tensor] = []  # losses of the steps since they were last looked at
         self._first: float | None = None  # loss of the run's first step, mean over ranks
-        self._last: float | None = None
+        self.resumed: int | None = None  # the state that this process went on from
+        self.saved: int | None = None  # the newest state
+        self.good: int | None = None  # the newest state whose next loss was sound
         self.step = 0  # the latest
         self._checked = -1  # the step after which all was seen to be finite
         self._every = 1 if device.type == "cpu" and ranks.count == 1 else _CHECK_STEPS
 
     def restore(self, record: Any, step: int, steps_per_epoch: int) -> None:
         """Go on from the record in a state of `step`; one of an earlier version has none. StudentError for another's."""
+        self.step = self.resumed = self.saved = step
         try:
             self._restore(record or {}, step % steps_per_epoch)
         except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError) as e:
@@ -63,7 +66,9 @@ class RunState:
     def _restore(self, record: dict[str, Any], steps: int) -> None:
         self.best, self.shown = Best.of(record.get("best")), Best.of(record.get("shown"))
         self.changes = [{name: c[name] for name in _CHANGE} for c in record.get("changes", [])]
-        self._first, self._forwards = record.get("first_loss"), int(record.get("teacher_forwards", 0))
+        self._forwards = int(record.get("teacher_forwards", 0))
+        first, good = record.get("first_loss"), record.get("good")
+        self._first, self.good = None if first is None else float(first), None if good is None else int(good)
         rows = record.get("losses", [])
         if record.get("counted") == steps and all(len(row) == len(self._losses) for row in rows):
             same = len(rows) == self.ranks.count
@@ -117,20 +122,18 @@ class RunState:
         if not self._recent:
             return
         losses = (self.ranks.sum(torch.stack(self._recent)) / self.ranks.count).tolist()
-        before = step - len(losses)
         self._recent.clear()
-        for n, loss in enumerate(losses, before + 1):
+        for n, loss in enumerate(losses, step - len(losses) + 1):
             if not math.isfinite(loss):
                 raise NotFiniteError(f"the loss is {loss}", _RESUME, n)
-        self._first = losses[0] if before == 0 else self._first
-        self._last = losses[-1]
+            if n == 1:
+                self._first = loss
+            if n - 1 == self.saved and self._sound(loss):
+                self.good = self.saved
 
-    @property
-    def sound(self) -> bool:
-        """Whether the latest loss seen is not far above that of a student that knows nothing, or of the run's first step."""
-        if self._last is None or self._first is None:
-            return True
-        return self._last <= _UNSOUND * max(self._first, math.log(self.classes))
+    def _sound(self, loss: float) -> bool:
+        """Whether a loss is not far above that of a student that knows nothing, or of the run's first step."""
+        return self._first is None or loss <= _UNSOUND * max(self._first, math.log(self.classes))
 
     @property
     def teacher_forwards(self) -> int:
@@ -169,6 +172,7 @@ class RunState:
             "seconds": self.seconds if self._counted else 0.0,
             "teacher_forwards": self.teacher_forwards,
             "first_loss": self._first,
+            "good": self.good,
             "best": self.best.record() if self.best else None,
             "shown": self.shown.record() if self.shown else None,
             "changes": self.changes,
@@ -194,17 +198,26 @@ def named_bests(states: ResumeStates) -> list[Best]:
 def stopped(
     error: NotFiniteError, state: RunState, states: ResumeStates, lr: float, clip_grad: float | None
 ) -> ConfigError:
-    """A run that is no longer finite stops with what helps, and keeps the states from before it began to diverge."""
-    what = f"{error.what} at step {error.step or state.step}"
+    """A run that is no longer finite stops with what helps.
+
+    A state whose next loss was NaN, or far above the first, leads there again at any learning rate, for its weights give
+    that loss: so it is set aside, and the run goes on from the newest that led to a sound loss.
+    """
+    step = error.step or state.step
+    what = f"{error.what} at step {step}"
     if not state.ranks.first:
         return ConfigError(f"{what}; rank 0 says what helps")
-    dropped, left = states.drop_unsound()
+    there = list(states.infos())
+    good = -1 if state.good is None else state.good
+    again = state.resumed is not None and step == state.resumed + 1  # its update goes wrong, too
+    left = [s for s in there if s <= good and not (again and s == state.resumed)]
     lower = f"--set train.lr={lr / 10:g} or --set train.clip_grad={1 if clip_grad is None else clip_grad / 10:g}"
-    if left is not None:
-        gone = f" ({len(dropped)} later ones had diverged and are removed)" if dropped else ""
-        return ConfigError(f"{what}; the same command with {lower} goes on from the state of step {left}{gone}")
-    if states.infos():
+    if not there:
+        return ConfigError(f"{what}, before a state was saved; start again with {lower}")
+    if not left:
         return ConfigError(
-            f"{what}, and every state in {states.folder} is of a run that diverges; remove it and start again with {lower}"
+            f"{what}, and no state in {states.folder} led to anything else; remove it and start again with {lower}"
         )
-    return ConfigError(f"{what}, before a state was saved; start again with {lower}")
+    states.set_aside(set(there) - set(left))
+    gone = f" (later ones set aside: {len(there) - len(left)})" if len(left) < len(there) else ""
+    return ConfigError(f"{what}; the same command with {lower} goes on from the state of step {left[0]}{gone}")

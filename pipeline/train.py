@@ -150,9 +150,9 @@ class _Run:
         self.state.check(step, self.student, self.optimisation)
         info = {**self.identity, PROGRESS: self.state.record()}
         if self.ranks.first:
-            state = TrainState(step, info, self.state.sound)
-            self.states.save(self.student, self.optimisation, state)
+            self.states.save(self.student, self.optimisation, TrainState(step, info), self.state.good)
             BestWeights(self.states.folder).keep(named_bests(self.states))
+        self.state.saved = step
 
     def export(self, step: int) -> str:
         """Write what others use. Returns: what model.safetensors holds."""

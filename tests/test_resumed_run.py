@@ -231,7 +231,6 @@ def aged(path: Path) -> None:
         del body["info"][name]
     for name in ("ema_warmup", "best"):
         del body["info"]["train"][name]
-    del body["sound"]
     metadata = {"cskd": json.dumps(body, sort_keys=True)}
     metadata["sha256"] = digest(tensors, metadata["cskd"])
     save_file(tensors, path, metadata)

@@ -1,7 +1,6 @@
 """Resume states: all that the next step depends on, in one safetensors file without pickle.
 
-A state is finite, and there is always one from before a run began to diverge: NaN would be resumed from for ever.
-A file holds `model/NAME`, `ema/NAME`, `optimizer/NAME/KEY` and, where an optimiser has them, `group/INDEX/KEY`; its
+A state is finite: NaN would be resumed from for ever. A file holds `model/NAME`, `ema/NAME`, `optimizer/NAME/KEY` and, where an optimiser has them, `group/INDEX/KEY`; its
 metadata a JSON of the rest and a digest over all of it. It is written beside its place, fsynced and renamed, so a state
 is there whole or not at all.
 """
@@ -13,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from cskd.weight_files import MAX_HEADER, check_weight_file
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
+_ASIDE = re.compile(r"diverged-(\d{8,})\.safetensors")
 # What config and device decide anew; any other value in an optimiser's groups may be its state.
 _CHOSEN_HERE = {"lr", "initial_lr", "weight_decay", "fused", "foreach", "capturable", "differentiable", "maximize"}
 
@@ -41,25 +41,21 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands: `step` updates are done. `info` is JSON of the caller's.
-
-    sound: the loss says nothing against going on from here; a state with finite weights may be past saving all the same.
-    """
+    """Where a run stands: `step` updates are done. `info` is JSON of the caller's."""
 
     step: int
     info: dict[str, Any] = field(default_factory=dict)
-    sound: bool = True
     warnings: list[str] = field(default_factory=list)  # of loading; not saved
 
 
 class ResumeStates:
-    """The resume states in a folder, the newest `keep` of them and the newest sound one."""
+    """The resume states in a folder, the newest `keep` of them."""
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
 
-    def save(self, student: Student, optimisation: Optimisation, state: TrainState) -> Path:
-        """Write the state after `state.step` updates, then remove all but the newest `keep` and the newest sound one.
+    def save(self, student: Student, optimisation: Optimisation, state: TrainState, good: int | None = None) -> Path:
+        """Write the state after `state.step` updates, then remove all but the newest `keep`, and that of step `good`.
 
         States of later steps are removed too: they are damaged ones that this run could not resume from.
 
@@ -74,7 +70,6 @@ class ResumeStates:
             "format": FORMAT,
             "step": state.step,
             "info": state.info,
-            "sound": state.sound,
             "optimizer": type(optimisation.optimizer).__name__,
             "groups": groups,
             "numbers": numbers,
@@ -87,34 +82,23 @@ class ResumeStates:
             left_over.unlink(missing_ok=True)
         put_file(path, lambda temp: _write_state(temp, tensors, metadata))
         earlier = [step for step, _ in self._found() if step <= state.step]
-        kept = {*earlier[: self.keep], *self._sound(earlier)[:1]}
-        self._keep(kept)
+        for step, p in self._found():
+            if step not in earlier[: self.keep] and step != good:
+                p.unlink(missing_ok=True)
+        for step, p in self._found(_ASIDE):
+            if step <= state.step:
+                p.unlink(missing_ok=True)
         return path
 
-    def drop_unsound(self) -> tuple[list[int], int | None]:
-        """Remove the states that follow the newest sound one; without a sound one all stay.
-
-        Returns: the steps of those removed, newest first, and that of the sound one.
-        """
-        steps = [step for step, _ in self._found()]
-        sound = next(iter(self._sound(steps)), None)
-        dropped = [] if sound is None else [step for step in steps if step > sound]
-        self._keep(set(steps) - set(dropped))
-        return dropped, sound
+    def set_aside(self, steps: Collection[int]) -> None:
+        """Rename states so that none of them is resumed from; they go when a run has come as far again."""
+        for step, path in self._found():
+            if step in steps:
+                path.replace(path.with_name(f"diverged-{step:08d}.safetensors"))
 
     def infos(self) -> dict[int, dict[str, Any]]:
         """`info` of each state by step, newest first; one whose header can't be read is left out."""
         return {step: body["info"] for step, path in self._found() if (body := _header(path, step)) is not None}
-
-    def _sound(self, steps: list[int]) -> list[int]:
-        """Those of the steps whose state is sound, in order; a state of an earlier version counts as one."""
-        paths = dict(self._found())
-        return [s for s in steps if (body := _header(paths[s], s)) is not None and body.get("sound") is not False]
-
-    def _keep(self, steps: set[int]) -> None:
-        for step, path in self._found():
-            if step not in steps:
-                path.unlink(missing_ok=True)
 
     def load(self, student: Student, optimisation: Optimisation) -> TrainState | None:
         """Continue from the newest state that is whole; student and optimisation are those of the same config.
@@ -146,9 +130,9 @@ class ResumeStates:
             raise StudentError(f"every state in {self.folder} is {why}, {found[0][1]} too; remove them to start again")
         return None
 
-    def _found(self) -> list[tuple[int, Path]]:
+    def _found(self, name: re.Pattern[str] = _NAME) -> list[tuple[int, Path]]:
         """(step, path), newest first."""
-        names = ((_NAME.fullmatch(p.name), p) for p in self.folder.glob("step-*.safetensors"))
+        names = ((name.fullmatch(p.name), p) for p in self.folder.glob("*.safetensors"))
         return sorted(((int(m[1]), p) for m, p in names if m), reverse=True)
 
 
