@@ -14,7 +14,7 @@ from cskd.augment.device import mixed_pixels
 from cskd.ckf import blend_at, hard_targets
 from cskd.config import LossConfig
 from cskd.epoch_table import TargetSpec
-from cskd.errors import ConfigError
+from cskd.errors import ConfigError, TeacherError
 from cskd.forwards import pad_rows
 from cskd.losses import HardTargets, MixedLabels, SoftTargets
 from cskd.store.cache import Cache
@@ -92,6 +92,8 @@ class LiveTargets:
         size = self._teacher.batch
         parts = [self._teacher.forward_dense(pad_rows(part, size)) for part in torch.split(pixels_BCHW, size)]
         dense, image = (torch.cat(part)[: len(pixels_BCHW)] for part in zip(*parts, strict=True))
+        if not bool(dense.isfinite().all() & image.isfinite().all()):  # codecs refuse the same in stage 1
+            raise TeacherError("the teacher's logits hold NaN or an infinity; check its weights and teacher.autocast")
         return dense, image
 
 

@@ -2,30 +2,61 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cskd.augment.recipe import RECIPE_CODE_VERSION
-from cskd.config import Config, to_dict
+from cskd.config import Config, LossConfig, StudentConfig, TrainConfig, to_dict
 from cskd.devices import uses_bf16
 from cskd.errors import CacheError, ConfigError
 from cskd.images import POLICY
+from cskd.inventory import Inventory
 from cskd.live import LiveViews
 from cskd.store.cache import Cache, first_difference
 from cskd.store.format import RESOLVED
-from cskd.student.checkpoint import MODEL, MODEL_LAST
+from cskd.student.checkpoint import MODEL, MODEL_BEST, MODEL_EMA, MODEL_LAST
 from cskd.untrusted import refuse_links
 
 # Facts of the teacher that a config for training may repeat; weights may lie elsewhere, batch and device don't matter.
 _TEACHER = ("model", "kwargs", "input_size", "mean", "std", "classes", "dense", "grid")
 # Files of a run that replace what has their name; the folders beside them hold names of their own.
-_RUN_FILES = (MODEL, MODEL_LAST, "config.json", "metrics.jsonl", "metrics.csv")
+_RUN_FILES = (MODEL, MODEL_LAST, MODEL_EMA, MODEL_BEST, "config.json", "metrics.jsonl", "metrics.csv")
 _RUN_NAMES = (*_RUN_FILES, RESOLVED, "unreadable.json", "resume", "scratch", "tensorboard")
 # Keys that don't change which numbers a run ends with: they may differ when it is resumed.
-_FREE = ("output", "workers", "device", "eval_every", "keep", "save_every", "max_steps", "tensorboard", "prefetch")
-_NOTED = ("threads",)  # these may differ too: they change last bits, and a note says so
+_FREE = (
+    "output", "workers", "threads", "device", "eval_every", "keep", "save_every", "max_steps", "tensorboard", "prefetch",
+    "export",
+)  # fmt: skip
+# What else may differ when a run is resumed, with what a note says of it: all of it is read again at every step, so the
+# numbers from that step on are well-defined, but they are those of no run that was never interrupted.
+_NOTED = {
+    "train.lr": "",
+    "train.lr_batch": "",
+    "train.min_lr": "",
+    "train.warmup_lr": "",
+    "train.warmup_epochs": "",
+    "train.clip_grad": "",
+    "train.weight_decay": "",
+    "train.ema": "",
+    "train.ema_warmup": "",
+    "train.best": "earlier epochs don't count for it",
+    "train.compile": "results round otherwise",
+    "student.init": "it is read at the start of a run only, so nothing changes",
+    "val": "scores before are of other images",
+    "ranks": "the same views are fed; drop path draws otherwise, and sums round otherwise",
+    "threads": "sums round otherwise",
+    "device": "results round otherwise, and drop path draws otherwise",
+}
+# Keys that came later, with what runs did before: a record without one of them stands for this. For other keys that a
+# record lacks it stands for the default.
+_BEFORE = {"train.ema_warmup": False, "train.best": None}
+_SECTIONS = {"student": StudentConfig, "loss": LossConfig, "train": TrainConfig}
 
 
 def refuse_conflicts(config: Config, cache: Cache) -> None:
@@ -88,12 +119,18 @@ def own_output(output: Path) -> None:
 
 
 def run_identity(
-    config: Config, source: Cache | LiveViews, views: int, ranks: int, online: bool, device: torch.device
+    config: Config,
+    source: Cache | LiveViews,
+    views: int,
+    ranks: int,
+    online: bool,
+    device: torch.device,
+    val: Inventory | None = None,
 ) -> dict[str, Any]:
     """What decides the numbers of a run: kept in its resume states. Of `autocast: auto` what it means on this device."""
-    train = {k: v for k, v in to_dict(config.train).items() if k not in (*_FREE, *_NOTED, "views")}
+    train = {k: v for k, v in to_dict(config.train).items() if k not in (*_FREE, "views")}
     train["autocast"] = "bf16" if uses_bf16(config.train.autocast, device) else "none"
-    return {
+    facts = {
         "cache": source.fingerprint,
         "views": views,
         "online": online,
@@ -101,24 +138,86 @@ def run_identity(
         "loss": to_dict(config.loss),
         "train": train,
         "ranks": ranks,
+        "device": device.type,
+        "val": val.id if val is not None else None,
     }
+    return dict(json.loads(json.dumps(facts)))
+
+
+def as_begun(config: Config, begun: dict[str, Any] | None) -> tuple[Config, list[str]]:
+    """A config with what an earlier version did where it has a key that the record of a run lacks and the user did not
+    write; and a note for each. begun: the record, None for a new run."""
+    notes = []
+    for key, value in _BEFORE.items() if begun is not None else ():
+        section, _, name = key.partition(".")
+        mine, record = getattr(config, section), (begun or {}).get(section)
+        known = isinstance(record, dict) and name in record
+        if not known and key not in config.given and getattr(mine, name) != value:
+            mine = dataclasses.replace(mine, **{name: value})
+            config = dataclasses.replace(config, **{section: mine})
+            notes.append(f"{key} is {_written(value)}, as in the version of cskd that began this run")
+    return config, notes
+
+
+def changed_on_resume(begun: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Key, value it was begun with and value now of everything that differs and may, see `_NOTED`."""
+    return [d for d in _differences(_filled(begun, now), now) if d[0] in _NOTED]
+
+
+def change_note(key: str, old: Any, new: Any, step: int) -> str:
+    """In words: 'train.lr changed from 30.0 to 0.1 at step 12'."""
+    said = f"{key} changed from {_written(old)} to {_written(new)} at step {step}"
+    return f"{said}: {_NOTED[key]}" if _NOTED.get(key) else said
 
 
 def refuse_other_run(begun: dict[str, Any], now: dict[str, Any], output: Path, distilled: bool) -> None:
-    """ConfigError when a resume state is of another run, with the field and both values.
+    """ConfigError when a resume state is of another run, with the field, both values and the key that sets it back.
 
     distilled: whether the student has a distillation token. Runs of earlier versions name no `loss.baseline_head`: their
     method none trained the mean of both heads where there were two.
     """
-    begun, now = ({k: v for k, v in run.items() if k not in _NOTED} for run in (begun, now))
     loss = begun.get("loss")
     if isinstance(loss, dict) and "baseline_head" not in loss:
         had_choice = distilled and loss.get("method") == "none"
         begun = begun | {"loss": loss | {"baseline_head": "mean" if had_choice else now["loss"]["baseline_head"]}}
-    difference = first_difference(begun, now)
-    if difference:
-        key, old, new = difference
+    for key, old, new in _differences(_filled(begun, now), now):
+        if key in _NOTED:
+            continue
+        back = {
+            "cache": "set cache.path to the cache that it was begun with",
+            "online": "start it with --online" if old else "start it without --online",
+        }.get(key, f"set it back with --set {'train.views' if key == 'views' else key}={_written(old)}")
         raise ConfigError(
-            f"the run in {output} was begun with {key} = {old!r}, now it is {new!r}; set it back, or start another run "
-            "with --set train.output=..."
+            f"the run in {output} was begun with {key} = {_written(old)}, now it is {_written(new)}; {back}, or start "
+            "another run with --set train.output=..."
         )
+
+
+def _filled(begun: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """A record with what it stands for where it lacks a key of today's."""
+    filled = dict(begun)
+    for section, cls in _SECTIONS.items():
+        if isinstance(begun.get(section), dict):
+            before = {k.partition(".")[2]: v for k, v in _BEFORE.items() if k.startswith(f"{section}.")}
+            brought = json.loads(json.dumps(to_dict(cls()))) | before
+            known = {k: v for k, v in brought.items() if k in now[section]}
+            filled[section] = known | {k: v for k, v in begun[section].items() if section != "train" or k not in _FREE}
+    return {key: now[key] for key in _NOTED if key in now} | filled
+
+
+def _differences(old: Any, new: Any, field: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted name and both values of every field in which two nested dicts differ."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        if old != new:
+            yield field, old, new
+        return
+    for key in sorted(old.keys() | new.keys()):
+        yield from _differences(old.get(key), new.get(key), f"{field}.{key}" if field else key)
+
+
+def _written(value: Any) -> str:
+    """A value as a config says it, cut to what fits a line."""
+    text = (
+        value if isinstance(value, str) and re.fullmatch(r"[\w./+-]+", value) else json.dumps(value, ensure_ascii=False)
+    )
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -24,6 +24,7 @@ from cskd.machine.threads import choose_threads, computing_with
 from cskd.ranks import Ranks
 from cskd.student import Student, eval_heads
 from cskd.student.checkpoint import load_student
+from cskd.student.finite import NotFiniteError
 from cskd.student.heads import UNTRAINED, score_head
 from pipeline.progress import Progress
 
@@ -64,6 +65,7 @@ def score_heads(
 
     Args:    models: prefix -> student, '' for the live weights and 'ema.' for their average; each is left in training mode.
     Returns: prefix + head -> scores, and how many of the images could not be decoded.
+    Raises:  NotFiniteError on every rank for logits with NaN or an infinity.
     """
     hits: dict[str, Tensor] = {}
     seen = torch.zeros(2, dtype=torch.float64, device=inputs.device)  # images, and those that are unreadable
@@ -78,15 +80,23 @@ def score_heads(
                 out = model(pixels, (1, 1))
             for head, logits in eval_heads(out, model.trained).items():
                 top = logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None]
-                both = torch.stack([top[:, 0].sum(), top.any(1).sum()]).double()
+                odd = (~logits.isfinite().all(1)).sum()
+                both = torch.stack([top[:, 0].sum(), top.any(1).sum(), odd]).double()
                 hits[prefix + head] = hits.get(prefix + head, torch.zeros_like(both)) + both
         seen += torch.stack([seen.new_tensor(len(label)), (label == UNREADABLE).sum().double()])
     for model in models.values():
         model.train()
     images, unreadable = ranks.sum(seen).tolist()
-    return {name: HeadScores(*(100 * ranks.sum(both) / images).tolist()) for name, both in hits.items()}, int(
-        unreadable
-    )
+    scores = {}
+    for name, sums in hits.items():
+        first, five, odd = ranks.sum(sums).tolist()
+        if odd:
+            raise NotFiniteError(
+                f"{odd:.0f} of {images:.0f} images get logits from '{name}' that are not finite",
+                "the weights have diverged; evaluate earlier ones",
+            )
+        scores[name] = HeadScores(100 * first / images, 100 * five / images)
+    return scores, int(unreadable)
 
 
 def evaluate_checkpoint(

@@ -11,19 +11,16 @@ The same command resumes. Launch: `cskd train configs/cifar10.yaml`, or on many 
 
 from __future__ import annotations
 
-import json
-import math
+import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cskd.augment.device import InputMaker
@@ -46,12 +43,17 @@ from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import write_whole
 from cskd.store.format import RESOLVED
 from cskd.student import Student, build_student
-from cskd.student.checkpoint import ResumeStates, TrainState, export
+from cskd.student.average import average_notes
+from cskd.student.best import Best, BestWeights, score_asked
+from cskd.student.checkpoint import ResumeStates, TrainState, export, exported_prefix
+from cskd.student.finite import NotFiniteError
 from cskd.student.heads import score_head
 from cskd.student.optim import Optimisation, reseed_step
 from cskd.targets import CachedTargets, LiveTargets, NoTargets, mixed_labels
 from pipeline.baseline import open_baseline
 from pipeline.conflicts import (
+    as_begun,
+    changed_on_resume,
     own_output,
     refuse_conflicts,
     refuse_other_code,
@@ -63,6 +65,7 @@ from pipeline.evaluate import score_heads
 from pipeline.metrics import MetricsLog
 from pipeline.online import open_online
 from pipeline.progress import Pool, Progress, bound_by, say
+from pipeline.run_state import PROGRESS, RunState, named_bests, stopped
 
 TERMS = ("label", "dist", "patch")  # of the loss, as logged
 
@@ -81,6 +84,7 @@ class TrainReport:
     arithmetic: str  # of the evaluation
     bound_by: str
     notes: list[str]
+    weights: str = ""  # what model.safetensors holds
 
 
 def train(config: Config, verify_replay: bool = True, online: bool = False, quiet: bool = False) -> TrainReport:
@@ -95,7 +99,10 @@ def train(config: Config, verify_replay: bool = True, online: bool = False, quie
         with computing_with(threads.count):
             run = _open_run(config, ranks, verify_replay, online, quiet, threads)
             say(run.notes, quiet)
-            return _train(run, verify_replay, quiet)
+            try:
+                return _train(run, verify_replay, quiet)
+            except NotFiniteError as e:
+                raise stopped(e, run.state, run.states, config.train.lr, config.train.clip_grad) from e
     finally:
         stop_ranks()
 
@@ -116,14 +123,19 @@ class _Run:
     optimisation: Optimisation
     states: ResumeStates
     identity: dict[str, Any]
+    state: RunState
     step: int  # updates done by earlier runs
     stop: int  # updates in all
     notes: list[str]
 
     def evaluates(self, epoch: int) -> bool:
-        """Whether that epoch is followed by an evaluation: every `eval_every`, and the last."""
-        last = (epoch + 1) * self.plan.steps >= self.stop
-        return self.val is not None and (last or (epoch + 1) % self.config.train.eval_every == 0)
+        """Whether that epoch is followed by an evaluation: those of the schedule, and where `max_steps` stops."""
+        stops = (epoch + 1) * self.plan.steps >= self.stop
+        return self.val is not None and (stops or self.scheduled(epoch))
+
+    def scheduled(self, epoch: int) -> bool:
+        """Whether a run that nothing stops evaluates after that epoch: every `eval_every`, and the last."""
+        return (epoch + 1) % self.config.train.eval_every == 0 or epoch + 1 == self.config.train.epochs
 
     @property
     def eval_tasks(self) -> list[EvalTask]:
@@ -143,31 +155,52 @@ class _Run:
     @property
     def score(self) -> str:
         """The evaluated head, or average of heads, that is the run's score: what timm computes from model.safetensors."""
-        return ("" if self.optimisation.averaged is None else "ema.") + score_head(self.student.trained)
+        return exported_prefix(self.config, self.state.shown) + score_head(self.student.trained)
 
     def save(self, step: int) -> None:
-        """A state that the same command resumes from."""
+        """A state that the same command resumes from. NotFiniteError on every rank where it would not be finite."""
+        self.state.check(step, self.student, self.optimisation)
+        info = {**self.identity, PROGRESS: self.state.record()}
         if self.ranks.first:
-            self.states.save(self.student, self.optimisation, TrainState(step, self.identity))
+            self.states.save(self.student, self.optimisation, TrainState(step, info), self.state.good)
+            BestWeights(self.states.folder).keep(named_bests(self.states))
+        self.state.saved = step
+
+    def export(self, step: int) -> str:
+        """Write what others use. Returns: what model.safetensors holds."""
+        if not self.ranks.first:
+            return ""
+        classes, best, changed = self.views.classes, self.state.shown, self.state.said()
+        return export(self.output, self.student, self.optimisation, self.config, classes, step, best, changed)
+
+    def improved(self, row: dict[str, Any]) -> Best | None:
+        """The best after an evaluation, its weights written where it is a new one."""
+        name, best = self.config.train.best, self.state.best
+        if name is None or (best is not None and row[name] <= best.score):
+            return best
+        best = Best(name, row[name], row["step"])
+        return BestWeights(self.states.folder).put(best, self.models[best.prefix]) if self.ranks.first else best
 
 
 def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
-    config, plan, device, ranks = run.config, run.plan, run.device, run.ranks
+    config, plan, device, ranks, state = run.config, run.plan, run.device, run.ranks, run.state
     start_clock, forwards_before, step = time.perf_counter(), teacher_images(), run.step
     criterion = DistillationLoss(config.loss)
     inputs = InputMaker(run.student.mean, run.student.std, device)
     net = _parallel(run)
     tasks, batches = _batches(run, verify_replay)
     seconds = dict.fromkeys(("decode", "augment", "teacher", "student", "evaluate"), 0.0)
+    weights = run.export(step) if step >= run.stop else ""
+    # A run that is finished has none, and keeps the row of an epoch that `max_steps` cut.
+    epochs = range(step // plan.steps, -(-run.stop // plan.steps)) if step < run.stop else range(step, step)
 
     with (
         tasks,
-        MetricsLog(run.output if ranks.first else None, step // plan.steps, config.train.tensorboard) as log,
+        MetricsLog(run.output if ranks.first else None, epochs.start, config.train.tensorboard) as log,
         Progress("train", run.stop * plan.global_batch, start=step * plan.global_batch, quiet=quiet) as progress,
     ):
-        for epoch in range(step // plan.steps, -(-run.stop // plan.steps)):
-            losses, counted = torch.zeros(1 + len(TERMS), device=device), 0
-            epoch_clock = time.perf_counter()
+        for epoch in epochs:
+            state.begin()
             end = min(run.stop, (epoch + 1) * plan.steps)
             while step < end:
                 batch = next(batches)
@@ -182,17 +215,17 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
                     out = net(inputs.mixed(batch), run.views.grid if criterion.uses_patches else None)
                 loss, terms = criterion(out, mixed_labels(batch, device), targets)
                 run.optimisation.update(loss, step)
-                step, counted = step + 1, counted + 1
-                losses += torch.stack([loss.detach(), *(terms.get(name, losses.new_zeros(())) for name in TERMS)])
+                step += 1
+                state.add(loss, terms, step)
                 seconds["student"] += time.perf_counter() - clock
-                progress.update(step * plan.global_batch, loss=partial(_mean_loss, losses, counted))
+                progress.update(step * plan.global_batch, loss=state.mean_loss)
                 if config.train.save_every and step % config.train.save_every == 0 and step < end:
                     run.save(step)
-            mean = (ranks.sum(losses) / ranks.count / max(1, counted)).tolist()
-            if not math.isfinite(mean[0]):
-                raise ConfigError(f"the loss of epoch {epoch} is {mean[0]}; lower train.lr or set train.clip_grad")
-            row = {"epoch": epoch, "step": step, "lr": run.optimisation.lr, "loss": mean[0]}
-            row |= {f"loss_{name}": value for name, value in zip(TERMS, mean[1:], strict=True)}
+            state.check(step, run.student, run.optimisation)
+            row: dict[str, Any] = {"epoch": epoch, "step": step, "lr": run.optimisation.lr} | state.row()
+            if changes := state.said(epoch * plan.steps, step):
+                row["changed"] = "; ".join(changes)
+            state.shown = state.best
             if run.evaluates(epoch):
                 clock = time.perf_counter()
                 scores, unreadable = score_heads(
@@ -200,15 +233,14 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
                 )
                 row |= {f"top1.{name}": score.top1 for name, score in scores.items()}
                 row |= {f"top5.{name}": score.top5 for name, score in scores.items()} | {"unreadable": unreadable}
+                state.shown = run.improved(row)
                 row |= {"score": run.score, "arithmetic": _arithmetic(run)}
                 seconds["evaluate"] += time.perf_counter() - clock
             tasks.retire(epoch)
-            log.add(
-                row
-                | {"seconds": time.perf_counter() - epoch_clock, "teacher_forwards": teacher_images() - forwards_before}
-            )
-            if ranks.first:
-                export(run.output, run.student, run.optimisation, config, run.views.classes, step)
+            log.add(row | {"seconds": state.seconds, "teacher_forwards": state.teacher_forwards})
+            weights = run.export(step)
+            if step % plan.steps == 0:  # an epoch that `max_steps` cut goes on when the run does
+                state.end(scored=run.scheduled(epoch))
             run.save(step)  # last: a run that is killed before it comes back here, and does not take the epoch for done
         last = log.rows[-1] if log.rows else {}
     images = (step - run.step) * plan.global_batch
@@ -223,15 +255,18 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
         arithmetic=_arithmetic(run),
         bound_by=bound_by(_pools(run, seconds, tasks.read_seconds), time.perf_counter() - start_clock, images),
         notes=run.notes,
+        weights=weights,
     )
 
 
 def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, quiet: bool, threads: Threads) -> _Run:
     """Views, targets, student, plan and optimiser of a config, and where an earlier run of it stopped."""
-    settings = config.train
-    if not settings.output:
+    if not config.train.output:
         raise ConfigError("train.output is empty; say where results go, for example --set train.output=runs/mine")
-    output, device = Path(settings.output), pick_device(settings.device)
+    output, device = Path(config.train.output), pick_device(config.train.device)
+    states = ResumeStates(output / "resume", keep=config.train.keep)
+    config, kept_notes = as_begun(config, next(iter(states.infos().values()), None))
+    settings = config.train
     views, targets, notes = _open_views(config, device, ranks, verify_replay, online, quiet)
     val = open_inventory(Path(config.data.val)) if config.data.val else None
     if val is not None and val.classes != views.classes:
@@ -257,22 +292,31 @@ def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, q
         ranks=ranks.count,
     )
     optimisation = Optimisation(student, settings, plan.steps)
-    states = ResumeStates(output / "resume", keep=settings.keep)
-    identity = run_identity(config, views, plan.views, ranks.count, online, device)
+    config = _with_best(config, student)
+    identity = run_identity(config, views, plan.views, ranks.count, online, device, val)
     loaded = states.load(student, optimisation)
     ranks.refuse_differing(loaded.step if loaded else 0, device)
+    state = RunState(ranks, device, TERMS, len(views.classes))
     if loaded:
-        refuse_other_run(loaded.info, json.loads(json.dumps(identity)), output, student.distilled)
+        begun = {name: value for name, value in loaded.info.items() if name != PROGRESS}
+        refuse_other_run(begun, identity, output, student.distilled)
         if device.type == "cpu":
-            threads, changed = begun_with(loaded.info.get("threads"), threads, settings.threads is not None)
-            notes += changed
+            threads, unknown = begun_with(begun.get("threads"), threads, settings.threads is not None)
+            notes += unknown if "threads" not in begun else []
+    if device.type == "cpu":
+        identity["threads"] = threads.count
+    if loaded:
+        state.restore(loaded.info.get(PROGRESS), loaded.step, plan.steps)
+        state.change(changed_on_resume(begun, identity), loaded.step)
+        state.forget_lost_best(BestWeights(states.folder))
     torch.set_num_threads(threads.count)
-    identity["threads"] = threads.count
     if ranks.first:
         own_output(output)
         write_whole(output / RESOLVED, to_yaml(config).encode())
     ranks.barrier()
-    stop = settings.epochs * plan.steps
+    stop = min(settings.epochs * plan.steps, settings.max_steps or 1 << 62)
+    averaging = average_notes(settings.ema, settings.ema_warmup, stop)
+    warnings = loaded.warnings if loaded else []
     return _Run(
         config=config,
         ranks=ranks,
@@ -286,10 +330,23 @@ def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, q
         optimisation=optimisation,
         states=states,
         identity=identity,
+        state=state,
         step=loaded.step if loaded else 0,
-        stop=min(stop, settings.max_steps) if settings.max_steps else stop,
-        notes=[str(threads), *notes, *student.notes, *(loaded.warnings if loaded else [])],
+        stop=stop,
+        notes=[str(threads), *notes, *student.notes, *kept_notes, *averaging, *state.said(), *state.notes, *warnings],
     )
+
+
+def _with_best(config: Config, student: Student) -> Config:
+    """The config with the score by which the best weights are kept by name. ConfigError where no evaluation gives it."""
+    train = config.train
+    if train.best is None and train.export != "best":
+        return config
+    if not config.data.val:
+        asked = "train.export is best" if train.best is None else f"train.best is {train.best}"
+        raise ConfigError(f"{asked} and data.val is empty; set it to a packed validation set, or leave the other out")
+    best = score_asked(train.best, student, train.ema is not None)
+    return dataclasses.replace(config, train=dataclasses.replace(train, best=best))
 
 
 def _open_views(
@@ -370,10 +427,6 @@ def _arithmetic(run: _Run) -> str:
     return arithmetic(run.config.train.autocast, run.device)
 
 
-def _mean_loss(losses: Tensor, counted: int) -> str:
-    return f"{float(losses[0]) / counted:.3f}"
-
-
 def render(report: TrainReport, console: Console) -> None:
     """The report for people."""
     rate = report.images / report.seconds if report.seconds else 0.0
@@ -390,5 +443,7 @@ def render(report: TrainReport, console: Console) -> None:
             + "  ".join(f"{name} {top1:.2f}" for name, top1 in report.top1.items()),
             soft_wrap=True,
         )
+    if report.weights:
+        console.print(escape(f"model.safetensors: {report.weights}"), soft_wrap=True)
     if report.steps:
         console.print(escape(report.bound_by), soft_wrap=True)

@@ -244,7 +244,7 @@ def test_averaged_weights_are_the_model_and_live_ones_lie_beside(tmp_path):
     head = "head.weight"
     assert torch.equal(load_file(folder / "model.safetensors")[head], optimisation.averaged.backbone.head.weight)
     assert torch.equal(load_file(folder / "model_last.safetensors")[head], student.backbone.head.weight)
-    assert json.loads((folder / "config.json").read_text())["cskd"]["weights"] == "averaged, decay 0.9"
+    assert json.loads((folder / "config.json").read_text())["cskd"]["weights"] == "ema: decay 0.9 with warm-up"
     folder, student, _ = exported(tmp_path, ema=None)  # over the one before
     assert torch.equal(load_file(folder / "model.safetensors")[head], student.backbone.head.weight)
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]

@@ -73,7 +73,7 @@ def test_soft_targets_of_the_live_teacher_need_no_codec(base: Path) -> None:
 def test_a_run_that_was_cut_online_resumes_online_only(base: Path) -> None:
     whole = train(settings(base, "whole"), online=True, quiet=True)
     train(settings(base, "cut", train={"max_steps": 3}), online=True, quiet=True)
-    with pytest.raises(ConfigError, match="begun with online = True, now it is False"):
+    with pytest.raises(ConfigError, match="begun with online = true, now it is false; start it with --online"):
         train(settings(base, "cut"), quiet=True)
     again = train(settings(base, "cut"), online=True, quiet=True)
     assert again.steps == whole.steps - 3

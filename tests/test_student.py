@@ -346,7 +346,7 @@ def test_weight_decay_skips_biases_norms_tokens_and_positions():
 
 def test_averaged_weights_follow_the_live_ones():
     student = build()
-    optimisation = Optimisation(student, TrainConfig(ema=0.9, warmup_epochs=0, lr=1e-2), 10)
+    optimisation = Optimisation(student, TrainConfig(ema=0.9, ema_warmup=False, warmup_epochs=0, lr=1e-2), 10)
     assert Optimisation(student, RECIPE, 10).averaged is None
     average = None
     for step in range(4):

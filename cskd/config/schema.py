@@ -248,6 +248,11 @@ class TrainConfig:
     min_lr: float = 1e-5
     clip_grad: float | None = None  # largest gradient norm
     ema: float | None = None  # decay of the averaged weights, evaluated beside the live ones
+    ema_warmup: bool = True  # let the decay rise to `ema`; false: as DeiT, the first weights stay in for long
+    export: Literal["auto", "live", "ema", "best"] = "auto"  # what model.safetensors holds; auto: ema where it is set
+    best: str | None = (
+        None  # score by which the best weights are kept, such as top1.class; null = only for export: best
+    )
     autocast: Autocast = "auto"  # auto: bf16 where the device gains by it
     compile: bool = False
     workers: int = 2
@@ -273,4 +278,7 @@ class TrainConfig:
         _need(self.threads is None or self.threads > 0, "train.threads", self.threads, "at least 1, or null")
         _need(0.0 < self.eval_crop_pct <= 1.0, "train.eval_crop_pct", self.eval_crop_pct, "a share in (0, 1]")
         _need(self.ema is None or 0.0 <= self.ema < 1.0, "train.ema", self.ema, "a decay in [0, 1), or null")
+        _need(
+            self.export != "ema" or self.ema is not None, "train.export", self.export, "live or best without train.ema"
+        )
         _need(self.clip_grad is None or self.clip_grad > 0.0, "train.clip_grad", self.clip_grad, "a norm > 0, or null")

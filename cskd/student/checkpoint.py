@@ -1,7 +1,11 @@
 """The folder a run leaves: plain timm checkpoints with the config.json that rebuilds them.
 
-model.safetensors       the weights to use: the averaged ones where `train.ema` is set, else the live ones
-model_last.safetensors  the live weights, only where they differ from the above
+model.safetensors       the weights to use, as `train.export` says: the live ones, the averaged ones (ema) or the best
+                        ones; `auto`: the averaged ones where `train.ema` is set, else the live ones. `cskd.weights` in
+                        config.json says which these are
+model_last.safetensors  the live weights, where model.safetensors holds others
+model_ema.safetensors   the averaged weights, where there are some and model.safetensors holds others
+model_best.safetensors  the best weights, where `train.best` keeps some and model.safetensors holds others
 config.json             architecture, arguments, class names, preprocessing; timm.create_model("local-dir:RUN",
                         pretrained=True) reads it, and so does `load_student`
 resume/                 see cskd.student.resume
@@ -17,11 +21,12 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import cskd
 from cskd.config import Config, StudentConfig
 from cskd.errors import ConfigError, StudentError
+from cskd.student.best import Best, BestWeights
+from cskd.student.finite import NotFiniteError, first_not_finite
 from cskd.student.heads import export_factors, multiplied, recorded_factors, recorded_heads, score_head
 from cskd.student.model import Student, build_student
 from cskd.student.optim import Optimisation
@@ -29,29 +34,51 @@ from cskd.student.resume import ResumeStates, TrainState, put_file
 from cskd.untrusted import parse_json, read_file
 from cskd.weight_files import check_tensors, check_weight_file
 
-__all__ = ["MODEL", "MODEL_LAST", "ResumeStates", "TrainState", "export", "load_student"]
+__all__ = ["MODEL", "MODEL_BEST", "MODEL_EMA", "MODEL_LAST", "ResumeStates", "TrainState", "export", "load_student"]
 
 MAX_ARGUMENT, MAX_DEPTH = 65_536, 256  # of a ViT's constructor; the largest have 6,144 features and 64 blocks
 MODEL = "model.safetensors"
 MODEL_LAST = "model_last.safetensors"
+MODEL_EMA = "model_ema.safetensors"
+MODEL_BEST = "model_best.safetensors"
 
 
 def export(
-    folder: Path, student: Student, optimisation: Optimisation, config: Config, classes: Sequence[str], step: int = 0
-) -> None:
+    folder: Path,
+    student: Student,
+    optimisation: Optimisation,
+    config: Config,
+    classes: Sequence[str],
+    step: int = 0,
+    best: Best | None = None,
+    changed: Sequence[str] = (),
+) -> str:
     """Write the weights and config.json of a run, each file durably and whole; existing ones are replaced.
 
-    Args:    classes names by label; step updates done, noted in config.json.
-    Raises:  StudentError when the disk refuses.
+    Args:    classes names by label; step updates done, noted in config.json; best that of folder/resume, with its file;
+             changed: what changed when the run was resumed, noted as well.
+    Returns: what model.safetensors holds, in words, as in config.json.
+    Raises:  StudentError when the disk refuses; NotFiniteError for weights with NaN or an infinity. Then nothing was written.
     """
+    averaged, folder_best = optimisation.averaged, BestWeights(folder / "resume")
+    weights: dict[str, dict[str, Tensor]] = {}
+    for name, model in {"live": student, "ema": averaged}.items():
+        if model is not None:
+            if odd := first_not_finite(model.backbone.state_dict()):
+                raise NotFiniteError(
+                    f"{odd} of the {name} weights is not finite after step {step}", "nothing is exported"
+                )
+            weights[name] = model.backbone.state_dict()
+    if best is not None:
+        weights["best"] = load_file(folder_best.path(best))
+    chosen, text = _chosen(config, best)
     folder.mkdir(parents=True, exist_ok=True)
-    averaged = optimisation.averaged
     factors = export_factors(student.trained, student.distilled)
-    _put_weights(folder / MODEL, (averaged or student).backbone, factors)
-    if averaged is None:
-        (folder / MODEL_LAST).unlink(missing_ok=True)
-    else:
-        _put_weights(folder / MODEL_LAST, student.backbone, factors)
+    for name, other in (("live", MODEL_LAST), ("ema", MODEL_EMA), ("best", MODEL_BEST)):
+        if name in weights:
+            _put_weights(folder / (MODEL if name == chosen else other), weights[name], factors)
+        if name not in weights or name == chosen:
+            (folder / other).unlink(missing_ok=True)
     facts = timm_config(student, classes, crop_pct=config.train.eval_crop_pct)
     facts["cskd"] = {
         "version": cskd.__version__,
@@ -60,13 +87,36 @@ def export(
         "method": config.loss.method,
         # times: what exported layers were multiplied by, so that timm's forward gives the score alone; see heads.py
         "heads": {"trained": list(student.trained), "score": score_head(student.trained), "times": factors},
-        "weights": "live" if averaged is None else f"averaged, decay {config.train.ema}",
+        "weights": text,
         "step": step,
         "image_size": list(student.image_size),
         "patch_grid": list(student.patch_grid),
     }
-    text = json.dumps(facts, indent=2)
-    put_file(folder / "config.json", lambda temp: temp.write_text(text + "\n", encoding="utf-8"))
+    if best is not None:
+        facts["cskd"]["best"] = best.record()
+    if changed:
+        facts["cskd"]["changed"] = list(changed)
+    body = json.dumps(facts, indent=2)
+    put_file(folder / "config.json", lambda temp: temp.write_text(body + "\n", encoding="utf-8"))
+    return text
+
+
+def _chosen(config: Config, best: Best | None) -> tuple[str, str]:
+    """Which weights are the model: 'live', 'ema' or 'best', and the same in words."""
+    train = config.train
+    average = "" if train.ema is None else f"ema: decay {train.ema}{' with warm-up' if train.ema_warmup else ''}"
+    if train.export == "best" and best is not None:
+        return "best", f"best: {best.name} {best.score:.2f} at step {best.step}"
+    yet = " (best: nothing scored yet)" if train.export == "best" else ""
+    if train.export == "live" or train.ema is None:
+        return "live", "live" + yet
+    return "ema", average + yet
+
+
+def exported_prefix(config: Config, best: Best | None) -> str:
+    """Whose scores are those of model.safetensors: 'ema.' for the averaged weights, '' for the live ones."""
+    chosen, _ = _chosen(config, best)
+    return best.prefix if chosen == "best" and best is not None else "ema." if chosen == "ema" else ""
 
 
 def timm_config(student: Student, classes: Sequence[str], crop_pct: float) -> dict[str, Any]:
@@ -126,6 +176,8 @@ def load_student(path: Path) -> tuple[Student, dict[str, Any]]:
         student = build_student(config, classes, size)
         tensors = load_file(weights)
         check_tensors(tensors.values())
+        if odd := first_not_finite(tensors):
+            raise ValueError(f"its {odd} is not finite")
         student.trained = recorded_heads(facts, student.distilled)
         student.backbone.load_state_dict(multiplied(tensors, undo))
     except StudentError:
@@ -163,6 +215,6 @@ def _described(facts: dict[str, Any]) -> tuple[StudentConfig, int, tuple[int, in
     )
 
 
-def _put_weights(path: Path, vit: nn.Module, factors: dict[str, float]) -> None:
-    tensors = {k: v.detach().cpu().contiguous() for k, v in multiplied(vit.state_dict(), factors).items()}
+def _put_weights(path: Path, weights: dict[str, Tensor], factors: dict[str, float]) -> None:
+    tensors = {k: v.detach().cpu().contiguous() for k, v in multiplied(weights, factors).items()}
     put_file(path, lambda temp: save_file(tensors, temp, {"format": "pt"}))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import timm
+import torch
 import torch.nn.functional as F
 from timm.models import is_model_in_modules
 from timm.models.deit import VisionTransformerDistilled
@@ -165,6 +166,13 @@ def eval_heads(output: StudentOutput, trained: Collection[str] = HEADS) -> dict[
         name = "all" if len(parts) == len(logits) else "+".join(parts)
         heads[name] = sum((logits[part] for part in parts[1:]), logits[parts[0]]) / len(parts)
     return heads
+
+
+def head_names(student: Student) -> list[str]:
+    """The heads that `eval_heads` finds in the output of an evaluation."""
+    image = torch.zeros(1, 1)
+    output = StudentOutput(image, image if student.distilled else None, image[..., None, None])
+    return list(eval_heads(output, student.trained))
 
 
 def build_student(config: StudentConfig, num_classes: int, image_size: int | Grid) -> Student:

@@ -26,8 +26,9 @@ class Optimisation:
     """Optimiser, learning rate and averaged weights of a student that already is on its device.
 
     `averaged` is the student with exponentially averaged weights (None where `train.ema` is null): a copy of the live
-    ones at the first update, then decay * average + (1 - decay) * live; the decay has no warm-up, as in DeiT. Weight
-    decay skips biases, norms, tokens and position embeddings, as timm's models ask for.
+    ones at the first update, then decay * average + (1 - decay) * live. With `train.ema_warmup` the decay of update n is
+    1 - n ** (-2/3) until that reaches `train.ema` (timm's ModelEmaV3); without it is `train.ema` from the second on, as
+    in DeiT. Weight decay skips biases, norms, tokens and position embeddings, as timm's models ask for.
 
     Raises: ConfigError for an optimiser timm doesn't know, or a warm-up that is longer than the training.
     """
@@ -59,7 +60,7 @@ class Optimisation:
             updates_per_epoch=steps_per_epoch,
             **warm_up,
         )
-        self._ema = None if config.ema is None else ModelEmaV3(student, decay=config.ema)
+        self._ema = None if config.ema is None else ModelEmaV3(student, decay=config.ema, use_warmup=config.ema_warmup)
 
     @property
     def averaged(self) -> Student | None:

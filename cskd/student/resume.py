@@ -1,6 +1,6 @@
 """Resume states: all that the next step depends on, in one safetensors file without pickle.
 
-A file holds `model/NAME`, `ema/NAME`, `optimizer/NAME/KEY` and, where an optimiser has them, `group/INDEX/KEY`; its
+A state is finite: NaN would be resumed from for ever. A file holds `model/NAME`, `ema/NAME`, `optimizer/NAME/KEY` and, where an optimiser has them, `group/INDEX/KEY`; its
 metadata a JSON of the rest and a digest over all of it. It is written beside its place, fsynced and renamed, so a state
 is there whole or not at all.
 """
@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,15 @@ from torch import Tensor
 
 from cskd.errors import StudentError
 from cskd.store.commit import fsync_folder, make_folder
+from cskd.student.finite import NotFiniteError, first_not_finite
 from cskd.student.model import Student
 from cskd.student.optim import Optimisation
-from cskd.untrusted import parse_json
-from cskd.weight_files import check_weight_file
+from cskd.untrusted import open_regular, parse_json
+from cskd.weight_files import MAX_HEADER, check_weight_file
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
+_ASIDE = re.compile(r"diverged-(\d{8,})\.safetensors")
 # What config and device decide anew; any other value in an optimiser's groups may be its state.
 _CHOSEN_HERE = {"lr", "initial_lr", "weight_decay", "fused", "foreach", "capturable", "differentiable", "maximize"}
 
@@ -52,14 +54,18 @@ class ResumeStates:
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
 
-    def save(self, student: Student, optimisation: Optimisation, state: TrainState) -> Path:
-        """Write the state after `state.step` updates, then remove all but the newest `keep`.
+    def save(self, student: Student, optimisation: Optimisation, state: TrainState, good: int | None = None) -> Path:
+        """Write the state after `state.step` updates, then remove all but the newest `keep`, and that of step `good`.
 
         States of later steps are removed too: they are damaged ones that this run could not resume from.
 
-        Raises: StudentError for an optimiser whose state is not tensors and numbers, or when the disk refuses.
+        Raises: StudentError for an optimiser whose state is not tensors and numbers, or when the disk refuses;
+                NotFiniteError for weights, averages or an optimiser's tensors with NaN or an infinity. Nothing was written.
         """
-        tensors, groups, numbers = _flatten(student, optimisation)
+        live, groups, numbers = _flatten(student, optimisation)
+        if odd := first_not_finite(live):
+            raise NotFiniteError(f"{odd} is not finite", "resume from the last state that is", state.step)
+        tensors = {k: v.detach().cpu().contiguous() for k, v in live.items()}
         body = {
             "format": FORMAT,
             "step": state.step,
@@ -69,17 +75,30 @@ class ResumeStates:
             "numbers": numbers,
         }
         metadata = {"cskd": json.dumps(body, sort_keys=True)}
-        metadata["sha256"] = _digest(tensors, metadata["cskd"])
+        metadata["sha256"] = digest(tensors, metadata["cskd"])
         path = self.folder / f"step-{state.step:08d}.safetensors"
         make_folder(self.folder)
         for left_over in self.folder.glob(".step-*.tmp"):  # of a run that was killed while it wrote
             left_over.unlink(missing_ok=True)
-        put_file(path, lambda temp: save_file(tensors, temp, metadata))
-        earlier = [p for step, p in self._found() if step <= state.step]
-        for _, p in self._found():
-            if p not in earlier[: self.keep]:
+        put_file(path, lambda temp: _write_state(temp, tensors, metadata))
+        earlier = [step for step, _ in self._found() if step <= state.step]
+        for step, p in self._found():
+            if step not in earlier[: self.keep] and step != good:
+                p.unlink(missing_ok=True)
+        for step, p in self._found(_ASIDE):
+            if step <= state.step:
                 p.unlink(missing_ok=True)
         return path
+
+    def set_aside(self, steps: Collection[int]) -> None:
+        """Rename states so that none of them is resumed from; they go when a run has come as far again."""
+        for step, path in self._found():
+            if step in steps:
+                path.replace(path.with_name(f"diverged-{step:08d}.safetensors"))
+
+    def infos(self) -> dict[int, dict[str, Any]]:
+        """`info` of each state by step, newest first; one whose header can't be read is left out."""
+        return {step: body["info"] for step, path in self._found() if (body := _header(path, step)) is not None}
 
     def load(self, student: Student, optimisation: Optimisation) -> TrainState | None:
         """Continue from the newest state that is whole; student and optimisation are those of the same config.
@@ -100,16 +119,20 @@ class ResumeStates:
             if not _is_state(body, step):
                 warnings.append(f"{path} is no state of step {step}; continuing from an earlier state")
                 continue
+            if odd := first_not_finite(tensors):  # of a version that wrote such states
+                warnings.append(f"{path} holds values in {odd} that are not finite; continuing from an earlier state")
+                continue
             _restore(path, student, optimisation, tensors, body)
             optimisation.set_lr(max(0, body["step"] - 1))
-            return TrainState(body["step"], body["info"], warnings)
+            return TrainState(body["step"], body["info"], warnings=warnings)
         if found:
-            raise StudentError(f"every state in {self.folder} is damaged, {found[0][1]} too; remove them to start anew")
+            why = "not finite" if all("not finite" in w for w in warnings) else "damaged"
+            raise StudentError(f"every state in {self.folder} is {why}, {found[0][1]} too; remove them to start again")
         return None
 
-    def _found(self) -> list[tuple[int, Path]]:
+    def _found(self, name: re.Pattern[str] = _NAME) -> list[tuple[int, Path]]:
         """(step, path), newest first."""
-        names = ((_NAME.fullmatch(p.name), p) for p in self.folder.glob("step-*.safetensors"))
+        names = ((name.fullmatch(p.name), p) for p in self.folder.glob("*.safetensors"))
         return sorted(((int(m[1]), p) for m, p in names if m), reverse=True)
 
 
@@ -132,6 +155,19 @@ def put_file(path: Path, write: Callable[[Path], object]) -> None:
         raise StudentError(f"{path} can't be written ({e}); mend that and run the same command again") from e
 
 
+def _write_state(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+    """As `save_file`, which writes the metadata in an order of chance: the same state is the same bytes."""
+    save_file(tensors, path, metadata)
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header = {"__metadata__": metadata} | {k: v for k, v in header.items() if k != "__metadata__"}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(text) == length:  # the same characters in another order
+            file.seek(8)
+            file.write(text)
+
+
 def _flatten(student: Student, optimisation: Optimisation) -> tuple[Tensors, list[dict[str, Any]], dict[str, Any]]:
     """Tensors by name; the optimiser's groups and those of its values that are no tensors, as JSON."""
     tensors = {f"model/{k}": v for k, v in student.backbone.state_dict().items()}
@@ -152,7 +188,12 @@ def _flatten(student: Student, optimisation: Optimisation) -> tuple[Tensors, lis
     except (TypeError, ValueError) as e:
         kind = type(optimisation.optimizer).__name__
         raise StudentError(f"{kind} can't be resumed ({e}); set train.opt to another optimiser, such as adamw") from e
-    return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, groups, numbers
+    return tensors, groups, numbers
+
+
+def state_tensors(student: Student, optimisation: Optimisation) -> Tensors:
+    """Weights, averages and the optimiser's tensors where they are, by the names they have in a state."""
+    return _flatten(student, optimisation)[0]
 
 
 def _groups(student: Student, optimisation: Optimisation) -> Iterator[tuple[list[str], dict[str, Any]]]:
@@ -167,10 +208,21 @@ def _read(path: Path) -> tuple[Tensors, dict[str, Any]]:
     with safe_open(path, framework="pt") as f:
         metadata = f.metadata() or {}
         tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  not a dict
-    if _digest(tensors, metadata["cskd"]) != metadata["sha256"]:
+    if digest(tensors, metadata["cskd"]) != metadata["sha256"]:
         raise ValueError("its digest is not that of its content")
     body: dict[str, Any] = parse_json(metadata["cskd"])
     return tensors, body
+
+
+def _header(path: Path, step: int) -> dict[str, Any] | None:
+    """The JSON of a state, its tensors unread and its digest unchecked; None where it is none."""
+    try:
+        with os.fdopen(open_regular(path), "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            body = parse_json(parse_json(file.read(length))["__metadata__"]["cskd"]) if length <= MAX_HEADER else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return body if isinstance(body, dict) and _is_state(body, step) else None
 
 
 def _is_state(body: dict[str, Any], step: int) -> bool:
@@ -186,7 +238,7 @@ def _is_state(body: dict[str, Any], step: int) -> bool:
     )
 
 
-def _digest(tensors: Tensors, body: str) -> str:
+def digest(tensors: Tensors, body: str) -> str:
     """Hex sha256 over the JSON and every tensor's name, dtype, shape and bytes."""
     h = hashlib.sha256(body.encode())
     for name in sorted(tensors):
