@@ -333,7 +333,7 @@ def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, q
         state=state,
         step=loaded.step if loaded else 0,
         stop=stop,
-        notes=[str(threads), *notes, *student.notes, *kept_notes, *averaging, *state.said(), *state.notes, *warnings],
+        notes=[*notes, *student.notes, *kept_notes, *averaging, *state.said(), *state.notes, *warnings, str(threads)],
     )
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import cskd
 from cskd.config import Config, StudentConfig
