@@ -184,7 +184,9 @@ def refuse_other_run(begun: dict[str, Any], now: dict[str, Any], output: Path, d
         if key in _NOTED:
             continue
         back = {
-            "cache": "set cache.path to the cache that it was begun with",
+            "cache": "it was begun with an empty cache.path, set it so"
+            if str(old).startswith("none")
+            else "set cache.path to the cache that it was begun with",
             "online": "start it with --online" if old else "start it without --online",
         }.get(key, f"set it back with --set {'train.views' if key == 'views' else key}={_written(old)}")
         raise ConfigError(
