@@ -105,7 +105,7 @@ def test_a_run_has_as_many_views_as_it_needs(base: Path, epochs: int, repeats: i
 def test_a_baseline_that_was_cut_resumes_and_is_not_continued_from_a_cache(base: Path) -> None:
     train(alone(base, "whole"), quiet=True)
     train(alone(base, "cut", train={"max_steps": 4, "save_every": 1}), quiet=True)
-    with pytest.raises(ConfigError, match=r"begun with cache = "none, [0-9a-f]{16}", now it is .*empty cache.path"):
+    with pytest.raises(ConfigError, match=r'begun with cache = "none, [0-9a-f]{16}", now it is .*empty cache.path'):
         train(cached(base, "cut"), quiet=True)
     train(alone(base, "cut"), quiet=True)
     assert weights(base / "whole") == weights(base / "cut")
