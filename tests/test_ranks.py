@@ -17,6 +17,7 @@ from cskd.config import to_yaml
 from cskd.errors import StudentError
 from cskd.ranks import Ranks
 from pipeline.cache_teacher import cache_teacher
+from pipeline.metrics import read_metrics
 from tests.caches import make_tiny_data
 from tests.test_pipeline import TEACHER, config
 
@@ -36,11 +37,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def feed(base: Path, name: str, ranks: int, workers: int, *steps: int) -> Steps:
-    """Run `cskd train` once for each of `steps` (0: to the end), and what its ranks were fed, joined by global step."""
+def feed(base: Path, name: str, ranks: int, workers: int, *steps: int, output: str = "") -> Steps:
+    """Run `cskd train` once for each of `steps` (0: to the end), and what its ranks were fed, joined by global step.
+
+    output: of the run, where it is not `name`.
+    """
     record = base / f"record {name}"
     record.mkdir()
-    sets = [f"train.output={base / name}", f"train.workers={workers}"]
+    sets = [f"train.output={base / (output or name)}", f"train.workers={workers}"]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     for stop in steps or (0,):
         settings = [word for s in (*sets, f"train.max_steps={stop}") for word in ("--set", s)]
@@ -60,17 +64,41 @@ def feed(base: Path, name: str, ranks: int, workers: int, *steps: int) -> Steps:
     return [[row for part in step for row in part] for step in zip(*parts, strict=True)]
 
 
-def test_the_sequence_is_the_same_for_any_ranks_workers_and_restarts(base: Path) -> None:
+@pytest.fixture(scope="module")
+def one(base: Path) -> Steps:
+    """What one rank is fed by a run that nothing stops."""
+    return feed(base, "one", 1, 0)
+
+
+def test_the_sequence_is_the_same_for_any_ranks_workers_and_restarts(base: Path, one: Steps) -> None:
     """At world size 1 the final weights are the same too; at 2 the gradients are averaged in another order."""
-    one = feed(base, "one", 1, 0)
     assert len(one) == 4 * 4 and all(len(step) == 8 for step in one)
     assert len({tuple(step) for step in one}) == len(one)
     assert feed(base, "one, 3 workers", 1, 3) == one
     assert feed(base, "one, cut twice in an epoch", 1, 1, 5, 7, 0) == one
     assert feed(base, "two", 2, 1) == one
     assert feed(base, "two, cut", 2, 0, 6, 0) == one
+    assert rows(base / "two, cut") == rows(base / "two")
+    assert rows(base / "one, cut twice in an epoch") == rows(base / "one")
     runs = ("one", "one, 3 workers", "one, cut twice in an epoch")
     assert len({hashlib.sha256((base / run / "model.safetensors").read_bytes()).hexdigest() for run in runs}) == 1
+
+
+def rows(run: Path) -> list[dict[str, object]]:
+    """The metrics of a run without what the clock says."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(run)]
+
+
+def test_a_run_goes_on_with_another_number_of_ranks_and_says_so(base: Path, one: Steps) -> None:
+    """Cut inside an epoch; the epoch's losses are means over all of its steps all the same."""
+    first = feed(base, "two of three", 2, 0, 6)
+    then = feed(base, "one of three", 1, 0, 0, output="two of three")
+    assert first + then == one
+    noted = json.loads((base / "two of three" / "config.json").read_text())["cskd"]["changed"]
+    assert noted == [f"ranks changed from 2 to 1 at step 6: {noted[0].partition(': ')[2]}"] and "drop path" in noted[0]
+    for mixed, alone in zip(read_metrics(base / "two of three"), read_metrics(base / "one"), strict=True):
+        assert mixed["step"] == alone["step"]
+        assert mixed["loss"] == pytest.approx(alone["loss"], rel=0.05)
 
 
 @pytest.mark.parametrize(("steps", "agree"), [((5, 5), True), ((5, 3), False), ((0, 5), False)])
