@@ -82,6 +82,7 @@ def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
     if Path(config.cache.path).resolve() == Path(config.data.train).resolve():
         raise ConfigError(f"cache.path and data.train are both {config.data.train}; give the cache a folder of its own")
     inventory = open_inventory(Path(config.data.train))
+    inventory.check_shards()
     device = pick_device(config.cache.device)
     teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
     maker = ViewMaker(inventory, config.recipe)

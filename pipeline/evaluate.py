@@ -88,6 +88,7 @@ def evaluate_checkpoint(
     """Scores of a result folder of `cskd train` on a packed data set."""
     device = pick_device(device_name)
     val = open_inventory(data)
+    val.check_shards()
     student, facts = load_student(checkpoint)
     if facts["label_names"] != val.classes:
         raise DataError(

@@ -51,6 +51,7 @@ def open_online(config: Config, device: torch.device, ranks: Ranks, quiet: bool)
             "data.train is empty; say which packed data set to train on, for example --set data.train=data/mine"
         )
     inventory = open_inventory(Path(config.data.train))
+    inventory.check_shards()
     teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
     maker = ViewMaker(inventory, config.recipe)
     top1, images = clean_check(teacher, maker, config)

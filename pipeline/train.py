@@ -219,6 +219,8 @@ def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, q
     output, device = Path(settings.output), pick_device(settings.device)
     views, targets, notes = _open_views(config, device, ranks, verify_replay, online, quiet)
     val = open_inventory(Path(config.data.val)) if config.data.val else None
+    if val is not None:
+        val.check_shards()
     if val is not None and val.classes != views.classes:
         raise DataError(
             f"{config.data.val} has other classes than the images trained on; pack it with --classes and their list"
@@ -279,6 +281,7 @@ def _open_views(
         live = open_online(config, device, ranks, quiet)
         return live.views, live.targets, live.notes
     cache = open_cache(config.cache.path, data=Path(config.data.train) if config.data.train else None)
+    cache.inventory.check_shards()
     refuse_conflicts(config, cache)
     refuse_other_code(cache)
     usable_views(cache, config.train.views)
