@@ -19,6 +19,7 @@ from cskd.store.cache import open_cache
 from cskd.store.claims import Claims
 from cskd.store.commit import read_commit
 from cskd.store.format import commit_file
+from cskd.store.manifest import write_manifest
 from cskd.store.seal import seal_cache
 from pipeline.cache_teacher import cache_teacher
 from pipeline.gc import gc
@@ -238,6 +239,29 @@ def test_gc_removes_what_is_old_and_not_committed(cache: Path, made: Path) -> No
     young.unlink()
     (cache / "claims").rmdir()
     assert files(cache) == files(made)
+
+
+def test_gc_counts_the_bytes_that_come_free_and_a_second_name_or_a_link_is_none(cache: Path, tmp_path: Path) -> None:
+    """As a kill between the link and the removal of the temp file leaves it."""
+    (tmp_path / "elsewhere").write_bytes(b"1" * 1000)
+    (cache / "units" / "b00000" / ".v0000.y.tmp").symlink_to(tmp_path / "elsewhere")
+    os.link(cache / commit_file(0, 0), cache / "commits" / "b00000" / ".v0000.json.7.abc.tmp")
+    before = sum(p.lstat().st_size for p in cache.rglob("*") if p.is_file() and not p.name.endswith(".json.7.abc.tmp"))
+    report = gc(cache, older_than=0)
+    assert len(report.removed) == 2 and (tmp_path / "elsewhere").exists() and (cache / commit_file(0, 0)).exists()
+    assert before - sum(p.stat().st_size for p in cache.rglob("*") if p.is_file()) == report.bytes
+
+
+def test_gc_keeps_units_of_views_that_an_older_manifest_does_not_know(cache: Path, made: Path) -> None:
+    write_manifest(cache, {**open_cache(cache).manifest, "views": 2})
+    assert gc(cache, older_than=0).removed == []
+
+
+def test_gc_needs_no_images(cache: Path, made: Path, tmp_path: Path) -> None:
+    """Nor minds what lies today where they were."""
+    make_tiny_data(tmp_path / "other", n=30, block=20, shard=10)
+    write_manifest(cache, {**open_cache(cache).manifest, "data": str(tmp_path / "other")})
+    assert gc(cache, older_than=0).removed == []
 
 
 def test_gc_takes_no_file_from_under_a_writer(cache: Path) -> None:
