@@ -59,7 +59,7 @@ from pipeline.conflicts import (
 from pipeline.evaluate import score_heads
 from pipeline.metrics import MetricsLog
 from pipeline.online import open_online
-from pipeline.progress import Pool, Progress, bound_by, say
+from pipeline.progress import Pool, Progress, bound_by, say, timed_start
 
 TERMS = ("label", "dist", "patch")  # of the loss, as logged
 
@@ -72,7 +72,8 @@ class TrainReport:
     steps: int
     images: int  # by this run
     seconds: float
-    teacher_forwards: int
+    other_seconds: float  # of them: until the first batch came, and of evaluation
+    teacher_forwards: int  # on all ranks
     top1: dict[str, float]  # of every head, last evaluation, per cent
     bound_by: str
     notes: list[str]
@@ -145,8 +146,9 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
     criterion = DistillationLoss(config.loss)
     inputs = InputMaker(run.student.mean, run.student.std, device)
     net = _parallel(run)
+    seconds = dict.fromkeys(("start", "decode", "augment", "teacher", "student", "evaluate"), 0.0)
     tasks, batches = _batches(run, verify_replay)
-    seconds = dict.fromkeys(("decode", "augment", "teacher", "student", "evaluate"), 0.0)
+    batches = timed_start(batches, seconds)
 
     with (
         tasks,
@@ -192,7 +194,8 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
             tasks.retire(epoch)
             log.add(
                 row
-                | {"seconds": time.perf_counter() - epoch_clock, "teacher_forwards": teacher_images() - forwards_before}
+                | {"seconds": time.perf_counter() - epoch_clock}
+                | {"teacher_forwards": ranks.total(teacher_images() - forwards_before, device)}
             )
             if ranks.first:
                 export(run.output, run.student, run.optimisation, config, run.views.classes, step)
@@ -204,7 +207,8 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
         steps=step - run.step,
         images=images,
         seconds=time.perf_counter() - start_clock,
-        teacher_forwards=teacher_images() - forwards_before,
+        other_seconds=seconds["start"] + seconds["evaluate"],
+        teacher_forwards=ranks.total(teacher_images() - forwards_before, device),
         top1={name.removeprefix("top1."): top1 for name, top1 in last.items() if name.startswith("top1.")},
         bound_by=bound_by(_pools(run, seconds, tasks.read_seconds), time.perf_counter() - start_clock, images),
         notes=run.notes,
@@ -337,9 +341,10 @@ def _mean_loss(losses: Tensor, counted: int) -> str:
 
 def render(report: TrainReport, console: Console) -> None:
     """The report for people."""
-    rate = report.images / report.seconds if report.seconds else 0.0
+    stepping = report.seconds - report.other_seconds
+    rate = report.images / stepping if stepping > 0 else 0.0
     did = (
-        f"{report.steps} steps, {report.images:,} images in {report.seconds:.1f} s ({rate:.0f} images/s), "
+        f"{report.steps} steps, {report.images:,} images in {report.seconds:.1f} s ({rate:.0f} images/s while stepping), "
         f"teacher forwards {report.teacher_forwards}"
         if report.steps
         else "finished before, nothing to do; for another run set another train.output"

@@ -22,7 +22,7 @@ from cskd.inventory import Inventory
 from cskd.inventory_format import check_copy
 from cskd.shards import ShardReader
 from cskd.store.cache import Cache, Unit, open_cache
-from cskd.store.commit import Commit, UnitFile, json_bytes
+from cskd.store.commit import Commit, UnitFile, json_bytes, record_names
 from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, commit_file
 from cskd.store.seal import Seal, check_seal, read_seal
 from cskd.store.unit import content_hash
@@ -171,7 +171,9 @@ def _name(block: int, view: int) -> str:
 def check_units(cache: Cache, seal: Seal | None, what: str, quiet: bool) -> Iterator[list[CheckedUnit]]:
     """The units of each block, in order; every record and file is read once. what: name of the progress."""
     sealed = seal.views if seal else 0
-    with Progress(what, cache.blocks * cache.views, "units", quiet=quiet) as progress:
+    there = sum(not name.startswith(".") for block in range(cache.blocks) for name in record_names(cache.root, block))
+    done = 0
+    with Progress(what, there, "units", quiet=quiet) as progress:
         for block in range(cache.blocks):
             units = []
             for view in range(cache.views):
@@ -185,7 +187,8 @@ def check_units(cache: Cache, seal: Seal | None, what: str, quiet: bool) -> Iter
                 except CskdError as e:
                     error = f"{_name(block, view)}: {e}"
                 units.append(CheckedUnit(block, view, commit, error))
-                progress.update(block * cache.views + view + 1)
+                done += commit is not None
+                progress.update(done)
             yield _uneven_named(units)
 
 
