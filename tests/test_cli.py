@@ -256,7 +256,7 @@ def test_stage_1_that_is_interrupted_drops_its_unit_at_once_and_resumes(tmp_path
         process.send_signal(kind)
         clock = time.monotonic()
         out, err = process.communicate(timeout=60)
-        assert time.monotonic() - clock < 5
+        assert time.monotonic() - clock < cli.GRACE
     finally:
         if process.poll() is None:
             process.kill()
@@ -282,9 +282,9 @@ cli.app, sys.argv = stuck, ["cskd", "train", "c.yaml"]
 cli.main()
 """
     clock = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (130, "\ninterrupted; go on with: cskd train c.yaml\n")
-    assert time.monotonic() - clock < 10
+    assert time.monotonic() - clock < 30
 
 
 def wait_for(process: subprocess.Popen[str], there: Callable[[], object]) -> None:
@@ -310,5 +310,5 @@ def deaf(standalone_mode):
 cli.app, cli.GRACE, sys.argv = deaf, {grace}, ["cskd", "train", "a b.yaml"]
 cli.main()
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (130, "\ninterrupted; go on with: cskd train 'a b.yaml'\n")
