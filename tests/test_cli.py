@@ -240,14 +240,21 @@ def test_a_run_with_workers_that_is_cut_resumes_where_it_stood(made: Path, tmp_p
     assert json.loads(run("train", made / "c.yaml", *sets, *more, "--json").out)["steps"] == 1
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of which a pass takes seconds."""
+    folder = tmp_path_factory.mktemp("large")
+    make_tiny_data(folder / "data", n=2000, block=1000, shard=500)
+    return folder / "data"
+
+
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-def test_stage_1_that_is_interrupted_drops_its_unit_at_once_and_resumes(tmp_path: Path, kind: signal.Signals) -> None:
+def test_stage_1_that_is_interrupted_drops_its_unit_at_once_and_resumes(
+    large: Path, tmp_path: Path, kind: signal.Signals
+) -> None:
     """Its claims are given back, no file of the unit is left, and the line it prints finishes the cache."""
     (tmp_path / "net.py").write_text(TEACHER)
-    make_tiny_data(tmp_path / "train", n=4000, block=1000, shard=500)
-    c = tiny_config(
-        tmp_path, data={"train": str(tmp_path / "train")}, cache={"path": str(tmp_path / "cache"), "views": 9}
-    )
+    c = tiny_config(tmp_path, data={"train": str(large)}, cache={"path": str(tmp_path / "cache"), "views": 9})
     (tmp_path / "c.yaml").write_text(to_yaml(c))
     process = start("cache-teacher", tmp_path / "c.yaml", "--json")
     try:
