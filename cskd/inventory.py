@@ -39,8 +39,11 @@ from cskd.inventory_format import (
     verify_files,
 )
 from cskd.seeds import U64, key_hash
+from cskd.untrusted import open_regular
 
-FIND_SHARDS = "restore it, or say where the shards are: data.train in the config, or --data of inspect and verify"
+FIND_SHARDS = (
+    "restore it, or say where the shards are: data.train in the config, or --data of inspect, verify and repair"
+)
 BATCH = 4096  # samples buffered before they go to the column files
 
 
@@ -113,16 +116,32 @@ class Inventory:
         """Where shard number `shard` should be."""
         return self.root / self.shards[shard].name
 
-    def check_shards(self) -> None:
-        """Raises DataError naming the first shard that is missing or has another length than recorded."""
+    def lost_shards(self) -> dict[int, str]:
+        """Number of each shard that is missing, can't be opened, or has another length than recorded -> what is wrong."""
+        lost = {}
         for shard, (name, length) in enumerate(self.shards):
             path = self.shard_path(shard)
-            if not path.is_file():
-                raise DataError(f"shard {name} is not in {self.root}; {FIND_SHARDS}")
-            if path.stat().st_size != length:
-                raise DataError(
-                    f"{path} has {path.stat().st_size} bytes, the inventory says {length}; restore it or pack again"
-                )
+            try:
+                os.close(open_regular(path))
+                found = path.stat().st_size
+            except FileNotFoundError:
+                lost[shard] = f"shard {name} is not in {self.root}; {FIND_SHARDS}"
+            except OSError as e:
+                lost[shard] = f"{path} can't be read ({e.strerror}); mend that"
+            else:
+                if found != length:
+                    lost[shard] = f"{path} has {found} bytes, the inventory says {length}; restore it or pack again"
+        return lost
+
+    def check_shards(self) -> None:
+        """Before long work. Raises DataError, in one line, where a shard is not as recorded: see `lost_shards`."""
+        lost = self.lost_shards()
+        if not lost:
+            return
+        first, n = next(iter(lost.values())), len(self.shards)
+        if len(lost) == n > 1:
+            raise DataError(f"none of the {n} image shards is there as it was: {first}")
+        raise DataError(first + (f" (and {len(lost) - 1} more of {n} shards)" if len(lost) > 1 else ""))
 
 
 def open_inventory(path: str | Path, data: str | Path | None = None, verify: bool = False) -> Inventory:

@@ -30,6 +30,10 @@ class Ranks:
             dist.all_reduce(x)
         return x
 
+    def total(self, count: int, device: torch.device) -> int:
+        """Sum of a whole number over all ranks."""
+        return int(self.sum(torch.tensor(count, dtype=torch.int64, device=device)))
+
     def refuse_differing(self, step: int, device: torch.device) -> None:
         """StudentError on every rank when they would resume from different steps, as where one can't read the newest state."""
         steps = self.sum(torch.tensor([step, step * step], dtype=torch.int64, device=device)).tolist()

@@ -50,7 +50,7 @@ from cskd.store.seal import seal_cache
 from cskd.teacher import Teacher, compare_probe, load_teacher
 from cskd.unit_builder import PassBuilder, UnitBuilder
 from pipeline.clean_check import clean_check
-from pipeline.progress import Pool, Progress, bound_by, say
+from pipeline.progress import Pool, Progress, bound_by, duration, say
 
 WAIT = 2.0  # seconds between two looks at what other processes are making
 
@@ -61,7 +61,7 @@ class CacheReport:
 
     cache: str
     units: int  # made by this run
-    images: int  # views made by this run
+    images: int  # views made by this run; those of unreadable images are not
     seconds: float
     loop_seconds: float  # from the first chunk of views to the last commit
     clean_top1: float
@@ -90,6 +90,7 @@ def _cache_teacher(config: Config, threads: Threads, quiet: bool) -> CacheReport
     if Path(config.cache.path).resolve() == Path(config.data.train).resolve():
         raise ConfigError(f"cache.path and data.train are both {config.data.train}; give the cache a folder of its own")
     inventory = open_inventory(Path(config.data.train))
+    inventory.check_shards()
     device = pick_device(config.cache.device)
     teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
     maker = ViewMaker(inventory, config.recipe)
@@ -97,12 +98,12 @@ def _cache_teacher(config: Config, threads: Threads, quiet: bool) -> CacheReport
     notes = _use_threads(threads, cache, teacher, config) + cache.manifest.get("notes", teacher.notes)
     say(notes, quiet)
 
-    total, loop_clock = _left(cache), 0.0
+    total, loop_clock = cache.inventory.n * cache.views, 0.0
     with (
         Claims(cache.root) as claims,
         _thread("write") as writer,
         Lanes(device, teacher.reentrant) as lanes,
-        Progress("cache-teacher", total, "views", quiet=quiet) as progress,
+        Progress("cache-teacher", total, "views", start=total - _left(cache), quiet=quiet) as progress,
     ):
         line = _Line(cache, teacher, config, claims, lanes, writer)
         while passes := _passes(cache):
@@ -125,7 +126,7 @@ def _cache_teacher(config: Config, threads: Threads, quiet: bool) -> CacheReport
     return CacheReport(
         cache=str(cache.root),
         units=line.units,
-        images=line.images,
+        images=line.images - line.unreadable,
         seconds=time.perf_counter() - start,
         loop_seconds=loop_seconds,
         clean_top1=cache.manifest["clean_top1"],
@@ -267,6 +268,7 @@ class _Line:
         writer: ThreadPoolExecutor,
     ) -> None:
         self.images = self.units = 0  # whose targets are in, and committed
+        self.unreadable = 0  # of the images
         self._seconds: defaultdict[str, float] = defaultdict(float)  # of each part, summed over all who do it
         self._cache, self._teacher, self._config = cache, teacher, config
         self._claims, self._lanes, self._writer = claims, lanes, writer
@@ -347,6 +349,7 @@ class _Line:
         batch.unit.add(batch.position, batch.crc, encoded)
         batch.work.rows += batch.rows
         self.images += batch.rows
+        self.unreadable += batch.rows - len(batch.position)
         self._seconds["teacher"] += forward
         self._seconds["encode"] += encode
         if batch.work.complete:
@@ -378,12 +381,14 @@ def refuse_too_many(quarantine: dict[int, str], n: int, inventory: Inventory, fi
 
 def render(report: CacheReport, console: Console) -> None:
     """The report for people."""
-    rate = report.images / report.seconds if report.seconds else 0.0
-    console.print(
-        f"{escape(report.cache)}: {report.units} units, {report.images} views in {report.seconds:.1f} s ({rate:.0f} views/s)",
-        soft_wrap=True,
+    rate = report.images / report.loop_seconds if report.loop_seconds else 0.0
+    did = (
+        f"{report.units:,} units, {report.images:,} views in {duration(report.loop_seconds)} ({rate:,.0f} views/s), "
+        if report.units
+        else ""
     )
     of = f" of data.{report.clean_data}" if report.clean_data else ""
+    console.print(f"{escape(report.cache)}: {did}{duration(report.seconds)} with loading and checks", soft_wrap=True)
     console.print(
         f"teacher top-1 on clean images{of} {100 * report.clean_top1:.1f} %, quarantined {report.quarantined} images",
         soft_wrap=True,

@@ -115,6 +115,7 @@ def evaluate_checkpoint(
     """
     device = pick_device(device_name)
     val = open_inventory(data)
+    val.check_shards()
     student, facts = load_student(checkpoint)
     if facts["label_names"] != val.classes:
         raise DataError(

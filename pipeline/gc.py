@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from rich.markup import escape
 
 from cskd.errors import CacheError
 from cskd.store import claims
-from cskd.store.cache import open_cache
+from cskd.store.cache import Cache, open_cache
+from cskd.store.commit import record_names
 
 LEFT = ("units/*/*", "commits/*/.*.tmp", ".*.tmp", ".inventory.partial*/*", "claims/*")  # where left-overs can be
 LEASE = 3600.0  # seconds: what is younger may be of a writer that lives
@@ -19,7 +21,8 @@ LEASE = 3600.0  # seconds: what is younger may be of a writer that lives
 
 @dataclass(frozen=True)
 class GcReport:
-    """Files removed (or found, in a dry run), relative to the cache; their bytes; those left because they are young."""
+    """Files removed (or found, in a dry run), relative to the cache; the bytes that this frees (a second name of a file that
+    stays frees none); those left because they are young."""
 
     cache: str
     removed: list[str]
@@ -34,7 +37,7 @@ def gc(path: Path, older_than: float = LEASE, dry_run: bool = False, data: Path 
     Raises:  CacheError where a commit record is damaged: what it spoke of can't be told from left-overs; and where files
              were wanted that may be of a writer that lives.
     """
-    cache = open_cache(path, data=data)
+    cache = open_cache(path, data=data, images=False)
     writers = claims.held(path)
     if writers and older_than < claims.LEASE:
         raise CacheError(
@@ -43,7 +46,7 @@ def gc(path: Path, older_than: float = LEASE, dry_run: bool = False, data: Path 
         )
     kept = set()
     for block in range(cache.blocks):
-        for view in range(cache.views):
+        for view in _recorded_views(cache, block):
             commit = cache.commit_of(block, view)
             kept |= {path / f.path for f in commit.files} if commit else set()
     now, removed, size, young = time.time(), [], 0, 0
@@ -51,13 +54,13 @@ def gc(path: Path, older_than: float = LEASE, dry_run: bool = False, data: Path 
         if file in kept or not file.is_file() or not file.parent.resolve().is_relative_to(path.resolve()):
             continue  # a folder that is a link leads out of the cache: what is there is not ours to remove
         try:
-            about = file.stat()
+            about = file.lstat()
         except FileNotFoundError:  # a writer that lives has put it in place, or given its claim back
             continue
         if now - about.st_mtime < older_than:
             young += 1
             continue
-        size += about.st_size
+        size += about.st_size if about.st_nlink == 1 else 0
         removed.append(str(file.relative_to(path)))
         if not dry_run:
             file.unlink(missing_ok=True)
@@ -66,10 +69,17 @@ def gc(path: Path, older_than: float = LEASE, dry_run: bool = False, data: Path 
     return GcReport(str(path), removed, size, young, dry_run)
 
 
+def _recorded_views(cache: Cache, block: int) -> list[int]:
+    """Every view of which the block has a record, those too that a manifest put back from an older day does not know."""
+    names = record_names(cache.root, block)
+    return sorted(int(name[1:-5]) for name in names if re.fullmatch(r"v\d{4,6}\.json", name))
+
+
 def render(report: GcReport, console: Console) -> None:
     """The report for people."""
     for name in report.removed:
         console.print(escape(name), soft_wrap=True)
     did = "to remove" if report.dry_run else "removed"
-    left = f"; {report.young} younger ones left alone" if report.young else ""
-    console.print(f"{escape(report.cache)}: {len(report.removed)} left-over files, {report.bytes:,} bytes, {did}{left}")
+    left = f"; {report.young:,} younger left alone" if report.young else ""
+    files = "1 left-over file" if len(report.removed) == 1 else f"{len(report.removed):,} left-over files"
+    console.print(f"{escape(report.cache)}: {files}, {report.bytes:,} bytes, {did}{left}", soft_wrap=True)

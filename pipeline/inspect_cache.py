@@ -84,7 +84,7 @@ def inspect(
         "recipe": identity["recipe"],
         "units": _units(opened, commits, errors),
         "sealed": not errors and _is_sealed(opened, len(commits)),
-        "codecs": _codecs(opened, commits.values()),
+        "codecs": _codecs(opened, [commit for unit, commit in commits.items() if unit not in errors]),
         "quarantined": _quarantined(opened, commits),
         **measured,
         "errors": [f"block {b}, view {v}: {reason}" for (b, v), reason in sorted(errors.items())],

@@ -69,7 +69,9 @@ def training_images(config: Config) -> Inventory:
         raise ConfigError(
             "data.train is empty; say which packed data set to train on, for example --set data.train=data/mine"
         )
-    return open_inventory(Path(config.data.train))
+    inventory = open_inventory(Path(config.data.train))
+    inventory.check_shards()
+    return inventory
 
 
 def decodable(maker: ViewMaker, config: Config, ranks: Ranks, quiet: bool) -> tuple[NDArray[np.bool_], list[str]]:

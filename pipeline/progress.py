@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
@@ -20,6 +20,7 @@ WINDOW_SECONDS = 60.0  # over which the rate is taken: long enough to be steady,
 LONGEST_SILENCE = 600.0  # seconds between two plain lines of a run of hours
 
 Field = str | Callable[[], str]
+T = TypeVar("T")
 
 
 class Progress:
@@ -147,6 +148,15 @@ def bound_by(pools: Sequence[Pool], elapsed: float, units: int, unit: str = "ima
     longest = max(pool.seconds, key=lambda name: pool.seconds[name])
     each = " · ".join(f"{name} {_rate(units, s, unit)}" for s, name in sorted(parts, reverse=True))
     return f"bound by {longest} (busy {duration(pool.busy)} of {duration(elapsed)}): {each}"
+
+
+def timed_start(results: Iterator[T], seconds: dict[str, float]) -> Iterator[T]:
+    """The results as they come; how long the first took, with the start of whoever makes them, goes to `seconds`."""
+    clock = time.perf_counter()
+    for i, result in enumerate(results):
+        if i == 0:
+            seconds["start"] = time.perf_counter() - clock
+        yield result
 
 
 def duration(seconds: float) -> str:

@@ -39,14 +39,20 @@ class Recomputed:
     probe: str | None  # how the teacher's outputs on the probe images differ from the cache's; None: they don't
 
 
+def made_views(cache: Cache) -> int:
+    """How many views of a cache have targets."""
+    sizes = np.add.reduceat((~cache.quarantined()).astype(np.int64), cache.inventory.blocks[:-1])
+    return cache.views * int(sizes.sum()) - sum(int(sizes[block]) for block, _ in cache.missing())
+
+
 def replay_again(cache: Cache, count: int, quiet: bool) -> tuple[int, list[str]]:
     """Make about `count` views again: how many, and one line for each that differs."""
     errors, done = [], 0
-    with Progress("replay", count, "views", quiet=quiet) as progress:
+    with Progress("replay", min(count, made_views(cache)), "views", quiet=quiet) as progress:
         for reason in replay_golden(cache, count):
             done += 1
             errors += [reason] if reason else []
-            progress.update(done)
+            progress.update(min(done, progress.total))
     return done, errors
 
 
@@ -72,7 +78,8 @@ def recompute(cache: Cache, count: int, device: str, quiet: bool) -> Recomputed:
     threads = choose_threads()
     if not teacher.reentrant:
         threads, _ = begun_with(cache.manifest.get("threads"), threads, asked=False)
-    with computing_with(threads.count), Progress("recompute", count, "views", quiet=quiet) as progress:
+    total = min(count, made_views(cache))
+    with computing_with(threads.count), Progress("recompute", total, "views", quiet=quiet) as progress:
         for block, view, unit, rows in golden_rows(cache, count):
             targets = {name: cache.read(block, view, name).targets for name in {hard, soft or hard}}
             for part in np.array_split(rows, -(-len(rows) // teacher.batch)):
@@ -87,7 +94,7 @@ def recompute(cache: Cache, count: int, device: str, quiet: bool) -> Recomputed:
                     for found, now in zip(cache.codecs[soft].logits_torch(arrays), (dense, image), strict=True):
                         largest = max(largest, float((found - now).abs().max()))
                 views += len(part)
-                progress.update(min(views, count))
+                progress.update(min(views, total))
     return Recomputed(
         views=views,
         lookups=lookups,

@@ -138,8 +138,7 @@ class RunState:
     @property
     def teacher_forwards(self) -> int:
         """Images through the teachers of all ranks since the run began. All ranks ask together."""
-        mine = torch.tensor(teacher_images() - self._forwards_before, device=self._losses.device)
-        return self._forwards + int(self.ranks.sum(mine))
+        return self._forwards + self.ranks.total(teacher_images() - self._forwards_before, self._losses.device)
 
     def mean_loss(self) -> str:
         """Of this rank's epoch so far, for a line of progress."""

@@ -64,7 +64,7 @@ from pipeline.conflicts import (
 from pipeline.evaluate import score_heads
 from pipeline.metrics import MetricsLog
 from pipeline.online import open_online
-from pipeline.progress import Pool, Progress, bound_by, say
+from pipeline.progress import Pool, Progress, bound_by, say, timed_start
 from pipeline.run_state import PROGRESS, RunState, named_bests, stopped
 
 TERMS = ("label", "dist", "patch")  # of the loss, as logged
@@ -78,7 +78,8 @@ class TrainReport:
     steps: int
     images: int  # by this run
     seconds: float
-    teacher_forwards: int
+    other_seconds: float  # of them: until the first batch came, and of evaluation
+    teacher_forwards: int  # on all ranks
     top1: dict[str, float]  # of every head, last evaluation, per cent
     score: str  # which of them is the student's: what timm computes from the exported weights
     arithmetic: str  # of the evaluation
@@ -188,8 +189,9 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
     criterion = DistillationLoss(config.loss)
     inputs = InputMaker(run.student.mean, run.student.std, device)
     net = _parallel(run)
+    seconds = dict.fromkeys(("start", "decode", "augment", "teacher", "student", "evaluate"), 0.0)
     tasks, batches = _batches(run, verify_replay)
-    seconds = dict.fromkeys(("decode", "augment", "teacher", "student", "evaluate"), 0.0)
+    batches = timed_start(batches, seconds)
     weights = run.export(step) if step >= run.stop else ""
     # A run that is finished has none, and keeps the row of an epoch that `max_steps` cut.
     epochs = range(step // plan.steps, -(-run.stop // plan.steps)) if step < run.stop else range(step, step)
@@ -249,7 +251,8 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
         steps=step - run.step,
         images=images,
         seconds=time.perf_counter() - start_clock,
-        teacher_forwards=teacher_images() - forwards_before,
+        other_seconds=seconds["start"] + seconds["evaluate"],
+        teacher_forwards=ranks.total(teacher_images() - forwards_before, device),
         top1={name.removeprefix("top1."): top1 for name, top1 in last.items() if name.startswith("top1.")},
         score=run.score,
         arithmetic=_arithmetic(run),
@@ -269,6 +272,8 @@ def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, q
     settings = config.train
     views, targets, notes = _open_views(config, device, ranks, verify_replay, online, quiet)
     val = open_inventory(Path(config.data.val)) if config.data.val else None
+    if val is not None:
+        val.check_shards()
     if val is not None and val.classes != views.classes:
         raise DataError(
             f"{config.data.val} has other classes than the images trained on; pack it with --classes and their list"
@@ -373,6 +378,7 @@ def _open_views(
             "cache: --set cache.path="
         )
     cache = open_cache(config.cache.path, data=Path(config.data.train) if config.data.train else None)
+    cache.inventory.check_shards()
     refuse_conflicts(config, cache)
     refuse_other_code(cache)
     usable_views(cache, config.train.views)
@@ -429,9 +435,10 @@ def _arithmetic(run: _Run) -> str:
 
 def render(report: TrainReport, console: Console) -> None:
     """The report for people."""
-    rate = report.images / report.seconds if report.seconds else 0.0
+    stepping = report.seconds - report.other_seconds
+    rate = report.images / stepping if stepping > 0 else 0.0
     did = (
-        f"{report.steps} steps, {report.images:,} images in {report.seconds:.1f} s ({rate:.0f} images/s), "
+        f"{report.steps} steps, {report.images:,} images in {report.seconds:.1f} s ({rate:.0f} images/s while stepping), "
         f"teacher forwards {report.teacher_forwards}"
         if report.steps
         else "finished before, nothing to do; for another run set another train.output"

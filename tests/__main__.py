@@ -1,17 +1,21 @@
-"""Every check of the project, in one command: `python -m tests`. Further arguments go to pytest."""
+"""Every check of the project, in one command: `python -m tests`. Further arguments go to pytest: `-n 0` for one process."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# The tests of a file stay together: they share what its fixtures made.
+PARALLEL = ("-n", str(min(8, CORES)), "--dist", "loadfile")
 CHECKS = (
     ("ruff", "check", "."),
     ("ruff", "format", "--check", "."),
     ("mypy",),
-    ("pytest", *sys.argv[1:]),  # last, so that its summary is the last thing seen
+    ("pytest", *PARALLEL, *sys.argv[1:]),  # last, so that its summary is the last thing seen
 )
 
 

@@ -247,14 +247,21 @@ def test_a_run_with_workers_that_is_cut_resumes_where_it_stood(made: Path, tmp_p
     assert json.loads(run("train", made / "c.yaml", *sets, *more, "--json").out)["steps"] == 1
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of which a pass takes seconds."""
+    folder = tmp_path_factory.mktemp("large")
+    make_tiny_data(folder / "data", n=2000, block=1000, shard=500)
+    return folder / "data"
+
+
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-def test_stage_1_that_is_interrupted_drops_its_unit_at_once_and_resumes(tmp_path: Path, kind: signal.Signals) -> None:
+def test_stage_1_that_is_interrupted_drops_its_unit_at_once_and_resumes(
+    large: Path, tmp_path: Path, kind: signal.Signals
+) -> None:
     """Its claims are given back, no file of the unit is left, and the line it prints finishes the cache."""
     (tmp_path / "net.py").write_text(TEACHER)
-    make_tiny_data(tmp_path / "train", n=4000, block=1000, shard=500)
-    c = tiny_config(
-        tmp_path, data={"train": str(tmp_path / "train")}, cache={"path": str(tmp_path / "cache"), "views": 9}
-    )
+    c = tiny_config(tmp_path, data={"train": str(large)}, cache={"path": str(tmp_path / "cache"), "views": 9})
     (tmp_path / "c.yaml").write_text(to_yaml(c))
     process = start("cache-teacher", tmp_path / "c.yaml", "--json")
     try:
@@ -263,7 +270,7 @@ def test_stage_1_that_is_interrupted_drops_its_unit_at_once_and_resumes(tmp_path
         process.send_signal(kind)
         clock = time.monotonic()
         out, err = process.communicate(timeout=60)
-        assert time.monotonic() - clock < 5
+        assert time.monotonic() - clock < cli.GRACE
     finally:
         if process.poll() is None:
             process.kill()
@@ -289,9 +296,9 @@ cli.app, sys.argv = stuck, ["cskd", "train", "c.yaml"]
 cli.main()
 """
     clock = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (130, "\ninterrupted; go on with: cskd train c.yaml\n")
-    assert time.monotonic() - clock < 10
+    assert time.monotonic() - clock < 30
 
 
 def wait_for(process: subprocess.Popen[str], there: Callable[[], object]) -> None:
@@ -317,5 +324,5 @@ def deaf(standalone_mode):
 cli.app, cli.GRACE, sys.argv = deaf, {grace}, ["cskd", "train", "a b.yaml"]
 cli.main()
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (130, "\ninterrupted; go on with: cskd train 'a b.yaml'\n")

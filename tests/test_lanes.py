@@ -193,7 +193,7 @@ def test_an_interrupt_drops_what_is_under_way_at_once_and_what_waits_is_never_be
         while len(begun) < lanes.count:
             time.sleep(0.01)
         raise KeyboardInterrupt
-    assert time.monotonic() - clock < 5
+    assert time.monotonic() - clock < 15
     assert len(begun) == lanes.count
     assert all(job.cancelled() or isinstance(job.exception(), Dropped) for job in jobs)
 

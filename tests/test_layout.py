@@ -18,6 +18,7 @@ SOURCES = sorted(p for top in ("cskd", "pipeline") for p in (ROOT / top).rglob("
 SOURCES.append(ROOT / "cli.py")
 SCRIPTS = sorted(p for top in ("benchmarks", "tests") for p in (ROOT / top).rglob("*.py"))
 DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "google_crc32c": "google-crc32c", "sklearn": "scikit-learn"}
+PROGRAMS = {"mypy", "pytest-xdist", "ruff", "types-pyyaml"}  # of the dev extra: run, never imported
 LONGEST = 550  # lines: the ceiling of a spine
 
 
@@ -181,6 +182,20 @@ def test_what_the_code_imports_is_declared_and_what_is_declared_is_imported():
     assert declared - used == set()
 
 
+def test_what_tests_benchmarks_and_documents_import_is_declared_for_development_and_no_more():
+    documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    blocks = re.findall(r"```python\n(.*?)```", "".join(d.read_text(encoding="utf-8") for d in documents), re.DOTALL)
+    modules = {module for path in SCRIPTS for module in imports(path)}
+    modules |= {name for block in blocks for name in re.findall(r"^(?:import|from) (\w+)", block, re.M)}
+    third_party = modules - set(sys.stdlib_module_names) - {"cskd", "pipeline", "cli", "tests", "benchmarks"}
+    used = {DISTRIBUTIONS.get(module, module) for module in third_party}
+    extras = project()["project"]["optional-dependencies"]
+    declared = distributions(project()["project"]["dependencies"] + extras["demo"])
+    dev = distributions(extras["dev"])
+    assert used - declared - dev == set()
+    assert dev - used - PROGRAMS == {"cskd"}
+
+
 def test_every_package_is_in_the_wheel():
     folders = {p.parent for top in ("cskd", "pipeline") for p in (ROOT / top).rglob("*.py")}
     setuptools = project()["tool"]["setuptools"]
@@ -193,9 +208,10 @@ def test_every_package_is_in_the_wheel():
 
 def test_every_dependency_has_its_reason_beside_it():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    block = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)
-    assert block
-    assert [line for line in block[1].splitlines() if not re.search(r'",\s+# \w', line)] == []
+    for name in ("dependencies", "dev"):
+        block = re.search(rf"^{name} = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)
+        assert block
+        assert [line for line in block[1].splitlines() if not re.search(r'",\s+# \w', line)] == []
 
 
 def test_ci_runs_a_command_that_the_readme_shows():

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from cskd.augment.mixing import NONE, partners, quads
-from cskd.errors import CacheError, CskdError
+from cskd.errors import CacheError, CskdError, DataError
 from cskd.seeds import view_seeds
 from cskd.store.cache import open_cache
 from cskd.store.claims import Claims
 from cskd.store.commit import read_commit
 from cskd.store.format import commit_file
+from cskd.store.manifest import write_manifest
 from cskd.store.seal import seal_cache
 from pipeline.cache_teacher import cache_teacher
 from pipeline.gc import gc
-from pipeline.repair import repair
+from pipeline.repair import RepairReport, render, repair
 from pipeline.verify import verify
 from tests.caches import make_tiny_cache, make_tiny_data
 from tests.test_pipeline import TEACHER, config
@@ -49,11 +53,22 @@ def flip(path: Path, bit: int) -> None:
     path.write_bytes(data)
 
 
+def shown(report: RepairReport) -> list[str]:
+    console = Console(file=io.StringIO(), width=200)
+    render(report, console)
+    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+
+def times(root: Path) -> dict[str, int]:
+    return {str(p.relative_to(root)): p.stat().st_mtime_ns for p in sorted(root.rglob("*")) if p.is_file()}
+
+
 def test_a_whole_cache_is_left_as_it_is(cache: Path) -> None:
-    before = files(cache)
+    before, written = files(cache), times(cache)
     report = repair(cache, quiet=True)
-    assert (report.restored, report.withdrawn, report.rebuilt) == ([], [], 0)
-    assert files(cache) == before
+    assert (report.restored, report.withdrawn, report.missing, report.rebuilt) == ([], [], 0, 0)
+    assert files(cache) == before and times(cache) == written
+    assert shown(report)[0] == f"{cache}: whole, nothing to do"
 
 
 def test_every_kind_of_file_is_found_and_brought_back_byte_for_byte(cache: Path, made: Path) -> None:
@@ -68,16 +83,26 @@ def test_every_kind_of_file_is_found_and_brought_back_byte_for_byte(cache: Path,
         else:
             assert not found.sound, name
         report = repair(cache, quiet=True)
-        assert report.rebuilt == int("commits" in name or "units" in name), name
+        of_unit = "commits" in name or "units" in name
+        assert (len(report.withdrawn), report.rebuilt, len(report.restored)) == (of_unit, of_unit, not of_unit), name
+        assert of_unit or report.restored[0].startswith(f"{name.partition('/')[0]}: "), name
         assert verify(cache, quiet=True).sound and files(cache) == whole, name
+        assert not of_unit or shown(report)[1].endswith("0 files restored; 1 unit damaged or lost; 1 made")
+    again = repair(cache, quiet=True)
+    assert (again.restored, again.withdrawn, again.rebuilt) == ([], [], 0)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "manifest.copy.json", "resolved.yaml", "inventory", "units/b00000"])
 def test_what_is_missing_is_brought_back(cache: Path, made: Path, name: str) -> None:
     path = cache / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    repair(cache, quiet=True)
+    report = repair(cache, quiet=True)
     assert files(cache) == files(made)
+    if name.startswith("units"):
+        assert (report.restored, len(report.withdrawn), report.rebuilt) == ([], 3, 3)
+    else:
+        assert [line.partition(":")[0] for line in report.restored] == [name]
+        assert (report.withdrawn, report.rebuilt) == ([], 0)
 
 
 def test_files_that_were_swapped_are_put_right(cache: Path, made: Path) -> None:
@@ -136,6 +161,59 @@ def test_moved_images_are_found_with_data(cache: Path, made: Path, tmp_path: Pat
     assert repair(cache, data=Path(moved), quiet=True).rebuilt == 1
 
 
+def test_units_that_were_never_made_are_counted_apart_and_so_is_the_seal(cache: Path, made: Path) -> None:
+    for name in ("sealed.json", commit_file(0, 1), commit_file(1, 2)):
+        (cache / name).unlink()
+    flip(next((cache / "units" / "b00000").glob("v0000.envelope.*")), 99)
+    report = repair(cache, quiet=True)
+    assert (len(report.withdrawn), report.missing, report.rebuilt) == (1, 2, 3)
+    assert report.restored == ["sealed.json: was not there"] and files(cache) == files(made)
+    assert shown(report)[-2].endswith(": 1 file restored; 1 unit damaged or lost; 3 made, 2 of which were missing")
+
+
+def test_a_manifest_in_other_bytes_is_restored_and_counted(cache: Path, made: Path) -> None:
+    for name in ("manifest.json", "manifest.copy.json"):
+        path = cache / name
+        path.write_text(json.dumps(json.loads(path.read_text())))
+    report = repair(cache, quiet=True)
+    assert report.restored == [
+        f"{name}: was not, byte for byte, what was written" for name in ("manifest.json", "manifest.copy.json")
+    ]
+    assert files(cache) == files(made)
+
+
+def test_without_the_images_no_unit_is_withdrawn_and_one_line_says_where_they_were_sought(
+    cache: Path, made: Path, tmp_path: Path
+) -> None:
+    data = shutil.copytree(made.parent / "train", tmp_path / "elsewhere")
+    flip(next((cache / "units" / "b00000").glob("v0000.envelope.*")), 99)
+    (cache / "resolved.yaml").unlink()
+    before = files(cache)
+    with pytest.raises(
+        DataError, match=r"cache: 1 file restored, 1 unit can't be made again: no inventory at .*--data"
+    ):
+        repair(cache, data=tmp_path, quiet=True)
+    make_tiny_data(tmp_path / "other", n=30, block=20, shard=10)
+    with pytest.raises(DataError, match=r"other holds the data set"):
+        repair(cache, data=tmp_path / "other", quiet=True)
+    shard = data / "00001.tar"
+    shard.rename(tmp_path / "shard")
+    with pytest.raises(DataError, match=r"1 unit can't be made again: shard 00001.tar is not in .*--data"):
+        repair(cache, data=data, quiet=True)
+    assert {name: raw for name, raw in files(cache).items() if name != "resolved.yaml"} == before
+    (tmp_path / "shard").rename(shard)
+    assert repair(cache, data=data, quiet=True).rebuilt == 1 and files(cache) == files(made)
+
+
+def test_where_the_teacher_is_gone_what_was_done_is_said_in_one_line(tmp_path: Path) -> None:
+    cache = make_tiny_cache(tmp_path)
+    seal_cache(cache, 0.1)
+    (cache.root / commit_file(0, 0)).unlink()
+    (cache.root / "resolved.yaml").unlink()
+    with pytest.raises(CskdError, match=r"cache: 1 file restored, 1 unit can't be made again: teacher.model is empty"):
+        repair(cache.root, quiet=True)
+
+
 def test_gc_removes_what_is_old_and_not_committed(cache: Path, made: Path) -> None:
     left = [
         cache / "units" / "b00000" / "v0000.envelope.0000000000000000.zarr.zip",
@@ -161,6 +239,29 @@ def test_gc_removes_what_is_old_and_not_committed(cache: Path, made: Path) -> No
     young.unlink()
     (cache / "claims").rmdir()
     assert files(cache) == files(made)
+
+
+def test_gc_counts_the_bytes_that_come_free_and_a_second_name_or_a_link_is_none(cache: Path, tmp_path: Path) -> None:
+    """As a kill between the link and the removal of the temp file leaves it."""
+    (tmp_path / "elsewhere").write_bytes(b"1" * 1000)
+    (cache / "units" / "b00000" / ".v0000.y.tmp").symlink_to(tmp_path / "elsewhere")
+    os.link(cache / commit_file(0, 0), cache / "commits" / "b00000" / ".v0000.json.7.abc.tmp")
+    before = sum(p.lstat().st_size for p in cache.rglob("*") if p.is_file() and not p.name.endswith(".json.7.abc.tmp"))
+    report = gc(cache, older_than=0)
+    assert len(report.removed) == 2 and (tmp_path / "elsewhere").exists() and (cache / commit_file(0, 0)).exists()
+    assert before - sum(p.stat().st_size for p in cache.rglob("*") if p.is_file()) == report.bytes
+
+
+def test_gc_keeps_units_of_views_that_an_older_manifest_does_not_know(cache: Path, made: Path) -> None:
+    write_manifest(cache, {**open_cache(cache).manifest, "views": 2})
+    assert gc(cache, older_than=0).removed == []
+
+
+def test_gc_needs_no_images(cache: Path, made: Path, tmp_path: Path) -> None:
+    """Nor minds what lies today where they were."""
+    make_tiny_data(tmp_path / "other", n=30, block=20, shard=10)
+    write_manifest(cache, {**open_cache(cache).manifest, "data": str(tmp_path / "other")})
+    assert gc(cache, older_than=0).removed == []
 
 
 def test_gc_takes_no_file_from_under_a_writer(cache: Path) -> None:
@@ -193,6 +294,8 @@ def test_units_that_quarantine_other_samples_than_the_rest_are_found_and_the_blo
     assert [e.partition(":")[0] for e in verify(cache, quiet=True).errors] == ["block 1, view 2"]
     report = repair(cache, quiet=True)
     assert report.rebuilt == 3 and verify(cache, quiet=True).sealed
+    assert [line.partition(":")[0] for line in report.withdrawn] == [f"block 1, view {view}" for view in range(3)]
+    assert report.restored == ["sealed.json: was not there"]
     gc(cache, older_than=0)
     assert files(cache) == files(made)
 

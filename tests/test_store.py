@@ -239,9 +239,9 @@ def test_each_record_is_read_once_by_a_loop_that_asks_what_is_missing(
     """Stage 1 asks after every pass: with 47,100 units that must not be 47,100 files each time."""
     read = []
 
-    def counted(root: Path, block: int, view: int) -> Commit | None:
+    def counted(root: Path, block: int, view: int, exact: bool) -> Commit | None:
         read.append((block, view))
-        return read_commit(root, block, view)
+        return read_commit(root, block, view, exact)
 
     monkeypatch.setattr("cskd.store.cache.read_commit", counted)
     units = [(b, v) for b in range(cache.blocks) for v in range(cache.views)]

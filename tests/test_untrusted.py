@@ -42,7 +42,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
         read_file(tmp_path / "pipe")
     with pytest.raises(CskdError, match="expected a regular file"):
         load_config(tmp_path / "pipe")
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 30
 
 
 def test_a_file_over_its_limit_is_refused_without_being_read(tmp_path: Path) -> None:
@@ -70,12 +70,12 @@ def test_what_is_printed_controls_no_terminal() -> None:
 def test_aliases_may_be_written_but_not_multiply() -> None:
     assert read_yaml("a: &a {x: 1}\nb: *a\n", "c") == {"a": {"x": 1}, "b": {"x": 1}}
     lines = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 8)]
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(CskdError, match="stands for more than 100000 values"):
         read_yaml("\n".join(lines), "c")
     with pytest.raises(CskdError, match="holds itself"):
         read_yaml("a: &a [*a]", "c")
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize(

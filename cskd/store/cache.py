@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,12 @@ class Cache:
         """First sample of a block and the one after its last, as indices of the inventory."""
         return int(self.inventory.blocks[block]), int(self.inventory.blocks[block + 1])
 
-    def commit_of(self, block: int, view: int) -> Commit | None:
-        """The unit's commit record, None while it is missing. CacheError when damaged or of another identity."""
-        commit = read_commit(self.root, block, view)
+    def commit_of(self, block: int, view: int, exact: bool = False) -> Commit | None:
+        """The unit's commit record, None while it is missing. CacheError when damaged or of another identity.
+
+        exact: see `read_commit`.
+        """
+        commit = read_commit(self.root, block, view, exact)
         if commit is not None and commit.fingerprint != self.fingerprint:
             raise CacheError(
                 f"unit block {block}, view {view} was made for fingerprint {commit.fingerprint[:12]}, "
@@ -165,14 +169,21 @@ class Cache:
     def read(self, block: int, view: int, codec: str) -> Unit:
         """One unit with one codec's targets, checked against the inventory and the seeds of its view."""
         commit = self.commit_of(block, view)
-        where = f"block {block}, view {view}"
         if commit is None:
-            raise CacheError(f"{self.root} has no unit for {where}; run `cskd cache-teacher` again to finish it")
+            raise CacheError(
+                f"{self.root} has no unit for block {block}, view {view}; run `cskd cache-teacher` again to finish it"
+            )
+        return self.unit_of(commit, codec)
+
+    def unit_of(self, commit: Commit, codec: str, data: bytes | None = None) -> Unit:
+        """The unit of a record, as `read`. data: the bytes of its file, where they have been read already."""
+        block, view = commit.block, commit.view
+        where = f"block {block}, view {view}"
         path = next((self.root / f.path for f in commit.files if f.codec == codec), None)
         if path is None:
             raise CacheError(f"{where} has no codec {codec!r}, only {[f.codec for f in commit.files]}")
         try:
-            fields, targets = read_unit(path)
+            fields, targets = read_unit(path, data)
         except CacheError as e:
             raise CacheError(f"{e}; {self._again(block, view)}") from e
         first, stop = self.block_range(block)
@@ -206,16 +217,20 @@ class Cache:
     def _again(self, block: int, view: int) -> str:
         return again(self.root / commit_file(block, view))
 
-    def content_root(self, views: int | None = None) -> str:
+    def content_root(self, views: int | None = None, hashes: Mapping[tuple[int, int], str] | None = None) -> str:
         """One hash over the content of every unit that exists, in order: two caches with equal roots hold equal targets.
 
-        views: of the first so many alone; all by default.
+        Args:    views, of the first so many alone, all by default; hashes, (block, view) -> content hash of the units that
+                 exist, where their records have been read already.
         """
         h = hashlib.sha256(self.fingerprint.encode())
         for block in range(self.blocks):
             for view in range(self.views if views is None else views):
-                commit = self.commit_of(block, view)
-                h.update(f"{block}:{view}:{commit.content_hash if commit else None};".encode())
+                if hashes is not None:
+                    content = hashes.get((block, view))
+                else:
+                    content = commit.content_hash if (commit := self.commit_of(block, view)) else None
+                h.update(f"{block}:{view}:{content};".encode())
         return h.hexdigest()
 
 
@@ -250,8 +265,10 @@ def create_cache(
     return create_cache(root, identity, views, facts, inventory)  # another process may have been first
 
 
-def open_cache(root: str | Path, data: Path | None = None) -> Cache:
+def open_cache(root: str | Path, data: Path | None = None, images: bool = True) -> Cache:
     """Open a cache for reading. `data`: folder of the image shards, where they have moved.
+
+    images: False where none will be read: what lies today where they were is then not looked at.
 
     Raises:  CacheError when there is none, when it is of another format, or its manifest is damaged.
     """
@@ -262,7 +279,7 @@ def open_cache(root: str | Path, data: Path | None = None) -> Cache:
         raise CacheError(
             f"{root} has lost its {INVENTORY} folder, a copy of that of the data set; `cskd repair` copies it again"
         )
-    inventory = open_inventory(root / INVENTORY, data=shards)
+    inventory = open_inventory(root / INVENTORY, data=shards if images or data else None)
     if inventory.id != manifest["identity"]["inventory"]:
         raise CacheError(
             f"{root}: its inventory is {inventory.id[:12]}, the manifest says {manifest['identity']['inventory'][:12]}"

@@ -71,16 +71,23 @@ def record_bytes(commit: Commit) -> bytes:
     return json_bytes({"commit": facts, "sha256": hashlib.sha256(canonical(facts)).hexdigest()})
 
 
-def read_commit(root: Path, block: int, view: int) -> Commit | None:
-    """The unit's record, None where there is none. Raises CacheError for one that is damaged."""
+def read_commit(root: Path, block: int, view: int, exact: bool = False) -> Commit | None:
+    """The unit's record, None where there is none. Raises CacheError for one that is damaged.
+
+    exact: also for one that says the same in other bytes than `record_bytes` gives.
+    """
     path = root / commit_file(block, view)
     try:
-        raw = parse_json(read_file(path))
+        data = read_file(path)
+        raw = parse_json(data)
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as e:
         raise CacheError(f"{path} is not a readable commit record ({e}); {again(path)}") from None
-    return _parse(raw, path, block, view)
+    commit = _parse(raw, path, block, view)
+    if exact and data != record_bytes(commit):
+        raise CacheError(f"{path} is not, byte for byte, what was written; {again(path)}")
+    return commit
 
 
 def record_names(root: Path, block: int) -> set[str]:

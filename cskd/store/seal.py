@@ -8,6 +8,7 @@ keeps the seal of its first views until the new ones are whole too.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from cskd.errors import CacheError
@@ -39,23 +40,25 @@ def seal_cache(cache: Cache, max_quarantine: float) -> Seal:
     Raises:  CacheError when a unit is missing, its content is not what was sealed, or too many images are unreadable.
     """
     old = read_seal(cache)
+    views = max(cache.views, old.views if old else 0)
+    units = [(block, view) for block in range(cache.blocks) for view in range(views)]
+    commits = {unit: commit for unit in units if (commit := cache.commit_of(*unit)) is not None}
+    hashes = {unit: commit.content_hash for unit, commit in commits.items()}
     if old is not None:
-        check_seal(cache, old)
+        check_seal(cache, old, hashes)
         if old.views >= cache.views:  # more: another process has let the cache grow since this one opened it
             return old
     if old is None:
         refuse_too_many_in_all(int(cache.quarantined().sum()), cache.inventory.n, max_quarantine)
-    commits = [cache.commit_of(block, view) for block in range(cache.blocks) for view in range(cache.views)]
-    present = [commit for commit in commits if commit is not None]
-    if len(present) < len(commits):
-        raise CacheError(f"{cache.root} lacks {len(commits) - len(present)} units; `cskd cache-teacher` makes them")
+    if len(commits) < len(units):
+        raise CacheError(f"{cache.root} lacks {len(units) - len(commits)} units; `cskd cache-teacher` makes them")
     seal = Seal(
         fingerprint=cache.fingerprint,
         views=cache.views,
-        units=len(present),
-        cached=sum(commit.cached for commit in present),
-        quarantined=sum(len(commit.quarantine) for commit in present),
-        content_root=cache.content_root(),
+        units=len(commits),
+        cached=sum(commit.cached for commit in commits.values()),
+        quarantined=sum(len(commit.quarantine) for commit in commits.values()),
+        content_root=cache.content_root(hashes=hashes),
     )
     if seal.cached + seal.quarantined != cache.inventory.n * cache.views:
         raise CacheError(
@@ -79,9 +82,9 @@ def refuse_too_many_in_all(unreadable: int, n: int, limit: float) -> None:
         )
 
 
-def check_seal(cache: Cache, seal: Seal) -> None:
-    """CacheError when the units are not those that were sealed."""
-    found = cache.content_root(seal.views)
+def check_seal(cache: Cache, seal: Seal, hashes: Mapping[tuple[int, int], str] | None = None) -> None:
+    """CacheError when the units are not those that were sealed. hashes: see `Cache.content_root`."""
+    found = cache.content_root(seal.views, hashes)
     if found != seal.content_root:
         raise CacheError(
             f"{cache.root} was sealed with content {seal.content_root[:16]}, its units now give {found[:16]}: some were made "

@@ -55,14 +55,18 @@ def pack_unit(
     return out.getvalue()
 
 
-def read_unit(path: Path) -> tuple[Arrays, Arrays]:
+def read_unit(path: Path, data: bytes | None = None) -> tuple[Arrays, Arrays]:
     """View fields and targets of a unit file, every checksum checked: 2.5 ms for 8,192 views, where zarr takes 16.
+
+    data: the bytes of the file, where they have been read already.
 
     Raises:  CacheError naming the file when anything in it is damaged, or is not laid out as `pack_unit` does it.
     """
     try:
-        with os.fdopen(open_regular(path), "rb") as file, zipfile.ZipFile(file) as z:
-            found = {a.name: _read(z, a) for a in layout(z, os.fstat(file.fileno()).st_size)}
+        with os.fdopen(open_regular(path), "rb") if data is None else io.BytesIO(data) as file:
+            length = file.seek(0, io.SEEK_END)
+            with zipfile.ZipFile(file) as z:
+                found = {a.name: _read(z, a) for a in layout(z, length)}
     except CacheError:
         raise
     except Exception as e:  # zipfile, json, numpy and numcodecs each raise their own kinds for damaged bytes
