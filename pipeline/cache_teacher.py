@@ -49,7 +49,9 @@ from cskd.store.seal import seal_cache
 from cskd.teacher import Teacher, compare_probe, load_teacher
 from cskd.unit_builder import PassBuilder, UnitBuilder
 from pipeline.clean_check import clean_check
-from pipeline.progress import Pool, Progress, bound_by, say
+from pipeline.measure_precision import measure_precision
+from pipeline.precheck import look_ahead
+from pipeline.progress import Notes, Pool, Progress, bound_by
 
 WAIT = 2.0  # seconds between two looks at what other processes are making
 
@@ -83,11 +85,12 @@ def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
         raise ConfigError(f"cache.path and data.train are both {config.data.train}; give the cache a folder of its own")
     inventory = open_inventory(Path(config.data.train))
     device = pick_device(config.cache.device)
+    maker, notes = ViewMaker(inventory, config.recipe), Notes(quiet)
+    ahead = look_ahead(config, maker)
+    notes.add([*ahead.images, *ahead.notes])
     teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
-    maker = ViewMaker(inventory, config.recipe)
-    cache = _open_or_create(config, inventory, teacher, maker)
-    notes = list(cache.manifest.get("notes", teacher.notes))
-    say(notes, quiet)
+    notes.add([*teacher.notes, *ahead.on_grid(teacher.grid)])
+    cache = _open_or_create(config, inventory, teacher, maker, ahead.images, notes)
 
     total, loop_clock = _left(cache), 0.0
     with (
@@ -124,11 +127,13 @@ def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
         quarantined=int(cache.quarantined().sum()),
         content_root=seal_cache(cache, config.cache.max_quarantine).content_root,
         bound_by=bound_by(line.pools, loop_seconds, line.images, "views") if line.images else "nothing was missing",
-        notes=notes,
+        notes=notes.all,
     )
 
 
-def _open_or_create(config: Config, inventory: Inventory, teacher: Teacher, maker: ViewMaker) -> Cache:
+def _open_or_create(
+    config: Config, inventory: Inventory, teacher: Teacher, maker: ViewMaker, about_images: list[str], notes: Notes
+) -> Cache:
     """The cache of this config: identity compared, the teacher's outputs on the probe images compared too."""
     root = Path(config.cache.path)
     codecs = [get_codec(name, teacher.classes, teacher.grid).name for name in config.cache.codecs]
@@ -137,10 +142,12 @@ def _open_or_create(config: Config, inventory: Inventory, teacher: Teacher, make
     facts: dict[str, Any] = {}
     if not (root / "manifest.json").exists():
         top1, count = clean_check(teacher, maker, config)
+        precision = measure_precision(teacher, maker, config.teacher)
         facts = {
             "clean_top1": top1,
             "clean_images": count,
-            "notes": teacher.notes,
+            "notes": [*about_images, *teacher.notes, *precision.notes],
+            "precision": precision.facts,
             "probe": probe,
             "versions": library_versions(),
             "data": str(Path(config.data.train).resolve()),
@@ -148,8 +155,9 @@ def _open_or_create(config: Config, inventory: Inventory, teacher: Teacher, make
         }
     cache = create_cache(root, identity, config.cache.views, facts, inventory)
     write_resolved(cache)
-    if not facts:
-        check_versions(cache)
+    notes.add(cache.manifest.get("notes", []))
+    if not facts and (note := check_versions(cache)):
+        notes.add([note])
     difference = compare_probe(cache.manifest["probe"], probe)
     if difference:
         raise CacheError(f"{root}: the teacher no longer gives the outputs the cache was begun with ({difference})")

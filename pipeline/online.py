@@ -29,7 +29,9 @@ from cskd.targets import LiveTargets
 from cskd.teacher import load_teacher
 from pipeline.cache_teacher import refuse_too_many
 from pipeline.clean_check import clean_check
-from pipeline.progress import Progress
+from pipeline.measure_precision import measure_precision
+from pipeline.precheck import look_ahead
+from pipeline.progress import Notes, Progress
 
 UNREADABLE = "unreadable.json"
 _STEP = 256  # images a task
@@ -37,23 +39,30 @@ _STEP = 256  # images a task
 
 @dataclass(frozen=True)
 class Online:
-    """What takes the cache's place, and what a user should know."""
+    """What takes the cache's place."""
 
     views: LiveViews
     targets: LiveTargets
-    notes: list[str]
 
 
-def open_online(config: Config, device: torch.device, ranks: Ranks, quiet: bool) -> Online:
-    """Load and check the teacher, and find the images that can't be decoded (once a run: kept in its output folder)."""
+def open_online(config: Config, device: torch.device, ranks: Ranks, quiet: bool, notes: Notes) -> Online:
+    """Load and check the teacher, and find the images that can't be decoded (once a run: kept in its output folder).
+
+    notes: gets what a user should know, each before the work that it is about.
+    """
     if not config.data.train:
         raise ConfigError(
             "data.train is empty; say which packed data set to train on, for example --set data.train=data/mine"
         )
     inventory = open_inventory(Path(config.data.train))
-    teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
     maker = ViewMaker(inventory, config.recipe)
+    ahead = look_ahead(config, maker, online=True)
+    notes.add([*ahead.images, *ahead.notes])
+    teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
+    notes.add([*teacher.notes, *ahead.on_grid(teacher.grid)])
     top1, images = clean_check(teacher, maker, config)
+    notes.add([f"online: the teacher runs at every step; its top-1 on {images} clean images is {100 * top1:.1f} %"])
+    notes.add(measure_precision(teacher, maker, config.teacher).notes)
     if ranks.first:
         _find_unreadable(maker, config, quiet)
     ranks.barrier()
@@ -62,11 +71,7 @@ def open_online(config: Config, device: torch.device, ranks: Ranks, quiet: bool)
     bad = np.zeros(len(inventory), bool)
     bad[list(_unreadable(config, inventory) or [])] = True
     views = LiveViews(inventory, config.recipe, config.cache.views, teacher.grid, bad, fingerprint)
-    notes = [
-        f"online: the teacher runs at every step; its top-1 on {images} clean images is {100 * top1:.1f} %",
-        *teacher.notes,
-    ]
-    return Online(views, LiveTargets(teacher, config.loss, config.train.epochs), notes)
+    return Online(views, LiveTargets(teacher, config.loss, config.train.epochs))
 
 
 class _Check:

@@ -121,6 +121,20 @@ def say(notes: Iterable[str], quiet: bool = False, console: Console | None = Non
         )
 
 
+class Notes:
+    """What a user should know: said when it is added, each line once, and kept for the report in `all`."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.all: list[str] = []
+        self._quiet = quiet
+
+    def add(self, notes: Iterable[str]) -> None:
+        """Say those of them that are new."""
+        new = [note for note in dict.fromkeys(notes) if note not in self.all]
+        say(new, self._quiet)
+        self.all += new
+
+
 @dataclass(frozen=True)
 class Pool:
     """Parts of the work that the same `workers` threads or processes do in turn; seconds of each, summed over them all."""

@@ -29,10 +29,10 @@ from torch.nn.parallel import DistributedDataParallel
 from cskd.augment.device import InputMaker
 from cskd.config import Config, to_yaml
 from cskd.devices import autocast, pick_device, uses_bf16
-from cskd.errors import ConfigError, DataError
+from cskd.errors import ConfigError
 from cskd.forwards import teacher_images
 from cskd.golden import check_versions
-from cskd.inventory import Inventory, open_inventory
+from cskd.inventory import Inventory
 from cskd.live import LiveViews
 from cskd.loading.stage2 import Batch, BatchMaker, EvalTask, eval_tasks
 from cskd.loading.stream import Stream
@@ -59,7 +59,8 @@ from pipeline.conflicts import (
 from pipeline.evaluate import score_heads
 from pipeline.metrics import MetricsLog
 from pipeline.online import open_online
-from pipeline.progress import Pool, Progress, bound_by, say
+from pipeline.precheck import open_plan, open_val, student_notes, view_notes
+from pipeline.progress import Notes, Pool, Progress, bound_by
 
 TERMS = ("label", "dist", "patch")  # of the loss, as logged
 
@@ -87,7 +88,6 @@ def train(config: Config, verify_replay: bool = True, online: bool = False, quie
     quiet = quiet or not ranks.first
     try:
         run = _open_run(config, ranks, verify_replay, online, quiet)
-        say(run.notes, quiet)
         return _train(run, verify_replay, quiet)
     finally:
         stop_ranks()
@@ -217,35 +217,22 @@ def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, q
     if not settings.output:
         raise ConfigError("train.output is empty; say where results go, for example --set train.output=runs/mine")
     output, device = Path(settings.output), pick_device(settings.device)
-    views, targets, notes = _open_views(config, device, ranks, verify_replay, online, quiet)
-    val = open_inventory(Path(config.data.val)) if config.data.val else None
-    if val is not None and val.classes != views.classes:
-        raise DataError(
-            f"{config.data.val} has other classes than the images trained on; pack it with --classes and their list"
-        )
-    if val is not None and len(val) < ranks.count:
-        raise DataError(f"{config.data.val} has {len(val)} images for {ranks.count} ranks; expected one a rank or more")
-
+    notes = Notes(quiet)
+    views, targets = _open_views(config, device, ranks, verify_replay, online, quiet, notes)
+    val = open_val(config, views.classes, ranks.count)
     torch.manual_seed(settings.seed)
     student = build_student(config.student, len(views.classes), views.recipe.size).to(device)
-    student.check_grid(views.grid)
+    notes.add([*student.notes, *student_notes(student, views.grid, config.loss), *view_notes(config, views.recipe)])
     if device.type == "cpu" and uses_bf16(settings.autocast, device):
         student.unfuse_attention()
-    plan = PlanSpec.over(
-        views,
-        views=settings.views,
-        repeats=settings.repeats,
-        seed=settings.seed,
-        global_batch=settings.global_batch,
-        window=settings.window,
-        ranks=ranks.count,
-    )
+    plan = open_plan(settings, views, ranks.count)
     optimisation = Optimisation(student, settings, plan.steps)
     states = ResumeStates(output / "resume", keep=settings.keep)
     identity = run_identity(config, views, plan.views, ranks.count, online, device)
     loaded = states.load(student, optimisation)
     ranks.refuse_differing(loaded.step if loaded else 0, device)
     if loaded:
+        notes.add(loaded.warnings)
         refuse_other_run(loaded.info, json.loads(json.dumps(identity)), output)
     if ranks.first:
         own_output(output)
@@ -267,23 +254,25 @@ def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, q
         identity=identity,
         step=loaded.step if loaded else 0,
         stop=min(stop, settings.max_steps) if settings.max_steps else stop,
-        notes=[*notes, *student.notes, *(loaded.warnings if loaded else [])],
+        notes=notes.all,
     )
 
 
 def _open_views(
-    config: Config, device: torch.device, ranks: Ranks, verify_replay: bool, online: bool, quiet: bool
-) -> tuple[Cache | LiveViews, CachedTargets | LiveTargets, list[str]]:
-    """What is fed and what is taught, and notes: from a checked cache, or with a teacher that runs live."""
+    config: Config, device: torch.device, ranks: Ranks, verify_replay: bool, online: bool, quiet: bool, notes: Notes
+) -> tuple[Cache | LiveViews, CachedTargets | LiveTargets]:
+    """What is fed and what is taught: from a checked cache, or with a teacher that runs live."""
     if online:
-        live = open_online(config, device, ranks, quiet)
-        return live.views, live.targets, live.notes
+        live = open_online(config, device, ranks, quiet, notes)
+        return live.views, live.targets
     cache = open_cache(config.cache.path, data=Path(config.data.train) if config.data.train else None)
     refuse_conflicts(config, cache)
     refuse_other_code(cache)
     usable_views(cache, config.train.views)
-    note = check_versions(cache) if verify_replay else None
-    return cache, CachedTargets(cache, config.loss, config.train.epochs), [note] if note else []
+    notes.add(cache.manifest.get("notes", []))
+    if verify_replay and (note := check_versions(cache)):
+        notes.add([note])
+    return cache, CachedTargets(cache, config.loss, config.train.epochs)
 
 
 def _parallel(run: _Run) -> torch.nn.Module:
