@@ -56,7 +56,9 @@ def in_words(facts: dict[str, Any]) -> str:
         return f"{runs}; what that changes was not measured"
     if not facts["views"]:
         return runs
-    each = ", ".join(f"{100 * share:.2g} at blend {blend}" for blend, share in facts["by_blend"].items())
+    each = ", ".join(
+        f"{100 * share:.2g} at blend {blend}" for blend, share in sorted(facts["by_blend"].items(), reverse=True)
+    )
     return f"{runs}; {100 * facts['cells_differ']:.2g} % of the hard targets differ from {REFERENCE} ({facts['views']} views; {each})"
 
 

@@ -87,9 +87,9 @@ def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
     device = pick_device(config.cache.device)
     maker, notes = ViewMaker(inventory, config.recipe), Notes(quiet)
     ahead = look_ahead(config, maker)
-    notes.add([*ahead.images, *ahead.notes])
     teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
-    notes.add([*teacher.notes, *ahead.on_grid(teacher.grid)])
+    notes.add([*ahead.images, *teacher.notes, *ahead.notes, *ahead.on_grid(teacher.grid)])
+    notes.say()
     cache = _open_or_create(config, inventory, teacher, maker, ahead.images, notes)
 
     total, loop_clock = _left(cache), 0.0
@@ -158,6 +158,7 @@ def _open_or_create(
     notes.add(cache.manifest.get("notes", []))
     if not facts and (note := check_versions(cache)):
         notes.add([note])
+    notes.say()
     difference = compare_probe(cache.manifest["probe"], probe)
     if difference:
         raise CacheError(f"{root}: the teacher no longer gives the outputs the cache was begun with ({difference})")

@@ -122,17 +122,20 @@ def say(notes: Iterable[str], quiet: bool = False, console: Console | None = Non
 
 
 class Notes:
-    """What a user should know: said when it is added, each line once, and kept for the report in `all`."""
+    """What a user should know, each line once; kept for the report in `all`, and said when what can be refused at once was."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.all: list[str] = []
-        self._quiet = quiet
+        self._quiet, self._said = quiet, 0
 
     def add(self, notes: Iterable[str]) -> None:
-        """Say those of them that are new."""
-        new = [note for note in dict.fromkeys(notes) if note not in self.all]
-        say(new, self._quiet)
-        self.all += new
+        """Those of them that are new."""
+        self.all += [note for note in dict.fromkeys(notes) if note not in self.all]
+
+    def say(self) -> None:
+        """Before long work: print what was not said yet."""
+        say(self.all[self._said :], self._quiet)
+        self._said = len(self.all)
 
 
 @dataclass(frozen=True)

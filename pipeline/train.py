@@ -238,6 +238,7 @@ def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, q
         own_output(output)
         write_whole(output / RESOLVED, to_yaml(config).encode())
     ranks.barrier()
+    notes.say()
     stop = settings.epochs * plan.steps
     return _Run(
         config=config,
