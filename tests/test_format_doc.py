@@ -15,6 +15,7 @@ import torch
 from cskd.augment.device import _mix_batch, _mix_rows
 from cskd.augment.mixing import CUTMIX, MIXUP, NONE
 from cskd.codecs.base import BLEND_ONE
+from cskd.precision import unchanged
 from cskd.store.cache import Cache
 from cskd.store.format import VIEW_FIELDS
 from tests.caches import make_tiny_cache
@@ -82,6 +83,11 @@ def test_the_documents_tables_list_every_array(cache: Cache) -> None:
     assert rows.keys() == VIEW_FIELDS.keys() | cache.codecs["envelope"].fields.keys()
     for name, (dtype, _) in VIEW_FIELDS.items():
         assert rows[name].startswith(np.dtype(dtype).name)
+
+
+def test_the_document_names_every_fact_of_the_teachers_precision() -> None:
+    listed = re.findall(r"^- (`.*?):", TEXT, re.MULTILINE)
+    assert {name for line in listed for name in re.findall(r"`(\w+)`", line)} == unchanged().facts.keys()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("xarray") is None, reason="xarray is not installed")
