@@ -5,6 +5,7 @@ Shapes: B batch, K classes, h w teacher grid (7 7).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from cskd.augment.device import mixed_pixels
 from cskd.ckf import blend_at, hard_targets
+from cskd.codecs import Codec
 from cskd.config import LossConfig
 from cskd.epoch_table import TargetSpec
 from cskd.errors import ConfigError, TeacherError
@@ -28,19 +30,28 @@ Batch = dict[str, Tensor]
 _KINDS = {"none": "none", "deit-hard": "global", "cskd-hard": "cells"}  # of loss.method; the others are soft
 
 
+def codec_for(method: str, codecs: Mapping[str, Codec], where: str) -> str:
+    """The codec that a method reads: one that is exact for it where there is one.
+
+    Raises:  ConfigError when a soft method finds hard targets only; `where` names what holds the codecs.
+    """
+    soft = _KINDS.get(method, "soft") == "soft"
+    fitting = [name for name, codec in codecs.items() if (codec.soft if soft else codec.exact_hard)]
+    if soft and not fitting:
+        raise ConfigError(
+            f"loss.method {method} needs the teacher's logits and {where} holds only {list(codecs)}; cache with "
+            "cache.codecs: [envelope, int8], or use a '-hard' method"
+        )
+    return next(iter(fitting), next(iter(codecs)))
+
+
 class CachedTargets:
     """Targets of a method from a cache. Raises ConfigError when the cache holds no codec that the method can read."""
 
     def __init__(self, cache: Cache, config: LossConfig, epochs: int) -> None:
         self._config, self._epochs, self._codecs = config, epochs, cache.codecs
         self._kind = _KINDS.get(config.method, "soft")
-        fitting = [c.name for c in cache.codecs.values() if (c.soft if self._kind == "soft" else c.exact_hard)]
-        if self._kind == "soft" and not fitting:
-            raise ConfigError(
-                f"loss.method {config.method} needs the teacher's logits and {cache.root} holds only "
-                f"{list(cache.codecs)}; cache with cache.codecs: [envelope, int8], or use a '-hard' method"
-            )
-        self.codec = next(iter(fitting), next(iter(cache.codecs)))
+        self.codec = codec_for(config.method, cache.codecs, str(cache.root))
 
     def spec(self, epoch: int) -> TargetSpec:
         """What the epoch table holds."""

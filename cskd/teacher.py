@@ -23,6 +23,7 @@ from cskd.class_map import class_map
 from cskd.config import TeacherConfig
 from cskd.devices import uses_bf16
 from cskd.errors import TeacherError
+from cskd.fit import teacher_notes
 from cskd.forwards import count_teacher_images, pad_rows
 from cskd.lanes import threads_of_a_lane
 from cskd.teacher_build import build, build_model, one_line, weights_sha256
@@ -203,6 +204,11 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
     grid = _grid(config, own_grid)
     if grid == (1, 1):
         notes.append("the teacher's grid is 1x1: every cell's logits are the image's; teacher.input_size sets its size")
+    notes += teacher_notes(image_size, preprocess.size, own_grid, grid, _stated_stride(model))
+    if head.kind == "per_cell":
+        notes.append(
+            f"teacher.dense: per_cell: the head is not linear, cells don't average to the image's logits (gap {head.gap:.2g})"
+        )
     fingerprint = {
         **built.source,
         "weights_sha256": weights,
@@ -288,13 +294,20 @@ def _grid(config: TeacherConfig, own: tuple[int, int]) -> tuple[int, int]:
 
 def _preprocess(config: TeacherConfig, stated: dict[str, Any], image_size: int, notes: list[str]) -> Preprocess:
     """The config's word, else the model's, else ImageNet's, with a note where the last was a guess."""
-    if config.mean is None and "mean" not in stated:
-        notes.append("the teacher does not state its mean and std: ImageNet's are used; teacher.mean and std set them")
+    guessed = [name for name in ("mean", "std") if getattr(config, name) is None and stated.get(name) is None]
+    if guessed:
+        notes.append(
+            f"the teacher does not state its {' and '.join(guessed)}: ImageNet's are used; teacher.mean and std set them"
+        )
 
     def first(name: str, default: Any) -> Any:
         return next(v for v in (getattr(config, name), stated.get(name), default) if v is not None)
 
     interpolation = first("interpolation", "bicubic")
+    if interpolation not in ("bicubic", "bilinear"):
+        notes.append(
+            f"the teacher states the interpolation {str(interpolation)[:40]!r}: bicubic is used; teacher.interpolation sets it"
+        )
     p = Preprocess(
         size=int(first("input_size", image_size)),
         mean=tuple(map(float, first("mean", IMAGENET_MEAN))),
@@ -311,6 +324,14 @@ def _preprocess(config: TeacherConfig, stated: dict[str, Any], image_size: int, 
         if not ok:
             raise TeacherError(f"teacher.{name} is {value!r}, expected {expected}")
     return p
+
+
+def _stated_stride(model: Any) -> int | None:
+    """Pixels between two cells of the last map, as timm's models state it; None for others."""
+    try:
+        return int(model.feature_info[-1]["reduction"])
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return None
 
 
 def _refuse_unstorable(fingerprint: dict[str, Any]) -> None:

@@ -57,6 +57,9 @@ def build(config: TeacherConfig) -> Built:
         built.notes += load_weights(built.model, Path(config.weights))
     elif own:
         raise TeacherError("teacher.weights: 'hub' is for timm models; give a file, or load the weights in build()")
+    else:
+        tag = (getattr(built.model, "pretrained_cfg", None) or {}).get("tag")
+        built.notes.append(f"the weights are timm's own{f', {tag}' if tag else ''}")
     built.model = built.model.float().eval().requires_grad_(False)
     return built
 

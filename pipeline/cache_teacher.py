@@ -50,7 +50,9 @@ from cskd.store.seal import seal_cache
 from cskd.teacher import Teacher, compare_probe, load_teacher
 from cskd.unit_builder import PassBuilder, UnitBuilder
 from pipeline.clean_check import clean_check
-from pipeline.progress import Pool, Progress, bound_by, duration, say
+from pipeline.measure_precision import measure_precision
+from pipeline.precheck import look_ahead
+from pipeline.progress import Notes, Pool, Progress, bound_by, duration
 
 WAIT = 2.0  # seconds between two looks at what other processes are making
 
@@ -92,11 +94,14 @@ def _cache_teacher(config: Config, threads: Threads, quiet: bool) -> CacheReport
     inventory = open_inventory(Path(config.data.train))
     inventory.check_shards()
     device = pick_device(config.cache.device)
+    maker, notes = ViewMaker(inventory, config.recipe), Notes(quiet)
+    ahead = look_ahead(config, maker)
     teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
-    maker = ViewMaker(inventory, config.recipe)
-    cache = _open_or_create(config, inventory, teacher, maker)
-    notes = _use_threads(threads, cache, teacher, config) + cache.manifest.get("notes", teacher.notes)
-    say(notes, quiet)
+    notes.add([*ahead.images, *teacher.notes, *ahead.notes, *ahead.on_grid(teacher.grid)])
+    notes.say()
+    cache = _open_or_create(config, inventory, teacher, maker, ahead.images, notes)
+    notes.add(_use_threads(threads, cache, teacher, config))
+    notes.say()
 
     total, loop_clock = cache.inventory.n * cache.views, 0.0
     with (
@@ -134,11 +139,13 @@ def _cache_teacher(config: Config, threads: Threads, quiet: bool) -> CacheReport
         quarantined=int(cache.quarantined().sum()),
         content_root=seal_cache(cache, config.cache.max_quarantine).content_root,
         bound_by=bound_by(line.pools, loop_seconds, line.images, "views") if line.images else "nothing was missing",
-        notes=notes,
+        notes=notes.all,
     )
 
 
-def _open_or_create(config: Config, inventory: Inventory, teacher: Teacher, maker: ViewMaker) -> Cache:
+def _open_or_create(
+    config: Config, inventory: Inventory, teacher: Teacher, maker: ViewMaker, about_images: list[str], notes: Notes
+) -> Cache:
     """The cache of this config: identity compared, the teacher's outputs on the probe images compared too."""
     root = Path(config.cache.path)
     codecs = [get_codec(name, teacher.classes, teacher.grid).name for name in config.cache.codecs]
@@ -147,9 +154,11 @@ def _open_or_create(config: Config, inventory: Inventory, teacher: Teacher, make
     facts: dict[str, Any] = {}
     if not (root / "manifest.json").exists():
         check = clean_check(teacher, maker, config)
+        precision = measure_precision(teacher, maker, config.teacher)
         facts = {
             **check.facts,
-            "notes": teacher.notes + check.notes,
+            "notes": [*about_images, *teacher.notes, *check.notes, *precision.notes],
+            "precision": precision.facts,
             "probe": probe,
             "threads": lanes_of(teacher.device, torch.get_num_threads(), teacher.reentrant)[1],  # of one forward
             "versions": library_versions(),
@@ -158,8 +167,10 @@ def _open_or_create(config: Config, inventory: Inventory, teacher: Teacher, make
         }
     cache = create_cache(root, identity, config.cache.views, facts, inventory)
     write_resolved(cache)
-    if not facts:
-        check_versions(cache)
+    notes.add(cache.manifest.get("notes", []))
+    if not facts and (note := check_versions(cache)):
+        notes.add([note])
+    notes.say()
     difference = compare_probe(cache.manifest["probe"], probe)
     if difference:
         raise CacheError(f"{root}: the teacher no longer gives the outputs the cache was begun with ({difference})")

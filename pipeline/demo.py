@@ -34,6 +34,7 @@ from cskd.store.cache import open_cache
 from cskd.teacher_build import build_model
 from pipeline.cache_teacher import cache_teacher
 from pipeline.inspect_cache import sheet
+from pipeline.metrics import read_metrics
 from pipeline.packing import pack_data
 from pipeline.progress import Progress
 from pipeline.train import train

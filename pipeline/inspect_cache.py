@@ -24,6 +24,7 @@ from rich.text import Text
 from cskd.augment.mixing import NONE
 from cskd.codecs.base import quantise_blend
 from cskd.errors import CacheError, CskdError, DataError
+from cskd.precision import in_words
 from cskd.store.cache import Cache, Unit, open_cache
 from cskd.store.commit import Commit
 from cskd.store.seal import read_seal
@@ -79,6 +80,7 @@ def inspect(
             "clean_images": manifest.get("clean_images"),
             "clean_data": manifest.get("clean_data"),
             "notes": manifest.get("notes", []),
+            "precision": manifest.get("precision"),
         },
         "grid": list(opened.grid),
         "recipe": identity["recipe"],
@@ -269,6 +271,8 @@ def _lines(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
     measured = "" if top1 is None else f", top-1 {100 * top1:.1f} % on {teacher['clean_images']} clean images"
     measured += f" of data.{teacher['clean_data']}" if teacher["clean_data"] else ""
     yield "teacher", f"{teacher['model']}, grid {facts['grid'][0]} x {facts['grid'][1]}{measured}"
+    if teacher["precision"] and not any(in_words(teacher["precision"]) in note for note in teacher["notes"]):
+        yield "", f"({in_words(teacher['precision'])})"
     for note in teacher["notes"]:
         yield "", f"({note})"
     state = f"{units['present']:,} of {units['total']:,} present ({_count(units['views'], 'view')})"

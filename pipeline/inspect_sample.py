@@ -108,8 +108,10 @@ def cached_view(cache: Cache, sample: int, view: int) -> CachedView:
     return CachedView(sample, key, view, fields, targets, partner, partner_fields)
 
 
-def replay(cache: Cache, cached: CachedView) -> NDArray[np.uint8]:
-    """The mixed image that the teacher saw: uint8 [size, size, 3], rounded.
+def replay(cache: Cache, cached: CachedView) -> NDArray[np.float32]:
+    """The mixed image that the teacher saw, to the last bit: float32 [size, size, 3], RGB in 0..255.
+
+    A MixUp is no whole numbers: rounded, it gives a teacher other targets.
 
     Raises:  ReplayError when a digest differs; DataError when the image shards are missing or were changed.
     """
@@ -131,7 +133,7 @@ def replay(cache: Cache, cached: CachedView) -> NDArray[np.uint8]:
     mode, lam, box = (torch.from_numpy(t) for t in tensors)
     mate = torch.arange(len(rows)).flip(0)
     mixed = mix_pixels(torch.from_numpy(np.stack(pixels)), mate, mode, lam, box)[0]
-    return np.asarray(mixed.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0))
+    return mixed.permute(1, 2, 0).contiguous().numpy()
 
 
 def hard_targets(cache: Cache, cached: CachedView, blend: float) -> NDArray[np.uint16]:
@@ -230,7 +232,7 @@ def _panels(
 ) -> tuple[Image.Image, list[Image.Image], Image.Image]:
     """Heading, six panels and legend of one sample; heading and legend are as wide as `columns` panels."""
     cached = cached_view(cache, sample, view)
-    seen = photo(replay(cache, cached), side)
+    seen = photo(replay(cache, cached).round().astype(np.uint8), side)
     maps = [hard_targets(cache, cached, blend) for blend in BLENDS]
     image_class = int(maps[-1][0, 0])
     labels = [cached.label]

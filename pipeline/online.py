@@ -29,7 +29,9 @@ from cskd.targets import LiveTargets
 from cskd.teacher import load_teacher
 from pipeline.cache_teacher import refuse_too_many
 from pipeline.clean_check import clean_check
-from pipeline.progress import Progress
+from pipeline.measure_precision import measure_precision
+from pipeline.precheck import look_ahead
+from pipeline.progress import Notes, Progress
 
 UNREADABLE = "unreadable.json"
 _STEP = 256  # images a task
@@ -37,30 +39,33 @@ _STEP = 256  # images a task
 
 @dataclass(frozen=True)
 class Online:
-    """What takes the cache's place, and what a user should know."""
+    """What takes the cache's place."""
 
     views: LiveViews
     targets: LiveTargets
-    notes: list[str]
 
 
-def open_online(config: Config, device: torch.device, ranks: Ranks, quiet: bool) -> Online:
-    """Load and check the teacher, and find the images that can't be decoded (once a run: kept in its output folder)."""
+def open_online(config: Config, device: torch.device, ranks: Ranks, quiet: bool, notes: Notes) -> Online:
+    """Load and check the teacher, and find the images that can't be decoded (once a run: kept in its output folder).
+
+    notes: gets what a user should know, each before the work that it is about.
+    """
     inventory = training_images(config)
-    teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
     maker = ViewMaker(inventory, config.recipe)
+    ahead = look_ahead(config, maker, online=True)
+    teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
+    notes.add([*ahead.images, *teacher.notes, *ahead.notes, *ahead.on_grid(teacher.grid)])
+    notes.say()
     check = clean_check(teacher, maker, config)
+    notes.add([f"online: the teacher runs at every step; its top-1 is {check.text}", *check.notes])
+    notes.add(measure_precision(teacher, maker, config.teacher).notes)
+    notes.say()
     bad, left_out = decodable(maker, config, ranks, quiet)
+    notes.add(left_out)
     codecs = [get_codec(name, teacher.classes, teacher.grid).name for name in config.cache.codecs]
     fingerprint = fingerprint_of(identity_of(inventory, config.recipe, teacher.fingerprint, teacher.grid, codecs))
     views = LiveViews(inventory, config.recipe, config.cache.views, teacher.grid, bad, fingerprint)
-    notes = [
-        f"online: the teacher runs at every step; its top-1 is {check.text}",
-        *teacher.notes,
-        *check.notes,
-        *left_out,
-    ]
-    return Online(views, LiveTargets(teacher, config.loss, config.train.epochs), notes)
+    return Online(views, LiveTargets(teacher, config.loss, config.train.epochs))
 
 
 def training_images(config: Config) -> Inventory:

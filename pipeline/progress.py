@@ -120,6 +120,23 @@ def say(notes: Iterable[str], quiet: bool = False, console: Console | None = Non
         )
 
 
+class Notes:
+    """What a user should know, each line once; kept for the report in `all`, and said when what can be refused at once was."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.all: list[str] = []
+        self._quiet, self._said = quiet, 0
+
+    def add(self, notes: Iterable[str]) -> None:
+        """Those of them that are new."""
+        self.all += [note for note in dict.fromkeys(notes) if note not in self.all]
+
+    def say(self) -> None:
+        """Before long work: print what was not said yet."""
+        say(self.all[self._said :], self._quiet)
+        self._said = len(self.all)
+
+
 @dataclass(frozen=True)
 class Pool:
     """Parts of the work that the same `workers` threads or processes do in turn; seconds of each, summed over them all."""

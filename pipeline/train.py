@@ -11,7 +11,6 @@ The same command resumes. Launch: `cskd train configs/cifar10.yaml`, or on many 
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,10 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 from cskd.augment.device import InputMaker
 from cskd.config import Config, to_yaml
 from cskd.devices import arithmetic, autocast, pick_device, uses_bf16
-from cskd.errors import CacheError, ConfigError, DataError
+from cskd.errors import CacheError, ConfigError
 from cskd.forwards import teacher_images
 from cskd.golden import check_versions
-from cskd.inventory import Inventory, open_inventory
+from cskd.inventory import Inventory
 from cskd.live import LiveViews
 from cskd.loading.stage2 import Batch, BatchMaker, EvalTask, eval_tasks
 from cskd.loading.stream import Stream
@@ -44,7 +43,7 @@ from cskd.store.commit import write_whole
 from cskd.store.format import RESOLVED
 from cskd.student import Student, build_student
 from cskd.student.average import average_notes
-from cskd.student.best import Best, BestWeights, score_asked
+from cskd.student.best import Best, BestWeights
 from cskd.student.checkpoint import ResumeStates, TrainState, export, exported_prefix
 from cskd.student.finite import NotFiniteError
 from cskd.student.heads import score_head
@@ -64,7 +63,8 @@ from pipeline.conflicts import (
 from pipeline.evaluate import score_heads
 from pipeline.metrics import MetricsLog
 from pipeline.online import open_online
-from pipeline.progress import Pool, Progress, bound_by, say, timed_start
+from pipeline.precheck import open_plan, open_val, student_notes, view_notes, with_best
+from pipeline.progress import Notes, Pool, Progress, bound_by, timed_start
 from pipeline.run_state import PROGRESS, RunState, named_bests, stopped
 
 TERMS = ("label", "dist", "patch")  # of the loss, as logged
@@ -99,7 +99,6 @@ def train(config: Config, verify_replay: bool = True, online: bool = False, quie
     try:
         with computing_with(threads.count):
             run = _open_run(config, ranks, verify_replay, online, quiet, threads)
-            say(run.notes, quiet)
             try:
                 return _train(run, verify_replay, quiet)
             except NotFiniteError as e:
@@ -266,48 +265,33 @@ def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, q
     """Views, targets, student, plan and optimiser of a config, and where an earlier run of it stopped."""
     if not config.train.output:
         raise ConfigError("train.output is empty; say where results go, for example --set train.output=runs/mine")
-    output, device = Path(config.train.output), pick_device(config.train.device)
+    output, device, notes = Path(config.train.output), pick_device(config.train.device), Notes(quiet)
     states = ResumeStates(output / "resume", keep=config.train.keep)
-    config, kept_notes = as_begun(config, next(iter(states.infos().values()), None))
+    config, as_before = as_begun(config, next(iter(states.infos().values()), None))
     settings = config.train
-    views, targets, notes = _open_views(config, device, ranks, verify_replay, online, quiet)
-    val = open_inventory(Path(config.data.val)) if config.data.val else None
-    if val is not None:
-        val.check_shards()
-    if val is not None and val.classes != views.classes:
-        raise DataError(
-            f"{config.data.val} has other classes than the images trained on; pack it with --classes and their list"
-        )
-    if val is not None and len(val) < ranks.count:
-        raise DataError(f"{config.data.val} has {len(val)} images for {ranks.count} ranks; expected one a rank or more")
-
+    views, targets = _open_views(config, device, ranks, verify_replay, online, quiet, notes)
+    val = open_val(config, views.classes, ranks.count)
     torch.manual_seed(settings.seed)
     student = build_student(config.student, len(views.classes), views.recipe.size).to(device)
-    student.check_grid(views.grid)
     student.taught_by(config.loss)
+    notes.add([*student.notes, *student_notes(student, views.grid, config.loss), *view_notes(config, views.recipe)])
+    notes.add(as_before)
     if device.type == "cpu" and uses_bf16(settings.autocast, device):
         student.unfuse_attention()
-    plan = PlanSpec.over(
-        views,
-        views=settings.views,
-        repeats=settings.repeats,
-        seed=settings.seed,
-        global_batch=settings.global_batch,
-        window=settings.window,
-        ranks=ranks.count,
-    )
+    plan = open_plan(settings, views, ranks.count)
     optimisation = Optimisation(student, settings, plan.steps)
-    config = _with_best(config, student)
+    config = with_best(config, student)
     identity = run_identity(config, views, plan.views, ranks.count, online, device, val)
     loaded = states.load(student, optimisation)
     ranks.refuse_differing(loaded.step if loaded else 0, device)
     state = RunState(ranks, device, TERMS, len(views.classes))
     if loaded:
         begun = {name: value for name, value in loaded.info.items() if name != PROGRESS}
+        notes.add(loaded.warnings)
         refuse_other_run(begun, identity, output, student.distilled)
         if device.type == "cpu":
             threads, unknown = begun_with(begun.get("threads"), threads, settings.threads is not None)
-            notes += unknown if "threads" not in begun else []
+            notes.add(unknown if "threads" not in begun else [])
     if device.type == "cpu":
         identity["threads"] = threads.count
     if loaded:
@@ -320,8 +304,8 @@ def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, q
         write_whole(output / RESOLVED, to_yaml(config).encode())
     ranks.barrier()
     stop = min(settings.epochs * plan.steps, settings.max_steps or 1 << 62)
-    averaging = average_notes(settings.ema, settings.ema_warmup, stop)
-    warnings = loaded.warnings if loaded else []
+    notes.add([*average_notes(settings.ema, settings.ema_warmup, stop), *state.said(), *state.notes, str(threads)])
+    notes.say()
     return _Run(
         config=config,
         ranks=ranks,
@@ -338,35 +322,25 @@ def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, q
         state=state,
         step=loaded.step if loaded else 0,
         stop=stop,
-        notes=[*notes, *student.notes, *kept_notes, *averaging, *state.said(), *state.notes, *warnings, str(threads)],
+        notes=notes.all,
     )
 
 
-def _with_best(config: Config, student: Student) -> Config:
-    """The config with the score by which the best weights are kept by name. ConfigError where no evaluation gives it."""
-    train = config.train
-    if train.best is None and train.export != "best":
-        return config
-    if not config.data.val:
-        asked = "train.export is best" if train.best is None else f"train.best is {train.best}"
-        raise ConfigError(f"{asked} and data.val is empty; set it to a packed validation set, or leave the other out")
-    best = score_asked(train.best, student, train.ema is not None)
-    return dataclasses.replace(config, train=dataclasses.replace(train, best=best))
-
-
 def _open_views(
-    config: Config, device: torch.device, ranks: Ranks, verify_replay: bool, online: bool, quiet: bool
-) -> tuple[Cache | LiveViews, CachedTargets | LiveTargets | NoTargets, list[str]]:
-    """What is fed and what is taught, and notes: from a checked cache, with a teacher that runs live, or from images alone.
+    config: Config, device: torch.device, ranks: Ranks, verify_replay: bool, online: bool, quiet: bool, notes: Notes
+) -> tuple[Cache | LiveViews, CachedTargets | LiveTargets | NoTargets]:
+    """What is fed and what is taught: from a checked cache, with a teacher that runs live, or from images alone.
 
     Method none needs no targets: it reads a cache only where cache.path names one.
     """
     baseline = config.loss.method == "none"
     if baseline and (online or not config.cache.path):
-        return open_baseline(config, ranks, online, quiet)
+        source, nothing, about = open_baseline(config, ranks, online, quiet)
+        notes.add(about)
+        return source, nothing
     if online:
-        live = open_online(config, device, ranks, quiet)
-        return live.views, live.targets, live.notes
+        live = open_online(config, device, ranks, quiet, notes)
+        return live.views, live.targets
     if not config.cache.path:
         raise ConfigError(
             f"cache.path is empty and loss.method {config.loss.method} reads a teacher's targets; set cache.path, run the "
@@ -382,8 +356,10 @@ def _open_views(
     refuse_conflicts(config, cache)
     refuse_other_code(cache)
     usable_views(cache, config.train.views)
-    note = check_versions(cache) if verify_replay else None
-    return cache, CachedTargets(cache, config.loss, config.train.epochs), [note] if note else []
+    notes.add(cache.manifest.get("notes", []))
+    if verify_replay and (note := check_versions(cache)):
+        notes.add([note])
+    return cache, CachedTargets(cache, config.loss, config.train.epochs)
 
 
 def _parallel(run: _Run) -> torch.nn.Module:

@@ -10,14 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from cskd.augment.device import _mix_batch, _mix_rows
+from cskd.augment.mixing import CUTMIX, MIXUP, NONE
 from cskd.codecs.base import BLEND_ONE
+from cskd.precision import unchanged
 from cskd.store.cache import Cache
 from cskd.store.format import VIEW_FIELDS
 from tests.caches import make_tiny_cache
 
 TEXT = (Path(__file__).resolve().parent.parent / "docs" / "FORMAT.md").read_text(encoding="utf-8")
-OPEN, TARGETS, XARRAY = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+OPEN, TARGETS, REPLAY, XARRAY = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 @pytest.fixture
@@ -53,11 +57,37 @@ def test_the_documents_code_reads_what_the_program_reads(cache: Cache) -> None:
     assert (names["halfway"] != names["hard_targets"](unit.targets, 0)).any()
 
 
+def test_the_documents_replay_is_what_the_teacher_saw_to_the_last_bit(cache: Cache) -> None:
+    seen = set()
+    for block, view in np.ndindex(cache.blocks, cache.views):
+        names = run(OPEN.replace("b00000/v0000", f"b{block:05d}/v{view:04d}"), REPLAY)
+        fields, own = names["fields"], [names["view"](row) for row in range(len(names["sample"]))]
+        position = cache.read(block, view, "envelope").position
+        for row, mode in enumerate(fields["mode"].tolist()):
+            mate = row if mode == NONE else int(np.flatnonzero(position == fields["partner"][row])[0])
+            pair = torch.from_numpy(np.stack([own[row], own[mate]]))
+            rows = [torch.from_numpy(np.stack([fields[k][row]] * 2).astype(np.int64)) for k in ("mode", "lam", "box")]
+            found = names["teacher_input"](row)
+            assert found.dtype == np.float32
+            for mix in (_mix_rows, _mix_batch):  # of a CPU, and of other devices
+                expected = mix(pair, torch.tensor([1, 0]), *rows)[0].permute(1, 2, 0).numpy()
+                np.testing.assert_array_equal(found, expected)
+            if mode == MIXUP:
+                assert (found != found.round()).any()
+            seen.add(mode)
+    assert seen == {NONE, MIXUP, CUTMIX}
+
+
 def test_the_documents_tables_list_every_array(cache: Cache) -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", TEXT, re.MULTILINE))
     assert rows.keys() == VIEW_FIELDS.keys() | cache.codecs["envelope"].fields.keys()
     for name, (dtype, _) in VIEW_FIELDS.items():
         assert rows[name].startswith(np.dtype(dtype).name)
+
+
+def test_the_document_names_every_fact_of_the_teachers_precision() -> None:
+    listed = re.findall(r"^- (`.*?):", TEXT, re.MULTILINE)
+    assert {name for line in listed for name in re.findall(r"`(\w+)`", line)} == unchanged().facts.keys()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("xarray") is None, reason="xarray is not installed")

@@ -97,11 +97,27 @@ def check_manifest(manifest: dict[str, Any]) -> None:
     config = manifest.get("config", {})
     if not all(isinstance(config.get(name), dict) for name in ("cache", "teacher", "data")):
         raise ValueError("its config has a section that is no mapping")
+    notes = manifest.get("notes", [])
+    if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+        raise ValueError(f"its notes are {str(notes)[:40]}, expected texts")
+    _check_precision(manifest.get("precision"))
     top1 = manifest.get("clean_top1")
     if top1 is not None and not isinstance(top1, int | float):
         raise ValueError(f"its clean_top1 is {str(top1)[:40]}")
     if (data := manifest.get("clean_data")) not in (None, "val", "train"):
         raise ValueError(f"its clean_data is {str(data)[:40]}, expected val or train")
+
+
+def _check_precision(facts: object) -> None:
+    """Of the share of targets that the teacher's arithmetic changes (`cskd.precision`); older caches lack it."""
+    if facts is None:
+        return
+    if not isinstance(facts, dict) or not all(isinstance(facts.get(name), str) for name in ("backbone", "head")):
+        raise ValueError(f"its precision is {str(facts)[:40]}")
+    share, blends = facts.get("cells_differ"), facts.get("by_blend")
+    measured = isinstance(blends, dict) and all(isinstance(v, int | float) for v in (share, *blends.values()))
+    if not (share is None or measured) or type(facts.get("views")) is not int:
+        raise ValueError(f"its precision has the share {str(share)[:40]}")
 
 
 def _is_hash(value: object) -> bool:

@@ -170,11 +170,12 @@ def load_student(path: Path) -> tuple[Student, dict[str, Any]]:
         ) from e
     try:
         with torch.device("meta"):  # costs no memory: a few words in config.json can ask for any amount of it
-            expected = sum(t.nbytes for t in build_student(config, classes, size).backbone.state_dict().values())
+            described = build_student(config, classes, size, trained=True)
+            expected = sum(t.nbytes for t in described.backbone.state_dict().values())
         if expected > 4 * weights.stat().st_size:  # float32 from 8 bits
             raise ValueError(f"the model it describes has {expected} bytes")
         check_weight_file(weights, expected)
-        student = build_student(config, classes, size)
+        student = build_student(config, classes, size, trained=True)
         tensors = load_file(weights)
         check_tensors(tensors.values())
         if odd := first_not_finite(tensors):

@@ -14,6 +14,7 @@ from typing import Any, cast
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers.patch_embed import PatchEmbed
 from timm.models import is_model_in_modules
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from cskd.config.schema import LossConfig, StudentConfig
 from cskd.errors import StudentError
+from cskd.fit import multiples, patch_notes, unseen
 from cskd.losses import StudentOutput, trained_heads
 from cskd.student.heads import HEADS, UNTRAINED, heads_of, shared_head_note, untrained_note
 from cskd.student.warm_start import start_from
@@ -71,7 +73,8 @@ class Student(nn.Module):
                 f"{config.model} has a norm before its head: patch tokens are pooled, then normed, then classified, "
                 "which is not the mean of the single patches' logits"
             )
-        self.notes = [self.note] if self.note else []
+        self.misfit = self._misfit()  # why it does not see all of an image; '' where it does
+        self.notes = [note for note in (self.note, self.misfit, self._padding()) if note]
         self.trained = heads_of(self.distilled)  # by the loss, see `taught_by`
 
     def taught_by(self, loss: LossConfig) -> None:
@@ -116,9 +119,43 @@ class Student(nn.Module):
         (h, w), (rows, cols) = teacher_grid, self.patch_grid
         if h > rows or w > cols:
             raise StudentError(
-                f"{self.config.model} has {rows} x {cols} patches, too few for the teacher's grid of {h} x {w}; "
-                f"set teacher.grid: [{min(h, rows)}, {min(w, cols)}] and cache again, or take smaller patches"
+                f"student {self.config.model} has {rows} x {cols} patches, too few for the teacher's grid of {h} x {w}; "
+                f"set teacher.grid: [{min(h, rows)}, {min(w, cols)}], for which a cache is made again, or take smaller patches"
             )
+
+    def grid_notes(self, teacher_grid: Grid) -> list[str]:
+        """What a user should know of this teacher's grid. StudentError where it is finer than the patches."""
+        self.check_grid(teacher_grid)
+        return patch_notes(self.patch_grid, teacher_grid)
+
+    def _misfit(self) -> str:
+        """Of patches that don't cover the image. What stands before a hybrid's patches pads for itself."""
+        vit, (height, width) = self.backbone, self.image_size
+        left = unseen(self.image_size, self._patch) if type(vit.patch_embed) is PatchEmbed else None
+        if left is None or (vit.patch_embed.dynamic_img_pad and vit.dynamic_img_size):
+            return ""
+        sides = [multiples(height, self._patch[0]), multiples(width, self._patch[1])]
+        return (
+            f"student {self.config.model} does not see {left}: views are {height} x {width}, its patches "
+            f"{self._patch[0]} x {self._patch[1]}; set recipe.size to {' and '.join(dict.fromkeys(sides))}, another "
+            "patch_size, or student.kwargs: {dynamic_img_size: true, dynamic_img_pad: true}"
+        )
+
+    def _padding(self) -> str:
+        """Of patches that reach beyond the image."""
+        if self.misfit or unseen(self.image_size, self._patch) is None:
+            return ""
+        (height, width), (rows, columns) = self.image_size, self.patch_grid
+        return (
+            f"student {self.config.model} pads views of {height} x {width} pixels to {rows} x {columns} patches of "
+            f"{self._patch[0]} x {self._patch[1]}: the last ones are padding in part, and do not lie where the teacher's cells do"
+        )
+
+    @property
+    def _patch(self) -> Grid:
+        """(height, width) of a patch in pixels of the image."""
+        height, width = cast("Grid", self.backbone.patch_embed.feat_ratio(as_scalar=False))
+        return int(height), int(width)
 
     def unfuse_attention(self) -> None:
         """Attention as two matrix products with a softmax between: on a CPU in bf16 torch's fused kernel takes six times as
@@ -175,12 +212,14 @@ def head_names(student: Student) -> list[str]:
     return list(eval_heads(output, student.trained))
 
 
-def build_student(config: StudentConfig, num_classes: int, image_size: int | Grid) -> Student:
+def build_student(config: StudentConfig, num_classes: int, image_size: int | Grid, trained: bool = False) -> Student:
     """The ViT of a config, with fresh weights or those of `student.init`.
 
-    Args:    num_classes of the cache; image_size of its views, pixels (of a square) or (height, width).
+    Args:    num_classes of the cache; image_size of its views, pixels (of a square) or (height, width); trained: it is one
+             that was trained like that, so patches that leave pixels out are noted, not refused.
     Returns: a Student on the CPU; its `notes` are what the user should know.
-    Raises:  StudentError for a model that is no ViT of timm's, kwargs it doesn't take, or an unusable checkpoint.
+    Raises:  StudentError for a model that is no ViT of timm's, kwargs it doesn't take, patches that leave pixels out, or an
+             unusable checkpoint.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
     _check_name(config.model)
@@ -192,6 +231,8 @@ def build_student(config: StudentConfig, num_classes: int, image_size: int | Gri
         raise StudentError(f"{config.model} can't be built with {kwargs} ({reason}); mend student.kwargs") from e
     vit = _check_heads(config.model, model)
     student = Student(vit, config, size)
+    if student.misfit and not trained:
+        raise StudentError(student.misfit)
     if config.init:
         student.notes += start_from(vit, Path(config.init))
     return student
