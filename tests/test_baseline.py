@@ -235,7 +235,7 @@ def test_an_old_baseline_is_refused_by_name_or_goes_on_with_what_it_was_begun_wi
     mean = {"method": "none", "baseline_head": "mean"}
     train(cached(base, "mean", loss=mean), quiet=True)
     old_run(monkeypatch, cached(base, "old", loss=mean, train={"max_steps": 4, "save_every": 1}))
-    with pytest.raises(ConfigError, match=r"begun with loss\.baseline_head = 'mean', now it is 'class'; set it back"):
+    with pytest.raises(ConfigError, match=r"begun with loss\.baseline_head = mean, now it is class; set it back"):
         train(cached(base, "old"), quiet=True)
     train(cached(base, "old", loss=mean), quiet=True)
     assert weights(base / "old") == weights(base / "mean")
