@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cskd.errors import CacheError
-from cskd.store import claims
+from cskd.files import claims
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import record_names
 

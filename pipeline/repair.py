@@ -29,6 +29,7 @@ from cskd.store.manifest import read_manifest, write_manifest
 from cskd.store.seal import Seal, read_seal, seal_cache
 from cskd.untrusted import read_file
 from pipeline.cache_teacher import cache_teacher, write_resolved
+from pipeline.outputs import sole_repair
 from pipeline.verify import check_units, uneven, wrong_resolved
 
 
@@ -51,8 +52,14 @@ def repair(path: Path, data: Path | None = None, quiet: bool = False) -> RepairR
 
     Raises:  CacheError when both copies of the manifest are damaged or of another cache; DataError when units are damaged and
              the images are not there: then no unit is withdrawn; TeacherError when the teacher that made the cache is not
-             there: then the damaged units are withdrawn, and stay missing.
+             there: then the damaged units are withdrawn, and stay missing; PathError while another process makes or repairs
+             the cache.
     """
+    with sole_repair(path):
+        return _repair(path, data, quiet)
+
+
+def _repair(path: Path, data: Path | None, quiet: bool) -> RepairReport:
     restored = _restore_manifests(path) + _restore_inventory(path, data)
     cache = open_cache(path, data=data, images=False)
     if wrong := wrong_resolved(cache):

@@ -26,6 +26,8 @@ from cskd.augment.device import InputMaker
 from cskd.config import Config, to_yaml
 from cskd.devices import arithmetic, autocast, pick_device, uses_bf16
 from cskd.errors import CacheError, ConfigError
+from cskd.files.scratch import new_scratch
+from cskd.files.writer import Writer
 from cskd.forwards import teacher_images
 from cskd.golden import check_versions
 from cskd.inventory import Inventory
@@ -63,6 +65,7 @@ from pipeline.conflicts import (
 from pipeline.evaluate import score_heads
 from pipeline.metrics import MetricsLog
 from pipeline.online import open_online
+from pipeline.outputs import sole_run
 from pipeline.precheck import open_plan, open_val, student_notes, view_notes, with_best
 from pipeline.progress import Notes, Pool, Progress, bound_by, timed_start
 from pipeline.run_state import PROGRESS, RunState, named_bests, stopped
@@ -97,8 +100,9 @@ def train(config: Config, verify_replay: bool = True, online: bool = False, quie
     quiet = quiet or not ranks.first
     threads = choose_threads(config.train.threads, "train.threads", config.train.workers)
     try:
-        with computing_with(threads.count):
-            run = _open_run(config, ranks, verify_replay, online, quiet, threads)
+        folder = sole_run(config, ranks, pick_device(config.train.device), quiet)
+        with computing_with(threads.count), folder as writer:
+            run = _open_run(config, ranks, verify_replay, online, quiet, threads, writer)
             try:
                 return _train(run, verify_replay, quiet)
             except NotFiniteError as e:
@@ -127,6 +131,7 @@ class _Run:
     step: int  # updates done by earlier runs
     stop: int  # updates in all
     notes: list[str]
+    writer: Writer | None = None  # of the output folder; None on all ranks but the first
 
     def evaluates(self, epoch: int) -> bool:
         """Whether that epoch is followed by an evaluation: those of the schedule, and where `max_steps` stops."""
@@ -161,15 +166,17 @@ class _Run:
         """A state that the same command resumes from. NotFiniteError on every rank where it would not be finite."""
         self.state.check(step, self.student, self.optimisation)
         info = {**self.identity, PROGRESS: self.state.record()}
-        if self.ranks.first:
+        if self.writer is not None:
+            self.writer.check()
             self.states.save(self.student, self.optimisation, TrainState(step, info), self.state.good)
             BestWeights(self.states.folder).keep(named_bests(self.states))
         self.state.saved = step
 
     def export(self, step: int) -> str:
         """Write what others use. Returns: what model.safetensors holds."""
-        if not self.ranks.first:
+        if self.writer is None:
             return ""
+        self.writer.check()
         classes, best, changed = self.views.classes, self.state.shown, self.state.said()
         return export(self.output, self.student, self.optimisation, self.config, classes, step, best, changed)
 
@@ -261,10 +268,16 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
     )
 
 
-def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, quiet: bool, threads: Threads) -> _Run:
+def _open_run(
+    config: Config,
+    ranks: Ranks,
+    verify_replay: bool,
+    online: bool,
+    quiet: bool,
+    threads: Threads,
+    writer: Writer | None,
+) -> _Run:
     """Views, targets, student, plan and optimiser of a config, and where an earlier run of it stopped."""
-    if not config.train.output:
-        raise ConfigError("train.output is empty; say where results go, for example --set train.output=runs/mine")
     output, device, notes = Path(config.train.output), pick_device(config.train.device), Notes(quiet)
     states = ResumeStates(output / "resume", keep=config.train.keep)
     config, as_before = as_begun(config, next(iter(states.infos().values()), None))
@@ -323,6 +336,7 @@ def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, q
         step=loaded.step if loaded else 0,
         stop=stop,
         notes=notes.all,
+        writer=writer,
     )
 
 
@@ -379,7 +393,8 @@ def _batches(run: _Run, verify_replay: bool) -> tuple[RunTasks, Iterator[Batch]]
         run.plan,
         targets=run.targets.spec,
         evaluate=lambda epoch: run.eval_tasks if run.evaluates(epoch) else [],
-        scratch=run.output / "scratch",
+        scratch=new_scratch(run.output, run.ranks.rank),
+        ahead=settings.workers * settings.prefetch,
         start=run.step,
         stop=run.stop,
         rank=run.ranks.rank,

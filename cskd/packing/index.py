@@ -10,6 +10,9 @@ from pathlib import Path
 import google_crc32c
 
 from cskd.errors import DataError
+from cskd.files.folders import refuse_output
+from cskd.files.paths import local_path
+from cskd.files.writer import sole_writer
 from cskd.inventory import Inventory, Sample, ShardFile, new_inventory, publish_inventory
 from cskd.packing.class_names import check_labels, classes_held, label_names
 from cskd.packing.layout import check_keys
@@ -43,18 +46,20 @@ def index(
              split: only the shards whose names or folders have that word, or the samples whose keys have it.
              progress: called with (images done, shards done, shards in all).
     Raises:  DataError for a damaged shard, an incomplete sample, a key that occurs twice, too few class names, shards of
-             several splits, or another inventory in that folder.
+             several splits, or another inventory in that folder; PathError where that is of another kind, or written to by
+             another process.
     """
     if block < 1:
         raise DataError(f"block is {block}, expected at least 1")
-    paths, key_split = find_shards(Path(shards), split)
+    paths, key_split = find_shards(local_path(shards, "SHARDS"), split)
     data = Path(os.path.commonpath([path.parent for path in paths]))
+    refuse_output(data, "data", "SHARDS")
     made = {"by": "index", "source": Path(shards).name, **({"split": split} if split else {}), "block": block}
     incomplete, empty = Tally() if allow_incomplete else None, Tally()
     labels: Counter[int] = Counter()
     keys, images = KeySplit(key_split), 0
     try:
-        with new_inventory(data) as writer:
+        with sole_writer(data, "index it then"), new_inventory(data) as writer:
             for number, path in enumerate(paths):
                 before = keys.seen
                 for key, _, label, offset, size in shard_samples(path, incomplete):

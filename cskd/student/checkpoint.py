@@ -26,6 +26,7 @@ from torch import Tensor
 import cskd
 from cskd.config import Config, StudentConfig
 from cskd.errors import ConfigError, StudentError
+from cskd.files.paths import local_path
 from cskd.student.best import Best, BestWeights
 from cskd.student.finite import NotFiniteError, first_not_finite
 from cskd.student.heads import export_factors, multiplied, recorded_factors, recorded_heads, score_head
@@ -155,6 +156,7 @@ def load_student(path: Path) -> tuple[Student, dict[str, Any]]:
     Args:    path of a run's folder (its model.safetensors is taken), or of one of the weight files in it.
     Raises:  StudentError when something is missing, damaged or does not fit together.
     """
+    path = local_path(path, "the checkpoint")
     weights = path / MODEL if path.is_dir() else path
     beside = weights.with_name("config.json")
     for file in (weights, beside):
