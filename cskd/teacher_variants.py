@@ -23,14 +23,14 @@ Ints = NDArray[np.int64]
 _HALF, _ZERO, _ONE, _BYTES = (0.5,) * 3, (0.0,) * 3, (1.0,) * 3, (1 / 255,) * 3
 _CAFFE = (0.485, 0.458, 0.408)  # means in 0..255 of the networks that have no std
 _NORMALISATIONS = (
-    ("ImageNet's", IMAGENET_MEAN, IMAGENET_STD),
-    ("Inception's", _HALF, _HALF),
-    ("none, 0..1,", _ZERO, _ONE),
-    ("none, 0..255,", _ZERO, _BYTES),
-    ("Caffe's", _CAFFE, _BYTES),
-    ("CLIP's", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    ("CIFAR-10's", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    ("CIFAR-100's", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    ("ImageNet's mean and std", IMAGENET_MEAN, IMAGENET_STD),
+    ("Inception's mean and std", _HALF, _HALF),
+    ("no normalisation (0..1)", _ZERO, _ONE),
+    ("no normalisation (0..255)", _ZERO, _BYTES),
+    ("Caffe's mean and std", _CAFFE, _BYTES),
+    ("CLIP's mean and std", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    ("CIFAR-10's mean and std", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    ("CIFAR-100's mean and std", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 )
 FEW = 64  # images that every variant is tried on, the best two on MORE, the better one of them on ENOUGH
 MORE = 256
@@ -125,13 +125,13 @@ def _variants(trial: _Trial, rows: Ints) -> Iterator[Variant]:
     pixels = (
         np.concatenate([trial.clean(i, stated)[:, ::2, ::2].flatten(1).numpy() for i in rows.tolist()], axis=1) / 255.0
     )
-    own = ("this data's own", tuple(pixels.mean(1).tolist()), tuple((pixels.std(1) + 1e-3).tolist()))
+    own = ("this data's own mean and std", tuple(pixels.mean(1).tolist()), tuple((pixels.std(1) + 1e-3).tolist()))
     for name, mean, std in (*_NORMALISATIONS, own):
         here = dataclasses.replace(stated, mean=mean, std=std)
         cure = f"set teacher.mean: {_numbers(mean)}, teacher.std: {_numbers(std)}"
         if not np.allclose((mean, std), (stated.mean, stated.std), atol=2e-3):
-            yield Variant(f"{name} mean and std", cure, here)
-        if name == "Caffe's":
+            yield Variant(name, cure, here)
+        if mean is _CAFFE:
             yield Variant("Caffe's means and BGR channels", f"{cure}, {_REVERSE}", here, bgr=True)
     yield Variant("channels as BGR", _REVERSE, stated, bgr=True)
     if stated.crop_pct < 1.0:

@@ -112,8 +112,8 @@ def _judge(
 ) -> tuple[list[str], list[str]]:
     """What speaks against the teacher: faults, and notes."""
     if order is None:
-        odd = one_way(seen.predicted, seen.labels, names)
-        return [], [text for text in (better and better.text, odd) if text]
+        note = better.text if better else one_way(seen.predicted, seen.labels, names)
+        return [], [note] if note else []
     shows = describe(order, seen.predicted, seen.labels, names)
     if better and order.cure is None:  # colours that change places look like classes that do
         one = describe(order, seen.predicted, seen.labels, names, most=1)
