@@ -9,8 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-# The tests of a file stay together: they share what its fixtures made.
-PARALLEL = ("-n", str(min(8, CORES)), "--dist", "loadfile")
+# The tests of a file stay together: they share what its fixtures made. By name: those of the benchmarks, the longest, come early.
+PARALLEL = ("-n", str(min(8, CORES)), "--dist", "loadfile", "--no-loadscope-reorder")
 CHECKS = (
     ("ruff", "check", "."),
     ("ruff", "format", "--check", "."),
