@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 
 import cskd
 from cskd.errors import CskdError
+from cskd.files.paths import local_path
 from cskd.untrusted import printable
 
 _leaving = threading.Lock()  # never given back
@@ -40,9 +41,31 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no progress.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; repeatable.")]
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config; the shipped ones are in configs/.")]
-CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="Folder made by cskd cache-teacher.")]
-Data = Annotated[Path | None, typer.Option("--data", help="Folder of the image shards, where they have moved.")]
+
+
+def _path(name: str) -> Callable[[str], Path]:
+    """The parser of a path: an address such as s3://... is refused by the name of its argument."""
+
+    def path(text: str) -> Path:
+        return local_path(text, name)
+
+    return path
+
+
+ConfigPath = Annotated[
+    Path,
+    typer.Argument(metavar="CONFIG", parser=_path("CONFIG"), help="YAML config; the shipped ones are in configs/."),
+]
+CachePath = Annotated[
+    Path, typer.Argument(metavar="CACHE", parser=_path("CACHE"), help="Folder made by cskd cache-teacher.")
+]
+Data = Annotated[
+    Path | None,
+    typer.Option("--data", parser=_path("--data"), help="Folder of the image shards, where they have moved."),
+]
+Classes = Annotated[
+    Path | None, typer.Option("--classes", parser=_path("--classes"), help="Class names in label order, one a line.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -57,7 +80,7 @@ def options(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Argument(help="Folder for everything it makes.")] = Path("demo"),
+    out: Annotated[Path, typer.Argument(parser=_path("OUT"), help="Folder for everything it makes.")] = Path("demo"),
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of every student.")] = None,
     json_: Json = False,
 ) -> None:
@@ -69,9 +92,14 @@ def demo(
 
 @app.command()
 def pack(
-    src: Annotated[Path, typer.Argument(help="Folder of class folders, a tar or tar.gz of one, or webdataset shards.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the shards and their inventory.")],
-    classes: Annotated[Path | None, typer.Option(help="Class names in label order, one a line.")] = None,
+    src: Annotated[
+        Path,
+        typer.Argument(
+            parser=_path("SRC"), help="Folder of class folders, a tar or tar.gz of one, or webdataset shards."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(parser=_path("OUT"), help="Folder for the shards and their inventory.")],
+    classes: Classes = None,
     seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
     shard_size: Annotated[int, typer.Option(min=1, help="Images a shard.")] = 4096,
     block: Annotated[int, typer.Option(min=1, help="Images a block of whole shards: the unit of the cache.")] = 8192,
@@ -90,8 +118,8 @@ def pack(
 
 @app.command()
 def index(
-    shards: Annotated[Path, typer.Argument(help="Folder of webdataset shards.")],
-    classes: Annotated[Path | None, typer.Option(help="Class names in label order, one a line.")] = None,
+    shards: Annotated[Path, typer.Argument(parser=_path("SHARDS"), help="Folder of webdataset shards.")],
+    classes: Classes = None,
     block: Annotated[int, typer.Option(min=1, help="Images a block of whole shards: the unit of the cache.")] = 8192,
     json_: Json = False,
 ) -> None:
@@ -127,8 +155,8 @@ def train(
 
 @app.command(name="eval")
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="Result folder of cskd train.")],
-    data: Annotated[Path, typer.Argument(help="Folder made by cskd pack.")],
+    checkpoint: Annotated[Path, typer.Argument(parser=_path("CHECKPOINT"), help="Result folder of cskd train.")],
+    data: Annotated[Path, typer.Argument(parser=_path("DATA"), help="Folder made by cskd pack.")],
     batch: Annotated[int, typer.Option(min=1, help="Images a forward.")] = 256,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode.")] = 2,
     crop_pct: Annotated[
@@ -150,7 +178,7 @@ def inspect(
     sample: Annotated[str | None, typer.Option(help="Key or number of a sample to show.")] = None,
     view: Annotated[int, typer.Option(help="Which view of it.")] = 0,
     blend: Annotated[float, typer.Option(help="1 = each cell's own logits, 0 = the whole image's.")] = 0.5,
-    png: Annotated[Path | None, typer.Option(help="Write the sample's picture here.")] = None,
+    png: Annotated[Path | None, typer.Option(parser=_path("--png"), help="Write the sample's picture here.")] = None,
     json_: Json = False,
 ) -> None:
     """What a cache holds: a table, one sample as text, and its dense maps as a picture."""

@@ -17,6 +17,10 @@ class ConfigError(CskdError):
     """A key, type or value of a config, or a combination of them, is not usable."""
 
 
+class PathError(CskdError):
+    """A path is no path of this machine, a folder is of another kind than what would be written, or has a writer already."""
+
+
 class DataError(CskdError):
     """A source, shard, inventory or image is missing, damaged or disagrees with what was recorded."""
 

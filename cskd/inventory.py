@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cskd.errors import DataError
+from cskd.files.paths import local_path
 from cskd.inventory_checks import check_columns
 from cskd.inventory_format import (
     DTYPES,
@@ -133,7 +134,7 @@ def open_inventory(path: str | Path, data: str | Path | None = None, verify: boo
              verify: also check the sha256 of every column and recompute the id.
     Raises:  DataError when there is none, it is damaged, newer than this code, or `data` holds another data set.
     """
-    path = Path(path)
+    path = local_path(path, "the data set")
     if (path / FOLDER / HEADER).is_file():
         path = path / FOLDER
     header = read_header(path)

@@ -26,6 +26,7 @@ from cskd.config.schema import (
 )
 from cskd.config.yaml_text import MAX_BYTES, read_yaml
 from cskd.errors import ConfigError
+from cskd.files.paths import local_path, local_text
 from cskd.untrusted import check_depth, read_file
 
 
@@ -43,6 +44,11 @@ class Config:
     given: frozenset[str] = frozenset()  # dotted keys that the user wrote; the others are defaults
 
 
+PATHS = (
+    *("data.train", "data.val", "teacher.model", "teacher.weights", "teacher.classes"),
+    *("cache.path", "student.model", "student.init", "train.output"),
+)  # a model may be the path of a file
+_OF_TIMM = "local-dir:"  # one of its own ways to name a model
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
@@ -51,7 +57,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
     Raises:  ConfigError for a missing or malformed file, an unknown key, a wrong type, an unset variable.
     """
-    path = Path(path)
+    path = local_path(path, "CONFIG")
     try:
         raw = read_yaml(read_file(path, MAX_BYTES).decode(), str(path))
     except FileNotFoundError:
@@ -79,7 +85,7 @@ def from_dict(raw: dict[str, Any]) -> Config:
     given = frozenset(f"{s}.{key}" for s, section in raw.items() if isinstance(section, dict) for key in section)
     config = _build(Config, _expand(raw), "")
     assert isinstance(config, Config)
-    return dataclasses.replace(config, given=given)
+    return dataclasses.replace(_with_local_paths(config), given=given)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -93,6 +99,17 @@ def to_yaml(config: Config | dict[str, Any]) -> str:
     """A config as YAML, every key written out; one that was recorded, as it was recorded."""
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the same text in a quarter of the time
     return str(yaml.dump(config if isinstance(config, dict) else to_dict(config), Dumper=dumper, sort_keys=False))
+
+
+def _with_local_paths(config: Config) -> Config:
+    """The config, each of its paths one on this machine. PathError naming the key of another."""
+    for key in PATHS:
+        section, _, name = key.partition(".")
+        of = getattr(config, section)
+        text = getattr(of, name)
+        if isinstance(text, str) and not text.startswith(_OF_TIMM) and (local := local_text(text, key)) != text:
+            config = dataclasses.replace(config, **{section: dataclasses.replace(of, **{name: local})})
+    return config
 
 
 def _override(raw: dict[str, Any], text: str) -> None:

@@ -15,6 +15,7 @@ from cskd.augment.mixing import NONE, partners, quads
 from cskd.codecs import Arrays, Codec, get_codec
 from cskd.config import RecipeConfig
 from cskd.errors import CacheError
+from cskd.files.paths import local_path
 from cskd.inventory import Inventory, copy_inventory, open_inventory
 from cskd.replay import Recorded
 from cskd.seeds import view_seeds
@@ -255,7 +256,7 @@ def open_cache(root: str | Path, data: Path | None = None) -> Cache:
 
     Raises:  CacheError when there is none, when it is of another format, or its manifest is damaged.
     """
-    root = Path(root)
+    root = local_path(root, "the cache")
     manifest = read_manifest(root)
     shards = data or Path(manifest.get("data", "."))
     if not (root / INVENTORY).is_dir():

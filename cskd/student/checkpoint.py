@@ -22,6 +22,7 @@ from torch import nn
 import cskd
 from cskd.config import Config, StudentConfig
 from cskd.errors import ConfigError, StudentError
+from cskd.files.paths import local_path
 from cskd.student.model import Student, build_student
 from cskd.student.optim import Optimisation
 from cskd.student.resume import ResumeStates, TrainState, put_file
@@ -100,6 +101,7 @@ def load_student(path: Path) -> tuple[Student, dict[str, Any]]:
     Args:    path of a run's folder (its model.safetensors is taken), or of one of the weight files in it.
     Raises:  StudentError when something is missing, damaged or does not fit together.
     """
+    path = local_path(path, "the checkpoint")
     weights = path / MODEL if path.is_dir() else path
     beside = weights.with_name("config.json")
     for file in (weights, beside):
