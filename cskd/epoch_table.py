@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cskd.errors import CacheError
+from cskd.files.scratch import reserve
 from cskd.plan import EpochPlan
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def build_table(
                 columns[name] = np.lib.format.open_memmap(
                     temp / f"{name}.npy", "w+", value.dtype, (stop - first, *value.shape[1:])
                 )
+                reserve(temp / f"{name}.npy")
             columns[name][rows] = value
         if number % UNMAP == UNMAP - 1:
             for column in columns.values():

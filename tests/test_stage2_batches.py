@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from cskd.store.cache import Cache
 from tests.caches import make_tiny_cache
 
 
-def tasks_of(cache: Cache, scratch: Path, repeats: int, batch: int) -> list[TrainTask]:
+def tasks_of(cache: Cache, scratch: Path, repeats: int, batch: int) -> Iterator[TrainTask]:
+    """The tasks of an epoch; their tables are there until it ends."""
     plan = PlanSpec.over(
         cache,
         repeats=repeats,
@@ -28,7 +30,7 @@ def tasks_of(cache: Cache, scratch: Path, repeats: int, batch: int) -> list[Trai
     )
     spec = TargetSpec("none", "envelope", 0)
     with RunTasks(cache, plan, lambda _: spec, lambda _: [], scratch, 0, plan.steps) as tasks:
-        return [task for task in tasks if isinstance(task, TrainTask)]
+        yield from (task for task in tasks if isinstance(task, TrainTask))
 
 
 def test_an_image_is_decoded_once_for_its_views_in_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +59,8 @@ def test_an_image_is_decoded_once_for_its_views_in_a_batch(tmp_path: Path, monke
 
 def test_a_view_that_differs_in_any_row_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = make_tiny_cache(tmp_path, n=10)
-    (task, *_) = tasks_of(cache, tmp_path / "scratch", repeats=1, batch=8)
+    tasks = tasks_of(cache, tmp_path / "scratch", repeats=1, batch=8)
+    task = next(tasks)
     plain = ViewMaker.view
     for bad_row in range(8):
         calls = iter(range(100))

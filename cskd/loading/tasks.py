@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,6 +13,7 @@ from pathlib import Path
 from threading import Event
 
 from cskd.epoch_table import TargetSpec, build_table, segments
+from cskd.files.scratch import refuse_small
 from cskd.live import LiveViews
 from cskd.loading.stage2 import EvalTask, TrainTask
 from cskd.plan import PlanSpec, epoch_plan, rank_share
@@ -28,8 +32,9 @@ class Stretch:
 class RunTasks:
     """One rank's tasks from step `start` to the end, in the order the training loop consumes results.
 
-    targets: epoch -> which targets to read. evaluate: epoch -> evaluation tasks that follow it. The table after the one in
-    use is built in a thread; `retire` deletes those of an epoch that has been consumed.
+    targets: epoch -> which targets to read. evaluate: epoch -> evaluation tasks that follow it. scratch: for the tables,
+    removed at the end. ahead: how many results may be under way. The table after the one in use is built in a thread; one
+    that no result can need any more is deleted once `ahead` tasks were drawn past it, or by `retire`.
     """
 
     def __init__(
@@ -42,10 +47,12 @@ class RunTasks:
         start: int,
         stop: int,
         rank: int = 0,
+        ahead: int | None = None,
     ) -> None:
         self.cache, self.plan, self.targets, self.evaluate = cache, plan, targets, evaluate
         self.scratch, self.start, self.stop, self.rank = scratch, start, stop, rank
         self.read_seconds = 0.0  # spent in reading the cache and building tables
+        self.ahead = ahead
         self._pool, self._ended = ThreadPoolExecutor(1, "epoch-table"), Event()
 
     def __enter__(self) -> RunTasks:
@@ -55,17 +62,23 @@ class RunTasks:
         # Here and not in the generator: a garbage collector may close that one in the very thread it would wait for.
         self._ended.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def __iter__(self) -> Iterator[TrainTask | EvalTask]:
         share = self.plan.global_batch // self.plan.ranks
         stretches = self._stretches()
-        ahead = self._pool.submit(next, stretches, None)
-        while (ready := ahead.result()) is not None:
+        coming = self._pool.submit(next, stretches, None)
+        drawn, consumed = 0, deque[tuple[int, Path]]()  # tables, and how many tasks were drawn when their last one was
+        while (ready := coming.result()) is not None:
             stretch, table = ready
-            ahead = self._pool.submit(next, stretches, None)
+            coming = self._pool.submit(next, stretches, None)
             for step in range(stretch.first, stretch.stop):
                 at = (step - stretch.first) * share
+                drawn += 1
+                while self.ahead is not None and consumed and drawn > consumed[0][0] + self.ahead:
+                    shutil.rmtree(consumed.popleft()[1], ignore_errors=True)
                 yield TrainTask(table, at, at + share)
+            consumed.append((drawn, table))
             if stretch.stop == self._end(stretch.epoch):
                 yield from self.evaluate(stretch.epoch)
 
@@ -82,7 +95,21 @@ class RunTasks:
                 clock = time.perf_counter()
                 table = build_table(self.cache, mine, self.targets(epoch), first, stop, folder, self._ended)
                 self.read_seconds += time.perf_counter() - clock
+                if begin == first:
+                    longest = max(b - a for a, b in segments(mine, self.targets(epoch), share))
+                    self._refuse_small(table, stop - first, longest)
                 yield stretch, table
+
+    def _refuse_small(self, table: Path, rows: int, longest: int) -> None:
+        """CacheError where this disk has no room for the tables to come, by the size of the run's first one.
+
+        Three may be there at once: the one in use, the one before it and the one after it.
+        """
+        share = self.plan.global_batch // self.plan.ranks
+        left = (self.stop - self.start) * share - rows
+        size = sum(path.stat().st_size for path in table.iterdir()) / max(1, rows) * min(3 * longest, left)
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks that share the disk
+        refuse_small(table, here * size, "the tables of the targets to come")
 
     def _end(self, epoch: int) -> int:
         """How many steps of an epoch the run has."""
@@ -93,8 +120,4 @@ class RunTasks:
 
     def retire(self, epoch: int) -> None:
         """Delete the tables of an epoch whose results have all been consumed."""
-        folder = self._folder(epoch)
-        for path in sorted(folder.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        if folder.exists():
-            folder.rmdir()
+        shutil.rmtree(self._folder(epoch), ignore_errors=True)
