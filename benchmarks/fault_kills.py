@@ -17,7 +17,7 @@ import cskd.store.cache
 from benchmarks.fault_bench import KILLED, ROOT, Bench, end_child, files, start_child
 from benchmarks.fault_damage import all_named
 from cskd.config import to_yaml
-from cskd.store.claims import Claims
+from cskd.files.claims import Claims
 from pipeline.cache_teacher import cache_teacher
 
 RACERS = 4

@@ -33,6 +33,7 @@ from cskd.codecs import Arrays, get_codec
 from cskd.config import Config, to_dict, to_yaml
 from cskd.devices import pick_device
 from cskd.errors import CacheError, ConfigError
+from cskd.files.claims import Claims
 from cskd.forwards import pad_rows
 from cskd.golden import check_versions
 from cskd.identity import identity_of, library_versions
@@ -42,13 +43,13 @@ from cskd.loading.stage1 import Chunk, ChunkMaker, ChunkViews, chunks
 from cskd.loading.stream import Stream
 from cskd.loading.views import ViewMaker
 from cskd.store.cache import Cache, create_cache
-from cskd.store.claims import Claims
 from cskd.store.commit import write_whole
 from cskd.store.format import RESOLVED
 from cskd.store.seal import seal_cache
 from cskd.teacher import Teacher, compare_probe, load_teacher
 from cskd.unit_builder import PassBuilder, UnitBuilder
 from pipeline.clean_check import clean_check
+from pipeline.outputs import refuse_cache_output
 from pipeline.progress import Pool, Progress, bound_by, say
 
 WAIT = 2.0  # seconds between two looks at what other processes are making
@@ -79,8 +80,7 @@ def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
         raise ConfigError(
             "data.train is empty; say which packed data set to cache, for example --set data.train=data/mine"
         )
-    if Path(config.cache.path).resolve() == Path(config.data.train).resolve():
-        raise ConfigError(f"cache.path and data.train are both {config.data.train}; give the cache a folder of its own")
+    refuse_cache_output(config)
     inventory = open_inventory(Path(config.data.train))
     device = pick_device(config.cache.device)
     teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)

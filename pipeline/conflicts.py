@@ -11,6 +11,8 @@ from cskd.augment.recipe import RECIPE_CODE_VERSION
 from cskd.config import Config, to_dict
 from cskd.devices import uses_bf16
 from cskd.errors import CacheError, ConfigError
+from cskd.files.folders import MARKER, mark
+from cskd.files.writer import LOCK
 from cskd.images import POLICY
 from cskd.live import LiveViews
 from cskd.store.cache import Cache, first_difference
@@ -22,7 +24,7 @@ from cskd.untrusted import refuse_links
 _TEACHER = ("model", "kwargs", "input_size", "mean", "std", "classes", "dense", "grid")
 # Files of a run that replace what has their name; the folders beside them hold names of their own.
 _RUN_FILES = (MODEL, MODEL_LAST, "config.json", "metrics.jsonl", "metrics.csv")
-_RUN_NAMES = (*_RUN_FILES, RESOLVED, "unreadable.json", "resume", "scratch", "tensorboard")
+RUN_NAMES = (*_RUN_FILES, RESOLVED, "unreadable.json", "resume", "scratch", "tensorboard", MARKER, LOCK)
 # Keys that don't change which numbers a run ends with: they may differ when it is resumed.
 _FREE = ("output", "workers", "device", "eval_every", "keep", "save_every", "max_steps", "tensorboard", "prefetch")
 
@@ -78,12 +80,13 @@ def own_output(output: Path) -> None:
     """Make the folder of a run. ConfigError where it holds files of the names of a run's that are none of a run; OSError
     where one is a link: a config from elsewhere may say any folder, and this is all that it can do there."""
     output.mkdir(parents=True, exist_ok=True)
-    refuse_links(output, _RUN_NAMES, "train.output")
+    refuse_links(output, RUN_NAMES, "train.output")
     foreign = [name for name in _RUN_FILES if (output / name).exists()]
     if foreign and not (output / RESOLVED).exists():
         raise ConfigError(
             f"train.output {output} holds {foreign[0]} of something else than a run; set another, --set train.output=..."
         )
+    mark(output, "run")
 
 
 def run_identity(

@@ -27,6 +27,8 @@ from safetensors.torch import save_model
 from cskd.augment.device import normalise
 from cskd.config import Config, from_dict, load_config
 from cskd.errors import ConfigError
+from cskd.files.folders import mark, refuse_output
+from cskd.files.writer import sole_writer
 from cskd.forwards import teacher_images
 from cskd.seeds import permutation
 from cskd.store.cache import open_cache
@@ -70,9 +72,15 @@ class DemoReport:
 
 def run_demo(out: Path, epochs: int | None = None, quiet: bool = False) -> DemoReport:
     """Run everything into folder `out`. What an earlier run finished there is used again."""
+    refuse_output(out, "demo", "OUT")
+    with sole_writer(out, "give another folder"):
+        return _run(out, epochs or 40, quiet)
+
+
+def _run(out: Path, epochs: int, quiet: bool) -> DemoReport:
     start = time.perf_counter()
-    epochs = epochs or 40
     _check_epochs(out, epochs)
+    mark(out, "demo")
     torch.manual_seed(0)
     for split, (images, labels) in _digits().items():
         if not (out / "data" / split / "inventory").exists():

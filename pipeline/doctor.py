@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 import cskd
+from cskd.files.links import hard_link_error
 
 GB = 1e9
 PACKAGES = (
@@ -143,15 +144,11 @@ def _free(name: str, path: Path, enough: float, advice: str) -> Check:
 
 def _hard_links(folder: Path) -> Check:
     """A commit record is put in place by a hard link: the one way that lets only the first of several writers count."""
-    name = "hard links"
-    try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".cskd-doctor-") as made:
-            Path(made, "a").touch()
-            os.link(Path(made, "a"), Path(made, "b"))
-    except OSError as e:
-        advice = "a cache needs a writable file system with hard links; put cache.path on another disk"
-        return Check(name, f"no: {e.strerror}", "warn", advice)
-    return Check(name, "yes")
+    error = hard_link_error(folder)
+    if error is None:
+        return Check("hard links", "yes")
+    advice = "a cache needs a writable file system with hard links; put cache.path on another disk"
+    return Check("hard links", f"no: {error.strerror}", "warn", advice)
 
 
 def _devices() -> Iterator[Check]:

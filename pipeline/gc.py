@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cskd.errors import CacheError
-from cskd.store import claims
+from cskd.files import claims
 from cskd.store.cache import open_cache
 
 LEFT = ("units/*/*", "commits/*/.*.tmp", ".*.tmp", ".inventory.partial*/*", "claims/*")  # where left-overs can be

@@ -23,12 +23,13 @@ from rich.text import Text
 
 from cskd.augment.mixing import NONE
 from cskd.codecs.base import quantise_blend
-from cskd.errors import CacheError, CskdError, DataError
+from cskd.errors import CacheError, CskdError
 from cskd.store.cache import Cache, Unit, open_cache
 from cskd.store.commit import Commit
 from cskd.store.seal import read_seal
 from cskd.untrusted import printable
 from pipeline.inspect_sample import BLENDS, describe_sample, find_sample, hard_codec, sample_picture, sheet
+from pipeline.outputs import refuse_png, save_png
 
 __all__ = ["inspect", "render", "sample_picture", "sheet"]
 
@@ -57,6 +58,8 @@ def inspect(
     Raises:  CacheError, DataError, ReplayError, with the reason why a cache can't be opened or a picture not be made.
              What is wrong with single units is listed under `errors` instead.
     """
+    if png is not None:
+        refuse_png(png)
     opened = open_cache(cache, data)
     blend_of_codec = quantise_blend(blend)  # refuses before any work is done
     commits, errors = _commits(opened)
@@ -227,11 +230,7 @@ def _write_png(cache: Cache, commits: dict[tuple[int, int], Commit], sample: int
         first, stop = cache.block_range(commit.block)
         good = np.setdiff1d(np.arange(first, stop), [first + int(i) for i in commit.quarantine])
         picture = sheet(cache, good[np.unique(np.linspace(0, len(good) - 1, SHEET_SAMPLES).astype(int))].tolist(), view)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, "PNG")
-    except OSError as e:
-        raise DataError(f"{path} can't be written: {e.strerror or e}; give another path with --png") from None
+    save_png(picture, path)
     return path
 
 

@@ -27,6 +27,7 @@ from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, SEAL, commit_f
 from cskd.store.manifest import read_manifest, write_manifest
 from cskd.store.seal import read_seal, seal_cache
 from pipeline.cache_teacher import cache_teacher, write_resolved
+from pipeline.outputs import sole_repair
 from pipeline.progress import Progress
 from pipeline.verify import check_unit, lost, uneven_quarantine
 
@@ -46,8 +47,14 @@ def repair(path: Path, data: Path | None = None, quiet: bool = False) -> RepairR
     """Bring a cache back to what it was. `data`: folder of the image shards, where they have moved.
 
     Raises:  CacheError when both copies of the manifest are damaged or of another cache; DataError and TeacherError when the images or the
-             teacher that made the cache are not there: then the damaged units are withdrawn, and stay missing.
+             teacher that made the cache are not there: then the damaged units are withdrawn, and stay missing. PathError
+             while another process makes or repairs the cache.
     """
+    with sole_repair(path):
+        return _repair(path, data, quiet)
+
+
+def _repair(path: Path, data: Path | None, quiet: bool) -> RepairReport:
     restored = _restore_frame(path, data)
     cache = open_cache(path, data=data)
     write_resolved(cache)

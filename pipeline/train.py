@@ -30,6 +30,8 @@ from cskd.augment.device import InputMaker
 from cskd.config import Config, to_yaml
 from cskd.devices import autocast, pick_device, uses_bf16
 from cskd.errors import ConfigError, DataError
+from cskd.files.scratch import new_scratch
+from cskd.files.writer import Writer
 from cskd.forwards import teacher_images
 from cskd.golden import check_versions
 from cskd.inventory import Inventory, open_inventory
@@ -59,6 +61,7 @@ from pipeline.conflicts import (
 from pipeline.evaluate import score_heads
 from pipeline.metrics import MetricsLog
 from pipeline.online import open_online
+from pipeline.outputs import sole_run
 from pipeline.progress import Pool, Progress, bound_by, say
 
 TERMS = ("label", "dist", "patch")  # of the loss, as logged
@@ -86,9 +89,10 @@ def train(config: Config, verify_replay: bool = True, online: bool = False, quie
     ranks = start_ranks(config.train.device)
     quiet = quiet or not ranks.first
     try:
-        run = _open_run(config, ranks, verify_replay, online, quiet)
-        say(run.notes, quiet)
-        return _train(run, verify_replay, quiet)
+        with sole_run(config, ranks, pick_device(config.train.device), quiet) as writer:
+            run = _open_run(config, ranks, verify_replay, online, quiet, writer)
+            say(run.notes, quiet)
+            return _train(run, verify_replay, quiet)
     finally:
         stop_ranks()
 
@@ -112,6 +116,7 @@ class _Run:
     step: int  # updates done by earlier runs
     stop: int  # updates in all
     notes: list[str]
+    writer: Writer | None = None  # of the output folder; None on all ranks but the first
 
     def evaluates(self, epoch: int) -> bool:
         """Whether that epoch is followed by an evaluation: every `eval_every`, and the last."""
@@ -135,7 +140,8 @@ class _Run:
 
     def save(self, step: int) -> None:
         """A state that the same command resumes from."""
-        if self.ranks.first:
+        if self.writer is not None:
+            self.writer.check()
             self.states.save(self.student, self.optimisation, TrainState(step, self.identity))
 
 
@@ -211,11 +217,11 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
     )
 
 
-def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, quiet: bool) -> _Run:
+def _open_run(
+    config: Config, ranks: Ranks, verify_replay: bool, online: bool, quiet: bool, writer: Writer | None
+) -> _Run:
     """Views, targets, student, plan and optimiser of a config, and where an earlier run of it stopped."""
     settings = config.train
-    if not settings.output:
-        raise ConfigError("train.output is empty; say where results go, for example --set train.output=runs/mine")
     output, device = Path(settings.output), pick_device(settings.device)
     views, targets, notes = _open_views(config, device, ranks, verify_replay, online, quiet)
     val = open_inventory(Path(config.data.val)) if config.data.val else None
@@ -268,6 +274,7 @@ def _open_run(config: Config, ranks: Ranks, verify_replay: bool, online: bool, q
         step=loaded.step if loaded else 0,
         stop=min(stop, settings.max_steps) if settings.max_steps else stop,
         notes=[*notes, *student.notes, *(loaded.warnings if loaded else [])],
+        writer=writer,
     )
 
 
@@ -302,7 +309,8 @@ def _batches(run: _Run, verify_replay: bool) -> tuple[RunTasks, Iterator[Batch]]
         run.plan,
         targets=run.targets.spec,
         evaluate=lambda epoch: run.eval_tasks if run.evaluates(epoch) else [],
-        scratch=run.output / "scratch",
+        scratch=new_scratch(run.output, run.ranks.rank),
+        ahead=settings.workers * settings.prefetch,
         start=run.step,
         stop=run.stop,
         rank=run.ranks.rank,

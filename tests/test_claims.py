@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-import cskd.store.claims
+import cskd.files.claims
 from cskd.config import to_yaml
-from cskd.store.claims import LEASE, Claims, _host, held
+from cskd.files.claims import LEASE, Claims, _host, held
 from pipeline.cache_teacher import cache_teacher
 from pipeline.verify import verify
 from tests.caches import make_tiny_data
@@ -86,7 +86,7 @@ def test_a_full_disk_leaves_no_empty_claim(tmp_path: Path, monkeypatch: pytest.M
 
     with Claims(tmp_path) as claims:
         with monkeypatch.context() as patch:
-            patch.setattr(cskd.store.claims, "_me", full)
+            patch.setattr(cskd.files.claims, "_me", full)
             with pytest.raises(OSError, match="No space left"):
                 claims.take("a")
         assert claims.take("a") is not None
@@ -103,7 +103,7 @@ def test_a_claim_that_is_another_s_by_now_is_not_given_back(tmp_path: Path) -> N
 
 
 def test_an_owner_that_lives_keeps_its_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cskd.store.claims, "BEAT", 0.02)
+    monkeypatch.setattr(cskd.files.claims, "BEAT", 0.02)
     with Claims(tmp_path) as claims:
         path = claims.take("a")
         assert path is not None

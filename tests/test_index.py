@@ -106,12 +106,14 @@ def test_incomplete_samples_are_left_out_when_allowed_and_counted(tmp_path: Path
 
 
 def test_a_key_in_two_shards_is_refused_naming_both(tmp_path: Path) -> None:
-    tar(tmp_path / "x.tar", shard_files())
-    tar(tmp_path / "y.tar", dict(list(shard_files().items())[:2]))
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    tar(shards / "x.tar", shard_files())
+    tar(shards / "y.tar", dict(list(shard_files().items())[:2]))
     with pytest.raises(DataError, match=r"'a/0' in x.tar and 'a/0' in y.tar"):
-        index(tmp_path)
+        index(shards)
     with pytest.raises(DataError, match=r"a/0.jpg in .*x.tar and a/0.jpg in .*y.tar have the same key 'a/0'"):
-        pack(tmp_path, tmp_path / "out")
+        pack(shards, tmp_path / "out")
 
 
 def test_no_cut_of_a_shard_goes_unnoticed(tmp_path: Path) -> None:

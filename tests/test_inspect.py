@@ -228,8 +228,9 @@ def test_what_can_not_be_shown_is_refused_with_the_reason(cache: Cache) -> None:
         inspect(cache.root, blend=1.5)
     with pytest.raises(CacheError, match="no cache"):
         inspect(cache.root / "nothing")
+    (cache.root.parent / "file").touch()
     with pytest.raises(DataError, match="can't be written"):
-        inspect(cache.root, sample=0, png=cache.root / "manifest.json" / "x.png")
+        inspect(cache.root, sample=0, png=cache.root.parent / "file" / "x.png")
 
 
 @pytest.mark.parametrize("terminal", [True, False])

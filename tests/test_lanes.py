@@ -14,12 +14,12 @@ from cskd.augment.device import mix_pixels
 from cskd.augment.mixing import quads
 from cskd.codecs.envelope import EnvelopeCodec
 from cskd.errors import CodecError
+from cskd.files.claims import Claims
 from cskd.forwards import pad_rows
 from cskd.lanes import Dropped, Lanes, lanes_of
 from cskd.loading.stage1 import ChunkMaker, chunks
 from cskd.loading.views import ViewMaker
 from cskd.store.cache import Cache, create_cache, open_cache
-from cskd.store.claims import Claims
 from cskd.store.commit import read_commit
 from cskd.teacher import load_teacher
 from cskd.unit_builder import UnitBuilder

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import pipeline.train
 from cskd.config import Config, from_dict
-from cskd.errors import CacheError, ConfigError, TeacherError
+from cskd.errors import CacheError, ConfigError, PathError, TeacherError
 from cskd.forwards import teacher_images
 from cskd.store.cache import open_cache
 from cskd.store.commit import Commit, publish, read_commit
@@ -259,12 +259,12 @@ def test_the_finished_views_of_an_unfinished_cache_train_as_a_cache_of_them_alon
     cache_teacher(config(cached, cache=path), quiet=True)
     (cached / "half" / commit_file(1, 2)).unlink()
     with pytest.raises(CacheError, match=r"or train on the first 2 views with --set train\.views=2"):
-        train(config(cached, "half", cache=path), quiet=True)
-    assert train(config(cached, "half", cache=path, train={"views": 2}), quiet=True).steps > 0
+        train(config(cached, "half run", cache=path), quiet=True)
+    assert train(config(cached, "half run", cache=path, train={"views": 2}), quiet=True).steps > 0
     alone = {"path": str(cached / "two"), "views": 2}
     cache_teacher(config(cached, cache=alone), quiet=True)
-    train(config(cached, "two", cache=alone), quiet=True)
-    assert weights(cached / "half") == weights(cached / "two")
+    train(config(cached, "two run", cache=alone), quiet=True)
+    assert weights(cached / "half run") == weights(cached / "two run")
     with pytest.raises(ConfigError, match=r"train\.views is 4, .* has 3"):
         train(config(cached, "x", cache=path, train={"views": 4}), quiet=True)
 
@@ -297,7 +297,7 @@ def test_a_racing_second_commit_leaves_the_first(cached: Path) -> None:
 
 
 def test_a_cache_in_the_folder_of_its_data_is_refused(base: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cache\.path and data\.train are both"):
+    with pytest.raises(PathError, match=r"cache\.path and data\.train are both"):
         cache_teacher(config(base, cache={"path": str(base / "train")}), quiet=True)
     assert not (base / "train" / "manifest.json").exists()
 

@@ -11,9 +11,9 @@ import pytest
 
 from cskd.augment.mixing import NONE, partners, quads
 from cskd.errors import CacheError, CskdError
+from cskd.files.claims import Claims
 from cskd.seeds import view_seeds
 from cskd.store.cache import open_cache
-from cskd.store.claims import Claims
 from cskd.store.commit import read_commit
 from cskd.store.format import commit_file
 from cskd.store.seal import seal_cache

@@ -8,6 +8,9 @@ from pathlib import Path
 import google_crc32c
 
 from cskd.errors import DataError
+from cskd.files.folders import refuse_output
+from cskd.files.paths import local_path
+from cskd.files.writer import sole_writer
 from cskd.inventory import Inventory, Sample, ShardFile, new_inventory, publish_inventory
 from cskd.packing.names import CLASSES_FILE
 from cskd.packing.shard_samples import Tally, expand_shards, shard_samples
@@ -31,17 +34,18 @@ def index(
              allow_incomplete: leave out samples without image or label, and say how many, instead of refusing them.
              progress: called with (shards done, shards in all).
     Raises:  DataError for a damaged shard, an incomplete sample, a key that occurs twice, too few class names, or
-             another inventory in that folder.
+             another inventory in that folder; PathError where that is of another kind, or written to by another process.
     """
     if block < 1:
         raise DataError(f"block is {block}, expected at least 1")
-    paths = expand_shards(Path(shards))
+    paths = expand_shards(local_path(shards, "SHARDS"))
     data = Path(os.path.commonpath([path.parent for path in paths]))
+    refuse_output(data, "data", "SHARDS")
     made = {"by": "index", "source": Path(shards).name, "block": block}
     incomplete = Tally() if allow_incomplete else None
     largest = 0
     try:
-        with new_inventory(data) as writer:
+        with sole_writer(data, "index it then"), new_inventory(data) as writer:
             for number, path in enumerate(paths):
                 for key, _, label, offset, size in shard_samples(path, incomplete):
                     crc = google_crc32c.value(read_place(Place(str(path), offset, size)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -16,6 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cskd.errors import DataError
+from cskd.files.folders import refuse_output
+from cskd.files.paths import local_path
+from cskd.files.writer import sole_writer
 from cskd.inventory import Inventory, InventoryWriter, Sample, open_inventory, publish_inventory
 from cskd.inventory_format import FOLDER, HEADER, sync
 from cskd.packing.names import CLASSES_FILE
@@ -55,9 +57,9 @@ def pack(
              see `shrink`. workers: threads that read, or processes that re-encode (default: the CPUs, at least 2, at
              most 8). progress: called with (images done, images in all), the latter 0 while the source is being listed.
     Returns: the inventory; its notes say what was passed over. The same data set in `out` already: nothing is written.
-    Raises:  DataError; `out` is then as it was before.
+    Raises:  DataError, PathError for an `out` that is no folder for it; `out` is then as it was before.
     """
-    src, out = Path(src), Path(out)
+    src, out = local_path(src, "SRC"), local_path(out, "OUT")
     counts = {"shard_size": shard_size, "block": block, "limit": limit, "short_side": short_side, "workers": workers}
     for name, value in counts.items():
         if value is not None and value < 1:
@@ -68,6 +70,7 @@ def pack(
         raise DataError(
             f"{out} is the source; pack into another folder, or use 'cskd index' to leave shards as they are"
         )
+    refuse_output(out, "data", "OUT", inputs={"SRC": src}, names=(FOLDER, WORK))
     options = {
         "seed": seed,
         "shard_size": shard_size,
@@ -175,15 +178,7 @@ def _counted(
 @contextmanager
 def _workspace(out: Path) -> Iterator[Path]:
     """An empty folder inside `out` for one pack at a time; what an interrupted one left is removed."""
-    out.mkdir(parents=True, exist_ok=True)
-    lock = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"another 'cskd pack' is writing to {out}; wait for it, or pack into another folder"
-            ) from None
+    with sole_writer(out, "pack into another folder"):
         if (out / WORK).exists():
             _clean(out)
         ours = [*out.glob("shard-*.tar"), *out.glob(CLASSES_FILE)]
@@ -196,8 +191,6 @@ def _workspace(out: Path) -> Iterator[Path]:
             yield out / WORK
         finally:
             _clean(out)
-    finally:
-        os.close(lock)
 
 
 def _clean(out: Path) -> None:

@@ -9,7 +9,7 @@
       inventory/                        copy of the data set's inventory (see cskd/inventory.py)
       units/b00012/v0003.envelope.0f3a….zarr.zip
                                         one view of one block, one codec; named by the hash of its bytes; never rewritten
-      claims/                           who is making what; only while stage 1 runs (see cskd/store/claims.py)
+      claims/                           who is making what; only while stage 1 runs (see cskd/files/claims.py)
       commits/b00012/v0003.json         the only thing that makes a unit exist (see cskd/store/commit.py)
 
 A unit file is a zipped zarr 3 group, stored (not deflated), members sorted, dates fixed. Rows are the block's samples in

@@ -1,0 +1,170 @@
+"""Every folder that cskd writes is of a kind, and holds nothing of another kind: a new run can't be put into a cache.
+
+    data    packed or indexed shards     known by inventory/inventory.json, and the shards it lists
+    cache   outputs of a teacher         known by two of manifest.json, its copy, commits/ and units/
+    run     of training                  known by the marker `.cskd`; before there were markers, by what it holds
+    demo    all three, made by the demo  known by the marker; likewise
+
+An output folder may not be of another kind, lie in a folder of another kind, or hold one, within DEPTH folders; but in a demo
+there may be anything. One that is of its kind already goes on, wherever it lies. Links and `..` are followed first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+from cskd.errors import PathError
+from cskd.files.paths import local_path
+from cskd.untrusted import parse_json, read_file
+
+MARKER = ".cskd"
+VERSION = 1
+DEPTH = 3  # of folders below an output that are looked at
+MOST = 2_000  # names in them that are looked at: a folder of a million images is no reason to wait
+_NAMES = {
+    "data": "a packed data set",
+    "cache": "a cache",
+    "run": "the folder of a run",
+    "demo": "the folder of a demo",
+    "inventory": "an inventory without its shards",  # of a cache without a manifest yet, or of data whose shards are gone
+}
+
+
+def mark(folder: Path, kind: str) -> None:
+    """Have a folder say of which kind it is; one that says so already is left alone."""
+    text = json.dumps({"kind": kind, "version": VERSION}) + "\n"
+    path, temp = folder / MARKER, folder / f"{MARKER}.{os.getpid()}.tmp"
+    with contextlib.suppress(OSError):
+        if read_file(path) == text.encode():
+            return
+    temp.write_text(text)
+    os.replace(temp, path)
+
+
+def kind_of(folder: Path) -> str | None:
+    """The kind of a folder; None where it is none of ours, is not there, or may not be looked at."""
+    there = {name for name in (MARKER, *_TELLING) if os.path.lexists(folder / name)}
+    if MARKER in there and (kind := _marked(folder / MARKER)):
+        return kind
+    if len(there & {"manifest.json", "manifest.copy.json", "commits", "units"}) > 1:
+        return "cache"
+    if "inventory" in there and os.path.isfile(folder / "inventory" / "inventory.json"):
+        return "data" if _has_shards(folder) else "inventory"
+    if "resolved.yaml" in there and there & {
+        "resume",
+        "metrics.jsonl",
+        "model.safetensors",
+        "unreadable.json",
+        "scratch",
+    }:
+        return "run"
+    if {"images", "data"} <= there and all(
+        (folder / name).is_dir() for name in ("images/train", "data/train/inventory")
+    ):
+        return "demo"
+    return None
+
+
+_TELLING = (
+    *("manifest.json", "manifest.copy.json", "inventory", "commits", "units"),
+    *("resolved.yaml", "resume", "metrics.jsonl", "model.safetensors", "unreadable.json", "scratch"),
+    *("images", "data"),
+)
+
+
+def refuse_output(
+    folder: Path, kind: str | None, what: str, *, inputs: Mapping[str, Path] | None = None, names: Collection[str] = ()
+) -> None:
+    """Refuse an output folder that is another's; called before anything is written, or a teacher is loaded.
+
+    Args:    kind: what would be written; None: a loose file, for which only the folder itself and those above it count.
+             what: the config key or argument that names the folder. inputs: what is read, by key or argument.
+             names: what would be written into the folder: neither an input nor an output of the same kind may lie in these.
+    Raises:  PathError.
+    """
+    real = Path(os.path.realpath(local_path(folder, what)))
+    given = {key: Path(os.path.realpath(path)) for key, path in (inputs or {}).items()}
+    for key, path in given.items():
+        if _same(real, path):
+            raise PathError(f"{what} and {key} are both {folder}; give each a folder of its own")
+        if path.is_relative_to(real) and path.relative_to(real).parts[0] in names:
+            raise PathError(f"{key} {path} is a name that {what} {folder} writes; give another folder")
+    own = kind_of(real)
+    if own == "inventory" and kind in ("data", "cache"):
+        own = kind
+    if own not in (None, kind) and not (own == "demo" and kind is None):
+        raise PathError(f"{what} {folder} is {_said(str(own))}; give a folder of its own")
+    if own is None or kind is None:
+        _refuse_inside(real, kind, f"{what} {folder}", given, names)
+    if own is None and kind is not None:
+        for path, found in [
+            *((p, kind_of(p)) for p in given.values() if real in p.parents and p.is_dir()),
+            *_below(real),
+        ]:
+            if found not in (None, kind):
+                raise PathError(f"{what} {folder} holds {_said(str(found))}, {path}; give a folder of its own")
+
+
+def _refuse_inside(
+    real: Path, kind: str | None, shown: str, inputs: Mapping[str, Path], names: Collection[str]
+) -> None:
+    for above in real.parents:
+        found, first = kind_of(above), real.relative_to(above).parts[0]
+        if found not in (None, "demo", kind) or (found is not None and found == kind and first in names):
+            raise PathError(f"{shown} lies in {above}, {_said(str(found))}; give a folder outside of it")
+        for key, path in inputs.items():
+            if _same(above, path) and path.is_dir() and found is None:
+                raise PathError(f"{shown} lies in {key} {path}; give a folder outside of it")
+
+
+def _below(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """The folders below one, DEPTH deep, with their kinds; what a folder of ours holds is its own affair."""
+    level, left = [folder], MOST
+    for _ in range(DEPTH):
+        deeper: list[Path] = []
+        for path in level:
+            with contextlib.suppress(OSError), os.scandir(path) as entries:
+                for entry in entries:
+                    left -= 1
+                    if left < 0:
+                        return
+                    if entry.name.startswith(".") or not entry.is_dir(follow_symlinks=False):
+                        continue
+                    kind = kind_of(Path(entry.path))
+                    yield Path(entry.path), kind
+                    if kind is None:
+                        deeper.append(Path(entry.path))
+        level = deeper
+
+
+def _marked(path: Path) -> str | None:
+    try:
+        about = parse_json(read_file(path, 1 << 12))
+    except (OSError, ValueError):
+        return None
+    kind = about.get("kind") if isinstance(about, dict) else None
+    return kind[:40] if isinstance(kind, str) and kind else None
+
+
+def _has_shards(folder: Path) -> bool:
+    """Whether the shards that an inventory lists are there: a cache has a copy of it, and no shards."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        header = parse_json(read_file(folder / "inventory" / "inventory.json"))
+        return (folder / str(header["shards"][0]["name"])).is_file()
+    return True
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two real paths are one folder: by name, or, where both exist, however the disk spells them."""
+    try:
+        return one == other or os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
+def _said(kind: str) -> str:
+    return _NAMES.get(kind, f"a folder of kind {kind!r}")

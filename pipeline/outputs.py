@@ -1,0 +1,117 @@
+"""What a command makes sure of before it writes: its output is a folder of its own kind, and no other process writes to it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from PIL.Image import Image
+
+from cskd.config import Config
+from cskd.errors import ConfigError, CskdError, DataError, PathError
+from cskd.files import claims
+from cskd.files.folders import refuse_output
+from cskd.files.links import refuse_without_links
+from cskd.files.paths import local_path
+from cskd.files.scratch import clear_scratch
+from cskd.files.writer import LOCK, Writer, by, sole_writer
+from cskd.ranks import Ranks
+from cskd.store.format import OWN_NAMES
+from pipeline.conflicts import RUN_NAMES
+from pipeline.progress import say
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_READ_OR_WRITTEN = (
+    *("data.train", "data.val", "teacher.weights", "teacher.classes", "student.init"),
+    *("cache.path", "train.output"),
+)
+
+
+def refuse_cache_output(config: Config) -> None:
+    """Refuse a `cache.path` that can't hold this cache, before the teacher is loaded. Raises PathError, CacheError, OSError.
+
+    Several processes may make one cache; while one repairs it, no other does.
+    """
+    root = Path(config.cache.path)
+    refuse_output(root, "cache", "cache.path", inputs=_other_paths(config, "cache.path"), names=OWN_NAMES)
+    refuse_without_links(root, "cache.path")
+    mending = claims.holder(root / LOCK)
+    if mending is not None and not (mending.is_here and mending.pid == os.getpid()):
+        raise PathError(f"cache.path {root} is being repaired{by(mending)}; run the same command when that has ended")
+
+
+@contextlib.contextmanager
+def sole_repair(cache: Path) -> Iterator[None]:
+    """A cache for the process that repairs it alone. PathError naming the one that makes or repairs it."""
+    if not cache.is_dir():
+        yield  # there is nothing to lock, and nothing to repair
+        return
+    with sole_writer(cache, "repair it then"):
+        for path in (cache / claims.FOLDER).glob("[!.]*"):
+            if (maker := claims.holder(path)) is not None:
+                raise PathError(f"{cache} is being made{by(maker)}; wait for it or end it, and repair then")
+        yield
+
+
+@contextlib.contextmanager
+def sole_run(config: Config, ranks: Ranks, device: torch.device, quiet: bool) -> Iterator[Writer | None]:
+    """The folder of a run for this process alone: locked by the first rank (None on the others), refused on all or on none.
+
+    Raises:  PathError naming the other process, or why the folder is none for a run; OSError where it can't be made.
+    """
+    if not config.train.output:
+        raise ConfigError("train.output is empty; say where results go, for example --set train.output=runs/mine")
+    output, writer = Path(config.train.output), None
+    refused: Exception | None = None
+    with contextlib.ExitStack() as held:
+        if ranks.first:
+            try:
+                others = _other_paths(config, "train.output")
+                refuse_output(output, "run", "train.output", inputs=others, names=RUN_NAMES)
+                cure = "set another folder, --set train.output=..."
+                writer = held.enter_context(sole_writer(output, cure, tell=lambda line: say([line], quiet)))
+            except (CskdError, OSError) as e:
+                refused = e
+        if ranks.sum(torch.tensor([float(refused is not None)], device=device)).item():
+            raise refused or PathError(f"rank {ranks.rank}: the first rank was refused train.output; see its line")
+        if ranks.local == 0:
+            clear_scratch(output)
+        yield writer
+
+
+def refuse_png(path: Path) -> None:
+    """PathError for a picture that would go into a folder of ours, or in the place of something else than a picture."""
+    refuse_output(local_path(path, "--png").parent, None, "--png")
+    if path.is_dir():
+        raise PathError(f"--png {path} is a folder, expected the path of a picture")
+    if path.exists() and (not path.is_file() or path.read_bytes()[: len(_PNG)] not in (_PNG, b"")):
+        raise PathError(f"--png {path} is there and is no PNG; give another path")
+
+
+def save_png(picture: Image, path: Path) -> None:
+    """Put a picture in place, whole or not at all. DataError where it can't be written, PathError while another process is
+    at it."""
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with sole_writer(path.parent, "give another path", name=f".{path.name}{LOCK}"):
+            try:
+                picture.save(temp, "PNG")
+                os.replace(temp, path)
+            finally:
+                temp.unlink(missing_ok=True)
+    except OSError as e:
+        raise DataError(f"{path} can't be written: {e.strerror or e}; give another path with --png") from None
+
+
+def _other_paths(config: Config, output: str) -> dict[str, Path]:
+    """What else a config reads or writes, by key."""
+    paths = {}
+    for key in _READ_OR_WRITTEN:
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        if isinstance(value, str) and value and key != output and (key, value) != ("teacher.weights", "hub"):
+            paths[key] = Path(value).expanduser()
+    return paths

@@ -1,0 +1,170 @@
+"""Every path is one of this machine: an address is refused by the name of its key or argument, and nothing is made of it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import cli
+from cskd.config import from_dict, load_config
+from cskd.config.load import PATHS
+from cskd.errors import PathError
+from cskd.files.paths import local_path, local_text
+from cskd.inventory import open_inventory
+from cskd.packing.index import index
+from cskd.packing.pack import pack
+from cskd.store.cache import open_cache
+from pipeline.demo import run_demo
+
+ADDRESSES = [
+    "s3://bucket/x",
+    "s3:/bucket/x",
+    "gs://b/x",
+    "az://b",
+    "https://h/x",
+    "HF://d",
+    "file:///data/x",
+    "node7:/data",
+]
+
+
+@pytest.fixture(autouse=True)
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("key", PATHS)
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_an_address_in_a_config_is_refused_by_its_key(key: str, address: str) -> None:
+    section, _, name = key.partition(".")
+    with pytest.raises(PathError) as caught:
+        from_dict({section: {name: address}})
+    text = str(caught.value)
+    assert text.startswith(f"{key} '{address}' is an address (") and len(text) <= 300 and "\n" not in text
+
+
+def test_no_key_that_is_a_path_is_left_out() -> None:
+    """A new key of text is a path, or is named here."""
+    import typing
+
+    from cskd.config import Config
+
+    texts = {
+        f"{section}.{key}"
+        for section, kind in typing.get_type_hints(Config).items()
+        if section != "given"
+        for key, value in typing.get_type_hints(kind).items()
+        if value is str or str in typing.get_args(value)
+    }
+    no_path = {"recipe.randaugment", "cache.device", "cache.codecs", "train.device", "train.opt"}
+    no_path |= {"teacher.kwargs", "student.kwargs"}  # those of timm that name files are refused as such
+    assert texts - no_path == set(PATHS)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("data/mine", "./a", "/a/b", "C:/data", r"C:\data", "run:3/x", "2026-01-01T10:00/x", "a.py:build", ""),
+        *("hub", "hf-hub:timm/resnet50", "local-dir:/models/x", "resnet50.a1_in1k"),
+    ],
+)
+def test_what_is_a_path_or_a_name_stays_as_it_was_written(text: str) -> None:
+    assert from_dict({"teacher": {"model": text, "weights": text if ":/m" not in text else None}}).teacher.model == text
+
+
+@pytest.mark.parametrize("place", ["CONFIG", "--set", "variable"])
+def test_the_shell_s_own_words_are_no_names_of_folders(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--set train.output=~/x` comes here with its ~; a folder of that name was made."""
+    monkeypatch.setenv("HOME", "/home of/one")
+    Path("c.yaml").write_text("train: {output: ~/x}\n" if place == "CONFIG" else "train: {output: '${OUT:-~/x}'}\n")
+    sets = ["train.output=~/x"] if place == "--set" else None
+    assert load_config("c.yaml", sets).train.output == "/home of/one/x"
+
+
+def test_an_empty_argument_is_not_the_current_folder() -> None:
+    with pytest.raises(PathError, match=r"OUT is empty, expected a path"):
+        local_path("", "OUT")
+
+
+def test_the_plain_path_is_the_cure_for_a_file_address() -> None:
+    with pytest.raises(PathError, match=r"expected a path on this machine; write /data/x$"):
+        local_text("file:///data/x", "data.train")
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("demo X", "OUT"),
+        ("pack X out", "SRC"),
+        ("pack src X", "OUT"),
+        ("pack src out --classes X", "--classes"),
+        ("index X", "SHARDS"),
+        ("index in --classes X", "--classes"),
+        ("cache-teacher X", "CONFIG"),
+        ("cache-teacher c.yaml --set cache.path=X", "cache.path"),
+        ("train X", "CONFIG"),
+        ("train c.yaml --set train.output=X", "train.output"),
+        ("train c.yaml --set student.init=X --online", "student.init"),
+        ("eval X data", "CHECKPOINT"),
+        ("eval run X", "DATA"),
+        ("inspect X", "CACHE"),
+        ("inspect cache --data X", "--data"),
+        ("inspect cache --png X", "--png"),
+        ("verify X", "CACHE"),
+        ("verify cache --data X", "--data"),
+        ("repair X", "CACHE"),
+        ("repair cache --data X", "--data"),
+        ("gc X", "CACHE"),
+        ("gc cache --data X", "--data"),
+    ],
+)
+def test_an_address_is_refused_by_every_command_before_anything_is_made(
+    command: str,
+    name: str,
+    address: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    empty: Path,
+) -> None:
+    (empty / "c.yaml").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["cskd", *command.replace("X", address).split()])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (1, "") and err.startswith(f"cskd: {name} '{address}' is an address (")
+    assert err.count("\n") == 1 and len(err) <= 300
+    assert [path.name for path in empty.iterdir()] == ["c.yaml"]
+
+
+def test_no_argument_that_is_a_path_goes_unchecked() -> None:
+    """Every parameter of every command that becomes a Path has the parser that refuses addresses."""
+    import typing
+
+    for command in cli.app.registered_commands:
+        assert command.callback is not None
+        for name, kind in typing.get_type_hints(command.callback, include_extras=True).items():
+            if "Path" in str(typing.get_args(kind)[:1]):
+                about = typing.get_args(kind)[1]
+                assert about.parser is not None, f"{command.callback.__name__} {name}"
+                with pytest.raises(PathError):
+                    about.parser("s3://bucket/x")
+
+
+def test_the_library_refuses_what_the_command_line_refuses(empty: Path) -> None:
+    (empty / "src").mkdir()
+    for call in (
+        lambda: pack("s3://b/x", "out"),
+        lambda: pack("src", "s3://b/x"),
+        lambda: index(Path("s3://b/x")),
+        lambda: open_inventory("s3://b/x"),
+        lambda: open_cache(Path("s3://b/x")),
+        lambda: load_config("s3://b/x.yaml"),
+        lambda: run_demo(Path("s3://b/x")),
+    ):
+        with pytest.raises(PathError, match="is an address"):
+            call()
+    assert [path.name for path in empty.iterdir()] == ["src"]
