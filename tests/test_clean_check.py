@@ -22,6 +22,7 @@ from cskd.loading.views import ViewMaker
 from cskd.packing.pack import pack
 from cskd.ranks import start_ranks
 from cskd.store.cache import open_cache
+from cskd.store.record_checks import check_manifest
 from cskd.teacher import Teacher, load_teacher
 from pipeline import cache_teacher as stage1
 from pipeline.cache_teacher import cache_teacher
@@ -262,6 +263,9 @@ def test_validation_images_are_taken_where_there_are_any_and_all_say_so(base: Pa
             stage1.render(report, console)
         assert f"top-1 100.0 % on {count} clean images of data.{name}" in shown.get()
         assert f"top-1 on clean images of data.{name} 100.0 %" in shown.get()
+        with pytest.raises(ValueError, match="clean_data"):
+            check_manifest({**manifest, "clean_data": "[bold]"})
+        check_manifest({key: value for key, value in manifest.items() if key != "clean_data"})  # as older caches are
 
 
 def test_the_checks_notes_stand_in_the_manifest_and_a_resume_does_not_check_again(
