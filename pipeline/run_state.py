@@ -75,8 +75,12 @@ class RunState:
             self._losses.copy_(torch.tensor(rows[self.ranks.rank] if same else _mean(rows)))
             self._counted, self._seconds = steps, float(record["seconds"])
 
-    def change(self, changes: Sequence[tuple[str, Any, Any]], step: int) -> None:
+    def change(self, changes: Sequence[tuple[str, Any, Any]], step: int, finished: bool = False) -> None:
         """What may change when a run is resumed did, at `step`. Scores from before may not be compared with those after."""
+        if finished:
+            said = "the run is finished, so that {} changes nothing"
+            self.notes += [said.format(f"{key} = {new} in place of {old}") for key, old, new in changes]
+            return
         self.changes += [{"key": key, "old": old, "new": new, "step": step} for key, old, new in changes]
         if {"train.best", "val"} & {key for key, *_ in changes}:
             self.best = self.shown = None

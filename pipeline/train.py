@@ -297,6 +297,7 @@ def _open_run(
     identity = run_identity(config, views, plan.views, ranks.count, online, device, val)
     loaded = states.load(student, optimisation)
     ranks.refuse_differing(loaded.step if loaded else 0, device)
+    stop = min(settings.epochs * plan.steps, settings.max_steps or 1 << 62)
     state = RunState(ranks, device, TERMS, len(views.classes))
     if loaded:
         begun = {name: value for name, value in loaded.info.items() if name != PROGRESS}
@@ -309,14 +310,13 @@ def _open_run(
         identity["threads"] = threads.count
     if loaded:
         state.restore(loaded.info.get(PROGRESS), loaded.step, plan.steps)
-        state.change(changed_on_resume(begun, identity), loaded.step)
+        state.change(changed_on_resume(begun, identity), loaded.step, finished=loaded.step >= stop)
         state.forget_lost_best(BestWeights(states.folder))
     torch.set_num_threads(threads.count)
     if ranks.first:
         own_output(output)
         write_whole(output / RESOLVED, to_yaml(config).encode())
     ranks.barrier()
-    stop = min(settings.epochs * plan.steps, settings.max_steps or 1 << 62)
     notes.add([*average_notes(settings.ema, settings.ema_warmup, stop), *state.said(), *state.notes, str(threads)])
     notes.say()
     return _Run(

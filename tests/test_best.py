@@ -141,6 +141,9 @@ def test_a_finished_run_exports_what_is_asked_for_now(cached: Path, tmp_path: Pa
     report = train(settings(cached, tmp_path, export="live"), quiet=True)
     assert (report.steps, report.weights) == (0, "live")
     assert tensors(tmp_path / "model.safetensors") == before
+    report = train(settings(cached, tmp_path, export="live", lr=0.5), quiet=True)
+    assert "the run is finished, so that train.lr = 0.5 in place of 0.001 changes nothing" in report.notes
+    assert "changed" not in json.loads((tmp_path / "config.json").read_text())["cskd"]
 
 
 def test_another_score_starts_again_with_a_note(cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
