@@ -40,8 +40,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings(base: Path, views: int = 3, name: str = "run", **train_: Any) -> Config:
-    cache = {"path": str(base / "cache"), "views": views, "workers": 2, "max_quarantine": 0.06}
+def settings(base: Path, views: int = 3, name: str = "run", workers: int = 0, **train_: Any) -> Config:
+    cache = {"path": str(base / "cache"), "views": views, "workers": workers, "max_quarantine": 0.06}
     return config(base, name, cache=cache, train={"epochs": 2, **train_})
 
 
@@ -49,7 +49,7 @@ def settings(base: Path, views: int = 3, name: str = "run", **train_: Any) -> Co
 def reports(base: Path) -> tuple[CacheReport, CacheReport, CacheReport]:
     """Two views, a third one later, and once more."""
     return (
-        cache_teacher(settings(base, views=2), quiet=True),
+        cache_teacher(settings(base, views=2, workers=2), quiet=True),
         cache_teacher(settings(base), quiet=True),
         cache_teacher(settings(base), quiet=True),
     )
