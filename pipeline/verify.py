@@ -242,7 +242,7 @@ def wrong_resolved(cache: Cache) -> str:
     try:
         right = read_file(cache.root / RESOLVED).decode() == resolved_of(cache)
     except (OSError, UnicodeDecodeError) as e:
-        return f"is not readable ({e})"
+        return f"is not readable ({getattr(e, 'strerror', None) or e})"
     return "" if right else "is not the config in the manifest"
 
 
@@ -330,7 +330,7 @@ def render(report: VerifyReport, console: Console) -> None:
     for error in report.errors:
         console.print(escape(error), soft_wrap=True)
     console.print(
-        f"{escape(report.cache)}: {report.units} units, {report.missing} missing, {len(report.errors)} errors; "
+        f"{escape(report.cache)}: {report.units} units, {report.missing} missing, {len(report.errors)} error{'s' * (len(report.errors) != 1)}; "
         f"{report.cached:,} views cached, {report.quarantined:,} quarantined, {report.inventory_samples:,} images",
         soft_wrap=True,
     )
