@@ -243,14 +243,14 @@ def _in_unit(data: bytes, rng: random.Random) -> bytes:
 
 def _in_state(data: bytes, rng: random.Random) -> bytes:
     """A resume state whose JSON is twisted and whose digest is right."""
-    from cskd.student.resume import _digest
+    from cskd.student.resume import digest
 
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     tensors = safetensors.deserialize(data)
     body = json.dumps(twist(json.loads(header["__metadata__"]["cskd"]), rng), sort_keys=True)
     loaded = {name: _tensor(about) for name, about in tensors}
-    header["__metadata__"] = {"cskd": body, "sha256": _digest(loaded, body)}
+    header["__metadata__"] = {"cskd": body, "sha256": digest(loaded, body)}
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data[8 + length :]
 

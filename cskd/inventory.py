@@ -42,9 +42,7 @@ from cskd.inventory_format import (
 from cskd.seeds import U64, key_hash
 from cskd.untrusted import open_regular
 
-FIND_SHARDS = (
-    "restore it, or say where the shards are: data.train in the config, or --data of inspect, verify and repair"
-)
+FIND_SHARDS = "restore it, or say where the shards are: data.train or data.val in the config, or --data of inspect, verify and repair"
 BATCH = 4096  # samples buffered before they go to the column files
 
 

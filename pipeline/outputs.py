@@ -21,6 +21,7 @@ from cskd.files.writer import LOCK, Writer, by, sole_writer
 from cskd.ranks import Ranks
 from cskd.store.format import OWN_NAMES
 from pipeline.conflicts import RUN_NAMES
+from pipeline.precheck import check_output
 from pipeline.progress import say
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -69,6 +70,7 @@ def sole_run(config: Config, ranks: Ranks, device: torch.device, quiet: bool) ->
     with contextlib.ExitStack() as held:
         if ranks.first:
             try:
+                check_output(config.train)
                 others = _other_paths(config, "train.output")
                 refuse_output(output, "run", "train.output", inputs=others, names=RUN_NAMES)
                 cure = "set another folder, --set train.output=..."

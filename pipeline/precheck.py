@@ -144,7 +144,7 @@ def _stage2(config: Config, inventory: Inventory, online: bool) -> Student | Non
         return None
     if not online:
         codec_for(config.loss.method, codecs, "cache.codecs")
-    _check_output(config.train)
+    check_output(config.train)
     views = config.cache.views
     with contextlib.suppress(CacheError):  # there is none yet
         views = max(views, read_manifest(Path(config.cache.path))["views"])
@@ -169,7 +169,7 @@ def _stage2(config: Config, inventory: Inventory, online: bool) -> Student | Non
     return student
 
 
-def _check_output(settings: TrainConfig) -> None:
+def check_output(settings: TrainConfig) -> None:
     """ConfigError where results can't be written; makes nothing."""
     if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("train.tensorboard is on and tensorboard is not installed; run: pip install tensorboard")

@@ -46,10 +46,12 @@ def test_shards_that_are_absent_are_one_line_before_the_long_work(
         for shard in shards:
             shard.rename(shard.with_suffix(".away"))
         expected = (
-            "^shard 00001.tar is not in" if lost == "one" else rf"^none of the {len(shards)} image shards .*00000\.tar"
+            r"^(data\.val: )?shard 00001.tar is not in"
+            if lost == "one"
+            else rf"^(data\.val: )?none of the {len(shards)} image shards .*00000\.tar"
         )
         with pytest.raises(DataError, match=expected) as refused:
             run()
-        assert "data.train in the config, or --data" in str(refused.value) and len(str(refused.value)) < 400
+        assert "data.train or data.val in the config, or --data" in str(refused.value) and len(str(refused.value)) < 400
         for shard in shards:
             shard.with_suffix(".away").rename(shard)

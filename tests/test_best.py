@@ -161,8 +161,10 @@ def test_the_scores_that_may_be_named_are_those_of_an_evaluation(cached: Path, t
     row = read_metrics(tmp_path)[0]
     student, _ = start()
     assert {name for name in row if name.startswith("top")} == set(score_names(student, averaged=True))
-    assert score_asked(None, student, averaged=True, distils=True) == "top1.ema.class+distillation"
-    assert score_asked(None, student, averaged=False, distils=False) == "top1.class"
+    assert score_asked(None, student, averaged=True) == "top1.ema.class+distillation"
+    student.taught_by(LossConfig("none"))
+    assert score_asked(None, student, averaged=False) == "top1.class"
+    assert "top1.distillation" not in score_names(student, averaged=False)
     assert (
         evaluate_checkpoint(tmp_path, cached / "val", 4, 0, None, "cpu", True).heads["all"].top1 == row["top1.ema.all"]
     )

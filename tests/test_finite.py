@@ -203,8 +203,8 @@ def test_logits_of_an_evaluation_that_are_no_numbers_stop_the_run(
 ) -> None:
     from cskd.student import eval_heads
 
-    def broken(out: Any) -> dict[str, torch.Tensor]:
-        heads = eval_heads(out)
+    def broken(out: Any, trained: Any) -> dict[str, torch.Tensor]:
+        heads = eval_heads(out, trained)
         heads["patches"] = heads["patches"].index_fill(0, torch.tensor([0]), NAN)
         return heads
 

@@ -149,7 +149,7 @@ def test_training_counts_what_this_run_fed_and_evaluation_counts_the_unreadable(
 
 
 def test_the_rate_of_training_leaves_start_up_and_evaluation_out() -> None:
-    report = TrainReport("x", 10, 800, 60.0, 40.0, 0, {}, "", [])
+    report = TrainReport("x", 10, 800, 60.0, 40.0, 0, {}, "class", "float32", "", [])
     assert "10 steps, 800 images in 60.0 s (40 images/s while stepping)" in shown(pipeline.train, report)
     seconds: dict[str, float] = {}
 
@@ -169,14 +169,15 @@ def test_the_rate_of_training_leaves_start_up_and_evaluation_out() -> None:
 def test_a_demo_that_is_run_again_says_how_long_its_students_took(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = make_tiny_cache(tmp_path, n=10, quarantine=[3])
+    cache = make_tiny_cache(tmp_path / "made", n=10, quarantine=[3])
+    tmp_path = tmp_path / "demo"
 
     def trained(config: Config, quiet: bool) -> TrainReport:
         """By an earlier run."""
         folder = Path(config.train.output)
         folder.mkdir(parents=True)
         (folder / "metrics.jsonl").write_text("".join(f'{{"epoch": {e}, "seconds": 7.0}}\n' for e in range(3)))
-        return TrainReport(str(folder), 0, 0, 0.1, 0.0, 0, {"class+distillation": 50.0}, "", [])
+        return TrainReport(str(folder), 0, 0, 0.1, 0.0, 0, {"class": 50.0}, "class", "float32", "", [])
 
     stubs = {"train": trained, "cache_teacher": lambda *_, **__: SimpleNamespace(clean_top1=0.5)}
     stubs |= {name: lambda *_, **__: None for name in ("_write_images", "pack_data", "_train_teacher")}

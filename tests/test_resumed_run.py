@@ -192,7 +192,7 @@ def identity(**changes: Any) -> dict[str, Any]:
 
 def test_what_may_change_is_noted_and_the_rest_is_refused_with_what_sets_it_back(tmp_path: Path) -> None:
     now = identity(lr=0.1, ranks=1)
-    refuse_other_run(identity(), now, tmp_path)
+    refuse_other_run(identity(), now, tmp_path, True)
     changes = changed_on_resume(identity(), now)
     assert changes == [("ranks", 2, 1), ("train.lr", 1.0, 0.1)]
     assert change_note(*changes[1], 12) == "train.lr changed from 1.0 to 0.1 at step 12"
@@ -204,7 +204,7 @@ def test_what_may_change_is_noted_and_the_rest_is_refused_with_what_sets_it_back
         ({"cache": "b"}, r"set cache\.path"),
     ):
         with pytest.raises(ConfigError, match=back) as refused:
-            refuse_other_run(identity(), identity(**change), Path("runs/mine"))
+            refuse_other_run(identity(), identity(**change), Path("runs/mine"), True)
         assert len(str(refused.value)) <= 300
 
 
