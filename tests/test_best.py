@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from timm.utils.model_ema import ModelEmaV3
 
 import pipeline.train
-from cskd.config import Config, from_dict
+from cskd.config import Config, LossConfig, from_dict
 from cskd.errors import ConfigError
 from cskd.student.average import average_notes, share_of_start
 from cskd.student.best import Best, score_asked, score_names
