@@ -182,7 +182,9 @@ def refuse_other_run(begun: dict[str, Any], now: dict[str, Any], output: Path, d
     loss = begun.get("loss")
     if isinstance(loss, dict) and "baseline_head" not in loss:
         had_choice = distilled and loss.get("method") == "none"
-        begun = begun | {"loss": loss | {"baseline_head": "mean" if had_choice else now["loss"]["baseline_head"]}}
+        begun = begun | {
+            "loss": loss | {"baseline_head": "mean" if had_choice else now["loss"].get("baseline_head", "class")}
+        }
     for key, old, new in _differences(_filled(begun, now), now):
         if key in _NOTED:
             continue
