@@ -148,7 +148,8 @@ def _stale(path: Path) -> bool:
         if owner.began and (began := _started(owner.pid)):
             return began != owner.began
     try:
-        return _now(path.parent) - path.stat().st_mtime > LEASE
+        touched = path.stat().st_mtime
+        return _now(path.parent) - touched > LEASE
     except FileNotFoundError:
         return True
 

@@ -62,9 +62,7 @@ def kind_of(folder: Path) -> str | None:
         "scratch",
     }:
         return "run"
-    if {"images", "data"} <= there and all(
-        (folder / name).is_dir() for name in ("images/train", "data/train/inventory")
-    ):
+    if {"images", "data"} <= there and all(os.path.isdir(folder / name) for name in _OF_A_DEMO):
         return "demo"
     return None
 
@@ -74,6 +72,7 @@ _TELLING = (
     *("resolved.yaml", "resume", "metrics.jsonl", "model.safetensors", "unreadable.json", "scratch"),
     *("images", "data"),
 )
+_OF_A_DEMO = ("images/train", "data/train/inventory")
 
 
 def refuse_output(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -22,8 +23,9 @@ def new_scratch(output: Path, rank: int = 0) -> Path:
 def clear_scratch(output: Path) -> None:
     """Remove what dead runs left, here and, of older versions, in the output folder. For the one writer of `output`."""
     for left in Path(tempfile.gettempdir()).glob(f"{_prefix(output)}*"):
-        if not left.is_symlink() and left.stat().st_uid == os.getuid():
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            if not left.is_symlink() and left.stat().st_uid == os.getuid():
+                shutil.rmtree(left, ignore_errors=True)
     old = output / "scratch"
     if old.is_dir() and not old.is_symlink():
         for left in old.glob("rank[0-9]*"):
