@@ -1,8 +1,9 @@
 """Training steps per second by number of threads and way of waiting, on a quiet machine and next to other work.
 
-    python -m benchmarks.threads [--rounds R] [--seconds S] [--busy N] [--spins N ...]
+    python -m benchmarks.threads [--rounds R] [--seconds S] [--busy N] [--spins N ...] [--bf16]
 
-The demo's student (DeiT of width 96, depth 4, 32 pixels, batch 64) with AdamW in float32 on the CPU. Each side is a process of
+The demo's student (DeiT of width 96, depth 4, 32 pixels, batch 64) with AdamW in float32 on the CPU, with --bf16 under bf16
+autocast with attention that is not fused, as `cskd train` does it where the CPU computes in bf16. Each side is a process of
 its own, since OpenMP reads its settings once, and computes when it is its turn; sides take turns within a round, so that other
 work on the machine slows all of them.
 
@@ -53,10 +54,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of one side's turn")
     parser.add_argument("--busy", type=int, default=None, help="processes that never sleep; default: as many as cores")
     parser.add_argument("--spins", type=int, nargs="*", default=[], metavar="N", help="more sides: other spin counts")
+    parser.add_argument("--bf16", action="store_true", help="steps under bf16 autocast")
     parser.add_argument("--side", type=int, default=None, help=argparse.SUPPRESS)  # threads; used by the command itself
     options = parser.parse_args()
     if options.side is not None:
-        take_turns(options.side)
+        take_turns(options.side, options.bf16)
         return
     for name in (*COUNTS, *WAITING):
         os.environ.pop(name, None)
@@ -78,7 +80,7 @@ def main() -> None:
         flush=True,
     )
     with contextlib.ExitStack() as stack:
-        processes = {name: stack.enter_context(side(count, env)) for name, (count, env) in sides.items()}
+        processes = {name: stack.enter_context(side(count, env, options.bf16)) for name, (count, env) in sides.items()}
         found = {name: measured(processes, scripts, options) for name, scripts in loads.items()}
     print(f"{'steps/s':10}" + "".join(f"{name:>11}" for name in sides))
     for name, speeds in found.items():
@@ -88,7 +90,8 @@ def main() -> None:
         for load, speeds in found.items()
         for other in ("one", "default")
     }
-    print(json.dumps({"benchmark": "threads", "cores": cores, "busy": busy, "steps_per_second": found, **ratios}))
+    facts = {"benchmark": "threads", "bf16": options.bf16, "cores": cores, "busy": busy}
+    print(json.dumps({**facts, "steps_per_second": found, **ratios}))
 
 
 def measured(processes: dict[str, Any], scripts: list[str], options: argparse.Namespace) -> dict[str, float]:
@@ -116,9 +119,9 @@ def running(command: list[str], **more: Any) -> Iterator[subprocess.Popen[str]]:
 
 
 @contextlib.contextmanager
-def side(threads: int, env: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+def side(threads: int, env: dict[str, str], bf16: bool) -> Iterator[subprocess.Popen[str]]:
     """A process that is ready to train, and waits for its turn."""
-    command = [sys.executable, "-m", "benchmarks.threads", "--side", str(threads)]
+    command = [sys.executable, "-m", "benchmarks.threads", "--side", str(threads), *(["--bf16"] if bf16 else [])]
     pipe = subprocess.PIPE
     with running(command, env={**os.environ, **env}, stdin=pipe, stdout=pipe) as process:
         assert process.stdout is not None
@@ -127,23 +130,27 @@ def side(threads: int, env: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
         yield process
 
 
-def take_turns(threads: int) -> None:
+def take_turns(threads: int, bf16: bool) -> None:
     """In a side: for each number of seconds on stdin, train for so long and print steps per second."""
     import torch
     import torch.nn.functional as F
 
     from cskd.config import StudentConfig
+    from cskd.devices import autocast
     from cskd.student import build_student
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     kwargs = {"patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3}
     student = build_student(StudentConfig("deit_tiny_distilled_patch16_224", kwargs), 10, 32).train()
+    if bf16:
+        student.unfuse_attention()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
     pixels, labels = torch.randn(64, 3, 32, 32), torch.arange(64) % 10
 
     def step() -> None:
-        out = student(pixels, (4, 4))
+        with autocast("bf16" if bf16 else "none", torch.device("cpu")):
+            out = student(pixels, (4, 4))
         loss = F.cross_entropy(out.cls_logits, labels) + F.cross_entropy(out.dist_logits, labels)
         optimizer.zero_grad()
         loss.backward()

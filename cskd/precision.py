@@ -42,7 +42,7 @@ class Precision:
     @property
     def notes(self) -> list[str]:
         """What a user should know; nothing where it is plain float32, or as good as that."""
-        if not self.share and self.backbone == REFERENCE:
+        if self.share == 0 and self.backbone == REFERENCE:
             return []
         if self.differ is None:
             return [f"{in_words(self.facts)}: the weights are others each time the teacher is built"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -60,7 +61,8 @@ def start_ranks(device: str) -> Ranks:
     if cuda:
         torch.cuda.set_device(local)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # Rank 0 may look at every image while the others wait; a rank that dies ends them all, by torchrun.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
     return Ranks(dist.get_rank(), count, local)
 
 

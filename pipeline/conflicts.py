@@ -48,6 +48,7 @@ _NOTED = {
     "train.ema": "",
     "train.ema_warmup": "",
     "train.best": "earlier epochs don't count for it",
+    "train.eval_every": "other epochs count for the best",
     "train.compile": "results round otherwise",
     "student.init": "it is read at the start of a run only, so nothing changes",
     "val": "scores before are of other images",
@@ -109,16 +110,21 @@ def usable_views(cache: Cache, wanted: int) -> int:
 
 
 def own_output(output: Path) -> None:
-    """Make the folder of a run. ConfigError where it holds files of the names of a run's that are none of a run; OSError
-    where one is a link: a config from elsewhere may say any folder, and this is all that it can do there."""
+    """Make the folder of a run. Raises as `refuse_foreign`."""
+    refuse_foreign(output)
     output.mkdir(parents=True, exist_ok=True)
+    mark(output, "run")
+
+
+def refuse_foreign(output: Path) -> None:
+    """ConfigError where a folder holds files of the names of a run's that are none of a run; OSError where one is a link: a
+    config from elsewhere may say any folder, and this is all that it can do there."""
     refuse_links(output, RUN_NAMES, "train.output")
     foreign = [name for name in _RUN_FILES if (output / name).exists()]
     if foreign and not (output / RESOLVED).exists():
         raise ConfigError(
             f"train.output {output} holds {foreign[0]} of something else than a run; set another, --set train.output=..."
         )
-    mark(output, "run")
 
 
 def run_identity(
@@ -132,6 +138,8 @@ def run_identity(
 ) -> dict[str, Any]:
     """What decides the numbers of a run: kept in its resume states. Of `autocast: auto` what it means on this device."""
     train = {k: v for k, v in to_dict(config.train).items() if k not in (*_FREE, "views")}
+    if config.train.best is not None:
+        train["eval_every"] = config.train.eval_every
     train["autocast"] = "bf16" if uses_bf16(config.train.autocast, device) else "none"
     facts = {
         "cache": source.fingerprint,
@@ -148,23 +156,25 @@ def run_identity(
 
 
 def as_begun(config: Config, begun: dict[str, Any] | None) -> tuple[Config, list[str]]:
-    """A config with what an earlier version did where it has a key that the record of a run lacks and the user did not
-    write; and a note for each. begun: the record, None for a new run."""
+    """A config with what an earlier version did where a run has a key from it, or no record of that key, and the user did not
+    write it; and a note for each. begun: the record, None for a new run."""
     notes = []
     for key, value in _BEFORE.items() if begun is not None else ():
         section, _, name = key.partition(".")
         mine, record = getattr(config, section), (begun or {}).get(section)
-        known = isinstance(record, dict) and name in record
-        if not known and key not in config.given and getattr(mine, name) != value:
+        other = isinstance(record, dict) and record.get(name, value) != value
+        unused = key == "train.ema_warmup" and config.train.ema is None
+        if not (other or unused) and key not in config.given and getattr(mine, name) != value:
             mine = dataclasses.replace(mine, **{name: value})
             config = dataclasses.replace(config, **{section: mine})
-            notes.append(f"{key} is {_written(value)}, as in the version of cskd that began this run")
+            notes.append(f"{key} is {_written(value)}, as this run was begun")
     return config, notes
 
 
 def changed_on_resume(begun: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Key, value it was begun with and value now of everything that differs and may, see `_NOTED`."""
-    return [d for d in _differences(_filled(begun, now), now) if d[0] in _NOTED]
+    differing = _differences(_filled(begun, now), now)
+    return [d for d in differing if d[0] in _NOTED and not (d[0] == "threads" and d[2] is None)]  # none on a GPU
 
 
 def change_note(key: str, old: Any, new: Any, step: int) -> str:
@@ -189,15 +199,25 @@ def refuse_other_run(begun: dict[str, Any], now: dict[str, Any], output: Path, d
         if key in _NOTED:
             continue
         back = {
-            "cache": "it was begun with an empty cache.path, set it so"
-            if str(old).startswith("none")
-            else "set cache.path to the cache that it was begun with",
+            "cache": _cache_back(old, new, now["online"]),
             "online": "start it with --online" if old else "start it without --online",
         }.get(key, f"set it back with --set {'train.views' if key == 'views' else key}={_written(old)}")
         raise ConfigError(
             f"the run in {output} was begun with {key} = {_written(old)}, now it is {_written(new)}; {back}, or start "
             "another run with --set train.output=..."
         )
+
+
+def _cache_back(old: Any, new: Any, online: bool) -> str:
+    """What sets the source of a run's views back."""
+    alone = str(old).startswith("none"), str(new).startswith("none")
+    if online or all(alone):
+        return "restore data.train, recipe and teacher as they were"
+    return (
+        "it was begun with an empty cache.path, set it so"
+        if alone[0]
+        else "set cache.path to the cache that it was begun with"
+    )
 
 
 def _filled(begun: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

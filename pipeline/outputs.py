@@ -20,7 +20,7 @@ from cskd.files.scratch import clear_scratch
 from cskd.files.writer import LOCK, Writer, by, sole_writer
 from cskd.ranks import Ranks
 from cskd.store.format import OWN_NAMES
-from pipeline.conflicts import RUN_NAMES
+from pipeline.conflicts import RUN_NAMES, refuse_foreign
 from pipeline.precheck import check_output
 from pipeline.progress import say
 
@@ -38,6 +38,11 @@ def refuse_cache_output(config: Config) -> None:
     """
     root = Path(config.cache.path)
     refuse_output(root, "cache", "cache.path", inputs=_other_paths(config, "cache.path"), names=OWN_NAMES)
+    if config.train.output:  # of stage 2, which would be refused after all of stage 1
+        others, output = _other_paths(config, "train.output"), Path(config.train.output)
+        refuse_output(output, "run", "train.output", inputs=others, names=RUN_NAMES)
+        if root.resolve() in output.resolve().parents:
+            raise PathError(f"train.output {output} lies in cache.path {root}; give a folder outside of it")
     refuse_without_links(root, "cache.path")
     mending = claims.holder(root / LOCK)
     if mending is not None and not (mending.is_here and mending.pid == os.getpid()):
@@ -73,12 +78,16 @@ def sole_run(config: Config, ranks: Ranks, device: torch.device, quiet: bool) ->
                 check_output(config.train)
                 others = _other_paths(config, "train.output")
                 refuse_output(output, "run", "train.output", inputs=others, names=RUN_NAMES)
+                refuse_foreign(output)
                 cure = "set another folder, --set train.output=..."
                 writer = held.enter_context(sole_writer(output, cure, tell=lambda line: say([line], quiet)))
             except (CskdError, OSError) as e:
                 refused = e
         if ranks.sum(torch.tensor([float(refused is not None)], device=device)).item():
             raise refused or PathError(f"rank {ranks.rank}: the first rank was refused train.output; see its line")
+        if writer is not None:
+            for left in (*output.glob(".*.tmp"), *(output / "resume").glob(".*.tmp")):  # of a killed run's writers
+                left.unlink(missing_ok=True)
         if ranks.local == 0:
             clear_scratch(output)
         yield writer

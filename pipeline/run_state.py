@@ -82,7 +82,8 @@ class RunState:
             self.notes += [said.format(f"{key} = {new} in place of {old}") for key, old, new in changes]
             return
         self.changes += [{"key": key, "old": old, "new": new, "step": step} for key, old, new in changes]
-        if {"train.best", "val"} & {key for key, *_ in changes}:
+        known = next((best.name for best in (self.best, self.shown) if best is not None), None)
+        if any(key == "val" or (key == "train.best" and new not in (None, known)) for key, _, new in changes):
             self.best = self.shown = None
 
     def forget_lost_best(self, files: BestWeights) -> None:

@@ -230,6 +230,8 @@ def _train(run: _Run, verify_replay: bool, quiet: bool) -> TrainReport:
                 if config.train.save_every and step % config.train.save_every == 0 and step < end:
                     run.save(step)
             state.check(step, run.student, run.optimisation)
+            if run.writer is not None:
+                run.writer.check()
             row: dict[str, Any] = {"epoch": epoch, "step": step, "lr": run.optimisation.lr} | state.row()
             if changes := state.said(epoch * plan.steps, step):
                 row["changed"] = "; ".join(changes)

@@ -105,7 +105,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         ("data.val=/does/not/exist", ["/does/not/exist", "cskd pack"]),
         ("student.model=vit_nope", ["vit_nope", "timm.list_models"]),
         ("cache.path=/does/not/exist", ["/does/not/exist", "cskd cache-teacher"]),
-        ("train.output=/dev/null/run", ["/dev/null", "give another path"]),
+        ("train.output=/dev/null/run", ["/dev/null is no folder", "set another"]),
         ("train.device=foo", ["'foo'", "auto or cpu"]),
     ],
 )

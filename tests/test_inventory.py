@@ -249,7 +249,7 @@ def test_check_shards_names_what_is_missing_or_changed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"s-1.tar has 3 bytes, the inventory says 5"):
         inventory.check_shards()
     (tmp_path / "s-1.tar").unlink()
-    with pytest.raises(DataError, match=r"s-1.tar is not in .*data.train in the config, or --data"):
+    with pytest.raises(DataError, match=r"s-1.tar is not in .*data.train or data.val in the config, or --data"):
         inventory.check_shards()
 
 

@@ -16,6 +16,7 @@ import pipeline.train
 from cskd.config import Config
 from cskd.errors import ConfigError, StudentError
 from cskd.ranks import Ranks
+from cskd.student.best import Best
 from cskd.student.optim import Optimisation
 from cskd.student.resume import digest
 from pipeline.cache_teacher import cache_teacher
@@ -179,7 +180,7 @@ IDENTITY: dict[str, Any] = {
     "online": False,
     "ranks": 2,
     "student": {},
-    "loss": {},
+    "loss": {"baseline_head": "class"},
     "train": {},
 }
 
@@ -202,6 +203,7 @@ def test_what_may_change_is_noted_and_the_rest_is_refused_with_what_sets_it_back
         ({"views": 6}, r"--set train\.views=3,"),
         ({"online": True}, "without --online,"),
         ({"cache": "b"}, r"set cache\.path"),
+        ({"cache": "none, b"}, r"set cache\.path"),
     ):
         with pytest.raises(ConfigError, match=back) as refused:
             refuse_other_run(identity(), identity(**change), Path("runs/mine"), True)
@@ -213,13 +215,18 @@ def test_a_record_of_an_earlier_version_stands_for_what_that_version_did(cached:
     old["train"] = {"lr": 1.0, "seed": 0}
     assert changed_on_resume(old, identity(ema_warmup=False)) == []
     assert changed_on_resume(old, identity()) == [("train.ema_warmup", False, True)]
-    asked = settings(cached, tmp_path)
+    asked = settings(cached, tmp_path, ema=0.9)
     mine, notes = as_begun(asked, old)
     assert (asked.train.ema_warmup, mine.train.ema_warmup) == (True, False)
-    assert notes == ["train.ema_warmup is false, as in the version of cskd that began this run"]
+    assert notes == ["train.ema_warmup is false, as this run was begun"]
     written = dataclasses.replace(asked, given=asked.given | {"train.ema_warmup"})
     assert as_begun(written, old) == (written, [])
     assert as_begun(asked, None) == (asked, [])
+    assert (
+        as_begun(asked, identity(ema_warmup=False))[0].train.ema_warmup is False
+    )  # of the state after the first resume
+    without = settings(cached, tmp_path)
+    assert as_begun(without, old) == (without, [])  # there is no average to speak of
 
 
 def aged(path: Path) -> None:
@@ -268,3 +275,23 @@ def test_a_record_that_is_none_is_refused(cached: Path, tmp_path: Path) -> None:
     for record in ([1], {"changes": [1]}, {"losses": 3, "counted": 3}, {"teacher_forwards": "many"}, "text"):
         with pytest.raises(StudentError, match="record that is none"):
             state.restore(record, 3, 5)
+
+
+def test_what_sets_a_source_of_views_back_can_be_done() -> None:
+    """A baseline has no cache to set back, and a run with the teacher next to it reads none."""
+    for begun, now, back in (
+        ({"cache": "none, a"}, {"cache": "none, b"}, "restore data.train, recipe and teacher"),
+        ({"cache": "none, a"}, {"cache": "b"}, "empty cache.path"),
+        ({"online": True, "cache": "a"}, {"online": True, "cache": "b"}, "restore data.train, recipe and teacher"),
+    ):
+        with pytest.raises(ConfigError, match=back):
+            refuse_other_run(identity(**begun), identity(**now), Path("runs/mine"), True)
+
+
+def test_another_export_keeps_the_best_and_another_score_does_not() -> None:
+    best = Best("top1.class", 50.0, 4, "0" * 64)
+    for new, kept in ((None, best), ("top1.class", best), ("top1.all", None)):
+        state = RunState(Ranks(), torch.device("cpu"), ("label",), 2)
+        state.best = state.shown = best
+        state.change([("train.best", "top1.class", new)], 4)
+        assert (state.best, state.shown) == (kept, kept)

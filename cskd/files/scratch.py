@@ -62,4 +62,6 @@ def _small(folder: Path, found: str) -> str:
 
 
 def _prefix(output: Path) -> str:
-    return f"cskd-{hashlib.sha256(os.path.realpath(output).encode()).hexdigest()[:12]}-"
+    there = os.stat(output)  # in two containers one path may be two folders
+    identity = f"{os.path.realpath(output)} {there.st_dev} {there.st_ino}"
+    return f"cskd-{hashlib.sha256(identity.encode()).hexdigest()[:12]}-"

@@ -3,7 +3,7 @@
 Parallel loops end at barriers. By default OpenMP's threads spin there for milliseconds; where another process has one of the
 cores, the thread that everybody waits for does not run, and a loop of 50 us takes as long as a time slice: training of a small
 student next to two busy processes on two cores was 20 times slower than with one thread (`python -m benchmarks.threads`).
-Here they look a few hundred times, some 10 us, and then sleep. Not at once: sleeping and waking costs a small student on a
+Here they look 2,000 times, some 10 us, and then sleep. Not at once: sleeping and waking costs a small student on a
 quiet machine all that its second thread gains.
 
 OpenMP reads its settings once, when torch is loaded, so `wait_passively` comes before it: `pipeline/__init__.py` calls it.
@@ -21,7 +21,7 @@ from pathlib import Path
 from cskd.machine.cores import Cores, affinity, usable_cores
 
 # GOMP_SPINCOUNT is for GNU's OpenMP, in torch's wheels for Linux; KMP_BLOCKTIME, in ms, for LLVM's and Intel's.
-WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "500", "KMP_BLOCKTIME": "0"}
+WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "0"}
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # by which a user says how many threads
 MOST = 1024
 MOST_PER_CORE = 4  # a resumed run keeps its number of threads up to here

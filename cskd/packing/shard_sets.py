@@ -79,7 +79,8 @@ def missing_numbers(shards: Sequence[Path]) -> list[str]:
     notes = []
     for (head, tail), (numbers, of) in sorted(series.items()):
         if len(numbers) < max(numbers) + 1 - min(numbers) <= 2 * len(numbers) or of:
-            expected = range(of) if of else range(min(numbers), max(numbers))
+            first = int(of in numbers and 0 not in numbers)  # some count from 1
+            expected = range(first, first + of) if of else range(min(numbers), max(numbers))
             if missing := [str(n) for n in expected if n not in numbers]:
                 notes.append(f"{len(missing)} of the shards {head}*{tail} are not there: number {some(missing)}")
     return notes
