@@ -199,7 +199,7 @@ def refuse_other_run(begun: dict[str, Any], now: dict[str, Any], output: Path, d
         if key in _NOTED:
             continue
         back = {
-            "cache": _cache_back(old, new, now["online"]),
+            "cache": _cache_back(old, new, bool(now.get("online"))),
             "online": "start it with --online" if old else "start it without --online",
         }.get(key, f"set it back with --set {'train.views' if key == 'views' else key}={_written(old)}")
         raise ConfigError(

@@ -62,6 +62,7 @@ def test_no_scratch_lies_in_the_output_and_none_is_left(
     """That of an older version is cleared away, and so is what a dead run of this output left; another run's stays."""
     output = tmp_path / "run"
     (output / "scratch" / "rank000" / "epoch00000").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
     left, others = new_scratch(output, 3), new_scratch(tmp_path / "other")
     seen: list[Path] = []
 
@@ -77,6 +78,8 @@ def test_no_scratch_lies_in_the_output_and_none_is_left(
 
 
 def test_scratch_is_its_users_own_and_its_runs_own(tmp_path: Path, temp: Path) -> None:
+    for name in ("run", "run2", "x"):
+        (tmp_path / name).mkdir()
     one, two = new_scratch(tmp_path / "run", 1), new_scratch(tmp_path / "run2", 1)
     assert one.stat().st_mode & 0o077 == 0 and one.name.split("-")[1] != two.name.split("-")[1]
     assert new_scratch(tmp_path / "x" / ".." / "run", 1).name.split("-")[1] == one.name.split("-")[1]
@@ -84,6 +87,9 @@ def test_scratch_is_its_users_own_and_its_runs_own(tmp_path: Path, temp: Path) -
     (temp / one.name.replace("rank001", "rank009")).symlink_to(tmp_path / "precious")
     clear_scratch(tmp_path / "run")
     assert not one.exists() and two.exists() and (tmp_path / "precious").is_dir()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "run").mkdir()  # the same path in another container is another folder
+    assert new_scratch(tmp_path / "run", 1).name.split("-")[1] != one.name.split("-")[1]
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
