@@ -2,6 +2,7 @@
 
 choose    validation images where there are any of the same classes, else training images, evenly over the classes
 top-1     near chance is refused
+apart     data.val and data.train must number their classes alike
 order     predictions against labels, class by class: an order of the outputs that explains much more is refused
 variants  other usual normalisations, on the same images: one that is clearly better is noted
 """
@@ -9,7 +10,8 @@ variants  other usual normalisations, on the same images: one that is clearly be
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from cskd.teacher_variants import ENOUGH, Better, better_variant
 
 Ints = NDArray[np.int64]
 
+ASIDE = 64  # images of data.train that are looked at where data.val is checked
 MORE = 128  # images at most that are read to make sure of an order, or of a variant
 PER_CLASS = 16  # images of a class that are enough to be sure
 PERFECT = 0.995  # top-1 from which on no other normalisation is looked for
@@ -85,6 +88,10 @@ def clean_check(teacher: Teacher, maker: ViewMaker, config: Config) -> CleanChec
     top1 = seen.top1(count)
 
     known = known_orders(names, teacher.chosen, teacher.outputs)
+    if sources[0].name == "val" and (fault := _numbered_apart(seen, sources[-1], known, min(wanted, ASIDE))):
+        if config.teacher.check == "refuse":
+            raise TeacherError(f"{fault}; teacher.check: note goes on")
+        notes.append(fault)
     if len(unsure := suspects(seen.predicted, seen.labels, len(names), known)):
         goal = max(1, min(PER_CLASS, MORE // len(unsure)))
         seen.more(goal * len(unsure) - int(np.isin(seen.labels, unsure).sum()), min(MORE, wanted), unsure)
@@ -122,6 +129,33 @@ def _judge(
     if not order.sure:
         return [], [f"{shows} ({cured}): are its outputs in that order? teacher.classes says it"]
     return [f"{shows} ({cured}); set teacher.classes: {order.cure or _outputs(order, teacher)}"], []
+
+
+def _numbered_apart(val: _Seen, source: _Source, known: Mapping[str, Ints], count: int) -> str | None:
+    """Why data.val can't number its classes as data.train does, by some images of that; None where it may.
+
+    Either another order fits data.val and not data.train, or the teacher is right for data.val alone: nobody's teacher is much
+    better on images that it was not trained on.
+    """
+    train = _Seen(val.teacher, [source])
+    with contextlib.suppress(DataError):  # it is said where the data set is read in its turn
+        train.add(source, spread(source.label, count))
+    n, m = len(train), len(val)
+    if not n:
+        return None
+    on_train, on_val = train.top1(n), val.top1(m)
+    order = other_order(val.predicted, val.labels, len(source.maker.inventory.classes), known)
+    moved = (
+        order is not None and train.top1(n, order.column) < on_train - 0.2 and val.top1(m, order.column) > on_val + 0.2
+    )
+    mean = (n * on_train + m * on_val) / (n + m)
+    clear = abs(on_train - on_val) > 4 * math.sqrt(mean * (1 - mean) * (1 / n + 1 / m))
+    if not clear or not (moved or on_train < on_val / 2):
+        return None
+    return (
+        f"data.val numbers its classes otherwise than data.train: the teacher gets {100 * on_train:.1f} % of {n} images of "
+        f"data.train right, {100 * on_val:.1f} % of {m} of data.val; pack both with one class list (--classes)"
+    )
 
 
 def _outputs(order: OtherOrder, teacher: Teacher) -> str:

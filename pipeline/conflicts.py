@@ -168,6 +168,12 @@ def as_begun(config: Config, begun: dict[str, Any] | None) -> tuple[Config, list
             mine = dataclasses.replace(mine, **{name: value})
             config = dataclasses.replace(config, **{section: mine})
             notes.append(f"{key} is {_written(value)}, as this run was begun")
+    train = (begun or {}).get("train")
+    best = train.get("best") if isinstance(train, dict) else None
+    if best and config.train.best is None and config.data.val and "train.best" not in config.given:
+        # Another export must not end the search: a later one of the best would find what was the best till now.
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, best=str(best)))
+        notes.append(f"train.best is {_written(best)}, as this run was begun")
     return config, notes
 
 

@@ -82,8 +82,7 @@ class RunState:
             self.notes += [said.format(f"{key} = {new} in place of {old}") for key, old, new in changes]
             return
         self.changes += [{"key": key, "old": old, "new": new, "step": step} for key, old, new in changes]
-        known = next((best.name for best in (self.best, self.shown) if best is not None), None)
-        if any(key == "val" or (key == "train.best" and new not in (None, known)) for key, _, new in changes):
+        if {"train.best", "val"} & {key for key, *_ in changes}:
             self.best = self.shown = None
 
     def forget_lost_best(self, files: BestWeights) -> None:
@@ -219,9 +218,8 @@ def stopped(
     if not there:
         return ConfigError(f"{what}, before a state was saved; start again with {lower}")
     if not left:
-        return ConfigError(
-            f"{what}, and no state in {states.folder} led to anything else; remove it and start again with {lower}"
-        )
+        then = "run the same command" if again else f"start again with {lower}"  # these weights are another setting's
+        return ConfigError(f"{what}, and no state in {states.folder} led to anything else; remove it and {then}")
     states.set_aside(set(there) - set(left))
     gone = f" (later ones set aside: {len(there) - len(left)})" if len(left) < len(there) else ""
     return ConfigError(f"{what}; the same command with {lower} goes on from the state of step {left[0]}{gone}")

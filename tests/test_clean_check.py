@@ -361,3 +361,26 @@ def test_images_are_spread_over_the_classes_sorted_or_not(
 
 def test_images_of_a_class_are_spread_over_the_data_set() -> None:
     assert spread(np.zeros(100, np.int64), 4).tolist() == [12, 37, 62, 87]
+
+
+@pytest.mark.parametrize(("per_class", "moved"), [(4, "val"), (20, "val"), (8, "train")])
+def test_validation_images_that_are_numbered_otherwise_are_named_and_no_order_is_advised(
+    base: Path, tmp_path: Path, per_class: int, moved: str
+) -> None:
+    """The cure of a wrong order of the teacher would seal a cache whose labels contradict its targets."""
+    rotated = [*NAMES[1:], NAMES[0]]
+    for split, start in (("train", 0), ("val", 100)):
+        made = images(tmp_path / "src" / split, per_class, start)
+        if split == moved:
+            for name in NAMES:
+                (made / name).rename(made / f"was {name}")
+            for name, other in zip(NAMES, rotated, strict=True):
+                (made / f"was {name}").rename(made / other)
+        pack(made, tmp_path / split)
+    (tmp_path / "net.py").write_text(TEACHER)
+    said = refusal(config(tmp_path, val="val"))
+    assert "data.val numbers its classes otherwise than data.train" in said and "teacher.classes" not in said
+    if moved == "val":  # as the old advice had it: right for data.val alone
+        assert "numbers its classes otherwise" in refusal(config(tmp_path, val="val", classes="shift:-1"))
+    found, _ = check(config(tmp_path, val="val", check="note", min_top1=0.0))
+    assert any("numbers its classes otherwise" in note for note in found.notes)

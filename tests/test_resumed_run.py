@@ -288,10 +288,25 @@ def test_what_sets_a_source_of_views_back_can_be_done() -> None:
             refuse_other_run(identity(**begun), identity(**now), Path("runs/mine"), True)
 
 
-def test_another_export_keeps_the_best_and_another_score_does_not() -> None:
-    best = Best("top1.class", 50.0, 4, "0" * 64)
-    for new, kept in ((None, best), ("top1.class", best), ("top1.all", None)):
+def test_another_score_starts_the_search_for_the_best_again() -> None:
+    for new in (None, "top1.all"):
         state = RunState(Ranks(), torch.device("cpu"), ("label",), 2)
-        state.best = state.shown = best
+        state.best = state.shown = Best("top1.class", 50.0, 4, "0" * 64)
         state.change([("train.best", "top1.class", new)], 4)
-        assert (state.best, state.shown) == (kept, kept)
+        assert (state.best, state.shown) == (None, None)
+
+
+def test_a_run_that_exports_something_else_for_a_while_still_finds_its_best(cached: Path, tmp_path: Path) -> None:
+    """As where it is requeued without the key: what the run is begun with stays, unless the user writes another."""
+    whole = settings(cached, tmp_path / "whole", export="best", epochs=3)
+    train(whole, quiet=True)
+    cut = settings(cached, tmp_path / "cut", export="best", epochs=3, max_steps=STEPS)
+    train(cut, quiet=True)
+    notes = train(settings(cached, tmp_path / "cut", epochs=3, max_steps=2 * STEPS), quiet=True).notes
+    assert any(note.startswith("train.best is top1.") and "as this run was begun" in note for note in notes)
+    train(settings(cached, tmp_path / "cut", export="best", epochs=3), quiet=True)
+    for run in ("whole", "cut"):
+        assert (tmp_path / run / "model.safetensors").exists()
+    assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
