@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from pipeline.conflicts import RUN_NAMES, refuse_foreign
 from pipeline.precheck import check_output
 from pipeline.progress import say
 
+FIRST_SPEAKS = 3.0  # seconds: torchrun ends all ranks once one has ended, and the first one knows why
 _PNG = b"\x89PNG\r\n\x1a\n"
 _READ_OR_WRITTEN = (
     *("data.train", "data.val", "teacher.weights", "teacher.classes", "student.init"),
@@ -84,6 +86,8 @@ def sole_run(config: Config, ranks: Ranks, device: torch.device, quiet: bool) ->
             except (CskdError, OSError) as e:
                 refused = e
         if ranks.sum(torch.tensor([float(refused is not None)], device=device)).item():
+            if refused is None:
+                time.sleep(FIRST_SPEAKS)
             raise refused or PathError(f"rank {ranks.rank}: the first rank was refused train.output; see its line")
         if writer is not None:
             for left in (*output.glob(".*.tmp"), *(output / "resume").glob(".*.tmp")):  # of a killed run's writers
