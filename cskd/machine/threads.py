@@ -1,8 +1,9 @@
 """How many threads the main process computes with, and how they wait for each other. No torch is loaded by importing it.
 
 Parallel loops end at barriers. By default OpenMP's threads spin there for milliseconds; where another process has one of the
-cores, the thread that everybody waits for does not run, and a loop of 50 us takes as long as a time slice: training of a small
-student next to two busy processes on two cores was 20 times slower than with one thread (`python -m benchmarks.threads`).
+cores, the thread that everybody waits for does not run, and a loop of 50 us takes as long as a time slice: on two cores, training
+of a small student was 2 to 3 times slower than with one thread next to two busy processes, and 14 times under a load of ten
+(`python -m benchmarks.threads`).
 Here they look 2,000 times, some 10 us, and then sleep. Not at once: sleeping and waking costs a small student on a
 quiet machine all that its second thread gains.
 
