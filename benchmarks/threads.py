@@ -10,7 +10,7 @@ work on the machine slows all of them.
     one         one thread
     default     torch's own: a thread per core, which spin at barriers
     asleep      a thread per core, which sleep at once (OMP_WAIT_POLICY=passive)
-    cskd        what cskd chooses without loader workers: a thread per core, which spin some 10 us and then sleep
+    cskd        what cskd chooses without loader workers: a thread per core, which look 2,000 times and then sleep
     cskd left   the same with one core less, left to loader workers
     spin N      as cskd, with GOMP_SPINCOUNT=N, for each of --spins
 

@@ -15,7 +15,7 @@ from cskd.inventory import Inventory
 from cskd.packing.index import index
 from cskd.packing.pack import pack
 from cskd.untrusted import printable
-from pipeline.progress import Progress, say
+from pipeline.progress import Notes, Progress, say
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,12 @@ def pack_data(
     quiet: bool = False,
 ) -> PackReport:
     """`cskd.packing.pack.pack` with progress; arguments as there."""
-    start = time.perf_counter()
+    start, notes = time.perf_counter(), Notes(quiet)
+
+    def tell(lines: list[str]) -> None:
+        notes.add(lines)
+        notes.say()
+
     with ExitStack() as stack:
         shown = stack.enter_context(Progress("list", 0, quiet=quiet))
 
@@ -69,8 +74,9 @@ def pack_data(
             short_side=short_side,
             split=split,
             progress=show,
-            tell=lambda notes: say(notes, quiet),
+            tell=tell,
         )
+    tell(inventory.notes)
     return _report(inventory, start)
 
 
@@ -85,6 +91,7 @@ def index_data(
             shown.update(images, shards=f"{done} of {total}")
 
         inventory = index(shards, classes=classes, block=block, split=split, progress=show)
+    say(inventory.notes, quiet)
     return _report(inventory, start)
 
 
@@ -99,8 +106,6 @@ def render(report: PackReport, console: Console) -> None:
         soft_wrap=True,
     )
     console.print(f"inventory {report.inventory}", soft_wrap=True)
-    for note in report.notes:
-        console.print(escape(printable(note)), soft_wrap=True)
 
 
 def _report(inventory: Inventory, start: float) -> PackReport:

@@ -23,12 +23,11 @@ import pipeline.train
 from cskd.config import Config, from_dict, to_yaml
 from cskd.errors import CacheError, ConfigError
 from cskd.student.checkpoint import load_student
-from pipeline.cache_teacher import cache_teacher
 from pipeline.evaluate import evaluate_checkpoint, render
 from pipeline.metrics import read_metrics
 from pipeline.train import train
 from tests.caches import make_tiny_data
-from tests.test_pipeline import TEACHER, config
+from tests.test_pipeline import cached_data, config
 
 ROOT = Path(__file__).resolve().parent.parent
 DEIT = {"randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25, "mixup": 0.8, "cutmix": 1.0}
@@ -36,12 +35,7 @@ DEIT = {"randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25, "mixup": 0.8, "cut
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("baseline")
-    (folder / "net.py").write_text(TEACHER)
-    make_tiny_data(folder / "train", n=42, block=20, shard=10)
-    make_tiny_data(folder / "val", n=12, block=20, shard=10)
-    cache_teacher(config(folder, recipe=DEIT, cache={"views": 6}), quiet=True)
-    return folder
+    return cached_data(tmp_path_factory.mktemp("baseline"), recipe=DEIT, cache={"views": 6})
 
 
 def cached(base: Path, name: str, **sections: dict[str, Any]) -> Config:

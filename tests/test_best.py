@@ -17,28 +17,20 @@ from cskd.config import Config, LossConfig, from_dict
 from cskd.errors import ConfigError
 from cskd.student.average import average_notes, share_of_start
 from cskd.student.best import Best, score_asked, score_names
-from pipeline.cache_teacher import cache_teacher
 from pipeline.evaluate import HeadScores, evaluate_checkpoint
 from pipeline.metrics import read_metrics
 from pipeline.train import train
-from tests.caches import make_tiny_data
 from tests.test_checkpoint import start
-from tests.test_pipeline import TEACHER, config
+from tests.test_pipeline import cached_data, run_settings
 
 
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("best")
-    (folder / "net.py").write_text(TEACHER)
-    make_tiny_data(folder / "train", n=42, block=20, shard=10)
-    make_tiny_data(folder / "val", n=12, block=20, shard=10)
-    cache_teacher(config(folder), quiet=True)
-    return folder
+    return cached_data(tmp_path_factory.mktemp("best"))
 
 
 def settings(base: Path, output: Path, **changes: Any) -> Config:
-    made = config(base, "run", train={"epochs": 4, **changes})
-    return dataclasses.replace(made, train=dataclasses.replace(made.train, output=str(output)))
+    return run_settings(base, output, **{"epochs": 4, **changes})
 
 
 def scored(monkeypatch: pytest.MonkeyPatch, *scores: float) -> None:

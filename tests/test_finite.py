@@ -19,25 +19,18 @@ from cskd.ranks import Ranks
 from cskd.student.checkpoint import ResumeStates, TrainState, export, load_student
 from cskd.student.finite import NotFiniteError, first_not_finite
 from cskd.student.optim import Optimisation
-from pipeline.cache_teacher import cache_teacher
 from pipeline.metrics import read_metrics
 from pipeline.run_state import RunState
 from pipeline.train import train
-from tests.caches import make_tiny_data
 from tests.test_checkpoint import NAMES, advance, start
-from tests.test_pipeline import TEACHER, config
+from tests.test_pipeline import cached_data, config, run_settings
 
 NAN, INF = math.nan, math.inf
 
 
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finite")
-    (folder / "net.py").write_text(TEACHER)
-    make_tiny_data(folder / "train", n=42, block=20, shard=10)
-    make_tiny_data(folder / "val", n=12, block=20, shard=10)
-    cache_teacher(config(folder), quiet=True)
-    return folder
+    return cached_data(tmp_path_factory.mktemp("finite"))
 
 
 def settings(base: Path, output: Path, **changes: Any) -> Config:
@@ -50,8 +43,7 @@ def settings(base: Path, output: Path, **changes: Any) -> Config:
         "warmup_lr": 1e-3,
         "weight_decay": 0.0,
     }
-    made = config(base, "run", train={**steep, **changes})
-    return dataclasses.replace(made, train=dataclasses.replace(made.train, output=str(output)))
+    return run_settings(base, output, **{**steep, **changes})
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, at: int, value: float, gradient: bool) -> None:

@@ -41,6 +41,7 @@ def test_a_limit_says_how_many_of_the_classes_have_images_and_keeps_the_labels(
         "pack: 5 "
     )
     assert "note: 2 of 3 classes have images; none: ant" in err
+    assert err.count("taken, as limited") == 1 and "as limited" not in shown(report)
     assert (tmp_path / "out" / "classes.txt").read_text() == "ant\nbee\ncat\n"
 
 

@@ -56,6 +56,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def cached_data(folder: Path, *, n: int = 42, val: int = 12, **sections: dict[str, Any]) -> Path:
+    """Training and validation images, a teacher's file and its finished cache in a folder, which is returned."""
+    (folder / "net.py").write_text(TEACHER)
+    make_tiny_data(folder / "train", n=n, block=20, shard=10)
+    make_tiny_data(folder / "val", n=val, block=20, shard=10)
+    cache_teacher(config(folder, **sections), quiet=True)
+    return folder
+
+
+def run_settings(base: Path, output: Path, **changes: Any) -> Config:
+    """`config` with these keys of its `train` section, and results in `output`."""
+    made = config(base, "run", train=changes)
+    return dataclasses.replace(made, train=dataclasses.replace(made.train, output=str(output)))
+
+
 def config(base: Path, name: str = "run", **sections: dict[str, Any]) -> Config:
     raw: dict[str, dict[str, Any]] = {
         "data": {"train": str(base / "train"), "val": str(base / "val") if (base / "val").is_dir() else ""},

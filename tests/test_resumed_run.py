@@ -19,13 +19,11 @@ from cskd.ranks import Ranks
 from cskd.student.best import Best
 from cskd.student.optim import Optimisation
 from cskd.student.resume import digest
-from pipeline.cache_teacher import cache_teacher
 from pipeline.conflicts import as_begun, change_note, changed_on_resume, refuse_other_run
 from pipeline.metrics import read_metrics
 from pipeline.run_state import RunState
 from pipeline.train import train
-from tests.caches import make_tiny_data
-from tests.test_pipeline import TEACHER, config
+from tests.test_pipeline import cached_data, run_settings
 
 STEPS = 5  # of an epoch
 CLOCK = "seconds"  # the one field that says how long something took
@@ -33,17 +31,11 @@ CLOCK = "seconds"  # the one field that says how long something took
 
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("resumed")
-    (folder / "net.py").write_text(TEACHER)
-    make_tiny_data(folder / "train", n=42, block=20, shard=10)
-    make_tiny_data(folder / "val", n=12, block=20, shard=10)
-    cache_teacher(config(folder), quiet=True)
-    return folder
+    return cached_data(tmp_path_factory.mktemp("resumed"))
 
 
 def settings(base: Path, output: Path, **changes: Any) -> Config:
-    made = config(base, "run", train={"save_every": 1, "epochs": 2, **changes})
-    return dataclasses.replace(made, train=dataclasses.replace(made.train, output=str(output)))
+    return run_settings(base, output, **{"save_every": 1, "epochs": 2, **changes})
 
 
 def files(run: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Parallel loops end at barriers. By default OpenMP's threads spin there for milli
 cores, the thread that everybody waits for does not run, and a loop of 50 us takes as long as a time slice: on two cores, training
 of a small student was 2 to 3 times slower than with one thread next to two busy processes, and 14 times under a load of ten
 (`python -m benchmarks.threads`).
-Here they look 2,000 times, some 10 us, and then sleep. Not at once: sleeping and waking costs a small student on a
+Here they look 2,000 times and then sleep. Not at once: sleeping and waking costs a small student on a
 quiet machine all that its second thread gains.
 
 OpenMP reads its settings once, when torch is loaded, so `wait_passively` comes before it: `pipeline/__init__.py` calls it.
