@@ -1,0 +1,187 @@
+"""Train the students of docs/RESULTS.md and keep a tally. The same command goes on after any interruption.
+
+    python -m benchmarks.results.sweep [--only few,few-plain] [--processes 2] [--minutes 110] [--device cuda]
+    python -m benchmarks.results.sweep --list
+
+Every run is one `cskd train` of its own process; what one left when it was killed goes on. A finished run is evaluated again
+from its checkpoint alone, as `cskd eval` does, and gives one line of TALLY. Caches that are missing are made first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from datetime import date
+from fnmatch import fnmatch
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+
+from benchmarks.results import ROOT
+from benchmarks.results.students import StudentRun, all_runs
+from cskd.errors import CskdError
+from cskd.store.cache import Cache, open_cache
+from cskd.store.commit import UnitFile
+from pipeline.cache_teacher import cache_teacher
+from pipeline.evaluate import evaluate_checkpoint
+from pipeline.metrics import read_metrics
+from pipeline.train import train
+
+ON_CUDA = {"train": 2, "cache": 12}  # processes that decode
+TALLY = ROOT / "docs" / "results" / "tally.jsonl"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="*", help="names of runs, with wildcards, comma between: few/*,all/none/*")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="runs side by side")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="stop after so many; runs go on the next time"
+    )
+    parser.add_argument("--tally", type=Path, default=TALLY, help="where a line is added for each finished run")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--list", action="store_true", help="list the runs, which are finished, and their commands")
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # one run by name, in this process; its line on stdout
+    args = parser.parse_args(arguments)
+    patterns = [p if "/" in p or p == "*" else f"{p}/*" for p in args.only.split(",")]
+    runs = [run for run in all_runs() if any(fnmatch(run.name, p) for p in patterns)]
+    try:
+        if args.run:
+            print(json.dumps(finish(next(run for run in runs if run.name == args.run), args.device)))
+            return 0
+        done = finished(args.tally)
+        if args.list:
+            print("\n".join(f"{'done' if r.name in done else '    '} {r.name:32} {r.command}" for r in runs))
+            return 0
+        pending = [run for run in runs if run.name not in done]
+        if not pending:
+            print(f"all {len(runs)} runs are in {args.tally}; --list lists them")
+            return 0
+        for config in dict.fromkeys(run.config for run in pending):
+            cache_teacher(next(run for run in pending if run.config == config).load(_machine("cache", args.device)))
+    except CskdError as e:
+        print(f"benchmarks/results/sweep.py: {e}", file=sys.stderr)
+        return 1
+    return Sweep(pending, args).work()
+
+
+class Sweep:
+    """Several runs at a time, each in a process of its own; `tally` gets a line when one is finished."""
+
+    def __init__(self, pending: list[StudentRun], args: argparse.Namespace) -> None:
+        self.pending, self.args = pending, args
+        self.end = time.monotonic() + 60 * args.minutes
+        self.finished = self.failed = 0
+        self._lock = Lock()
+
+    def work(self) -> int:
+        """Exit status: 1 where a run failed."""
+        with ThreadPoolExecutor(self.args.processes) as pool:
+            list(pool.map(self._train, self.pending))
+        left = len(self.pending) - self.finished - self.failed
+        print(f"{self.finished} runs finished, {self.failed} failed, {left} left; the same command goes on")
+        return int(self.failed > 0)
+
+    def _train(self, run: StudentRun) -> None:
+        if time.monotonic() >= self.end:
+            return
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
+        log = run.folder.with_suffix(".log")
+        command = [sys.executable, "-m", "benchmarks.results.sweep", "--run", run.name, "--device", self.args.device]
+        with log.open("w") as errors:
+            child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
+            try:
+                out, _ = child.communicate(timeout=max(1.0, self.end - time.monotonic()) if self.end < 1e9 else None)
+            except subprocess.TimeoutExpired:
+                child.send_signal(signal.SIGINT)  # it keeps the state of its last epoch
+                child.wait()
+                return
+        with self._lock:
+            if child.returncode:
+                self.failed += 1
+                print(f"{run.name} failed: {log.read_text().strip().splitlines()[-1:]}; see {log}", flush=True)
+                return
+            self.finished += 1
+            row = json.loads(out.splitlines()[-1])
+            self.args.tally.parent.mkdir(parents=True, exist_ok=True)
+            with self.args.tally.open("a") as tally:
+                tally.write(json.dumps(row) + "\n")
+            print(
+                f"{self.finished} of {len(self.pending)}: {run.name} {row['score']} {row['top1'][row['score']]:.2f} %, "
+                f"{row['seconds']:.0f} s",
+                flush=True,
+            )
+
+
+def finished(tally: Path) -> set[str]:
+    """Names of the runs that have a line."""
+    return {row["name"] for row in read_tally(tally)}
+
+
+def read_tally(tally: Path) -> list[dict[str, Any]]:
+    """The lines of a tally, the last of each run, in the order in which runs were finished first."""
+    lines = tally.read_text().splitlines() if tally.exists() else []
+    return list({row["name"]: row for row in map(json.loads, lines)}.values())
+
+
+def finish(run: StudentRun, device: str) -> dict[str, Any]:
+    """Train one student, or go on with it, and evaluate its checkpoint in float32: a line of the tally."""
+    config = run.load(_machine("train", device))
+    report = train(config, online=run.online, quiet=True)
+    evaluated = evaluate_checkpoint(run.folder, Path(config.data.val), 256, 0, None, device, quiet=True)
+    rows = read_metrics(run.folder)
+    curve = [{k: round(v, 4) if isinstance(v, float) else v for k, v in r.items() if _kept(k)} for r in rows]
+    cache = open_cache(config.cache.path)
+    views = config.train.views or cache.views
+    return {
+        "name": run.name,
+        **{k: v for k, v in asdict(run).items() if k in ("question", "method", "seed", "online")},
+        "command": run.command,
+        "score": evaluated.score,
+        "top1": {name: head.top1 for name, head in evaluated.heads.items()},
+        "arithmetic": evaluated.arithmetic,
+        "epochs": config.train.epochs,
+        "views": views,
+        "target_bytes": sum(
+            file.size for b in range(cache.blocks) for v in range(views) for file in _files(cache, b, v)
+        ),
+        "curve": curve,
+        "seconds": sum(row["seconds"] for row in rows),
+        "teacher_forwards": report.teacher_forwards,
+        "weights_sha256": hashlib.sha256((run.folder / "model.safetensors").read_bytes()).hexdigest(),
+        "cache": cache.content_root(),
+        "device": torch.cuda.get_device_name() if evaluated.device.startswith("cuda") else evaluated.device,
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+    }
+
+
+def _machine(section: str, device: str) -> tuple[str, ...]:
+    """Overrides for a device: beside a GPU, processes decode."""
+    workers = (f"{section}.workers={ON_CUDA[section]}",) if device.startswith("cuda") else ()
+    return (f"{section}.device={device}", *workers)
+
+
+def _files(cache: Cache, block: int, view: int) -> Sequence[UnitFile]:
+    commit = cache.commit_of(block, view)
+    return commit.files if commit else ()
+
+
+def _kept(key: str) -> bool:
+    """The columns of metrics.jsonl that tables and figures are made of."""
+    return key in ("epoch", "loss", "seconds") or key.startswith("top1.")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
