@@ -11,10 +11,14 @@ import pytest
 import torch
 from scipy.stats import ttest_rel
 
-from benchmarks.results import figures, tables, teacher
+from benchmarks.results import figures, sweep, tables, teacher
 from benchmarks.results.networks import CifarResNet
-from benchmarks.results.students import METHODS, all_runs
-from benchmarks.results.tables import Difference, epochs_to
+from benchmarks.results.students import METHODS, StudentRun, all_runs
+from benchmarks.results.tables import Difference, epochs_to, score
+from cskd.config import Config
+from pipeline.evaluate import evaluate_checkpoint
+from pipeline.train import TrainReport, train
+from tests.test_pipeline import cached_data, config
 
 
 def row(method: str, seed: int, top1: float, question: str = "few", **more: Any) -> dict[str, Any]:
@@ -98,7 +102,10 @@ def test_runs_have_names_of_their_own_and_configs_that_load(monkeypatch: pytest.
     assert len({run.name for run in runs}) == len(runs)
     methods = {run.method: run.load().loss for run in runs if run.question == "few"}
     assert set(methods) == set(METHODS) and methods["local"].decay == "local" and methods["none"].method == "none"
-    same = {str((c.recipe, c.student, c.cache.path, c.train.epochs)) for c in (r.load() for r in runs if r.question == "few")}
+    same = {
+        str((c.recipe, c.student, c.cache.path, c.train.epochs))
+        for c in (r.load() for r in runs if r.question == "few")
+    }
     assert len(same) == 1, "methods of a question must differ in what is taught alone"
 
 
@@ -134,3 +141,33 @@ def test_a_network_with_kernels_of_one_sees_less() -> None:
         return int((images.grad.abs().amax((0, 1, 2)) > 0).sum())
 
     assert seen((3, 3, 1)) < seen((3, 3, 3))
+
+
+class TinyRun(StudentRun):
+    """A run of tests/test_pipeline.py's images."""
+
+    def load(self, more: tuple[str, ...] = ()) -> Config:
+        return config(self.folder.parents[3], f"runs/{self.name}", train={"eval_every": 2})
+
+
+def test_a_finished_run_gives_the_line_that_its_checkpoint_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CSKD_RESULTS", str(cached_data(tmp_path)))
+    calls: list[bool] = []
+
+    def counted(config: Config, online: bool, quiet: bool) -> TrainReport:
+        calls.append(True)
+        return train(config, online=online, quiet=quiet)
+
+    monkeypatch.setattr(sweep, "train", counted)
+    run = TinyRun("few", "cskd-linear", 0)
+    line = sweep.finish(run, "cpu")
+    again = evaluate_checkpoint(run.folder, tmp_path / "val", 4, 0, None, "cpu", quiet=True)
+    assert score(line) == again.heads[again.score].top1 and line["arithmetic"] == "float32"
+    assert [point["epoch"] for point in line["curve"] if "top1.class" in point] == [1, 2]
+    assert line["teacher_forwards"] == 0 and line["views"] == 3 and line["target_bytes"] > 0
+    tally = tmp_path / "tally.jsonl"
+    tally.write_text(json.dumps(line) + "\n" + json.dumps(line | {"seconds": 1.0}) + "\n")
+    assert [row["seconds"] for row in sweep.read_tally(tally)] == [1.0], "the last line of a run counts"
+    assert sweep.finish(run, "cpu")["weights_sha256"] == line["weights_sha256"] and len(calls) == 2

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.results import ROOT, results_folder
+from benchmarks.results import data_folder, results_folder
 from cskd.errors import CskdError
 from cskd.inventory import Inventory, open_inventory
 from cskd.seeds import permutation
@@ -34,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?", default=results_folder())
     out = parser.parse_args(arguments).out / "data"
-    source = Path(os.environ.get("CSKD_DATA", ROOT.parent / "shared")) / "data"
+    source = data_folder() / "data"
     try:
         for name, tar in (("all", "cifar10-train.tar.gz"), ("val", "cifar10-val.tar.gz")):
             if not (out / name / "inventory").exists():

@@ -69,7 +69,7 @@ def all_runs() -> list[StudentRun]:
     runs = [
         *(_main(StudentRun("few", m, s, rank=s)) for s in range(5) for m in MAIN),
         *(StudentRun("few", m, s, rank=s) for s in range(3) for m in METHODS if m not in MAIN),
-        *(_views(v) for v in (1, 3, 9, 18)),
+        *(_views(v) for v in (1, 3, 9)),
         *(StudentRun("few-plain", m, s, sets=PLAIN, rank=2 + s) for s in range(2) for m in MAIN),
         *(_short(online) for online in (False, True)),
         *(StudentRun("all", m, s, "all.yaml", rank=3 + 3 * s) for s in range(3) for m in MAIN),

@@ -3,8 +3,9 @@
     python -m benchmarks.results.sweep [--only few,few-plain] [--processes 2] [--minutes 110] [--device cuda]
     python -m benchmarks.results.sweep --list
 
-Every run is one `cskd train` of its own process; what one left when it was killed goes on. A finished run is evaluated again
-from its checkpoint alone, as `cskd eval` does, and gives one line of TALLY. Caches that are missing are made first.
+Every run is one `cskd train` in a process of its own; what one left when it was killed goes on. A finished run is evaluated
+again from its checkpoint alone, as `cskd eval` does, and gives one line of the tally. Images, teachers and caches that are
+missing are made first, in $CSKD_RESULTS, else runs/results.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.results import ROOT
+from benchmarks.results import ROOT, data, teacher
 from benchmarks.results.students import StudentRun, all_runs
 from cskd.errors import CskdError
 from cskd.store.cache import Cache, open_cache
@@ -68,12 +69,25 @@ def main(arguments: list[str] | None = None) -> int:
         if not pending:
             print(f"all {len(runs)} runs are in {args.tally}; --list lists them")
             return 0
-        for config in dict.fromkeys(run.config for run in pending):
-            cache_teacher(next(run for run in pending if run.config == config).load(_machine("cache", args.device)))
+        if not prepare(pending, args.device):
+            return 1
     except CskdError as e:
         print(f"benchmarks/results/sweep.py: {e}", file=sys.stderr)
         return 1
     return Sweep(pending, args).work()
+
+
+def prepare(pending: list[StudentRun], device: str) -> bool:
+    """Make the images, teachers and caches that the runs need and that are not there. Returns: whether that went well."""
+    if data.main([]):
+        return False
+    for run in {run.config: run for run in pending}.values():
+        config = run.load(_machine("cache", device))
+        name = Path(run.config).stem
+        if not Path(str(config.teacher.weights)).exists() and teacher.main([name, "--device", device]):
+            return False
+        cache_teacher(config)
+    return True
 
 
 class Sweep:
@@ -82,6 +96,7 @@ class Sweep:
     def __init__(self, pending: list[StudentRun], args: argparse.Namespace) -> None:
         self.pending, self.args = pending, args
         self.end = time.monotonic() + 60 * args.minutes
+        self.environ = os.environ | ({"OMP_NUM_THREADS": "1"} if args.processes > 1 else {})
         self.finished = self.failed = 0
         self._lock = Lock()
 
@@ -100,7 +115,9 @@ class Sweep:
         log = run.folder.with_suffix(".log")
         command = [sys.executable, "-m", "benchmarks.results.sweep", "--run", run.name, "--device", self.args.device]
         with log.open("w") as errors:
-            child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
+            child = subprocess.Popen(
+                command, cwd=ROOT, env=self.environ, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
             try:
                 out, _ = child.communicate(timeout=max(1.0, self.end - time.monotonic()) if self.end < 1e9 else None)
             except subprocess.TimeoutExpired:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,11 @@ from safetensors.torch import load_file, save_file
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
+from benchmarks.results import results_folder, shared_weights
 from benchmarks.results.networks import CifarResNet
 from cskd.augment.device import normalise
 from cskd.devices import autocast, pick_device
+from cskd.errors import ConfigError, CskdError
 from cskd.files.folders import mark, refuse_output
 from cskd.files.writer import sole_writer
 from cskd.images import decode
@@ -37,6 +40,10 @@ from cskd.shards import ShardReader
 from pipeline.progress import Progress
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+PRESETS: dict[str, dict[str, Any]] = {
+    "few": {"train": results_folder() / "data" / "few", "blocks": 3, "epochs": 80, "lr": 0.2, "eval_every": 10},
+    "all": {"train": results_folder() / "data" / "all", "init": shared_weights("cifar10_resnet56.safetensors")},
+}
 PADDING = 4  # pixels an image may be shifted
 EMA = 0.999
 
@@ -63,9 +70,9 @@ class Images:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder for teacher.safetensors, its states and its tally")
-    parser.add_argument("--train", type=Path, required=True, help="packed images to learn from")
-    parser.add_argument("--val", type=Path, required=True, help="packed images that are only looked at")
+    parser.add_argument("name", help="few, all, or a name for another one")
+    parser.add_argument("--train", type=Path, help="packed images to learn from")
+    parser.add_argument("--val", type=Path, default=results_folder() / "data" / "val", help="packed images to look at")
     parser.add_argument("--init", type=Path, help="weights of the same network to start from")
     parser.add_argument("--blocks", type=int, default=9, help="in each stage: 9 is ResNet-56, 3 ResNet-20")
     parser.add_argument("--widths", type=int, nargs=3, default=[16, 32, 64], help="channels of the stages")
@@ -73,10 +80,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=14)
     parser.add_argument("--lr", type=float, default=0.05, help="the largest")
     parser.add_argument("--cutmix", type=float, default=0.5, help="share of batches")
-    parser.add_argument("--eval-every", type=int, default=1, help="epochs")
+    parser.add_argument("--eval-every", type=int, default=2, help="epochs")
     parser.add_argument("--threads", type=int, help="of arithmetic; default: from the cores")
     parser.add_argument("--device", default="auto")
-    print(json.dumps(train_teacher(parser.parse_args(arguments))))
+    name = parser.parse_args(arguments).name
+    parser.set_defaults(**PRESETS.get(name, {}), out=results_folder() / "teachers" / name)
+    args = parser.parse_args(arguments)
+    if args.train is None:
+        parser.error(f"--train is missing: teacher {name} is none of {', '.join(PRESETS)}")
+    try:
+        print(json.dumps(train_teacher(args)))
+    except CskdError as e:
+        print(f"benchmarks/results/teacher.py: {e}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -116,7 +132,7 @@ class Run:
         self.batch = min(128, len(self.train) // 16)
         self.steps = len(self.train) // self.batch
         self._state = args.out / "state.pt"
-        self._begun = {k: str(v) for k, v in vars(args).items() if k not in ("threads", "device", "out")}
+        self._begun = {k: str(v) for k, v in vars(args).items() if k not in ("name", "threads", "device", "out")}
         if self._state.exists():
             self._load()
 
@@ -188,7 +204,7 @@ class Run:
     def _load(self) -> None:
         state = torch.load(self._state, map_location=self.device, weights_only=True)
         if state["begun"] != self._begun:
-            raise SystemExit(f"{self.args.out} holds a teacher begun with {state['begun']}; give another folder")
+            raise ConfigError(f"{self.args.out} holds a teacher begun with {state['begun']}; give another name")
         self.model.load_state_dict(state["model"])
         self.averaged.module.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
