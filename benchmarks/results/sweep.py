@@ -31,6 +31,7 @@ import torch
 
 from benchmarks.results import ROOT, data, teacher
 from benchmarks.results.students import StudentRun, all_runs
+from cskd.devices import pick_device
 from cskd.errors import CskdError
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import UnitFile
@@ -46,7 +47,7 @@ TALLY = ROOT / "docs" / "results" / "tally.jsonl"
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", help="names of runs, with wildcards, comma between: few/*,all/none/*")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="runs side by side")
+    parser.add_argument("--processes", type=int, help="runs side by side; default: one per core, per three beside a GPU")
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="stop after so many; runs go on the next time"
     )
@@ -55,6 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="list the runs, which are finished, and their commands")
     parser.add_argument("--run", help=argparse.SUPPRESS)  # one run by name, in this process; its line on stdout
     args = parser.parse_args(arguments)
+    args.device = str(pick_device(args.device))
+    args.processes = args.processes or max(1, (os.cpu_count() or 1) // (3 if args.device.startswith("cuda") else 1))
     patterns = [p if "/" in p or p == "*" else f"{p}/*" for p in args.only.split(",")]
     runs = [run for run in all_runs() if any(fnmatch(run.name, p) for p in patterns)]
     try:
