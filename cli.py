@@ -24,7 +24,7 @@ from typer.core import TyperGroup
 import cskd
 from cskd.errors import CskdError
 from cskd.files.paths import local_path
-from cskd.untrusted import printable
+from cskd.files.read import printable
 
 _leaving = threading.Lock()  # never given back
 
@@ -115,7 +115,7 @@ def pack(
     json_: Json = False,
 ) -> None:
     """A folder of class folders (or a tar of one) to shuffled webdataset shards with an inventory."""
-    from pipeline.packing import pack_data, render
+    from pipeline.pack import pack_data, render
 
     report = pack_data(src, out, classes, seed, shard_size, block, limit, short_side, split, quiet=json_)
     _print(report, json_, render)
@@ -130,7 +130,7 @@ def index(
     json_: Json = False,
 ) -> None:
     """The inventory of existing webdataset shards, which stay as they are."""
-    from pipeline.packing import index_data, render
+    from pipeline.pack import index_data, render
 
     _print(index_data(shards, classes, block, split, quiet=json_), json_, render)
 
@@ -192,7 +192,7 @@ def inspect(
     json_: Json = False,
 ) -> None:
     """What a cache holds: a table, one sample as text, and its dense maps as a picture."""
-    from pipeline.inspect_cache import inspect, render
+    from pipeline.look.inspect_cache import inspect, render
 
     _print(inspect(cache, data=data, sample=sample, view=view, blend=blend, png=png), json_, render)
 
@@ -208,7 +208,7 @@ def verify(
     json_: Json = False,
 ) -> None:
     """Read every byte of a cache and check it; exit code 1 names each unit that is missing or damaged."""
-    from pipeline.verify import render, verify
+    from pipeline.care.verify import render, verify
 
     report = verify(cache, data=data, images=images, replay=replay, again=recompute, device=device, quiet=json_)
     _print(report, json_, render)
@@ -219,7 +219,7 @@ def verify(
 @app.command()
 def repair(cache: CachePath, data: Data = None, json_: Json = False) -> None:
     """Withdraw what is damaged in a cache, and make only that again; exit code 0 when it is whole."""
-    from pipeline.repair import render, repair
+    from pipeline.care.repair import render, repair
 
     _print(repair(cache, data=data, quiet=json_), json_, render)
 
@@ -233,7 +233,7 @@ def gc(
     json_: Json = False,
 ) -> None:
     """Remove files that killed writers left behind in a cache."""
-    from pipeline.gc import gc, render
+    from pipeline.care.gc import gc, render
 
     _print(gc(cache, older_than=older_than, dry_run=dry_run, data=data), json_, render)
 

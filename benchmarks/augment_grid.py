@@ -34,10 +34,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from timm.data import create_transform
 
-from cskd.augment.ops import apply, apply_op
-from cskd.augment.randaugment import OPERATIONS, Op, argument_of
-from cskd.augment.recipe import describe, sample_params
 from cskd.config import RecipeConfig
+from cskd.views.ops import apply, apply_op
+from cskd.views.randaugment import OPERATIONS, Op, argument_of
+from cskd.views.recipe import describe, sample_params
 
 ROOT = Path(__file__).resolve().parent.parent
 RAND = "rand-m9-mstd0.5-inc1"

@@ -28,22 +28,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cskd.augment.device import mix_pixels
-from cskd.augment.mixing import NONE, quads
 from cskd.codecs import Arrays, Codec, get_codec
 from cskd.codecs.base import BLEND_ONE
 from cskd.config import load_config
-from cskd.devices import pick_device
 from cskd.errors import CacheError, CskdError
-from cskd.forwards import pad_rows
 from cskd.loading.stage1 import ChunkMaker, chunks
-from cskd.loading.views import ViewMaker
-from cskd.replay import check_view
+from cskd.machine.devices import pick_device
 from cskd.store.cache import Cache, Unit, open_cache
 from cskd.store.format import RESOLVED, VIEW_FIELDS
 from cskd.store.unit import pack_unit
-from cskd.teacher import Teacher, load_teacher
-from pipeline.progress import Progress
+from cskd.teacher.forwards import pad_rows
+from cskd.teacher.model import Teacher, load_teacher
+from cskd.views.digest import check_view
+from cskd.views.maker import ViewMaker
+from cskd.views.mix_pixels import mix_pixels
+from cskd.views.mixing import NONE, quads
+from pipeline.show.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
 # Shapes: R rows of a unit, K classes, h w teacher grid, n cells (h * w), Q blends
@@ -126,7 +126,7 @@ def _open_or_make(path: Path, data: Path | None) -> Cache:
                 "data/imagenet-sample.tar and teachers/imagenet_mobilenetv2_100.safetensors, and it is made"
             )
         from pipeline.cache_teacher import cache_teacher
-        from pipeline.packing import pack_data
+        from pipeline.pack import pack_data
 
         shards = path.parent / f"{path.name}_data"
         pack_data(Path(source) / "data" / "imagenet-sample.tar", shards)

@@ -34,23 +34,23 @@ import zarr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cskd.augment.device import mix_pixels
-from cskd.augment.mixing import quads
 from cskd.codecs import Arrays, Codec, get_codec
 from cskd.codecs.base import BLEND_ONE
 from cskd.config import from_dict, load_config, to_dict
-from cskd.epoch_table import TargetSpec, build_table
+from cskd.dataset.inventory import Sample, ShardFile, open_inventory, write_inventory
 from cskd.errors import CskdError
-from cskd.identity import identity_of, library_versions
-from cskd.inventory import Sample, ShardFile, open_inventory, write_inventory
-from cskd.loading.views import ViewMaker
-from cskd.plan import PlanSpec, epoch_plan
+from cskd.loading.epoch_table import TargetSpec, build_table
+from cskd.loading.plan import PlanSpec, epoch_plan
 from cskd.store.cache import Cache, Unit, create_cache
+from cskd.store.identity import identity_of, library_versions
 from cskd.store.unit import read_unit
-from cskd.teacher import load_teacher
-from cskd.unit_builder import UnitBuilder
-from cskd.view_fields import view_fields
-from pipeline.packing import pack_data
+from cskd.store.unit_builder import UnitBuilder
+from cskd.teacher.model import load_teacher
+from cskd.views.fields import view_fields
+from cskd.views.maker import ViewMaker
+from cskd.views.mix_pixels import mix_pixels
+from cskd.views.mixing import quads
+from pipeline.pack import pack_data
 
 # Shapes: N samples, B batch, K classes, h w teacher grid, n its cells
 ROOT = Path(__file__).resolve().parent.parent

@@ -26,9 +26,9 @@ from cskd.config import Config, from_dict
 from cskd.errors import CskdError
 from cskd.loading.stream import Stream
 from pipeline.cache_teacher import cache_teacher
-from pipeline.packing import pack_data
+from pipeline.care.verify import verify
+from pipeline.pack import pack_data
 from pipeline.train import train
-from pipeline.verify import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLED = -signal.SIGKILL

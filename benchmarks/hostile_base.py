@@ -21,17 +21,17 @@ from PIL import Image
 
 from benchmarks.tiny_teacher import TINY_TEACHER
 from cskd.config import Config, from_dict
+from cskd.dataset.inventory import open_inventory
+from cskd.dataset.inventory_format import header_hash
+from cskd.dataset.shard_reader import ShardReader
 from cskd.errors import CacheError
-from cskd.inventory import open_inventory
-from cskd.inventory_format import header_hash
-from cskd.shards import ShardReader
 from cskd.store.cache import open_cache
 from cskd.store.manifest import fingerprint_of
-from cskd.teacher_build import build
+from cskd.teacher.build import build
 from pipeline.cache_teacher import cache_teacher
-from pipeline.packing import index_data, pack_data
+from pipeline.care.verify import verify
+from pipeline.pack import index_data, pack_data
 from pipeline.train import train
-from pipeline.verify import verify
 
 LINEAR = (
     "from torch import nn\ndef build():\n    m = nn.Module()\n    m.fc = nn.Linear(8, 5, bias=False)\n    return m\n"

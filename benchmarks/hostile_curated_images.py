@@ -10,7 +10,7 @@ from collections.abc import Callable
 from PIL import Image
 
 from benchmarks.hostile_base import Case, picture, write
-from cskd.images import decode
+from cskd.dataset.images import decode
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:

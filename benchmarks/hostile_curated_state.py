@@ -19,8 +19,8 @@ from cskd.student import build_student
 from cskd.student.checkpoint import load_student
 from cskd.student.optim import Optimisation
 from cskd.student.resume import ResumeStates
-from pipeline.gc import gc
-from pipeline.inspect_cache import inspect
+from pipeline.care.gc import gc
+from pipeline.look.inspect_cache import inspect
 
 
 def state_cases(base: Base) -> list[Case]:

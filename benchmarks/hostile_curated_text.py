@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.hostile_base import Base, Case, sparse, write
-from cskd.class_map import class_map
 from cskd.codecs import get_codec
 from cskd.config import load_config, to_yaml
 from cskd.student import build_student
-from cskd.teacher_build import build
+from cskd.teacher.build import build
+from cskd.teacher.class_map import class_map
 
 
 def text_cases(base: Base) -> list[Case]:

@@ -21,8 +21,8 @@ import torch
 from benchmarks import hostile_base as base_
 from benchmarks.hostile_base import Base, picture, tar, write
 from cskd.config import from_dict, load_config, to_dict, to_yaml
+from cskd.dataset.images import decode
 from cskd.errors import StudentError
-from cskd.images import decode
 from cskd.packing.names import parse_classes
 from cskd.store.unit import read_unit
 from cskd.student import build_student

@@ -33,24 +33,24 @@ from torch.profiler import profile
 from benchmarks.loader import DEIT
 from benchmarks.teacher import MODELS
 from benchmarks.teacher import config as teacher_config
-from cskd.augment import ops
-from cskd.augment.device import mix_pixels
-from cskd.augment.recipe import sample_params
 from cskd.codecs import get_codec
 from cskd.config import LossConfig, RecipeConfig, StudentConfig, TrainConfig
-from cskd.devices import autocast, pick_device
+from cskd.dataset.images import decode
+from cskd.dataset.inventory import open_inventory
 from cskd.errors import CskdError
-from cskd.images import decode
-from cskd.inventory import open_inventory
-from cskd.lanes import threads_of_a_lane
-from cskd.loading.views import ViewMaker
-from cskd.losses import DistillationLoss, HardTargets, MixedLabels
-from cskd.replay import pixel_crc
+from cskd.machine.devices import autocast, pick_device
+from cskd.method.losses import DistillationLoss, HardTargets, MixedLabels
 from cskd.seeds import view_seeds
 from cskd.student import build_student
 from cskd.student.optim import Optimisation
-from cskd.teacher import load_teacher
-from pipeline.packing import pack_data
+from cskd.teacher.lanes import threads_of_a_lane
+from cskd.teacher.model import load_teacher
+from cskd.views import ops
+from cskd.views.digest import pixel_crc
+from cskd.views.maker import ViewMaker
+from cskd.views.mix_pixels import mix_pixels
+from cskd.views.recipe import sample_params
+from pipeline.pack import pack_data
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

@@ -49,15 +49,15 @@ import torchvision
 
 from benchmarks.loader_sides import Side
 from benchmarks.tiny_teacher import TINY_TEACHER
-from cskd.augment.mixing import NONE, mixing, quads
 from cskd.config import RecipeConfig, from_dict
+from cskd.dataset.inventory import Sample, open_inventory, write_inventory
 from cskd.errors import CskdError
-from cskd.inventory import Sample, open_inventory, write_inventory
-from cskd.loading.views import ViewMaker
-from cskd.replay import Recorded, check_view, pixel_crc, view_digest
 from cskd.seeds import view_seeds
+from cskd.views.digest import Recorded, check_view, pixel_crc, view_digest
+from cskd.views.maker import ViewMaker
+from cskd.views.mixing import NONE, mixing, quads
 from pipeline.cache_teacher import cache_teacher
-from pipeline.packing import pack_data
+from pipeline.pack import pack_data
 
 ROOT = Path(__file__).resolve().parent.parent
 DEIT = {"randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25, "mixup": 0.8, "cutmix": 1.0}

@@ -48,16 +48,16 @@ class Side:
 
 def cskd_batches(side: Side, scratch: Path) -> Iterator[torch.Tensor]:
     """Inputs of stage 2, replayed from a cache, every view checked against its digest."""
-    from cskd.augment.device import InputMaker
     from cskd.config import LossConfig
-    from cskd.devices import pick_device
+    from cskd.loading.plan import PlanSpec
     from cskd.loading.stage2 import BatchMaker
     from cskd.loading.stream import Stream
+    from cskd.loading.targets import CachedTargets, mixed_labels
     from cskd.loading.tasks import RunTasks
-    from cskd.loading.views import ViewMaker
-    from cskd.plan import PlanSpec
+    from cskd.machine.devices import pick_device
     from cskd.store.cache import open_cache
-    from cskd.targets import CachedTargets, mixed_labels
+    from cskd.views.maker import ViewMaker
+    from cskd.views.mix_pixels import InputMaker
 
     device = pick_device("cpu")
     cache = open_cache(Path(side.source))
@@ -86,7 +86,7 @@ def timm_batches(side: Side) -> Iterator[torch.Tensor]:
     import torch
 
     from cskd.config import RecipeConfig
-    from cskd.devices import keep_freed_memory
+    from cskd.machine.devices import keep_freed_memory
 
     device = torch.device("cpu")
     if side.keep:

@@ -30,8 +30,8 @@ from cskd.config import Config, from_dict
 from cskd.errors import CskdError
 from cskd.store.cache import open_cache
 from pipeline.cache_teacher import cache_teacher
-from pipeline.packing import pack_data
-from pipeline.recompute import recompute
+from pipeline.care.recompute import recompute
+from pipeline.pack import pack_data
 from pipeline.train import train
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from cskd.config import load_config
-from cskd.devices import pick_device
+from cskd.dataset.inventory import open_inventory
 from cskd.errors import CskdError
-from cskd.inventory import open_inventory
-from cskd.loading.views import ViewMaker
-from cskd.teacher import load_teacher
-from cskd.teacher_precision import measure
+from cskd.machine.devices import pick_device
+from cskd.teacher.model import load_teacher
+from cskd.teacher.precision import measure
+from cskd.views.maker import ViewMaker
 from pipeline.measure_precision import first_views
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -33,26 +33,26 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.tiny_teacher import TINY_TEACHER
-from cskd.augment.mixing import NONE, mixing, quads
-from cskd.augment.ops import apply
-from cskd.augment.recipe import sample_params
 from cskd.config import from_dict
-from cskd.epoch_table import TargetSpec
+from cskd.dataset.images import decode
+from cskd.dataset.inventory import open_inventory
+from cskd.dataset.shard_reader import ShardReader
 from cskd.errors import CskdError
-from cskd.images import decode
-from cskd.inventory import open_inventory
+from cskd.loading.epoch_table import TargetSpec
+from cskd.loading.plan import PlanSpec
 from cskd.loading.stage1 import ChunkMaker, chunks
 from cskd.loading.stage2 import Batch, BatchMaker
 from cskd.loading.stream import Stream
 from cskd.loading.tasks import RunTasks
-from cskd.loading.views import ViewMaker
-from cskd.plan import PlanSpec
-from cskd.replay import pixel_crc, view_digest
 from cskd.seeds import view_seeds
-from cskd.shards import ShardReader
 from cskd.store.cache import Cache, open_cache
+from cskd.views.digest import pixel_crc, view_digest
+from cskd.views.maker import ViewMaker
+from cskd.views.mixing import NONE, mixing, quads
+from cskd.views.ops import apply
+from cskd.views.recipe import sample_params
 from pipeline.cache_teacher import cache_teacher
-from pipeline.packing import pack_data
+from pipeline.pack import pack_data
 
 ROOT = Path(__file__).resolve().parent.parent
 DEIT = {"randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25, "mixup": 0.8, "cutmix": 1.0}

@@ -42,15 +42,15 @@ import torch
 from PIL import Image
 
 from benchmarks.tiny_teacher import TINY_TEACHER
-from cskd.augment.mixing import quads
 from cskd.config import Config, from_dict, to_dict, to_yaml
-from cskd.identity import identity_of, library_versions
-from cskd.inventory import Inventory, Sample, ShardFile, write_inventory
+from cskd.dataset.inventory import Inventory, Sample, ShardFile, write_inventory
 from cskd.store.cache import Cache, create_cache
 from cskd.store.commit import record_bytes
 from cskd.store.format import commit_file, unit_file
-from cskd.teacher import load_teacher
-from cskd.unit_builder import UnitBuilder
+from cskd.store.identity import identity_of, library_versions
+from cskd.store.unit_builder import UnitBuilder
+from cskd.teacher.model import load_teacher
+from cskd.views.mixing import quads
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARD = 8192
@@ -64,8 +64,8 @@ if stage == "table":
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     from pathlib import Path
     from cskd.config import load_config
-    from cskd.epoch_table import TargetSpec, build_table
-    from cskd.plan import PlanSpec, epoch_plan
+    from cskd.loading.epoch_table import TargetSpec, build_table
+    from cskd.loading.plan import PlanSpec, epoch_plan
     from cskd.store.cache import open_cache
     config = load_config(path)
     cache = open_cache(config.cache.path)

@@ -36,11 +36,11 @@ import timm
 import torch
 
 from cskd.config import Config, from_dict
-from cskd.devices import pick_device
 from cskd.errors import CskdError
-from cskd.teacher import build_model
+from cskd.machine.devices import pick_device
+from cskd.teacher.model import build_model
 from pipeline.cache_teacher import cache_teacher
-from pipeline.packing import pack_data
+from pipeline.pack import pack_data
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -22,7 +22,7 @@ import torch
 
 from cskd.config import TeacherConfig
 from cskd.errors import TeacherError
-from cskd.teacher import Teacher, load_teacher
+from cskd.teacher.model import Teacher, load_teacher
 
 NAMES = [str(i) for i in range(1000)]
 MARKS = ("<!-- families: begin -->", "<!-- families: end -->")

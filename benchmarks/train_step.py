@@ -81,10 +81,10 @@ def compare(options: argparse.Namespace, shared: Path, folder: Path) -> dict[str
     import safetensors.torch
     import torch
 
-    from cskd.devices import pick_device
-    from cskd.teacher import build_model
+    from cskd.machine.devices import pick_device
+    from cskd.teacher.model import build_model
     from pipeline.cache_teacher import cache_teacher
-    from pipeline.packing import pack_data
+    from pipeline.pack import pack_data
 
     cuda = pick_device(options.device).type == "cuda"
     name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
@@ -178,7 +178,7 @@ def run_side(side: dict[str, Any]) -> dict[str, Any]:
     if side["side"].startswith("timm"):
         return _timm(side)
     import pipeline.train
-    from cskd.devices import pick_device
+    from cskd.machine.devices import pick_device
 
     config = _config(side, Path(os.environ["CSKD_DATA"]))
     watch = Stopwatch(warm(pick_device(side["device"]).type), side["steps"])
@@ -225,7 +225,7 @@ class Stopwatch:
 
 def _config(side: dict[str, Any], shared: Path) -> Any:
     from cskd.config import from_dict
-    from cskd.devices import pick_device
+    from cskd.machine.devices import pick_device
 
     folder, device = Path(side["folder"]), pick_device(side["device"]).type
     online, steps = side["side"].startswith("online"), warm(device) + side["steps"]
@@ -276,8 +276,8 @@ def _timm(side: dict[str, Any]) -> dict[str, Any]:
     from timm.optim import create_optimizer_v2
     from timm.task import ClassificationTask, TokenDistillationTask
 
-    from cskd.devices import autocast, pick_device, uses_bf16
-    from cskd.teacher import build_model
+    from cskd.machine.devices import autocast, pick_device, uses_bf16
+    from cskd.teacher.model import build_model
 
     device = pick_device(side["device"])
     cuda = device.type == "cuda"

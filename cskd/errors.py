@@ -1,6 +1,6 @@
 """One tree of exceptions. The text of each is the one line a user sees: what, what was expected, what to do next."""
 
-from cskd.untrusted import printable
+from cskd.files.read import printable
 
 
 class CskdError(Exception):

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from cskd.config import Config
 from cskd.errors import ConfigError
-from cskd.identity import identity_of
-from cskd.live import LiveViews
-from cskd.loading.views import ViewMaker
-from cskd.ranks import Ranks
+from cskd.loading.live import LiveViews
+from cskd.loading.targets import NoTargets
+from cskd.machine.ranks import Ranks
+from cskd.store.identity import identity_of
 from cskd.store.manifest import fingerprint_of
-from cskd.targets import NoTargets
+from cskd.views.maker import ViewMaker
 from pipeline.online import decodable, training_images
 
 

@@ -27,33 +27,33 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
 
-from cskd.augment.device import mix_pixels
-from cskd.augment.mixing import quads
 from cskd.codecs import Arrays, get_codec
 from cskd.config import Config, to_dict, to_yaml
-from cskd.devices import pick_device
+from cskd.dataset.inventory import Inventory, open_inventory
 from cskd.errors import CacheError, ConfigError
 from cskd.files.claims import Claims
-from cskd.forwards import pad_rows
-from cskd.golden import check_versions
-from cskd.identity import identity_of, library_versions
-from cskd.inventory import Inventory, open_inventory
-from cskd.lanes import Lanes, lanes_of
 from cskd.loading.stage1 import Chunk, ChunkMaker, ChunkViews, chunks
 from cskd.loading.stream import Stream
-from cskd.loading.views import ViewMaker
+from cskd.machine.devices import pick_device
 from cskd.machine.threads import Threads, begun_with, choose_threads, computing_with
 from cskd.store.cache import Cache, create_cache
 from cskd.store.commit import write_whole
 from cskd.store.format import RESOLVED
+from cskd.store.golden import check_versions
+from cskd.store.identity import identity_of, library_versions
 from cskd.store.seal import seal_cache
-from cskd.teacher import Teacher, compare_probe, load_teacher
-from cskd.unit_builder import PassBuilder, UnitBuilder
+from cskd.store.unit_builder import PassBuilder, UnitBuilder
+from cskd.teacher.forwards import pad_rows
+from cskd.teacher.lanes import Lanes, lanes_of
+from cskd.teacher.model import Teacher, compare_probe, load_teacher
+from cskd.views.maker import ViewMaker
+from cskd.views.mix_pixels import mix_pixels
+from cskd.views.mixing import quads
 from pipeline.clean_check import clean_check
 from pipeline.measure_precision import measure_precision
 from pipeline.outputs import refuse_cache_output
 from pipeline.precheck import look_ahead
-from pipeline.progress import Notes, Pool, Progress, bound_by, duration
+from pipeline.show.progress import Notes, Pool, Progress, bound_by, duration
 
 WAIT = 2.0  # seconds between two looks at what other processes are making
 

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cskd.class_order import OtherOrder, describe, known_orders, one_way, other_order, suspects
 from cskd.config import Config
+from cskd.dataset.inventory import Inventory, open_inventory
 from cskd.errors import DataError, ImageError, TeacherError
-from cskd.inventory import Inventory, open_inventory
-from cskd.loading.views import Image, ViewMaker
-from cskd.teacher import Teacher, check_clean
-from cskd.teacher_checks import clean_limit, clean_predictions
-from cskd.teacher_variants import ENOUGH, Better, better_variant
+from cskd.teacher.class_order import OtherOrder, describe, known_orders, one_way, other_order, suspects
+from cskd.teacher.model import Teacher, check_clean
+from cskd.teacher.probe import clean_limit, clean_predictions
+from cskd.teacher.variants import ENOUGH, Better, better_variant
+from cskd.views.maker import Image, ViewMaker
 
 Ints = NDArray[np.int64]
 

@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 
-from cskd.augment.recipe import RECIPE_CODE_VERSION
 from cskd.config import Config, LossConfig, StudentConfig, TrainConfig, to_dict
-from cskd.devices import uses_bf16
+from cskd.dataset.images import POLICY
+from cskd.dataset.inventory import Inventory
 from cskd.errors import CacheError, ConfigError
 from cskd.files.folders import MARKER, mark
+from cskd.files.read import refuse_links
 from cskd.files.writer import LOCK
-from cskd.images import POLICY
-from cskd.inventory import Inventory
-from cskd.live import LiveViews
+from cskd.loading.live import LiveViews
+from cskd.machine.devices import uses_bf16
 from cskd.store.cache import Cache, first_difference
 from cskd.store.format import RESOLVED
 from cskd.student.checkpoint import MODEL, MODEL_BEST, MODEL_EMA, MODEL_LAST
-from cskd.untrusted import refuse_links
+from cskd.views.recipe import RECIPE_CODE_VERSION
 
 # Facts of the teacher that a config for training may repeat; weights may lie elsewhere, batch and device don't matter.
 _TEACHER = ("model", "kwargs", "input_size", "mean", "std", "classes", "dense", "grid")

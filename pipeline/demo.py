@@ -24,21 +24,21 @@ from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import save_model
 
-from cskd.augment.device import normalise
 from cskd.config import Config, from_dict, load_config
 from cskd.errors import ConfigError
 from cskd.files.folders import mark, refuse_output
 from cskd.files.writer import sole_writer
-from cskd.forwards import teacher_images
 from cskd.machine.threads import choose_threads, computing_with
 from cskd.seeds import permutation
 from cskd.store.cache import open_cache
-from cskd.teacher_build import build_model
+from cskd.teacher.build import build_model
+from cskd.teacher.forwards import teacher_images
+from cskd.views.mix_pixels import normalise
 from pipeline.cache_teacher import cache_teacher
-from pipeline.inspect_cache import sheet
-from pipeline.metrics import read_metrics
-from pipeline.packing import pack_data
-from pipeline.progress import Progress
+from pipeline.look.inspect_cache import sheet
+from pipeline.pack import pack_data
+from pipeline.show.metrics import read_metrics
+from pipeline.show.progress import Progress
 from pipeline.train import train
 
 SIZE = 32  # pixels; the scans are 8x8, enlarged

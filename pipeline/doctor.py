@@ -177,7 +177,7 @@ def _hard_links(folder: Path) -> Check:
 def _devices() -> Iterator[Check]:
     import torch
 
-    from cskd.devices import cpu_has_bf16
+    from cskd.machine.devices import cpu_has_bf16
 
     yield Check("processor", "bf16" if cpu_has_bf16() else "no AVX512-BF16, no AMX: autocast: auto is float32 on it")
     for i in range(torch.cuda.device_count()):

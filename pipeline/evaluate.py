@@ -12,21 +12,21 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from cskd.augment.device import InputMaker
 from cskd.config import RecipeConfig
-from cskd.devices import arithmetic, autocast, pick_device, uses_bf16
+from cskd.dataset.inventory import open_inventory
 from cskd.errors import DataError
-from cskd.inventory import open_inventory
 from cskd.loading.stage2 import UNREADABLE, Batch, BatchMaker, eval_tasks
 from cskd.loading.stream import Stream
-from cskd.loading.views import ViewMaker
+from cskd.machine.devices import arithmetic, autocast, pick_device, uses_bf16
+from cskd.machine.ranks import Ranks
 from cskd.machine.threads import choose_threads, computing_with
-from cskd.ranks import Ranks
 from cskd.student import Student, eval_heads
 from cskd.student.checkpoint import load_student
 from cskd.student.finite import NotFiniteError
 from cskd.student.heads import UNTRAINED, score_head
-from pipeline.progress import Progress
+from cskd.views.maker import ViewMaker
+from cskd.views.mix_pixels import InputMaker
+from pipeline.show.progress import Progress
 
 
 @dataclass(frozen=True)

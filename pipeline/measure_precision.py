@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cskd.augment.device import mix_pixels
-from cskd.augment.mixing import quads
 from cskd.config import TeacherConfig
 from cskd.loading.stage1 import Chunk, ChunkMaker
-from cskd.loading.views import ViewMaker
-from cskd.precision import Precision, unchanged
-from cskd.teacher import Teacher, load_teacher
-from cskd.teacher_precision import is_reference, measure
-from cskd.unit_builder import UnitBuilder
+from cskd.store.unit_builder import UnitBuilder
+from cskd.teacher.arithmetic import Precision, unchanged
+from cskd.teacher.model import Teacher, load_teacher
+from cskd.teacher.precision import is_reference, measure
+from cskd.views.maker import ViewMaker
+from cskd.views.mix_pixels import mix_pixels
+from cskd.views.mixing import quads
 
 VIEWS = 64  # that are compared: 3,136 cells of a 7 x 7 grid
 BLOCKS = 4  # that they come from

@@ -16,22 +16,22 @@ from numpy.typing import NDArray
 
 from cskd.codecs import get_codec
 from cskd.config import Config
+from cskd.dataset.inventory import Inventory, open_inventory
 from cskd.errors import ConfigError, ImageError
-from cskd.identity import identity_of
-from cskd.inventory import Inventory, open_inventory
-from cskd.live import LiveViews
+from cskd.loading.live import LiveViews
 from cskd.loading.stream import Stream
-from cskd.loading.views import ViewMaker
-from cskd.ranks import Ranks
+from cskd.loading.targets import LiveTargets
+from cskd.machine.ranks import Ranks
+from cskd.store.identity import identity_of
 from cskd.store.manifest import fingerprint_of
 from cskd.store.seal import refuse_too_many_in_all
-from cskd.targets import LiveTargets
-from cskd.teacher import load_teacher
+from cskd.teacher.model import load_teacher
+from cskd.views.maker import ViewMaker
 from pipeline.cache_teacher import refuse_too_many
 from pipeline.clean_check import clean_check
 from pipeline.measure_precision import measure_precision
 from pipeline.precheck import look_ahead
-from pipeline.progress import Notes, Progress
+from pipeline.show.progress import Notes, Progress
 
 UNREADABLE = "unreadable.json"
 _STEP = 256  # images a task

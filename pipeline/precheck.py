@@ -21,20 +21,20 @@ import torch
 
 from cskd.codecs import get_codec
 from cskd.config import Config, LossConfig, RecipeConfig, TrainConfig
+from cskd.dataset.inventory import Inventory, open_inventory
 from cskd.errors import CacheError, ConfigError, CskdError, DataError, ImageError, StudentError
-from cskd.fit import evaluation_notes, image_notes, refuse_views
-from cskd.inventory import Inventory, open_inventory
-from cskd.live import LiveViews
-from cskd.loading.views import ViewMaker
-from cskd.losses import DistillationLoss
-from cskd.plan import PlanSpec
+from cskd.loading.live import LiveViews
+from cskd.loading.plan import PlanSpec
+from cskd.loading.targets import codec_for
+from cskd.method.losses import DistillationLoss
 from cskd.store.cache import Cache
 from cskd.store.format import MANIFEST
 from cskd.store.manifest import read_manifest
 from cskd.student import Student, build_student
 from cskd.student.best import score_asked
 from cskd.student.optim import Optimisation
-from cskd.targets import codec_for
+from cskd.views.fit import evaluation_notes, image_notes, refuse_views
+from cskd.views.maker import ViewMaker
 
 IMAGES = 32  # that are decoded to learn their size
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from cskd.errors import ConfigError, StudentError
-from cskd.forwards import teacher_images
-from cskd.ranks import Ranks
+from cskd.machine.ranks import Ranks
 from cskd.student import Student
 from cskd.student.best import Best, BestWeights
 from cskd.student.finite import NotFiniteError, first_not_finite
 from cskd.student.optim import Optimisation
 from cskd.student.resume import ResumeStates, state_tensors
+from cskd.teacher.forwards import teacher_images
 from pipeline.conflicts import change_note
 
 PROGRESS = "progress"  # its key in `info` of a state, next to the run's identity

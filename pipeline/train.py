@@ -22,27 +22,25 @@ from rich.console import Console
 from rich.markup import escape
 from torch.nn.parallel import DistributedDataParallel
 
-from cskd.augment.device import InputMaker
 from cskd.config import Config, to_yaml
-from cskd.devices import arithmetic, autocast, pick_device, uses_bf16
+from cskd.dataset.inventory import Inventory
 from cskd.errors import CacheError, ConfigError
 from cskd.files.scratch import new_scratch
 from cskd.files.writer import Writer
-from cskd.forwards import teacher_images
-from cskd.golden import check_versions
-from cskd.inventory import Inventory
-from cskd.live import LiveViews
+from cskd.loading.live import LiveViews
+from cskd.loading.plan import PlanSpec
 from cskd.loading.stage2 import Batch, BatchMaker, EvalTask, eval_tasks
 from cskd.loading.stream import Stream
+from cskd.loading.targets import CachedTargets, LiveTargets, NoTargets, mixed_labels
 from cskd.loading.tasks import RunTasks
-from cskd.loading.views import ViewMaker
-from cskd.losses import DistillationLoss
+from cskd.machine.devices import arithmetic, autocast, pick_device, uses_bf16
+from cskd.machine.ranks import Ranks, start_ranks, stop_ranks
 from cskd.machine.threads import Threads, begun_with, choose_threads, computing_with
-from cskd.plan import PlanSpec
-from cskd.ranks import Ranks, start_ranks, stop_ranks
+from cskd.method.losses import DistillationLoss
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import write_whole
 from cskd.store.format import RESOLVED
+from cskd.store.golden import check_versions
 from cskd.student import Student, build_student
 from cskd.student.average import average_notes
 from cskd.student.best import Best, BestWeights
@@ -50,7 +48,9 @@ from cskd.student.checkpoint import ResumeStates, TrainState, export, exported_p
 from cskd.student.finite import NotFiniteError
 from cskd.student.heads import score_head
 from cskd.student.optim import Optimisation, reseed_step
-from cskd.targets import CachedTargets, LiveTargets, NoTargets, mixed_labels
+from cskd.teacher.forwards import teacher_images
+from cskd.views.maker import ViewMaker
+from cskd.views.mix_pixels import InputMaker
 from pipeline.baseline import open_baseline
 from pipeline.conflicts import (
     as_begun,
@@ -63,12 +63,12 @@ from pipeline.conflicts import (
     usable_views,
 )
 from pipeline.evaluate import score_heads
-from pipeline.metrics import MetricsLog
 from pipeline.online import open_online
 from pipeline.outputs import sole_run
 from pipeline.precheck import open_plan, open_val, student_notes, view_notes, with_best
-from pipeline.progress import Notes, Pool, Progress, bound_by, timed_start
 from pipeline.run_state import PROGRESS, RunState, named_bests, stopped
+from pipeline.show.metrics import MetricsLog
+from pipeline.show.progress import Notes, Pool, Progress, bound_by, timed_start
 
 TERMS = ("label", "dist", "patch")  # of the loss, as logged
 

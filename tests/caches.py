@@ -14,15 +14,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from cskd.augment.mixing import quads
 from cskd.config import RecipeConfig, from_dict, to_dict
-from cskd.identity import identity_of
-from cskd.inventory import Inventory, Sample, ShardFile, write_inventory
-from cskd.loading.views import ViewMaker
-from cskd.replay import pixel_crc
+from cskd.dataset.inventory import Inventory, Sample, ShardFile, write_inventory
 from cskd.seeds import view_seeds
 from cskd.store.cache import Cache, create_cache
-from cskd.unit_builder import UnitBuilder
+from cskd.store.identity import identity_of
+from cskd.store.unit_builder import UnitBuilder
+from cskd.views.digest import pixel_crc
+from cskd.views.maker import ViewMaker
+from cskd.views.mixing import quads
 from pipeline.cache_teacher import write_resolved
 
 CLASSES = ["apple", "bee [bold]", "a very long class name indeed", "n01440764", "été"]

@@ -9,8 +9,8 @@ from typing import Any
 
 import webdataset
 
-from cskd.inventory import Inventory
-from cskd.shards import ShardReader
+from cskd.dataset.inventory import Inventory
+from cskd.dataset.shard_reader import ShardReader
 
 FILES = {
     f"{name}/{name}_{i:02d}.JPEG": f"{name} {i}".encode() * (i + 1) for name in ("ant", "bee", "cat") for i in range(9)

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from cskd.augment.device import InputMaker, _mix_batch, mix_pixels, normalise
-from cskd.augment.mixing import CUTMIX, MIXUP, NONE, ONE, own_share, pair_params
-from cskd.augment.ops import apply, apply_op
-from cskd.augment.randaugment import OPERATIONS, Op, argument_of
-from cskd.augment.recipe import Box, ViewParams, describe, sample_params
 from cskd.config import RecipeConfig, to_dict
 from cskd.errors import ConfigError
+from cskd.views.mix_pixels import InputMaker, _mix_batch, mix_pixels, normalise
+from cskd.views.mixing import CUTMIX, MIXUP, NONE, ONE, own_share, pair_params
+from cskd.views.ops import apply, apply_op
+from cskd.views.randaugment import OPERATIONS, Op, argument_of
+from cskd.views.recipe import Box, ViewParams, describe, sample_params
 from tests.distributions import assert_same_distribution
 
 RESIZED = RecipeConfig(size=32)

@@ -24,7 +24,7 @@ from cskd.config import Config, from_dict, to_yaml
 from cskd.errors import CacheError, ConfigError
 from cskd.student.checkpoint import load_student
 from pipeline.evaluate import evaluate_checkpoint, render
-from pipeline.metrics import read_metrics
+from pipeline.show.metrics import read_metrics
 from pipeline.train import train
 from tests.caches import make_tiny_data
 from tests.test_pipeline import cached_data, config
@@ -84,8 +84,8 @@ def test_views_that_are_too_few_wrap_round_as_those_of_a_cache(base: Path) -> No
 
 @pytest.mark.parametrize(("epochs", "repeats", "views"), [(5, 1, 5), (6, 3, 6), (7, 3, 9), (1, 3, 3)])
 def test_a_run_has_as_many_views_as_it_needs(base: Path, epochs: int, repeats: int, views: int) -> None:
-    from cskd.plan import PlanSpec, epoch_plan
-    from cskd.ranks import Ranks
+    from cskd.loading.plan import PlanSpec, epoch_plan
+    from cskd.machine.ranks import Ranks
     from pipeline.baseline import open_baseline
 
     settings = alone(base, f"needs {epochs}", train={"epochs": epochs, "repeats": repeats})
@@ -252,7 +252,7 @@ def test_old_runs_whose_loss_is_the_same_go_on(
 
 
 def test_an_evaluation_says_what_it_was_computed_in(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cskd.devices.cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("cskd.machine.devices.cpu_has_bf16", lambda: True)
     seen: list[bool] = []
     real = torch.nn.Linear.forward
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import benchmarks.replay as benchmark
-import cskd.loading.views
+import cskd.views.maker
 from tests.caches import make_tiny_data
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,13 +35,13 @@ def test_every_way_to_make_a_view_gives_the_same(tmp_path: Path, capsys: pytest.
 def test_a_view_that_depends_on_its_worker_is_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    view, calls = cskd.loading.views.ViewMaker.view, iter(range(10**6))
+    view, calls = cskd.views.maker.ViewMaker.view, iter(range(10**6))
 
     def drifting(self: Any, image: Any, seed: int) -> Any:
         out = view(self, image, seed)
         return out ^ np.uint8(1) if next(calls) == 200 else out  # in stage 1's second time over the data
 
-    monkeypatch.setattr(cskd.loading.views.ViewMaker, "view", drifting)
+    monkeypatch.setattr(cskd.views.maker.ViewMaker, "view", drifting)
     status, result = prove(tmp_path, capsys)
     assert (status, result["differences"]) == (1, 1)
 

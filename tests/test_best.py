@@ -18,7 +18,7 @@ from cskd.errors import ConfigError
 from cskd.student.average import average_notes, share_of_start
 from cskd.student.best import Best, score_asked, score_names
 from pipeline.evaluate import HeadScores, evaluate_checkpoint
-from pipeline.metrics import read_metrics
+from pipeline.show.metrics import read_metrics
 from pipeline.train import train
 from tests.test_checkpoint import start
 from tests.test_pipeline import cached_data, run_settings

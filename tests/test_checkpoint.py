@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from cskd.config import Config, LossConfig, StudentConfig, TrainConfig
 from cskd.errors import StudentError
-from cskd.losses import DistillationLoss, HardTargets, MixedLabels
+from cskd.method.losses import DistillationLoss, HardTargets, MixedLabels
 from cskd.student import build_student, eval_heads
 from cskd.student.checkpoint import ResumeStates, TrainState, export, load_student
 from cskd.student.heads import HEADS

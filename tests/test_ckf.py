@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cskd.ckf import blend_at, ckf_blend, hard_targets
+from cskd.method.ckf import blend_at, ckf_blend, hard_targets
 
 ONE = 65536
 

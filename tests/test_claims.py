@@ -15,7 +15,7 @@ import cskd.files.claims
 from cskd.config import to_yaml
 from cskd.files.claims import LEASE, Claims, _host, held
 from pipeline.cache_teacher import cache_teacher
-from pipeline.verify import verify
+from pipeline.care.verify import verify
 from tests.caches import make_tiny_data
 from tests.test_pipeline import TEACHER, config
 

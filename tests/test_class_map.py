@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
-from cskd.class_map import class_map
 from cskd.errors import TeacherError
+from cskd.teacher.class_map import class_map
 
 NAMES = ["cat", "dog", "emu"]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cskd.class_order import OtherOrder, describe, known_orders, one_way, other_order, suspects
+from cskd.teacher.class_order import OtherOrder, describe, known_orders, one_way, other_order, suspects
 
 Ints = NDArray[np.int64]
 

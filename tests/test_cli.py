@@ -19,7 +19,7 @@ import cli
 from cskd.config import to_yaml
 from cskd.store.cache import open_cache
 from cskd.store.format import commit_file
-from pipeline.verify import verify
+from pipeline.care.verify import verify
 from tests.caches import make_tiny_cache, make_tiny_data
 from tests.test_pipeline import TEACHER
 from tests.test_pipeline import config as tiny_config
@@ -191,8 +191,8 @@ def test_an_evaluation_leaves_batches_that_are_read_ahead_fit_for_training() -> 
     """With workers a training batch may be received while an evaluation one is waited for."""
     import torch
 
-    from cskd.augment.device import InputMaker
-    from cskd.ranks import Ranks
+    from cskd.machine.ranks import Ranks
+    from cskd.views.mix_pixels import InputMaker
     from pipeline.evaluate import score_heads
 
     def batches() -> Iterator[dict[str, torch.Tensor]]:

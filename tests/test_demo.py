@@ -11,7 +11,7 @@ from rich.console import Console
 from cskd.config import Config, from_dict, to_dict, to_yaml
 from cskd.errors import ConfigError
 from pipeline.demo import STUDENTS, DemoReport, StudentResult, _config, _student, render, run_demo
-from pipeline.metrics import read_metrics
+from pipeline.show.metrics import read_metrics
 from pipeline.train import TrainReport, train
 from tests.caches import make_tiny_data
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from cskd.devices import autocast, keep_freed_memory, pick_device, uses_bf16
 from cskd.errors import ConfigError
+from cskd.machine.devices import autocast, keep_freed_memory, pick_device, uses_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
 GLIBC = platform.libc_ver()[0] == "glibc"
 PAGES = """
 import resource, sys, torch
-from cskd.devices import pick_device
+from cskd.machine.devices import pick_device
 if sys.argv[1] == "cpu":
     pick_device("cpu")
 def new_pages():
@@ -49,7 +49,7 @@ def test_on_the_cpu_a_process_asks_the_system_for_the_memory_of_a_batch_once() -
 
 @pytest.mark.parametrize("has", [False, True])
 def test_auto_is_bf16_on_processors_that_compute_in_it(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
-    monkeypatch.setattr("cskd.devices.cpu_has_bf16", lambda: has)
+    monkeypatch.setattr("cskd.machine.devices.cpu_has_bf16", lambda: has)
     cpu = torch.device("cpu")
     assert [uses_bf16(setting, cpu) for setting in ("auto", "bf16", "none")] == [has, True, False]
     with autocast("auto", cpu):

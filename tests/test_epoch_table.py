@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from cskd.codecs.base import BLEND_ONE
-from cskd.epoch_table import TargetSpec, build_table, open_table, segments
 from cskd.errors import CacheError
+from cskd.loading.epoch_table import TargetSpec, build_table, open_table, segments
+from cskd.loading.plan import PlanSpec, epoch_plan
 from cskd.loading.stage2 import EvalTask, TrainTask
 from cskd.loading.tasks import RunTasks
-from cskd.plan import PlanSpec, epoch_plan
 from cskd.store.cache import Cache
 from tests.caches import make_tiny_cache
 
@@ -51,7 +51,7 @@ def rows(cache: Cache, start: int, stop: int, folder: Path) -> tuple[dict[str, l
 def test_a_row_is_its_units_row_and_its_cells_are_looked_up_at_the_blend(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unmap: int
 ) -> None:
-    monkeypatch.setattr("cskd.epoch_table.UNMAP", unmap)
+    monkeypatch.setattr("cskd.loading.epoch_table.UNMAP", unmap)
     plan = epoch_plan(spec_of(cache), 1)
     table = open_table(build_table(cache, plan, CELLS, 0, len(plan.sample), tmp_path / "table"))
     for i, (sample, view) in enumerate(zip(plan.sample.tolist(), plan.view.tolist(), strict=True)):

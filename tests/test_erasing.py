@@ -12,9 +12,9 @@ import timm.data.random_erasing as timm_erasing
 import torch
 from timm.data import create_transform
 
-from cskd.augment.erasing import Erasure, _draws16, draw_erasures, erase, noise_tables
-from cskd.augment.ops import apply
-from cskd.augment.recipe import Box, ViewParams
+from cskd.views.erasing import Erasure, _draws16, draw_erasures, erase, noise_tables
+from cskd.views.ops import apply
+from cskd.views.recipe import Box, ViewParams
 from tests.distributions import assert_same_counts, assert_same_distribution
 
 DRAWS = 20_000

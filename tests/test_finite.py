@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from cskd.config import Config
 from cskd.errors import ConfigError, StudentError, TeacherError
-from cskd.losses import DistillationLoss
-from cskd.ranks import Ranks
+from cskd.machine.ranks import Ranks
+from cskd.method.losses import DistillationLoss
 from cskd.student.checkpoint import ResumeStates, TrainState, export, load_student
 from cskd.student.finite import NotFiniteError, first_not_finite
 from cskd.student.optim import Optimisation
-from pipeline.metrics import read_metrics
 from pipeline.run_state import RunState
+from pipeline.show.metrics import read_metrics
 from pipeline.train import train
 from tests.test_checkpoint import NAMES, advance, start
 from tests.test_pipeline import cached_data, config, run_settings
@@ -233,7 +233,7 @@ def test_all_ranks_stop_at_the_step_at_which_one_of_them_does() -> None:
 
 def test_logits_of_a_live_teacher_that_are_no_numbers_stop_the_run(cached: Path, tmp_path: Path) -> None:
     """As the codecs refuse them in stage 1: an argmax of NaN would be a class like any other."""
-    from cskd.targets import LiveTargets
+    from cskd.loading.targets import LiveTargets
 
     class Broken:
         batch = 2

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from cskd.config import RecipeConfig, StudentConfig, TeacherConfig
 from cskd.errors import ConfigError, StudentError
-from cskd.fit import evaluation_notes, image_notes, multiples, patch_notes, refuse_views, teacher_notes, windows
 from cskd.student import Student, build_student
+from cskd.views.fit import evaluation_notes, image_notes, multiples, patch_notes, refuse_views, teacher_notes, windows
 from tests.teachers import load, tiny_teacher
 
 TINY: dict[str, Any] = {"embed_dim": 32, "depth": 1, "num_heads": 2}

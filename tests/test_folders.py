@@ -15,18 +15,18 @@ from PIL import Image
 import cli
 import cskd.files.links
 from cskd.config import Config, from_dict
+from cskd.dataset.inventory import open_inventory
 from cskd.errors import CacheError, CskdError, PathError
 from cskd.files.claims import FOLDER, Claims
 from cskd.files.folders import MARKER, kind_of, mark, refuse_output
 from cskd.files.writer import sole_writer
-from cskd.inventory import open_inventory
 from cskd.packing.index import index
 from cskd.packing.pack import pack
 from pipeline.cache_teacher import cache_teacher
+from pipeline.care.repair import repair
 from pipeline.conflicts import own_output
 from pipeline.demo import run_demo
-from pipeline.inspect_cache import inspect
-from pipeline.repair import repair
+from pipeline.look.inspect_cache import inspect
 from pipeline.train import train
 from tests.caches import make_tiny_cache, make_tiny_data
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from cskd.augment.device import _mix_batch, _mix_rows
-from cskd.augment.mixing import CUTMIX, MIXUP, NONE
 from cskd.codecs.base import BLEND_ONE
-from cskd.precision import unchanged
 from cskd.store.cache import Cache
 from cskd.store.format import VIEW_FIELDS
+from cskd.teacher.arithmetic import unchanged
+from cskd.views.mix_pixels import _mix_batch, _mix_rows
+from cskd.views.mixing import CUTMIX, MIXUP, NONE
 from tests.caches import make_tiny_cache
 
 TEXT = (Path(__file__).resolve().parent.parent / "docs" / "FORMAT.md").read_text(encoding="utf-8")

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cskd.inventory import open_inventory
-from cskd.loading.views import ViewMaker
+from cskd.dataset.inventory import open_inventory
 from cskd.store.cache import open_cache
+from cskd.views.maker import ViewMaker
 from pipeline.cache_teacher import cache_teacher
-from pipeline.packing import pack_data
+from pipeline.care.verify import verify
+from pipeline.pack import pack_data
 from pipeline.train import train
-from pipeline.verify import verify
 from tests.test_pipeline import TEACHER, config
 
 

@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
+from cskd.dataset.images import MAX_PIXELS, POLICY, _plain_jpeg, decode, decoder_versions, image_size
 from cskd.errors import ImageError
-from cskd.images import MAX_PIXELS, POLICY, _plain_jpeg, decode, decoder_versions, image_size
 
 RAMP = np.arange(24 * 32, dtype=np.uint8).reshape(24, 32)
 COLOUR = np.stack([RAMP, RAMP[::-1], RAMP.T.reshape(24, 32)], axis=2)

@@ -16,14 +16,14 @@ from PIL import Image
 from rich.cells import cell_len
 from rich.console import Console
 
-from cskd.augment.device import mix_pixels
 from cskd.codecs.base import direct_hard, quantise_blend
 from cskd.errors import CacheError, CodecError, DataError, ReplayError
-from cskd.loading.views import ViewMaker
 from cskd.store.cache import Cache, open_cache
 from cskd.store.manifest import write_manifest
-from pipeline.inspect_cache import inspect, render
-from pipeline.inspect_sample import (
+from cskd.views.maker import ViewMaker
+from cskd.views.mix_pixels import mix_pixels
+from pipeline.look.inspect_cache import inspect, render
+from pipeline.look.inspect_sample import (
     cached_view,
     describe_sample,
     entropy,

@@ -14,8 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cskd.errors import DataError
-from cskd.inventory import (
+from cskd.dataset.inventory import (
     Inventory,
     Sample,
     ShardFile,
@@ -24,7 +23,8 @@ from cskd.inventory import (
     open_inventory,
     write_inventory,
 )
-from cskd.inventory_format import DTYPES, header_hash
+from cskd.dataset.inventory_format import DTYPES, header_hash
+from cskd.errors import DataError
 from cskd.seeds import key_hash
 
 CLASSES = ["ant", "bee", "cat"]
@@ -276,5 +276,5 @@ def test_a_full_shard_pair_is_one_block() -> None:
 
 
 def test_it_imports_no_torch() -> None:
-    code = "import sys, cskd.inventory, cskd.packing.pack; sys.exit(bool({'torch', 'webdataset'} & sys.modules.keys()))"
+    code = "import sys, cskd.dataset.inventory, cskd.packing.pack; sys.exit(bool({'torch', 'webdataset'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

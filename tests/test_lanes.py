@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-import cskd.lanes
-from cskd.augment.device import mix_pixels
-from cskd.augment.mixing import quads
+import cskd.teacher.lanes
 from cskd.codecs.envelope import EnvelopeCodec
 from cskd.errors import CodecError
 from cskd.files.claims import Claims
-from cskd.forwards import pad_rows
-from cskd.lanes import Dropped, Lanes, lanes_of
 from cskd.loading.stage1 import ChunkMaker, chunks
-from cskd.loading.views import ViewMaker
 from cskd.store.cache import Cache, create_cache, open_cache
 from cskd.store.commit import read_commit
-from cskd.teacher import load_teacher
-from cskd.unit_builder import UnitBuilder
+from cskd.store.unit_builder import UnitBuilder
+from cskd.teacher.forwards import pad_rows
+from cskd.teacher.lanes import Dropped, Lanes, lanes_of
+from cskd.teacher.model import load_teacher
+from cskd.views.maker import ViewMaker
+from cskd.views.mix_pixels import mix_pixels
+from cskd.views.mixing import quads
 from pipeline.cache_teacher import cache_teacher
 from tests.caches import make_tiny_data
 from tests.test_pipeline import TEACHER, config
@@ -64,7 +64,7 @@ def one_at_a_time(made: Cache, root: Path, base: Path) -> Cache:
 def test_a_cache_made_in_several_lanes_is_that_of_one_batch_after_the_other(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lanes: int
 ) -> None:
-    monkeypatch.setattr(cskd.lanes, "lanes_of", lambda *_: (lanes, 1))
+    monkeypatch.setattr(cskd.teacher.lanes, "lanes_of", lambda *_: (lanes, 1))
     report = cache_teacher(config(base, cache={"path": str(tmp_path / "cache")}), quiet=True)
     again = one_at_a_time(open_cache(tmp_path / "cache"), tmp_path / "again", base)
     assert report.images == 270

@@ -60,7 +60,7 @@ def test_only_the_store_imports_zarr_or_webdataset():
     assert {p for p in who_imports("zarr", "webdataset") if not p.startswith("cskd/store/")} == set()
 
 
-@pytest.mark.parametrize("module", ["cskd", "cskd.config", "cskd.errors", "cskd.inventory", "cskd.seeds"])
+@pytest.mark.parametrize("module", ["cskd", "cskd.config", "cskd.errors", "cskd.dataset.inventory", "cskd.seeds"])
 def test_light_modules_load_no_torch(module):
     run_python(f"import {module}, sys; assert not {{'torch', 'timm', 'zarr'}} & set(sys.modules)")
 

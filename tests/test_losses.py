@@ -9,7 +9,7 @@ from timm.data.mixup import mixup_target
 
 from cskd.config import LossConfig
 from cskd.errors import ConfigError, StudentError
-from cskd.losses import (
+from cskd.method.losses import (
     DistillationLoss,
     HardTargets,
     MixedLabels,

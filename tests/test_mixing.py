@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from timm.data.mixup import Mixup, cutmix_bbox_and_lam
 
-from cskd.augment.mixing import CUTMIX, MIXUP, NONE, ONE, mixing, pair_params, partners, quads
 from cskd.config import RecipeConfig
 from cskd.seeds import mix64
+from cskd.views.mixing import CUTMIX, MIXUP, NONE, ONE, mixing, pair_params, partners, quads
 from tests.distributions import assert_same_counts, assert_same_distribution
 
 DRAWS = 20_000

@@ -19,12 +19,12 @@ import pipeline.train
 from cskd.config import Config
 from cskd.store.cache import Cache, open_cache
 from pipeline.cache_teacher import CacheReport, cache_teacher
+from pipeline.care.verify import verify
 from pipeline.evaluate import evaluate_checkpoint
-from pipeline.inspect_cache import inspect
-from pipeline.metrics import read_metrics
-from pipeline.progress import Progress, timed_start
+from pipeline.look.inspect_cache import inspect
+from pipeline.show.metrics import read_metrics
+from pipeline.show.progress import Progress, timed_start
 from pipeline.train import TrainReport, train
-from pipeline.verify import verify
 from tests.caches import make_tiny_cache, make_tiny_data
 from tests.test_pipeline import TEACHER, config
 
@@ -161,7 +161,7 @@ def test_the_rate_of_training_leaves_start_up_and_evaluation_out() -> None:
 
     ticks = [0.0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.progress.time.perf_counter", lambda: ticks[-1])
+        patch.setattr("pipeline.show.progress.time.perf_counter", lambda: ticks[-1])
         assert list(timed_start(results(), seconds)) == [1, 2]
     assert seconds == {"start": 5.0}
 

@@ -19,13 +19,13 @@ from PIL import Image
 
 import cskd.packing.pack
 import cskd.packing.payloads
+from cskd.dataset.images import decode, image_size
+from cskd.dataset.inventory import open_inventory
+from cskd.dataset.shard_reader import ShardReader
 from cskd.errors import DataError, PathError
-from cskd.images import decode, image_size
-from cskd.inventory import open_inventory
 from cskd.packing.index import index
 from cskd.packing.names import sample_key
 from cskd.packing.pack import pack
-from cskd.shards import ShardReader
 from cskd.store.shard_writer import ShardWriter
 from tests.data_sources import EXPECTED, FILES, SMALL, as_webdataset_reads, contents, folder, names, prefixed, tar
 

@@ -10,9 +10,9 @@ import pytest
 import cli
 from cskd.config import from_dict, load_config
 from cskd.config.load import PATHS
+from cskd.dataset.inventory import open_inventory
 from cskd.errors import PathError
 from cskd.files.paths import local_path, local_text
-from cskd.inventory import open_inventory
 from cskd.packing.index import index
 from cskd.packing.pack import pack
 from cskd.store.cache import open_cache

@@ -6,9 +6,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cskd import pictures
-from cskd.pictures import CLASS_COLOURS, OTHER, class_key, class_map, cut, font, grid, legend, panel, scalar_map
-from cskd.wordnet import readable
+from pipeline.look import pictures
+from pipeline.look.pictures import (
+    CLASS_COLOURS,
+    OTHER,
+    class_key,
+    class_map,
+    cut,
+    font,
+    grid,
+    legend,
+    panel,
+    scalar_map,
+)
+from pipeline.look.wordnet import readable
 
 
 @pytest.mark.parametrize(("h", "w", "side"), [(1, 1, 224), (7, 7, 224), (7, 7, 300), (3, 5, 224), (14, 14, 224)])

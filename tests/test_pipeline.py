@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 import pipeline.train
 from cskd.config import Config, from_dict
 from cskd.errors import CacheError, ConfigError, PathError, TeacherError
-from cskd.forwards import teacher_images
 from cskd.store.cache import open_cache
 from cskd.store.commit import Commit, publish, read_commit
 from cskd.store.format import commit_file
+from cskd.teacher.forwards import teacher_images
 from pipeline.cache_teacher import cache_teacher
-from pipeline.metrics import read_metrics
+from pipeline.show.metrics import read_metrics
 from pipeline.train import train
 from tests.caches import make_tiny_data
 
@@ -143,13 +143,13 @@ def test_every_method_trains_from_one_cache_without_the_teacher(cached: Path, me
 
 def test_the_hard_targets_of_the_loss_are_the_teachers_own(cached: Path) -> None:
     """Replays stage 1's arithmetic outside the pipeline: views, mixing, teacher, blend."""
-    from cskd.augment.device import mix_pixels
-    from cskd.ckf import blend_at, hard_targets
-    from cskd.epoch_table import TargetSpec, build_table
+    from cskd.loading.epoch_table import TargetSpec, build_table
+    from cskd.loading.plan import PlanSpec, epoch_plan
     from cskd.loading.stage2 import BatchMaker, TrainTask
-    from cskd.loading.views import ViewMaker
-    from cskd.plan import PlanSpec, epoch_plan
-    from cskd.teacher import load_teacher
+    from cskd.method.ckf import blend_at, hard_targets
+    from cskd.teacher.model import load_teacher
+    from cskd.views.maker import ViewMaker
+    from cskd.views.mix_pixels import mix_pixels
 
     cache = open_cache(cached / "cache")
     c = config(cached)
@@ -229,7 +229,7 @@ def test_the_exported_weights_are_timms_own_names(cached: Path) -> None:
 def test_a_bad_image_is_quarantined_and_counted_and_its_partners_stay_unmixed(base: Path, tmp_path: Path) -> None:
     import shutil
 
-    from cskd.inventory import Sample, ShardFile, open_inventory, write_inventory
+    from cskd.dataset.inventory import Sample, ShardFile, open_inventory, write_inventory
 
     data = tmp_path / "bad"
     shutil.copytree(base / "train", data)
@@ -327,7 +327,7 @@ def test_a_run_is_not_resumed_in_another_precision(cached: Path, monkeypatch: py
     unfused = []
     monkeypatch.setattr("cskd.student.model.Student.unfuse_attention", lambda _: unfused.append(True))
     for has in (False, True):
-        monkeypatch.setattr("cskd.devices.cpu_has_bf16", lambda has=has: has)
+        monkeypatch.setattr("cskd.machine.devices.cpu_has_bf16", lambda has=has: has)
         train(config(cached, f"precision {has}", train=changes), quiet=True)
         assert len(unfused) == has
     with pytest.raises(

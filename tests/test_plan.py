@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cskd.augment.mixing import mixing, quads
 from cskd.config import RecipeConfig
 from cskd.errors import PlanError
-from cskd.plan import PlanSpec, epoch_plan, epoch_views, rank_share
+from cskd.loading.plan import PlanSpec, epoch_plan, epoch_views, rank_share
 from cskd.seeds import view_seeds
+from cskd.views.mixing import mixing, quads
 
 
 def spec(sizes: list[int], bad: tuple[int, ...] = (), **changes: int) -> PlanSpec:

@@ -15,7 +15,7 @@ from cskd.config import Config
 from cskd.errors import ConfigError, CskdError, DataError, PlanError, StudentError, TeacherError
 from cskd.store.cache import open_cache
 from pipeline.cache_teacher import cache_teacher
-from pipeline.inspect_cache import inspect
+from pipeline.look.inspect_cache import inspect
 from pipeline.train import train
 from tests.caches import CLASSES, make_tiny_data
 from tests.test_pipeline import TEACHER, config

@@ -14,13 +14,13 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import functional as torchvision_ops
 
-from cskd.augment import geometry
-from cskd.augment.ops import apply_op
-from cskd.augment.rand_string import RandSettings, parse_rand_string
-from cskd.augment.randaugment import OPERATIONS, Op, argument_of, draw_jitter, draw_randaugment
-from cskd.augment.recipe import sample_params
 from cskd.config import RecipeConfig
+from cskd.config.rand_string import RandSettings, parse_rand_string
 from cskd.errors import ConfigError
+from cskd.views import geometry
+from cskd.views.ops import apply_op
+from cskd.views.randaugment import OPERATIONS, Op, argument_of, draw_jitter, draw_randaugment
+from cskd.views.recipe import sample_params
 from tests.distributions import assert_same_counts, assert_same_distribution
 
 DEIT = "rand-m9-mstd0.5-inc1"

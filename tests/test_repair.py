@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from cskd.augment.mixing import NONE, partners, quads
 from cskd.errors import CacheError, CskdError, DataError
 from cskd.files.claims import Claims
 from cskd.seeds import view_seeds
@@ -21,10 +20,11 @@ from cskd.store.commit import read_commit
 from cskd.store.format import commit_file
 from cskd.store.manifest import write_manifest
 from cskd.store.seal import seal_cache
+from cskd.views.mixing import NONE, partners, quads
 from pipeline.cache_teacher import cache_teacher
-from pipeline.gc import gc
-from pipeline.repair import RepairReport, render, repair
-from pipeline.verify import verify
+from pipeline.care.gc import gc
+from pipeline.care.repair import RepairReport, render, repair
+from pipeline.care.verify import verify
 from tests.caches import make_tiny_cache, make_tiny_data
 from tests.test_pipeline import TEACHER, config
 

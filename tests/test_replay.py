@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-import cskd.augment.ops
-import cskd.identity
-import cskd.loading.views
-import cskd.plan
-from cskd.augment.mixing import CUTMIX, MIXUP, NONE
+import cskd.loading.plan
+import cskd.store.identity
+import cskd.views.maker
+import cskd.views.ops
 from cskd.errors import CacheError, ConfigError, ReplayError
 from cskd.store.cache import open_cache
 from cskd.store.format import SEAL, commit_file
 from cskd.store.manifest import write_manifest
+from cskd.views.mixing import CUTMIX, MIXUP, NONE
 from pipeline.cache_teacher import cache_teacher
+from pipeline.care.verify import verify
 from pipeline.train import train
-from pipeline.verify import verify
 from tests.caches import make_tiny_data
 from tests.test_pipeline import TEACHER, config
 
@@ -106,13 +106,13 @@ def test_one_changed_seed_or_partner_is_refused_when_the_unit_is_read(base: Path
 
 
 def test_other_pairs_in_the_plan_are_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cskd.plan, "PAIRED", cskd.plan.PAIRED[[1, 2, 0]])
+    monkeypatch.setattr(cskd.loading.plan, "PAIRED", cskd.loading.plan.PAIRED[[1, 2, 0]])
     with pytest.raises(ReplayError, match=r"partner is \d+, the recipe says \d+"):
         run(base)
 
 
 def test_one_changed_pixel_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    view = cskd.loading.views.ViewMaker.view
+    view = cskd.views.maker.ViewMaker.view
 
     def spotted(self: Any, image: Any, seed: int) -> Any:
         out = view(self, image, seed)
@@ -121,7 +121,7 @@ def test_one_changed_pixel_is_refused(base: Path, monkeypatch: pytest.MonkeyPatc
         return out
 
     seeds = open_cache(base / "cache").read(0, 0, "envelope").fields["seed"].tolist()
-    monkeypatch.setattr(cskd.loading.views.ViewMaker, "view", spotted)
+    monkeypatch.setattr(cskd.views.maker.ViewMaker, "view", spotted)
     with pytest.raises(
         ReplayError, match=r"^view 0 of sample 'image007' .* so the pixels differ \(recipe code 1; all lib"
     ):
@@ -132,13 +132,13 @@ def test_one_changed_pixel_is_refused(base: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_another_implementation_of_one_op_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    apply_op = cskd.augment.ops.apply_op
+    apply_op = cskd.views.ops.apply_op
 
     def changed(image: Any, op: Any, fill: Any) -> Any:
         out = apply_op(image, op, fill)
         return out ^ 1 if op.name == "Posterize" else out
 
-    monkeypatch.setattr(cskd.augment.ops, "apply_op", changed)
+    monkeypatch.setattr(cskd.views.ops, "apply_op", changed)
     with pytest.raises(ReplayError, match=r"seed and mixing are the recipe's, so the pixels differ"):
         run(base, epochs=3)
     assert any("so the pixels differ" in e for e in verify(base / "cache", replay=126, quiet=True).errors)
@@ -170,13 +170,13 @@ def test_one_changed_recipe_field_is_refused(base: Path) -> None:
 
 def test_other_versions_call_for_golden_views(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal ones: go on and say so. Different ones: refused before the first step, in training and in stage 1."""
-    versions = cskd.identity.library_versions()
-    monkeypatch.setattr(cskd.identity, "library_versions", lambda: {**versions, "pillow": "99.0"})
+    versions = cskd.store.identity.library_versions()
+    monkeypatch.setattr(cskd.store.identity, "library_versions", lambda: {**versions, "pillow": "99.0"})
     notes = run(base, max_steps=1).notes
     said = f"since the cache was made: pillow {versions['pillow']} -> 99.0; 126 golden views replay exactly"
     assert said in notes
-    clean = cskd.loading.views.decode
-    monkeypatch.setattr(cskd.loading.views, "decode", lambda data: clean(data) ^ 1)  # a decoder that rounds otherwise
+    clean = cskd.views.maker.decode
+    monkeypatch.setattr(cskd.views.maker, "decode", lambda data: clean(data) ^ 1)  # a decoder that rounds otherwise
     for stage in (lambda: run(base), lambda: cache_teacher(config(base, recipe=DEIT), quiet=True)):
         with pytest.raises(CacheError, match=r"golden samples, replayed since pillow .* -> 99\.0: view 0 of sample"):
             stage()

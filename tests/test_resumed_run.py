@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 import pipeline.train
 from cskd.config import Config
 from cskd.errors import ConfigError, StudentError
-from cskd.ranks import Ranks
+from cskd.machine.ranks import Ranks
 from cskd.student.best import Best
 from cskd.student.optim import Optimisation
 from cskd.student.resume import digest
 from pipeline.conflicts import as_begun, change_note, changed_on_resume, refuse_other_run
-from pipeline.metrics import read_metrics
 from pipeline.run_state import RunState
+from pipeline.show.metrics import read_metrics
 from pipeline.train import train
 from tests.test_pipeline import cached_data, run_settings
 

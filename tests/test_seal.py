@@ -15,9 +15,9 @@ from cskd.store.commit import Commit, json_bytes, publish, read_commit
 from cskd.store.format import SEAL, commit_file
 from cskd.store.seal import read_seal, seal_cache, seal_facts
 from pipeline.cache_teacher import write_resolved
-from pipeline.inspect_cache import inspect
-from pipeline.repair import repair
-from pipeline.verify import verify
+from pipeline.care.repair import repair
+from pipeline.care.verify import verify
+from pipeline.look.inspect_cache import inspect
 from tests.caches import make_tiny_cache
 
 

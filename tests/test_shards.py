@@ -12,10 +12,10 @@ from pathlib import Path
 import google_crc32c
 import pytest
 
-import cskd.shards
+import cskd.dataset.shard_reader
+from cskd.dataset.inventory import Inventory, Sample, ShardFile, open_inventory, write_inventory
+from cskd.dataset.shard_reader import ShardReader
 from cskd.errors import DataError, ImageError, ReadError
-from cskd.inventory import Inventory, Sample, ShardFile, open_inventory, write_inventory
-from cskd.shards import ShardReader
 
 N, PER_SHARD = 60, 5
 
@@ -91,8 +91,8 @@ def test_an_io_error_is_tried_three_times_then_is_a_read_error(
             raise OSError(5, "Input/output error")
         return real(fd, size, offset)
 
-    monkeypatch.setattr(cskd.shards.os, "pread", flaky)
-    monkeypatch.setattr(cskd.shards, "WAIT", 0.0)
+    monkeypatch.setattr(cskd.dataset.shard_reader.os, "pread", flaky)
+    monkeypatch.setattr(cskd.dataset.shard_reader, "WAIT", 0.0)
     reader = ShardReader(inventory)
     if failures < 3:
         assert reader.read(7) == payload(7)
@@ -105,7 +105,7 @@ def test_an_io_error_is_tried_three_times_then_is_a_read_error(
 
 def test_short_reads_are_completed(inventory: Inventory, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.pread
-    monkeypatch.setattr(cskd.shards.os, "pread", lambda fd, size, offset: real(fd, min(size, 30), offset))
+    monkeypatch.setattr(cskd.dataset.shard_reader.os, "pread", lambda fd, size, offset: real(fd, min(size, 30), offset))
     assert ShardReader(inventory).read(9) == payload(9)
 
 
@@ -140,8 +140,8 @@ def test_threads_may_share_a_reader(inventory: Inventory, monkeypatch: pytest.Mo
         time.sleep(0.0005)  # time for another thread to close the file
         return real(fd, size, offset)
 
-    monkeypatch.setattr(cskd.shards.os, "pread", slow)
-    monkeypatch.setattr(cskd.shards, "TRIES", 1)
+    monkeypatch.setattr(cskd.dataset.shard_reader.os, "pread", slow)
+    monkeypatch.setattr(cskd.dataset.shard_reader, "TRIES", 1)
     reader, good = ShardReader(inventory, max_open=1), []
     threads = [threading.Thread(target=lambda: good.append(read_all(reader))) for _ in range(4)]
     for thread in threads:

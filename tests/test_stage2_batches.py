@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cskd.epoch_table import TargetSpec
 from cskd.errors import ReplayError
+from cskd.loading.epoch_table import TargetSpec
+from cskd.loading.plan import PlanSpec
 from cskd.loading.stage2 import BatchMaker, TrainTask
 from cskd.loading.tasks import RunTasks
-from cskd.loading.views import ViewMaker
-from cskd.plan import PlanSpec
 from cskd.store.cache import Cache
+from cskd.views.maker import ViewMaker
 from tests.caches import make_tiny_cache
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from cskd.config import LossConfig, StudentConfig, TrainConfig
 from cskd.errors import ConfigError, StudentError
-from cskd.losses import DistillationLoss, HardTargets, MixedLabels
+from cskd.method.losses import DistillationLoss, HardTargets, MixedLabels
 from cskd.student import StudentOutput, build_student, eval_heads
 from cskd.student.optim import Optimisation, reseed_step, scaled_lr
 

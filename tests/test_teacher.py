@@ -17,8 +17,8 @@ from torch._dynamo.exc import TorchDynamoException
 
 from cskd.config import TeacherConfig
 from cskd.errors import TeacherError
-from cskd.forwards import teacher_images
-from cskd.teacher import Prepare, Preprocess, compare_probe, probe_images
+from cskd.teacher.forwards import teacher_images
+from cskd.teacher.model import Prepare, Preprocess, compare_probe, probe_images
 from tests.teachers import NAMES, load, pixels, tiny_teacher
 
 
@@ -223,7 +223,7 @@ def test_impossible_preprocessing_is_refused(tiny: TeacherConfig, changes: dict[
 def test_auto_autocast_is_on_where_the_processor_has_bf16_and_the_outcome_is_recorded(
     tiny: TeacherConfig, monkeypatch: pytest.MonkeyPatch, has: bool, recorded: str
 ) -> None:
-    monkeypatch.setattr("cskd.devices.cpu_has_bf16", lambda: has)
+    monkeypatch.setattr("cskd.machine.devices.cpu_has_bf16", lambda: has)
     assert load(tiny, autocast="auto").fingerprint["autocast"] == recorded
 
 

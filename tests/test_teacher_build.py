@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cskd.config import TeacherConfig
 from cskd.errors import TeacherError
-from cskd.teacher_build import build, build_model, load_weights, weights_sha256
+from cskd.teacher.build import build, build_model, load_weights, weights_sha256
 
 TINY: dict[str, Any] = {"channels": [8, 8, 8, 8], "num_classes": 4}
 OWN = """

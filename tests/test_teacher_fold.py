@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cskd.config import TeacherConfig
 from cskd.errors import TeacherError
-from cskd.teacher_fold import fold_norms
+from cskd.teacher.fold import fold_norms
 from tests.teachers import load, pixels, tiny_teacher
 
 

@@ -13,9 +13,9 @@ from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
 from cskd.config import TeacherConfig
-from cskd.teacher_fold import fold_norms
-from cskd.teacher_fuse import FusedConvolution, fuse_activations
-from cskd.teacher_heads import Head
+from cskd.teacher.fold import fold_norms
+from cskd.teacher.fuse import FusedConvolution, fuse_activations
+from cskd.teacher.heads import Head
 from tests.teachers import load, pixels, tiny_teacher
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")

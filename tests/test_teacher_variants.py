@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from cskd.config import TeacherConfig
-from cskd.teacher_checks import clean_predictions
-from cskd.teacher_variants import better_variant
+from cskd.teacher.probe import clean_predictions
+from cskd.teacher.variants import better_variant
 from tests.teachers import load
 from tests.test_teacher_checks import read_images
 

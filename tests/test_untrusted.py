@@ -17,9 +17,10 @@ import cskd.packing.payloads
 from cli import _printable
 from cskd.config import from_dict, load_config
 from cskd.config.yaml_text import read_yaml
+from cskd.dataset.image_limits import refuse_bombs
+from cskd.dataset.images import decode
 from cskd.errors import ConfigError, CskdError, DataError, ImageError, TeacherError
-from cskd.image_limits import refuse_bombs
-from cskd.images import decode
+from cskd.files.read import parse_json, printable, read_file
 from cskd.packing.pack import pack
 from cskd.packing.payloads import payloads
 from cskd.packing.sources import open_source
@@ -27,11 +28,10 @@ from cskd.packing.tars import decompressed, members
 from cskd.store.cache import create_cache
 from cskd.store.record_checks import check_manifest
 from cskd.store.unit_layout import frame_size
-from cskd.teacher_build import build_model
-from cskd.untrusted import parse_json, printable, read_file
+from cskd.teacher.build import build_model
+from pipeline.care.gc import gc
 from pipeline.conflicts import own_output
-from pipeline.gc import gc
-from pipeline.packing import PackReport
+from pipeline.pack import PackReport
 from tests.caches import make_tiny_cache
 
 
@@ -209,7 +209,7 @@ def test_the_size_of_a_frame_is_read_as_zstd_states_it() -> None:
 
 
 def test_a_tensor_that_repeats_one_number_is_refused(tmp_path: Path) -> None:
-    from cskd.weight_files import check_tensors
+    from cskd.files.weights import check_tensors
 
     check_tensors([torch.ones(3, 4), torch.ones(4, 3).T, torch.ones(()), "text"])
     with pytest.raises(ValueError, match="repeats its numbers"):

@@ -14,18 +14,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import cskd.files.read
 import cskd.store.commit
-import cskd.untrusted
+from cskd.dataset.inventory import FIND_SHARDS
 from cskd.errors import DataError
-from cskd.inventory import FIND_SHARDS
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import Commit, publish, write_file
 from cskd.store.format import VIEW_FIELDS, commit_file
 from cskd.store.seal import seal_cache
 from cskd.store.unit import content_hash, pack_unit
-from pipeline.progress import Progress
-from pipeline.recompute import made_views
-from pipeline.verify import render, verify
+from pipeline.care.recompute import made_views
+from pipeline.care.verify import render, verify
+from pipeline.show.progress import Progress
 from tests.caches import make_tiny_cache, make_tiny_data
 
 
@@ -91,7 +91,7 @@ def test_images_that_are_asked_for_and_absent_are_one_line_before_the_work(
 ) -> None:
     there = moved(cache)
     checked: list[int] = []
-    monkeypatch.setattr("pipeline.verify.check_unit", lambda *_: checked.append(1))
+    monkeypatch.setattr("pipeline.care.verify.check_unit", lambda *_: checked.append(1))
     with pytest.raises(DataError, match=r"none of the 2 image shards .* is not in .*data; .*--data of"):
         verify(cache.root, quiet=True, **wish)
     make_tiny_data(cache.root.parent / "other", n=7)
@@ -135,9 +135,9 @@ def test_a_shard_of_which_no_image_is_as_it_was_is_one_line_and_a_few_bad_images
 
 def test_a_disk_that_fails_is_given_up_after_a_few_images(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each takes three tries with a wait between: a shard of 4,096 would take an hour."""
-    monkeypatch.setattr("pipeline.verify.LISTED", 2)
-    monkeypatch.setattr("cskd.shards.WAIT", 0.0)
-    monkeypatch.setattr("cskd.shards._pread", fail)
+    monkeypatch.setattr("pipeline.care.verify.LISTED", 2)
+    monkeypatch.setattr("cskd.dataset.shard_reader.WAIT", 0.0)
+    monkeypatch.setattr("cskd.dataset.shard_reader._pread", fail)
     report = verify(cache.root, images=True, quiet=True)
     assert len(report.errors) == 6 and report.images_read == 4
     assert [e.rpartition(": ")[2] for e in report.errors[2::3]] == ["3 further images were not read"] * 2
@@ -152,7 +152,7 @@ def test_each_record_is_parsed_once_and_each_file_of_a_unit_is_read_once(
 ) -> None:
     cache = make_tiny_cache(tmp_path, codecs=("envelope", "int8"))
     seal_cache(cache, 0.1)
-    reads, parses, opened = Counter[str](), Counter[str](), cskd.untrusted.open_regular
+    reads, parses, opened = Counter[str](), Counter[str](), cskd.files.read.open_regular
     parse = cskd.store.commit._parse
 
     def count_opens(path: str | Path) -> int:
@@ -163,7 +163,7 @@ def test_each_record_is_parsed_once_and_each_file_of_a_unit_is_read_once(
         parses[str(path.relative_to(cache.root))] += 1
         return parse(raw, path, *unit)
 
-    for module in ("cskd.untrusted", "cskd.store.unit"):
+    for module in ("cskd.files.read", "cskd.store.unit"):
         monkeypatch.setattr(f"{module}.open_regular", count_opens)
     monkeypatch.setattr("cskd.store.commit._parse", count_parses)
     assert verify(cache.root, quiet=True).sealed
@@ -210,7 +210,7 @@ def test_progress_of_a_replay_ends_at_the_views_there_are(tmp_path: Path, monkey
     assert made_views(open_cache(cache.root)) == 27 - 5
     totals: dict[str, int] = {}
     monkeypatch.setattr(
-        "pipeline.recompute.Progress",
+        "pipeline.care.recompute.Progress",
         lambda what, total, *a, **k: totals.update({what: total}) or Progress(what, total, *a, **k),
     )
     assert verify(cache.root, replay=1000, quiet=True).replayed == 22 == totals["replay"]

@@ -31,13 +31,13 @@ import torch
 
 from benchmarks.results import ROOT, data, teacher
 from benchmarks.results.students import StudentRun, all_runs
-from cskd.devices import pick_device
 from cskd.errors import CskdError
+from cskd.machine.devices import pick_device
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import UnitFile
 from pipeline.cache_teacher import cache_teacher
 from pipeline.evaluate import evaluate_checkpoint
-from pipeline.metrics import read_metrics
+from pipeline.show.metrics import read_metrics
 from pipeline.train import train
 
 ON_CUDA = {"train": 2, "cache": 12}  # processes that decode
@@ -47,7 +47,9 @@ TALLY = ROOT / "docs" / "results" / "tally.jsonl"
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", help="names of runs, with wildcards, comma between: few/*,all/none/*")
-    parser.add_argument("--processes", type=int, help="runs side by side; default: one per core, per three beside a GPU")
+    parser.add_argument(
+        "--processes", type=int, help="runs side by side; default: one per core, per three beside a GPU"
+    )
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="stop after so many; runs go on the next time"
     )

@@ -27,17 +27,17 @@ from torch import Tensor, nn
 
 from benchmarks.results import results_folder, shared_weights
 from benchmarks.results.networks import CifarResNet
-from cskd.augment.device import normalise
-from cskd.devices import autocast, pick_device
+from cskd.dataset.images import decode
+from cskd.dataset.inventory import open_inventory
+from cskd.dataset.shard_reader import ShardReader
 from cskd.errors import ConfigError, CskdError
 from cskd.files.folders import mark, refuse_output
 from cskd.files.writer import sole_writer
-from cskd.images import decode
-from cskd.inventory import open_inventory
+from cskd.machine.devices import autocast, pick_device
 from cskd.machine.threads import choose_threads, computing_with
 from cskd.seeds import hash64
-from cskd.shards import ShardReader
-from pipeline.progress import Progress
+from cskd.views.mix_pixels import normalise
+from pipeline.show.progress import Progress
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 PRESETS: dict[str, dict[str, Any]] = {

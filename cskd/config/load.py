@@ -27,7 +27,7 @@ from cskd.config.schema import (
 from cskd.config.yaml_text import MAX_BYTES, read_yaml
 from cskd.errors import ConfigError
 from cskd.files.paths import local_path, local_text
-from cskd.untrusted import check_depth, read_file
+from cskd.files.read import check_depth, read_file
 
 
 @dataclass(frozen=True)

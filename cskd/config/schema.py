@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from cskd.augment.rand_string import parse_rand_string
+from cskd.config.rand_string import parse_rand_string
 from cskd.errors import ConfigError
 
 Method = Literal["none", "deit-hard", "deit-soft", "cskd-hard", "cskd-soft"]
@@ -212,7 +212,7 @@ class LossConfig:
     tau: float = 1.0  # temperature of the soft terms; the paper's configs have 1
     smoothing: float = 0.1  # of the label term only
     soft_reduction: Literal["consistent", "paper"] = (
-        "consistent"  # what the soft terms are divided by; see cskd/losses.py
+        "consistent"  # what the soft terms are divided by; see cskd/method/losses.py
     )
 
     def __post_init__(self) -> None:

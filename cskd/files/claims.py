@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cskd.untrusted import read_file
+from cskd.files.read import read_file
 
 FOLDER = "claims"
 BEAT = 5.0  # seconds between touches

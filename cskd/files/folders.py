@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cskd.errors import PathError
 from cskd.files.paths import local_path
-from cskd.untrusted import parse_json, read_file
+from cskd.files.read import parse_json, read_file
 
 MARKER = ".cskd"
 VERSION = 1

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from cskd.errors import ImageError
 from cskd.loading.shared import SharedBatch
-from cskd.loading.views import ViewMaker
-from cskd.replay import pixel_crc
 from cskd.seeds import view_seeds
+from cskd.views.digest import pixel_crc
+from cskd.views.maker import ViewMaker
 
 
 @dataclass(frozen=True)

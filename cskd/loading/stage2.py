@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cskd.augment.mixing import NONE, own_share
-from cskd.epoch_table import EpochTable, open_table
 from cskd.errors import ImageError
+from cskd.loading.epoch_table import EpochTable, open_table
 from cskd.loading.shared import SharedBatch
-from cskd.loading.views import ViewMaker, clean_view
-from cskd.replay import Recorded, check_view, pixel_crc, view_digest
+from cskd.views.digest import Recorded, check_view, pixel_crc, view_digest
+from cskd.views.maker import ViewMaker, clean_view
+from cskd.views.mixing import NONE, own_share
 
 Batch = dict[str, Tensor]
 

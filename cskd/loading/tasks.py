@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
-from cskd.epoch_table import TargetSpec, build_table, segments
 from cskd.files.scratch import refuse_small
-from cskd.live import LiveViews
+from cskd.loading.epoch_table import TargetSpec, build_table, segments
+from cskd.loading.live import LiveViews
+from cskd.loading.plan import PlanSpec, epoch_plan, rank_share
 from cskd.loading.stage2 import EvalTask, TrainTask
-from cskd.plan import PlanSpec, epoch_plan, rank_share
 from cskd.store.cache import Cache
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import google_crc32c
 
+from cskd.dataset.inventory import Inventory, Sample, ShardFile, new_inventory, publish_inventory
 from cskd.errors import DataError
 from cskd.files.folders import refuse_output
 from cskd.files.paths import local_path
 from cskd.files.writer import sole_writer
-from cskd.inventory import Inventory, Sample, ShardFile, new_inventory, publish_inventory
 from cskd.packing.class_names import check_labels, classes_held, label_names
 from cskd.packing.layout import check_keys
 from cskd.packing.names import CLASSES_FILE

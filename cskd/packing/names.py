@@ -7,8 +7,8 @@ import re
 from collections.abc import Collection
 from pathlib import PurePosixPath
 
-from cskd.class_map import MAX_CLASSES
 from cskd.errors import DataError
+from cskd.teacher.class_map import MAX_CLASSES
 
 IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif"])
 UNREAD_IMAGES = frozenset(["avif", "heic", "heif", "jxl", "jp2", "j2k", "jfif", "jpe", "psd", "svg"])

@@ -14,12 +14,12 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from cskd.dataset.inventory import Inventory, InventoryWriter, Sample, open_inventory, publish_inventory
+from cskd.dataset.inventory_format import FOLDER, HEADER, sync
 from cskd.errors import DataError
 from cskd.files.folders import refuse_output
 from cskd.files.paths import local_path
 from cskd.files.writer import sole_writer
-from cskd.inventory import Inventory, InventoryWriter, Sample, open_inventory, publish_inventory
-from cskd.inventory_format import FOLDER, HEADER, sync
 from cskd.machine.cores import usable_cores
 from cskd.packing.class_names import classes_held
 from cskd.packing.names import CLASSES_FILE

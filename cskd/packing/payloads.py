@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cskd.dataset.images import decode, image_size
 from cskd.errors import DataError, ImageError
-from cskd.images import decode, image_size
 from cskd.packing.places import Place, place_size, read_place
 from cskd.packing.sources import Listing
 
@@ -68,7 +68,7 @@ def payloads(
 
 def shrink(data: bytes, short_side: int, quality: int) -> Payload:
     """Re-encode an image to that short side if its own is larger: bicubic with antialiasing, RGB JPEG with chroma at half
-    the resolution (4:2:0, which decodes in three quarters of the time of 4:4:4), no metadata. Pixels are those of `cskd.images.decode`. What can't be decoded stays as it is."""
+    the resolution (4:2:0, which decodes in three quarters of the time of 4:4:4), no metadata. Pixels are those of `cskd.dataset.images.decode`. What can't be decoded stays as it is."""
     try:
         if min(image_size(data)) <= short_side:
             return Payload(data)

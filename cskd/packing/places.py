@@ -6,7 +6,7 @@ import os
 from typing import NamedTuple
 
 from cskd.errors import DataError
-from cskd.untrusted import open_regular
+from cskd.files.read import open_regular
 
 WHOLE = -1  # size of a place that is a whole file
 MAX_IMAGE_BYTES = 1 << 28

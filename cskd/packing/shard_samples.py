@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from cskd.errors import DataError
+from cskd.files.read import open_regular, parse_json
 from cskd.packing.names import IMAGE_EXTENSIONS, check_path, is_metadata
 from cskd.packing.split_words import some
 from cskd.packing.tally import Tally
 from cskd.packing.tars import Member, members
-from cskd.untrusted import open_regular, parse_json
 
 MAX_LABEL_BYTES = 1 << 20
 _AS_NUMBER = 'write the shards again with the number of the class (12, not "12" or a name)'

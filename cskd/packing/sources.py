@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from cskd.dataset.inventory import first_duplicate
 from cskd.errors import DataError
-from cskd.inventory import first_duplicate
 from cskd.packing.class_names import check_labels, class_file, label_names, read_classes
 from cskd.packing.layout import Tree, check_keys, check_tree, class_prefix
 from cskd.packing.names import (

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from cskd.errors import DataError
+from cskd.files.read import open_regular
 from cskd.packing.tar_headers import FOLDER, LINKS, REGULAR, Header, headers
-from cskd.untrusted import open_regular
 
 MAX_SPOOL = 1 << 40  # bytes a compressed tar may decompress to
 MAX_RATIO = 200  # bytes from one compressed byte: images are 1 to 2, gzip's own limit is 1,032, a bomb is made at it

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from cskd.errors import CacheError
+from cskd.files.read import parse_json, read_file
 from cskd.store.format import FORMAT, commit_file, unit_file
 from cskd.store.record_checks import check_commit
-from cskd.untrusted import parse_json, read_file
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
       manifest.copy.json                the same once more, for `cskd repair`
       resolved.yaml                     the config that made it
       sealed.json                       once all units are there: counts, and the hash over their content (cskd/store/seal.py)
-      inventory/                        copy of the data set's inventory (see cskd/inventory.py)
+      inventory/                        copy of the data set's inventory (see cskd/dataset/inventory.py)
       units/b00012/v0003.envelope.0f3a….zarr.zip
                                         one view of one block, one codec; named by the hash of its bytes; never rewritten
       claims/                           who is making what; only while stage 1 runs (see cskd/files/claims.py)
@@ -17,7 +17,7 @@ block order without the quarantined ones; R rows, h x w teacher grid:
 
     key_hash   uint64 [R]      hash of the sample's key: joins a row to the inventory
     seed       uint64 [R]      of the view (cskd.seeds.view_seeds)
-    digest     uint32 [R]      of pixels and mixing fields (cskd.replay.view_digest)
+    digest     uint32 [R]      of pixels and mixing fields (cskd.views.digest.view_digest)
     label      int32  [R]      of the sample itself, unmixed
     partner    int32  [R]      mixing partner, position in the block; -1 = unmixed
     mode       uint8  [R]      0 none, 1 mixup, 2 cutmix

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from cskd.errors import CacheError
+from cskd.files.read import parse_json, read_file
 from cskd.store.commit import canonical, json_bytes, link_whole, write_json
 from cskd.store.format import FORMAT, MANIFEST, MANIFEST_COPY
 from cskd.store.record_checks import check_manifest
-from cskd.untrusted import parse_json, read_file
 
 RESTORE = (
     "`cskd repair` restores it from its second copy; else make the cache again in another folder (--set cache.path=...)"

@@ -109,7 +109,7 @@ def check_manifest(manifest: dict[str, Any]) -> None:
 
 
 def _check_precision(facts: object) -> None:
-    """Of the share of targets that the teacher's arithmetic changes (`cskd.precision`); older caches lack it."""
+    """Of the share of targets that the teacher's arithmetic changes (`cskd.teacher.arithmetic`); older caches lack it."""
     if facts is None:
         return
     if not isinstance(facts, dict) or not all(isinstance(facts.get(name), str) for name in ("backbone", "head")):

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from cskd.errors import CacheError
+from cskd.files.read import parse_json, read_file
 from cskd.store.cache import Cache
 from cskd.store.commit import json_bytes, link_whole, write_json
 from cskd.store.format import FORMAT, SEAL
 from cskd.store.manifest import read_manifest
-from cskd.untrusted import parse_json, read_file
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import webdataset
 
-from cskd.inventory import ShardFile
-from cskd.inventory_format import sync
+from cskd.dataset.inventory import ShardFile
+from cskd.dataset.inventory_format import sync
 
 SHARD_BYTES = 1_000_000_000
 

@@ -16,9 +16,9 @@ from numcodecs import zstd
 from numpy.typing import NDArray
 
 from cskd.errors import CacheError
+from cskd.files.read import open_regular
 from cskd.store.format import CHUNK_BYTES, FORMAT, ZSTD_LEVEL
 from cskd.store.unit_layout import ArrayLayout, frame_size, layout
-from cskd.untrusted import open_regular
 
 if TYPE_CHECKING:
     import zarr

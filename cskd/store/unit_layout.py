@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from cskd.files.read import parse_json
 from cskd.store.format import CHUNK_BYTES, FORMAT
-from cskd.untrusted import parse_json
 
 MAX_RATIO = 200  # decoded bytes from one of the file; units of real teachers take 2 to 20
 FREE_BYTES = 1 << 28  # decoded before the ratio counts: tiny teachers give arrays of zeros

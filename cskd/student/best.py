@@ -17,11 +17,11 @@ from typing import Any
 from safetensors.torch import save_file
 
 from cskd.errors import ConfigError
+from cskd.files.read import open_regular
 from cskd.store.commit import make_folder
 from cskd.student.heads import score_head
 from cskd.student.model import Student, head_names
 from cskd.student.resume import put_file
-from cskd.untrusted import open_regular
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,14 @@ import cskd
 from cskd.config import Config, StudentConfig
 from cskd.errors import ConfigError, StudentError
 from cskd.files.paths import local_path
+from cskd.files.read import parse_json, read_file
+from cskd.files.weights import check_tensors, check_weight_file
 from cskd.student.best import Best, BestWeights
 from cskd.student.finite import NotFiniteError, first_not_finite
 from cskd.student.heads import export_factors, multiplied, recorded_factors, recorded_heads, score_head
 from cskd.student.model import Student, build_student
 from cskd.student.optim import Optimisation
 from cskd.student.resume import ResumeStates, TrainState, put_file
-from cskd.untrusted import parse_json, read_file
-from cskd.weight_files import check_tensors, check_weight_file
 
 __all__ = ["MODEL", "MODEL_BEST", "MODEL_EMA", "MODEL_LAST", "ResumeStates", "TrainState", "export", "load_student"]
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from cskd.config.schema import LossConfig
-from cskd.losses import trained_heads
+from cskd.method.losses import trained_heads
 
 HEADS = ("class", "distillation", "patches")
 UNTRAINED = ".untrained"  # after the name of a head that the loss did not train

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from cskd.config.schema import LossConfig, StudentConfig
 from cskd.errors import StudentError
-from cskd.fit import multiples, patch_notes, unseen
-from cskd.losses import StudentOutput, trained_heads
+from cskd.method.losses import StudentOutput, trained_heads
 from cskd.student.heads import HEADS, UNTRAINED, heads_of, shared_head_note, untrained_note
 from cskd.student.warm_start import start_from
+from cskd.views.fit import multiples, patch_notes, unseen
 
 Grid = tuple[int, int]
 

@@ -23,12 +23,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cskd.errors import StudentError
+from cskd.files.read import open_regular, parse_json
+from cskd.files.weights import MAX_HEADER, check_weight_file
 from cskd.store.commit import fsync_folder, make_folder
 from cskd.student.finite import NotFiniteError, first_not_finite
 from cskd.student.model import Student
 from cskd.student.optim import Optimisation
-from cskd.untrusted import open_regular, parse_json
-from cskd.weight_files import MAX_HEADER, check_weight_file
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")

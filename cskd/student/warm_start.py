@@ -13,9 +13,9 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor
 
 from cskd.errors import StudentError
+from cskd.files.read import parse_json, read_file
+from cskd.files.weights import check_tensors, check_weight_file
 from cskd.student.heads import multiplied, recorded_factors, recorded_heads
-from cskd.untrusted import parse_json, read_file
-from cskd.weight_files import check_tensors, check_weight_file
 
 PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
 CLASSIFIERS = ("head.", "head_dist.")

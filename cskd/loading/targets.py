@@ -1,0 +1,124 @@
+"""What the loss reads: targets of a batch out of the cache, or from the teacher itself, by the same rule.
+
+Shapes: B batch, K classes, h w teacher grid (7 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cskd.codecs import Codec
+from cskd.config import LossConfig
+from cskd.errors import ConfigError, TeacherError
+from cskd.loading.epoch_table import TargetSpec
+from cskd.method.ckf import blend_at, hard_targets
+from cskd.method.losses import HardTargets, MixedLabels, SoftTargets
+from cskd.store.cache import Cache
+from cskd.teacher.forwards import pad_rows
+from cskd.views.mix_pixels import mixed_pixels
+
+if TYPE_CHECKING:
+    from cskd.teacher.model import Teacher
+
+Batch = dict[str, Tensor]
+
+
+_KINDS = {"none": "none", "deit-hard": "global", "cskd-hard": "cells"}  # of loss.method; the others are soft
+
+
+def codec_for(method: str, codecs: Mapping[str, Codec], where: str) -> str:
+    """The codec that a method reads: one that is exact for it where there is one.
+
+    Raises:  ConfigError when a soft method finds hard targets only; `where` names what holds the codecs.
+    """
+    soft = _KINDS.get(method, "soft") == "soft"
+    fitting = [name for name, codec in codecs.items() if (codec.soft if soft else codec.exact_hard)]
+    if soft and not fitting:
+        raise ConfigError(
+            f"loss.method {method} needs the teacher's logits and {where} holds only {list(codecs)}; cache with "
+            "cache.codecs: [envelope, int8], or use a '-hard' method"
+        )
+    return next(iter(fitting), next(iter(codecs)))
+
+
+class CachedTargets:
+    """Targets of a method from a cache. Raises ConfigError when the cache holds no codec that the method can read."""
+
+    def __init__(self, cache: Cache, config: LossConfig, epochs: int) -> None:
+        self._config, self._epochs, self._codecs = config, epochs, cache.codecs
+        self._kind = _KINDS.get(config.method, "soft")
+        self.codec = codec_for(config.method, cache.codecs, str(cache.root))
+
+    def spec(self, epoch: int) -> TargetSpec:
+        """What the epoch table holds."""
+        return TargetSpec(self._kind, self.codec, blend_at(epoch, self._epochs, self._config.decay))
+
+    def of(self, batch: Batch, epoch: int, device: torch.device) -> HardTargets | SoftTargets | None:
+        """The targets of a batch of `cskd.loading.stage2`, on the device."""
+        if self._kind == "none":
+            return None
+        if self._kind == "soft":
+            stored = {
+                name.removeprefix("target."): t.to(device, non_blocking=True)
+                for name, t in batch.items()
+                if name.startswith("target.")
+            }
+            dense, image = self._codecs[self.codec].logits_torch(stored)
+            return SoftTargets(image, dense, self.spec(epoch).blend)
+        cells = batch.get("cell_class")
+        return HardTargets(
+            batch["global_class"].to(device, non_blocking=True),
+            None if cells is None else cells.to(device, non_blocking=True),
+        )
+
+
+class LiveTargets:
+    """Targets of a method from the teacher, run on the very images the student sees, in batches of the size stage 1 uses."""
+
+    def __init__(self, teacher: Teacher, config: LossConfig, epochs: int) -> None:
+        self._teacher, self._config, self._epochs = teacher, config, epochs
+        self._kind = _KINDS.get(config.method, "soft")
+
+    def spec(self, epoch: int) -> TargetSpec:
+        """The epoch table holds views only."""
+        return TargetSpec("none", "", blend_at(epoch, self._epochs, self._config.decay))
+
+    def of(self, batch: Batch, epoch: int, device: torch.device) -> HardTargets | SoftTargets | None:
+        """The targets of a batch of `cskd.loading.stage2`, on the device."""
+        if self._kind == "none":
+            return None
+        dense_BKhw, global_BK = self._logits(mixed_pixels(batch, device))
+        blend = self.spec(epoch).blend
+        if self._kind == "soft":
+            return SoftTargets(global_BK, dense_BKhw, blend)
+        image = hard_targets(global_BK[:, :, None, None], global_BK, 0)[:, 0, 0]
+        return HardTargets(image, hard_targets(dense_BKhw, global_BK, blend) if self._kind == "cells" else None)
+
+    def _logits(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Dense [B, K, h, w] and global [B, K] logits; the last batch is padded, as in stage 1."""
+        size = self._teacher.batch
+        parts = [self._teacher.forward_dense(pad_rows(part, size)) for part in torch.split(pixels_BCHW, size)]
+        dense, image = (torch.cat(part)[: len(pixels_BCHW)] for part in zip(*parts, strict=True))
+        if not bool(dense.isfinite().all() & image.isfinite().all()):  # codecs refuse the same in stage 1
+            raise TeacherError("the teacher's logits hold NaN or an infinity; check its weights and teacher.autocast")
+        return dense, image
+
+
+class NoTargets:
+    """Of a run that is taught nothing but labels: neither cache nor teacher is asked."""
+
+    def spec(self, epoch: int) -> TargetSpec:
+        """The epoch table holds views only."""
+        return TargetSpec("none", "", 0)
+
+    def of(self, batch: Batch, epoch: int, device: torch.device) -> None:
+        """No targets."""
+
+
+def mixed_labels(batch: Batch, device: torch.device) -> MixedLabels:
+    """Labels of the mixed images of a batch, on the device."""
+    return MixedLabels(*(batch[name].to(device, non_blocking=True) for name in ("label", "partner_label", "share")))

@@ -1,0 +1,113 @@
+"""Collects the rows of units as the teacher's batches come in, and puts them in block order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cskd.codecs import Arrays, Codec
+from cskd.config import RecipeConfig
+from cskd.dataset.inventory import Inventory
+from cskd.seeds import view_seeds
+from cskd.views.digest import view_digest
+from cskd.views.mixing import NONE, Mixing, mixing
+
+
+class UnitBuilder:
+    """One view of the block of samples first .. stop-1. `order`, from `mixing.quads`, is the order rows arrive in."""
+
+    def __init__(
+        self,
+        inventory: Inventory,
+        recipe: RecipeConfig,
+        codecs: dict[str, Codec],
+        view: int,
+        first: int,
+        order: NDArray[np.int64],
+    ) -> None:
+        n = len(order)
+        self._labels = inventory.label[first : first + n]
+        self._hashes = inventory.key_hash[first : first + n]
+        self._recipe, self._codecs, self._view, self._order = recipe, codecs, view, order
+        self._seeds = view_seeds(recipe.seed, inventory.id, self._hashes, view)
+        self._bad = np.zeros(n, bool)
+        self.mixing: Mixing = mixing(self._seeds, order, self._bad, recipe, view)
+        self._crc = np.zeros(n, np.int64)
+        self._rows: list[NDArray[np.int64]] = []
+        self._parts: dict[str, list[Arrays]] = {name: [] for name in codecs}
+
+    def drop(self, bad: NDArray[np.int64]) -> None:
+        """Quarantine block positions: they get no row, and their partners in this view stay unmixed."""
+        self._bad[bad] = True
+        fields = self.mixing
+        for i in bad.tolist():
+            for j in (i, int(fields.partner[i])):
+                if j >= 0:
+                    fields.partner[j], fields.mode[j], fields.lam[j], fields.box[j] = -1, NONE, 0, 0
+
+    def mixing_rows(self, position: NDArray[np.int64]) -> tuple[NDArray[Any], ...]:
+        """The mixing of a batch of whole quads at these positions, for `mix_pixels`: partner (a row of the batch; its own
+        row where unmixed), mode, lambda and box."""
+        m, rows = self.mixing, np.arange(len(position))
+        row_of = np.zeros(len(m.mode), np.int64)
+        row_of[position] = rows
+        mode = m.mode[position]
+        partner = np.where(mode == NONE, rows, row_of[m.partner[position]])
+        return partner, mode, m.lam[position].astype(np.int64), m.box[position].astype(np.int64)
+
+    def add(self, position: NDArray[np.int64], crc: NDArray[np.int64], encoded: dict[str, Arrays]) -> None:
+        """Targets and pixel digests of some good samples, by their positions in the block."""
+        self._crc[position] = crc
+        self._rows.append(position)
+        for name, arrays in encoded.items():
+            self._parts[name].append(arrays)
+
+    def finish(self) -> tuple[dict[str, NDArray[Any]], dict[str, Arrays]]:
+        """View fields and targets of every codec, rows in block order."""
+        came = np.concatenate(self._rows)
+        order = np.argsort(came)
+        kept, m = came[order], self.mixing
+        partner_hash = np.where(m.partner >= 0, self._hashes[m.partner], np.uint64(0))
+        fields: dict[str, NDArray[Any]] = {
+            "key_hash": self._hashes[kept],
+            "seed": self._seeds[kept],
+            "label": self._labels[kept],
+            "partner": m.partner[kept],
+            "mode": m.mode[kept],
+            "lam": m.lam[kept],
+            "box": m.box[kept],
+        }
+        fields["digest"] = np.array(
+            [
+                view_digest(int(self._crc[i]), int(m.mode[i]), int(m.lam[i]), m.box[i], int(partner_hash[i]))
+                for i in kept
+            ],
+            np.uint32,
+        )
+        targets = {name: codec.take(codec.concat(self._parts[name]), order) for name, codec in self._codecs.items()}
+        return fields, targets
+
+
+@dataclass
+class PassBuilder:
+    """The units of one pass: the missing views of one mixing group of one block, made from one decoding of its images."""
+
+    block: int
+    first: int  # the block's first sample
+    order: NDArray[np.int64]  # of the block's positions, as their quads come
+    units: list[UnitBuilder]
+    views: tuple[int, ...]
+    quarantine: dict[int, str] = field(default_factory=dict)  # position -> reason
+    begun: int = 0  # rows handed to the teacher, in every view
+    rows: int = 0  # rows whose targets are in, summed over the views
+
+    @property
+    def all_begun(self) -> bool:
+        return self.begun == len(self.order)
+
+    @property
+    def complete(self) -> bool:
+        return self.rows == len(self.order) * len(self.views)

@@ -1,0 +1,235 @@
+"""The teacher's network: built by timm or by a function in the user's own file, with its weights loaded strictly."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import pickle
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from timm.data.config import resolve_model_data_config
+from torch import Tensor, nn
+
+from cskd.config import TeacherConfig
+from cskd.errors import TeacherError
+from cskd.files.read import read_file
+from cskd.files.weights import PickledObjectsError, check_tensors, check_weight_file
+
+FILES_ELSEWHERE = frozenset(
+    ["checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir"]
+)
+# Where training scripts put the weights inside a checkpoint; averaged weights first, as they are the ones published.
+MAX_WRAPPERS = 4  # around one another
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+
+
+@dataclass
+class Built:
+    """A network in float32, eval mode, on the CPU, and where it came from."""
+
+    model: nn.Module
+    source: dict[str, Any]  # constructor and kwargs, or the hash of the user's file: part of the fingerprint
+    stated: dict[str, Any]  # what the network says of itself: input_size, mean, std, interpolation, crop_pct
+    notes: list[str] = field(default_factory=list)  # what a user should know, one line each
+
+
+def build(config: TeacherConfig) -> Built:
+    """Build `config.model` and load `config.weights`.
+
+    Raises:  TeacherError for an unknown name, a missing file or function, kwargs the constructor refuses, weights that
+             can't be read or don't fit.
+    """
+    own = ".py:" in config.model
+    built = _from_file(config) if own else _from_timm(config)
+    if config.weights is None:
+        note = "the weights are those that build() gave" if own else "the weights are random: set teacher.weights"
+        built.notes.append(note)
+    elif config.weights != "hub":
+        built.notes += load_weights(built.model, Path(config.weights))
+    elif own:
+        raise TeacherError("teacher.weights: 'hub' is for timm models; give a file, or load the weights in build()")
+    else:
+        tag = (getattr(built.model, "pretrained_cfg", None) or {}).get("tag")
+        built.notes.append(f"the weights are timm's own{f', {tag}' if tag else ''}")
+    built.model = built.model.float().eval().requires_grad_(False)
+    return built
+
+
+def build_model(name: str, kwargs: dict[str, Any], pretrained: bool = False) -> nn.Module:
+    """A timm model by its name, in training mode, with random weights unless `pretrained` (needs a network).
+
+    Raises:  TeacherError for an unknown name (with the nearest known one), kwargs it refuses, weights out of reach.
+    """
+    for key in kwargs.keys() & FILES_ELSEWHERE:
+        raise TeacherError(
+            f"teacher.kwargs has {key}: {kwargs[key]!r}, by which timm would read a file of its own choice; leave it out, "
+            "set teacher.weights"
+        )
+    if ":" in name and not pretrained:
+        raise TeacherError(
+            f"teacher.model {name!r} names a place to load from, which is only done with teacher.weights: hub; give a timm "
+            "name, or path/to/file.py:build"
+        )
+    known = timm.list_models()
+    if ":" not in name and name.partition(".")[0] not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"the nearest is {near[0]!r}" if near else "timm.list_models() lists them"
+        raise TeacherError(f"teacher.model {name!r} is no timm model; {hint}; your own is path/to/file.py:build")
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
+    except Exception as e:  # timm, the hub's client and constructors raise whatever they like
+        if pretrained:
+            raise TeacherError(
+                f"timm's weights of {name} can't be had ({one_line(e)}); give a file in teacher.weights, downloaded "
+                "elsewhere if need be"
+            ) from None
+        raise TeacherError(f"timm can't build {name} with teacher.kwargs {kwargs}: {one_line(e)}") from None
+    return model
+
+
+def _from_timm(config: TeacherConfig) -> Built:
+    if not config.model:
+        raise TeacherError("teacher.model is empty; give a timm name such as resnet50, or path/to/file.py:build")
+    model = build_model(config.model, config.kwargs, pretrained=config.weights == "hub")
+    resolve: Callable[..., dict[str, Any]] = resolve_model_data_config
+    stated = resolve(model)
+    stated["input_size"] = stated["input_size"][-1]
+    return Built(model, {"model": config.model, "kwargs": dict(config.kwargs)}, stated)
+
+
+def _from_file(config: TeacherConfig) -> Built:
+    """Import path/to/file.py under a name made of its hash, and call the function after the colon."""
+    where, _, function = config.model.rpartition(":")
+    path = Path(where).expanduser()
+    try:
+        digest = hashlib.sha256(read_file(path)).hexdigest()
+    except OSError as e:
+        raise TeacherError(
+            f"teacher.model: {path} can't be read: {e.strerror}; expected path/to/file.py:build"
+        ) from None
+    name = f"cskd_teacher_{digest[:16]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # the name ends in .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and torch.compile look modules up by name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        del sys.modules[name]
+        raise TeacherError(f"teacher.model: importing {path} failed: {one_line(e)}") from None
+    maker = getattr(module, function, None)
+    if not callable(maker):
+        raise TeacherError(f"teacher.model: {path} has no function {function!r}; it must return a torch.nn.Module")
+    try:
+        model = maker(**config.kwargs)
+    except Exception as e:
+        raise TeacherError(
+            f"teacher.model: {path}:{function} with kwargs {config.kwargs} failed: {one_line(e)}"
+        ) from None
+    if not isinstance(model, nn.Module):
+        raise TeacherError(f"teacher.model: {path}:{function} returned a {type(model).__name__}, not a torch.nn.Module")
+    stated = dict(getattr(model, "pretrained_cfg", None) or {})
+    if isinstance(stated.get("input_size"), tuple | list):
+        stated["input_size"] = stated["input_size"][-1]
+    source = {"model": function, "file_sha256": digest, "kwargs": dict(config.kwargs)}
+    return Built(model, source, stated)
+
+
+def load_weights(model: nn.Module, path: Path) -> list[str]:
+    """Load a .safetensors, .pt, .pth or .tar file into `model`, strictly; other float types are cast to the model's.
+
+    Returns: notes: which part of a wrapped checkpoint was taken.
+    Raises:  TeacherError where the file can't be read, holds pickled objects, or does not fit the model.
+    """
+    path = path.expanduser()
+    if not path.is_file():
+        raise TeacherError(f"teacher.weights: no file at {path}; give a .safetensors or .pth file, or 'hub'")
+    weights, notes = _unwrap(_read(path, sum(t.nbytes for t in model.state_dict().values())), path)
+    expected = model.state_dict()
+    # Checkpoints older than PyTorch 0.4.1 lack this counter, which eval mode never reads.
+    missing = [k for k in expected if k not in weights and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in weights if k not in expected]
+    shapes = [
+        f"{k} {list(weights[k].shape)} for {list(v.shape)}"
+        for k, v in expected.items()
+        if k in weights and weights[k].shape != v.shape
+    ]
+    faults = [
+        f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if names
+    ]
+    if faults:
+        raise TeacherError(
+            f"teacher.weights: {path} does not fit the model ({'; '.join(faults)}); check teacher.model and "
+            "teacher.kwargs, such as num_classes"
+        )
+    model.load_state_dict(weights, strict=False)  # only counters can be missing here
+    return notes
+
+
+def _read(path: Path, model_bytes: int) -> object:
+    try:
+        check_weight_file(path, model_bytes)
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path, device="cpu")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, PickledObjectsError):
+        raise TeacherError(
+            f"teacher.weights: {path} is damaged, or holds Python objects besides tensors, which are never unpickled "
+            "here; save its state dict as .safetensors and give that"
+        ) from None
+    except Exception as e:  # whatever a file that is no checkpoint makes the two readers raise
+        raise TeacherError(f"teacher.weights: {path} can't be read: {one_line(e)}") from None
+
+
+def _unwrap(loaded: object, path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict inside a checkpoint, without the prefixes that DataParallel and torch.compile put on names."""
+    notes: list[str] = []
+    for _ in range(MAX_WRAPPERS):  # a mapping may hold itself
+        if not isinstance(loaded, Mapping):
+            break
+        key = next((k for k in _WRAPPERS if isinstance(loaded.get(k), Mapping)), None)
+        if key is None:
+            break
+        loaded = loaded[key]
+        notes.append(f"weights taken from {key!r} of {path.name}")
+    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise TeacherError(
+            f"teacher.weights: {path} holds no state dict of tensors (looked for {', '.join(_WRAPPERS)} and at its top "
+            "level); save model.state_dict() as .safetensors"
+        )
+    try:
+        check_tensors(loaded.values())
+    except ValueError as e:
+        raise TeacherError(f"teacher.weights: {path} holds {e}; save model.state_dict() as .safetensors") from None
+    weights: dict[str, Tensor] = {str(k): v for k, v in loaded.items()}
+    for prefix in ("module.", "_orig_mod."):
+        if all(k.startswith(prefix) for k in weights):
+            weights = {k.removeprefix(prefix): v for k, v in weights.items()}
+    return weights, notes
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over all parameters and buffers, sorted by name: name, dtype, shape and bytes of each."""
+    h = hashlib.sha256()
+    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in sorted(tensors.items()):
+        h.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        h.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return h.hexdigest()
+
+
+def one_line(e: Exception) -> str:
+    """An exception as part of one line."""
+    text = " ".join(str(e).split())
+    return f"{type(e).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"

@@ -1,0 +1,343 @@
+"""The teacher: a CNN whose dense and global logits are cached, or taken online. Sections 3 and 4 of arXiv 2307.08500.
+
+Only the backbone may be autocast or compiled. Pooling and classifier run in float32, or in float64 throughout: bf16 logits give ties in
+1.3 % of the cells (measured on 2 CPU cores with MobileNetV2 and 224 pixel images).
+"""
+
+# Shapes: B batch, K classes, h w the teacher's grid, H W pixels
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cskd.config import TeacherConfig
+from cskd.errors import TeacherError
+from cskd.machine.devices import uses_bf16
+from cskd.teacher.build import build, build_model, one_line, weights_sha256
+from cskd.teacher.class_map import class_map
+from cskd.teacher.fold import fold_norms
+from cskd.teacher.forwards import count_teacher_images, pad_rows
+from cskd.teacher.fuse import fuse_activations
+from cskd.teacher.heads import Head, find_head, full_precision, keep_classes
+from cskd.teacher.lanes import threads_of_a_lane
+from cskd.teacher.probe import check_clean, clean_top1, compare_probe, probe_images, project
+from cskd.views.fit import teacher_notes
+
+__all__ = [
+    "Preprocess",
+    "Teacher",
+    "build_model",
+    "check_clean",
+    "clean_top1",
+    "compare_probe",
+    "load_teacher",
+    "probe_images",
+]
+
+_COUNTING = threading.Lock()  # stage 1 runs forwards in several threads
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What the teacher wants done to an image."""
+
+    size: int  # pixels of the square input
+    mean: tuple[float, ...]  # of RGB in [0, 1]
+    std: tuple[float, ...]
+    interpolation: str  # bicubic or bilinear
+    crop_pct: float  # of the clean-image check: share of the resized short side that is kept
+
+
+class Prepare:
+    """Pixels at the recipe's size to the network's input: resize where the sizes differ, normalise, lay out."""
+
+    def __init__(self, preprocess: Preprocess, device: torch.device, channels_last: bool) -> None:
+        self.size, self.mode, self.device = preprocess.size, preprocess.interpolation, device
+        self.memory = torch.channels_last if channels_last else torch.contiguous_format
+        self.mean, self.std = (
+            (torch.tensor(v, device=device) * 255.0).reshape(1, 3, 1, 1) for v in (preprocess.mean, preprocess.std)
+        )
+        self.mean_L, self.std_L = (t.flatten().repeat(self.size) for t in (self.mean, self.std))  # of a line of pixels
+
+    def __call__(self, pixels_BCHW: Tensor) -> Tensor:
+        """[B, 3, H, W] RGB in 0..255 -> float32 [B, 3, size, size], normalised, on the device."""
+        if pixels_BCHW.ndim != 4 or pixels_BCHW.shape[1] != 3:
+            raise ValueError(f"pixels are {list(pixels_BCHW.shape)}, expected [B, 3, H, W]")
+        x = pixels_BCHW.to(self.device, torch.float32)
+        if x.shape[2:] != (self.size, self.size):
+            x = F.interpolate(x, (self.size, self.size), mode=self.mode, antialias=True).clamp_(0.0, 255.0)
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            return ((x - self.mean) / self.std).contiguous(memory_format=self.memory)
+        # A whole line of pixels at a time: a loop over three channels, which lie innermost, takes nearly four times as long.
+        lines_BHL = x.permute(0, 2, 3, 1).flatten(2)
+        x = lines_BHL.sub(self.mean_L).div_(self.std_L).view(len(x), self.size, self.size, 3).permute(0, 3, 1, 2)
+        return x.contiguous(memory_format=self.memory)
+
+
+@dataclass
+class Teacher:
+    """A network with verified dense logits; made by `load_teacher`."""
+
+    classes: int  # K, after the class map
+    grid: tuple[int, int]  # h, w of the dense logits
+    preprocess: Preprocess
+    device: torch.device
+    image_size: int  # pixels of the recipe's views
+    batch: int  # images a forward that the caller should keep to; part of the fingerprint
+    bf16: bool  # the backbone is autocast
+    dtype: torch.dtype  # of weights and arithmetic
+    head: Head
+    backbone: Callable[[Tensor], Tensor]  # network input -> feature map; compiled where asked for, for whole batches
+    prepare: Prepare
+    rows: Tensor | None  # int64 [K], the outputs to keep; None: all of them
+    chosen: tuple[int, ...]  # [K], which of the network's outputs each logit is
+    outputs: int  # of the network
+    pools: bool  # dense logits are pooled to `grid`
+    fingerprint: dict[str, Any]  # JSON-able; equal ones mean the same function from pixels to logits, up to rounding
+    notes: list[str]  # what a user should know, one line each
+    reentrant: bool  # forwards may run in several threads at once: not those of the user's own code, nor compiled ones
+    forwards: int = 0  # images run through the network since it was loaded
+
+    # no_grad, not inference_mode: online distillation saves these outputs for the student's backward pass, which
+    # inference tensors refuse.
+    @torch.no_grad()
+    def forward_dense(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Dense and global logits of mixed views.
+
+        Args:    float32 [B, 3, H, W], RGB in 0..255, at the recipe's size; resized to the teacher's where that differs.
+        Returns: dense float32 [B, K, h, w] (K innermost in memory), global float32 [B, K].
+        """
+        features = self._features(self.backbone, pixels_BCHW)
+        with full_precision(self.device):
+            dense_BKhw, global_BK = self.head.dense(features)
+            if self.rows is not None:
+                dense_BKhw, global_BK = dense_BKhw[:, self.rows], global_BK[:, self.rows]
+            if self.pools:
+                dense_BKhw = F.adaptive_avg_pool2d(dense_BKhw, self.grid)
+        return dense_BKhw.float(), global_BK.float()
+
+    @torch.no_grad()
+    def forward_global(self, pixels_BCHW: Tensor) -> Tensor:
+        """The global logits of `forward_dense` alone, never compiled: float32 [B, K]."""
+        features = self._features(self.head.backbone, pixels_BCHW)
+        with full_precision(self.device):
+            global_BK = self.head.pooled(features)
+        return (global_BK if self.rows is None else global_BK[:, self.rows]).float()
+
+    def probe(self) -> dict[str, Any]:
+        """JSON-able outputs on eight synthetic images: random projections of the logits. See `compare_probe`."""
+        pixels = _probe_pixels(self.image_size)
+        rows = self.batch if self.fingerprint["compile"] else len(pixels)  # a program is compiled for one size of batch
+        parts = []
+        with threads_of_a_lane(self.device, self.reentrant):
+            for part in torch.split(pixels, rows):
+                parts.append([logits[: len(part)] for logits in self.forward_dense(pad_rows(part, rows))])
+        dense_BKhw, global_BK = (torch.cat(part) for part in zip(*parts, strict=True))
+        return {
+            "autocast": self.fingerprint["autocast"],
+            "global": project(global_BK, "probe global"),
+            "dense": project(dense_BKhw, "probe dense"),
+        }
+
+    def _features(self, backbone: Callable[[Tensor], Tensor], pixels_BCHW: Tensor) -> Tensor:
+        with _COUNTING:
+            self.forwards += len(pixels_BCHW)
+        count_teacher_images(len(pixels_BCHW))
+        x = self.prepare(pixels_BCHW).to(self.dtype)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            return backbone(x).to(self.dtype)
+
+
+def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torch.device, image_size: int) -> Teacher:
+    """Build the teacher, verify how its dense logits are made, and find out its grid by running it once.
+
+    Args:    class_names the data set's, in label order; image_size pixels of the recipe's square views.
+    Raises:  TeacherError, one line with the reason, for anything that can't be built, read or verified.
+    """
+    built = build(config)
+    model, notes = built.model, built.notes
+    weights = weights_sha256(model)
+    preprocess = _preprocess(config, built.stated, image_size, notes)
+    prepare, bf16 = Prepare(preprocess, device, config.channels_last), uses_bf16(config.autocast, device)
+    model = model.to(device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    images = _probe_pixels(image_size)[:2]
+    count_teacher_images(len(images))
+    with torch.no_grad(), full_precision(device):
+        x = prepare(images)
+        if config.fold:
+            notes.append(f"{fold_norms(model, x)} batch norms are folded into convolutions")
+        head = find_head(model, x, config.dense)
+        backbone = head.backbone
+        features = backbone(x)
+        dense_BKhw, global_BK = head.dense(features)
+        outputs = global_BK.shape[1]
+        indices = class_map(config.classes, class_names, outputs)
+        rows = None if indices is None else torch.from_numpy(indices).to(device)
+        if rows is not None and keep_classes(model, head, features, rows):
+            rows = None
+    if head.kind == "forward_dense" and bf16:
+        raise TeacherError(
+            "the teacher's own forward_dense would run its classifier in bf16; set teacher.autocast: none, or offer "
+            "forward_features and forward_head instead"
+        )
+    dtype = torch.float64 if config.dtype == "float64" else torch.float32
+    model.to(dtype)  # verified in float32 first; a head's closures see the same modules
+    if config.fold and device.type == "cpu" and _fusable(config, head):
+        with torch.no_grad(), full_precision(device):
+            fused = fuse_activations(model, head, x, torch.bfloat16 if bf16 else torch.float32)
+        if fused:
+            notes.append(f"{fused} convolutions run in oneDNN, with the activations behind them")
+    own_grid = (dense_BKhw.shape[2], dense_BKhw.shape[3])
+    grid = _grid(config, own_grid)
+    if grid == (1, 1):
+        notes.append("the teacher's grid is 1x1: every cell's logits are the image's; teacher.input_size sets its size")
+    notes += teacher_notes(image_size, preprocess.size, own_grid, grid, _stated_stride(model))
+    if head.kind == "per_cell":
+        notes.append(
+            f"teacher.dense: per_cell: the head is not linear, cells don't average to the image's logits (gap {head.gap:.2g})"
+        )
+    fingerprint = {
+        **built.source,
+        "weights_sha256": weights,
+        "mean": list(preprocess.mean),
+        "std": list(preprocess.std),
+        "interpolation": preprocess.interpolation,
+        "input_size": preprocess.size,
+        "image_size": image_size,
+        "dtype": config.dtype,
+        "autocast": "bf16" if bf16 else "none",
+        "channels_last": config.channels_last,
+        "compile": config.compile,
+        "batch": config.batch,
+        "dense": config.dense,
+        "head": head.kind,
+        "grid": list(grid),
+        "classes": len(class_names),
+        "class_map": None if indices is None else hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest(),
+    }
+    if config.fold:  # absent where it is off, as in caches older than it
+        fingerprint["fold"] = True
+    _refuse_unstorable(fingerprint)
+    return Teacher(
+        classes=len(class_names),
+        grid=grid,
+        preprocess=preprocess,
+        device=device,
+        image_size=image_size,
+        batch=config.batch,
+        bf16=bf16,
+        dtype=dtype,
+        head=head,
+        backbone=_compiled(backbone) if config.compile else backbone,
+        prepare=prepare,
+        rows=rows,
+        chosen=tuple(range(outputs) if indices is None else indices.tolist()),
+        outputs=outputs,
+        pools=grid != own_grid,
+        fingerprint=fingerprint,
+        notes=notes,
+        reentrant="file_sha256" not in built.source and not config.compile,
+        forwards=len(images),
+    )
+
+
+def _fusable(config: TeacherConfig, head: Head) -> bool:
+    """Whether the backbone runs as it is, in float32 or bf16, and channels_last."""
+    return config.dtype == "float32" and config.channels_last and not config.compile and head.kind != "forward_dense"
+
+
+def _compiled(backbone: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The backbone as one program, made at its first batch. Raises TeacherError where it can't be."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    program = torch.compile(backbone, dynamic=False)
+
+    def run(x: Tensor) -> Tensor:
+        try:
+            return program(x)
+        except TorchDynamoException as e:
+            raise TeacherError(
+                f"teacher.compile: true, and torch.compile fails: {one_line(e)}; set teacher.compile: false"
+            ) from None
+
+    return run
+
+
+def _probe_pixels(size: int) -> Tensor:
+    return torch.from_numpy(probe_images(size)).permute(0, 3, 1, 2).float()
+
+
+def _grid(config: TeacherConfig, own: tuple[int, int]) -> tuple[int, int]:
+    if config.grid is None:
+        return own
+    wanted = (config.grid[0], config.grid[1])
+    if wanted[0] > own[0] or wanted[1] > own[1]:
+        raise TeacherError(
+            f"teacher.grid is {list(wanted)}, finer than the teacher's own {list(own)}; take a coarser one, or a "
+            "larger teacher.input_size"
+        )
+    return wanted
+
+
+def _preprocess(config: TeacherConfig, stated: dict[str, Any], image_size: int, notes: list[str]) -> Preprocess:
+    """The config's word, else the model's, else ImageNet's, with a note where the last was a guess."""
+    guessed = [name for name in ("mean", "std") if getattr(config, name) is None and stated.get(name) is None]
+    if guessed:
+        notes.append(
+            f"the teacher does not state its {' and '.join(guessed)}: ImageNet's are used; teacher.mean and std set them"
+        )
+
+    def first(name: str, default: Any) -> Any:
+        return next(v for v in (getattr(config, name), stated.get(name), default) if v is not None)
+
+    interpolation = first("interpolation", "bicubic")
+    if interpolation not in ("bicubic", "bilinear"):
+        notes.append(
+            f"the teacher states the interpolation {str(interpolation)[:40]!r}: bicubic is used; teacher.interpolation sets it"
+        )
+    p = Preprocess(
+        size=int(first("input_size", image_size)),
+        mean=tuple(map(float, first("mean", IMAGENET_MEAN))),
+        std=tuple(map(float, first("std", IMAGENET_STD))),
+        interpolation=interpolation if interpolation in ("bicubic", "bilinear") else "bicubic",
+        crop_pct=float(first("crop_pct", 1.0)),
+    )
+    for name, value, ok, expected in (
+        ("input_size", p.size, p.size > 0, "a positive number of pixels"),
+        ("mean", p.mean, len(p.mean) == 3, "three numbers, one a channel"),
+        ("std", p.std, len(p.std) == 3 and min(p.std) > 0, "three numbers above 0"),
+        ("crop_pct", p.crop_pct, 0 < p.crop_pct <= 1, "a share above 0 and up to 1"),
+    ):
+        if not ok:
+            raise TeacherError(f"teacher.{name} is {value!r}, expected {expected}")
+    return p
+
+
+def _stated_stride(model: Any) -> int | None:
+    """Pixels between two cells of the last map, as timm's models state it; None for others."""
+    try:
+        return int(model.feature_info[-1]["reduction"])
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return None
+
+
+def _refuse_unstorable(fingerprint: dict[str, Any]) -> None:
+    try:
+        json.dumps(fingerprint, allow_nan=False)
+    except (TypeError, ValueError) as e:
+        raise TeacherError(
+            f"teacher.kwargs must be plain values, they are part of the fingerprint: {one_line(e)}"
+        ) from None

@@ -1,0 +1,66 @@
+"""How many hard targets the teacher's own arithmetic changes: the share that differs from the same weights in float32."""
+
+# Shapes: B batch, C channels, H W pixels
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cskd.codecs.base import quantise_blend
+from cskd.method.ckf import hard_targets
+from cskd.teacher.arithmetic import BLENDS, REFERENCE, Precision
+from cskd.teacher.forwards import pad_rows
+from cskd.teacher.heads import full_precision
+from cskd.teacher.lanes import threads_of_a_lane
+
+if TYPE_CHECKING:
+    from cskd.teacher.model import Teacher
+
+ROWS = 4  # views in one forward: many classes on a fine grid fill the memory
+
+
+def arithmetic(teacher: Teacher) -> str:
+    """What the backbone computes in."""
+    if teacher.bf16:
+        return "bf16"
+    if teacher.dtype == torch.float32 and teacher.device.type == "cuda":
+        backends: Any = torch.backends
+        precisions = {backend.fp32_precision for backend in (backends.cudnn.conv, backends.cuda.matmul)}
+        return "tf32" if "tf32" in precisions else "float32"
+    return str(teacher.dtype).removeprefix("torch.")
+
+
+def is_reference(teacher: Teacher) -> bool:
+    """Whether the teacher runs as REFERENCE does."""
+    changed = teacher.fingerprint["compile"] or teacher.fingerprint.get("fold", False)
+    return arithmetic(teacher) == REFERENCE and not changed
+
+
+def measure(teacher: Teacher, plain: Teacher | None, views_BCHW: Tensor) -> Precision:
+    """Compare the hard targets of some views with those of `plain`, the same teacher as REFERENCE.
+
+    Args:    plain None: there is none to compare with; views_BCHW float32, RGB in 0..255, as `forward_dense` takes them.
+    """
+    head = str(teacher.dtype).removeprefix("torch.")
+    if plain is None:
+        return Precision(arithmetic(teacher), head, None, 0)
+    differing, cells = dict.fromkeys(BLENDS, 0), 0
+    compiled = bool(teacher.fingerprint["compile"])  # for one number of rows
+    for part in torch.split(views_BCHW, teacher.batch if compiled else ROWS):
+        mine = _logits(teacher, pad_rows(part, teacher.batch) if compiled else part)
+        with full_precision(plain.device):
+            its = _logits(plain, part)
+        cells += its[0][:, 0].numel()
+        for blend in BLENDS:
+            a, b = (hard_targets(dense, image, quantise_blend(blend)) for dense, image in (mine, its))
+            differing[blend] += int((a[: len(b)] != b).sum())
+    shares = {f"{blend:g}": count / max(1, cells) for blend, count in differing.items()}
+    return Precision(arithmetic(teacher), head, shares, len(views_BCHW))
+
+
+def _logits(teacher: Teacher, views_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    with threads_of_a_lane(teacher.device, teacher.reentrant):
+        return teacher.forward_dense(views_BCHW)

@@ -1,0 +1,140 @@
+"""Views of a cache made again, and the teacher run on them again: does this machine still give what is stored?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cskd.codecs.base import BLEND_ONE, direct_hard
+from cskd.config import TeacherConfig
+from cskd.errors import CacheError
+from cskd.machine.devices import pick_device
+from cskd.machine.threads import begun_with, choose_threads, computing_with
+from cskd.store.cache import Cache, Unit, first_difference
+from cskd.store.golden import golden_rows, replay_golden
+from cskd.teacher.forwards import pad_rows
+from cskd.teacher.lanes import threads_of_a_lane
+from cskd.teacher.model import Teacher, compare_probe, load_teacher
+from cskd.views.maker import ViewMaker
+from cskd.views.mix_pixels import mix_pixels
+from cskd.views.mixing import NONE
+from pipeline.show.progress import Progress
+
+BLENDS = tuple(range(0, BLEND_ONE + 1, BLEND_ONE // 16))
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """What came of running the teacher again. Lookups are hard targets: one a cell and blend, at 17 blends."""
+
+    views: int
+    lookups: int
+    differing: int
+    agreement: float
+    largest_margin: float  # of the differing ones: the logit of today's winner above that of the stored class
+    largest_logit_difference: float | None  # None: the cache has no codec of logits; int8's own error is in it
+    probe: str | None  # how the teacher's outputs on the probe images differ from the cache's; None: they don't
+
+
+def made_views(cache: Cache) -> int:
+    """How many views of a cache have targets."""
+    sizes = np.add.reduceat((~cache.quarantined()).astype(np.int64), cache.inventory.blocks[:-1])
+    return cache.views * int(sizes.sum()) - sum(int(sizes[block]) for block, _ in cache.missing())
+
+
+def replay_again(cache: Cache, count: int, quiet: bool) -> tuple[int, list[str]]:
+    """Make about `count` views again: how many, and one line for each that differs."""
+    errors, done = [], 0
+    with Progress("replay", min(count, made_views(cache)), "views", quiet=quiet) as progress:
+        for reason in replay_golden(cache, count):
+            done += 1
+            errors += [reason] if reason else []
+            progress.update(min(done, progress.total))
+    return done, errors
+
+
+def recompute(cache: Cache, count: int, device: str, quiet: bool) -> Recomputed:
+    """Run the teacher on about `count` of a cache's views and compare with what is stored.
+
+    Raises:  TeacherError where it can't be built; CacheError where it is not the cache's, naming the field.
+    """
+    teacher = load_teacher(
+        TeacherConfig(**cache.manifest["config"]["teacher"]), cache.classes, pick_device(device), cache.recipe.size
+    )
+    different = first_difference(cache.identity["teacher"], teacher.fingerprint)
+    if different:
+        field, old, new = different
+        raise CacheError(
+            f"{cache.root}: the teacher's {field} was {old!r}, now it is {new!r}; give it back its files and versions"
+        )
+    soft = next((name for name, codec in cache.codecs.items() if codec.soft), None)
+    hard = next((name for name, codec in cache.codecs.items() if codec.exact_hard), next(iter(cache.codecs)))
+    maker = ViewMaker(cache.inventory, cache.recipe)
+    views = lookups = differing = 0
+    margin, largest = 0.0, 0.0
+    threads = choose_threads()
+    if not teacher.reentrant:
+        threads, _ = begun_with(cache.manifest.get("threads"), threads, asked=False)
+    total = min(count, made_views(cache))
+    with computing_with(threads.count), Progress("recompute", total, "views", quiet=quiet) as progress:
+        for block, view, unit, rows in golden_rows(cache, count):
+            targets = {name: cache.read(block, view, name).targets for name in {hard, soft or hard}}
+            for part in np.array_split(rows, -(-len(rows) // teacher.batch)):
+                dense, image = _logits(maker, teacher, unit, cache.block_range(block)[0], part)
+                stored = cache.codecs[hard].take(targets[hard], part)
+                for blend in BLENDS:
+                    wrong, by = _differing(dense, image, blend, cache.codecs[hard].hard(stored, blend))
+                    lookups, differing, margin = lookups + dense[:, 0].numel(), differing + wrong, max(margin, by)
+                if soft:
+                    kept = cache.codecs[soft].take(targets[soft], part)
+                    arrays = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in kept.items()}
+                    for found, now in zip(cache.codecs[soft].logits_torch(arrays), (dense, image), strict=True):
+                        largest = max(largest, float((found - now).abs().max()))
+                views += len(part)
+                progress.update(min(views, total))
+    return Recomputed(
+        views=views,
+        lookups=lookups,
+        differing=differing,
+        agreement=1.0 - differing / max(1, lookups),
+        largest_margin=margin,
+        largest_logit_difference=largest if soft else None,
+        probe=compare_probe(cache.manifest["probe"], teacher.probe()),
+    )
+
+
+def _logits(
+    maker: ViewMaker, teacher: Teacher, unit: Unit, first: int, rows: NDArray[np.int64]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dense [n, K, h, w] and global [n, K] logits of some rows of a unit, each mixed with its partner as in stage 1."""
+    pixels = []
+    for row in rows.tolist():
+        mate = row
+        if unit.fields["mode"][row] != NONE:
+            mate = int(np.searchsorted(unit.position, unit.fields["partner"][row]))
+        for i in (row, mate):
+            image = maker.image(first + int(unit.position[i]))
+            pixels.append(maker.view(image, int(unit.fields["seed"][i])))
+    pairs = torch.from_numpy(np.stack(pixels)).to(teacher.device)
+    fields = (torch.from_numpy(np.repeat(unit.fields[n][rows].astype(np.int64), 2, 0)) for n in ("mode", "lam", "box"))
+    partner = torch.arange(len(pixels)) ^ 1
+    mixed = mix_pixels(pairs, *(f.to(teacher.device) for f in (partner, *fields)))[::2]
+    with threads_of_a_lane(teacher.device, teacher.reentrant):
+        dense, whole = teacher.forward_dense(pad_rows(mixed, teacher.batch))
+    return dense[: len(rows)].cpu(), whole[: len(rows)].cpu()
+
+
+def _differing(dense: torch.Tensor, image: torch.Tensor, blend: int, stored: NDArray[np.uint16]) -> tuple[int, float]:
+    """Cells whose hard target is not the stored one, and by how much the largest of them is."""
+    now = direct_hard(dense, image, blend)
+    was = torch.from_numpy(stored.astype(np.int64))
+    wrong = now != was
+    if not bool(wrong.any()):
+        return 0, 0.0
+    a = blend / BLEND_ONE
+    mixed = a * dense.double() + (1 - a) * image.double()[:, :, None, None]
+    gap = mixed.gather(1, now[:, None]) - mixed.gather(1, was[:, None])
+    return int(wrong.sum()), float(gap[:, 0][wrong].max())

@@ -1,0 +1,1 @@
+"""What people look at: `cskd inspect`, its drawings, and words for WordNet ids."""

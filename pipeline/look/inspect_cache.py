@@ -1,0 +1,337 @@
+"""What a cache holds, as facts: a table, one sample as text, and its dense maps as a picture.
+
+    open      manifest and inventory; the image shards may be elsewhere, or absent
+    list      every commit record: what exists, its bytes, what is quarantined
+    measure   a few units: how often the cells agree with the label, segments a cell
+    show      one sample, as names and as a PNG
+
+Nothing in the cache is changed. Launch: `cskd inspect caches/imagenet_sample --sample 3 --png sample.png`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cskd.codecs.base import quantise_blend
+from cskd.errors import CacheError, CskdError
+from cskd.files.read import printable
+from cskd.store.cache import Cache, Unit, open_cache
+from cskd.store.commit import Commit
+from cskd.store.seal import read_seal
+from cskd.teacher.arithmetic import in_words
+from cskd.views.mixing import NONE
+from pipeline.look.inspect_sample import BLENDS, describe_sample, find_sample, hard_codec, sample_picture, sheet
+from pipeline.outputs import refuse_png, save_png
+
+__all__ = ["inspect", "render", "sample_picture", "sheet"]
+
+MEASURED_UNITS = 12  # spread evenly over the cache; 45,000 units would take a quarter of an hour
+SHEET_SAMPLES = 4
+LISTED = 5  # of missing units, errors and quarantined samples
+AGREEMENT = ("own", "own_or_partner")  # labels a cell's target is compared with
+NAME_CELLS = 14  # terminal columns a class name may take
+
+
+def inspect(
+    cache: Path,
+    *,
+    data: Path | None = None,
+    sample: str | int | None = None,
+    view: int = 0,
+    blend: float = 0.5,
+    png: Path | None = None,
+    measured_units: int = MEASURED_UNITS,
+) -> dict[str, Any]:
+    """Facts about a cache, JSON-able; see the keys below.
+
+    Args:    data, folder of the image shards where they have moved; sample, key or number of one to show, in this view
+             and at this blend; png, where to write its picture, or a sheet of a few samples where none is named;
+             measured_units, how many units are read for the figures that need targets.
+    Raises:  CacheError, DataError, ReplayError, with the reason why a cache can't be opened or a picture not be made.
+             What is wrong with single units is listed under `errors` instead.
+    """
+    if png is not None:
+        refuse_png(png)
+    opened = open_cache(cache, data)
+    blend_of_codec = quantise_blend(blend)  # refuses before any work is done
+    commits, errors = _commits(opened)
+    measured = _measure(opened, commits, measured_units, errors)
+    identity, manifest = opened.identity, opened.manifest
+    facts: dict[str, Any] = {
+        "cache": str(cache),
+        "format": manifest["format"],
+        "fingerprint": opened.fingerprint,
+        "inventory": {
+            "id": opened.inventory.id,
+            "samples": opened.inventory.n,
+            "classes": len(opened.classes),
+            "blocks": opened.blocks,
+        },
+        "teacher": {
+            "model": identity["teacher"].get("model"),
+            "weights_sha256": identity["teacher"].get("weights_sha256"),
+            "clean_top1": manifest.get("clean_top1"),
+            "clean_images": manifest.get("clean_images"),
+            "clean_data": manifest.get("clean_data"),
+            "notes": manifest.get("notes", []),
+            "precision": manifest.get("precision"),
+        },
+        "grid": list(opened.grid),
+        "recipe": identity["recipe"],
+        "units": _units(opened, commits, errors),
+        "sealed": not errors and _is_sealed(opened, len(commits)),
+        "codecs": _codecs(opened, [commit for unit, commit in commits.items() if unit not in errors]),
+        "quarantined": _quarantined(opened, commits),
+        **measured,
+        "errors": [f"block {b}, view {v}: {reason}" for (b, v), reason in sorted(errors.items())],
+    }
+    chosen = None if sample is None else find_sample(opened, sample)
+    if chosen is not None:
+        facts["sample"] = describe_sample(opened, chosen, view, blend_of_codec / quantise_blend(1.0))
+    if png is not None:
+        facts["png"] = str(_write_png(opened, commits, chosen, view, png))
+    return facts
+
+
+def _commits(cache: Cache) -> tuple[dict[tuple[int, int], Commit], dict[tuple[int, int], str]]:
+    """All commit records by (block, view), and why those that can't be used can't."""
+    commits: dict[tuple[int, int], Commit] = {}
+    errors: dict[tuple[int, int], str] = {}
+    for block in range(cache.blocks):
+        for view in range(cache.views):
+            try:
+                commit = cache.commit_of(block, view)
+            except CacheError as e:
+                errors[block, view] = str(e)
+                continue
+            if commit is not None:
+                commits[block, view] = commit
+                absent = [f.path for f in commit.files if not (cache.root / f.path).is_file()]
+                if absent:
+                    errors[block, view] = f"{absent[0]} is not there; run `cskd repair {cache.root}`"
+    return commits, errors
+
+
+def _units(cache: Cache, commits: dict[tuple[int, int], Commit], errors: dict[tuple[int, int], str]) -> dict[str, Any]:
+    everything = [(b, v) for b in range(cache.blocks) for v in range(cache.views)]
+    missing = [unit for unit in everything if unit not in commits and unit not in errors]
+    return {
+        "views": cache.views,
+        "total": len(everything),
+        "present": len(everything) - len(missing) - len(errors),
+        "missing": len(missing),
+        "first_missing": [{"block": b, "view": v} for b, v in missing[:LISTED]],
+    }
+
+
+def _is_sealed(cache: Cache, present: int) -> bool:
+    try:
+        seal = read_seal(cache)
+    except CacheError:
+        return False
+    return seal is not None and seal.views == cache.views and seal.units == present
+
+
+def _codecs(cache: Cache, commits: Iterable[Commit]) -> dict[str, dict[str, Any]]:
+    """Bytes of every codec over all units that exist, and what it can do."""
+    size, targets, rows = Counter[str](), Counter[str](), Counter[str]()
+    for commit in commits:
+        for file in commit.files:
+            size[file.codec] += file.size
+            targets[file.codec] += file.target_bytes
+            rows[file.codec] += commit.cached
+    return {
+        name: {
+            "bytes": size[name],
+            "target_bytes_per_view": targets[name] / max(1, rows[name]),
+            "unit_bytes_per_view": size[name] / max(1, rows[name]),
+            "exact_hard": codec.exact_hard,
+            "soft": codec.soft,
+            "error": codec.error,
+        }
+        for name, codec in cache.codecs.items()
+    }
+
+
+def _quarantined(cache: Cache, commits: dict[tuple[int, int], Commit]) -> dict[str, Any]:
+    reasons = {
+        cache.block_range(block)[0] + int(position): reason
+        for (block, _), commit in commits.items()
+        for position, reason in commit.quarantine.items()
+    }
+    first = sorted(reasons)[:LISTED]
+    return {"samples": len(reasons), "first": [{"key": cache.inventory.key(i), "reason": reasons[i]} for i in first]}
+
+
+def _measure(
+    cache: Cache, commits: dict[tuple[int, int], Commit], count: int, errors: dict[tuple[int, int], str]
+) -> dict[str, Any]:
+    """Figures that need targets, from `count` units spread over the cache; a unit that can't be read joins `errors`."""
+    usable = sorted(unit for unit in commits if unit not in errors)
+    picked = [usable[i] for i in np.unique(np.linspace(0, len(usable) - 1, min(count, len(usable))).astype(int))]
+    name = hard_codec(cache)
+    cells: dict[str, Counter[str]] = {"mixed": Counter(), "unmixed": Counter()}
+    segments, most, read = Counter[str](), 0, 0
+    for block, view in picked:
+        try:
+            unit = cache.read(block, view, name)
+        except CskdError as e:
+            errors[block, view] = str(e)
+            continue
+        read += 1
+        _count_agreement(cache, block, unit, name, cells)
+        if name == "envelope":
+            extra = unit.targets["n_extra"]
+            segments.update(cells=extra.size, extra=int(extra.sum()))
+            most = max(most, 1 + int(extra.max(initial=0)))
+    facts: dict[str, Any] = {"measured_units": read, "agreement": {}}
+    for kind, counted in cells.items():
+        if counted["samples"]:
+            share = {
+                name: {f"{a:g}": counted[f"{name} {a:g}"] / counted["cells"] for a in BLENDS} for name in AGREEMENT
+            }
+            facts["agreement"][kind] = {"samples": counted["samples"], **share}
+    if segments["cells"]:
+        facts["segments_per_cell"] = {"mean": 1 + segments["extra"] / segments["cells"], "most": most}
+    return facts
+
+
+def _count_agreement(cache: Cache, block: int, unit: Unit, name: str, cells: dict[str, Counter[str]]) -> None:
+    """Count the cells of one unit that agree with their sample's label, or with its own or its partner's."""
+    own = unit.fields["label"]
+    unmixed = unit.fields["mode"] == NONE
+    first, stop = cache.block_range(block)
+    partner = np.where(unmixed, own, cache.inventory.label[first:stop][np.where(unmixed, 0, unit.fields["partner"])])
+    for blend in BLENDS:
+        hard = cache.codecs[name].hard(unit.targets, quantise_blend(blend))
+        is_own = hard == own[:, None, None]
+        is_either = is_own | (hard == partner[:, None, None])
+        for kind, rows in (("mixed", ~unmixed), ("unmixed", unmixed)):
+            for what, agrees in zip(AGREEMENT, (is_own, is_either), strict=True):
+                cells[kind][f"{what} {blend:g}"] += int(agrees[rows].sum())
+    for kind, rows in (("mixed", ~unmixed), ("unmixed", unmixed)):
+        cells[kind].update(samples=int(rows.sum()), cells=int(rows.sum()) * cache.grid[0] * cache.grid[1])
+
+
+def _write_png(cache: Cache, commits: dict[tuple[int, int], Commit], sample: int | None, view: int, path: Path) -> Path:
+    """The sample's picture, or a sheet of samples of the first block that has this view."""
+    if sample is not None:
+        picture = sample_picture(cache, sample, view)
+    else:
+        commit = next((c for (_, v), c in sorted(commits.items()) if v == view), None)
+        if commit is None:
+            raise CacheError(f"{cache.root} has no unit of view {view}; give another one with --view")
+        first, stop = cache.block_range(commit.block)
+        good = np.setdiff1d(np.arange(first, stop), [first + int(i) for i in commit.quarantine])
+        picture = sheet(cache, good[np.unique(np.linspace(0, len(good) - 1, SHEET_SAMPLES).astype(int))].tolist(), view)
+    save_png(picture, path)
+    return path
+
+
+def render(facts: dict[str, Any], console: Console) -> None:
+    """The facts for people."""
+    lines = [(name, Text(printable(value))) for name, value in _lines(facts)]
+    if console.is_terminal:
+        table = Table(box=None, show_header=False, pad_edge=False)
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in lines:
+            table.add_row(name, value)
+        console.print(table)
+    else:
+        for name, value in lines:
+            console.print(Text(f"{name}: ").append(value), soft_wrap=True)
+    if "sample" in facts:
+        console.print()
+        for line in _sample_lines(facts["sample"], console.width if console.is_terminal else None):
+            console.print(Text(printable(line)), soft_wrap=True)
+    if "png" in facts:
+        console.print(Text(f"picture in {printable(facts['png'])}"), soft_wrap=True)
+
+
+def _lines(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    inventory, units, teacher = facts["inventory"], facts["units"], facts["teacher"]
+    yield "cache", f"{facts['cache']}, fingerprint {facts['fingerprint'][:12]}"
+    yield (
+        "inventory",
+        f"{inventory['samples']:,} samples, {inventory['classes']:,} classes, {_count(inventory['blocks'], 'block')}, "
+        f"id {inventory['id'][:12]}",
+    )
+    top1 = teacher["clean_top1"]
+    measured = "" if top1 is None else f", top-1 {100 * top1:.1f} % on {teacher['clean_images']} clean images"
+    measured += f" of data.{teacher['clean_data']}" if teacher["clean_data"] else ""
+    yield "teacher", f"{teacher['model']}, grid {facts['grid'][0]} x {facts['grid'][1]}{measured}"
+    if teacher["precision"] and not any(in_words(teacher["precision"]) in note for note in teacher["notes"]):
+        yield "", f"({in_words(teacher['precision'])})"
+    for note in teacher["notes"]:
+        yield "", f"({note})"
+    state = f"{units['present']:,} of {units['total']:,} present ({_count(units['views'], 'view')})"
+    if units["missing"]:
+        first = units["first_missing"][0]
+        state += f", {units['missing']:,} missing, the first block {first['block']}, view {first['view']}"
+    elif not facts["errors"]:
+        state += ", sealed" if facts["sealed"] else ", not sealed"
+    yield "units", state
+    for name, codec in facts["codecs"].items():
+        hard = "exact hard targets" if codec["exact_hard"] else "approximate hard targets"
+        yield (
+            f"codec {name}",
+            f"{codec['target_bytes_per_view']:,.0f} bytes a view, {codec['unit_bytes_per_view']:,.0f} with seeds and "
+            f"digests, {codec['bytes'] / 1e6:,.1f} MB in all; {hard}{', soft ones' if codec['soft'] else ''}",
+        )
+    bad = facts["quarantined"]
+    yield "quarantined", f"{bad['samples']:,}" + "".join(f"; '{q['key']}': {q['reason']}" for q in bad["first"])
+    if "segments_per_cell" in facts:
+        yield (
+            "segments",
+            f"{facts['segments_per_cell']['mean']:.2f} a cell, {facts['segments_per_cell']['most']} at most",
+        )
+    for kind, shares in facts["agreement"].items():
+        labels = ["own label", "own or partner's"][: 2 if kind == "mixed" else 1]
+        values = [
+            f"{label} {' / '.join(f'{100 * share:.1f}' for share in shares[what].values())} %"
+            for label, what in zip(labels, AGREEMENT, strict=False)
+        ]
+        blends = " / ".join(shares["own"])
+        yield f"cells, {kind}", f"{', '.join(values)} at blends {blends} ({shares['samples']:,} views)"
+    if facts["measured_units"] < units["present"]:
+        yield "", f"(segments and agreement from {facts['measured_units']} of the units)"
+    for error in facts["errors"][:LISTED]:
+        yield "error", error
+    if len(facts["errors"]) > LISTED:
+        yield "error", f"and {len(facts['errors']) - LISTED} more; see --json"
+
+
+def _sample_lines(sample: dict[str, Any], columns: int | None) -> Iterable[str]:
+    """What the sample is, then its cells as aligned columns, in `columns` of the terminal where there is one."""
+    words, mixing = sample["names"], sample["mixing"]
+    mixed = mixing["mode"]
+    if "partner" in mixing:
+        mixed += f" with '{mixing['partner']}' ({words[mixing['partner_label']]}), own share {mixing['own_share']:.2f}"
+    yield f"sample {sample['sample']} '{sample['key']}', label {words[sample['label']]}, view {sample['view']}, {mixed}"
+    yield f"replay: {sample['replay']}"
+    yield f"targets at blend {sample['blend']:g} (1 = each cell's own, 0 = the image's: {words[sample['image_class']]})"
+    cells = [[printable(words[c]) for c in row] for row in sample["cells"]]
+    width = min(NAME_CELLS, max(cell_len(word) for row in cells for word in row))
+    if columns is not None:
+        width = max(3, min(width, columns // len(cells[0]) - 2))
+    for row in cells:
+        yield "  " + "  ".join(_fit(word, width) for word in row).rstrip()
+
+
+def _fit(word: str, width: int) -> str:
+    """The word in exactly `width` terminal columns."""
+    return set_cell_size(word, width) if cell_len(word) <= width else set_cell_size(word, width - 1) + "…"
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"

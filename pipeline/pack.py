@@ -1,0 +1,123 @@
+"""A data set into shards with an inventory (`cskd pack`), or an inventory for shards that exist (`cskd index`)."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+
+from cskd.dataset.inventory import Inventory
+from cskd.files.read import printable
+from cskd.packing.index import index
+from cskd.packing.pack import pack
+from pipeline.show.progress import Notes, Progress, say
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What was packed or indexed."""
+
+    folder: str
+    inventory: str
+    samples: int
+    classes: int
+    classes_with_images: int
+    shards: int
+    blocks: int
+    bytes: int
+    seconds: float
+    notes: list[str]
+
+
+def pack_data(
+    src: Path,
+    out: Path,
+    classes: Path | None = None,
+    seed: int = 0,
+    shard_size: int = 4096,
+    block: int = 8192,
+    limit: int | None = None,
+    short_side: int | None = None,
+    split: str | None = None,
+    quiet: bool = False,
+) -> PackReport:
+    """`cskd.packing.pack.pack` with progress; arguments as there."""
+    start, notes = time.perf_counter(), Notes(quiet)
+
+    def tell(lines: list[str]) -> None:
+        notes.add(lines)
+        notes.say()
+
+    with ExitStack() as stack:
+        shown = stack.enter_context(Progress("list", 0, quiet=quiet))
+
+        def show(done: int, total: int) -> None:
+            nonlocal shown
+            if total and shown.what == "list":
+                stack.close()
+                shown = stack.enter_context(Progress("pack", total, quiet=quiet))
+            shown.update(done)
+
+        inventory = pack(
+            src,
+            out,
+            classes=classes,
+            seed=seed,
+            shard_size=shard_size,
+            block=block,
+            limit=limit,
+            short_side=short_side,
+            split=split,
+            progress=show,
+            tell=tell,
+        )
+    tell(inventory.notes)
+    return _report(inventory, start)
+
+
+def index_data(
+    shards: Path, classes: Path | None = None, block: int = 8192, split: str | None = None, quiet: bool = False
+) -> PackReport:
+    """`cskd.packing.index.index` with progress; arguments as there."""
+    start = time.perf_counter()
+    with Progress("index", 0, quiet=quiet) as shown:
+
+        def show(images: int, done: int, total: int) -> None:
+            shown.update(images, shards=f"{done} of {total}")
+
+        inventory = index(shards, classes=classes, block=block, split=split, progress=show)
+    say(inventory.notes, quiet)
+    return _report(inventory, start)
+
+
+def render(report: PackReport, console: Console) -> None:
+    """The report for people."""
+    rate = report.samples / report.seconds if report.seconds else 0.0
+    held, classes = report.classes_with_images, report.classes
+    console.print(
+        f"{escape(printable(report.folder))}: {report.samples:,} images of "
+        f"{classes if held == classes else f'{held} of {classes}'} classes in {report.shards} shards "
+        f"({report.blocks} blocks, {report.bytes / 1e6:.1f} MB), {report.seconds:.1f} s ({rate:,.0f} images/s)",
+        soft_wrap=True,
+    )
+    console.print(f"inventory {report.inventory}", soft_wrap=True)
+
+
+def _report(inventory: Inventory, start: float) -> PackReport:
+    return PackReport(
+        folder=str(inventory.root),
+        inventory=inventory.id,
+        samples=len(inventory),
+        classes=len(inventory.classes),
+        classes_with_images=len(np.unique(inventory.label)),
+        shards=len(inventory.shards),
+        blocks=len(inventory.blocks) - 1,
+        bytes=sum(shard.bytes for shard in inventory.shards),
+        seconds=time.perf_counter() - start,
+        notes=inventory.notes,
+    )
