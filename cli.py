@@ -22,9 +22,8 @@ import typer
 from typer.core import TyperGroup
 
 import cskd
-from cskd.errors import CskdError
+from cskd.errors import CskdError, printable
 from cskd.files.paths import local_path
-from cskd.files.read import printable
 
 _leaving = threading.Lock()  # never given back
 

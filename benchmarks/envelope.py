@@ -42,7 +42,7 @@ from cskd.errors import CskdError
 from cskd.loading.epoch_table import TargetSpec, build_table
 from cskd.loading.plan import PlanSpec, epoch_plan
 from cskd.store.cache import Cache, Unit, create_cache
-from cskd.store.identity import identity_of, library_versions
+from cskd.store.identity import identity_of
 from cskd.store.unit import read_unit
 from cskd.store.unit_builder import UnitBuilder
 from cskd.teacher.model import load_teacher
@@ -50,6 +50,7 @@ from cskd.views.fields import view_fields
 from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import mix_pixels
 from cskd.views.mixing import quads
+from cskd.views.versions import library_versions
 from pipeline.pack import pack_data
 
 # Shapes: N samples, B batch, K classes, h w teacher grid, n its cells

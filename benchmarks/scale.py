@@ -47,10 +47,11 @@ from cskd.dataset.inventory import Inventory, Sample, ShardFile, write_inventory
 from cskd.store.cache import Cache, create_cache
 from cskd.store.commit import record_bytes
 from cskd.store.format import commit_file, unit_file
-from cskd.store.identity import identity_of, library_versions
+from cskd.store.identity import identity_of
 from cskd.store.unit_builder import UnitBuilder
 from cskd.teacher.model import load_teacher
 from cskd.views.mixing import quads
+from cskd.views.versions import library_versions
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARD = 8192

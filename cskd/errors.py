@@ -1,7 +1,5 @@
 """One tree of exceptions. The text of each is the one line a user sees: what, what was expected, what to do next."""
 
-from cskd.files.read import printable
-
 
 class CskdError(Exception):
     """Anything the user can mend. The command line prints it as one line and exits with 1.
@@ -55,3 +53,8 @@ class PlanError(CskdError):
 
 class ReplayError(CskdError):
     """A replayed view is not, byte for byte, what the teacher saw."""
+
+
+def printable(text: str) -> str:
+    """The text in one line a terminal can show: control, direction and lone surrogate characters as \\x1b or \\u202e."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

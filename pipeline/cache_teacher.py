@@ -40,7 +40,7 @@ from cskd.store.cache import Cache, create_cache
 from cskd.store.commit import write_whole
 from cskd.store.format import RESOLVED
 from cskd.store.golden import check_versions
-from cskd.store.identity import identity_of, library_versions
+from cskd.store.identity import identity_of
 from cskd.store.seal import seal_cache
 from cskd.store.unit_builder import PassBuilder, UnitBuilder
 from cskd.teacher.forwards import pad_rows
@@ -49,6 +49,7 @@ from cskd.teacher.model import Teacher, compare_probe, load_teacher
 from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import mix_pixels
 from cskd.views.mixing import quads
+from cskd.views.versions import library_versions
 from pipeline.clean_check import clean_check
 from pipeline.measure_precision import measure_precision
 from pipeline.outputs import refuse_cache_output

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cskd.dataset.inventory import Inventory
-from cskd.files.read import printable
+from cskd.errors import printable
 from cskd.packing.index import index
 from cskd.packing.pack import pack
 from pipeline.show.progress import Notes, Progress, say

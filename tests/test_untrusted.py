@@ -19,8 +19,8 @@ from cskd.config import from_dict, load_config
 from cskd.config.yaml_text import read_yaml
 from cskd.dataset.image_limits import refuse_bombs
 from cskd.dataset.images import decode
-from cskd.errors import ConfigError, CskdError, DataError, ImageError, TeacherError
-from cskd.files.read import parse_json, printable, read_file
+from cskd.errors import ConfigError, CskdError, DataError, ImageError, TeacherError, printable
+from cskd.files.read import parse_json, read_file
 from cskd.packing.pack import pack
 from cskd.packing.payloads import payloads
 from cskd.packing.sources import open_source

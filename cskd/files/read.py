@@ -67,11 +67,6 @@ def refuse_links(folder: Path, names: Iterable[str], what: str) -> None:
             )
 
 
-def printable(text: str) -> str:
-    """The text in one line a terminal can show: control, direction and lone surrogate characters as \\x1b or \\u202e."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-
-
 def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from cskd.errors import CacheError, CskdError, ImageError, ReplayError
 from cskd.seeds import hash64, permutation
 from cskd.store.cache import Cache, Unit
-from cskd.store.identity import changed_versions
 from cskd.views.digest import check_view, pixel_crc
 from cskd.views.maker import ViewMaker
+from cskd.views.versions import changed_versions
 
 GOLDEN = 256  # views replayed when versions have changed: each of DeiT's fifteen ops is in 17 of them on average
 

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from cskd.config import RecipeConfig
 from cskd.dataset.inventory import Inventory
 from cskd.errors import ReplayError
-from cskd.store.identity import changed_versions
 from cskd.views.fields import view_fields
 from cskd.views.mixing import NONE
 from cskd.views.recipe import RECIPE_CODE_VERSION
+from cskd.views.versions import changed_versions
 
 _FIELDS = {"seed": "seed", "mode": "mixing mode", "lam": "lambda", "box": "box", "partner": "partner"}  # in messages
 

@@ -22,8 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cskd.codecs.base import quantise_blend
-from cskd.errors import CacheError, CskdError
-from cskd.files.read import printable
+from cskd.errors import CacheError, CskdError, printable
 from cskd.store.cache import Cache, Unit, open_cache
 from cskd.store.commit import Commit
 from cskd.store.seal import read_seal

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
-from cskd.files.read import printable
+from cskd.errors import printable
 
 REDRAW_SECONDS = 0.25  # between two drawings of the bar
 WINDOW_SECONDS = 60.0  # over which the rate is taken: long enough to be steady, short enough to follow a change
