@@ -17,6 +17,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,6 @@ from dataclasses import asdict
 from datetime import date
 from fnmatch import fnmatch
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
@@ -103,12 +103,19 @@ class Sweep:
         self.end = time.monotonic() + 60 * args.minutes
         self.environ = os.environ | ({"OMP_NUM_THREADS": "1"} if args.processes > 1 else {})
         self.finished = self.failed = 0
-        self._lock = Lock()
+        self._lock = threading.Lock()
+        self._children: set[subprocess.Popen[str]] = set()
 
     def work(self) -> int:
         """Exit status: 1 where a run failed."""
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         with ThreadPoolExecutor(self.args.processes) as pool:
-            list(pool.map(self._train, self.pending))
+            try:
+                list(pool.map(self._train, self.pending))
+            except KeyboardInterrupt:
+                self.end = 0.0  # no run starts any more
+                for child in list(self._children):
+                    child.terminate()
         left = len(self.pending) - self.finished - self.failed
         print(f"{self.finished} runs finished, {self.failed} failed, {left} left; the same command goes on")
         return int(self.failed > 0)
@@ -123,12 +130,16 @@ class Sweep:
             child = subprocess.Popen(
                 command, cwd=ROOT, env=self.environ, stdout=subprocess.PIPE, stderr=errors, text=True
             )
+            self._children.add(child)
+            left = self.end - time.monotonic()
             try:
-                out, _ = child.communicate(timeout=max(1.0, self.end - time.monotonic()) if self.end < 1e9 else None)
+                out, _ = child.communicate(timeout=max(1.0, left) if left < threading.TIMEOUT_MAX else None)
             except subprocess.TimeoutExpired:
-                child.send_signal(signal.SIGINT)  # it keeps the state of its last epoch
+                child.terminate()
                 child.wait()
-                return
+            self._children.discard(child)
+        if time.monotonic() >= self.end and child.returncode:
+            return  # stopped: what it has is kept, and it goes on the next time
         with self._lock:
             if child.returncode:
                 self.failed += 1
