@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cskd.ckf import hard_targets
 from cskd.codecs.base import BLEND_ONE
-from cskd.teacher import Teacher
+from cskd.method.ckf import hard_targets
+from cskd.teacher.model import Teacher
 
 ROWS = 64  # images whose logits are compared at a time: hard targets are computed in float64
 

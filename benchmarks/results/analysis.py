@@ -37,16 +37,16 @@ from benchmarks.results.agreement import Cells, agreement, agreement_map, teache
 from benchmarks.results.analysis_figures import draw
 from benchmarks.results.attention import distances_by_layer, mean_distance, patch_distances
 from benchmarks.results.runs import Run, accuracy, distinct_names, open_run
-from cskd.augment.device import normalise
 from cskd.config import RecipeConfig, TeacherConfig, load_config, to_dict
-from cskd.devices import pick_device
+from cskd.dataset.inventory import Inventory, open_inventory
 from cskd.errors import CacheError, ConfigError, CskdError, DataError, ImageError, PathError
-from cskd.inventory import Inventory, open_inventory
-from cskd.loading.views import ViewMaker, clean_view
+from cskd.machine.devices import pick_device
 from cskd.store.cache import open_cache
 from cskd.store.format import MANIFEST, RESOLVED
 from cskd.student import Student
-from cskd.teacher import Teacher, load_teacher
+from cskd.teacher.model import Teacher, load_teacher
+from cskd.views.maker import ViewMaker, clean_view
+from cskd.views.mix_pixels import normalise
 from pipeline.clean_check import spread
 
 BATCH = 50  # images a forward of a student: one with its attention is far larger than one without

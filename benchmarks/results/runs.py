@@ -8,17 +8,17 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from cskd.ckf import blend_at
 from cskd.codecs.base import BLEND_ONE
 from cskd.config import Config, load_config
 from cskd.errors import ConfigError, StudentError
 from cskd.files.paths import local_path
+from cskd.files.weights import check_weight_file
+from cskd.method.ckf import blend_at
 from cskd.store.format import RESOLVED
 from cskd.student import Student
 from cskd.student.checkpoint import ResumeStates, load_student
 from cskd.student.resume import digest
-from cskd.weight_files import check_weight_file
-from pipeline.metrics import read_metrics
+from pipeline.show.metrics import read_metrics
 
 
 @dataclass(frozen=True)

@@ -35,19 +35,19 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.results.receptive_field import ReceptiveField, receptive_field
-from cskd.ckf import hard_targets
 from cskd.codecs.base import BLEND_ONE
 from cskd.codecs.envelope import EnvelopeCodec
 from cskd.config import Config, RecipeConfig, load_config
-from cskd.devices import pick_device
+from cskd.dataset.inventory import Inventory, open_inventory
 from cskd.errors import ConfigError, CskdError, DataError, ImageError, TeacherError
-from cskd.inventory import Inventory, open_inventory
-from cskd.loading.views import ViewMaker
+from cskd.machine.devices import pick_device
+from cskd.method.ckf import hard_targets
 from cskd.store.cache import Cache, open_cache
 from cskd.store.format import MANIFEST
-from cskd.teacher import Teacher, load_teacher
-from cskd.teacher_checks import clean_image
-from cskd.teacher_heads import full_precision
+from cskd.teacher.heads import full_precision
+from cskd.teacher.model import Teacher, load_teacher
+from cskd.teacher.probe import clean_image
+from cskd.views.maker import ViewMaker
 from pipeline.clean_check import spread
 from pipeline.measure_precision import first_views
 
