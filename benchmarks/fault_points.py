@@ -3,7 +3,7 @@
 With strace the kernel itself fails the call: SIGKILL as it is entered, EIO or ENOSPC as its result, and writes that claim to
 have been done and were not. The calls are those of an undisturbed run that name a file of the cache. strace counts the calls
 of each thread apart, so the thread that writes makes some idle ones first, and the number of a call says whose it is. Without
-strace the module that commits units is given an `os` whose calls fail (fsync, replace, link, and the writes of files).
+strace the module that puts files in place is given an `os` whose calls fail (fsync, replace, link, and the writes of files).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cskd.store.commit
+import cskd.files.durable
 from benchmarks.fault_bench import KILLED, Bench, end_child, in_child, start_child
 from pipeline.cache_teacher import cache_teacher
 
@@ -52,7 +52,7 @@ class Point:
 def deaths(bench: Bench, count: int) -> Counter[str]:
     """Every fault at every point, or `count` of them drawn by chance where there are more."""
     if not shutil.which("strace"):
-        print("deaths: no strace here; the calls of the module that commits fail instead", flush=True)
+        print("deaths: no strace here; the calls of the module that puts files in place fail instead", flush=True)
         return shimmed(bench, count)
     counts = Counter(deaths=0, deaths_wrong=0)
     planned: list[tuple[str, Point, str]] = []
@@ -154,13 +154,13 @@ def idle_calls(thread: threading.Thread) -> None:
 
 
 def shimmed(bench: Bench, count: int) -> Counter[str]:
-    """The same within the program, at the calls of the module that commits."""
+    """The same within the program, at the calls of the module that puts files in place."""
 
     def run(at: int | None, kind: str) -> tuple[int, Any]:
         def stage() -> int:
             shim = FaultyOs(at, kind)
             for name, function in (("os", shim), ("open", shim.open_file)):
-                setattr(cskd.store.commit, name, function)
+                setattr(cskd.files.durable, name, function)
             cache_teacher(bench.config(cache), quiet=True)
             return shim.calls
 
@@ -179,7 +179,7 @@ def shimmed(bench: Bench, count: int) -> Counter[str]:
 
 
 class FaultyOs:
-    """Stands for the module `os`, and for `open`, in `cskd.store.commit`: call number `at` that changes the disk fails."""
+    """Stands for the module `os`, and for `open`, in `cskd.files.durable`: call number `at` that changes the disk fails."""
 
     def __init__(self, at: int | None, kind: str) -> None:
         self.at, self.kind, self.calls = at, kind, 0

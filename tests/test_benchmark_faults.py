@@ -46,7 +46,7 @@ def test_counts_of_several_runs_are_added(tmp_path: Path) -> None:
         ("training", "import cskd.student.optim as o; import torch; o.reseed_step = lambda *a: torch.seed()"),
         (
             "races",  # the last record counts, as with a rename
-            "import cskd.store.commit as c; c.link_whole = lambda path, data: c.write_whole(path, data) or True",
+            "import cskd.store.commit as c; from cskd.files.durable import put; c.put = lambda p, b, first=0: put(p, b)",
         ),
     ],
 )

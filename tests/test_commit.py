@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from cskd.errors import CacheError
-from cskd.store import commit
-from cskd.store.commit import link_whole, make_folder, write_file, write_whole
+from cskd.files import durable
+from cskd.files.durable import make_folder, put
+from cskd.store.commit import write_file
 
 
 class Recorded:
-    """`os` as `cskd.store.commit` sees it, with what it asks of the disk written down: (call, what it is about)."""
+    """`os` as `cskd.files.durable` sees it, with what it asks of the disk written down: (call, what it is about)."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.calls = root, list[tuple[str, str]]()
@@ -45,12 +45,12 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recorded:
     if not Path("/proc/self/fd").exists():
         pytest.skip("names of open files are read from /proc")
     recorded = Recorded(tmp_path)
-    monkeypatch.setattr(commit, "os", recorded)
+    monkeypatch.setattr(durable, "os", recorded)
     return recorded
 
 
 def test_new_folders_are_on_disk_before_what_is_in_them(recorded: Recorded, tmp_path: Path) -> None:
-    link_whole(tmp_path / "commits" / "b00000" / "v0000.json", b"{}")
+    put(tmp_path / "commits" / "b00000" / "v0000.json", b"{}", first=True)
     assert recorded.calls == [
         ("fsync", "."),
         ("fsync", "commits"),
@@ -69,20 +69,20 @@ def test_bytes_are_on_disk_before_their_name_and_the_name_before_it_is_told_of(
     assert recorded.calls == [("fsync", "temp"), ("rename", file.path), ("fsync", "units/b00000")]
 
 
-@pytest.mark.parametrize("write", [write_whole, link_whole])
+@pytest.mark.parametrize("first", [False, True])
 def test_what_reads_back_otherwise_is_not_put_in_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
 ) -> None:
     """As from a disk that says it wrote and did not."""
     monkeypatch.setattr(Path, "read_bytes", lambda path: b"\0\0\0")
-    with pytest.raises(CacheError, match=r"read back differs .* check the disk"):
-        write(tmp_path / "x", b"123")
+    with pytest.raises(OSError, match=r"read back differs .* check the disk"):
+        put(tmp_path / "x", b"123", first=first)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_is_there_already_stays_and_no_temp_file_is_left(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    assert link_whole(path, b"one") and not link_whole(path, b"two")
+    assert put(path, b"one", first=True) and not put(path, b"two", first=True)
     assert path.read_bytes() == b"one" and list(tmp_path.iterdir()) == [path]
 
 
@@ -91,8 +91,8 @@ def test_a_file_system_without_hard_links_is_named(tmp_path: Path, monkeypatch: 
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(os, "link", link)
-    with pytest.raises(CacheError, match="no hard links"):
-        link_whole(tmp_path / "x", b"1")
+    with pytest.raises(OSError, match="no hard links"):
+        put(tmp_path / "x", b"1", first=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -102,5 +102,29 @@ def test_a_rename_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(OSError, match="Input/output"):
-        write_whole(tmp_path / "x", b"1")
+        put(tmp_path / "x", b"1")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kept", [None, b"old"])
+def test_a_writer_that_fails_half_way_leaves_what_was_there(tmp_path: Path, kept: bytes | None) -> None:
+    def write(temp: Path) -> None:
+        temp.write_bytes(b"ne")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "x"
+    if kept is not None:
+        path.write_bytes(kept)
+    with pytest.raises(OSError, match="No space left"):
+        put(path, write)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == ({} if kept is None else {"x": kept})
+
+
+def test_a_writer_of_files_that_only_their_owner_can_read_gives_one_like_any_other(tmp_path: Path) -> None:
+    def write(temp: Path) -> None:
+        temp.unlink()
+        os.close(os.open(temp, os.O_CREAT | os.O_WRONLY, 0o600))
+
+    put(tmp_path / "x", write)
+    put(tmp_path / "y", b"")
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "y").stat().st_mode

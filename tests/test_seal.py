@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from cskd.errors import CacheError
+from cskd.files.durable import json_bytes
 from cskd.store.cache import Cache, create_cache, open_cache
-from cskd.store.commit import Commit, json_bytes, publish, read_commit
+from cskd.store.commit import Commit, publish, read_commit
 from cskd.store.format import SEAL, commit_file
 from cskd.store.seal import read_seal, seal_cache, seal_facts
 from pipeline.cache_teacher import write_resolved
