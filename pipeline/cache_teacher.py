@@ -371,7 +371,7 @@ class _Line:
         """In the writer: one commit a view, then the claim is given back. Returns units and seconds."""
         clock = time.perf_counter()
         for view, unit in zip(work.views, work.units, strict=True):
-            self._cache.add_unit(work.block, view, *unit.finish(), work.quarantine, {})
+            self._cache.add_unit(work.block, view, *unit.finish(), work.quarantine)
         self._claims.release([claim])
         return len(work.views), time.perf_counter() - clock
 

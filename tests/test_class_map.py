@@ -72,7 +72,7 @@ def test_indices_out_of_range_are_refused(classes: list[int]) -> None:
 
 def test_duplicates_are_refused_in_lists_and_in_files(tmp_path: Path) -> None:
     assert "'1' twice" in refusal([1, 1, 2], NAMES, 5)
-    assert "'dog' twice" in refusal(write(tmp_path / "t.txt", "cat\ndog\ndog\nemu\n"), NAMES, 4)
+    assert "'dog' in lines 2 and 3" in refusal(write(tmp_path / "t.txt", "cat\ndog\ndog\nemu\n"), NAMES, 4)
 
 
 def test_a_label_the_teacher_does_not_know_is_named_with_the_nearest_one(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def one_at_a_time(made: Cache, root: Path, base: Path) -> Cache:
                 dense, image = (logits[:n] for logits in teacher.forward_dense(pixels))
                 encoded = {name: codec.encode(dense, image) for name, codec in cache.codecs.items()}
                 unit.add(task.position, made_views.crc[0], encoded)
-            cache.add_unit(block, view, *unit.finish(), {}, {})
+            cache.add_unit(block, view, *unit.finish(), {})
     return cache
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from cskd.dataset.classes import parse_classes
 from cskd.errors import DataError
 from cskd.packing.index import index
-from cskd.packing.names import parse_classes
 from cskd.packing.pack import pack
 from tests.data_sources import FILES, folder, shard, tar
 

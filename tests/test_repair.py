@@ -289,7 +289,7 @@ def test_units_that_quarantine_other_samples_than_the_rest_are_found_and_the_blo
     mixed = partners(order, open_.recipe, 2)
     fields |= {"partner": np.where(fields["mode"] != NONE, mixed, -1).astype(np.int32)}
     targets = {name: codec.take(unit[name].targets, np.flatnonzero(keep)) for name, codec in open_.codecs.items()}
-    open_.add_unit(1, 2, {name: field[keep] for name, field in fields.items()}, targets, {4: "made up"}, {})
+    open_.add_unit(1, 2, {name: field[keep] for name, field in fields.items()}, targets, {4: "made up"})
     (cache / "sealed.json").unlink()
     assert [e.partition(":")[0] for e in verify(cache, quiet=True).errors] == ["block 1, view 2"]
     report = repair(cache, quiet=True)

@@ -59,7 +59,7 @@ def change_unit(base: Path, **changes: Callable[[Any], None]) -> None:
     for name, change in changes.items():
         change(fields[name])
     (base / "cache" / commit_file(0, 0)).unlink()
-    cache.add_unit(0, 0, fields, both, {}, {})
+    cache.add_unit(0, 0, fields, both, {})
 
 
 def first(base: Path, *modes: int) -> int:
@@ -203,6 +203,6 @@ def test_verify_finds_a_teacher_that_gives_other_targets(base: Path) -> None:
     swapped = {n: cache.codecs[n].take(t, np.arange(len(unit.position))[::-1]) for n, t in both.items()}
     (base / "cache" / commit_file(0, 0)).unlink()
     (base / "cache" / SEAL).unlink(missing_ok=True)  # it would tell by the content alone
-    cache.add_unit(0, 0, unit.fields, swapped, {}, {})
+    cache.add_unit(0, 0, unit.fields, swapped, {})
     report = verify(base / "cache", again=126, device="cpu", quiet=True)
     assert mixed and report.recomputed and report.recomputed.differing > 0 and report.recomputed.largest_margin > 0

@@ -113,7 +113,7 @@ def test_counts_that_do_not_add_up_are_refused(cache: Cache) -> None:
     unit = cache.read(0, 0, next(iter(cache.codecs)))
     fields = {name: array[:-1] for name, array in unit.fields.items()}
     with pytest.raises(CacheError, match=r"cached \+ 0 quarantined"):
-        cache.add_unit(0, 0, fields, {}, {}, {})
+        cache.add_unit(0, 0, fields, {}, {})
 
 
 def test_seeds_of_another_view_are_found_when_a_unit_is_read(cache: Cache) -> None:

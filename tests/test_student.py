@@ -56,7 +56,7 @@ def test_patch_logits_are_the_pooled_logits_of_the_single_patches(kind, grid):
     got = student(images(), grid).patch_logits
     assert got.shape == (3, 7, *grid)
     torch.testing.assert_close(got, torch.nn.functional.adaptive_avg_pool2d(every, grid), rtol=0, atol=1e-5)
-    assert student.note == ""
+    assert student.notes == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,8 +81,8 @@ def test_a_norm_before_the_head_is_applied_after_pooling_and_said():
     student = build(PLAIN, global_pool="avg")
     vit = student.backbone
     torch.nn.init.normal_(vit.fc_norm.weight)
-    assert "norm before its head" in student.note
-    assert student.notes == [student.note]
+    [note] = student.notes
+    assert "norm before its head" in note
     output = student(images(), (1, 1))
     torch.testing.assert_close(output.patch_logits[:, :, 0, 0], output.cls_logits)  # pool, norm, head, as timm does
     tokens = vit.forward_features(images())[:, 1:]

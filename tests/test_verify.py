@@ -137,7 +137,7 @@ def test_a_disk_that_fails_is_given_up_after_a_few_images(cache: Cache, monkeypa
     """Each takes three tries with a wait between: a shard of 4,096 would take an hour."""
     monkeypatch.setattr("pipeline.care.verify.LISTED", 2)
     monkeypatch.setattr("cskd.dataset.shard_reader.WAIT", 0.0)
-    monkeypatch.setattr("cskd.dataset.shard_reader._pread", fail)
+    monkeypatch.setattr("cskd.dataset.shard_reader.pread", fail)
     report = verify(cache.root, images=True, quiet=True)
     assert len(report.errors) == 6 and report.images_read == 4
     assert [e.rpartition(": ")[2] for e in report.errors[2::3]] == ["3 further images were not read"] * 2

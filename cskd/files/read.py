@@ -35,6 +35,14 @@ def read_file(path: str | Path, limit: int = MAX_TEXT) -> bytes:
     return data
 
 
+def pread(fd: int, offset: int, size: int) -> bytes:
+    """`size` bytes at `offset`, or fewer where the file ends; a signal may cut one pread short."""
+    data = os.pread(fd, size, offset)
+    while len(data) < size and (more := os.pread(fd, size - len(data), offset + len(data))):
+        data += more
+    return data
+
+
 def file_sha256(path: Path) -> str:
     """Hex sha256 of a regular file of any length. OSError for others."""
     with os.fdopen(open_regular(path), "rb") as file:

@@ -131,7 +131,6 @@ class Cache:
         fields: dict[str, NDArray[Any]],
         targets: dict[str, Arrays],
         quarantine: dict[int, str],
-        stats: dict[str, float],
     ) -> Commit:
         """Write and commit one unit; rows in block order without the quarantined ones."""
         first, stop = self.block_range(block)
@@ -159,7 +158,6 @@ class Cache:
             samples=stop - first,
             cached=rows,
             quarantine={str(i): reason for i, reason in sorted(quarantine.items())},
-            stats=stats,
         )
         publish(self.root, commit)
         return commit

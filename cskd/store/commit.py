@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,6 @@ class Commit:
     samples: int
     cached: int
     quarantine: dict[str, str]  # position in the block -> reason
-    stats: dict[str, float] = field(default_factory=dict)
     format: int = FORMAT
 
 
@@ -62,7 +61,7 @@ def publish(root: Path, commit: Commit) -> bool:
 
 def record_bytes(commit: Commit) -> bytes:
     """A record as it lies on disk; the same commit always gives the same bytes."""
-    facts = asdict(commit)
+    facts = {**asdict(commit), "stats": {}}  # which format 1 has, and nothing was ever put into
     return json_bytes({"commit": facts, "sha256": json_hash(facts)})
 
 
@@ -98,6 +97,8 @@ def _parse(raw: Any, path: Path, block: int, view: int) -> Commit:
         body = raw["commit"]
         if json_hash(body) != raw["sha256"]:
             raise CacheError(f"{path} does not match its own hash; {again(path)}")
+        if body.pop("stats") != {}:
+            raise ValueError("its stats are not empty")
         commit = Commit(**{**body, "files": [UnitFile(**f) for f in body["files"]]})
         check_commit(commit)
     except (KeyError, TypeError, AttributeError):

@@ -28,7 +28,7 @@ from cskd.config import Config, StudentConfig
 from cskd.errors import ConfigError, StudentError
 from cskd.files.paths import local_path
 from cskd.files.read import parse_json, read_file
-from cskd.files.weights import check_tensors, check_weight_file
+from cskd.files.weights import read_weights
 from cskd.student.best import Best, BestWeights
 from cskd.student.finite import NotFiniteError, first_not_finite
 from cskd.student.heads import export_factors, multiplied, recorded_factors, recorded_heads, score_head
@@ -174,10 +174,8 @@ def load_student(path: Path) -> tuple[Student, dict[str, Any]]:
             expected = sum(t.nbytes for t in described.backbone.state_dict().values())
         if expected > 4 * weights.stat().st_size:  # float32 from 8 bits
             raise ValueError(f"the model it describes has {expected} bytes")
-        check_weight_file(weights, expected)
+        tensors, _ = read_weights(weights, expected)
         student = build_student(config, classes, size, trained=True)
-        tensors = load_file(weights)
-        check_tensors(tensors.values())
         if odd := first_not_finite(tensors):
             raise ValueError(f"its {odd} is not finite")
         student.trained = recorded_heads(facts, student.distilled)
