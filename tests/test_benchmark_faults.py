@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(*arguments: str, before: str = "") -> tuple[int, dict[str, int]]:
-    code = f"{before}\nimport sys\nfrom benchmarks.faults import main\nsys.exit(main(sys.argv[1:]))"
+    code = f"{before}\nimport sys\nfrom benchmarks.faults.run import main\nsys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "--quick", "--seed", "1", *arguments]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.hostile_base import Base
-from benchmarks.hostile_cli import cli_cases
+from benchmarks.hostile.base import Base
+from benchmarks.hostile.cli import cli_cases
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(*arguments: str, before: str = "") -> tuple[int, dict[str, int], str]:
     code = (
-        "import sys\nimport benchmarks.hostile as h, benchmarks.hostile_mutations as m, benchmarks.hostile_curated_data as d, benchmarks.hostile_curated_images as i\n"
+        "import sys\nimport benchmarks.hostile.run as h, benchmarks.hostile.mutations as m, benchmarks.hostile.curated_data as d, benchmarks.hostile.curated_images as i\n"
         f"{before}\nsys.exit(h.main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "--seed", "1", "--no-cli", *arguments]

@@ -9,13 +9,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import hostile_base as b
-from benchmarks.hostile_base import Base, Case, picture, tar, write
+from benchmarks.hostile import base as b
+from benchmarks.hostile.base import Base, Case, picture, tar, write
 from cskd.config import to_yaml
 from cskd.errors import CskdError
 
 SECONDS, WALL = 10, 90  # of the processor, most of it imports; on the clock of a busy machine
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def command(*arguments: str | Path) -> Callable[[Path], None]:

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import hostile_base as b
-from benchmarks.hostile_base import Base, Case, sparse
+from benchmarks.hostile import base as b
+from benchmarks.hostile.base import Base, Case, sparse
 
 Change = Callable[[Any], object]
 DEEP = json.loads("[" * 200 + "]" * 200)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from PIL import Image
 
-from benchmarks.hostile_base import Case, picture, write
+from benchmarks.hostile.base import Case, picture, write
 from cskd.dataset.images import decode
 
 

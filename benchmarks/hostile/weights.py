@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.hostile_base import zipped
+from benchmarks.hostile.base import zipped
 
 Checkpoint = tuple[str, Callable[[], bytes], str]  # suffix, bytes, what must come of it
 

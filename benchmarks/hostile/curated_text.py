@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.hostile_base import Base, Case, sparse, write
+from benchmarks.hostile.base import Base, Case, sparse, write
 from cskd.codecs import get_codec
 from cskd.config import load_config, to_yaml
 from cskd.student import build_student

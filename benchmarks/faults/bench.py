@@ -30,7 +30,7 @@ from pipeline.care.verify import verify
 from pipeline.pack import pack_data
 from pipeline.train import train
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 KILLED = -signal.SIGKILL
 IMAGES, SHARD, BLOCK = 48, 12, 24
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.hostile [--count N] [--only KIND ...] [--seed S] [--tally FILE] [--no-curated] [--no-cli]
 
-Curated ones (`benchmarks/hostile_curated_*.py`), each with what must come of it, some through the real command line; and
-mutations of valid small files of every kind that cskd reads (`benchmarks/hostile_mutations.py`), by the code that the commands
+Curated ones (`curated_*.py`), each with what must come of it, some through the real command line; and
+mutations of valid small files of every kind that cskd reads (`mutations.py`), by the code that the commands
 use. A reading fails the program when it raises anything but a CskdError or an OSError of one line, takes over 10 s, needs over
 2 GB more than before, changes a file outside its own folder, or where its counts do not add up. Forked children do the reading, so
 that a crash of a C library is seen as one; 2 GB are also the most that they can get of the system.
@@ -30,14 +30,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.hostile_base import Case, make_base
-from benchmarks.hostile_cli import cli_cases
-from benchmarks.hostile_curated_data import data_cases
-from benchmarks.hostile_curated_images import image_cases
-from benchmarks.hostile_curated_inventory import column_cases, inventory_cases
-from benchmarks.hostile_curated_state import state_cases
-from benchmarks.hostile_curated_text import text_cases
-from benchmarks.hostile_mutations import Kind, drop_own, make_kinds
+from benchmarks.hostile.base import Case, make_base
+from benchmarks.hostile.cli import cli_cases
+from benchmarks.hostile.curated_data import data_cases
+from benchmarks.hostile.curated_images import image_cases
+from benchmarks.hostile.curated_inventory import column_cases, inventory_cases
+from benchmarks.hostile.curated_state import state_cases
+from benchmarks.hostile.curated_text import text_cases
+from benchmarks.hostile.mutations import Kind, drop_own, make_kinds
 from cskd.errors import CskdError
 
 LIMIT_SECONDS, LIMIT_MB, BATCH = 10, 2048, 200
@@ -259,7 +259,3 @@ def _snapshot(work: Path, writes: tuple[str, ...]) -> dict[str, tuple[int, int]]
 
 def _difference(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]) -> list[str]:
     return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))[:5]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,8 +18,8 @@ import safetensors
 import safetensors.numpy
 import torch
 
-from benchmarks import hostile_base as base_
-from benchmarks.hostile_base import Base, picture, tar, write
+from benchmarks.hostile import base as base_
+from benchmarks.hostile.base import Base, picture, tar, write
 from cskd.config import from_dict, load_config, to_dict, to_yaml
 from cskd.dataset.images import decode
 from cskd.errors import StudentError

@@ -13,7 +13,7 @@
     cli_kills    kill -9 of the real command line, with worker processes, then the same command again
     cli_damage   damaged and lost files: the real `cskd verify` and `cskd repair`
     cli_races    four processes of the real command line on one unit
-    hostile      inputs that were made to hurt (benchmarks/hostile.py)
+    hostile      inputs that were made to hurt (benchmarks/hostile/)
 
 Made on tiny images, in forked children of this process where the real command line is not named. `--tally FILE` adds this
 run's counts to those of earlier ones, and `--scale 0.1` makes a tenth of the full counts, so that they can be split over
@@ -27,7 +27,6 @@ import json
 import platform
 import random
 import resource
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -36,14 +35,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.fault_bench import Bench, in_child
-from benchmarks.fault_damage import flips, images, swaps, truncations
-from benchmarks.fault_kills import cli_damage, cli_kills, cli_races, kills, races, training
-from benchmarks.fault_points import deaths
+from benchmarks.faults.bench import Bench, in_child
+from benchmarks.faults.damage import flips, images, swaps, truncations
+from benchmarks.faults.kills import cli_damage, cli_kills, cli_races, kills, races, training
+from benchmarks.faults.points import deaths
 
 
 def hostile(bench: Bench, count: int) -> Counter[str]:
-    from benchmarks.hostile import run
+    from benchmarks.hostile.run import run
 
     return run(count, bench.rng.randrange(2**32), bench.folder / "hostile")
 
@@ -135,7 +134,3 @@ def add_to(tally: Path, counts: Counter[str]) -> None:
     earlier = Counter(json.loads(tally.read_text()) if tally.exists() else {})
     earlier.update(counts)
     tally.write_text(json.dumps(earlier, indent=1, sort_keys=True) + "\n")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import hostile_base as b
-from benchmarks.hostile_base import Base, Case, sparse, write
-from benchmarks.hostile_curated_inventory import DEEP, Change, change_of
+from benchmarks.hostile import base as b
+from benchmarks.hostile.base import Base, Case, sparse, write
+from benchmarks.hostile.curated_inventory import DEEP, Change, change_of
 from cskd.student import build_student
 from cskd.student.checkpoint import load_student
 from cskd.student.optim import Optimisation
@@ -274,7 +274,7 @@ def _flipped(data: bytes) -> bytes:
 
 
 def weight_cases(base: Base) -> list[Case]:
-    from benchmarks.hostile_weights import checkpoints
+    from benchmarks.hostile.weights import checkpoints
 
     return [
         Case(

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import cskd.files.durable
-from benchmarks.fault_bench import KILLED, Bench, end_child, in_child, start_child
+from benchmarks.faults.bench import KILLED, Bench, end_child, in_child, start_child
 from pipeline.cache_teacher import cache_teacher
 
 CALLS = (

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from benchmarks.fault_bench import Bench, files, in_child
+from benchmarks.faults.bench import Bench, files, in_child
 from cskd.dataset.inventory import open_inventory
 from pipeline.care.repair import repair
 

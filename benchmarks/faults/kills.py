@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import cskd.store.cache
-from benchmarks.fault_bench import KILLED, ROOT, Bench, end_child, files, start_child
-from benchmarks.fault_damage import all_named
+from benchmarks.faults.bench import KILLED, ROOT, Bench, end_child, files, start_child
+from benchmarks.faults.damage import all_named
 from cskd.config import to_yaml
 from cskd.files.claims import Claims
 from pipeline.cache_teacher import cache_teacher

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.hostile_base import Base, Case, picture, read_index, read_pack, sparse, tar, write
+from benchmarks.hostile.base import Base, Case, picture, read_index, read_pack, sparse, tar, write
 from cskd.packing.payloads import payloads
 from cskd.packing.sources import open_source
 
