@@ -11,7 +11,6 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from PIL import Image
 
 import pipeline.cache_teacher
 import pipeline.train
+from benchmarks.children import in_child
 from benchmarks.tiny_teacher import TINY_TEACHER
 from cskd.config import Config, from_dict
 from cskd.errors import CskdError
@@ -31,56 +31,7 @@ from pipeline.pack import pack_data
 from pipeline.train import train
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-KILLED = -signal.SIGKILL
 IMAGES, SHARD, BLOCK = 48, 12, 24
-
-
-Child = tuple[int, int]  # process number, and the pipe its answer comes through
-
-
-def start_child(function: Callable[[], Any]) -> Child:
-    """Run in a forked child: a copy of this process, which has no threads and has imported everything."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid:
-        os.close(write)
-        return pid, read
-    os.close(read)
-    status = 1  # whatever happens, this copy of the process ends here
-    try:
-        try:
-            result: Any = {"value": function()}
-        except (CskdError, OSError) as e:
-            result = {"error": f"{type(e).__name__}: {e}"}
-        with os.fdopen(write, "w") as out:
-            json.dump(result, out)
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
-
-
-def end_child(child: Child) -> tuple[int, Any]:
-    """Its exit status, and {"value": ...} or {"error": ...}; None where it ended before it could say."""
-    pid, read = child
-    with os.fdopen(read) as answer:  # ends when the child's own workers have ended too
-        text = answer.read()
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), json.loads(text) if text else None
-
-
-def in_child(
-    function: Callable[[], Any], kill_after: float | None = None, armed: Callable[[], bool] = lambda: True
-) -> tuple[int, Any]:
-    """Run in a forked child to its end, or kill it so many seconds after `armed`: then its status is -9, if it still lived."""
-    child = start_child(function)
-    if kill_after is not None:
-        ended = os.WEXITED | os.WNOHANG | os.WNOWAIT  # its status is left for `end_child`
-        while not armed() and os.waitid(os.P_PID, child[0], ended) is None:
-            time.sleep(0.0002)
-        time.sleep(kill_after)
-        os.kill(child[0], signal.SIGKILL)
-    return end_child(child)
 
 
 class Bench:
@@ -206,6 +157,14 @@ class Bench:
             for path in (record, cache / unit, cache / "sealed.json"):
                 path.unlink()
         return cache
+
+
+def flipped(data: bytes, rng: random.Random, first: int = 0, size: int | None = None) -> bytes:
+    """With one bit changed: of all bytes, or of `size` bytes from `first` on."""
+    bit = 8 * first + rng.randrange(8 * (len(data) if size is None else size))
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
 
 
 def files(root: Path) -> dict[str, bytes]:

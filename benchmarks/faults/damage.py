@@ -6,7 +6,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from benchmarks.faults.bench import Bench, files, in_child
+from benchmarks.children import in_child
+from benchmarks.faults.bench import Bench, files, flipped
 from cskd.dataset.inventory import open_inventory
 from pipeline.care.repair import repair
 
@@ -20,10 +21,7 @@ def flips(bench: Bench, count: int) -> Counter[str]:
     names = sorted(bench.whole)
     for i in range(count):
         name = names[i % len(names)]
-        data = bytearray(bench.whole[name])
-        bit = bench.rng.randrange(8 * len(data))
-        data[bit // 8] ^= 1 << (bit % 8)
-        counts.update(found(bench, "flips", {name: bytes(data)}, i))
+        counts.update(found(bench, "flips", {name: flipped(bench.whole[name], bench.rng)}, i))
     return counts
 
 
@@ -65,11 +63,9 @@ def images(bench: Bench, count: int) -> Counter[str]:
     inventory, counts = open_inventory(bench.folder / "data"), Counter[str]()
     for _ in range(count):
         i = bench.rng.randrange(len(inventory))
-        path, bit = inventory.shard_path(int(inventory.shard[i])), bench.rng.randrange(8 * int(inventory.size[i]))
+        path = inventory.shard_path(int(inventory.shard[i]))
         whole = path.read_bytes()
-        data = bytearray(whole)
-        data[int(inventory.offset[i]) + bit // 8] ^= 1 << (bit % 8)
-        path.write_bytes(data)
+        path.write_bytes(flipped(whole, bench.rng, int(inventory.offset[i]), int(inventory.size[i])))
         errors = bench.errors(bench.cache, images=True)
         path.write_bytes(whole)
         counts.update(Counter(images=1, images_missed=not (len(errors) == 1 and inventory.key(i) in errors[0])))

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import cskd.store.cache
-from benchmarks.faults.bench import KILLED, ROOT, Bench, end_child, files, start_child
+from benchmarks.children import KILLED, end_child, start_child
+from benchmarks.faults.bench import ROOT, Bench, files, flipped
 from benchmarks.faults.damage import all_named
 from cskd.config import to_yaml
 from cskd.files.claims import Claims
@@ -128,9 +129,7 @@ def training(bench: Bench, count: int) -> Counter[str]:
         states = sorted(output.glob("resume/step-*.safetensors"))
         damaged = len(states) > 1 and bench.rng.random() < 0.3
         if damaged:
-            data = bytearray(states[-1].read_bytes())
-            data[bench.rng.randrange(len(data))] ^= 1 << bench.rng.randrange(8)
-            states[-1].write_bytes(data)
+            states[-1].write_bytes(flipped(states[-1].read_bytes(), bench.rng))
             counts["training_newest_state_damaged"] += 1
         _, answer = bench.train("cut")
         digest, notes = (answer or {}).get("value", ["", []])
@@ -173,14 +172,12 @@ def cli_damage(bench: Bench, count: int) -> Counter[str]:
         cache = bench.fresh("cli")
         shutil.copytree(bench.cache, cache)
         name = bench.rng.choice(sorted(bench.whole))
-        data = bytearray(bench.whole[name])
+        data = bench.whole[name]
         match bench.rng.randrange(3):
             case 0:
-                data[bench.rng.randrange(len(data))] ^= 1 << bench.rng.randrange(8)
-                (cache / name).write_bytes(data)
-            case 1 if (
-                name != "sealed.json"
-            ):  # without one the cache is as before its seal: whole, and said not to be sealed
+                (cache / name).write_bytes(flipped(data, bench.rng))
+            # Without its seal a cache is as before it: whole, and said not to be sealed.
+            case 1 if name != "sealed.json":
                 (cache / name).unlink()
             case _:
                 (cache / name).write_bytes(data[: bench.rng.randrange(len(data))])

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import cskd.files.durable
-from benchmarks.faults.bench import KILLED, Bench, end_child, in_child, start_child
+from benchmarks.children import KILLED, end_child, in_child, start_child
+from benchmarks.faults.bench import Bench
 from pipeline.cache_teacher import cache_teacher
 
 CALLS = (

@@ -35,7 +35,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.faults.bench import Bench, in_child
+from benchmarks.children import in_child
+from benchmarks.faults.bench import Bench
 from benchmarks.faults.damage import flips, images, swaps, truncations
 from benchmarks.faults.kills import cli_damage, cli_kills, cli_races, kills, races, training
 from benchmarks.faults.points import deaths
@@ -62,14 +63,8 @@ PARTS: dict[str, tuple[Callable[[Bench, int], Counter[str]], int, int]] = {
     "cli_races": (cli_races, 10, 0),
     "hostile": (hostile, 20_000, 300),
 }
-ALWAYS = (
-    "kills",
-    "kills_wrong",
-    "flips",
-    "flips_missed",
-    "hostile",
-    "hostile_failed",
-)  # in the last line, if only as 0
+# In the last line, if only as 0
+ALWAYS = ("kills", "kills_wrong", "flips", "flips_missed", "hostile", "hostile_failed")
 WRONG = ("_wrong", "_missed", "_failed")
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import hashlib
 import io
 import json
+import lzma
 import os
 import shutil
 import tarfile
@@ -22,9 +24,10 @@ from PIL import Image
 from benchmarks.tiny_teacher import TINY_TEACHER
 from cskd.config import Config, from_dict
 from cskd.dataset.inventory import open_inventory
-from cskd.dataset.inventory_format import header_hash
+from cskd.dataset.inventory_format import header_bytes, header_hash
 from cskd.dataset.shard_reader import ShardReader
 from cskd.errors import CacheError
+from cskd.files.durable import json_bytes, json_hash
 from cskd.store.cache import open_cache
 from cskd.store.manifest import fingerprint_of
 from cskd.teacher.build import build
@@ -131,8 +134,8 @@ def read_index(shards: Path, count: int | None = None) -> None:
         raise AssertionError(f"{report.samples} samples listed, expected {count}")
 
 
-def read_samples(data: Path) -> None:
-    inventory = open_inventory(data, verify=True)
+def read_samples(data: Path, verified: bool = True) -> None:
+    inventory = open_inventory(data, verify=verified)
     reader = ShardReader(inventory)
     for i in range(len(inventory)):
         reader.read(i)
@@ -163,21 +166,26 @@ def seal_manifest(manifest: dict[str, Any]) -> bytes:
     with contextlib.suppress(KeyError, TypeError, ValueError):
         manifest["fingerprint"] = fingerprint_of(manifest["identity"])
     facts = {k: v for k, v in manifest.items() if k != "sha256"}
-    return (json.dumps({**facts, "sha256": digest(facts)}, indent=1, sort_keys=True) + "\n").encode()
+    return json_bytes({**facts, "sha256": json_hash(facts)})
 
 
 def seal_commit(body: Any) -> bytes:
-    return (json.dumps({"commit": body, "sha256": digest(body)}, indent=1, sort_keys=True) + "\n").encode()
+    return json_bytes({"commit": body, "sha256": json_hash(body)})
 
 
 def seal_inventory(header: Any) -> bytes:
     if isinstance(header, dict):
         header["hash"] = header_hash(header)
-    return (json.dumps(header, indent=1) + "\n").encode()
+    return header_bytes(header)
 
 
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def copy_with(folder: Path, copy: Path, name: str, content: bytes | Callable[[Path], object]) -> Path:
+    """A copy of a folder in which one file or folder is another: of these bytes, or made at the path that is given."""
+    shutil.copytree(folder, copy)
+    path = copy / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.write_bytes(content) if isinstance(content, bytes) else content(path)
+    return copy
 
 
 def copy_cache(base: Base, root: Path) -> Path:
@@ -239,9 +247,10 @@ def write(path: Path, data: bytes | str) -> Path:
     return path
 
 
-def gzip_of_zeros(megabytes: int = 400) -> bytes:
-    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
-    zeros = bytes(10**6)
+def bomb(kind: str, megabytes: int = 400) -> bytes:
+    """Zeros, as gz, bz2 or xz."""
+    gz, zeros = zlib.compressobj(9, zlib.DEFLATED, 31), bytes(10**6)
+    packer = {"gz": gz, "bz2": bz2.BZ2Compressor(), "xz": lzma.LZMACompressor(preset=0)}[kind]
     return b"".join(packer.compress(zeros) for _ in range(megabytes)) + packer.flush()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.hostile import base as b
 from benchmarks.hostile.base import Base, Case, picture, tar, write
+from benchmarks.hostile.curated_inventory import HEADER
 from cskd.config import to_yaml
 from cskd.errors import CskdError
 
@@ -62,10 +63,9 @@ def cli_cases(base: Base) -> list[Case]:
     good = tar({f"{c}/{i}.png": one for c in "ab" for i in range(3)})
 
     def sealed(work: Path, change: Callable[[dict[str, object]], object]) -> None:
-        b.shutil.copytree(base.data, work / "d")
-        header = json.loads((work / "d" / "inventory" / "inventory.json").read_bytes())
+        header = json.loads((base.data / HEADER).read_bytes())
         change(header)
-        (work / "d" / "inventory" / "inventory.json").write_bytes(b.seal_inventory(header))
+        b.copy_with(base.data, work / "d", HEADER, b.seal_inventory(header))
 
     def unit(work: Path) -> None:
         members = b.unit_members(base.cache)
@@ -91,10 +91,9 @@ def cli_cases(base: Base) -> list[Case]:
 
     def run_of(change: Callable[[dict[str, object]], object]) -> Callable[[Path], object]:
         def make(work: Path) -> None:
-            b.shutil.copytree(base.run, work / "run")
             facts = json.loads((base.run / "config.json").read_bytes())
             change(facts)
-            (work / "run" / "config.json").write_text(json.dumps(facts))
+            b.copy_with(base.run, work / "run", "config.json", json.dumps(facts).encode())
 
         return make
 
@@ -105,7 +104,7 @@ def cli_cases(base: Base) -> list[Case]:
         ("pack of names with markup", lambda w: write(w / "[bold]s[/x].tar", good), command("pack", "WORK/[bold]s[/x].tar", "WORK/out[red]"), "read"),
         ("pack of a name that clears the screen", lambda w: write(w / "s" / "\x1b[2J\n" / "a.png", one), command("pack", "WORK/s", "WORK/out"), "refused"),
         ("pack of a source that clears the screen", lambda w: write(w / "\x1b[2J\n.tar", good), command("pack", "WORK/\x1b[2J\n.tar", "WORK/out"), "read"),
-        ("pack of a bomb", lambda w: write(w / "s.tar", b.gzip_of_zeros()), command("pack", "WORK/s.tar", "WORK/out"), "refused"),
+        ("pack of a bomb", lambda w: write(w / "s.tar", b.bomb("gz")), command("pack", "WORK/s.tar", "WORK/out"), "refused"),
         ("pack of an image that is none, re-encoded", lambda w: write(w / "s.tar", tar({"a/0.png": one, "b/1.png": b"none"})), command("pack", "WORK/s.tar", "WORK/out", "--short-side", "8"), "read"),
         ("index of pipe:", lambda w: None, command("index", "pipe:touch canary"), "refused"),
         ("cache-teacher with a YAML bomb", config("a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]\n"), command("cache-teacher", "WORK/c.yaml"), "refused"),

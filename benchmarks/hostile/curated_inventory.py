@@ -15,6 +15,7 @@ from benchmarks.hostile import base as b
 from benchmarks.hostile.base import Base, Case, sparse
 
 Change = Callable[[Any], object]
+HEADER = "inventory/inventory.json"
 DEEP = json.loads("[" * 200 + "]" * 200)
 
 
@@ -27,8 +28,15 @@ def change_of(*path: Any, to: Any) -> Change:
     return change
 
 
+def changed(value: Any, change: Change) -> Any:
+    """A copy of a JSON value with a change."""
+    copy = json.loads(json.dumps(value))
+    change(copy)
+    return copy
+
+
 def inventory_cases(base: Base) -> list[Case]:
-    header = json.loads((base.data / "inventory" / "inventory.json").read_bytes())
+    header = json.loads((base.data / HEADER).read_bytes())
     shard = lambda name: change_of("shards", 0, "name", to=name)  # noqa: E731
     changes: dict[str, Change] = {
         "a shard ../../canary": shard("../../canary"),
@@ -74,19 +82,15 @@ def inventory_cases(base: Base) -> list[Case]:
         "with half a character": b'{"format": "\\ud800"}',
     }
 
-    def make(work: Path, data: bytes) -> None:
-        b.shutil.copytree(base.data, work / "d")
-        (work / "d" / "inventory" / "inventory.json").write_bytes(data)
-
-    cases = []
-    for name, change in changes.items():
-        value = json.loads(json.dumps(header))
-        change(value)
-        raw[f"with {name}"] = b.seal_inventory(value)
-    for name, data in raw.items():
-        read = lambda work: b.read_samples(work / "d")  # noqa: E731
-        cases.append(Case(f"inventory: {name}", lambda work, data=data: make(work, data), read))
-    return cases
+    raw |= {f"with {name}": b.seal_inventory(changed(header, change)) for name, change in changes.items()}
+    return [
+        Case(
+            f"inventory: {name}",
+            lambda work, data=data: b.copy_with(base.data, work / "d", HEADER, data),
+            lambda work: b.read_samples(work / "d"),
+        )
+        for name, data in raw.items()
+    ]
 
 
 def npy(descr: str, shape: str, data: bytes = b"") -> bytes:
@@ -96,12 +100,13 @@ def npy(descr: str, shape: str, data: bytes = b"") -> bytes:
 
 
 def column_cases(base: Base) -> list[Case]:
+    shard = next(p.name for p in sorted(base.data.glob("*.tar")))
     rows = {
         name: np.load(base.data / "inventory" / f"{name}.npy", allow_pickle=False)
         for name in ("label", "shard", "size", "offset", "key_offset")
     }
 
-    def changed(name: str, value: int, row: int = 0) -> bytes:
+    def other(name: str, value: int, row: int = 0) -> bytes:
         array = rows[name].copy()
         array[row] = value
         return npy(f"'{array.dtype.str}'", f"({len(array)},)", array.tobytes())
@@ -118,53 +123,38 @@ def column_cases(base: Base) -> list[Case]:
         "another byte order": ("size", npy("'>i8'", "(16,)", bytes(128))),
         "no bytes": ("size", b""),
         "a zip of arrays": ("size", b.zipped({"size.npy": npy("'<i8'", "(16,)", bytes(128))})),
-        "a negative label": ("label", changed("label", -1)),
-        "a label of no class": ("label", changed("label", 2)),
-        "shard 4 billion": ("shard", changed("shard", 2**32 - 1)),
-        "an image of 2^62 bytes": ("size", changed("size", 2**62)),
-        "an image of a negative size": ("size", changed("size", -5)),
-        "an image before its shard": ("offset", changed("offset", -512)),
-        "an image after its shard": ("offset", changed("offset", 2**62)),
-        "keys that go back": ("key_offset", changed("key_offset", 10**6, 3)),
-        "keys that start later": ("key_offset", changed("key_offset", 1)),
-        "keys that end at 2^62": ("key_offset", changed("key_offset", 2**62, -1)),
+        "a negative label": ("label", other("label", -1)),
+        "a label of no class": ("label", other("label", 2)),
+        "shard 4 billion": ("shard", other("shard", 2**32 - 1)),
+        "an image of 2^62 bytes": ("size", other("size", 2**62)),
+        "an image of a negative size": ("size", other("size", -5)),
+        "an image before its shard": ("offset", other("offset", -512)),
+        "an image after its shard": ("offset", other("offset", 2**62)),
+        "keys that go back": ("key_offset", other("key_offset", 10**6, 3)),
+        "keys that start later": ("key_offset", other("key_offset", 1)),
+        "keys that end at 2^62": ("key_offset", other("key_offset", 2**62, -1)),
         "keys that are no UTF-8": (
             "key",
             npy("'|u1'", f"({int(rows['key_offset'][-1])},)", b"\xff" * int(rows["key_offset"][-1])),
         ),
     }
 
-    def make(work: Path, name: str, data: bytes) -> None:
-        b.shutil.copytree(base.data, work / "d")
-        (work / "d" / "inventory" / f"{name}.npy").write_bytes(data)
-
-    def read(work: Path) -> None:
-        inventory = b.open_inventory(work / "d")  # not verified, as training opens it
-        reader = b.ShardReader(inventory)
-        for i in range(len(inventory)):
-            reader.read(i)
-            inventory.find(inventory.key(i))
-
-    cases = [
-        Case(f"inventory: a column with {what}", lambda work, name=name, data=data: make(work, name, data), read)
-        for what, (name, data) in columns.items()
-    ]
-
-    def instead(work: Path, name: str, put: Callable[[Path], object]) -> None:
-        b.shutil.copytree(base.data, work / "d")
-        (work / "d" / name).unlink()
-        put(work / "d" / name)
-
-    shard = next(p.name for p in sorted(base.data.glob("*.tar")))
-    for what, name, put in (
-        ("a header that is a pipe", "inventory/inventory.json", os.mkfifo),
+    contents: list[tuple[str, str, bytes | Callable[[Path], object]]] = [
+        *((f"a column with {what}", f"inventory/{name}.npy", data) for what, (name, data) in columns.items()),
+        ("a header that is a pipe", HEADER, os.mkfifo),
         ("a column that is a pipe", "inventory/size.npy", os.mkfifo),
-        ("a header of 1 TB", "inventory/inventory.json", lambda path: sparse(path, 10**12, b"{")),
-        ("a header that is a folder", "inventory/inventory.json", Path.mkdir),
+        ("a header of 1 TB", HEADER, lambda path: sparse(path, 10**12, b"{")),
+        ("a header that is a folder", HEADER, Path.mkdir),
         ("a shard that is a pipe", shard, os.mkfifo),
         ("a shard that is a device", shard, lambda path: path.symlink_to("/dev/zero")),
         ("a shard that is a file of others", shard, lambda path: path.symlink_to("/etc/passwd")),
         ("a shard of zeros", shard, lambda path: sparse(path, (base.data / shard).stat().st_size)),
-    ):
-        cases.append(Case(f"inventory: {what}", lambda work, name=name, put=put: instead(work, name, put), read))
-    return cases
+    ]
+    return [
+        Case(
+            f"inventory: {what}",
+            lambda work, name=name, content=content: b.copy_with(base.data, work / "d", name, content),
+            lambda work: b.read_samples(work / "d", verified=False),  # as training opens it
+        )
+        for what, name, content in contents
+    ]

@@ -6,7 +6,6 @@ import json
 import os
 import struct
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 
 from benchmarks.hostile import base as b
 from benchmarks.hostile.base import Base, Case, sparse, write
-from benchmarks.hostile.curated_inventory import DEEP, Change, change_of
+from benchmarks.hostile.curated_inventory import DEEP, Change, change_of, changed
 from cskd.student import build_student
 from cskd.student.checkpoint import load_student
 from cskd.student.optim import Optimisation
@@ -98,9 +97,9 @@ def record_cases(base: Base) -> list[Case]:
     }
 
     def make(work: Path, name: str, data: bytes) -> None:
-        root = b.copy_cache(base, work / "c")
-        for file in (name, "manifest.copy.json") if name == "manifest.json" else (name,):
-            (root / file).write_bytes(data)
+        root = b.copy_with(base.cache, work / "c", name, data)
+        if name == "manifest.json":
+            (root / "manifest.copy.json").write_bytes(data)
 
     def read(work: Path) -> None:
         inspect(work / "c")
@@ -111,11 +110,7 @@ def record_cases(base: Base) -> list[Case]:
         ("manifest", "manifest.json", manifest, manifests, b.seal_manifest),
         ("commit", "commits/b00000/v0000.json", record, records, b.seal_commit),
     ):
-        files = {}
-        for title, change in changes.items():
-            value = json.loads(json.dumps(whole))
-            change(value)
-            files[f"with {title}"] = seal(value)
+        files = {f"with {title}": seal(changed(whole, change)) for title, change in changes.items()}
         files |= {"nested 100,000 deep": b"[" * 100_000, "that is a list": b"[]", "that is null": b"null"}
         files |= {"with a key twice": b'{"a": 1, "a": 2}', "with 2 MB of digits": b"9" * 2_000_000}
         for title, data in files.items():
@@ -125,11 +120,6 @@ def record_cases(base: Base) -> list[Case]:
 
 def folder_cases(base: Base) -> list[Case]:
     """What a cache from elsewhere holds instead of its files."""
-
-    def instead(work: Path, name: str, put: Callable[[Path], object]) -> None:
-        path = b.copy_cache(base, work / "c") / name
-        b.shutil.rmtree(path) if path.is_dir() else path.unlink()
-        put(path)
 
     def linked(work: Path, name: str) -> None:
         root = b.copy_cache(base, work / "c")
@@ -142,7 +132,7 @@ def folder_cases(base: Base) -> list[Case]:
     cases = [
         Case(
             f"cache: {what}",
-            lambda work, name=name, put=put: instead(work, name, put),
+            lambda work, name=name, put=put: b.copy_with(base.cache, work / "c", name, put),
             lambda work: b.read_cache(work / "c"),
         )
         for what, name, put in (
@@ -248,13 +238,14 @@ def unit_cases(base: Base) -> list[Case]:
         "seeds of zeros": but(seed__c__0=whole["targets/offsets/c/0"] if "targets/offsets/c/0" in whole else bytes(8)),
     }
 
-    def make(work: Path, data: bytes) -> None:
-        b.put_unit(b.copy_cache(base, work / "c"), data)
-
-    def read(work: Path) -> None:
-        b.read_cache(work / "c")
-
-    return [Case(f"unit: {name}", lambda work, data=data: make(work, data), read) for name, data in units.items()]
+    return [
+        Case(
+            f"unit: {name}",
+            lambda work, data=data: b.put_unit(b.copy_cache(base, work / "c"), data),
+            lambda work: b.read_cache(work / "c"),
+        )
+        for name, data in units.items()
+    ]
 
 
 def _twice(members: dict[str, bytes]) -> bytes:
@@ -312,23 +303,15 @@ def run_cases(base: Base) -> list[Case]:
         "lists 200 deep": change_of("deep", to=DEEP),
     }
 
-    def make(work: Path, data: bytes) -> None:
-        b.shutil.copytree(base.run, work / "run")
-        (work / "run" / "config.json").write_bytes(data)
-
-    cases = []
-    for name, change in changes.items():
-        value = json.loads(json.dumps(facts))
-        change(value)
-        text = json.dumps(value).encode()
-        cases.append(
-            Case(
-                f"run: config.json with {name}",
-                lambda work, data=text: make(work, data),
-                lambda work: load_student(work / "run"),
-            )
+    texts = {name: json.dumps(changed(facts, change)).encode() for name, change in changes.items()}
+    cases = [
+        Case(
+            f"run: config.json with {name}",
+            lambda work, text=text: b.copy_with(base.run, work / "run", "config.json", text),
+            lambda work: load_student(work / "run"),
         )
-
+        for name, text in texts.items()
+    ]
     state = next((base.run / "resume").iterdir())
 
     def resume(work: Path) -> None:

@@ -21,9 +21,9 @@ import torch
 from benchmarks.hostile import base as base_
 from benchmarks.hostile.base import Base, picture, tar, write
 from cskd.config import from_dict, load_config, to_dict, to_yaml
+from cskd.dataset.classes import parse_classes
 from cskd.dataset.images import decode
 from cskd.errors import StudentError
-from cskd.packing.names import parse_classes
 from cskd.store.unit import read_unit
 from cskd.student import build_student
 from cskd.student.checkpoint import load_student

@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.children import end_child, start_child
 from benchmarks.hostile.base import Case, make_base
 from benchmarks.hostile.cli import cli_cases
 from benchmarks.hostile.curated_data import data_cases
@@ -147,37 +148,29 @@ def run_kind(name: str, kind: Kind, count: int, seed: int, folder: Path) -> Coun
 
 def in_child(function: Callable[[], Counts], folder: Path, what: str) -> Counts:
     """What `function` counts in a forked child that can get 2 GB more than it has; one failure where it died."""
-    out, inputs = os.pipe()
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid == 0:
-        os.close(out)
-        try:
-            pages = Path("/proc/self/statm").read_text().split()
-            most = int(pages[0]) * resource.getpagesize() + (LIMIT_MB << 20)
-            resource.setrlimit(resource.RLIMIT_AS, (most, most))
-            signal.signal(signal.SIGALRM, _hung)
-            before = int(pages[1]) * resource.getpagesize() >> 10
-            found = function()
-            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-            if grown > LIMIT_MB << 10:
-                found["failed"] += 1
-                print(f"a child grew by {grown >> 10} MB", file=sys.stderr)
-            drop_own()
-            os.write(inputs, json.dumps(found).encode())
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(0)
-    os.close(inputs)
-    with os.fdopen(out) as answer:
-        text = answer.read()
-    status = os.waitpid(pid, 0)[1]
-    if not text:
-        print(f"{what}: a child died with {os.waitstatus_to_exitcode(status)}", file=sys.stderr)
-    for left in folder.glob(f"*-{pid}"):
+
+    def limited() -> Counts:
+        pages = Path("/proc/self/statm").read_text().split()
+        most = int(pages[0]) * resource.getpagesize() + (LIMIT_MB << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        signal.signal(signal.SIGALRM, _hung)
+        before = int(pages[1]) * resource.getpagesize() >> 10
+        found = function()
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        if grown > LIMIT_MB << 10:
+            found["failed"] += 1
+            print(f"a child grew by {grown >> 10} MB", file=sys.stderr)
+        drop_own()
+        return found
+
+    child = start_child(limited)
+    status, answer = end_child(child)
+    found = (answer or {}).get("value")
+    if found is None:
+        print(f"{what}: a child died with {status}, {answer}", file=sys.stderr)
+    for left in folder.glob(f"*-{child[0]}"):
         shutil.rmtree(left, ignore_errors=True)
-    return Counter(json.loads(text)) if text else Counter(failed=1)
+    return Counter(failed=1) if found is None else Counter(found)
 
 
 def read_batch(name: str, kind: Kind, numbers: range, seed: int, folder: Path) -> Counts:
