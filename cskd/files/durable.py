@@ -31,15 +31,7 @@ def put(path: Path, content: bytes | Callable[[Path], object], *, first: bool = 
     temp = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         _write(temp, content)
-        (os.link if first else os.replace)(temp, path)
-        won = True
-    except OSError as e:
-        if first and e.errno in NO_LINKS:
-            why = f"this file system has no hard links ({e.strerror}), which let one of several writers win"
-            raise OSError(e.errno, f"can't be put in place: {why}", str(path)) from None
-        if not first or e.errno != errno.EEXIST:
-            raise
-        won = False
+        won = _name(temp, path, first)
     finally:
         with contextlib.suppress(OSError):
             temp.unlink()
@@ -62,6 +54,23 @@ def _write(temp: Path, content: bytes | Callable[[Path], object]) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if isinstance(content, bytes) and temp.read_bytes() != content:
         raise OSError(errno.EIO, "read back differs from what was written; check the disk", str(temp))
+
+
+def _name(temp: Path, path: Path, first: bool) -> bool:
+    """Give a file its name; False where that is taken and may not be given again."""
+    if not first:
+        os.replace(temp, path)
+        return True
+    try:
+        os.link(temp, path)
+    except FileExistsError:
+        return False
+    except OSError as e:
+        if e.errno not in NO_LINKS:
+            raise
+        why = f"this file system has no hard links ({e.strerror}), which let one of several writers win"
+        raise OSError(e.errno, f"can't be put in place: {why}", str(path)) from None
+    return True
 
 
 def make_folder(path: Path) -> None:
