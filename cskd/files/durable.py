@@ -33,8 +33,9 @@ def put(path: Path, content: bytes | Callable[[Path], object], *, first: bool = 
         _write(temp, content)
         won = _name(temp, path, first)
     finally:
-        with contextlib.suppress(OSError):
-            temp.unlink()
+        if os.path.lexists(temp):  # a link leaves it, and so does an error
+            with contextlib.suppress(OSError):
+                temp.unlink()
     sync(path.parent)
     return won
 

@@ -65,7 +65,7 @@ def read_weights(path: Path, model_bytes: int) -> tuple[dict[str, Tensor], list[
     try:
         check_weight_file(path, model_bytes)
         safe = path.suffix == ".safetensors"
-        loaded = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        loaded: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, PickledObjectsError):
         raise ValueError(
             "can't be read: it is damaged, or holds Python objects besides tensors, which are never unpickled here"
