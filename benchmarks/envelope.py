@@ -248,7 +248,7 @@ def make_cache(folder: Path, codec: Codec, dense_NhwK: F32, global_NK: F32, bloc
         order = quads(ROWS, recipe, inventory.id, block, 0)
         builder = UnitBuilder(inventory, recipe, cache.codecs, 0, block * ROWS, order)
         builder.add(np.arange(ROWS), np.zeros(ROWS, np.int64), {"envelope": codec.concat(parts)})
-        cache.add_unit(block, 0, *builder.finish(), {}, {})
+        cache.add_unit(block, 0, *builder.finish(), {})
     return cache
 
 

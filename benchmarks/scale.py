@@ -220,7 +220,7 @@ def add_unit(cache: Cache, block: int, view: int) -> None:
     dense = torch.randn(stop - first, len(cache.classes), *cache.grid, generator=rng)
     encoded = {name: codec.encode(dense, dense.mean((2, 3))) for name, codec in cache.codecs.items()}
     builder.add(np.arange(stop - first), np.zeros(stop - first, np.int64), encoded)
-    cache.add_unit(block, view, *builder.finish(), {}, {})
+    cache.add_unit(block, view, *builder.finish(), {})
 
 
 if __name__ == "__main__":

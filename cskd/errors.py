@@ -55,6 +55,12 @@ class ReplayError(CskdError):
     """A replayed view is not, byte for byte, what the teacher saw."""
 
 
+def one_line(error: Exception) -> str:
+    """An exception of anybody's as part of one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
+
+
 def printable(text: str) -> str:
     """The text in one line a terminal can show: control, direction and lone surrogate characters as \\x1b or \\u202e."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

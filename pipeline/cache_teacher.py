@@ -32,12 +32,12 @@ from cskd.config import Config, to_dict, to_yaml
 from cskd.dataset.inventory import Inventory, open_inventory
 from cskd.errors import CacheError, ConfigError
 from cskd.files.claims import Claims
+from cskd.files.durable import put
 from cskd.loading.stage1 import Chunk, ChunkMaker, ChunkViews, chunks
 from cskd.loading.stream import Stream
 from cskd.machine.devices import pick_device
 from cskd.machine.threads import Threads, begun_with, choose_threads, computing_with
 from cskd.store.cache import Cache, create_cache
-from cskd.store.commit import write_whole
 from cskd.store.format import RESOLVED
 from cskd.store.golden import check_versions
 from cskd.store.identity import identity_of
@@ -203,7 +203,7 @@ def write_resolved(cache: Cache) -> None:
     with contextlib.suppress(OSError, UnicodeDecodeError):
         if path.read_text(encoding="utf-8") == text:
             return
-    write_whole(path, text.encode())
+    put(path, text.encode())
 
 
 def _passes(cache: Cache) -> list[tuple[int, tuple[int, ...]]]:
@@ -371,7 +371,7 @@ class _Line:
         """In the writer: one commit a view, then the claim is given back. Returns units and seconds."""
         clock = time.perf_counter()
         for view, unit in zip(work.views, work.units, strict=True):
-            self._cache.add_unit(work.block, view, *unit.finish(), work.quarantine, {})
+            self._cache.add_unit(work.block, view, *unit.finish(), work.quarantine)
         self._claims.release([claim])
         return len(work.views), time.perf_counter() - clock
 

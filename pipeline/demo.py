@@ -8,7 +8,6 @@ students  the same ViT, seed and epochs: labels only, DeiT-hard, CSKD; the teach
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from safetensors.torch import save_model
 
 from cskd.config import Config, from_dict, load_config
 from cskd.errors import ConfigError
+from cskd.files.durable import put
 from cskd.files.folders import mark, refuse_output
 from cskd.files.writer import sole_writer
 from cskd.machine.threads import choose_threads, computing_with
@@ -176,8 +176,7 @@ def _train_teacher(path: Path, quiet: bool) -> None:
             optimiser.step()
             schedule.step()
             progress.update((step + 1) * batch, loss=f"{loss.item():.3f}")
-    save_model(model, str(path.with_suffix(".partial")))
-    os.replace(path.with_suffix(".partial"), path)  # a run that is killed leaves a whole teacher or none
+    put(path, lambda temp: save_model(model, str(temp)))
 
 
 def _check_epochs(out: Path, epochs: int) -> None:

@@ -18,6 +18,7 @@ from cskd.codecs import get_codec
 from cskd.config import Config
 from cskd.dataset.inventory import Inventory, open_inventory
 from cskd.errors import ConfigError, ImageError
+from cskd.files.durable import put
 from cskd.loading.live import LiveViews
 from cskd.loading.stream import Stream
 from cskd.loading.targets import LiveTargets
@@ -125,11 +126,8 @@ def _find_unreadable(maker: ViewMaker, config: Config, quiet: bool) -> None:
         here = {i - first: reason for i, reason in bad.items() if first <= i < stop}
         refuse_too_many(here, stop - first, inventory, first, config.cache.max_quarantine)
     refuse_too_many_in_all(len(bad), len(inventory), config.cache.max_quarantine)
-    path = Path(config.train.output) / UNREADABLE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_suffix(".tmp")
-    temp.write_text(json.dumps({"inventory": inventory.id, "samples": bad}))
-    temp.replace(path)
+    about = json.dumps({"inventory": inventory.id, "samples": bad})
+    put(Path(config.train.output) / UNREADABLE, about.encode())
 
 
 def _unreadable(config: Config, inventory: Inventory) -> dict[int, str] | None:

@@ -14,6 +14,7 @@ from PIL.Image import Image
 from cskd.config import Config
 from cskd.errors import ConfigError, CskdError, DataError, PathError
 from cskd.files import claims
+from cskd.files.durable import put
 from cskd.files.folders import refuse_output
 from cskd.files.links import refuse_without_links
 from cskd.files.paths import local_path
@@ -109,14 +110,9 @@ def refuse_png(path: Path) -> None:
 def save_png(picture: Image, path: Path) -> None:
     """Put a picture in place, whole or not at all. DataError where it can't be written, PathError while another process is
     at it."""
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with sole_writer(path.parent, "give another path", name=f".{path.name}{LOCK}"):
-            try:
-                picture.save(temp, "PNG")
-                os.replace(temp, path)
-            finally:
-                temp.unlink(missing_ok=True)
+            put(path, lambda temp: picture.save(temp, "PNG"))
     except OSError as e:
         raise DataError(f"{path} can't be written: {e.strerror or e}; give another path with --png") from None
 

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cskd.config import Config, to_yaml
 from cskd.dataset.inventory import Inventory
 from cskd.errors import CacheError, ConfigError
+from cskd.files.durable import put
 from cskd.files.scratch import new_scratch
 from cskd.files.writer import Writer
 from cskd.loading.live import LiveViews
@@ -38,7 +39,6 @@ from cskd.machine.ranks import Ranks, start_ranks, stop_ranks
 from cskd.machine.threads import Threads, begun_with, choose_threads, computing_with
 from cskd.method.losses import DistillationLoss
 from cskd.store.cache import Cache, open_cache
-from cskd.store.commit import write_whole
 from cskd.store.format import RESOLVED
 from cskd.store.golden import check_versions
 from cskd.student import Student, build_student
@@ -317,7 +317,7 @@ def _open_run(
     torch.set_num_threads(threads.count)
     if ranks.first:
         own_output(output)
-        write_whole(output / RESOLVED, to_yaml(config).encode())
+        put(output / RESOLVED, to_yaml(config).encode())
     ranks.barrier()
     notes.add([*average_notes(settings.ema, settings.ema_warmup, stop), *state.said(), *state.notes, str(threads)])
     notes.say()

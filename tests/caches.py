@@ -112,4 +112,4 @@ def _add_unit(cache: Cache, maker: ViewMaker, block: int, view: int, bad: NDArra
     crc = np.array([pixel_crc(maker.view(maker.image(first + i), int(seeds[i]))) for i in good.tolist()])
     dense, image = random_logits(len(good), len(cache.classes), cache.grid, seed=1000 * block + view)
     builder.add(good, crc, {name: codec.encode(dense, image) for name, codec in cache.codecs.items()})
-    cache.add_unit(block, view, *builder.finish(), {int(i): "not an image" for i in bad}, {})
+    cache.add_unit(block, view, *builder.finish(), {int(i): "not an image" for i in bad})

@@ -31,6 +31,7 @@ from cskd.dataset.images import decode
 from cskd.dataset.inventory import open_inventory
 from cskd.dataset.shard_reader import ShardReader
 from cskd.errors import ConfigError, CskdError
+from cskd.files.durable import put
 from cskd.files.folders import mark, refuse_output
 from cskd.files.writer import sole_writer
 from cskd.machine.devices import autocast, pick_device
@@ -108,8 +109,7 @@ def train_teacher(args: argparse.Namespace) -> dict[str, Any]:
             run.train_epoch()
         if not (args.out / "teacher.safetensors").exists():
             weights = {k: v.contiguous().cpu() for k, v in run.averaged.module.state_dict().items()}
-            save_file(weights, args.out / "teacher.partial")
-            (args.out / "teacher.partial").replace(args.out / "teacher.safetensors")
+            put(args.out / "teacher.safetensors", lambda temp: save_file(weights, temp))
     return run.rows[-1] | {"device": _name(device), "parameters": sum(p.numel() for p in run.model.parameters())}
 
 
@@ -197,9 +197,8 @@ class Run:
             "rows": self.rows,
             "begun": self._begun,
         }
-        torch.save(state, self._state.with_suffix(".partial"))
-        self._state.with_suffix(".partial").replace(self._state)
-        (self.args.out / "teacher.jsonl").write_text("".join(json.dumps(r) + "\n" for r in self.rows))
+        put(self._state, lambda temp: torch.save(state, temp))
+        put(self.args.out / "teacher.jsonl", "".join(json.dumps(r) + "\n" for r in self.rows).encode())
 
     def _load(self) -> None:
         state = torch.load(self._state, map_location=self.device, weights_only=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from cskd.dataset.classes import MAX_CLASSES
 from cskd.errors import CodecError
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ F32 = NDArray[np.float32]
 
 BLEND_ONE = 1 << 16  # blends are whole numbers of 2^-16, from the cache and online alike
 HARD_CHUNK = 16  # samples whose logits are decoded at a time where hard targets need them
-MAX_CLASSES = (1 << 16) - 1  # class ids, and the number of extra segments of a cell, are uint16
 
 
 def quantise_blend(a: float) -> int:

@@ -27,19 +27,18 @@ from cskd.dataset.inventory_format import (
     HEADER,
     PARTIAL,
     VERSION,
-    file_sha256,
     finish_column,
     header_bytes,
     header_hash,
     identify,
     read_column,
     read_header,
-    sync,
     verify_files,
 )
 from cskd.errors import DataError
+from cskd.files.durable import put, sync
 from cskd.files.paths import local_path
-from cskd.files.read import open_regular
+from cskd.files.read import file_sha256, open_regular
 from cskd.seeds import U64, key_hash
 
 FIND_SHARDS = "restore it, or say where the shards are: data.train or data.val in the config, or --data of inspect, verify and repair"
@@ -269,9 +268,7 @@ class InventoryWriter:
         }
         self._check(Inventory(self.folder, self.folder.parent, header, columns))
         header["hash"] = header_hash(header)
-        (self.folder / HEADER).write_bytes(header_bytes(header))
-        sync(self.folder / HEADER)
-        sync(self.folder)
+        put(self.folder / HEADER, header_bytes(header))
 
     def close(self) -> None:
         """Close the files of a writer that will not be finished."""

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cskd.dataset.classes import MAX_CLASSES
 from cskd.errors import DataError
 
-MAX_CLASSES = 65535  # labels are stored as uint16
-MAX_IMAGE_BYTES = 1 << 28  # as in packing
+MAX_IMAGE_BYTES = 1 << 28
 PIECE = 1 << 16  # rows checked at a time, so that no copy of a column is made
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)  # pipe:, http: ... which webdataset would run or fetch

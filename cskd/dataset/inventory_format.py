@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 
 from cskd.dataset.inventory_checks import check_header
 from cskd.errors import DataError
-from cskd.files.read import open_regular, parse_json, read_file
+from cskd.files.durable import json_hash, sync
+from cskd.files.read import file_sha256, open_regular, parse_json, read_file
 
 FORMAT = "cskd inventory"
 VERSION = 1
@@ -150,20 +151,4 @@ def header_bytes(header: dict[str, Any]) -> bytes:
 
 def header_hash(header: dict[str, Any]) -> str:
     """sha256 of the header's canonical JSON without its own `hash`."""
-    body = {name: value for name, value in header.items() if name != "hash"}
-    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a whole file."""
-    with os.fdopen(open_regular(path), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Have the contents of a file, or the names in a folder, on disk before going on."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    return json_hash({name: value for name, value in header.items() if name != "hash"})

@@ -12,7 +12,7 @@ import google_crc32c
 
 from cskd.dataset.inventory import FIND_SHARDS, Inventory
 from cskd.errors import DataError, ReadError
-from cskd.files.read import open_regular
+from cskd.files.read import open_regular, pread
 
 TRIES = 3
 WAIT = 0.2  # seconds before the second try, doubled before the third: what a network file system needs to come back
@@ -64,7 +64,7 @@ class ShardReader:
         for attempt in range(TRIES):
             try:
                 with self._lock:
-                    return _pread(self._open(i, shard), offset, size)
+                    return pread(self._open(i, shard), offset, size)
             except FileNotFoundError:
                 raise DataError(f"{self._name(i, shard)}: there is no such file; {FIND_SHARDS}") from None
             except OSError as e:
@@ -100,11 +100,3 @@ class ShardReader:
 
     def _name(self, i: int, shard: int) -> str:
         return f"sample '{self.inventory.key(i)}' in {self.inventory.shard_path(shard)}"
-
-
-def _pread(fd: int, offset: int, size: int) -> bytes:
-    """`size` bytes at `offset`, or fewer where the file ends; a signal may cut one pread short."""
-    data = os.pread(fd, size, offset)
-    while len(data) < size and (more := os.pread(fd, size - len(data), offset + len(data))):
-        data += more
-    return data

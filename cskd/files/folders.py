@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from cskd.errors import PathError
+from cskd.files.durable import put
 from cskd.files.paths import local_path
 from cskd.files.read import parse_json, read_file
 
@@ -36,13 +37,11 @@ _NAMES = {
 
 def mark(folder: Path, kind: str) -> None:
     """Have a folder say of which kind it is; one that says so already is left alone."""
-    text = json.dumps({"kind": kind, "version": VERSION}) + "\n"
-    path, temp = folder / MARKER, folder / f"{MARKER}.{os.getpid()}.tmp"
+    data = (json.dumps({"kind": kind, "version": VERSION}) + "\n").encode()
     with contextlib.suppress(OSError):
-        if read_file(path) == text.encode():
+        if read_file(folder / MARKER) == data:
             return
-    temp.write_text(text)
-    os.replace(temp, path)
+    put(folder / MARKER, data)
 
 
 def kind_of(folder: Path) -> str | None:

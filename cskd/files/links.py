@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cskd.errors import CacheError
 
-NONE = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # how file systems without them answer
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # how file systems without them answer
 
 
 def hard_link_error(folder: Path) -> OSError | None:
@@ -28,7 +28,7 @@ def refuse_without_links(folder: Path, what: str) -> None:
     can be written there."""
     there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     error = hard_link_error(there)
-    if error is not None and error.errno in NONE:
+    if error is not None and error.errno in NO_LINKS:
         raise CacheError(
             f"{what} {folder}: its file system has no hard links ({error.strerror}), which let one of several writers win; "
             f"put it on one that has (--set {what}=...)"

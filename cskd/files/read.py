@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import stat
@@ -32,6 +33,20 @@ def read_file(path: str | Path, limit: int = MAX_TEXT) -> bytes:
     if len(data) > limit:
         raise OSError(errno.EFBIG, f"more than {limit} bytes", str(path))
     return data
+
+
+def pread(fd: int, offset: int, size: int) -> bytes:
+    """`size` bytes at `offset`, or fewer where the file ends; a signal may cut one pread short."""
+    data = os.pread(fd, size, offset)
+    while len(data) < size and (more := os.pread(fd, size - len(data), offset + len(data))):
+        data += more
+    return data
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a regular file of any length. OSError for others."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parse_json(data: bytes | str) -> Any:

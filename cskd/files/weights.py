@@ -1,29 +1,46 @@
-"""Files of weights that others made, looked at before a library allocates what they ask for. No timm in here.
+"""Files of weights that others made, the one way they are read: looked at before a library allocates what they ask for.
 
 torch.load with weights_only runs no code, but builds what a few pickled bytes describe: a byte array of any size, a copy of a
 tensor that repeats one number. So a checkpoint may name what tensors need and nothing else, its zip may hold no compressed
-members, and it may not be many times larger than its model.
+members, and it may not be many times larger than its model. No timm in here.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from cskd.errors import one_line
 from cskd.files.read import open_regular, parse_json
 
 FREE_BYTES = 1 << 28  # any model's file may have these
 MAX_TIMES = 16  # the size of its model: weights, averaged weights and an optimiser's state are up to five
 MAX_HEADER = 1 << 24  # bytes of a safetensors header; 2,000 tensors take 200 kB
 MAX_PICKLE = 1 << 23  # bytes of a checkpoint's own pickle; as above
+# Arguments of timm.create_model by which timm would read a file of its own choice.
+READ_BY_TIMM = (
+    *(
+        "pretrained",
+        "checkpoint_path",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "pretrained_model_args",
+        "cache_dir",
+    ),
+)
+# Where training scripts put the weights inside a checkpoint; averaged weights first, as they are the ones published.
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+_MAX_WRAPPERS = 4  # around one another: a mapping may hold itself
 _GLOBALS = re.compile(
     r"(collections (OrderedDict|Counter|defaultdict)"
     r"|torch (\w+Storage|Size|device|u?int\d+|float\d+|bfloat16|bool|long|int|half|float|double)"
@@ -35,6 +52,43 @@ _GLOBALS = re.compile(
 
 class PickledObjectsError(ValueError):
     """A checkpoint that holds more than tensors."""
+
+
+def read_weights(path: Path, model_bytes: int) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict in a .safetensors, or in a .pt, .pth or .tar of tensors, on the CPU.
+
+    Args:    model_bytes: of the parameters and buffers of the model that it is for.
+    Returns: the tensors, without the prefixes that DataParallel and torch.compile put before all names; the keys of the
+             checkpoint that they lay under, from the outermost on.
+    Raises:  ValueError: what is wrong with the file, in words that follow its name.
+    """
+    try:
+        check_weight_file(path, model_bytes)
+        safe = path.suffix == ".safetensors"
+        loaded: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, PickledObjectsError):
+        raise ValueError(
+            "can't be read: it is damaged, or holds Python objects besides tensors, which are never unpickled here"
+        ) from None
+    except Exception as e:  # whatever a file that is no checkpoint makes the two readers raise
+        raise ValueError(f"can't be read: {one_line(e)}") from None
+    keys: list[str] = []
+    while isinstance(loaded, Mapping) and len(keys) < _MAX_WRAPPERS:
+        key = next((k for k in _WRAPPERS if isinstance(loaded.get(k), Mapping)), None)
+        if key is None:
+            break
+        loaded = loaded[key]
+        keys.append(key)
+    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise ValueError(
+            f"holds more than tensors or none: no state dict at its top level or under {', '.join(_WRAPPERS)}"
+        )
+    check_tensors(loaded.values())
+    weights = {str(name): tensor for name, tensor in loaded.items()}
+    for prefix in ("module.", "_orig_mod."):
+        if all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    return weights, keys
 
 
 def check_weight_file(path: Path, model_bytes: int) -> None:
@@ -67,9 +121,9 @@ def check_tensors(tensors: Iterable[Any]) -> None:
         if not isinstance(tensor, Tensor):
             continue
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-            raise ValueError(f"a tensor of layout {tensor.layout} on {tensor.device}, expected plain ones")
+            raise ValueError(f"holds a tensor of layout {tensor.layout} on {tensor.device}, expected plain ones")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise ValueError(f"a tensor of shape {list(tensor.shape)} that repeats its numbers")
+            raise ValueError(f"holds a tensor of shape {list(tensor.shape)} that repeats its numbers")
 
 
 def _check_zip(file: IO[bytes], length: int) -> None:

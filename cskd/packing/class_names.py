@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from cskd.dataset.classes import MAX_CLASS_BYTES, MAX_CLASSES, parse_classes
 from cskd.errors import DataError
-from cskd.packing.names import MAX_CLASS_BYTES, parse_classes
 from cskd.packing.places import WHOLE, Place, place_size, read_place
 from cskd.packing.split_words import some
-from cskd.teacher.class_map import MAX_CLASSES
 
 
 def label_names(classes: Path | None, beside: Path, labels: Collection[int]) -> tuple[list[str], list[str]]:

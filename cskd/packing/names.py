@@ -7,15 +7,12 @@ import re
 from collections.abc import Collection
 from pathlib import PurePosixPath
 
+from cskd.dataset.classes import CONTROL, MAX_CLASS_NAME
 from cskd.errors import DataError
-from cskd.teacher.class_map import MAX_CLASSES
 
 IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif"])
 UNREAD_IMAGES = frozenset(["avif", "heic", "heif", "jxl", "jp2", "j2k", "jfif", "jpe", "psd", "svg"])
 CLASSES_FILE = "classes.txt"
-MAX_CLASS_BYTES = 1 << 23  # of a class file: 65,535 names of 128 bytes
-MAX_CLASS_NAME = 512  # characters
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _RESERVED = re.compile(r"__[^/]*__/")
 
 
@@ -41,7 +38,7 @@ def sample_key(path: str) -> str:
 
 def check_path(path: str, origin: str) -> None:
     """Raises DataError for a path that can't become a key; `origin` says where it is from."""
-    if _CONTROL.search(path):
+    if CONTROL.search(path):
         raise DataError(f"{path!r} in {origin} has a control character in its name; rename it")
     try:
         path.encode()
@@ -52,36 +49,6 @@ def check_path(path: str, origin: str) -> None:
 def is_metadata(key: str) -> bool:
     """Whether webdataset takes a file with this key for metadata and skips it."""
     return bool(_RESERVED.match(key))
-
-
-def parse_classes(data: bytes, origin: str) -> list[str]:
-    """The names in a class file, one a line, in label order; empty lines at the end are ignored.
-
-    Raises:  DataError for no names, an empty line between names, a name that occurs twice, or text that is not UTF-8.
-    """
-    try:
-        names = [line.strip() for line in data.decode("utf-8-sig").rstrip().splitlines()]
-    except UnicodeDecodeError:
-        raise DataError(f"{origin} is not UTF-8 text; expected one class name a line, in label order") from None
-    if not names:
-        raise DataError(f"{origin} is empty; expected one class name a line, in label order")
-    if len(names) > MAX_CLASSES:
-        raise DataError(
-            f"{origin} has {len(names)} names, expected at most {MAX_CLASSES} (labels are stored as uint16)"
-        )
-    seen: dict[str, int] = {}
-    for line, name in enumerate(names, 1):
-        if not name:
-            raise DataError(f"{origin}, line {line} is empty; expected one class name a line, in label order")
-        if _CONTROL.search(name) or len(name) > MAX_CLASS_NAME:
-            raise DataError(
-                f"{origin}, line {line} is {name[:40]!r} of {len(name)} characters, expected at most {MAX_CLASS_NAME} and "
-                "none that controls a terminal; mend it"
-            )
-        if name in seen:
-            raise DataError(f"{origin} has '{name}' in lines {seen[name]} and {line}; every class must occur once")
-        seen[name] = line
-    return names
 
 
 def class_labels(folders: list[str], names: list[str], origin: str) -> list[int]:

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cskd.dataset.inventory import Inventory, InventoryWriter, Sample, open_inventory, publish_inventory
-from cskd.dataset.inventory_format import FOLDER, HEADER, sync
+from cskd.dataset.inventory_format import FOLDER, HEADER
 from cskd.errors import DataError
+from cskd.files.durable import put, sync
 from cskd.files.folders import refuse_output
 from cskd.files.paths import local_path
 from cskd.files.writer import sole_writer
@@ -135,8 +136,7 @@ def _write(source: Source, images: Iterator[tuple[int, Payload]], work: Path, ma
         if bad:
             notes.append(f"{bad} images can't be decoded and stay as they are; stage 1 will quarantine them")
         inventory.finish(source.classes, shards.close(), made["block"], made, notes)
-        (work / CLASSES_FILE).write_text("".join(f"{name}\n" for name in source.classes), encoding="utf-8")
-        sync(work / CLASSES_FILE)
+        put(work / CLASSES_FILE, "".join(f"{name}\n" for name in source.classes).encode())
     finally:
         shards.abandon()
         inventory.close()
@@ -145,9 +145,7 @@ def _write(source: Source, images: Iterator[tuple[int, Payload]], work: Path, ma
 def _publish(work: Path, out: Path) -> Inventory:
     """Move what is finished to its place; the inventory last, which makes it valid."""
     names = [*(shard.name for shard in open_inventory(work).shards), CLASSES_FILE]
-    (work / PUBLISHING).write_text("\n".join(names), encoding="utf-8")
-    sync(work / PUBLISHING)
-    sync(work)
+    put(work / PUBLISHING, "\n".join(names).encode())
     for name in names:
         os.rename(work / name, out / name)
     sync(out)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+from cskd.dataset.inventory_checks import MAX_IMAGE_BYTES
 from cskd.errors import DataError
-from cskd.files.read import open_regular
+from cskd.files.read import open_regular, pread
 
 WHOLE = -1  # size of a place that is a whole file
-MAX_IMAGE_BYTES = 1 << 28
 
 
 class Place(NamedTuple):
@@ -38,7 +38,7 @@ def read_place(place: Place) -> bytes:
             size = os.fstat(fd).st_size if place.size == WHOLE else place.size
             if size > MAX_IMAGE_BYTES:
                 raise DataError(f"{place.path} has {size} bytes, expected an image of at most {MAX_IMAGE_BYTES}")
-            data = _pread(fd, size, place.offset)
+            data = pread(fd, place.offset, size)
         finally:
             os.close(fd)
     except OSError as e:
@@ -49,12 +49,4 @@ def read_place(place: Place) -> bytes:
         raise DataError(
             f"{place.path} ended after {len(data)} of {size} bytes at {place.offset}; was it changed meanwhile?"
         )
-    return data
-
-
-def _pread(fd: int, size: int, offset: int) -> bytes:
-    """`size` bytes at `offset`, or fewer where the file ends; a signal may cut one pread short."""
-    data = os.pread(fd, size, offset)
-    while len(data) < size and (more := os.pread(fd, size - len(data), offset + len(data))):
-        data += more
     return data

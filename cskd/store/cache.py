@@ -16,10 +16,11 @@ from cskd.codecs import Arrays, Codec, get_codec
 from cskd.config import RecipeConfig
 from cskd.dataset.inventory import Inventory, copy_inventory, open_inventory
 from cskd.errors import CacheError
+from cskd.files.durable import make_folder
 from cskd.files.paths import local_path
 from cskd.files.read import refuse_links
 from cskd.seeds import view_seeds
-from cskd.store.commit import Commit, again, make_folder, publish, read_commit, record_names, write_file
+from cskd.store.commit import Commit, again, publish, read_commit, record_names, write_file
 from cskd.store.format import INVENTORY, MANIFEST, OWN_NAMES, VIEW_FIELDS, commit_file, record_name
 from cskd.store.manifest import begin_manifest, complete_manifest, read_manifest, write_manifest
 from cskd.store.unit import content_hash, pack_unit, read_unit
@@ -130,7 +131,6 @@ class Cache:
         fields: dict[str, NDArray[Any]],
         targets: dict[str, Arrays],
         quarantine: dict[int, str],
-        stats: dict[str, float],
     ) -> Commit:
         """Write and commit one unit; rows in block order without the quarantined ones."""
         first, stop = self.block_range(block)
@@ -158,7 +158,6 @@ class Cache:
             samples=stop - first,
             cached=rows,
             quarantine={str(i): reason for i, reason in sorted(quarantine.items())},
-            stats=stats,
         )
         publish(self.root, commit)
         return commit

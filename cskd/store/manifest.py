@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from cskd.errors import CacheError
+from cskd.files.durable import json_bytes, json_hash, put
 from cskd.files.read import parse_json, read_file
-from cskd.store.commit import canonical, json_bytes, link_whole, write_json
 from cskd.store.format import FORMAT, MANIFEST, MANIFEST_COPY
 from cskd.store.record_checks import check_manifest
 
@@ -19,25 +18,25 @@ RESTORE = (
 
 def fingerprint_of(identity: dict[str, Any]) -> str:
     """sha256 of the canonical JSON of a cache's identity."""
-    return hashlib.sha256(canonical(identity)).hexdigest()
+    return json_hash(identity)
 
 
 def begin_manifest(root: Path, manifest: dict[str, Any]) -> None:
     """Put the manifest of a new cache in place; of several processes the first one counts, whatever its identity."""
-    link_whole(root / MANIFEST, json_bytes(_sealed(manifest)))
+    put(root / MANIFEST, json_bytes(_sealed(manifest)), first=True)
     complete_manifest(root)
 
 
 def complete_manifest(root: Path) -> None:
     """Write the second copy where it is missing, as after a death between the two."""
     if not (root / MANIFEST_COPY).exists():
-        write_json(root / MANIFEST_COPY, read_manifest(root))
+        put(root / MANIFEST_COPY, json_bytes(read_manifest(root)))
 
 
 def write_manifest(root: Path, manifest: dict[str, Any]) -> None:
     """Replace both copies; 'format', 'fingerprint' and 'sha256' are set here."""
     for name in (MANIFEST_COPY, MANIFEST):
-        write_json(root / name, _sealed(manifest))
+        put(root / name, json_bytes(_sealed(manifest)))
 
 
 def read_manifest(root: Path, name: str = MANIFEST) -> dict[str, Any]:
@@ -61,7 +60,7 @@ def read_manifest(root: Path, name: str = MANIFEST) -> dict[str, Any]:
         mend = "cache it again" if type(manifest.get("format")) is int else RESTORE
         raise CacheError(f"{path} has format {str(manifest.get('format'))[:40]}, this version reads {FORMAT}; {mend}")
     facts = {key: value for key, value in manifest.items() if key != "sha256"}
-    if hashlib.sha256(canonical(facts)).hexdigest() != manifest.get("sha256"):
+    if json_hash(facts) != manifest.get("sha256"):
         raise CacheError(f"{path} does not match its own hash; {RESTORE}")
     try:
         check_manifest(manifest)
@@ -75,4 +74,4 @@ def read_manifest(root: Path, name: str = MANIFEST) -> dict[str, Any]:
 def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
     facts = {**manifest, "format": FORMAT, "fingerprint": fingerprint_of(manifest["identity"])}
     facts.pop("sha256", None)
-    return {**facts, "sha256": hashlib.sha256(canonical(facts)).hexdigest()}
+    return {**facts, "sha256": json_hash(facts)}

@@ -41,7 +41,6 @@ def check_commit(commit: Commit) -> None:
         need(count(getattr(commit, name)), f"its {name} is {str(getattr(commit, name))[:40]}, expected a count")
     for name in ("content_hash", "fingerprint"):
         need(_is_hash(getattr(commit, name)), f"its {name} is {str(getattr(commit, name))[:40]!r}, expected a sha256")
-    need(isinstance(commit.stats, dict), "its stats are no mapping")
     need(isinstance(commit.quarantine, dict), "its quarantine is no mapping")
     for position, reason in commit.quarantine.items():
         known = re.fullmatch(r"0|[1-9]\d{0,11}", position) and int(position) < commit.samples

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from cskd.errors import CacheError
+from cskd.files.durable import json_bytes, put
 from cskd.files.read import parse_json, read_file
 from cskd.store.cache import Cache
-from cskd.store.commit import json_bytes, link_whole, write_json
 from cskd.store.format import FORMAT, SEAL
 from cskd.store.manifest import read_manifest
 
@@ -65,9 +65,7 @@ def seal_cache(cache: Cache, max_quarantine: float) -> Seal:
             f"{cache.root}: {seal.cached} views cached + {seal.quarantined} quarantined, expected {cache.inventory.n} "
             f"images * {cache.views}; run `cskd verify {cache.root}`"
         )
-    if old is not None:
-        write_json(cache.root / SEAL, seal_facts(seal))
-    elif not link_whole(cache.root / SEAL, json_bytes(seal_facts(seal))):  # another process was first
+    if not put(cache.root / SEAL, json_bytes(seal_facts(seal)), first=old is None):  # another process was first
         return seal_cache(cache, max_quarantine)
     return seal
 

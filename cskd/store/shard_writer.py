@@ -9,7 +9,7 @@ from pathlib import Path
 import webdataset
 
 from cskd.dataset.inventory import ShardFile
-from cskd.dataset.inventory_format import sync
+from cskd.files.durable import sync
 
 SHARD_BYTES = 1_000_000_000
 

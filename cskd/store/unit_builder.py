@@ -31,7 +31,7 @@ class UnitBuilder:
         n = len(order)
         self._labels = inventory.label[first : first + n]
         self._hashes = inventory.key_hash[first : first + n]
-        self._recipe, self._codecs, self._view, self._order = recipe, codecs, view, order
+        self._codecs = codecs
         self._seeds = view_seeds(recipe.seed, inventory.id, self._hashes, view)
         self._bad = np.zeros(n, bool)
         self.mixing: Mixing = mixing(self._seeds, order, self._bad, recipe, view)

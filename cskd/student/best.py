@@ -6,22 +6,17 @@ that goes back to an earlier state goes back to that state's best, too.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from cskd.errors import ConfigError
-from cskd.files.read import open_regular
-from cskd.store.commit import make_folder
+from cskd.files.read import file_sha256
 from cskd.student.heads import score_head
 from cskd.student.model import Student, head_names
-from cskd.student.resume import put_file
+from cskd.student.resume import put_weights
 
 
 @dataclass(frozen=True)
@@ -62,15 +57,13 @@ class BestWeights:
 
     def put(self, best: Best, student: Student) -> Best:
         """Write weights, durably. Returns: the best with the hash of its file. StudentError when the disk refuses."""
-        make_folder(self.folder)
-        tensors = {k: v.detach().cpu().contiguous() for k, v in student.backbone.state_dict().items()}
-        put_file(self.path(best), lambda temp: save_file(tensors, temp, {"format": "pt"}))
-        return replace(best, sha256=_sha256(self.path(best)))
+        put_weights(self.path(best), student.backbone.state_dict())
+        return replace(best, sha256=file_sha256(self.path(best)))
 
     def holds(self, best: Best) -> bool:
         """Whether the file of a best is there and whole."""
         try:
-            return _sha256(self.path(best)) == best.sha256
+            return file_sha256(self.path(best)) == best.sha256
         except OSError:
             return False
 
@@ -80,11 +73,6 @@ class BestWeights:
         for path in self.folder.glob("best-*.safetensors"):
             if path not in kept:
                 path.unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
-    with os.fdopen(open_regular(path), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def score_names(student: Student, averaged: bool) -> list[str]:

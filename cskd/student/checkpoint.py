@@ -20,7 +20,7 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import cskd
@@ -28,13 +28,13 @@ from cskd.config import Config, StudentConfig
 from cskd.errors import ConfigError, StudentError
 from cskd.files.paths import local_path
 from cskd.files.read import parse_json, read_file
-from cskd.files.weights import check_tensors, check_weight_file
+from cskd.files.weights import read_weights
 from cskd.student.best import Best, BestWeights
 from cskd.student.finite import NotFiniteError, first_not_finite
 from cskd.student.heads import export_factors, multiplied, recorded_factors, recorded_heads, score_head
 from cskd.student.model import Student, build_student
 from cskd.student.optim import Optimisation
-from cskd.student.resume import ResumeStates, TrainState, put_file
+from cskd.student.resume import ResumeStates, TrainState, put_file, put_weights
 
 __all__ = ["MODEL", "MODEL_BEST", "MODEL_EMA", "MODEL_LAST", "ResumeStates", "TrainState", "export", "load_student"]
 
@@ -74,11 +74,10 @@ def export(
     if best is not None:
         weights["best"] = load_file(folder_best.path(best))
     chosen, text = _chosen(config, best)
-    folder.mkdir(parents=True, exist_ok=True)
     factors = export_factors(student.trained, student.distilled)
     for name, other in (("live", MODEL_LAST), ("ema", MODEL_EMA), ("best", MODEL_BEST)):
         if name in weights:
-            _put_weights(folder / (MODEL if name == chosen else other), weights[name], factors)
+            put_weights(folder / (MODEL if name == chosen else other), multiplied(weights[name], factors))
         if name not in weights or name == chosen:
             (folder / other).unlink(missing_ok=True)
     facts = timm_config(student, classes, crop_pct=config.train.eval_crop_pct)
@@ -98,8 +97,7 @@ def export(
         facts["cskd"]["best"] = best.record()
     if changed:
         facts["cskd"]["changed"] = list(changed)
-    body = json.dumps(facts, indent=2)
-    put_file(folder / "config.json", lambda temp: temp.write_text(body + "\n", encoding="utf-8"))
+    put_file(folder / "config.json", (json.dumps(facts, indent=2) + "\n").encode())
     return text
 
 
@@ -176,10 +174,8 @@ def load_student(path: Path) -> tuple[Student, dict[str, Any]]:
             expected = sum(t.nbytes for t in described.backbone.state_dict().values())
         if expected > 4 * weights.stat().st_size:  # float32 from 8 bits
             raise ValueError(f"the model it describes has {expected} bytes")
-        check_weight_file(weights, expected)
+        tensors, _ = read_weights(weights, expected)
         student = build_student(config, classes, size, trained=True)
-        tensors = load_file(weights)
-        check_tensors(tensors.values())
         if odd := first_not_finite(tensors):
             raise ValueError(f"its {odd} is not finite")
         student.trained = recorded_heads(facts, student.distilled)
@@ -217,8 +213,3 @@ def _described(facts: dict[str, Any]) -> tuple[StudentConfig, int, tuple[int, in
         classes,
         (height, width),
     )
-
-
-def _put_weights(path: Path, weights: dict[str, Tensor], factors: dict[str, float]) -> None:
-    tensors = {k: v.detach().cpu().contiguous() for k, v in multiplied(weights, factors).items()}
-    put_file(path, lambda temp: save_file(tensors, temp, {"format": "pt"}))

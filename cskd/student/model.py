@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from cskd.config.schema import LossConfig, StudentConfig
 from cskd.errors import StudentError
+from cskd.files.weights import READ_BY_TIMM
 from cskd.method.losses import StudentOutput, trained_heads
 from cskd.student.heads import HEADS, UNTRAINED, heads_of, shared_head_note, untrained_note
 from cskd.student.warm_start import start_from
@@ -34,15 +35,9 @@ FAMILIES = [
     "vision_transformer_hybrid",
     "deit",
 ]  # timm modules whose models are VisionTransformers
-_SET_ELSEWHERE = {
+_SET_ELSEWHERE = dict.fromkeys(READ_BY_TIMM, "set student.init") | {
     "num_classes": "it is the number of classes of the cache",
     "drop_path_rate": "set student.drop_path",
-    "pretrained": "set student.init to a checkpoint",
-    "checkpoint_path": "set student.init",
-    "pretrained_cfg": "set student.init",
-    "pretrained_cfg_overlay": "set student.init",
-    "pretrained_model_args": "set student.init",
-    "cache_dir": "set student.init",
     "in_chans": "views are RGB",
     "features_only": "the student needs its head",
 }
@@ -53,7 +48,7 @@ class Student(nn.Module):
 
     Patch tokens go through the head of the distillation token, or through the one head of a plain ViT. They are pooled
     to the teacher grid first: before a linear head that is the same as pooling logits, at a fraction of the cost. Where
-    a norm stands before the head it is not, and `note` says so.
+    a norm stands before the head it is not, and `notes` says so.
     """
 
     def __init__(self, backbone: VisionTransformer, config: StudentConfig, image_size: Grid) -> None:
@@ -67,14 +62,8 @@ class Student(nn.Module):
         own = cast("dict[str, Any]", backbone.pretrained_cfg)
         self.mean = [float(v) for v in config.mean or own["mean"]]  # of RGB in [0, 1]
         self.std = [float(v) for v in config.std or own["std"]]
-        self.note = ""
-        if not self.distilled and not isinstance(backbone.fc_norm, nn.Identity):
-            self.note = (
-                f"{config.model} has a norm before its head: patch tokens are pooled, then normed, then classified, "
-                "which is not the mean of the single patches' logits"
-            )
         self.misfit = self._misfit()  # why it does not see all of an image; '' where it does
-        self.notes = [note for note in (self.note, self.misfit, self._padding()) if note]
+        self.notes = [note for note in (self._norm(), self.misfit, self._padding()) if note]
         self.trained = heads_of(self.distilled)  # by the loss, see `taught_by`
 
     def taught_by(self, loss: LossConfig) -> None:
@@ -127,6 +116,15 @@ class Student(nn.Module):
         """What a user should know of this teacher's grid. StudentError where it is finer than the patches."""
         self.check_grid(teacher_grid)
         return patch_notes(self.patch_grid, teacher_grid)
+
+    def _norm(self) -> str:
+        """Of a norm between the pooled tokens and the head."""
+        if self.distilled or isinstance(self.backbone.fc_norm, nn.Identity):
+            return ""
+        return (
+            f"{self.config.model} has a norm before its head: patch tokens are pooled, then normed, then classified, "
+            "which is not the mean of the single patches' logits"
+        )
 
     def _misfit(self) -> str:
         """Of patches that don't cover the image. What stands before a hybrid's patches pads for itself."""

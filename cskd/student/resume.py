@@ -1,13 +1,11 @@
 """Resume states: all that the next step depends on, in one safetensors file without pickle.
 
 A state is finite: NaN would be resumed from for ever. A file holds `model/NAME`, `ema/NAME`, `optimizer/NAME/KEY` and, where an optimiser has them, `group/INDEX/KEY`; its
-metadata a JSON of the rest and a digest over all of it. It is written beside its place, fsynced and renamed, so a state
-is there whole or not at all.
+metadata a JSON of the rest and a digest over all of it. A state is there whole or not at all.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -23,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cskd.errors import StudentError
+from cskd.files.durable import put
 from cskd.files.read import open_regular, parse_json
 from cskd.files.weights import MAX_HEADER, check_weight_file
-from cskd.store.commit import fsync_folder, make_folder
 from cskd.student.finite import NotFiniteError, first_not_finite
 from cskd.student.model import Student
 from cskd.student.optim import Optimisation
@@ -77,7 +75,6 @@ class ResumeStates:
         metadata = {"cskd": json.dumps(body, sort_keys=True)}
         metadata["sha256"] = digest(tensors, metadata["cskd"])
         path = self.folder / f"step-{state.step:08d}.safetensors"
-        make_folder(self.folder)
         for left_over in self.folder.glob(".step-*.tmp"):  # of a run that was killed while it wrote
             left_over.unlink(missing_ok=True)
         put_file(path, lambda temp: _write_state(temp, tensors, metadata))
@@ -136,22 +133,17 @@ class ResumeStates:
         return sorted(((int(m[1]), p) for m, p in names if m), reverse=True)
 
 
-def put_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make a temporary file, then put it at `path`, durably. StudentError when the disk refuses."""
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def put_weights(path: Path, weights: Tensors) -> None:
+    """Put weights into a file for timm, durably. StudentError when the disk refuses."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+    put_file(path, lambda temp: save_file(tensors, temp, {"format": "pt"}))
+
+
+def put_file(path: Path, content: bytes | Callable[[Path], object]) -> None:
+    """`put` of a run's file. StudentError when the disk refuses."""
     try:
-        temp.touch()
-        mode = temp.stat().st_mode
-        write(temp)
-        temp.chmod(mode)  # safetensors makes files that only their owner can read
-        with temp.open("rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temp, path)
-        if os.name == "posix":
-            fsync_folder(path.parent)
+        put(path, content)
     except (OSError, SafetensorError) as e:
-        with contextlib.suppress(OSError):
-            temp.unlink(missing_ok=True)
         raise StudentError(f"{path} can't be written ({e}); mend that and run the same command again") from e
 
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from textwrap import shorten
 
 import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
-from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
-from cskd.errors import StudentError
+from cskd.errors import StudentError, one_line
 from cskd.files.read import parse_json, read_file
-from cskd.files.weights import check_tensors, check_weight_file
+from cskd.files.weights import read_weights
 from cskd.student.heads import multiplied, recorded_factors, recorded_heads
 
 PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
@@ -31,8 +29,15 @@ def start_from(vit: VisionTransformer, path: Path) -> list[str]:
     Raises:  StudentError when the file is missing, is no checkpoint, or is one of another model.
     """
     path = path / "model.safetensors" if path.is_dir() else path
-    state = _read(path, sum(t.nbytes for t in vit.state_dict().values()))
+    if not path.is_file():
+        raise StudentError(
+            f"student.init {path} does not exist; give a .safetensors, a .pt or a folder made by cskd train"
+        )
     own = vit.state_dict()
+    try:
+        state, _ = read_weights(path, sum(t.nbytes for t in own.values()))
+    except ValueError as e:
+        raise StudentError(f"{path} {e}; expected the state dict of a ViT, .safetensors or a .pt of tensors") from None
     notes: list[str] = []
     state = _as_trained(path, state, notes)
     for token in PREFIX_TOKENS:
@@ -48,7 +53,7 @@ def start_from(vit: VisionTransformer, path: Path) -> list[str]:
             position = _resample(vit, position, _grid_of(vit, path, state, position), path, notes)
         state = checkpoint_filter_fn(state, vit, adapt_layer_scale=True)
     except (RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError, ArithmeticError) as e:
-        raise StudentError(f"{path} is no ViT's checkpoint ({_line(e)}); choose another student.init") from e
+        raise StudentError(f"{path} is no ViT's checkpoint ({one_line(e)}); choose another student.init") from e
     if kernel and own_kernel and len(kernel) == 4 and kernel[2:] != own_kernel[2:]:
         sizes = " to ".join(f"{k[2]} x {k[3]}" for k in (kernel, own_kernel))
         notes.append(f"the patch embedding of {path} was resampled from {sizes} pixels")
@@ -66,27 +71,6 @@ def start_from(vit: VisionTransformer, path: Path) -> list[str]:
     return notes
 
 
-def _read(path: Path, model_bytes: int) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise StudentError(
-            f"student.init {path} does not exist; give a .safetensors, a .pt or a folder made by cskd train"
-        )
-    try:
-        check_weight_file(path, model_bytes)
-        state = load_state_dict(str(path), use_ema=True, device="cpu", weights_only=True)
-    except Exception as e:  # whatever a file that is none of ours makes the two readers raise
-        raise StudentError(
-            f"{path} can't be read as weights ({_line(e)}); expected .safetensors or a .pt of tensors"
-        ) from e
-    if not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise StudentError(f"{path} holds more than tensors or none; expected the state dict of a ViT")
-    try:
-        check_tensors(state.values())
-    except ValueError as e:
-        raise StudentError(f"{path} holds {e}; expected the state dict of a ViT") from None
-    return dict(state)
-
-
 def _as_trained(path: Path, state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
     """The weights that a run of ours exported with factors, without them; see `cskd.student.heads`."""
     beside = path.with_name("config.json")
@@ -99,7 +83,7 @@ def _as_trained(path: Path, state: dict[str, Tensor], notes: list[str]) -> dict[
             notes.append(f"of {path} only the heads {' and '.join(recorded_heads(facts, distilled=True))} were trained")
         return multiplied(state, undo)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise StudentError(f"{beside} is not a timm config ({_line(e)}); mend it or move it away") from e
+        raise StudentError(f"{beside} is not a timm config ({one_line(e)}); mend it or move it away") from e
 
 
 def _grid_of(vit: VisionTransformer, path: Path, state: dict[str, Tensor], position: Tensor) -> tuple[int, int]:
@@ -113,7 +97,7 @@ def _grid_of(vit: VisionTransformer, path: Path, state: dict[str, Tensor], posit
             rows, cols = (size, size) if isinstance(size, int) else size
             grid = (rows // kernel.shape[2], cols // kernel.shape[3])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
-            raise StudentError(f"{beside} is not a timm config ({_line(e)}); mend it or move it away") from e
+            raise StudentError(f"{beside} is not a timm config ({one_line(e)}); mend it or move it away") from e
         if grid[0] * grid[1] == patches:
             return grid
     side = math.isqrt(max(0, patches))
@@ -156,8 +140,3 @@ def _check(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) ->
 
 def _shape(state: dict[str, Tensor], name: str) -> list[int] | None:
     return list(state[name].shape) if name in state else None
-
-
-def _line(e: Exception) -> str:
-    text = str(e).strip()
-    return f"{type(e).__name__}: {shorten(text.splitlines()[0], 160, placeholder=' ...')}" if text else type(e).__name__

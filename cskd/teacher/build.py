@@ -5,31 +5,21 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
-import pickle
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import timm
 import torch
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from cskd.config import TeacherConfig
-from cskd.errors import TeacherError
+from cskd.errors import TeacherError, one_line
 from cskd.files.read import read_file
-from cskd.files.weights import PickledObjectsError, check_tensors, check_weight_file
-
-FILES_ELSEWHERE = frozenset(
-    ["checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir"]
-)
-# Where training scripts put the weights inside a checkpoint; averaged weights first, as they are the ones published.
-MAX_WRAPPERS = 4  # around one another
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+from cskd.files.weights import READ_BY_TIMM, read_weights
 
 
 @dataclass
@@ -69,7 +59,7 @@ def build_model(name: str, kwargs: dict[str, Any], pretrained: bool = False) -> 
 
     Raises:  TeacherError for an unknown name (with the nearest known one), kwargs it refuses, weights out of reach.
     """
-    for key in kwargs.keys() & FILES_ELSEWHERE:
+    for key in kwargs.keys() & READ_BY_TIMM:
         raise TeacherError(
             f"teacher.kwargs has {key}: {kwargs[key]!r}, by which timm would read a file of its own choice; leave it out, "
             "set teacher.weights"
@@ -153,8 +143,13 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
     path = path.expanduser()
     if not path.is_file():
         raise TeacherError(f"teacher.weights: no file at {path}; give a .safetensors or .pth file, or 'hub'")
-    weights, notes = _unwrap(_read(path, sum(t.nbytes for t in model.state_dict().values())), path)
     expected = model.state_dict()
+    try:
+        weights, keys = read_weights(path, sum(t.nbytes for t in expected.values()))
+    except ValueError as e:
+        raise TeacherError(
+            f"teacher.weights: {path} {e}; save model.state_dict() as .safetensors and give that"
+        ) from None
     # Checkpoints older than PyTorch 0.4.1 lack this counter, which eval mode never reads.
     missing = [k for k in expected if k not in weights and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in weights if k not in expected]
@@ -174,49 +169,7 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
             "teacher.kwargs, such as num_classes"
         )
     model.load_state_dict(weights, strict=False)  # only counters can be missing here
-    return notes
-
-
-def _read(path: Path, model_bytes: int) -> object:
-    try:
-        check_weight_file(path, model_bytes)
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path, device="cpu")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, PickledObjectsError):
-        raise TeacherError(
-            f"teacher.weights: {path} is damaged, or holds Python objects besides tensors, which are never unpickled "
-            "here; save its state dict as .safetensors and give that"
-        ) from None
-    except Exception as e:  # whatever a file that is no checkpoint makes the two readers raise
-        raise TeacherError(f"teacher.weights: {path} can't be read: {one_line(e)}") from None
-
-
-def _unwrap(loaded: object, path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict inside a checkpoint, without the prefixes that DataParallel and torch.compile put on names."""
-    notes: list[str] = []
-    for _ in range(MAX_WRAPPERS):  # a mapping may hold itself
-        if not isinstance(loaded, Mapping):
-            break
-        key = next((k for k in _WRAPPERS if isinstance(loaded.get(k), Mapping)), None)
-        if key is None:
-            break
-        loaded = loaded[key]
-        notes.append(f"weights taken from {key!r} of {path.name}")
-    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise TeacherError(
-            f"teacher.weights: {path} holds no state dict of tensors (looked for {', '.join(_WRAPPERS)} and at its top "
-            "level); save model.state_dict() as .safetensors"
-        )
-    try:
-        check_tensors(loaded.values())
-    except ValueError as e:
-        raise TeacherError(f"teacher.weights: {path} holds {e}; save model.state_dict() as .safetensors") from None
-    weights: dict[str, Tensor] = {str(k): v for k, v in loaded.items()}
-    for prefix in ("module.", "_orig_mod."):
-        if all(k.startswith(prefix) for k in weights):
-            weights = {k.removeprefix(prefix): v for k, v in weights.items()}
-    return weights, notes
+    return [f"weights taken from {key!r} of {path.name}" for key in keys]
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -227,9 +180,3 @@ def weights_sha256(model: nn.Module) -> str:
         h.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         h.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
-
-
-def one_line(e: Exception) -> str:
-    """An exception as part of one line."""
-    text = " ".join(str(e).split())
-    return f"{type(e).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
@@ -11,11 +12,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from cskd.errors import TeacherError
+from cskd.dataset.classes import MAX_CLASS_BYTES, MAX_CLASSES, parse_classes
+from cskd.errors import DataError, TeacherError
 from cskd.files.read import read_file
 
-MAX_BYTES = 1 << 23  # of a file of class names
-MAX_CLASSES = 65535  # labels and argmaxes are stored as uint16
 _SHIFT = re.compile(r"shift:([+-]?\d{1,5})")
 
 
@@ -66,7 +66,8 @@ def class_map(
         raise TeacherError(
             f"teacher.classes has {len(indices)} indices and the data set {count} classes; give one index a label"
         )
-    _refuse_duplicates([str(i) for i in indices], "teacher.classes")
+    if twice := [i for i, times in Counter(indices).items() if times > 1]:
+        raise TeacherError(f"teacher.classes lists '{twice[0]}' twice; a label and an output belong together only once")
     outside = [i for i in indices if not 0 <= i < outputs]
     if outside:
         raise TeacherError(
@@ -114,18 +115,17 @@ def _ranks(word: str, class_names: Sequence[str], outputs: int) -> list[int]:
 
 def _from_file(path: Path, class_names: Sequence[str], outputs: int) -> list[int]:
     try:
-        text = read_file(path.expanduser(), MAX_BYTES).decode("utf-8-sig")
-        lines = [line.strip() for line in text.splitlines()]
+        names = parse_classes(read_file(path.expanduser(), MAX_CLASS_BYTES), str(path))
+    except DataError as e:
+        raise TeacherError(f"teacher.classes: {e}") from None
     except (OSError, ValueError, RuntimeError) as e:  # RuntimeError: no home folder for a ~
         reason = " ".join(str(e).split())
         raise TeacherError(f"teacher.classes: {path} can't be read as text, one class name a line: {reason}") from None
-    names = [line for line in lines if line]
     if len(names) != outputs:
         raise TeacherError(
             f"teacher.classes: {path} names {len(names)} classes and the teacher gives {outputs} logits; the file must "
             "name every output of the teacher, in order, one a line"
         )
-    _refuse_duplicates(names, f"teacher.classes: {path}")
     index = {name: i for i, name in enumerate(names)}
     unknown = [name for name in class_names if name not in index]
     if unknown:
@@ -136,11 +136,3 @@ def _from_file(path: Path, class_names: Sequence[str], outputs: int) -> list[int
             f"first is {unknown[0]!r}{hint}; the names must be spelt alike"
         )
     return [index[name] for name in class_names]
-
-
-def _refuse_duplicates(values: Sequence[str], where: str) -> None:
-    seen: set[str] = set()
-    for value in values:
-        if value in seen:
-            raise TeacherError(f"{where} lists {value!r} twice; a label and an output belong together only once")
-        seen.add(value)

@@ -20,9 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cskd.errors import TeacherError
+from cskd.errors import TeacherError, one_line
 from cskd.seeds import mix64_array, uniform_array
-from cskd.teacher.build import one_line
 
 # Of the spread. Linear heads show 3e-6 and less, all others 0.3 and more (benchmarks/teacher_families.py).
 TOLERANCE = 1e-4

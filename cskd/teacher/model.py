@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cskd.config import TeacherConfig
-from cskd.errors import TeacherError
+from cskd.errors import TeacherError, one_line
 from cskd.machine.devices import uses_bf16
-from cskd.teacher.build import build, build_model, one_line, weights_sha256
+from cskd.teacher.build import build, build_model, weights_sha256
 from cskd.teacher.class_map import class_map
 from cskd.teacher.fold import fold_norms
 from cskd.teacher.forwards import count_teacher_images, pad_rows

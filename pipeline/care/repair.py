@@ -22,9 +22,10 @@ from cskd.config import from_dict
 from cskd.dataset.inventory import copy_inventory, open_inventory
 from cskd.dataset.inventory_format import check_copy, read_header
 from cskd.errors import CacheError, CskdError, DataError
+from cskd.files.durable import json_bytes, sync
 from cskd.files.read import read_file
 from cskd.store.cache import Cache, open_cache
-from cskd.store.commit import fsync_folder, json_bytes, read_commit
+from cskd.store.commit import read_commit
 from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, commit_file
 from cskd.store.manifest import read_manifest, write_manifest
 from cskd.store.seal import Seal, read_seal, seal_cache
@@ -205,7 +206,7 @@ def _seal(cache: Cache) -> tuple[Seal | None, str]:
 def _withdraw(cache: Cache, block: int, view: int) -> None:
     record = cache.root / commit_file(block, view)
     record.unlink(missing_ok=True)
-    fsync_folder(record.parent)
+    sync(record.parent)
 
 
 def _count(n: int, noun: str) -> str:

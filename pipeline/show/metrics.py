@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from cskd.errors import ConfigError
+from cskd.files.durable import put
 
 
 class MetricsLog:
@@ -48,12 +48,12 @@ class MetricsLog:
         if self.folder is None:
             return
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
-        _replace(self.folder / "metrics.jsonl", lines)
+        put(self.folder / "metrics.jsonl", lines.encode())
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, list(dict.fromkeys(name for row in self.rows for name in row)))
         writer.writeheader()
         writer.writerows(self.rows)
-        _replace(self.folder / "metrics.csv", table.getvalue())
+        put(self.folder / "metrics.csv", table.getvalue().encode())
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -67,15 +67,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError):
             break
     return rows
-
-
-def _replace(path: Path, text: str) -> None:
-    """Put a whole file in the place of the old one: a run that is killed or out of disk keeps the rows it had."""
-    temp = path.with_name(f".{path.name}.partial")
-    temp.write_text(text, encoding="utf-8", newline="")
-    with temp.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temp, path)
 
 
 def _summary_writer(folder: Path, start_epoch: int) -> Any:

@@ -1,0 +1,1 @@
+"""Inputs that were made to hurt: `run.py` reads them, `curated_*.py` and `mutations.py` make them."""

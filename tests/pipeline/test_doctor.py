@@ -1,0 +1,130 @@
+"""What `cskd doctor` calls broken, what it warns of, and what it says of cores and threads."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cli
+import cskd.machine.speed
+import pipeline.doctor
+from cskd.machine.cores import Cores
+from pipeline.doctor import OPTIONAL, PACKAGES, Check, doctor
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def probes(monkeypatch: pytest.MonkeyPatch, *checks: Check) -> None:
+    monkeypatch.setattr(pipeline.doctor, "PROBES", {"made up": lambda: iter(checks)})
+
+
+def exit_code(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["cskd", "doctor", *argv])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+OK, WARN, FAIL = (Check("row", "value", state, "advice") for state in ("ok", "warn", "fail"))
+
+
+@pytest.mark.parametrize(
+    ("checks", "ok", "warnings", "code"),
+    [((OK,), True, 0, 0), ((OK, WARN, WARN), True, 2, 0), ((OK, FAIL), False, 0, 1), ((WARN, FAIL), False, 1, 1)],
+)
+def test_only_what_is_broken_is_not_ok_and_warnings_are_counted_apart(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, checks: tuple[Check, ...], ok: bool, warnings: int, code: int
+) -> None:
+    probes(monkeypatch, *checks)
+    assert exit_code(monkeypatch, "--json") == code
+    report = json.loads(capsys.readouterr().out)
+    assert (report["ok"], report["warnings"], len(report["checks"])) == (ok, warnings, len(checks))
+    assert exit_code(monkeypatch) == code
+    shown = capsys.readouterr().out
+    assert all(check.state in shown for check in checks)
+
+
+def test_a_missing_optional_package_is_ok_and_a_missing_required_one_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def version(name: str) -> str:
+        if name in ("timm", "tensorboard", "scikit-learn"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    rows = {check.name: check for check in pipeline.doctor._versions()}
+    assert (rows["timm"].state, rows["timm"].advice) == ("fail", "pip install timm")
+    assert rows["tensorboard"].state == rows["scikit-learn"].state == "ok"
+    assert "only for cskd demo" in rows["scikit-learn"].advice
+
+
+def test_every_dependency_is_looked_for_and_nothing_else_but_torchvision() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    def names(requirements: list[str]) -> set[str]:
+        return {re.split(r"[\[<>=~! ]", r)[0].lower() for r in requirements}
+
+    assert set(PACKAGES) == names(project["dependencies"]) | {"torchvision"}
+    extras = project["optional-dependencies"]
+    assert set(OPTIONAL) == names(extras["demo"]) | names(extras["tensorboard"])
+
+
+def rows_with(
+    monkeypatch: pytest.MonkeyPatch, cores: Cores, speeds: dict[int, float], user: str = ""
+) -> dict[str, Check]:
+    """The rows of cores and threads where the machine has these cores, and such a speed per number of threads."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if user:
+        monkeypatch.setenv("OMP_NUM_THREADS", user)
+    monkeypatch.setattr(pipeline.doctor, "usable_cores", lambda: cores)
+    monkeypatch.setattr("cskd.machine.threads.usable_cores", lambda: cores)
+    monkeypatch.setattr("os.getloadavg", lambda: (0.1, 0.1, 0.1))
+    monkeypatch.setattr(cskd.machine.speed, "steps_per_second", lambda threads, seconds: speeds[threads])
+    monkeypatch.setattr(cskd.machine.speed, "steps_elsewhere", lambda *_, **__: 7.0)
+    return {c.name: c for probe in (pipeline.doctor._processes, pipeline.doctor._threads) for c in probe()}
+
+
+def test_cores_threads_and_their_speed_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = rows_with(monkeypatch, Cores(2), {1: 100.0, 2: 180.0})
+    assert rows["CPU cores"].value.startswith("2 cores (affinity)")
+    assert rows["threads"].value.startswith("2 threads of 2 cores (affinity), ")
+    assert rows["speed"].value == (
+        "100 steps/s of a small network with 1 thread, 180 with 2, 7 if they spun at barriers"
+    )
+    assert {rows[name].state for name in ("CPU cores", "threads", "load", "speed")} == {"ok"}
+    assert "CPU quota" not in rows
+
+
+def test_threads_beyond_the_quota_and_threads_that_are_slower_than_one_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = rows_with(monkeypatch, Cores(16, quota=1.5), {1: 100.0, 8: 20.0}, user="8")
+    assert rows["CPU cores"].value.startswith("1 core (quota of 1.5 CPUs)")
+    assert (rows["CPU quota"].state, rows["CPU quota"].value) == ("warn", "1.5 CPUs, affinity 16")
+    assert rows["threads"].state == rows["speed"].state == "warn"
+    assert "unset OMP_NUM_THREADS, or set it to 1" in rows["threads"].advice
+    assert "slower than one on this machine: set train.threads: 1" in rows["speed"].advice
+
+
+def test_the_speed_is_that_of_a_real_network_here_and_in_a_process_with_other_settings() -> None:
+    assert cskd.machine.speed.steps_per_second(1, 0.01) > 0
+    assert (cskd.machine.speed.steps_elsewhere(1, 0.01, {"OMP_WAIT_POLICY": "active"}) or 0) > 0
+    assert cskd.machine.speed.steps_elsewhere(0, 0.01, {}) is None
+
+
+def test_the_doctor_itself_looks_at_everything_and_finds_this_installation_sound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    report = doctor()
+    assert report["ok"], [row for row in report["checks"] if row["state"] == "fail"]
+    assert report["warnings"] == sum(row["state"] == "warn" for row in report["checks"])
+    assert {"CPU cores", "threads", "load", "speed"} <= {row["name"] for row in report["checks"]}
