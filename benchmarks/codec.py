@@ -37,7 +37,6 @@ from cskd.machine.devices import pick_device
 from cskd.store.cache import Cache, Unit, open_cache
 from cskd.store.format import RESOLVED, VIEW_FIELDS
 from cskd.store.unit import pack_unit
-from cskd.teacher.forwards import pad_rows
 from cskd.teacher.model import Teacher, load_teacher
 from cskd.views.digest import check_view
 from cskd.views.maker import ViewMaker
@@ -189,7 +188,7 @@ def _teacher_again(
             partner[i] = place[int(unit.fields["partner"][rows[i]])]
         tensors = (torch.from_numpy(a).to(teacher.device) for a in (partner, *fields.values()))
         pixels = mix_pixels(made.pixels[0].to(teacher.device), *tensors)
-        local, whole = teacher.forward_dense(pad_rows(pixels, batch))
+        local, whole = teacher.in_batches(pixels)
         dense[rows[good]], image[rows[good]] = local[good].cpu(), whole[good].cpu()
     return dense, image
 

@@ -43,7 +43,6 @@ from cskd.store.golden import check_versions
 from cskd.store.identity import identity_of
 from cskd.store.seal import seal_cache
 from cskd.store.unit_builder import PassBuilder, UnitBuilder
-from cskd.teacher.forwards import pad_rows
 from cskd.teacher.lanes import Lanes, lanes_of
 from cskd.teacher.model import Teacher, compare_probe, load_teacher
 from cskd.views.maker import ViewMaker
@@ -347,7 +346,7 @@ class _Line:
         keep = torch.from_numpy(good).to(device)
         with self._lanes.launching():
             pixels = mix_pixels(*inputs)
-            dense, logits = self._teacher.forward_dense(pad_rows(pixels, self._config.teacher.batch))
+            dense, logits = self._teacher.in_batches(pixels)
             if len(good) < len(dense):
                 dense, logits = dense[keep], logits[keep]
         middle = time.perf_counter()

@@ -16,6 +16,7 @@ from cskd.errors import CacheError
 from cskd.store.cache import Cache, open_cache
 from cskd.store.manifest import read_manifest, write_manifest
 from cskd.teacher.arithmetic import BLENDS, Precision, in_words, unchanged
+from cskd.teacher.forwards import teacher_images
 from cskd.teacher.model import load_teacher
 from cskd.teacher.precision import arithmetic, is_reference, measure
 from cskd.views.maker import ViewMaker
@@ -45,10 +46,10 @@ def measured(cache: Cache, config: TeacherConfig) -> Precision:
 
 def test_a_teacher_in_plain_float32_costs_no_forward(tiny: TeacherConfig, cache: Cache) -> None:
     teacher = load_teacher(tiny, cache.classes, torch.device("cpu"), 64)
-    before = teacher.forwards
+    before = teacher_images()
     found = measure_precision(teacher, ViewMaker(cache.inventory, cache.recipe), tiny)
     assert found == unchanged() and (found.share, found.views, found.notes) == (0.0, 0, [])
-    assert teacher.forwards == before
+    assert teacher_images() == before
 
 
 def test_the_share_is_that_of_hard_targets_that_differ_from_float32(tiny: TeacherConfig) -> None:

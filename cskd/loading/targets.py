@@ -18,7 +18,6 @@ from cskd.loading.epoch_table import TargetSpec
 from cskd.method.ckf import blend_at, hard_targets
 from cskd.method.losses import HardTargets, MixedLabels, SoftTargets
 from cskd.store.cache import Cache
-from cskd.teacher.forwards import pad_rows
 from cskd.views.mix_pixels import mixed_pixels
 
 if TYPE_CHECKING:
@@ -99,10 +98,8 @@ class LiveTargets:
         return HardTargets(image, hard_targets(dense_BKhw, global_BK, blend) if self._kind == "cells" else None)
 
     def _logits(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Dense [B, K, h, w] and global [B, K] logits; the last batch is padded, as in stage 1."""
-        size = self._teacher.batch
-        parts = [self._teacher.forward_dense(pad_rows(part, size)) for part in torch.split(pixels_BCHW, size)]
-        dense, image = (torch.cat(part)[: len(pixels_BCHW)] for part in zip(*parts, strict=True))
+        """Dense [B, K, h, w] and global [B, K] logits, from batches as in stage 1."""
+        dense, image = self._teacher.in_batches(pixels_BCHW)
         if not bool(dense.isfinite().all() & image.isfinite().all()):  # codecs refuse the same in stage 1
             raise TeacherError("the teacher's logits hold NaN or an infinity; check its weights and teacher.autocast")
         return dense, image

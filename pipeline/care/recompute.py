@@ -15,7 +15,6 @@ from cskd.machine.devices import pick_device
 from cskd.machine.threads import begun_with, choose_threads, computing_with
 from cskd.store.cache import Cache, Unit, first_difference
 from cskd.store.golden import golden_rows, replay_golden
-from cskd.teacher.forwards import pad_rows
 from cskd.teacher.lanes import threads_of_a_lane
 from cskd.teacher.model import Teacher, compare_probe, load_teacher
 from cskd.views.maker import ViewMaker
@@ -123,8 +122,8 @@ def _logits(
     partner = torch.arange(len(pixels)) ^ 1
     mixed = mix_pixels(pairs, *(f.to(teacher.device) for f in (partner, *fields)))[::2]
     with threads_of_a_lane(teacher.device, teacher.reentrant):
-        dense, whole = teacher.forward_dense(pad_rows(mixed, teacher.batch))
-    return dense[: len(rows)].cpu(), whole[: len(rows)].cpu()
+        dense, whole = teacher.in_batches(mixed)
+    return dense.cpu(), whole.cpu()
 
 
 def _differing(dense: torch.Tensor, image: torch.Tensor, blend: int, stored: NDArray[np.uint16]) -> tuple[int, float]:
