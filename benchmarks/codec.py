@@ -34,8 +34,8 @@ from cskd.config import load_config
 from cskd.errors import CacheError, CskdError
 from cskd.loading.stage1 import ChunkMaker, chunks
 from cskd.machine.devices import pick_device
-from cskd.store.cache import Cache, Unit, open_cache
-from cskd.store.format import RESOLVED, VIEW_FIELDS
+from cskd.store.cache import Cache, open_cache
+from cskd.store.format import RESOLVED, VIEW_FIELDS, Unit
 from cskd.store.unit import pack_unit
 from cskd.teacher.model import Teacher, load_teacher
 from cskd.views.digest import check_view

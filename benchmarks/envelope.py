@@ -39,9 +39,11 @@ from cskd.codecs.base import BLEND_ONE
 from cskd.config import from_dict, load_config, to_dict
 from cskd.dataset.inventory import Sample, ShardFile, open_inventory, write_inventory
 from cskd.errors import CskdError
-from cskd.loading.epoch_table import TargetSpec, build_table
+from cskd.loading.epoch_table import build_table
 from cskd.loading.plan import PlanSpec, epoch_plan
-from cskd.store.cache import Cache, Unit, create_cache
+from cskd.loading.sources import TargetSpec
+from cskd.store.cache import Cache, create_cache
+from cskd.store.format import Unit
 from cskd.store.identity import identity_of
 from cskd.store.unit import read_unit
 from cskd.store.unit_builder import UnitBuilder

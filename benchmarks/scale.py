@@ -65,7 +65,8 @@ if stage == "table":
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     from pathlib import Path
     from cskd.config import load_config
-    from cskd.loading.epoch_table import TargetSpec, build_table
+    from cskd.loading.epoch_table import build_table
+    from cskd.loading.sources import TargetSpec
     from cskd.loading.plan import PlanSpec, epoch_plan
     from cskd.store.cache import open_cache
     config = load_config(path)

@@ -18,7 +18,7 @@ from cskd.errors import CacheError, ConfigError
 from cskd.files.folders import MARKER, mark
 from cskd.files.read import refuse_links
 from cskd.files.writer import LOCK
-from cskd.loading.live import LiveViews
+from cskd.loading.sources import ViewSource
 from cskd.machine.devices import uses_bf16
 from cskd.store.cache import Cache, first_difference
 from cskd.store.format import RESOLVED
@@ -129,7 +129,7 @@ def refuse_foreign(output: Path) -> None:
 
 def run_identity(
     config: Config,
-    source: Cache | LiveViews,
+    source: ViewSource,
     views: int,
     ranks: int,
     online: bool,

@@ -27,17 +27,17 @@ from cskd.dataset.inventory import Inventory
 from cskd.errors import CacheError, ConfigError
 from cskd.files.scratch import new_scratch
 from cskd.files.writer import Writer
-from cskd.loading.live import LiveViews
 from cskd.loading.plan import PlanSpec
-from cskd.loading.stage2 import Batch, BatchMaker, EvalTask, eval_tasks
+from cskd.loading.sources import Batch, TargetSource, ViewSource
+from cskd.loading.stage2 import BatchMaker, EvalTask, eval_tasks
 from cskd.loading.stream import Stream
-from cskd.loading.targets import CachedTargets, LiveTargets, NoTargets, mixed_labels
+from cskd.loading.targets import CachedTargets, mixed_labels
 from cskd.loading.tasks import RunTasks
 from cskd.machine.devices import arithmetic, autocast, pick_device, uses_bf16
 from cskd.machine.ranks import Ranks, start_ranks, stop_ranks
 from cskd.machine.threads import Threads, begun_with, choose_threads, computing_with
 from cskd.method.losses import DistillationLoss
-from cskd.store.cache import Cache, open_cache
+from cskd.store.cache import open_cache
 from cskd.store.commit import write_whole
 from cskd.store.format import RESOLVED
 from cskd.store.golden import check_versions
@@ -119,11 +119,11 @@ class _Run:
     ranks: Ranks
     device: torch.device
     output: Path
-    views: Cache | LiveViews
+    views: ViewSource
     val: Inventory | None
     student: Student
     plan: PlanSpec
-    targets: CachedTargets | LiveTargets | NoTargets
+    targets: TargetSource
     optimisation: Optimisation
     states: ResumeStates
     identity: dict[str, Any]
@@ -344,7 +344,7 @@ def _open_run(
 
 def _open_views(
     config: Config, device: torch.device, ranks: Ranks, verify_replay: bool, online: bool, quiet: bool, notes: Notes
-) -> tuple[Cache | LiveViews, CachedTargets | LiveTargets | NoTargets]:
+) -> tuple[ViewSource, TargetSource]:
     """What is fed and what is taught: from a checked cache, with a teacher that runs live, or from images alone.
 
     Method none needs no targets: it reads a cache only where cache.path names one.
@@ -403,7 +403,7 @@ def _batches(run: _Run, verify_replay: bool) -> tuple[RunTasks, Iterator[Batch]]
     )
     views = ViewMaker(run.views.inventory, run.views.recipe)
     clean = ViewMaker(run.val, run.views.recipe) if run.val else None
-    recorded = run.views.recorded() if verify_replay and isinstance(run.views, Cache) else None
+    recorded = run.views.recorded() if verify_replay else None
     maker = BatchMaker(views, clean, settings.eval_crop_pct, recorded)
     pin = run.device.type == "cuda"
     return tasks, iter(Stream(maker, tasks, settings.workers, settings.prefetch, pin_memory=pin))
@@ -415,7 +415,7 @@ def _pools(run: _Run, seconds: dict[str, float], read_seconds: float) -> list[Po
     def of(*names: str) -> dict[str, float]:
         return {name: seconds[name] for name in names}
 
-    loader, live = ("decode", "augment"), ("teacher",) if isinstance(run.targets, LiveTargets) else ()
+    loader, live = ("decode", "augment"), ("teacher",) if run.targets.runs_teacher else ()
     here = (*live, "student", "evaluate")
     workers = run.config.train.workers
     pools = [Pool(workers, of(*loader)), Pool(1, of(*here))] if workers else [Pool(1, of(*loader, *here))]

@@ -143,8 +143,9 @@ def test_every_method_trains_from_one_cache_without_the_teacher(cached: Path, me
 
 def test_the_hard_targets_of_the_loss_are_the_teachers_own(cached: Path) -> None:
     """Replays stage 1's arithmetic outside the pipeline: views, mixing, teacher, blend."""
-    from cskd.loading.epoch_table import TargetSpec, build_table
+    from cskd.loading.epoch_table import build_table
     from cskd.loading.plan import PlanSpec, epoch_plan
+    from cskd.loading.sources import TargetSpec
     from cskd.loading.stage2 import BatchMaker, TrainTask
     from cskd.method.ckf import blend_at, hard_targets
     from cskd.teacher.model import load_teacher

@@ -20,8 +20,9 @@ import pipeline.train
 from cskd.config import from_dict
 from cskd.errors import CacheError
 from cskd.files.scratch import clear_scratch, new_scratch, refuse_small
-from cskd.loading.epoch_table import TargetSpec, build_table, open_table
+from cskd.loading.epoch_table import build_table, open_table
 from cskd.loading.plan import PlanSpec, epoch_plan
+from cskd.loading.sources import TargetSpec
 from cskd.loading.stage2 import TrainTask
 from cskd.loading.tasks import RunTasks
 from cskd.store.cache import Cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +19,11 @@ from cskd.files.paths import local_path
 from cskd.files.read import refuse_links
 from cskd.seeds import view_seeds
 from cskd.store.commit import Commit, again, make_folder, publish, read_commit, record_names, write_file
-from cskd.store.format import INVENTORY, MANIFEST, OWN_NAMES, VIEW_FIELDS, commit_file, record_name
+from cskd.store.format import INVENTORY, MANIFEST, OWN_NAMES, VIEW_FIELDS, Unit, commit_file, record_name
 from cskd.store.manifest import begin_manifest, complete_manifest, read_manifest, write_manifest
 from cskd.store.unit import content_hash, pack_unit, read_unit
 from cskd.views.digest import Recorded
 from cskd.views.mixing import NONE, partners, quads
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One view of one block, decoded. Row r is the block's sample `position[r]`.
-
-    position int64 [R]; fields, see `format.VIEW_FIELDS`; targets, the arrays of one codec.
-    """
-
-    position: NDArray[np.int64]
-    fields: dict[str, NDArray[Any]]
-    targets: Arrays
 
 
 class Cache:

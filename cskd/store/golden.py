@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from cskd.errors import CacheError, CskdError, ImageError, ReplayError
 from cskd.seeds import hash64, permutation
-from cskd.store.cache import Cache, Unit
+from cskd.store.cache import Cache
+from cskd.store.format import Unit
 from cskd.views.digest import check_view, pixel_crc
 from cskd.views.maker import ViewMaker
 from cskd.views.versions import changed_versions

@@ -13,7 +13,8 @@ from cskd.config import TeacherConfig
 from cskd.errors import CacheError
 from cskd.machine.devices import pick_device
 from cskd.machine.threads import begun_with, choose_threads, computing_with
-from cskd.store.cache import Cache, Unit, first_difference
+from cskd.store.cache import Cache, first_difference
+from cskd.store.format import Unit
 from cskd.store.golden import golden_rows, replay_golden
 from cskd.teacher.lanes import threads_of_a_lane
 from cskd.teacher.model import Teacher, compare_probe, load_teacher

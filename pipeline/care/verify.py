@@ -22,9 +22,9 @@ from cskd.dataset.inventory_format import check_copy
 from cskd.dataset.shard_reader import ShardReader
 from cskd.errors import CacheError, CskdError, DataError, ReadError
 from cskd.files.read import read_file
-from cskd.store.cache import Cache, Unit, open_cache
+from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import Commit, UnitFile, json_bytes, record_names
-from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, commit_file
+from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, Unit, commit_file
 from cskd.store.seal import Seal, check_seal, read_seal
 from cskd.store.unit import content_hash
 from pipeline.cache_teacher import resolved_of

@@ -23,8 +23,9 @@ from rich.text import Text
 
 from cskd.codecs.base import quantise_blend
 from cskd.errors import CacheError, CskdError, printable
-from cskd.store.cache import Cache, Unit, open_cache
+from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import Commit
+from cskd.store.format import Unit
 from cskd.store.seal import read_seal
 from cskd.teacher.arithmetic import in_words
 from cskd.views.mixing import NONE
