@@ -24,10 +24,9 @@ from cskd.loading.targets import LiveTargets
 from cskd.machine.ranks import Ranks
 from cskd.store.identity import identity_of
 from cskd.store.manifest import fingerprint_of
-from cskd.store.seal import refuse_too_many_in_all
+from cskd.store.quarantine import refuse_too_many, refuse_too_many_in_all
 from cskd.teacher.model import load_teacher
 from cskd.views.maker import ViewMaker
-from pipeline.cache_teacher import refuse_too_many
 from pipeline.clean_check import clean_check
 from pipeline.measure_precision import measure_precision
 from pipeline.precheck import look_ahead

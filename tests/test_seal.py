@@ -13,8 +13,8 @@ from cskd.errors import CacheError
 from cskd.store.cache import Cache, create_cache, open_cache
 from cskd.store.commit import Commit, json_bytes, publish, read_commit
 from cskd.store.format import SEAL, commit_file
+from cskd.store.resolved import write_resolved
 from cskd.store.seal import read_seal, seal_cache, seal_facts
-from pipeline.cache_teacher import write_resolved
 from pipeline.care.repair import repair
 from pipeline.care.verify import verify
 from pipeline.look.inspect_cache import inspect

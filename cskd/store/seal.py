@@ -17,6 +17,7 @@ from cskd.store.cache import Cache
 from cskd.store.commit import json_bytes, link_whole, write_json
 from cskd.store.format import FORMAT, SEAL
 from cskd.store.manifest import read_manifest
+from cskd.store.quarantine import refuse_too_many_in_all
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,6 @@ def seal_cache(cache: Cache, max_quarantine: float) -> Seal:
     elif not link_whole(cache.root / SEAL, json_bytes(seal_facts(seal))):  # another process was first
         return seal_cache(cache, max_quarantine)
     return seal
-
-
-def refuse_too_many_in_all(unreadable: int, n: int, limit: float) -> None:
-    """CacheError when more than `limit` of all n images can't be decoded; one is always borne. Stage 1 stops at such a block,
-    but bears one in each: many small blocks would hide what a large one shows."""
-    if unreadable > max(1, limit * n):
-        raise CacheError(
-            f"{unreadable} of {n} images are unreadable, more than cache.max_quarantine {limit}; mend the data set and cache it "
-            "anew, or raise the limit and run the same command again"
-        )
 
 
 def check_seal(cache: Cache, seal: Seal, hashes: Mapping[tuple[int, int], str] | None = None) -> None:

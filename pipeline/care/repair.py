@@ -27,8 +27,9 @@ from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import fsync_folder, json_bytes, read_commit
 from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, commit_file
 from cskd.store.manifest import read_manifest, write_manifest
+from cskd.store.resolved import write_resolved
 from cskd.store.seal import Seal, read_seal, seal_cache
-from pipeline.cache_teacher import cache_teacher, write_resolved
+from pipeline.cache_teacher import cache_teacher
 from pipeline.care.verify import check_units, uneven, wrong_resolved
 from pipeline.outputs import sole_repair
 

@@ -25,9 +25,9 @@ from cskd.files.read import read_file
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import Commit, UnitFile, json_bytes, record_names
 from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, Unit, commit_file
+from cskd.store.resolved import resolved_of
 from cskd.store.seal import Seal, check_seal, read_seal
 from cskd.store.unit import content_hash
-from pipeline.cache_teacher import resolved_of
 from pipeline.care.recompute import Recomputed, recompute, replay_again
 from pipeline.show.progress import Progress, say
 
