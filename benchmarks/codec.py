@@ -138,7 +138,7 @@ def _compare(cache: Cache, views: int, blends: NDArray[np.int64]) -> Run:
     """Every unit of the first `views` views: teacher again, direct targets, each codec's targets and bytes."""
     config = load_config(cache.root / RESOLVED)
     teacher = load_teacher(config.teacher, cache.classes, pick_device(config.cache.device), cache.recipe.size)
-    if teacher.fingerprint != cache.identity["teacher"]:
+    if teacher.fingerprint.facts != cache.identity.teacher:
         raise CacheError(
             f"the teacher of {cache.root / RESOLVED} is not the one {cache.root} was made with; cache again"
         )
@@ -272,7 +272,7 @@ def _print_table(cache: Cache, run: Run, facts: dict[str, dict[str, Any]], blend
     print(f"machine: {'; '.join(_machine())}")
     views = run.scores["envelope"].views
     print(
-        f"cache: {cache.root}, teacher {cache.identity['teacher'].get('model')}, {views:,} views, grid "
+        f"cache: {cache.root}, teacher {cache.identity.teacher.get('model')}, {views:,} views, grid "
         f"{cache.grid[0]} x {cache.grid[1]}, {len(cache.classes):,} classes, {blends} blends"
     )
     print(

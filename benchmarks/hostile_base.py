@@ -26,7 +26,6 @@ from cskd.dataset.inventory_format import header_hash
 from cskd.dataset.shard_reader import ShardReader
 from cskd.errors import CacheError
 from cskd.store.cache import open_cache
-from cskd.store.manifest import fingerprint_of
 from cskd.teacher.build import build
 from pipeline.cache_teacher import cache_teacher
 from pipeline.care.verify import verify
@@ -161,7 +160,7 @@ def read_teacher(weights: Path) -> None:
 
 def seal_manifest(manifest: dict[str, Any]) -> bytes:
     with contextlib.suppress(KeyError, TypeError, ValueError):
-        manifest["fingerprint"] = fingerprint_of(manifest["identity"])
+        manifest["fingerprint"] = digest(manifest["identity"])
     facts = {k: v for k, v in manifest.items() if k != "sha256"}
     return (json.dumps({**facts, "sha256": digest(facts)}, indent=1, sort_keys=True) + "\n").encode()
 

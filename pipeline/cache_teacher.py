@@ -13,9 +13,8 @@ The same command resumes, and run several times at once it shares the work. Laun
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -30,8 +29,10 @@ from cskd.loading.stream import Stream
 from cskd.machine.devices import pick_device
 from cskd.machine.threads import Threads, begun_with, choose_threads, computing_with
 from cskd.store.cache import Cache, create_cache
+from cskd.store.format import MANIFEST
 from cskd.store.golden import check_versions
 from cskd.store.identity import identity_of
+from cskd.store.manifest import Manifest
 from cskd.store.resolved import write_resolved
 from cskd.store.seal import seal_cache
 from cskd.teacher.lanes import lanes_of
@@ -115,8 +116,8 @@ def _cache_teacher(config: Config, threads: Threads, quiet: bool) -> CacheReport
         images=line.images - line.unreadable,
         seconds=time.perf_counter() - start,
         loop_seconds=line.seconds,
-        clean_top1=cache.manifest["clean_top1"],
-        clean_data=cache.manifest.get("clean_data"),
+        clean_top1=cache.manifest.clean_top1 or 0.0,
+        clean_data=cache.manifest.clean_data,
         quarantined=int(cache.quarantined().sum()),
         content_root=seal_cache(cache, config.cache.max_quarantine).content_root,
         bound_by=bound_by(line.pools, line.seconds, line.images, "views") if line.images else "nothing was missing",
@@ -130,29 +131,32 @@ def _open_or_create(
     """The cache of this config: identity compared, the teacher's outputs on the probe images compared too."""
     root = Path(config.cache.path)
     codecs = [get_codec(name, teacher.classes, teacher.grid).name for name in config.cache.codecs]
-    identity = identity_of(inventory, config.recipe, teacher.fingerprint, teacher.grid, codecs)
-    probe = teacher.probe()
-    facts: dict[str, Any] = {}
-    if not (root / "manifest.json").exists():
+    identity = identity_of(inventory, config.recipe, teacher.fingerprint.facts, teacher.grid, codecs)
+    manifest, probe = Manifest(identity=identity, views=config.cache.views), teacher.probe()
+    new = not (root / MANIFEST).exists()
+    if new:
         check = clean_check(teacher, maker, config)
         precision = measure_precision(teacher, maker, config.teacher)
-        facts = {
-            **check.facts,
-            "notes": [*about_images, *teacher.notes, *check.notes, *precision.notes],
-            "precision": precision.facts,
-            "probe": probe,
-            "threads": lanes_of(teacher.device, torch.get_num_threads(), teacher.reentrant)[1],  # of one forward
-            "versions": library_versions(),
-            "data": str(Path(config.data.train).resolve()),
-            "config": to_dict(config),
-        }
-    cache = create_cache(root, identity, config.cache.views, facts, inventory)
+        manifest = replace(
+            manifest,
+            config=to_dict(config),
+            data=str(Path(config.data.train).resolve()),
+            clean_top1=check.top1,
+            clean_images=check.images,
+            clean_data=check.data,
+            notes=[*about_images, *teacher.notes, *check.notes, *precision.notes],
+            precision=precision.facts,
+            probe=probe,
+            threads=lanes_of(teacher.device, torch.get_num_threads(), teacher.reentrant)[1],
+            versions=library_versions(),
+        )
+    cache = create_cache(root, manifest, inventory)
     write_resolved(cache)
-    notes.add(cache.manifest.get("notes", []))
-    if not facts and (note := check_versions(cache)):
+    notes.add(cache.manifest.notes or [])
+    if not new and (note := check_versions(cache)):
         notes.add([note])
     notes.say()
-    difference = compare_probe(cache.manifest["probe"], probe)
+    difference = compare_probe(cache.manifest.probe or {}, probe)
     if difference:
         raise CacheError(f"{root}: the teacher no longer gives the outputs the cache was begun with ({difference})")
     return cache
@@ -163,7 +167,7 @@ def _use_threads(threads: Threads, cache: Cache, teacher: Teacher, config: Confi
     its last bits depend on how many. Returns notes."""
     changed: list[str] = []
     if teacher.device.type == "cpu" and not teacher.reentrant:
-        threads, changed = begun_with(cache.manifest.get("threads"), threads, config.cache.threads is not None)
+        threads, changed = begun_with(cache.manifest.threads, threads, config.cache.threads is not None)
     torch.set_num_threads(threads.count)
     return [str(threads), *changed]
 

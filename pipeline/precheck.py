@@ -147,7 +147,7 @@ def _stage2(config: Config, inventory: Inventory, online: bool) -> Student | Non
     check_output(config.train)
     views = config.cache.views
     with contextlib.suppress(CacheError):  # there is none yet
-        views = max(views, read_manifest(Path(config.cache.path))["views"])
+        views = max(views, read_manifest(Path(config.cache.path)).views)
     if config.train.views > views:
         raise ConfigError(f"train.views is {config.train.views}, cache.views {views}; cache more, or use fewer")
     good = np.zeros(len(inventory), np.bool_)

@@ -297,7 +297,7 @@ def _open_views(
     refuse_conflicts(config, cache)
     refuse_other_code(cache)
     usable_views(cache, config.train.views)
-    notes.add(cache.manifest.get("notes", []))
+    notes.add(cache.manifest.notes or [])
     if verify_replay and (note := check_versions(cache)):
         notes.add([note])
     return cache, CachedTargets(cache, config.loss, config.train.epochs)

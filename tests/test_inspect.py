@@ -19,7 +19,7 @@ from rich.console import Console
 from cskd.codecs.base import direct_hard, quantise_blend
 from cskd.errors import CacheError, CodecError, DataError, ReplayError
 from cskd.store.cache import Cache, open_cache
-from cskd.store.manifest import write_manifest
+from cskd.store.manifest import Manifest, write_manifest
 from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import mix_pixels
 from pipeline.look.inspect_cache import inspect, render
@@ -178,7 +178,7 @@ def moved(cache: Cache, tmp_path: Path) -> Path:
     shutil.copytree(cache.root, tmp_path / "cache")
     manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
     manifest["data"] = str(tmp_path / "gone")
-    write_manifest(tmp_path / "cache", manifest)
+    write_manifest(tmp_path / "cache", Manifest.read(manifest))
     return tmp_path / "cache"
 
 

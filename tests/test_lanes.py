@@ -40,7 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_at_a_time(made: Cache, root: Path, base: Path) -> Cache:
     """The cache again, in one thread: load, mix, teacher, encode, write, one batch after the other."""
     c, inventory = config(base), made.inventory
-    cache = create_cache(root, made.identity, made.views, dict(made.manifest), inventory)
+    cache = create_cache(root, made.manifest, inventory)
     teacher = load_teacher(c.teacher, inventory.classes, CPU, c.recipe.size)
     maker = ChunkMaker(ViewMaker(inventory, c.recipe), inventory.id)
     for block in range(cache.blocks):

@@ -69,7 +69,7 @@ def test_content_that_differs_from_what_was_sealed_is_found(cache: Cache) -> Non
 
 
 def test_a_cache_that_grows_keeps_the_seal_of_its_first_views(cache: Cache) -> None:
-    grown = create_cache(cache.root, cache.identity, 4, {}, cache.inventory)
+    grown = create_cache(cache.root, replace(cache.manifest, views=4), cache.inventory)
     write_resolved(grown)
     report = verify(grown.root, quiet=True)
     assert (report.errors, report.missing, report.sealed) == ([], 2, False)
@@ -116,7 +116,7 @@ def test_the_seal_of_another_cache_is_refused_and_repaired(cache: Cache) -> None
 
 
 def test_of_two_runs_the_one_that_made_fewer_views_leaves_the_seal_of_more_as_it_is(cache: Cache) -> None:
-    fewer = Cache(cache.root, {**cache.manifest, "views": 2}, cache.inventory)
+    fewer = Cache(cache.root, replace(cache.manifest, views=2), cache.inventory)
     whole = (cache.root / SEAL).read_bytes()
     assert seal_cache(fewer, 0.1).views == 3
     assert (cache.root / SEAL).read_bytes() == whole

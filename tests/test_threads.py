@@ -354,7 +354,7 @@ def test_stage_1_says_its_threads_and_a_cache_of_own_code_keeps_them(
     notes = cache_teacher(config(base, cache=cache), quiet=True).notes
     assert notes[-1].startswith("3 threads of 3 cores (affinity), ")
     assert set(seen) == {3}
-    assert open_cache(tmp_path / "cache").manifest["threads"] == 3
+    assert open_cache(tmp_path / "cache").manifest.threads == 3
     monkeypatch.setattr(threads_module, "usable_cores", lambda: Cores(2))
     seen.clear()
     notes = cache_teacher(config(base, cache={**cache, "views": 2}), quiet=True).notes
@@ -376,7 +376,7 @@ def test_the_content_of_a_cache_does_not_depend_on_threads(base: Path, tmp_path:
         roots.add(
             cache_teacher(config(base, teacher=teacher, cache=cache, student={"model": ""}), quiet=True).content_root
         )
-        assert open_cache(tmp_path / f"{threads}").manifest["threads"] == 1  # of a forward: a lane has one
+        assert open_cache(tmp_path / f"{threads}").manifest.threads == 1  # of a forward: a lane has one
     assert len(roots) == 1
 
 

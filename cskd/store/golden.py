@@ -62,7 +62,7 @@ def check_versions(cache: Cache) -> str | None:
 
     Raises:  CacheError for the first view that differs.
     """
-    changed = changed_versions(cache.manifest.get("versions", {}))
+    changed = changed_versions(dict(cache.manifest.versions or {}))
     if not changed:
         return None
     count = 0

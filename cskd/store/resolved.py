@@ -15,7 +15,7 @@ def resolved_of(cache: Cache) -> str:
 
     Not filled up with today's defaults: a version with one key more must find the file as it was written.
     """
-    recorded = cache.manifest["config"]
+    recorded = cache.manifest.config
     return to_yaml({**recorded, "cache": {**recorded["cache"], "views": cache.views}})
 
 

@@ -91,7 +91,7 @@ def read_seal(cache: Cache) -> Seal | None:
         written = read_file(path)
         facts = parse_json(written)
         seal = Seal(**facts["seal"])
-        fits = seal.views > 0 and (seal.views <= cache.views or seal.views <= read_manifest(cache.root)["views"])
+        fits = seal.views > 0 and (seal.views <= cache.views or seal.views <= read_manifest(cache.root).views)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as e:

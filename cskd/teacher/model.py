@@ -9,7 +9,6 @@ Only the backbone may be autocast or compiled. Pooling and classifier run in flo
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from cskd.errors import TeacherError
 from cskd.machine.devices import uses_bf16
 from cskd.teacher.build import build, build_model, one_line, weights_sha256
 from cskd.teacher.class_map import class_map
+from cskd.teacher.fingerprint import Fingerprint
 from cskd.teacher.fold import fold_norms
 from cskd.teacher.forwards import count_teacher_images
 from cskd.teacher.fuse import fuse_activations
@@ -101,7 +101,7 @@ class Teacher:
     chosen: tuple[int, ...]  # [K], which of the network's outputs each logit is
     outputs: int  # of the network
     pools: bool  # dense logits are pooled to `grid`
-    fingerprint: dict[str, Any]  # JSON-able; equal ones mean the same function from pixels to logits, up to rounding
+    fingerprint: Fingerprint
     notes: list[str]  # what a user should know, one line each
     reentrant: bool  # forwards may run in several threads at once: not those of the user's own code, nor compiled ones
 
@@ -116,7 +116,7 @@ class Teacher:
         Args:    float32 [B, 3, H, W], RGB in 0..255, at the recipe's size; resized to the teacher's where that differs.
         Returns: dense float32 [B, K, h, w] (K innermost in memory), global float32 [B, K].
         """
-        return self.in_batches(pixels_BCHW) if self.fingerprint["compile"] else self._forward(pixels_BCHW)
+        return self.in_batches(pixels_BCHW) if self.fingerprint.compile else self._forward(pixels_BCHW)
 
     @torch.no_grad()
     def in_batches(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,7 +160,7 @@ class Teacher:
         with threads_of_a_lane(self.device, self.reentrant):
             dense_BKhw, global_BK = self.forward_dense(_probe_pixels(self.image_size))
         return {
-            "autocast": self.fingerprint["autocast"],
+            "autocast": self.fingerprint.autocast,
             "global": project(global_BK, "probe global"),
             "dense": project(dense_BKhw, "probe dense"),
         }
@@ -222,28 +222,26 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
         notes.append(
             f"teacher.dense: per_cell: the head is not linear, cells don't average to the image's logits (gap {head.gap:.2g})"
         )
-    fingerprint = {
-        **built.source,
-        "weights_sha256": weights,
-        "mean": list(preprocess.mean),
-        "std": list(preprocess.std),
-        "interpolation": preprocess.interpolation,
-        "input_size": preprocess.size,
-        "image_size": image_size,
-        "dtype": config.dtype,
-        "autocast": "bf16" if bf16 else "none",
-        "channels_last": config.channels_last,
-        "compile": config.compile,
-        "batch": config.batch,
-        "dense": config.dense,
-        "head": head.kind,
-        "grid": list(grid),
-        "classes": len(class_names),
-        "class_map": None if indices is None else hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest(),
-    }
-    if config.fold:  # absent where it is off, as in caches older than it
-        fingerprint["fold"] = True
-    _refuse_unstorable(fingerprint)
+    fingerprint = Fingerprint(
+        source=built.source,
+        weights_sha256=weights,
+        mean=preprocess.mean,
+        std=preprocess.std,
+        interpolation=preprocess.interpolation,
+        input_size=preprocess.size,
+        image_size=image_size,
+        dtype=config.dtype,
+        autocast="bf16" if bf16 else "none",
+        channels_last=config.channels_last,
+        compile=config.compile,
+        batch=config.batch,
+        dense=config.dense,
+        head=head.kind,
+        grid=grid,
+        classes=len(class_names),
+        class_map=None if indices is None else hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest(),
+        fold=config.fold,
+    )
     return Teacher(
         classes=len(class_names),
         grid=grid,
@@ -344,12 +342,3 @@ def _stated_stride(model: Any) -> int | None:
         return int(model.feature_info[-1]["reduction"])
     except (AttributeError, LookupError, TypeError, ValueError):
         return None
-
-
-def _refuse_unstorable(fingerprint: dict[str, Any]) -> None:
-    try:
-        json.dumps(fingerprint, allow_nan=False)
-    except (TypeError, ValueError) as e:
-        raise TeacherError(
-            f"teacher.kwargs must be plain values, they are part of the fingerprint: {one_line(e)}"
-        ) from None

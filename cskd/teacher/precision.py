@@ -34,7 +34,7 @@ def arithmetic(teacher: Teacher) -> str:
 
 def is_reference(teacher: Teacher) -> bool:
     """Whether the teacher runs as REFERENCE does."""
-    changed = teacher.fingerprint["compile"] or teacher.fingerprint.get("fold", False)
+    changed = teacher.fingerprint.compile or teacher.fingerprint.fold
     return arithmetic(teacher) == REFERENCE and not changed
 
 
@@ -47,7 +47,7 @@ def measure(teacher: Teacher, plain: Teacher | None, views_BCHW: Tensor) -> Prec
     if plain is None:
         return Precision(arithmetic(teacher), head, None, 0)
     differing, cells = dict.fromkeys(BLENDS, 0), 0
-    for part in torch.split(views_BCHW, teacher.batch if teacher.fingerprint["compile"] else ROWS):
+    for part in torch.split(views_BCHW, teacher.batch if teacher.fingerprint.compile else ROWS):
         mine = _logits(teacher, part)
         with full_precision(plain.device):
             its = _logits(plain, part)

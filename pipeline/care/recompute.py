@@ -62,9 +62,9 @@ def recompute(cache: Cache, count: int, device: str, quiet: bool) -> Recomputed:
     Raises:  TeacherError where it can't be built; CacheError where it is not the cache's, naming the field.
     """
     teacher = load_teacher(
-        TeacherConfig(**cache.manifest["config"]["teacher"]), cache.classes, pick_device(device), cache.recipe.size
+        TeacherConfig(**cache.manifest.config["teacher"]), cache.classes, pick_device(device), cache.recipe.size
     )
-    different = first_difference(cache.identity["teacher"], teacher.fingerprint)
+    different = first_difference(cache.identity.teacher, teacher.fingerprint.facts)
     if different:
         field, old, new = different
         raise CacheError(
@@ -77,7 +77,7 @@ def recompute(cache: Cache, count: int, device: str, quiet: bool) -> Recomputed:
     margin, largest = 0.0, 0.0
     threads = choose_threads()
     if not teacher.reentrant:
-        threads, _ = begun_with(cache.manifest.get("threads"), threads, asked=False)
+        threads, _ = begun_with(cache.manifest.threads, threads, asked=False)
     total = min(count, made_views(cache))
     with computing_with(threads.count), Progress("recompute", total, "views", quiet=quiet) as progress:
         for block, view, unit, rows in golden_rows(cache, count):
@@ -102,7 +102,7 @@ def recompute(cache: Cache, count: int, device: str, quiet: bool) -> Recomputed:
         agreement=1.0 - differing / max(1, lookups),
         largest_margin=margin,
         largest_logit_difference=largest if soft else None,
-        probe=compare_probe(cache.manifest["probe"], teacher.probe()),
+        probe=compare_probe(cache.manifest.probe or {}, teacher.probe()),
     )
 
 

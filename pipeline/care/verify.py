@@ -221,7 +221,7 @@ def check_frame(cache: Cache) -> list[str]:
     """What is wrong with a cache's files outside its units: manifest, inventory and resolved config, one line each."""
     errors = []
     written = read_file(cache.root / MANIFEST)
-    if written != json_bytes(cache.manifest):
+    if written != json_bytes(cache.manifest.sealed):
         errors.append(f"{cache.root / MANIFEST} is not, byte for byte, what was written; `cskd repair` restores it")
     try:
         if read_file(cache.root / MANIFEST_COPY) != written:

@@ -25,7 +25,7 @@ from cskd.codecs.base import quantise_blend
 from cskd.errors import CacheError, CskdError, printable
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import Commit
-from cskd.store.format import Unit
+from cskd.store.format import FORMAT, Unit
 from cskd.store.seal import read_seal
 from cskd.teacher.arithmetic import in_words
 from cskd.views.mixing import NONE
@@ -68,7 +68,7 @@ def inspect(
     identity, manifest = opened.identity, opened.manifest
     facts: dict[str, Any] = {
         "cache": str(cache),
-        "format": manifest["format"],
+        "format": FORMAT,
         "fingerprint": opened.fingerprint,
         "inventory": {
             "id": opened.inventory.id,
@@ -77,16 +77,16 @@ def inspect(
             "blocks": opened.blocks,
         },
         "teacher": {
-            "model": identity["teacher"].get("model"),
-            "weights_sha256": identity["teacher"].get("weights_sha256"),
-            "clean_top1": manifest.get("clean_top1"),
-            "clean_images": manifest.get("clean_images"),
-            "clean_data": manifest.get("clean_data"),
-            "notes": manifest.get("notes", []),
-            "precision": manifest.get("precision"),
+            "model": identity.teacher.get("model"),
+            "weights_sha256": identity.teacher.get("weights_sha256"),
+            "clean_top1": manifest.clean_top1,
+            "clean_images": manifest.clean_images,
+            "clean_data": manifest.clean_data,
+            "notes": list(manifest.notes or []),
+            "precision": manifest.precision,
         },
         "grid": list(opened.grid),
-        "recipe": identity["recipe"],
+        "recipe": identity.recipe,
         "units": _units(opened, commits, errors),
         "sealed": not errors and _is_sealed(opened, len(commits)),
         "codecs": _codecs(opened, [commit for unit, commit in commits.items() if unit not in errors]),
