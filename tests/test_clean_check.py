@@ -257,7 +257,7 @@ def test_validation_images_are_taken_where_there_are_any_and_all_say_so(base: Pa
         manifest = open_cache(report.cache).manifest
         assert (manifest.clean_data, manifest.clean_images, report.clean_data) == (name, count, name)
         facts = inspect(Path(report.cache))
-        assert facts["teacher"]["clean_data"] == name
+        assert facts.teacher.clean_data == name
         with (console := Console(width=200, no_color=True)).capture() as shown:
             render(facts, console)
             stage1.render(report, console)

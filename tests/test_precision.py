@@ -124,7 +124,7 @@ def test_the_share_is_said_at_the_start_kept_and_shown(tmp_path: Path, capsys: p
     assert facts is not None
     assert (facts["backbone"], facts["reference"], facts["views"]) == ("bf16", "float32", 22)
     assert facts["cells_differ"] == pytest.approx(sum(facts["by_blend"].values()) / 3)
-    assert inspect(tmp_path / "cache")["teacher"]["precision"] == facts
+    assert inspect(tmp_path / "cache").teacher.precision == facts
     assert any(in_words(facts) in note for note in manifest.notes or [])
     cache_teacher(settings)  # resumed: said again, not measured again
     assert in_words(facts) in capsys.readouterr().err
@@ -153,4 +153,4 @@ def test_a_manifest_of_somebody_elses_is_refused_for_facts_that_can_not_be(tmp_p
             write_manifest(root, dataclasses.replace(manifest, **{name: value}))
             read_manifest(root)
     write_manifest(root, dataclasses.replace(manifest, precision=unchanged().facts, notes=["one"]))
-    assert inspect(root)["teacher"]["notes"] == ["one"]
+    assert inspect(root).teacher.notes == ["one"]

@@ -35,7 +35,7 @@ def test_a_sealed_cache_says_so_and_its_counts_add_up(cache: Cache) -> None:
     assert seal.cached + seal.quarantined == seal.views * len(cache.inventory)
     assert seal.content_root == cache.content_root()
     report = verify(cache.root, quiet=True)
-    assert report.sound and report.sealed and inspect(cache.root)["sealed"]
+    assert report.sound and report.sealed and inspect(cache.root).sealed
 
 
 def test_an_unfinished_cache_is_not_sealed_and_its_missing_units_are_named(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_an_unfinished_cache_is_not_sealed_and_its_missing_units_are_named(tmp_p
         seal_cache(cache, 0.1)
     report = verify(cache.root, quiet=True)
     assert (report.sealed, report.missing, report.first_missing) == (False, 1, ["block 1, view 2"])
-    assert not report.sound and not report.errors and not inspect(cache.root)["sealed"]
+    assert not report.sound and not report.errors and not inspect(cache.root).sealed
 
 
 def test_a_unit_that_vanishes_from_a_sealed_cache_is_lost_and_not_unmade(cache: Cache) -> None:
@@ -52,7 +52,7 @@ def test_a_unit_that_vanishes_from_a_sealed_cache_is_lost_and_not_unmade(cache: 
     report = verify(cache.root, quiet=True)
     assert (report.sound, report.sealed, report.missing) == (False, False, 0)
     assert report.errors[0].startswith("block 1, view 0: ") and "though the cache was sealed" in report.errors[0]
-    assert not inspect(cache.root)["sealed"]
+    assert not inspect(cache.root).sealed
 
 
 def test_content_that_differs_from_what_was_sealed_is_found(cache: Cache) -> None:
