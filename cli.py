@@ -244,7 +244,7 @@ def doctor(json_: Json = False) -> None:
 
     report = doctor()
     _print(report, json_, render)
-    if not report["ok"]:
+    if not report.ok:
         raise typer.Exit(1)
 
 
@@ -253,9 +253,8 @@ def _print(report: Any, as_json: bool, render: Any) -> None:
 
     if int(os.environ.get("RANK", "0")) != 0:
         return
-    facts = dataclasses.asdict(report) if dataclasses.is_dataclass(report) and not isinstance(report, type) else report
     if as_json:
-        print(json.dumps(facts))
+        print(json.dumps(report.facts if hasattr(report, "facts") else dataclasses.asdict(report)))
     else:
         from rich.console import Console
 

@@ -34,10 +34,9 @@ from cskd.config import load_config
 from cskd.errors import CacheError, CskdError
 from cskd.loading.stage1 import ChunkMaker, chunks
 from cskd.machine.devices import pick_device
-from cskd.store.cache import Cache, Unit, open_cache
-from cskd.store.format import RESOLVED, VIEW_FIELDS
+from cskd.store.cache import Cache, open_cache
+from cskd.store.format import RESOLVED, VIEW_FIELDS, Unit
 from cskd.store.unit import pack_unit
-from cskd.teacher.forwards import pad_rows
 from cskd.teacher.model import Teacher, load_teacher
 from cskd.views.digest import check_view
 from cskd.views.maker import ViewMaker
@@ -139,7 +138,7 @@ def _compare(cache: Cache, views: int, blends: NDArray[np.int64]) -> Run:
     """Every unit of the first `views` views: teacher again, direct targets, each codec's targets and bytes."""
     config = load_config(cache.root / RESOLVED)
     teacher = load_teacher(config.teacher, cache.classes, pick_device(config.cache.device), cache.recipe.size)
-    if teacher.fingerprint != cache.identity["teacher"]:
+    if teacher.fingerprint.facts != cache.identity.teacher:
         raise CacheError(
             f"the teacher of {cache.root / RESOLVED} is not the one {cache.root} was made with; cache again"
         )
@@ -189,7 +188,7 @@ def _teacher_again(
             partner[i] = place[int(unit.fields["partner"][rows[i]])]
         tensors = (torch.from_numpy(a).to(teacher.device) for a in (partner, *fields.values()))
         pixels = mix_pixels(made.pixels[0].to(teacher.device), *tensors)
-        local, whole = teacher.forward_dense(pad_rows(pixels, batch))
+        local, whole = teacher.in_batches(pixels)
         dense[rows[good]], image[rows[good]] = local[good].cpu(), whole[good].cpu()
     return dense, image
 
@@ -273,7 +272,7 @@ def _print_table(cache: Cache, run: Run, facts: dict[str, dict[str, Any]], blend
     print(f"machine: {'; '.join(_machine())}")
     views = run.scores["envelope"].views
     print(
-        f"cache: {cache.root}, teacher {cache.identity['teacher'].get('model')}, {views:,} views, grid "
+        f"cache: {cache.root}, teacher {cache.identity.teacher.get('model')}, {views:,} views, grid "
         f"{cache.grid[0]} x {cache.grid[1]}, {len(cache.classes):,} classes, {blends} blends"
     )
     print(

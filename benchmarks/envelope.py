@@ -39,10 +39,13 @@ from cskd.codecs.base import BLEND_ONE
 from cskd.config import from_dict, load_config, to_dict
 from cskd.dataset.inventory import Sample, ShardFile, open_inventory, write_inventory
 from cskd.errors import CskdError
-from cskd.loading.epoch_table import TargetSpec, build_table
+from cskd.loading.epoch_table import build_table
 from cskd.loading.plan import PlanSpec, epoch_plan
-from cskd.store.cache import Cache, Unit, create_cache
+from cskd.loading.sources import TargetSpec
+from cskd.store.cache import Cache, create_cache
+from cskd.store.format import Unit
 from cskd.store.identity import identity_of
+from cskd.store.manifest import Manifest
 from cskd.store.unit import read_unit
 from cskd.store.unit_builder import UnitBuilder
 from cskd.teacher.model import load_teacher
@@ -234,8 +237,9 @@ def make_cache(folder: Path, codec: Codec, dense_NhwK: F32, global_NK: F32, bloc
     inventory = write_inventory(folder / "made", samples, classes=names, shards=shards, block=ROWS)
     recipe = load_config(ROOT / "configs" / "imagenet_sample.yaml").recipe
     identity = identity_of(inventory, recipe, {"model": "mixtures"}, codec.grid, ["envelope"])
-    facts = {"config": to_dict(from_dict({})), "versions": library_versions(), "data": str(folder / "made")}
-    cache = create_cache(folder / "cache", identity, 1, facts, inventory)
+    config, data = to_dict(from_dict({})), str(folder / "made")
+    manifest = Manifest(identity=identity, views=1, config=config, data=data, versions=library_versions())
+    cache = create_cache(folder / "cache", manifest, inventory)
     rng = np.random.default_rng(0)
     for block in range(blocks):
         parts: list[Arrays] = []

@@ -38,10 +38,10 @@ from cskd.dataset.images import decode
 from cskd.dataset.inventory import open_inventory
 from cskd.dataset.shard_reader import ShardReader
 from cskd.errors import CskdError
-from cskd.loading.epoch_table import TargetSpec
 from cskd.loading.plan import PlanSpec
+from cskd.loading.sources import Batch, TargetSpec
 from cskd.loading.stage1 import ChunkMaker, chunks
-from cskd.loading.stage2 import Batch, BatchMaker
+from cskd.loading.stage2 import BatchMaker
 from cskd.loading.stream import Stream
 from cskd.loading.tasks import RunTasks
 from cskd.seeds import view_seeds

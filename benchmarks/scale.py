@@ -48,6 +48,7 @@ from cskd.store.cache import Cache, create_cache
 from cskd.store.commit import record_bytes
 from cskd.store.format import commit_file, unit_file
 from cskd.store.identity import identity_of
+from cskd.store.manifest import Manifest
 from cskd.store.unit_builder import UnitBuilder
 from cskd.teacher.model import load_teacher
 from cskd.views.mixing import quads
@@ -65,7 +66,8 @@ if stage == "table":
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     from pathlib import Path
     from cskd.config import load_config
-    from cskd.loading.epoch_table import TargetSpec, build_table
+    from cskd.loading.epoch_table import build_table
+    from cskd.loading.sources import TargetSpec
     from cskd.loading.plan import PlanSpec, epoch_plan
     from cskd.store.cache import open_cache
     config = load_config(path)
@@ -196,10 +198,18 @@ def grow_cache(folder: Path, inventory: Inventory, views: int) -> None:
     and digests of nothing, and bare records of the others."""
     config = config_of(folder, views)
     teacher = load_teacher(config.teacher, inventory.classes, torch.device("cpu"), config.recipe.size)
-    identity = identity_of(inventory, config.recipe, teacher.fingerprint, teacher.grid, ["envelope"])
-    facts = {"config": to_dict(config), "versions": library_versions(), "data": str(folder / "data")}
-    facts |= {"probe": teacher.probe(), "clean_top1": 1.0, "clean_images": 0}
-    cache = create_cache(folder / "cache", identity, views, facts, inventory)
+    identity = identity_of(inventory, config.recipe, teacher.fingerprint.facts, teacher.grid, ["envelope"])
+    manifest = Manifest(
+        identity=identity,
+        views=views,
+        config=to_dict(config),
+        data=str(folder / "data"),
+        clean_top1=1.0,
+        clean_images=0,
+        probe=teacher.probe(),
+        versions=library_versions(),
+    )
+    cache = create_cache(folder / "cache", manifest, inventory)
     whole = STEPS * BATCH // len(inventory) + 2
     left = {(0, v) for v in range(views) if v // cache.recipe.mix_group == (views - 1) // cache.recipe.mix_group}
     for block, view in sorted(set(cache.missing()) - left, key=lambda unit: unit[1]):

@@ -13,7 +13,6 @@ from cskd.loading.live import LiveViews
 from cskd.loading.targets import NoTargets
 from cskd.machine.ranks import Ranks
 from cskd.store.identity import identity_of
-from cskd.store.manifest import fingerprint_of
 from cskd.views.maker import ViewMaker
 from pipeline.online import decodable, training_images
 
@@ -28,7 +27,7 @@ def open_baseline(config: Config, ranks: Ranks, online: bool, quiet: bool) -> tu
     bad, left_out = decodable(ViewMaker(inventory, config.recipe), config, ranks, quiet)
     # No teacher to name: what is left tells these views from those of other images or another recipe.
     identity = identity_of(inventory, config.recipe, {}, (1, 1), [])
-    source = LiveViews(inventory, config.recipe, views, (1, 1), bad, f"none, {fingerprint_of(identity)[:16]}")
+    source = LiveViews(inventory, config.recipe, views, (1, 1), bad, f"none, {identity.fingerprint[:16]}")
     return source, NoTargets(), [_note(config, views), *left_out]
 
 

@@ -12,49 +12,39 @@ The same command resumes, and run several times at once it shares the work. Laun
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections import defaultdict, deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
 
-from cskd.codecs import Arrays, get_codec
-from cskd.config import Config, to_dict, to_yaml
+from cskd.codecs import get_codec
+from cskd.config import Config, to_dict
 from cskd.dataset.inventory import Inventory, open_inventory
 from cskd.errors import CacheError, ConfigError
-from cskd.files.claims import Claims
-from cskd.files.durable import put
-from cskd.loading.stage1 import Chunk, ChunkMaker, ChunkViews, chunks
+from cskd.loading.stage1 import ChunkMaker
 from cskd.loading.stream import Stream
 from cskd.machine.devices import pick_device
 from cskd.machine.threads import Threads, begun_with, choose_threads, computing_with
 from cskd.store.cache import Cache, create_cache
-from cskd.store.format import RESOLVED
+from cskd.store.format import MANIFEST
 from cskd.store.golden import check_versions
 from cskd.store.identity import identity_of
+from cskd.store.manifest import Manifest
+from cskd.store.resolved import write_resolved
 from cskd.store.seal import seal_cache
-from cskd.store.unit_builder import PassBuilder, UnitBuilder
-from cskd.teacher.forwards import pad_rows
-from cskd.teacher.lanes import Lanes, lanes_of
+from cskd.teacher.lanes import lanes_of
 from cskd.teacher.model import Teacher, compare_probe, load_teacher
 from cskd.views.maker import ViewMaker
-from cskd.views.mix_pixels import mix_pixels
-from cskd.views.mixing import quads
 from cskd.views.versions import library_versions
 from pipeline.clean_check import clean_check
 from pipeline.measure_precision import measure_precision
 from pipeline.outputs import refuse_cache_output
 from pipeline.precheck import look_ahead
-from pipeline.show.progress import Notes, Pool, Progress, bound_by, duration
+from pipeline.show.progress import Notes, Progress, bound_by, duration
+from pipeline.unit_line import missing_passes, unit_line, views_left
 
 WAIT = 2.0  # seconds between two looks at what other processes are making
 
@@ -104,42 +94,33 @@ def _cache_teacher(config: Config, threads: Threads, quiet: bool) -> CacheReport
     notes.add(_use_threads(threads, cache, teacher, config))
     notes.say()
 
-    total, loop_clock = cache.inventory.n * cache.views, 0.0
+    total = cache.inventory.n * cache.views
     with (
-        Claims(cache.root) as claims,
-        _thread("write") as writer,
-        Lanes(device, teacher.reentrant) as lanes,
-        Progress("cache-teacher", total, "views", start=total - _left(cache), quiet=quiet) as progress,
+        unit_line(cache, teacher, config) as line,
+        Progress("cache-teacher", total, "views", start=total - views_left(cache), quiet=quiet) as progress,
     ):
-        line = _Line(cache, teacher, config, claims, lanes, writer)
-        while passes := _passes(cache):
-            claimed: deque[tuple[PassBuilder, Path]] = deque()
-            tasks = _claimed_tasks(cache, passes, claims, claimed, config.teacher.batch)
-            pin = device.type == "cuda"
-            results = iter(Stream(ChunkMaker(maker, inventory.id), tasks, config.cache.workers, pin_memory=pin))
-            before, by_others = line.units, total - _left(cache) - line.images
+        while passes := missing_passes(cache):
+            maker_of_chunks, tasks = ChunkMaker(maker, inventory.id), line.tasks(passes)
+            results = iter(Stream(maker_of_chunks, tasks, config.cache.workers, pin_memory=device.type == "cuda"))
+            before, by_others = line.units, total - views_left(cache) - line.images
             for chunk in results:
-                loop_clock = loop_clock or time.perf_counter()
-                line.feed(*claimed[0], chunk)
-                if claimed[0][0].all_begun:
-                    claimed.popleft()
+                line.feed(chunk)
                 progress.update(by_others + line.images)
             line.drain()
             progress.update(by_others + line.images)
             if line.units == before:
                 time.sleep(WAIT)  # others are making all that is missing
-    loop_seconds = time.perf_counter() - loop_clock if loop_clock else 0.0
     return CacheReport(
         cache=str(cache.root),
         units=line.units,
         images=line.images - line.unreadable,
         seconds=time.perf_counter() - start,
-        loop_seconds=loop_seconds,
-        clean_top1=cache.manifest["clean_top1"],
-        clean_data=cache.manifest.get("clean_data"),
+        loop_seconds=line.seconds,
+        clean_top1=cache.manifest.clean_top1 or 0.0,
+        clean_data=cache.manifest.clean_data,
         quarantined=int(cache.quarantined().sum()),
         content_root=seal_cache(cache, config.cache.max_quarantine).content_root,
-        bound_by=bound_by(line.pools, loop_seconds, line.images, "views") if line.images else "nothing was missing",
+        bound_by=bound_by(line.pools, line.seconds, line.images, "views") if line.images else "nothing was missing",
         notes=notes.all,
     )
 
@@ -150,29 +131,32 @@ def _open_or_create(
     """The cache of this config: identity compared, the teacher's outputs on the probe images compared too."""
     root = Path(config.cache.path)
     codecs = [get_codec(name, teacher.classes, teacher.grid).name for name in config.cache.codecs]
-    identity = identity_of(inventory, config.recipe, teacher.fingerprint, teacher.grid, codecs)
-    probe = teacher.probe()
-    facts: dict[str, Any] = {}
-    if not (root / "manifest.json").exists():
+    identity = identity_of(inventory, config.recipe, teacher.fingerprint.facts, teacher.grid, codecs)
+    manifest, probe = Manifest(identity=identity, views=config.cache.views), teacher.probe()
+    new = not (root / MANIFEST).exists()
+    if new:
         check = clean_check(teacher, maker, config)
         precision = measure_precision(teacher, maker, config.teacher)
-        facts = {
-            **check.facts,
-            "notes": [*about_images, *teacher.notes, *check.notes, *precision.notes],
-            "precision": precision.facts,
-            "probe": probe,
-            "threads": lanes_of(teacher.device, torch.get_num_threads(), teacher.reentrant)[1],  # of one forward
-            "versions": library_versions(),
-            "data": str(Path(config.data.train).resolve()),
-            "config": to_dict(config),
-        }
-    cache = create_cache(root, identity, config.cache.views, facts, inventory)
+        manifest = replace(
+            manifest,
+            config=to_dict(config),
+            data=str(Path(config.data.train).resolve()),
+            clean_top1=check.top1,
+            clean_images=check.images,
+            clean_data=check.data,
+            notes=[*about_images, *teacher.notes, *check.notes, *precision.notes],
+            precision=precision.facts,
+            probe=probe,
+            threads=lanes_of(teacher.device, torch.get_num_threads(), teacher.reentrant)[1],
+            versions=library_versions(),
+        )
+    cache = create_cache(root, manifest, inventory)
     write_resolved(cache)
-    notes.add(cache.manifest.get("notes", []))
-    if not facts and (note := check_versions(cache)):
+    notes.add(cache.manifest.notes or [])
+    if not new and (note := check_versions(cache)):
         notes.add([note])
     notes.say()
-    difference = compare_probe(cache.manifest["probe"], probe)
+    difference = compare_probe(cache.manifest.probe or {}, probe)
     if difference:
         raise CacheError(f"{root}: the teacher no longer gives the outputs the cache was begun with ({difference})")
     return cache
@@ -183,212 +167,9 @@ def _use_threads(threads: Threads, cache: Cache, teacher: Teacher, config: Confi
     its last bits depend on how many. Returns notes."""
     changed: list[str] = []
     if teacher.device.type == "cpu" and not teacher.reentrant:
-        threads, changed = begun_with(cache.manifest.get("threads"), threads, config.cache.threads is not None)
+        threads, changed = begun_with(cache.manifest.threads, threads, config.cache.threads is not None)
     torch.set_num_threads(threads.count)
     return [str(threads), *changed]
-
-
-def resolved_of(cache: Cache) -> str:
-    """The config that makes this cache, as YAML: the one it was begun with, and the views it has grown to.
-
-    Not filled up with today's defaults: a version with one key more must find the file as it was written.
-    """
-    recorded = cache.manifest["config"]
-    return to_yaml({**recorded, "cache": {**recorded["cache"], "views": cache.views}})
-
-
-def write_resolved(cache: Cache) -> None:
-    """Put the resolved config beside the cache, where it isn't there already."""
-    path, text = cache.root / RESOLVED, resolved_of(cache)
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        if path.read_text(encoding="utf-8") == text:
-            return
-    put(path, text.encode())
-
-
-def _passes(cache: Cache) -> list[tuple[int, tuple[int, ...]]]:
-    """(block, views) of each pass: the missing views of one mixing group of one block, made from one decoding."""
-    by_pass: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
-    for block, view in cache.missing():
-        by_pass[view // cache.recipe.mix_group, block].append(view)
-    return [(block, tuple(views)) for (_, block), views in sorted(by_pass.items())]
-
-
-def _left(cache: Cache) -> int:
-    """Views that have no unit yet."""
-    sizes = np.diff(cache.inventory.blocks)
-    return sum(int(sizes[block]) for block, _ in cache.missing())
-
-
-def _claimed_tasks(
-    cache: Cache,
-    passes: list[tuple[int, tuple[int, ...]]],
-    claims: Claims,
-    claimed: deque[tuple[PassBuilder, Path]],
-    batch: int,
-) -> Iterator[Chunk]:
-    """The tasks of every pass that no other process is at, drawn while those before it run; the passes, each with its claim,
-    go to `claimed`."""
-    for block, views in passes:
-        claim = claims.take(f"b{block:05d}.g{views[0] // cache.recipe.mix_group:04d}")
-        if claim is None:
-            continue
-        views = tuple(v for v in views if cache.commit_of(block, v) is None)  # others may have made some since
-        if not views:
-            claims.release([claim])
-            continue
-        first, stop = cache.block_range(block)
-        order = quads(stop - first, cache.recipe, cache.inventory.id, block, views[0] // cache.recipe.mix_group)
-        units = [UnitBuilder(cache.inventory, cache.recipe, cache.codecs, v, first, order) for v in views]
-        claimed.append((PassBuilder(block, first, order, units, views), claim))
-        yield from chunks(block, views, first, order, batch)
-
-
-@contextlib.contextmanager
-def _thread(name: str) -> Iterator[ThreadPoolExecutor]:
-    """One thread; at the end what it is at is waited for, and what still waits for it is dropped."""
-    pool = ThreadPoolExecutor(1, name)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """One view of a chunk, under way in a lane; position int64 and crc int64 of its good rows."""
-
-    work: PassBuilder
-    claim: Path
-    unit: UnitBuilder
-    rows: int  # bad ones included
-    position: NDArray[np.int64]
-    crc: NDArray[np.int64]
-    targets: Future[tuple[dict[str, Arrays], float, float]]
-
-
-class _Line:
-    """From chunks to commits: batches are with the lanes, whole passes with the writer, and results are taken in order."""
-
-    def __init__(
-        self,
-        cache: Cache,
-        teacher: Teacher,
-        config: Config,
-        claims: Claims,
-        lanes: Lanes,
-        writer: ThreadPoolExecutor,
-    ) -> None:
-        self.images = self.units = 0  # whose targets are in, and committed
-        self.unreadable = 0  # of the images
-        self._seconds: defaultdict[str, float] = defaultdict(float)  # of each part, summed over all who do it
-        self._cache, self._teacher, self._config = cache, teacher, config
-        self._claims, self._lanes, self._writer = claims, lanes, writer
-        self._underway: deque[_Batch] = deque()
-        self._writing: deque[Future[tuple[int, float]]] = deque()
-
-    @property
-    def pools(self) -> list[Pool]:
-        """Who did what for how long."""
-
-        def of(*names: str) -> dict[str, float]:
-            return {name: self._seconds[name] for name in names}
-
-        workers = max(1, self._config.cache.workers)
-        return [
-            Pool(workers, of("decode", "augment")),
-            Pool(self._lanes.count, of("teacher", "encode")),
-            Pool(1, of("write")),
-        ]
-
-    def feed(self, work: PassBuilder, claim: Path, chunk: ChunkViews) -> None:
-        """Begin the views of a chunk; returns when there is room for another. Raises what went wrong since the last call."""
-        self._seconds["decode"] += chunk.decode_seconds
-        self._seconds["augment"] += chunk.augment_seconds
-        position = chunk.task.position
-        bad = {int(position[row]): reason for row, reason in chunk.bad.items()}
-        work.quarantine |= bad
-        refuse_too_many(
-            work.quarantine, len(work.order), self._cache.inventory, work.first, self._config.cache.max_quarantine
-        )
-        good = np.array([row for row in range(len(position)) if row not in chunk.bad], np.int64)
-        for v, unit in enumerate(work.units):
-            unit.drop(np.array(list(bad), np.int64))
-            mixing = tuple(torch.from_numpy(field) for field in unit.mixing_rows(position))
-            targets = self._lanes.submit(self._targets, chunk.pixels[v], mixing, good)
-            crc = chunk.crc[v][good]
-            self._underway.append(_Batch(work, claim, unit, len(position), position[good], crc, targets))
-        work.begun += len(position)
-        while len(self._underway) > self._lanes.room:
-            self._collect()
-        while self._writing and (self._writing[0].done() or len(self._writing) > 1):
-            self._committed()
-
-    def drain(self) -> None:
-        """Wait for all that was begun, and its commits."""
-        while self._underway:
-            self._collect()
-        while self._writing:
-            self._committed()
-
-    def _targets(
-        self, views_BHWC: torch.Tensor, mixing: tuple[torch.Tensor, ...], good: NDArray[np.int64]
-    ) -> tuple[dict[str, Arrays], float, float]:
-        """In a lane: mix a chunk as the student's input is mixed, run the teacher on it, padded to a fixed size, and encode
-        the rows `good`.
-
-        Returns: arrays by codec, and the seconds of teacher and encoding.
-        """
-        if len(good) == 0:
-            dense, logits = (torch.zeros(0, self._teacher.classes, *grid) for grid in (self._teacher.grid, ()))
-            return {name: codec.encode(dense, logits) for name, codec in self._cache.codecs.items()}, 0.0, 0.0
-        begun, device = time.perf_counter(), self._teacher.device
-        inputs = [t.to(device, non_blocking=True) for t in (views_BHWC, *mixing)]
-        keep = torch.from_numpy(good).to(device)
-        with self._lanes.launching():
-            pixels = mix_pixels(*inputs)
-            dense, logits = self._teacher.forward_dense(pad_rows(pixels, self._config.teacher.batch))
-            if len(good) < len(dense):
-                dense, logits = dense[keep], logits[keep]
-        middle = time.perf_counter()
-        encoded = {name: codec.encode(dense, logits) for name, codec in self._cache.codecs.items()}
-        return encoded, middle - begun, time.perf_counter() - middle
-
-    def _collect(self) -> None:
-        """Take the oldest batch's targets; the last one of a pass sends it to the writer."""
-        batch = self._underway.popleft()
-        encoded, forward, encode = batch.targets.result()
-        batch.unit.add(batch.position, batch.crc, encoded)
-        batch.work.rows += batch.rows
-        self.images += batch.rows
-        self.unreadable += batch.rows - len(batch.position)
-        self._seconds["teacher"] += forward
-        self._seconds["encode"] += encode
-        if batch.work.complete:
-            self._writing.append(self._writer.submit(self._commit, batch.work, batch.claim))
-
-    def _commit(self, work: PassBuilder, claim: Path) -> tuple[int, float]:
-        """In the writer: one commit a view, then the claim is given back. Returns units and seconds."""
-        clock = time.perf_counter()
-        for view, unit in zip(work.views, work.units, strict=True):
-            self._cache.add_unit(work.block, view, *unit.finish(), work.quarantine)
-        self._claims.release([claim])
-        return len(work.views), time.perf_counter() - clock
-
-    def _committed(self) -> None:
-        units, seconds = self._writing.popleft().result()
-        self.units += units
-        self._seconds["write"] += seconds
-
-
-def refuse_too_many(quarantine: dict[int, str], n: int, inventory: Inventory, first: int, limit: float) -> None:
-    """CacheError when more than `limit` of a block's n samples can't be decoded. quarantine: position -> reason."""
-    if len(quarantine) > max(1, limit * n):
-        position, reason = next(iter(quarantine.items()))
-        raise CacheError(
-            f"{len(quarantine)} of {n} images of a block are unreadable, more than cache.max_quarantine {limit}; the first is "
-            f"'{inventory.key(first + position)}': {reason}; mend the data set, or raise the limit"
-        )
 
 
 def render(report: CacheReport, console: Console) -> None:

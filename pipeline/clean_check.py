@@ -51,11 +51,6 @@ class CleanCheck:
         """The accuracy, for people."""
         return f"{100 * self.top1:.1f} % on {self.images} clean images of data.{self.data}"
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What the manifest keeps."""
-        return {"clean_top1": self.top1, "clean_images": self.images, "clean_data": self.data}
-
 
 def clean_check(teacher: Teacher, maker: ViewMaker, config: Config) -> CleanCheck:
     """Top-1 of the teacher on clean images spread over the classes, and whether order and normalisation are the right ones.

@@ -18,7 +18,7 @@ from cskd.errors import CacheError, ConfigError
 from cskd.files.folders import MARKER, mark
 from cskd.files.read import refuse_links
 from cskd.files.writer import LOCK
-from cskd.loading.live import LiveViews
+from cskd.loading.sources import ViewSource
 from cskd.machine.devices import uses_bf16
 from cskd.store.cache import Cache, first_difference
 from cskd.store.format import RESOLVED
@@ -67,7 +67,7 @@ def refuse_conflicts(config: Config, cache: Cache) -> None:
     for key in sorted(config.given):
         section, _, name = key.partition(".")
         if section == "recipe" or (section == "teacher" and name in _TEACHER):
-            made = cache.identity["recipe"] if section == "recipe" else cache.manifest["config"]["teacher"]
+            made = cache.identity.recipe if section == "recipe" else cache.manifest.config["teacher"]
             asked, cached = getattr(getattr(config, section), name), made[name]
             if key == "teacher.model":
                 asked, cached = Path(asked).name, Path(cached).name
@@ -80,7 +80,7 @@ def refuse_conflicts(config: Config, cache: Cache) -> None:
 def refuse_other_code(cache: Cache) -> None:
     """CacheError when this version of the program reads or augments images in another way than stage 1 did."""
     now = {"recipe_code": RECIPE_CODE_VERSION, "images": POLICY}
-    difference = first_difference({name: cache.identity.get(name) for name in now}, now)
+    difference = first_difference({name: getattr(cache.identity, name) for name in now}, now)
     if difference:
         key, old, new = difference
         raise CacheError(
@@ -129,7 +129,7 @@ def refuse_foreign(output: Path) -> None:
 
 def run_identity(
     config: Config,
-    source: Cache | LiveViews,
+    source: ViewSource,
     views: int,
     ranks: int,
     online: bool,

@@ -10,9 +10,9 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -61,12 +61,17 @@ class Check:
     advice: str = ""
 
 
-def doctor() -> dict[str, Any]:
-    """Look at this machine; nothing is changed but a temporary file in the current folder.
+@dataclass(frozen=True)
+class DoctorReport:
+    """ok: no row fails; warnings: rows that warn."""
 
-    Returns: {"ok": no row fails, "warnings": rows that warn, "checks": rows {"name", "value", "state": "ok" | "warn" | "fail",
-             "advice"}}, ready for JSON.
-    """
+    ok: bool
+    warnings: int
+    checks: list[Check]
+
+
+def doctor() -> DoctorReport:
+    """Look at this machine; nothing is changed but a temporary file in the current folder."""
     checks: list[Check] = []
     for name, probe in PROBES.items():
         try:
@@ -75,17 +80,17 @@ def doctor() -> dict[str, Any]:
             text = " ".join(str(e).split())
             checks.append(Check(name, f"{type(e).__name__}: {text}", "fail", "install cskd again in a new environment"))
     states = [c.state for c in checks]
-    return {"ok": "fail" not in states, "warnings": states.count("warn"), "checks": [asdict(c) for c in checks]}
+    return DoctorReport("fail" not in states, states.count("warn"), checks)
 
 
-def render(report: dict[str, Any], console: Console) -> None:
+def render(report: DoctorReport, console: Console) -> None:
     """`doctor()`'s report as a table, the rows to mend marked."""
     table = Table(box=None, pad_edge=False)
     for heading in ("", "what", "found", "what to do"):
         table.add_column(heading, overflow="fold")
-    for row in report["checks"]:
-        mark = Text(row["state"], {"ok": "green", "warn": "bold yellow", "fail": "bold red"}[row["state"]])
-        table.add_row(mark, Text(row["name"]), Text(row["value"]), Text(row["advice"]))
+    for row in report.checks:
+        mark = Text(row.state, {"ok": "green", "warn": "bold yellow", "fail": "bold red"}[row.state])
+        table.add_row(mark, Text(row.name), Text(row.value), Text(row.advice))
     console.print(table)
 
 

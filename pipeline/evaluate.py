@@ -15,7 +15,8 @@ from torch import Tensor
 from cskd.config import RecipeConfig
 from cskd.dataset.inventory import open_inventory
 from cskd.errors import DataError
-from cskd.loading.stage2 import UNREADABLE, Batch, BatchMaker, eval_tasks
+from cskd.loading.sources import Batch
+from cskd.loading.stage2 import UNREADABLE, BatchMaker, eval_tasks
 from cskd.loading.stream import Stream
 from cskd.machine.devices import arithmetic, autocast, pick_device, uses_bf16
 from cskd.machine.ranks import Ranks

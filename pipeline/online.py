@@ -24,11 +24,9 @@ from cskd.loading.stream import Stream
 from cskd.loading.targets import LiveTargets
 from cskd.machine.ranks import Ranks
 from cskd.store.identity import identity_of
-from cskd.store.manifest import fingerprint_of
-from cskd.store.seal import refuse_too_many_in_all
+from cskd.store.quarantine import refuse_too_many, refuse_too_many_in_all
 from cskd.teacher.model import load_teacher
 from cskd.views.maker import ViewMaker
-from pipeline.cache_teacher import refuse_too_many
 from pipeline.clean_check import clean_check
 from pipeline.measure_precision import measure_precision
 from pipeline.precheck import look_ahead
@@ -64,8 +62,8 @@ def open_online(config: Config, device: torch.device, ranks: Ranks, quiet: bool,
     bad, left_out = decodable(maker, config, ranks, quiet)
     notes.add(left_out)
     codecs = [get_codec(name, teacher.classes, teacher.grid).name for name in config.cache.codecs]
-    fingerprint = fingerprint_of(identity_of(inventory, config.recipe, teacher.fingerprint, teacher.grid, codecs))
-    views = LiveViews(inventory, config.recipe, config.cache.views, teacher.grid, bad, fingerprint)
+    identity = identity_of(inventory, config.recipe, teacher.fingerprint.facts, teacher.grid, codecs)
+    views = LiveViews(inventory, config.recipe, config.cache.views, teacher.grid, bad, identity.fingerprint)
     return Online(views, LiveTargets(teacher, config.loss, config.train.epochs))
 
 

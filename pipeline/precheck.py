@@ -25,9 +25,9 @@ from cskd.dataset.inventory import Inventory, open_inventory
 from cskd.errors import CacheError, ConfigError, CskdError, DataError, ImageError, StudentError
 from cskd.loading.live import LiveViews
 from cskd.loading.plan import PlanSpec
+from cskd.loading.sources import ViewSource
 from cskd.loading.targets import codec_for
 from cskd.method.losses import DistillationLoss
-from cskd.store.cache import Cache
 from cskd.store.format import MANIFEST
 from cskd.store.manifest import read_manifest
 from cskd.student import Student, build_student
@@ -110,7 +110,7 @@ def with_best(config: Config, student: Student) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(train, best=best))
 
 
-def open_plan(settings: TrainConfig, source: Cache | LiveViews, ranks: int = 1) -> PlanSpec:
+def open_plan(settings: TrainConfig, source: ViewSource, ranks: int = 1) -> PlanSpec:
     """Which views every epoch feeds. PlanError where views, repeats, batch and samples do not fit together."""
     return PlanSpec.over(
         source,
@@ -147,7 +147,7 @@ def _stage2(config: Config, inventory: Inventory, online: bool) -> Student | Non
     check_output(config.train)
     views = config.cache.views
     with contextlib.suppress(CacheError):  # there is none yet
-        views = max(views, read_manifest(Path(config.cache.path))["views"])
+        views = max(views, read_manifest(Path(config.cache.path)).views)
     if config.train.views > views:
         raise ConfigError(f"train.views is {config.train.views}, cache.views {views}; cache more, or use fewer")
     good = np.zeros(len(inventory), np.bool_)

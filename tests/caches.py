@@ -6,7 +6,6 @@ import io
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -19,11 +18,12 @@ from cskd.dataset.inventory import Inventory, Sample, ShardFile, write_inventory
 from cskd.seeds import view_seeds
 from cskd.store.cache import Cache, create_cache
 from cskd.store.identity import identity_of
+from cskd.store.manifest import Manifest
+from cskd.store.resolved import write_resolved
 from cskd.store.unit_builder import UnitBuilder
 from cskd.views.digest import pixel_crc
 from cskd.views.maker import ViewMaker
 from cskd.views.mixing import quads
-from pipeline.cache_teacher import write_resolved
 
 CLASSES = ["apple", "bee [bold]", "a very long class name indeed", "n01440764", "été"]
 
@@ -87,10 +87,15 @@ def make_tiny_cache(
     recipe = RecipeConfig(size=size, seed=7)
     teacher = {"model": "tiny", "weights_sha256": "0" * 64}
     raw = {"data": {"train": str(folder / "data")}, "recipe": to_dict(recipe), "cache": {"views": views}}
-    facts: dict[str, Any] = {"clean_top1": 0.5, "clean_images": n, "data": str(folder / "data")}
-    facts["config"] = to_dict(from_dict(raw))
-    identity = identity_of(inventory, recipe, teacher, grid, list(codecs))
-    cache = create_cache(folder / "cache", identity, views, facts, inventory)
+    manifest = Manifest(
+        identity=identity_of(inventory, recipe, teacher, grid, list(codecs)),
+        views=views,
+        config=to_dict(from_dict(raw)),
+        data=str(folder / "data"),
+        clean_top1=0.5,
+        clean_images=n,
+    )
+    cache = create_cache(folder / "cache", manifest, inventory)
     write_resolved(cache)
     maker = ViewMaker(inventory, recipe)
     for block in range(cache.blocks):

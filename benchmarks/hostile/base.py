@@ -29,7 +29,6 @@ from cskd.dataset.shard_reader import ShardReader
 from cskd.errors import CacheError
 from cskd.files.durable import json_bytes, json_hash
 from cskd.store.cache import open_cache
-from cskd.store.manifest import fingerprint_of
 from cskd.teacher.build import build
 from pipeline.cache_teacher import cache_teacher
 from pipeline.care.verify import verify
@@ -164,7 +163,7 @@ def read_teacher(weights: Path) -> None:
 
 def seal_manifest(manifest: dict[str, Any]) -> bytes:
     with contextlib.suppress(KeyError, TypeError, ValueError):
-        manifest["fingerprint"] = fingerprint_of(manifest["identity"])
+        manifest["fingerprint"] = json_hash(manifest["identity"])
     facts = {k: v for k, v in manifest.items() if k != "sha256"}
     return json_bytes({**facts, "sha256": json_hash(facts)})
 

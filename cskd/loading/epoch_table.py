@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from mmap import MADV_DONTNEED, mmap
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +24,7 @@ from numpy.typing import NDArray
 from cskd.errors import CacheError
 from cskd.files.scratch import reserve
 from cskd.loading.plan import EpochPlan
-
-if TYPE_CHECKING:
-    from cskd.loading.live import LiveViews
-    from cskd.store.cache import Cache
+from cskd.loading.sources import TargetSpec, ViewSource
 
 UNMAP = 32  # units after which the pages written so far are left to the system: no table then grows the process
 COPIED = ("seed", "digest", "mode", "lam", "box")
@@ -39,16 +36,6 @@ class EpochTable:
 
     columns: dict[str, NDArray[Any]]
     targets: list[str]
-
-
-@dataclass(frozen=True)
-class TargetSpec:
-    """Which targets the loss reads: 'none', 'global' (argmax g), 'cells' (and the CKF target of each cell at `blend`,
-    in 1/65536), or 'soft' (the codec's arrays)."""
-
-    kind: str
-    codec: str
-    blend: int
 
 
 def segments(
@@ -66,7 +53,7 @@ def segments(
 
 
 def build_table(
-    cache: Cache | LiveViews,
+    source: ViewSource,
     plan: EpochPlan,
     spec: TargetSpec,
     first: int,
@@ -84,19 +71,19 @@ def build_table(
     temp.mkdir(parents=True)
     columns: dict[str, NDArray[Any]] = {}
     targets: list[str] = []
-    for number, (block, of_view, rows) in enumerate(_units(cache.inventory.blocks, sample, view)):
+    for number, (block, of_view, rows) in enumerate(_units(source.inventory.blocks, sample, view)):
         if ended is not None and ended.is_set():
             shutil.rmtree(temp)
             raise CancelledError
-        unit = cache.read(block, of_view, spec.codec)
-        position = sample[rows] - cache.block_range(block)[0]
+        unit = source.read(block, of_view, spec.codec)
+        position = sample[rows] - source.block_range(block)[0]
         found = np.searchsorted(unit.position, position)
         if not np.array_equal(unit.position.take(found, mode="clip"), position):
             raise CacheError(
                 f"block {block}, view {of_view} quarantines other samples than the run was planned with; "
                 "`cskd verify` finds which of its units to make again"
             )
-        wanted = _targets(cache, spec, unit.targets, found)
+        wanted = _targets(source, spec, unit.targets, found)
         targets = list(wanted)
         for name, value in ({name: unit.fields[name].take(found, 0) for name in COPIED} | wanted).items():
             if name not in columns:
@@ -138,12 +125,12 @@ def _units(
 
 
 def _targets(
-    cache: Cache | LiveViews, spec: TargetSpec, arrays: dict[str, NDArray[Any]], found: NDArray[np.int64]
+    source: ViewSource, spec: TargetSpec, arrays: dict[str, NDArray[Any]], found: NDArray[np.int64]
 ) -> dict[str, NDArray[Any]]:
     """Columns of a unit's rows `found`."""
     if spec.kind == "none":
         return {}
-    codec = cache.codecs[spec.codec]
+    codec = source.codecs[spec.codec]
     if spec.kind == "soft":
         return {f"target.{name}": array for name, array in codec.take(arrays, found).items()}
     wanted: dict[str, NDArray[Any]] = {"global_class": codec.global_class(arrays)[found]}

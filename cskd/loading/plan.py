@@ -9,19 +9,15 @@ another 1/R of the quads with all R views. So no view is used twice before all h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cskd.config import RecipeConfig
 from cskd.errors import PlanError
+from cskd.loading.sources import ViewSource
 from cskd.seeds import hash64, permutation
 from cskd.views.mixing import quads
-
-if TYPE_CHECKING:
-    from cskd.loading.live import LiveViews
-    from cskd.store.cache import Cache
 
 # Rows of a quad in the order that puts each matching's pairs side by side; see `mixing.MATCHINGS`.
 PAIRED = np.array([[0, 1, 2, 3], [0, 2, 1, 3], [0, 3, 1, 2]])
@@ -73,7 +69,7 @@ class PlanSpec:
     @classmethod
     def over(
         cls,
-        source: Cache | LiveViews,
+        source: ViewSource,
         *,
         repeats: int,
         seed: int,

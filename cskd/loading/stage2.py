@@ -12,16 +12,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from cskd.errors import ImageError
 from cskd.loading.epoch_table import EpochTable, open_table
 from cskd.loading.shared import SharedBatch
+from cskd.loading.sources import Batch
 from cskd.views.digest import Recorded, check_view, pixel_crc, view_digest
 from cskd.views.maker import ViewMaker, clean_view
 from cskd.views.mixing import NONE, own_share
-
-Batch = dict[str, Tensor]
 
 UNREADABLE = -1  # label of an evaluation image that can't be decoded: no head gets it right, and it is counted
 

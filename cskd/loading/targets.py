@@ -6,7 +6,6 @@ Shapes: B batch, K classes, h w teacher grid (7 7).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,18 +13,12 @@ from torch import Tensor
 from cskd.codecs import Codec
 from cskd.config import LossConfig
 from cskd.errors import ConfigError, TeacherError
-from cskd.loading.epoch_table import TargetSpec
+from cskd.loading.sources import Batch, TargetSpec
 from cskd.method.ckf import blend_at, hard_targets
 from cskd.method.losses import HardTargets, MixedLabels, SoftTargets
 from cskd.store.cache import Cache
-from cskd.teacher.forwards import pad_rows
+from cskd.teacher.model import Teacher
 from cskd.views.mix_pixels import mixed_pixels
-
-if TYPE_CHECKING:
-    from cskd.teacher.model import Teacher
-
-Batch = dict[str, Tensor]
-
 
 _KINDS = {"none": "none", "deit-hard": "global", "cskd-hard": "cells"}  # of loss.method; the others are soft
 
@@ -47,6 +40,8 @@ def codec_for(method: str, codecs: Mapping[str, Codec], where: str) -> str:
 
 class CachedTargets:
     """Targets of a method from a cache. Raises ConfigError when the cache holds no codec that the method can read."""
+
+    runs_teacher = False
 
     def __init__(self, cache: Cache, config: LossConfig, epochs: int) -> None:
         self._config, self._epochs, self._codecs = config, epochs, cache.codecs
@@ -79,6 +74,8 @@ class CachedTargets:
 class LiveTargets:
     """Targets of a method from the teacher, run on the very images the student sees, in batches of the size stage 1 uses."""
 
+    runs_teacher = True
+
     def __init__(self, teacher: Teacher, config: LossConfig, epochs: int) -> None:
         self._teacher, self._config, self._epochs = teacher, config, epochs
         self._kind = _KINDS.get(config.method, "soft")
@@ -99,10 +96,8 @@ class LiveTargets:
         return HardTargets(image, hard_targets(dense_BKhw, global_BK, blend) if self._kind == "cells" else None)
 
     def _logits(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Dense [B, K, h, w] and global [B, K] logits; the last batch is padded, as in stage 1."""
-        size = self._teacher.batch
-        parts = [self._teacher.forward_dense(pad_rows(part, size)) for part in torch.split(pixels_BCHW, size)]
-        dense, image = (torch.cat(part)[: len(pixels_BCHW)] for part in zip(*parts, strict=True))
+        """Dense [B, K, h, w] and global [B, K] logits, from batches as in stage 1."""
+        dense, image = self._teacher.in_batches(pixels_BCHW)
         if not bool(dense.isfinite().all() & image.isfinite().all()):  # codecs refuse the same in stage 1
             raise TeacherError("the teacher's logits hold NaN or an infinity; check its weights and teacher.autocast")
         return dense, image
@@ -110,6 +105,8 @@ class LiveTargets:
 
 class NoTargets:
     """Of a run that is taught nothing but labels: neither cache nor teacher is asked."""
+
+    runs_teacher = False
 
     def spec(self, epoch: int) -> TargetSpec:
         """The epoch table holds views only."""

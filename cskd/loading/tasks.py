@@ -13,11 +13,10 @@ from pathlib import Path
 from threading import Event
 
 from cskd.files.scratch import refuse_small
-from cskd.loading.epoch_table import TargetSpec, build_table, segments
-from cskd.loading.live import LiveViews
+from cskd.loading.epoch_table import build_table, segments
 from cskd.loading.plan import PlanSpec, epoch_plan, rank_share
+from cskd.loading.sources import TargetSpec, ViewSource
 from cskd.loading.stage2 import EvalTask, TrainTask
-from cskd.store.cache import Cache
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class RunTasks:
 
     def __init__(
         self,
-        cache: Cache | LiveViews,
+        source: ViewSource,
         plan: PlanSpec,
         targets: Callable[[int], TargetSpec],
         evaluate: Callable[[int], list[EvalTask]],
@@ -49,7 +48,7 @@ class RunTasks:
         rank: int = 0,
         ahead: int | None = None,
     ) -> None:
-        self.cache, self.plan, self.targets, self.evaluate = cache, plan, targets, evaluate
+        self.source, self.plan, self.targets, self.evaluate = source, plan, targets, evaluate
         self.scratch, self.start, self.stop, self.rank = scratch, start, stop, rank
         self.read_seconds = 0.0  # spent in reading the cache and building tables
         self.ahead = ahead
@@ -93,7 +92,7 @@ class RunTasks:
                 stretch = Stretch(epoch, first // share, stop // share)
                 folder = self._folder(epoch) / f"{stretch.first:07d}"
                 clock = time.perf_counter()
-                table = build_table(self.cache, mine, self.targets(epoch), first, stop, folder, self._ended)
+                table = build_table(self.source, mine, self.targets(epoch), first, stop, folder, self._ended)
                 self.read_seconds += time.perf_counter() - clock
                 if begin == first:
                     longest = max(b - a for a, b in segments(mine, self.targets(epoch), share))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,38 +21,26 @@ from cskd.files.paths import local_path
 from cskd.files.read import refuse_links
 from cskd.seeds import view_seeds
 from cskd.store.commit import Commit, again, publish, read_commit, record_names, write_file
-from cskd.store.format import INVENTORY, MANIFEST, OWN_NAMES, VIEW_FIELDS, commit_file, record_name
-from cskd.store.manifest import begin_manifest, complete_manifest, read_manifest, write_manifest
+from cskd.store.format import INVENTORY, MANIFEST, OWN_NAMES, VIEW_FIELDS, Unit, commit_file, record_name
+from cskd.store.manifest import Manifest, begin_manifest, complete_manifest, read_manifest, write_manifest
 from cskd.store.unit import content_hash, pack_unit, read_unit
 from cskd.views.digest import Recorded
 from cskd.views.mixing import NONE, partners, quads
 
 
-@dataclass(frozen=True)
-class Unit:
-    """One view of one block, decoded. Row r is the block's sample `position[r]`.
-
-    position int64 [R]; fields, see `format.VIEW_FIELDS`; targets, the arrays of one codec.
-    """
-
-    position: NDArray[np.int64]
-    fields: dict[str, NDArray[Any]]
-    targets: Arrays
-
-
 class Cache:
     """An open cache. `root` folder; `manifest` its facts; `identity` the part that must never change."""
 
-    def __init__(self, root: Path, manifest: dict[str, Any], inventory: Inventory) -> None:
+    def __init__(self, root: Path, manifest: Manifest, inventory: Inventory) -> None:
         self.root, self.manifest, self.inventory = root, manifest, inventory
-        self.identity: dict[str, Any] = manifest["identity"]
-        self.fingerprint: str = manifest["fingerprint"]
-        self.views = int(manifest["views"])
-        self.grid: tuple[int, int] = tuple(self.identity["grid"])
+        self.identity, self.views = manifest.identity, manifest.views
+        self.fingerprint = self.identity.fingerprint
+        h, w = self.identity.grid
+        self.grid = h, w
         self.classes = inventory.classes
-        self.recipe = RecipeConfig(**self.identity["recipe"])
+        self.recipe = RecipeConfig(**self.identity.recipe)
         self.codecs: dict[str, Codec] = {
-            name: get_codec(name, len(self.classes), self.grid) for name in self.identity["codecs"]
+            name: get_codec(name, len(self.classes), self.grid) for name in self.identity.codecs
         }
         self._known: dict[int, tuple[set[str], dict[int, frozenset[int]]]] = {}  # see `_records`
 
@@ -164,7 +152,7 @@ class Cache:
 
     def recorded(self) -> Recorded:
         """What replayed views are checked against."""
-        return Recorded(self.quarantined(), self.manifest.get("versions", {}))
+        return Recorded(self.quarantined(), dict(self.manifest.versions or {}))
 
     def read(self, block: int, view: int, codec: str) -> Unit:
         """One unit with one codec's targets, checked against the inventory and the seeds of its view."""
@@ -234,35 +222,31 @@ class Cache:
         return h.hexdigest()
 
 
-def create_cache(
-    root: Path, identity: dict[str, Any], views: int, facts: dict[str, Any], inventory: Inventory
-) -> Cache:
-    """A new cache, or the one already at `root` when its identity is the same (then `views` may have grown).
+def create_cache(root: Path, manifest: Manifest, inventory: Inventory) -> Cache:
+    """A new cache, or the one already at `root` when its identity is the same (then only `views` counts: it may have grown).
 
-    identity: grid, codecs, recipe, recipe_code, teacher, inventory, classes; JSON-able. facts: versions, checks, paths.
     Raises:   CacheError naming the first field that differs, both values, and what to do.
     """
     refuse_links(root, OWN_NAMES, "cache.path")
-    identity = json.loads(json.dumps(identity))
     if (root / MANIFEST).exists():
         cache = open_cache(root)
         complete_manifest(root)
-        difference = first_difference(cache.identity, identity)
+        difference = first_difference(cache.identity.facts, manifest.identity.facts)
         if difference:
             field, old, new = difference
             raise CacheError(
                 f"{root} was made with {field} = {_short(old)}, this config has {_short(new)}; "
                 f"set {field} back, or cache into another folder (--set cache.path=...)"
             )
-        if views > cache.views:
-            write_manifest(root, {**cache.manifest, "views": views})
+        if manifest.views > cache.views:
+            write_manifest(root, replace(cache.manifest, views=manifest.views))
             cache = open_cache(root)
         return cache
     make_folder(root)
     if not (root / INVENTORY).exists():
         copy_inventory(inventory, root)
-    begin_manifest(root, {"identity": identity, "views": views, **facts})
-    return create_cache(root, identity, views, facts, inventory)  # another process may have been first
+    begin_manifest(root, manifest)
+    return create_cache(root, manifest, inventory)  # another process may have been first
 
 
 def open_cache(root: str | Path, data: Path | None = None, images: bool = True) -> Cache:
@@ -274,16 +258,14 @@ def open_cache(root: str | Path, data: Path | None = None, images: bool = True) 
     """
     root = local_path(root, "the cache")
     manifest = read_manifest(root)
-    shards = data or Path(manifest.get("data", "."))
+    shards = data or Path(manifest.data or ".")
     if not (root / INVENTORY).is_dir():
         raise CacheError(
             f"{root} has lost its {INVENTORY} folder, a copy of that of the data set; `cskd repair` copies it again"
         )
     inventory = open_inventory(root / INVENTORY, data=shards if images or data else None)
-    if inventory.id != manifest["identity"]["inventory"]:
-        raise CacheError(
-            f"{root}: its inventory is {inventory.id[:12]}, the manifest says {manifest['identity']['inventory'][:12]}"
-        )
+    if inventory.id != (stated := manifest.identity.inventory):
+        raise CacheError(f"{root}: its inventory is {inventory.id[:12]}, the manifest says {stated[:12]}")
     return Cache(root, manifest, inventory)
 
 

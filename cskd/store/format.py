@@ -31,9 +31,12 @@ written, so a missing one is corruption and never zeros.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 FORMAT = 1
 CHUNK_BYTES = 64 * 2**20
@@ -49,6 +52,19 @@ VIEW_FIELDS: dict[str, tuple[type[np.generic], tuple[str, ...]]] = {
     "lam": (np.uint16, ("sample",)),
     "box": (np.uint16, ("sample", "edge")),
 }
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One view of one block, decoded. Row r is the block's sample `position[r]`.
+
+    position int64 [R]; fields, see `VIEW_FIELDS`; targets, the arrays of one codec.
+    """
+
+    position: NDArray[np.int64]
+    fields: dict[str, NDArray[Any]]
+    targets: dict[str, NDArray[Any]]
+
 
 MANIFEST, MANIFEST_COPY = "manifest.json", "manifest.copy.json"
 RESOLVED = "resolved.yaml"

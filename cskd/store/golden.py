@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from cskd.errors import CacheError, CskdError, ImageError, ReplayError
 from cskd.seeds import hash64, permutation
-from cskd.store.cache import Cache, Unit
+from cskd.store.cache import Cache
+from cskd.store.format import Unit
 from cskd.views.digest import check_view, pixel_crc
 from cskd.views.maker import ViewMaker
 from cskd.views.versions import changed_versions
@@ -61,7 +62,7 @@ def check_versions(cache: Cache) -> str | None:
 
     Raises:  CacheError for the first view that differs.
     """
-    changed = changed_versions(cache.manifest.get("versions", {}))
+    changed = changed_versions(dict(cache.manifest.versions or {}))
     if not changed:
         return None
     count = 0

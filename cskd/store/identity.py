@@ -1,27 +1,91 @@
-"""What a cache is of: everything that decides its targets, as plain data that is compared field by field."""
+"""What a cache is of: everything that decides its targets, compared field by field, and hashed to its fingerprint."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from cskd.config import RecipeConfig, to_dict
+from cskd.codecs import get_codec
+from cskd.config import RecipeConfig, from_dict, to_dict
+from cskd.dataset.classes import MAX_CLASSES
 from cskd.dataset.images import POLICY
 from cskd.dataset.inventory import Inventory
+from cskd.errors import CskdError
+from cskd.files.durable import json_hash
+from cskd.store.facts import Facts
 from cskd.views.recipe import RECIPE_CODE_VERSION
+
+MAX_GRID = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity(Facts):
+    """Two caches with equal identities may be merged or resumed. Everything is as JSON has it: lists, no tuples."""
+
+    inventory: str  # its id
+    recipe: Mapping[str, Any]  # of `RecipeConfig`; caches of older versions lack its newer keys
+    teacher: Mapping[str, Any]  # `cskd.teacher.fingerprint.Fingerprint.facts`, of whichever version
+    grid: Sequence[int]  # h, w
+    codecs: Sequence[str]
+    classes: str | None = None  # sha256 of the class names
+    recipe_code: int | None = None  # version of the code that makes views by the recipe
+    images: Mapping[str, str] | None = None  # how images are read: `cskd.dataset.images.POLICY`
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the canonical JSON."""
+        return json_hash(self.facts)
+
+    @classmethod
+    def read(cls, raw: object) -> Identity:
+        """From JSON of anyone. Raises ValueError with the first field that can't be."""
+        if not isinstance(raw, dict):
+            raise ValueError("it has no identity")
+        grid, codecs, recipe = raw.get("grid"), raw.get("codecs"), raw.get("recipe")
+        if not isinstance(grid, list) or len(grid) != 2 or not all(type(n) is int and 1 <= n <= MAX_GRID for n in grid):
+            raise ValueError(f"its grid is {str(grid)[:40]}, expected [h, w] of 1 to {MAX_GRID} cells")
+        if not isinstance(codecs, list) or not codecs or not all(isinstance(name, str) for name in codecs):
+            raise ValueError(f"its codecs are {str(codecs)[:40]}, expected names")
+        if len(set(codecs)) < len(codecs):
+            raise ValueError(f"its codecs are {str(codecs)[:80]}, each of which may occur once")
+        named = isinstance(raw.get("teacher"), dict) and isinstance(raw.get("inventory"), str)
+        if not isinstance(recipe, dict) or not named:
+            raise ValueError("its identity has no recipe, teacher or inventory")
+        try:
+            for name in codecs:
+                get_codec(name, MAX_CLASSES, (grid[0], grid[1]))
+            if set(recipe) - set(RecipeConfig.__dataclass_fields__):
+                raise ValueError(f"its recipe has the keys {str(sorted(recipe))[:200]}")
+            read = json.loads(json.dumps(to_dict(from_dict({"recipe": recipe}).recipe)))
+            if changed := [
+                name for name, value in recipe.items() if read[name] != value
+            ]:  # a text that reads as a number
+                raise ValueError(f"its recipe.{changed[0]} is {str(recipe[changed[0]])[:40]!r}")
+        except CskdError as e:
+            raise ValueError(f"{e}") from None
+        return cls.of(raw)
 
 
 def identity_of(
-    inventory: Inventory, recipe: RecipeConfig, teacher: dict[str, Any], grid: tuple[int, int], codecs: list[str]
-) -> dict[str, Any]:
-    """The identity of a cache, JSON-able: two caches with equal identities may be merged or resumed."""
-    return {
+    inventory: Inventory,
+    recipe: RecipeConfig,
+    teacher: Mapping[str, Any],
+    grid: tuple[int, int],
+    codecs: Sequence[str],
+) -> Identity:
+    """The identity of the cache that stage 1 makes of these. teacher: `Fingerprint.facts`."""
+    facts = {
         "inventory": inventory.id,
         "classes": hashlib.sha256("\n".join(inventory.classes).encode()).hexdigest(),
         "recipe": to_dict(recipe),
         "recipe_code": RECIPE_CODE_VERSION,
         "images": POLICY,
         "teacher": teacher,
-        "grid": list(grid),
-        "codecs": list(codecs),
+        "grid": grid,
+        "codecs": codecs,
     }
+    return Identity.of(json.loads(json.dumps(facts)))

@@ -2,48 +2,102 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cskd.errors import CacheError
 from cskd.files.durable import json_bytes, json_hash, put
 from cskd.files.read import parse_json, read_file
+from cskd.store.facts import Facts
 from cskd.store.format import FORMAT, MANIFEST, MANIFEST_COPY
-from cskd.store.record_checks import check_manifest
+from cskd.store.identity import Identity
 
 RESTORE = (
     "`cskd repair` restores it from its second copy; else make the cache again in another folder (--set cache.path=...)"
 )
+MAX_VIEWS = 100_000
+_SEALS = ("format", "fingerprint", "sha256")
 
 
-def fingerprint_of(identity: dict[str, Any]) -> str:
-    """sha256 of the canonical JSON of a cache's identity."""
-    return json_hash(identity)
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Facts):
+    """What was known of a cache when it was begun, and how many views it has grown to. None: an older version kept none."""
+
+    identity: Identity
+    views: int
+    config: Mapping[str, Any] = field(default_factory=dict)  # that it was begun with, as it was recorded
+    data: str | None = None  # folder of the image shards
+    clean_top1: float | None = None  # of the teacher, on so many clean images of data.val or data.train
+    clean_images: int | None = None
+    clean_data: str | None = None
+    notes: Sequence[str] | None = None  # what there was to know of teacher and images
+    precision: Mapping[str, Any] | None = None  # `cskd.teacher.arithmetic.Precision.facts`
+    probe: Mapping[str, Any] | None = None  # `cskd.teacher.model.Teacher.probe`
+    threads: int | None = None  # of arithmetic in one forward
+    versions: Mapping[str, str] | None = None  # of libraries
+
+    @classmethod
+    def read(cls, raw: Mapping[str, Any]) -> Manifest:
+        """From JSON of anyone, with its hashes or without. Raises ValueError with the first field that can't be.
+
+        The hashes are no secret, so anyone can write a valid one: everything that becomes a number of loops or bytes is
+        bounded.
+        """
+        _check_views(raw.get("views"))
+        identity = Identity.read(raw.get("identity"))
+        if not str(raw.get("data", "")).isprintable():
+            raise ValueError("its data is a path with characters that control a terminal")
+        _check_probe(raw.get("probe", {}))
+        for name, kind in (("data", str), ("versions", dict), ("probe", dict), ("config", dict)):
+            if name in raw and not isinstance(raw[name], kind):
+                raise ValueError(f"its {name} is {str(raw[name])[:40]}")
+        config, notes, top1 = raw.get("config", {}), raw.get("notes", []), raw.get("clean_top1")
+        if not all(isinstance(config.get(name), dict) for name in ("cache", "teacher", "data")):
+            raise ValueError("its config has a section that is no mapping")
+        if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+            raise ValueError(f"its notes are {str(notes)[:40]}, expected texts")
+        _check_precision(raw.get("precision"))
+        if top1 is not None and not isinstance(top1, int | float):
+            raise ValueError(f"its clean_top1 is {str(top1)[:40]}")
+        if (data := raw.get("clean_data")) not in (None, "val", "train"):
+            raise ValueError(f"its clean_data is {str(data)[:40]}, expected val or train")
+        return cls.of({key: value for key, value in raw.items() if key not in _SEALS} | {"identity": identity})
+
+    @property
+    def sealed(self) -> dict[str, Any]:
+        """The JSON object of its file: facts, format, fingerprint, and the hash over all of that."""
+        identity = self.identity
+        facts = {**self.facts, "identity": identity.facts, "format": FORMAT, "fingerprint": identity.fingerprint}
+        return {**facts, "sha256": json_hash(facts)}
 
 
-def begin_manifest(root: Path, manifest: dict[str, Any]) -> None:
+def begin_manifest(root: Path, manifest: Manifest) -> None:
     """Put the manifest of a new cache in place; of several processes the first one counts, whatever its identity."""
-    put(root / MANIFEST, json_bytes(_sealed(manifest)), first=True)
+    put(root / MANIFEST, json_bytes(manifest.sealed), first=True)
     complete_manifest(root)
 
 
 def complete_manifest(root: Path) -> None:
     """Write the second copy where it is missing, as after a death between the two."""
     if not (root / MANIFEST_COPY).exists():
-        put(root / MANIFEST_COPY, json_bytes(read_manifest(root)))
+        put(root / MANIFEST_COPY, json_bytes(read_manifest(root).sealed))
 
 
-def write_manifest(root: Path, manifest: dict[str, Any]) -> None:
-    """Replace both copies; 'format', 'fingerprint' and 'sha256' are set here."""
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Replace both copies."""
     for name in (MANIFEST_COPY, MANIFEST):
-        put(root / name, json_bytes(_sealed(manifest)))
+        put(root / name, json_bytes(manifest.sealed))
 
 
-def read_manifest(root: Path, name: str = MANIFEST) -> dict[str, Any]:
+def read_manifest(root: Path, name: str = MANIFEST) -> Manifest:
     """The manifest, or its copy. CacheError when there is none, when it is of another format, or damaged."""
     path = root / name
     try:
-        manifest = parse_json(read_file(path))
+        raw = parse_json(read_file(path))
     except FileNotFoundError:
         if name == MANIFEST and (root / MANIFEST_COPY).exists():
             raise CacheError(f"{path} is missing; {RESTORE}") from None
@@ -54,24 +108,42 @@ def read_manifest(root: Path, name: str = MANIFEST) -> dict[str, Any]:
         ) from None
     except (ValueError, OSError) as e:
         raise CacheError(f"{path} is not readable: {e}; {RESTORE}") from None
-    if not isinstance(manifest, dict):
-        raise CacheError(f"{path} holds a {type(manifest).__name__}, expected a mapping; {RESTORE}")
-    if manifest.get("format") != FORMAT:
-        mend = "cache it again" if type(manifest.get("format")) is int else RESTORE
-        raise CacheError(f"{path} has format {str(manifest.get('format'))[:40]}, this version reads {FORMAT}; {mend}")
-    facts = {key: value for key, value in manifest.items() if key != "sha256"}
-    if json_hash(facts) != manifest.get("sha256"):
+    if not isinstance(raw, dict):
+        raise CacheError(f"{path} holds a {type(raw).__name__}, expected a mapping; {RESTORE}")
+    if raw.get("format") != FORMAT:
+        mend = "cache it again" if type(raw.get("format")) is int else RESTORE
+        raise CacheError(f"{path} has format {str(raw.get('format'))[:40]}, this version reads {FORMAT}; {mend}")
+    if json_hash({key: value for key, value in raw.items() if key != "sha256"}) != raw.get("sha256"):
         raise CacheError(f"{path} does not match its own hash; {RESTORE}")
     try:
-        check_manifest(manifest)
+        manifest = Manifest.read(raw)
     except ValueError as e:
         raise CacheError(f"{path} is no manifest of a cache: {e}; {RESTORE}") from None
-    if fingerprint_of(manifest["identity"]) != manifest["fingerprint"]:
+    if manifest.identity.fingerprint != raw.get("fingerprint"):
         raise CacheError(f"{path} does not match its own fingerprint; {RESTORE}")
     return manifest
 
 
-def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
-    facts = {**manifest, "format": FORMAT, "fingerprint": fingerprint_of(manifest["identity"])}
-    facts.pop("sha256", None)
-    return {**facts, "sha256": json_hash(facts)}
+def _check_views(views: object) -> None:
+    if type(views) is not int or not 1 <= views <= MAX_VIEWS:
+        raise ValueError(f"its views are {str(views)[:40]}, expected 1 to {MAX_VIEWS}")
+
+
+def _check_probe(probe: object) -> None:
+    for name in ("global", "dense"):
+        try:
+            np.asarray(probe.get(name, []) if isinstance(probe, dict) else None, dtype=np.float64)
+        except (ValueError, TypeError, OverflowError):
+            raise ValueError(f"its probe has {name} logits that are no numbers") from None
+
+
+def _check_precision(facts: object) -> None:
+    """Of the share of targets that the teacher's arithmetic changes (`cskd.teacher.arithmetic`); older caches lack it."""
+    if facts is None:
+        return
+    if not isinstance(facts, dict) or not all(isinstance(facts.get(name), str) for name in ("backbone", "head")):
+        raise ValueError(f"its precision is {str(facts)[:40]}")
+    share, blends = facts.get("cells_differ"), facts.get("by_blend")
+    measured = isinstance(blends, dict) and all(isinstance(v, int | float) for v in (share, *blends.values()))
+    if not (share is None or measured) or type(facts.get("views")) is not int:
+        raise ValueError(f"its precision has the share {str(share)[:40]}")

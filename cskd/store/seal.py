@@ -17,6 +17,7 @@ from cskd.files.read import parse_json, read_file
 from cskd.store.cache import Cache
 from cskd.store.format import FORMAT, SEAL
 from cskd.store.manifest import read_manifest
+from cskd.store.quarantine import refuse_too_many_in_all
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,6 @@ def seal_cache(cache: Cache, max_quarantine: float) -> Seal:
     return seal
 
 
-def refuse_too_many_in_all(unreadable: int, n: int, limit: float) -> None:
-    """CacheError when more than `limit` of all n images can't be decoded; one is always borne. Stage 1 stops at such a block,
-    but bears one in each: many small blocks would hide what a large one shows."""
-    if unreadable > max(1, limit * n):
-        raise CacheError(
-            f"{unreadable} of {n} images are unreadable, more than cache.max_quarantine {limit}; mend the data set and cache it "
-            "anew, or raise the limit and run the same command again"
-        )
-
-
 def check_seal(cache: Cache, seal: Seal, hashes: Mapping[tuple[int, int], str] | None = None) -> None:
     """CacheError when the units are not those that were sealed. hashes: see `Cache.content_root`."""
     found = cache.content_root(seal.views, hashes)
@@ -98,7 +89,7 @@ def read_seal(cache: Cache) -> Seal | None:
         written = read_file(path)
         facts = parse_json(written)
         seal = Seal(**facts["seal"])
-        fits = seal.views > 0 and (seal.views <= cache.views or seal.views <= read_manifest(cache.root)["views"])
+        fits = seal.views > 0 and (seal.views <= cache.views or seal.views <= read_manifest(cache.root).views)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as e:

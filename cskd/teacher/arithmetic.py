@@ -6,6 +6,7 @@ and with them the winner of every cell that was nearly a tie. `cskd.teacher.prec
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,7 @@ class Precision:
         return [f"{in_words(self.facts)}; targets are exact relative to the arithmetic the teacher runs in"]
 
 
-def in_words(facts: dict[str, Any]) -> str:
+def in_words(facts: Mapping[str, Any]) -> str:
     """`Precision.facts` as part of a line."""
     runs = f"the teacher's backbone runs in {facts['backbone']}, its head in {facts['head']}"
     if facts["cells_differ"] is None:

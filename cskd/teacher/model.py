@@ -9,8 +9,6 @@ Only the backbone may be autocast or compiled. Pooling and classifier run in flo
 from __future__ import annotations
 
 import hashlib
-import json
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +22,9 @@ from cskd.errors import TeacherError, one_line
 from cskd.machine.devices import uses_bf16
 from cskd.teacher.build import build, build_model, weights_sha256
 from cskd.teacher.class_map import class_map
+from cskd.teacher.fingerprint import Fingerprint
 from cskd.teacher.fold import fold_norms
-from cskd.teacher.forwards import count_teacher_images, pad_rows
+from cskd.teacher.forwards import count_teacher_images
 from cskd.teacher.fuse import fuse_activations
 from cskd.teacher.heads import Head, find_head, full_precision, keep_classes
 from cskd.teacher.lanes import threads_of_a_lane
@@ -42,8 +41,6 @@ __all__ = [
     "load_teacher",
     "probe_images",
 ]
-
-_COUNTING = threading.Lock()  # stage 1 runs forwards in several threads
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -94,7 +91,7 @@ class Teacher:
     preprocess: Preprocess
     device: torch.device
     image_size: int  # pixels of the recipe's views
-    batch: int  # images a forward that the caller should keep to; part of the fingerprint
+    batch: int  # images of a forward of `in_batches`; part of the fingerprint
     bf16: bool  # the backbone is autocast
     dtype: torch.dtype  # of weights and arithmetic
     head: Head
@@ -104,10 +101,9 @@ class Teacher:
     chosen: tuple[int, ...]  # [K], which of the network's outputs each logit is
     outputs: int  # of the network
     pools: bool  # dense logits are pooled to `grid`
-    fingerprint: dict[str, Any]  # JSON-able; equal ones mean the same function from pixels to logits, up to rounding
+    fingerprint: Fingerprint
     notes: list[str]  # what a user should know, one line each
     reentrant: bool  # forwards may run in several threads at once: not those of the user's own code, nor compiled ones
-    forwards: int = 0  # images run through the network since it was loaded
 
     # no_grad, not inference_mode: online distillation saves these outputs for the student's backward pass, which
     # inference tensors refuse.
@@ -115,9 +111,33 @@ class Teacher:
     def forward_dense(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Dense and global logits of mixed views.
 
+        In one forward, or `in_batches` where the network is compiled: a program is made for one number of rows.
+
         Args:    float32 [B, 3, H, W], RGB in 0..255, at the recipe's size; resized to the teacher's where that differs.
         Returns: dense float32 [B, K, h, w] (K innermost in memory), global float32 [B, K].
         """
+        return self.in_batches(pixels_BCHW) if self.fingerprint.compile else self._forward(pixels_BCHW)
+
+    @torch.no_grad()
+    def in_batches(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward_dense` in forwards of exactly `batch` rows, the last one padded with copies of an image.
+
+        A logit's last bits depend on how many rows a forward has: stage 1 and a live teacher keep to this number.
+        """
+        parts = [self._padded(part) for part in torch.split(pixels_BCHW, self.batch)]
+        if len(parts) == 1:
+            return parts[0]
+        dense_BKhw, global_BK = (torch.cat(part) for part in zip(*parts, strict=True))
+        return dense_BKhw, global_BK
+
+    def _padded(self, part_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        rows = len(part_BCHW)
+        if rows < self.batch:
+            part_BCHW = torch.cat([part_BCHW, part_BCHW[:1].expand(self.batch - rows, -1, -1, -1)])
+        dense_BKhw, global_BK = self._forward(part_BCHW)
+        return dense_BKhw[:rows], global_BK[:rows]
+
+    def _forward(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         features = self._features(self.backbone, pixels_BCHW)
         with full_precision(self.device):
             dense_BKhw, global_BK = self.head.dense(features)
@@ -137,22 +157,15 @@ class Teacher:
 
     def probe(self) -> dict[str, Any]:
         """JSON-able outputs on eight synthetic images: random projections of the logits. See `compare_probe`."""
-        pixels = _probe_pixels(self.image_size)
-        rows = self.batch if self.fingerprint["compile"] else len(pixels)  # a program is compiled for one size of batch
-        parts = []
         with threads_of_a_lane(self.device, self.reentrant):
-            for part in torch.split(pixels, rows):
-                parts.append([logits[: len(part)] for logits in self.forward_dense(pad_rows(part, rows))])
-        dense_BKhw, global_BK = (torch.cat(part) for part in zip(*parts, strict=True))
+            dense_BKhw, global_BK = self.forward_dense(_probe_pixels(self.image_size))
         return {
-            "autocast": self.fingerprint["autocast"],
+            "autocast": self.fingerprint.autocast,
             "global": project(global_BK, "probe global"),
             "dense": project(dense_BKhw, "probe dense"),
         }
 
     def _features(self, backbone: Callable[[Tensor], Tensor], pixels_BCHW: Tensor) -> Tensor:
-        with _COUNTING:
-            self.forwards += len(pixels_BCHW)
         count_teacher_images(len(pixels_BCHW))
         x = self.prepare(pixels_BCHW).to(self.dtype)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
@@ -209,28 +222,26 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
         notes.append(
             f"teacher.dense: per_cell: the head is not linear, cells don't average to the image's logits (gap {head.gap:.2g})"
         )
-    fingerprint = {
-        **built.source,
-        "weights_sha256": weights,
-        "mean": list(preprocess.mean),
-        "std": list(preprocess.std),
-        "interpolation": preprocess.interpolation,
-        "input_size": preprocess.size,
-        "image_size": image_size,
-        "dtype": config.dtype,
-        "autocast": "bf16" if bf16 else "none",
-        "channels_last": config.channels_last,
-        "compile": config.compile,
-        "batch": config.batch,
-        "dense": config.dense,
-        "head": head.kind,
-        "grid": list(grid),
-        "classes": len(class_names),
-        "class_map": None if indices is None else hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest(),
-    }
-    if config.fold:  # absent where it is off, as in caches older than it
-        fingerprint["fold"] = True
-    _refuse_unstorable(fingerprint)
+    fingerprint = Fingerprint(
+        source=built.source,
+        weights_sha256=weights,
+        mean=preprocess.mean,
+        std=preprocess.std,
+        interpolation=preprocess.interpolation,
+        input_size=preprocess.size,
+        image_size=image_size,
+        dtype=config.dtype,
+        autocast="bf16" if bf16 else "none",
+        channels_last=config.channels_last,
+        compile=config.compile,
+        batch=config.batch,
+        dense=config.dense,
+        head=head.kind,
+        grid=grid,
+        classes=len(class_names),
+        class_map=None if indices is None else hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest(),
+        fold=config.fold,
+    )
     return Teacher(
         classes=len(class_names),
         grid=grid,
@@ -250,7 +261,6 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
         fingerprint=fingerprint,
         notes=notes,
         reentrant="file_sha256" not in built.source and not config.compile,
-        forwards=len(images),
     )
 
 
@@ -332,12 +342,3 @@ def _stated_stride(model: Any) -> int | None:
         return int(model.feature_info[-1]["reduction"])
     except (AttributeError, LookupError, TypeError, ValueError):
         return None
-
-
-def _refuse_unstorable(fingerprint: dict[str, Any]) -> None:
-    try:
-        json.dumps(fingerprint, allow_nan=False)
-    except (TypeError, ValueError) as e:
-        raise TeacherError(
-            f"teacher.kwargs must be plain values, they are part of the fingerprint: {one_line(e)}"
-        ) from None

@@ -12,7 +12,6 @@ from torch import Tensor
 from cskd.codecs.base import quantise_blend
 from cskd.method.ckf import hard_targets
 from cskd.teacher.arithmetic import BLENDS, REFERENCE, Precision
-from cskd.teacher.forwards import pad_rows
 from cskd.teacher.heads import full_precision
 from cskd.teacher.lanes import threads_of_a_lane
 
@@ -35,7 +34,7 @@ def arithmetic(teacher: Teacher) -> str:
 
 def is_reference(teacher: Teacher) -> bool:
     """Whether the teacher runs as REFERENCE does."""
-    changed = teacher.fingerprint["compile"] or teacher.fingerprint.get("fold", False)
+    changed = teacher.fingerprint.compile or teacher.fingerprint.fold
     return arithmetic(teacher) == REFERENCE and not changed
 
 
@@ -48,15 +47,14 @@ def measure(teacher: Teacher, plain: Teacher | None, views_BCHW: Tensor) -> Prec
     if plain is None:
         return Precision(arithmetic(teacher), head, None, 0)
     differing, cells = dict.fromkeys(BLENDS, 0), 0
-    compiled = bool(teacher.fingerprint["compile"])  # for one number of rows
-    for part in torch.split(views_BCHW, teacher.batch if compiled else ROWS):
-        mine = _logits(teacher, pad_rows(part, teacher.batch) if compiled else part)
+    for part in torch.split(views_BCHW, teacher.batch if teacher.fingerprint.compile else ROWS):
+        mine = _logits(teacher, part)
         with full_precision(plain.device):
             its = _logits(plain, part)
         cells += its[0][:, 0].numel()
         for blend in BLENDS:
             a, b = (hard_targets(dense, image, quantise_blend(blend)) for dense, image in (mine, its))
-            differing[blend] += int((a[: len(b)] != b).sum())
+            differing[blend] += int((a != b).sum())
     shares = {f"{blend:g}": count / max(1, cells) for blend, count in differing.items()}
     return Precision(arithmetic(teacher), head, shares, len(views_BCHW))
 

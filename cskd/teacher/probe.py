@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,7 +42,7 @@ def project(logits: Tensor, purpose: str) -> list[list[float]]:
     return [[float(f"{v:.6g}") for v in row] for row in flat @ signs / math.sqrt(n)]
 
 
-def compare_probe(a: dict[str, Any], b: dict[str, Any]) -> str | None:
+def compare_probe(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
     """How two `Teacher.probe` results differ, or None where only arithmetic noise does.
 
     What tells one probe image from another is the yardstick. Measured with MobileNetV2 at 224 pixels: another padding

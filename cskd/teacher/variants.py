@@ -76,8 +76,8 @@ class _Trial:
         self._clean: dict[int, Tensor] = {}
 
     def right(self, variant: Variant, rows: Ints) -> NDArray[np.bool_]:
-        """Which of the images `rows` the same network gets right. Its fingerprint and count of images stay what they are."""
-        prepare = Prepare(variant.preprocess, self.teacher.device, self.teacher.fingerprint["channels_last"])
+        """Which of the images `rows` the same network gets right. Its fingerprint stays what it is."""
+        prepare = Prepare(variant.preprocess, self.teacher.device, self.teacher.fingerprint.channels_last)
         other = dataclasses.replace(self.teacher, preprocess=variant.preprocess, prepare=prepare)
         pixels = (self.clean(i, variant.preprocess) for i in rows.tolist())
         said = predictions(other, (x.flip(0) if variant.bgr else x for x in pixels))

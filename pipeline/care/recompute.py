@@ -13,9 +13,9 @@ from cskd.config import TeacherConfig
 from cskd.errors import CacheError
 from cskd.machine.devices import pick_device
 from cskd.machine.threads import begun_with, choose_threads, computing_with
-from cskd.store.cache import Cache, Unit, first_difference
+from cskd.store.cache import Cache, first_difference
+from cskd.store.format import Unit
 from cskd.store.golden import golden_rows, replay_golden
-from cskd.teacher.forwards import pad_rows
 from cskd.teacher.lanes import threads_of_a_lane
 from cskd.teacher.model import Teacher, compare_probe, load_teacher
 from cskd.views.maker import ViewMaker
@@ -62,9 +62,9 @@ def recompute(cache: Cache, count: int, device: str, quiet: bool) -> Recomputed:
     Raises:  TeacherError where it can't be built; CacheError where it is not the cache's, naming the field.
     """
     teacher = load_teacher(
-        TeacherConfig(**cache.manifest["config"]["teacher"]), cache.classes, pick_device(device), cache.recipe.size
+        TeacherConfig(**cache.manifest.config["teacher"]), cache.classes, pick_device(device), cache.recipe.size
     )
-    different = first_difference(cache.identity["teacher"], teacher.fingerprint)
+    different = first_difference(cache.identity.teacher, teacher.fingerprint.facts)
     if different:
         field, old, new = different
         raise CacheError(
@@ -77,7 +77,7 @@ def recompute(cache: Cache, count: int, device: str, quiet: bool) -> Recomputed:
     margin, largest = 0.0, 0.0
     threads = choose_threads()
     if not teacher.reentrant:
-        threads, _ = begun_with(cache.manifest.get("threads"), threads, asked=False)
+        threads, _ = begun_with(cache.manifest.threads, threads, asked=False)
     total = min(count, made_views(cache))
     with computing_with(threads.count), Progress("recompute", total, "views", quiet=quiet) as progress:
         for block, view, unit, rows in golden_rows(cache, count):
@@ -102,7 +102,7 @@ def recompute(cache: Cache, count: int, device: str, quiet: bool) -> Recomputed:
         agreement=1.0 - differing / max(1, lookups),
         largest_margin=margin,
         largest_logit_difference=largest if soft else None,
-        probe=compare_probe(cache.manifest["probe"], teacher.probe()),
+        probe=compare_probe(cache.manifest.probe or {}, teacher.probe()),
     )
 
 
@@ -123,8 +123,8 @@ def _logits(
     partner = torch.arange(len(pixels)) ^ 1
     mixed = mix_pixels(pairs, *(f.to(teacher.device) for f in (partner, *fields)))[::2]
     with threads_of_a_lane(teacher.device, teacher.reentrant):
-        dense, whole = teacher.forward_dense(pad_rows(mixed, teacher.batch))
-    return dense[: len(rows)].cpu(), whole[: len(rows)].cpu()
+        dense, whole = teacher.in_batches(mixed)
+    return dense.cpu(), whole.cpu()
 
 
 def _differing(dense: torch.Tensor, image: torch.Tensor, blend: int, stored: NDArray[np.uint16]) -> tuple[int, float]:

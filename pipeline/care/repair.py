@@ -13,7 +13,6 @@ import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,9 +26,10 @@ from cskd.files.read import read_file
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import read_commit
 from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, commit_file
-from cskd.store.manifest import read_manifest, write_manifest
+from cskd.store.manifest import Manifest, read_manifest, write_manifest
+from cskd.store.resolved import write_resolved
 from cskd.store.seal import Seal, read_seal, seal_cache
-from pipeline.cache_teacher import cache_teacher, write_resolved
+from pipeline.cache_teacher import cache_teacher
 from pipeline.care.verify import check_units, uneven, wrong_resolved
 from pipeline.outputs import sole_repair
 
@@ -79,7 +79,7 @@ def _repair(path: Path, data: Path | None, quiet: bool) -> RepairReport:
                 for block, view in with_record - withdrawn.keys()
             }
     rebuilt = 0
-    config = from_dict(cache.manifest["config"])
+    config = from_dict(dict(cache.manifest.config))
     if withdrawn or missing:
         try:
             made = replace(
@@ -103,7 +103,7 @@ def _repair(path: Path, data: Path | None, quiet: bool) -> RepairReport:
 
 def _images(cache: Cache, data: Path | None) -> Path:
     """The folder of the images that the cache was made from. DataError where they are not there, or not those."""
-    folder = data or Path(cache.manifest["data"])
+    folder = data or Path(cache.manifest.data or ".")
     try:
         inventory = open_inventory(folder)
     except DataError as e:
@@ -124,7 +124,7 @@ def _what(error: str) -> str:
 
 def _restore_manifests(path: Path) -> list[str]:
     """Mend the manifest and its copy; one line for each that was not as it was written."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Manifest] = {}
     wrong: dict[str, str] = {}
     for name in (MANIFEST, MANIFEST_COPY):
         try:
@@ -135,11 +135,11 @@ def _restore_manifests(path: Path) -> list[str]:
         raise CacheError(f"{path}: both copies of its manifest are damaged; {MANIFEST}: {wrong[MANIFEST]}")
     right = _that_of_the_records(path, list(found.values()))
     for name, manifest in found.items():
-        if manifest["fingerprint"] != right["fingerprint"]:
+        if manifest.identity.fingerprint != right.identity.fingerprint:
             wrong[name] = "is another cache's: the one that the units are of counts"
         elif manifest != right:
             wrong[name] = "differs from the other one, which speaks of the units that are there"
-        elif read_file(path / name) != json_bytes(right):
+        elif read_file(path / name) != json_bytes(right.sealed):
             wrong[name] = "was not, byte for byte, what was written"
     if wrong:
         write_manifest(path, right)
@@ -151,13 +151,13 @@ def _restore_inventory(path: Path, data: Path | None) -> list[str]:
     manifest = read_manifest(path)
     try:
         check_copy(path / INVENTORY)
-        if (there := read_header(path / INVENTORY)["id"]) != manifest["identity"]["inventory"]:
+        if (there := read_header(path / INVENTORY)["id"]) != manifest.identity.inventory:
             raise CacheError(f"{path / INVENTORY} is that of another data set, {there[:12]}")
         return []
     except CskdError as e:
         wrong = f"{INVENTORY}: {e}"
-    original = open_inventory(data or Path(manifest["data"]), verify=True)
-    if original.id != manifest["identity"]["inventory"]:
+    original = open_inventory(data or Path(manifest.data or "."), verify=True)
+    if original.id != manifest.identity.inventory:
         raise CacheError(
             f"{path}: its inventory is damaged, and {original.root} holds another data set; say with --data where the "
             "images are that it was made from"
@@ -167,7 +167,7 @@ def _restore_inventory(path: Path, data: Path | None) -> list[str]:
     return [wrong]
 
 
-def _that_of_the_records(path: Path, found: list[dict[str, Any]]) -> dict[str, Any]:
+def _that_of_the_records(path: Path, found: list[Manifest]) -> Manifest:
     """Of the manifests that are whole, the one that speaks of most units: a valid one of another cache would withdraw all.
 
     Raises:  CacheError where there are units, and none is of any manifest.
@@ -182,14 +182,15 @@ def _that_of_the_records(path: Path, found: list[dict[str, Any]]) -> dict[str, A
             fingerprints[commit.fingerprint] += 1
             views[commit.fingerprint, commit.view] += 1
 
-    def units(manifest: dict[str, Any]) -> int:
-        return sum(n for (of, view), n in views.items() if of == manifest["fingerprint"] and view < manifest["views"])
+    def units(manifest: Manifest) -> int:
+        own = manifest.identity.fingerprint
+        return sum(n for (of, view), n in views.items() if of == own and view < manifest.views)
 
     best = max(found, key=units)  # the first of equals
     if fingerprints and not units(best):
         raise CacheError(
             f"{path}: its {fingerprints.total()} commit records are of fingerprint {fingerprints.most_common(1)[0][0][:12]}, its manifest of "
-            f"{best['fingerprint'][:12]}: it is another cache's; put the right {MANIFEST} back"
+            f"{best.identity.fingerprint[:12]}: it is another cache's; put the right {MANIFEST} back"
         )
     return best
 

@@ -23,12 +23,12 @@ from cskd.dataset.shard_reader import ShardReader
 from cskd.errors import CacheError, CskdError, DataError, ReadError
 from cskd.files.durable import json_bytes
 from cskd.files.read import read_file
-from cskd.store.cache import Cache, Unit, open_cache
+from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import Commit, UnitFile, record_names
-from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, commit_file
+from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, Unit, commit_file
+from cskd.store.resolved import resolved_of
 from cskd.store.seal import Seal, check_seal, read_seal
 from cskd.store.unit import content_hash
-from pipeline.cache_teacher import resolved_of
 from pipeline.care.recompute import Recomputed, recompute, replay_again
 from pipeline.show.progress import Progress, say
 
@@ -222,7 +222,7 @@ def check_frame(cache: Cache) -> list[str]:
     """What is wrong with a cache's files outside its units: manifest, inventory and resolved config, one line each."""
     errors = []
     written = read_file(cache.root / MANIFEST)
-    if written != json_bytes(cache.manifest):
+    if written != json_bytes(cache.manifest.sealed):
         errors.append(f"{cache.root / MANIFEST} is not, byte for byte, what was written; `cskd repair` restores it")
     try:
         if read_file(cache.root / MANIFEST_COPY) != written:

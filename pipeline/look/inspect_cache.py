@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.cells import cell_len, set_cell_size
@@ -23,12 +23,26 @@ from rich.text import Text
 
 from cskd.codecs.base import quantise_blend
 from cskd.errors import CacheError, CskdError, printable
-from cskd.store.cache import Cache, Unit, open_cache
+from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import Commit
+from cskd.store.format import FORMAT, Unit
 from cskd.store.seal import read_seal
 from cskd.teacher.arithmetic import in_words
 from cskd.views.mixing import NONE
 from pipeline.look.inspect_sample import BLENDS, describe_sample, find_sample, hard_codec, sample_picture, sheet
+from pipeline.look.inspection import (
+    Agreement,
+    CodecFacts,
+    Inspection,
+    InventoryFacts,
+    Quarantined,
+    SampleFacts,
+    Segments,
+    TeacherFacts,
+    UnitCounts,
+    UnitPlace,
+    Unreadable,
+)
 from pipeline.outputs import refuse_png, save_png
 
 __all__ = ["inspect", "render", "sample_picture", "sheet"]
@@ -49,8 +63,8 @@ def inspect(
     blend: float = 0.5,
     png: Path | None = None,
     measured_units: int = MEASURED_UNITS,
-) -> dict[str, Any]:
-    """Facts about a cache, JSON-able; see the keys below.
+) -> Inspection:
+    """Facts about a cache.
 
     Args:    data, folder of the image shards where they have moved; sample, key or number of one to show, in this view
              and at this blend; png, where to write its picture, or a sheet of a few samples where none is named;
@@ -63,42 +77,40 @@ def inspect(
     opened = open_cache(cache, data)
     blend_of_codec = quantise_blend(blend)  # refuses before any work is done
     commits, errors = _commits(opened)
-    measured = _measure(opened, commits, measured_units, errors)
+    measured, agreement, segments = _measure(opened, commits, measured_units, errors)
     identity, manifest = opened.identity, opened.manifest
-    facts: dict[str, Any] = {
-        "cache": str(cache),
-        "format": manifest["format"],
-        "fingerprint": opened.fingerprint,
-        "inventory": {
-            "id": opened.inventory.id,
-            "samples": opened.inventory.n,
-            "classes": len(opened.classes),
-            "blocks": opened.blocks,
-        },
-        "teacher": {
-            "model": identity["teacher"].get("model"),
-            "weights_sha256": identity["teacher"].get("weights_sha256"),
-            "clean_top1": manifest.get("clean_top1"),
-            "clean_images": manifest.get("clean_images"),
-            "clean_data": manifest.get("clean_data"),
-            "notes": manifest.get("notes", []),
-            "precision": manifest.get("precision"),
-        },
-        "grid": list(opened.grid),
-        "recipe": identity["recipe"],
-        "units": _units(opened, commits, errors),
-        "sealed": not errors and _is_sealed(opened, len(commits)),
-        "codecs": _codecs(opened, [commit for unit, commit in commits.items() if unit not in errors]),
-        "quarantined": _quarantined(opened, commits),
-        **measured,
-        "errors": [f"block {b}, view {v}: {reason}" for (b, v), reason in sorted(errors.items())],
-    }
     chosen = None if sample is None else find_sample(opened, sample)
+    found = Inspection(
+        cache=str(cache),
+        format=FORMAT,
+        fingerprint=opened.fingerprint,
+        inventory=InventoryFacts(opened.inventory.id, opened.inventory.n, len(opened.classes), opened.blocks),
+        teacher=TeacherFacts(
+            model=identity.teacher.get("model"),
+            weights_sha256=identity.teacher.get("weights_sha256"),
+            clean_top1=manifest.clean_top1,
+            clean_images=manifest.clean_images,
+            clean_data=manifest.clean_data,
+            notes=manifest.notes or [],
+            precision=manifest.precision,
+        ),
+        grid=list(opened.grid),
+        recipe=identity.recipe,
+        units=_units(opened, commits, errors),
+        sealed=not errors and _is_sealed(opened, len(commits)),
+        codecs=_codecs(opened, [commit for unit, commit in commits.items() if unit not in errors]),
+        quarantined=_quarantined(opened, commits),
+        measured_units=measured,
+        agreement=agreement,
+        segments_per_cell=segments,
+        errors=[f"block {b}, view {v}: {reason}" for (b, v), reason in sorted(errors.items())],
+    )
     if chosen is not None:
-        facts["sample"] = describe_sample(opened, chosen, view, blend_of_codec / quantise_blend(1.0))
+        blend = blend_of_codec / quantise_blend(1.0)
+        found = replace(found, sample=describe_sample(opened, chosen, view, blend))
     if png is not None:
-        facts["png"] = str(_write_png(opened, commits, chosen, view, png))
-    return facts
+        found = replace(found, png=str(_write_png(opened, commits, chosen, view, png)))
+    return found
 
 
 def _commits(cache: Cache) -> tuple[dict[tuple[int, int], Commit], dict[tuple[int, int], str]]:
@@ -120,16 +132,16 @@ def _commits(cache: Cache) -> tuple[dict[tuple[int, int], Commit], dict[tuple[in
     return commits, errors
 
 
-def _units(cache: Cache, commits: dict[tuple[int, int], Commit], errors: dict[tuple[int, int], str]) -> dict[str, Any]:
+def _units(cache: Cache, commits: dict[tuple[int, int], Commit], errors: dict[tuple[int, int], str]) -> UnitCounts:
     everything = [(b, v) for b in range(cache.blocks) for v in range(cache.views)]
     missing = [unit for unit in everything if unit not in commits and unit not in errors]
-    return {
-        "views": cache.views,
-        "total": len(everything),
-        "present": len(everything) - len(missing) - len(errors),
-        "missing": len(missing),
-        "first_missing": [{"block": b, "view": v} for b, v in missing[:LISTED]],
-    }
+    return UnitCounts(
+        views=cache.views,
+        total=len(everything),
+        present=len(everything) - len(missing) - len(errors),
+        missing=len(missing),
+        first_missing=[UnitPlace(b, v) for b, v in missing[:LISTED]],
+    )
 
 
 def _is_sealed(cache: Cache, present: int) -> bool:
@@ -140,8 +152,7 @@ def _is_sealed(cache: Cache, present: int) -> bool:
     return seal is not None and seal.views == cache.views and seal.units == present
 
 
-def _codecs(cache: Cache, commits: Iterable[Commit]) -> dict[str, dict[str, Any]]:
-    """Bytes of every codec over all units that exist, and what it can do."""
+def _codecs(cache: Cache, commits: Iterable[Commit]) -> dict[str, CodecFacts]:
     size, targets, rows = Counter[str](), Counter[str](), Counter[str]()
     for commit in commits:
         for file in commit.files:
@@ -149,32 +160,35 @@ def _codecs(cache: Cache, commits: Iterable[Commit]) -> dict[str, dict[str, Any]
             targets[file.codec] += file.target_bytes
             rows[file.codec] += commit.cached
     return {
-        name: {
-            "bytes": size[name],
-            "target_bytes_per_view": targets[name] / max(1, rows[name]),
-            "unit_bytes_per_view": size[name] / max(1, rows[name]),
-            "exact_hard": codec.exact_hard,
-            "soft": codec.soft,
-            "error": codec.error,
-        }
+        name: CodecFacts(
+            bytes=size[name],
+            target_bytes_per_view=targets[name] / max(1, rows[name]),
+            unit_bytes_per_view=size[name] / max(1, rows[name]),
+            exact_hard=codec.exact_hard,
+            soft=codec.soft,
+            error=codec.error,
+        )
         for name, codec in cache.codecs.items()
     }
 
 
-def _quarantined(cache: Cache, commits: dict[tuple[int, int], Commit]) -> dict[str, Any]:
+def _quarantined(cache: Cache, commits: dict[tuple[int, int], Commit]) -> Quarantined:
     reasons = {
         cache.block_range(block)[0] + int(position): reason
         for (block, _), commit in commits.items()
         for position, reason in commit.quarantine.items()
     }
     first = sorted(reasons)[:LISTED]
-    return {"samples": len(reasons), "first": [{"key": cache.inventory.key(i), "reason": reasons[i]} for i in first]}
+    return Quarantined(len(reasons), [Unreadable(cache.inventory.key(i), reasons[i]) for i in first])
 
 
 def _measure(
     cache: Cache, commits: dict[tuple[int, int], Commit], count: int, errors: dict[tuple[int, int], str]
-) -> dict[str, Any]:
-    """Figures that need targets, from `count` units spread over the cache; a unit that can't be read joins `errors`."""
+) -> tuple[int, dict[str, Agreement], Segments | None]:
+    """Figures that need targets, from `count` units spread over the cache; a unit that can't be read joins `errors`.
+
+    Returns: how many units were read, and what they hold.
+    """
     usable = sorted(unit for unit in commits if unit not in errors)
     picked = [usable[i] for i in np.unique(np.linspace(0, len(usable) - 1, min(count, len(usable))).astype(int))]
     name = hard_codec(cache)
@@ -192,16 +206,15 @@ def _measure(
             extra = unit.targets["n_extra"]
             segments.update(cells=extra.size, extra=int(extra.sum()))
             most = max(most, 1 + int(extra.max(initial=0)))
-    facts: dict[str, Any] = {"measured_units": read, "agreement": {}}
+    agreement = {}
     for kind, counted in cells.items():
         if counted["samples"]:
-            share = {
-                name: {f"{a:g}": counted[f"{name} {a:g}"] / counted["cells"] for a in BLENDS} for name in AGREEMENT
-            }
-            facts["agreement"][kind] = {"samples": counted["samples"], **share}
-    if segments["cells"]:
-        facts["segments_per_cell"] = {"mean": 1 + segments["extra"] / segments["cells"], "most": most}
-    return facts
+            own, own_or_partner = (
+                {f"{a:g}": counted[f"{labels} {a:g}"] / counted["cells"] for a in BLENDS} for labels in AGREEMENT
+            )
+            agreement[kind] = Agreement(counted["samples"], own, own_or_partner)
+    found = Segments(1 + segments["extra"] / segments["cells"], most) if segments["cells"] else None
+    return read, agreement, found
 
 
 def _count_agreement(cache: Cache, block: int, unit: Unit, name: str, cells: dict[str, Counter[str]]) -> None:
@@ -236,7 +249,7 @@ def _write_png(cache: Cache, commits: dict[tuple[int, int], Commit], sample: int
     return path
 
 
-def render(facts: dict[str, Any], console: Console) -> None:
+def render(facts: Inspection, console: Console) -> None:
     """The facts for people."""
     lines = [(name, Text(printable(value))) for name, value in _lines(facts)]
     if console.is_terminal:
@@ -249,77 +262,73 @@ def render(facts: dict[str, Any], console: Console) -> None:
     else:
         for name, value in lines:
             console.print(Text(f"{name}: ").append(value), soft_wrap=True)
-    if "sample" in facts:
+    if facts.sample is not None:
         console.print()
-        for line in _sample_lines(facts["sample"], console.width if console.is_terminal else None):
+        for line in _sample_lines(facts.sample, console.width if console.is_terminal else None):
             console.print(Text(printable(line)), soft_wrap=True)
-    if "png" in facts:
-        console.print(Text(f"picture in {printable(facts['png'])}"), soft_wrap=True)
+    if facts.png is not None:
+        console.print(Text(f"picture in {printable(facts.png)}"), soft_wrap=True)
 
 
-def _lines(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
-    inventory, units, teacher = facts["inventory"], facts["units"], facts["teacher"]
-    yield "cache", f"{facts['cache']}, fingerprint {facts['fingerprint'][:12]}"
+def _lines(facts: Inspection) -> Iterable[tuple[str, str]]:
+    inventory, units, teacher = facts.inventory, facts.units, facts.teacher
+    yield "cache", f"{facts.cache}, fingerprint {facts.fingerprint[:12]}"
     yield (
         "inventory",
-        f"{inventory['samples']:,} samples, {inventory['classes']:,} classes, {_count(inventory['blocks'], 'block')}, "
-        f"id {inventory['id'][:12]}",
+        f"{inventory.samples:,} samples, {inventory.classes:,} classes, {_count(inventory.blocks, 'block')}, "
+        f"id {inventory.id[:12]}",
     )
-    top1 = teacher["clean_top1"]
-    measured = "" if top1 is None else f", top-1 {100 * top1:.1f} % on {teacher['clean_images']} clean images"
-    measured += f" of data.{teacher['clean_data']}" if teacher["clean_data"] else ""
-    yield "teacher", f"{teacher['model']}, grid {facts['grid'][0]} x {facts['grid'][1]}{measured}"
-    if teacher["precision"] and not any(in_words(teacher["precision"]) in note for note in teacher["notes"]):
-        yield "", f"({in_words(teacher['precision'])})"
-    for note in teacher["notes"]:
+    top1 = teacher.clean_top1
+    measured = "" if top1 is None else f", top-1 {100 * top1:.1f} % on {teacher.clean_images} clean images"
+    measured += f" of data.{teacher.clean_data}" if teacher.clean_data else ""
+    yield "teacher", f"{teacher.model}, grid {facts.grid[0]} x {facts.grid[1]}{measured}"
+    if teacher.precision and not any(in_words(teacher.precision) in note for note in teacher.notes):
+        yield "", f"({in_words(teacher.precision)})"
+    for note in teacher.notes:
         yield "", f"({note})"
-    state = f"{units['present']:,} of {units['total']:,} present ({_count(units['views'], 'view')})"
-    if units["missing"]:
-        first = units["first_missing"][0]
-        state += f", {units['missing']:,} missing, the first block {first['block']}, view {first['view']}"
-    elif not facts["errors"]:
-        state += ", sealed" if facts["sealed"] else ", not sealed"
+    state = f"{units.present:,} of {units.total:,} present ({_count(units.views, 'view')})"
+    if units.missing:
+        first = units.first_missing[0]
+        state += f", {units.missing:,} missing, the first block {first.block}, view {first.view}"
+    elif not facts.errors:
+        state += ", sealed" if facts.sealed else ", not sealed"
     yield "units", state
-    for name, codec in facts["codecs"].items():
-        hard = "exact hard targets" if codec["exact_hard"] else "approximate hard targets"
+    for name, codec in facts.codecs.items():
+        hard = "exact hard targets" if codec.exact_hard else "approximate hard targets"
         yield (
             f"codec {name}",
-            f"{codec['target_bytes_per_view']:,.0f} bytes a view, {codec['unit_bytes_per_view']:,.0f} with seeds and "
-            f"digests, {codec['bytes'] / 1e6:,.1f} MB in all; {hard}{', soft ones' if codec['soft'] else ''}",
+            f"{codec.target_bytes_per_view:,.0f} bytes a view, {codec.unit_bytes_per_view:,.0f} with seeds and "
+            f"digests, {codec.bytes / 1e6:,.1f} MB in all; {hard}{', soft ones' if codec.soft else ''}",
         )
-    bad = facts["quarantined"]
-    yield "quarantined", f"{bad['samples']:,}" + "".join(f"; '{q['key']}': {q['reason']}" for q in bad["first"])
-    if "segments_per_cell" in facts:
-        yield (
-            "segments",
-            f"{facts['segments_per_cell']['mean']:.2f} a cell, {facts['segments_per_cell']['most']} at most",
-        )
-    for kind, shares in facts["agreement"].items():
-        labels = ["own label", "own or partner's"][: 2 if kind == "mixed" else 1]
-        values = [
-            f"{label} {' / '.join(f'{100 * share:.1f}' for share in shares[what].values())} %"
-            for label, what in zip(labels, AGREEMENT, strict=False)
-        ]
-        blends = " / ".join(shares["own"])
-        yield f"cells, {kind}", f"{', '.join(values)} at blends {blends} ({shares['samples']:,} views)"
-    if facts["measured_units"] < units["present"]:
-        yield "", f"(segments and agreement from {facts['measured_units']} of the units)"
-    for error in facts["errors"][:LISTED]:
+    bad = facts.quarantined
+    yield "quarantined", f"{bad.samples:,}" + "".join(f"; '{one.key}': {one.reason}" for one in bad.first)
+    if (segments := facts.segments_per_cell) is not None:
+        yield "segments", f"{segments.mean:.2f} a cell, {segments.most} at most"
+    for kind, agreement in facts.agreement.items():
+        shares = {"own label": agreement.own}
+        if kind == "mixed":
+            shares["own or partner's"] = agreement.own_or_partner
+        values = [f"{label} {' / '.join(f'{100 * s:.1f}' for s in of.values())} %" for label, of in shares.items()]
+        blends = " / ".join(agreement.own)
+        yield f"cells, {kind}", f"{', '.join(values)} at blends {blends} ({agreement.samples:,} views)"
+    if facts.measured_units < units.present:
+        yield "", f"(segments and agreement from {facts.measured_units} of the units)"
+    for error in facts.errors[:LISTED]:
         yield "error", error
-    if len(facts["errors"]) > LISTED:
-        yield "error", f"and {len(facts['errors']) - LISTED} more; see --json"
+    if len(facts.errors) > LISTED:
+        yield "error", f"and {len(facts.errors) - LISTED} more; see --json"
 
 
-def _sample_lines(sample: dict[str, Any], columns: int | None) -> Iterable[str]:
+def _sample_lines(sample: SampleFacts, columns: int | None) -> Iterable[str]:
     """What the sample is, then its cells as aligned columns, in `columns` of the terminal where there is one."""
-    words, mixing = sample["names"], sample["mixing"]
-    mixed = mixing["mode"]
-    if "partner" in mixing:
-        mixed += f" with '{mixing['partner']}' ({words[mixing['partner_label']]}), own share {mixing['own_share']:.2f}"
-    yield f"sample {sample['sample']} '{sample['key']}', label {words[sample['label']]}, view {sample['view']}, {mixed}"
-    yield f"replay: {sample['replay']}"
-    yield f"targets at blend {sample['blend']:g} (1 = each cell's own, 0 = the image's: {words[sample['image_class']]})"
-    cells = [[printable(words[c]) for c in row] for row in sample["cells"]]
+    words, mixing = sample.names, sample.mixing
+    mixed = mixing.mode
+    if mixing.partner is not None and mixing.partner_label is not None:
+        mixed += f" with '{mixing.partner}' ({words[mixing.partner_label]}), own share {mixing.own_share:.2f}"
+    yield f"sample {sample.sample} '{sample.key}', label {words[sample.label]}, view {sample.view}, {mixed}"
+    yield f"replay: {sample.replay}"
+    yield f"targets at blend {sample.blend:g} (1 = each cell's own, 0 = the image's: {words[sample.image_class]})"
+    cells = [[printable(words[c]) for c in row] for row in sample.cells]
     width = min(NAME_CELLS, max(cell_len(word) for row in cells for word in row))
     if columns is not None:
         width = max(3, min(width, columns // len(cells[0]) - 2))

@@ -21,6 +21,7 @@ from cskd.errors import CacheError, CskdError, DataError
 from cskd.store.cache import Cache
 from cskd.views.digest import check_view, pixel_crc
 from cskd.views.mixing import CUTMIX, MIXUP, NONE, own_share
+from pipeline.look.inspection import Mixing, SampleFacts
 from pipeline.look.pictures import (
     GAP,
     class_key,
@@ -173,8 +174,8 @@ def entropy(codec: Codec, arrays: Arrays) -> NDArray[np.float64]:
     return np.asarray(-(np.exp(logs) * logs).sum(0))
 
 
-def describe_sample(cache: Cache, sample: int, view: int, blend: float) -> dict[str, Any]:
-    """One sample as JSON-able facts: what it is, how it was mixed, whether it replays, and its grid of class names."""
+def describe_sample(cache: Cache, sample: int, view: int, blend: float) -> SampleFacts:
+    """One sample as facts: what it is, how it was mixed, whether it replays, and its grid of class names."""
     cached = cached_view(cache, sample, view)
     cells = hard_targets(cache, cached, blend)
     try:
@@ -184,27 +185,27 @@ def describe_sample(cache: Cache, sample: int, view: int, blend: float) -> dict[
         replayed = f"no: {e}"
     names = cache.classes
     shown = {names[c] for c in [*np.unique(cells), cached.label]}
-    mixing: dict[str, Any] = {"mode": cached.mode, "own_share": cached.share}
+    mixing = Mixing(cached.mode, cached.share)
     if cached.partner is not None:
-        partner_label = int(cached.partner_fields["label"])
-        mixing |= {"partner": cache.inventory.key(cached.partner), "partner_label": names[partner_label]}
-        mixing |= {"box": [int(v) for v in cached.fields["box"]]} if cached.mode == "cutmix" else {}
-        shown.add(names[partner_label])
+        partner_label = names[int(cached.partner_fields["label"])]
+        box = [int(v) for v in cached.fields["box"]] if cached.mode == "cutmix" else None
+        mixing = Mixing(cached.mode, cached.share, cache.inventory.key(cached.partner), partner_label, box)
+        shown.add(partner_label)
     words = readable(sorted(shown))
-    return {
-        "sample": sample,
-        "key": cached.key,
-        "view": view,
-        "seed": f"{int(cached.fields['seed']):016x}",
-        "label": names[cached.label],
-        "mixing": mixing,
-        "replay": replayed,
-        "codec": hard_codec(cache),
-        "blend": blend,
-        "image_class": names[int(hard_targets(cache, cached, 0.0)[0, 0])],
-        "cells": [[names[int(c)] for c in row] for row in cells],
-        "names": dict(zip(sorted(shown), words, strict=True)),
-    }
+    return SampleFacts(
+        sample=sample,
+        key=cached.key,
+        view=view,
+        seed=f"{int(cached.fields['seed']):016x}",
+        label=names[cached.label],
+        mixing=mixing,
+        replay=replayed,
+        codec=hard_codec(cache),
+        blend=blend,
+        image_class=names[int(hard_targets(cache, cached, 0.0)[0, 0])],
+        cells=[[names[int(c)] for c in row] for row in cells],
+        names=dict(zip(sorted(shown), words, strict=True)),
+    )
 
 
 def sample_picture(cache: Cache, sample: int, view: int, side: int = 320) -> Image.Image:

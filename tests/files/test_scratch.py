@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 
-import pipeline.train
+import pipeline.training_run
 from cskd.config import from_dict
 from cskd.errors import CacheError
 from cskd.files.scratch import clear_scratch, new_scratch, refuse_small
-from cskd.loading.epoch_table import TargetSpec, build_table, open_table
+from cskd.loading.epoch_table import build_table, open_table
 from cskd.loading.plan import PlanSpec, epoch_plan
+from cskd.loading.sources import TargetSpec
 from cskd.loading.stage2 import TrainTask
 from cskd.loading.tasks import RunTasks
 from cskd.store.cache import Cache
@@ -70,7 +71,7 @@ def test_no_scratch_lies_in_the_output_and_none_is_left(
         seen.append(new_scratch(*arguments))  # type: ignore[arg-type]
         return seen[-1]
 
-    monkeypatch.setattr(pipeline.train, "new_scratch", noted)
+    monkeypatch.setattr(pipeline.training_run, "new_scratch", noted)
     train(from_dict(settings(made, output)), quiet=True)
     assert len(seen) == 1 and seen[0].parent == temp
     assert list(temp.iterdir()) == [others] and not left.exists()

@@ -6,6 +6,7 @@ import io
 import os
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from cskd.packing.payloads import payloads
 from cskd.packing.sources import open_source
 from cskd.packing.tars import decompressed, members
 from cskd.store.cache import create_cache
-from cskd.store.record_checks import check_manifest
+from cskd.store.manifest import Manifest
 from cskd.store.unit_layout import frame_size
 from cskd.teacher.build import build_model
 from pipeline.care.gc import gc
@@ -235,11 +236,11 @@ def test_a_config_can_t_make_the_program_write_outside_its_output_folder(tmp_pat
     cache = make_tiny_cache(tmp_path / "tiny", views=1)
     (cache.root / "claims").symlink_to(tmp_path / "project")
     with pytest.raises(OSError, match=r"a link inside cache\.path"):
-        create_cache(cache.root, cache.identity, 1, {}, cache.inventory)
+        create_cache(cache.root, cache.manifest, cache.inventory)
 
 
 def test_a_number_of_the_recipe_that_is_written_as_a_text_is_refused(tmp_path: Path) -> None:
     cache = make_tiny_cache(tmp_path)
-    recipe = {**cache.identity["recipe"], "flip": "0.5"}
+    identity = replace(cache.identity, recipe={**cache.identity.recipe, "flip": "0.5"})
     with pytest.raises(ValueError, match=r"its recipe\.flip is '0\.5'"):
-        check_manifest({**cache.manifest, "identity": {**cache.identity, "recipe": recipe}})
+        Manifest.read(replace(cache.manifest, identity=identity).sealed)

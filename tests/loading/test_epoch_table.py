@@ -12,8 +12,9 @@ import pytest
 
 from cskd.codecs.base import BLEND_ONE
 from cskd.errors import CacheError
-from cskd.loading.epoch_table import TargetSpec, build_table, open_table, segments
+from cskd.loading.epoch_table import build_table, open_table, segments
 from cskd.loading.plan import PlanSpec, epoch_plan
+from cskd.loading.sources import TargetSpec
 from cskd.loading.stage2 import EvalTask, TrainTask
 from cskd.loading.tasks import RunTasks
 from cskd.store.cache import Cache

@@ -18,7 +18,7 @@ import cskd.views.ops
 from cskd.errors import CacheError, ConfigError, ReplayError
 from cskd.store.cache import open_cache
 from cskd.store.format import SEAL, commit_file
-from cskd.store.manifest import write_manifest
+from cskd.store.manifest import Manifest, write_manifest
 from cskd.views.mixing import CUTMIX, MIXUP, NONE
 from pipeline.cache_teacher import cache_teacher
 from pipeline.care.verify import verify
@@ -163,7 +163,7 @@ def test_one_changed_recipe_field_is_refused(base: Path) -> None:
     path.write_text(json.dumps(manifest))
     with pytest.raises(CacheError, match="does not match its own hash"):
         train(config(base), quiet=True)
-    write_manifest(base / "cache", manifest)
+    write_manifest(base / "cache", Manifest.read(manifest))
     with pytest.raises(CacheError, match="was made for fingerprint"):
         train(config(base), quiet=True)
 

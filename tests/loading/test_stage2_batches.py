@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from cskd.errors import ReplayError
-from cskd.loading.epoch_table import TargetSpec
 from cskd.loading.plan import PlanSpec
+from cskd.loading.sources import TargetSpec
 from cskd.loading.stage2 import BatchMaker, TrainTask
 from cskd.loading.tasks import RunTasks
 from cskd.store.cache import Cache

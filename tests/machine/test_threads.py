@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-import pipeline.cache_teacher
 import pipeline.train
+import pipeline.training_run
+import pipeline.unit_line
 from cskd.errors import ConfigError
 from cskd.machine import cores as cores_module
 from cskd.machine import threads as threads_module
@@ -307,8 +308,8 @@ def test_a_state_without_threads_is_of_the_same_run_and_is_noted(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"output": str(tmp_path / "run"), "max_steps": 1}
-    kept = pipeline.train.run_identity
-    monkeypatch.setattr(pipeline.train, "run_identity", lambda *a: Older(kept(*a)))
+    kept = pipeline.training_run.run_identity
+    monkeypatch.setattr(pipeline.training_run, "run_identity", lambda *a: Older(kept(*a)))
     train(config(base, train=settings), quiet=True)
     monkeypatch.undo()
     notes = train(config(base, train={**settings, "max_steps": 2}), quiet=True).notes
@@ -341,19 +342,19 @@ def test_stage_1_says_its_threads_and_a_cache_of_own_code_keeps_them(
 ) -> None:
     """A user's own network runs one batch at a time on all cores; a forward that is split otherwise has other last bits."""
     seen: list[int] = []
-    launching = pipeline.cache_teacher.Lanes.launching
+    launching = pipeline.unit_line.Lanes.launching
 
     def recording(self: Any) -> Any:
         seen.append(torch.get_num_threads())
         return launching(self)
 
-    monkeypatch.setattr(pipeline.cache_teacher.Lanes, "launching", recording)
+    monkeypatch.setattr(pipeline.unit_line.Lanes, "launching", recording)
     monkeypatch.setattr(threads_module, "usable_cores", lambda: Cores(3))
     cache = {"path": str(tmp_path / "cache"), "views": 1}
     notes = cache_teacher(config(base, cache=cache), quiet=True).notes
     assert notes[-1].startswith("3 threads of 3 cores (affinity), ")
     assert set(seen) == {3}
-    assert open_cache(tmp_path / "cache").manifest["threads"] == 3
+    assert open_cache(tmp_path / "cache").manifest.threads == 3
     monkeypatch.setattr(threads_module, "usable_cores", lambda: Cores(2))
     seen.clear()
     notes = cache_teacher(config(base, cache={**cache, "views": 2}), quiet=True).notes
@@ -375,7 +376,7 @@ def test_the_content_of_a_cache_does_not_depend_on_threads(base: Path, tmp_path:
         roots.add(
             cache_teacher(config(base, teacher=teacher, cache=cache, student={"model": ""}), quiet=True).content_root
         )
-        assert open_cache(tmp_path / f"{threads}").manifest["threads"] == 1  # of a forward: a lane has one
+        assert open_cache(tmp_path / f"{threads}").manifest.threads == 1  # of a forward: a lane has one
     assert len(roots) == 1
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import pipeline.online
-import pipeline.train
+import pipeline.training_run
 from cskd.config import Config, from_dict, to_yaml
 from cskd.errors import CacheError, ConfigError
 from cskd.student.checkpoint import load_student
@@ -212,14 +212,14 @@ def test_a_head_that_the_loss_does_not_train_is_named_at_the_start(
 
 def old_run(monkeypatch: pytest.MonkeyPatch, settings: Config) -> None:
     """A run that was cut, as a version without `loss.baseline_head` left it."""
-    real = pipeline.train.run_identity
+    real = pipeline.training_run.run_identity
 
     def before(*args: Any) -> dict[str, Any]:
         identity = real(*args)
         return identity | {"loss": {k: v for k, v in identity["loss"].items() if k != "baseline_head"}}
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.train, "run_identity", before)
+        patch.setattr(pipeline.training_run, "run_identity", before)
         train(settings, quiet=True)
 
 

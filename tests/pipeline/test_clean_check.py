@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from cskd.errors import DataError, TeacherError
 from cskd.machine.ranks import start_ranks
 from cskd.packing.pack import pack
 from cskd.store.cache import open_cache
-from cskd.store.record_checks import check_manifest
+from cskd.store.manifest import Manifest
 from cskd.teacher.forwards import teacher_images
 from cskd.teacher.model import Teacher, load_teacher
 from cskd.views.maker import ViewMaker
@@ -233,10 +232,10 @@ def test_the_check_leaves_the_teacher_as_it_is_and_counts_what_it_shows_it(base:
     settings = config(base, kwargs={"mean": WRONG["Inception's"][0], "std": WRONG["Inception's"][1]}, check="note")
     inventory = open_inventory(Path(settings.data.train))
     teacher = load_teacher(settings.teacher, inventory.classes, torch.device("cpu"), SIZE)
-    fingerprint, preprocess, probe = json.dumps(teacher.fingerprint), teacher.preprocess, teacher.probe()
+    fingerprint, preprocess, probe = teacher.fingerprint, teacher.preprocess, teacher.probe()
     before = teacher_images()
     assert clean_check(teacher, ViewMaker(inventory, settings.recipe), settings).notes
-    assert json.dumps(teacher.fingerprint) == fingerprint and teacher.preprocess == preprocess
+    assert teacher.fingerprint == fingerprint and teacher.preprocess == preprocess
     assert teacher.probe() == probe
     shown = teacher_images() - before
     assert 80 + 8 * 64 <= shown <= 80 + 15 * 64 + 2 * 80  # all images, each variant on 64, the best two on all
@@ -256,17 +255,17 @@ def test_validation_images_are_taken_where_there_are_any_and_all_say_so(base: Pa
         )
         report = cache_teacher(settings, quiet=True)
         manifest = open_cache(report.cache).manifest
-        assert (manifest["clean_data"], manifest["clean_images"], report.clean_data) == (name, count, name)
+        assert (manifest.clean_data, manifest.clean_images, report.clean_data) == (name, count, name)
         facts = inspect(Path(report.cache))
-        assert facts["teacher"]["clean_data"] == name
+        assert facts.teacher.clean_data == name
         with (console := Console(width=200, no_color=True)).capture() as shown:
             render(facts, console)
             stage1.render(report, console)
         assert f"top-1 100.0 % on {count} clean images of data.{name}" in shown.get()
         assert f"top-1 on clean images of data.{name} 100.0 %" in shown.get()
         with pytest.raises(ValueError, match="clean_data"):
-            check_manifest({**manifest, "clean_data": "[bold]"})
-        check_manifest({key: value for key, value in manifest.items() if key != "clean_data"})  # as older caches are
+            Manifest.read({**manifest.sealed, "clean_data": "[bold]"})
+        Manifest.read(dataclasses.replace(manifest, clean_data=None).sealed)  # as older caches are
 
 
 def test_the_checks_notes_stand_in_the_manifest_and_a_resume_does_not_check_again(
@@ -276,7 +275,7 @@ def test_the_checks_notes_stand_in_the_manifest_and_a_resume_does_not_check_agai
     settings = dataclasses.replace(settings, cache=dataclasses.replace(settings.cache, path=str(tmp_path / "cache")))
     report = cache_teacher(settings, quiet=True)
     assert any("teacher.classes: timm" in note for note in report.notes)
-    assert open_cache(report.cache).manifest["notes"] == report.notes[:-1]  # the last is of its threads
+    assert open_cache(report.cache).manifest.notes == report.notes[:-1]  # the last is of its threads
     monkeypatch.setattr(stage1, "clean_check", lambda *_: pytest.fail("checked again"))
     again = cache_teacher(settings, quiet=True)
     assert (again.notes, again.clean_top1, again.clean_data) == (report.notes, report.clean_top1, report.clean_data)

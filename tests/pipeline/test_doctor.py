@@ -125,6 +125,6 @@ def test_the_doctor_itself_looks_at_everything_and_finds_this_installation_sound
 ) -> None:
     monkeypatch.chdir(tmp_path)
     report = doctor()
-    assert report["ok"], [row for row in report["checks"] if row["state"] == "fail"]
-    assert report["warnings"] == sum(row["state"] == "warn" for row in report["checks"])
-    assert {"CPU cores", "threads", "load", "speed"} <= {row["name"] for row in report["checks"]}
+    assert report.ok, [row for row in report.checks if row.state == "fail"]
+    assert report.warnings == sum(row.state == "warn" for row in report.checks)
+    assert {"CPU cores", "threads", "load", "speed"} <= {row.name for row in report.checks}

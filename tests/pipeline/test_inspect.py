@@ -7,7 +7,6 @@ import io
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from rich.console import Console
 from cskd.codecs.base import direct_hard, quantise_blend
 from cskd.errors import CacheError, CodecError, DataError, ReplayError
 from cskd.store.cache import Cache, open_cache
-from cskd.store.manifest import write_manifest
+from cskd.store.manifest import Manifest, write_manifest
 from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import mix_pixels
 from pipeline.look.inspect_cache import inspect, render
@@ -33,6 +32,7 @@ from pipeline.look.inspect_sample import (
     sample_picture,
     sheet,
 )
+from pipeline.look.inspection import Inspection, Quarantined, UnitCounts, UnitPlace, Unreadable
 from tests.caches import CLASSES, make_tiny_cache, random_logits
 
 
@@ -52,7 +52,7 @@ def truth(cache: Cache, sample: int, view: int) -> tuple[torch.Tensor, torch.Ten
     return dense[row : row + 1], image[row : row + 1]
 
 
-def shown(facts: dict[str, Any], terminal: bool = False, width: int = 80) -> str:
+def shown(facts: Inspection, terminal: bool = False, width: int = 80) -> str:
     out = io.StringIO()
     render(facts, Console(file=out, force_terminal=terminal, width=width, no_color=True))
     return out.getvalue()
@@ -60,23 +60,20 @@ def shown(facts: dict[str, Any], terminal: bool = False, width: int = 80) -> str
 
 def test_the_table_counts_what_the_commit_records_say(cache: Cache) -> None:
     facts = inspect(cache.root)
-    assert json.loads(json.dumps(facts)) == facts
-    assert facts["inventory"]["samples"] == 10 and facts["inventory"]["blocks"] == 2
-    assert facts["units"] | {"first_missing": []} == {
-        "views": 3, "total": 6, "present": 5, "missing": 1, "first_missing": []
-    }  # fmt: skip
-    assert facts["units"]["first_missing"] == [{"block": 1, "view": 2}]
-    assert facts["quarantined"] == {"samples": 1, "first": [{"key": "image004", "reason": "not an image"}]}
-    assert facts["teacher"]["model"] == "tiny" and facts["teacher"]["clean_top1"] == 0.5
+    assert json.loads(json.dumps(facts.facts)) == facts.facts
+    assert facts.inventory.samples == 10 and facts.inventory.blocks == 2
+    assert facts.units == UnitCounts(views=3, total=6, present=5, missing=1, first_missing=[UnitPlace(1, 2)])
+    assert facts.quarantined == Quarantined(1, [Unreadable("image004", "not an image")])
+    assert facts.teacher.model == "tiny" and facts.teacher.clean_top1 == 0.5
     size = sum(p.stat().st_size for p in cache.root.glob("units/*/*.envelope.*"))
-    envelope = facts["codecs"]["envelope"]
-    assert envelope["bytes"] == size and envelope["unit_bytes_per_view"] == size / (3 * 4 + 2 * 5)
-    assert 0 < envelope["target_bytes_per_view"] < envelope["unit_bytes_per_view"]
-    assert facts["errors"] == [] and "sample" not in facts
+    envelope = facts.codecs["envelope"]
+    assert envelope.bytes == size and envelope.unit_bytes_per_view == size / (3 * 4 + 2 * 5)
+    assert 0 < envelope.target_bytes_per_view < envelope.unit_bytes_per_view
+    assert facts.errors == [] and {"sample", "png"}.isdisjoint(facts.facts)
 
 
 def test_agreement_is_that_of_the_logits_with_the_labels(cache: Cache) -> None:
-    facts = inspect(cache.root)["agreement"]["mixed"]
+    facts = inspect(cache.root).agreement["mixed"]
     own = {"1": 0, "0.5": 0, "0": 0}
     either, mixed = dict(own), 0
     for block, view in [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]:
@@ -92,22 +89,22 @@ def test_agreement_is_that_of_the_logits_with_the_labels(cache: Cache) -> None:
                 partner = cache.inventory.label[first + unit.fields["partner"][row]]
                 own[blend] += int(agrees.sum())
                 either[blend] += int((agrees | (hard[row] == partner)).sum())
-    assert facts["samples"] == mixed
-    assert facts["own"] == {k: v / (9 * mixed) for k, v in own.items()}
-    assert facts["own_or_partner"] == {k: v / (9 * mixed) for k, v in either.items()}
+    assert facts.samples == mixed
+    assert facts.own == {k: v / (9 * mixed) for k, v in own.items()}
+    assert facts.own_or_partner == {k: v / (9 * mixed) for k, v in either.items()}
 
 
 def test_unmixed_samples_are_reported_apart_and_all_are_counted(cache: Cache) -> None:
-    agreement = inspect(cache.root)["agreement"]
+    agreement = inspect(cache.root).agreement
     made = [(b, v) for b in range(2) for v in range(3) if (b, v) != (1, 2)]
     unmixed = sum(int((cache.read(b, v, "int8").fields["mode"] == 0).sum()) for b, v in made)
-    assert agreement["unmixed"]["samples"] == unmixed > 0
-    assert agreement["mixed"]["samples"] == 3 * 4 + 2 * 5 - unmixed
+    assert agreement["unmixed"].samples == unmixed > 0
+    assert agreement["mixed"].samples == 3 * 4 + 2 * 5 - unmixed
 
 
 def test_figures_come_from_as_many_units_as_allowed(cache: Cache) -> None:
     facts = inspect(cache.root, measured_units=2)
-    assert facts["measured_units"] == 2 and facts["agreement"]["mixed"]["samples"] < 10
+    assert facts.measured_units == 2 and facts.agreement["mixed"].samples < 10
     assert "from 2 of the units" in shown(facts)
 
 
@@ -116,9 +113,9 @@ def test_the_grid_of_names_is_the_direct_target_of_every_cell(cache: Cache, blen
     for sample in (0, 3, 7):
         facts = describe_sample(cache, sample, 1, blend)
         hard = direct_hard(*truth(cache, sample, 1), quantise_blend(blend))[0]
-        assert facts["cells"] == [[CLASSES[int(c)] for c in row] for row in hard]
-        assert facts["image_class"] == CLASSES[int(truth(cache, sample, 1)[1].argmax())]
-        assert facts["replay"] == "equal" and facts["codec"] == "envelope"
+        assert facts.cells == [[CLASSES[int(c)] for c in row] for row in hard]
+        assert facts.image_class == CLASSES[int(truth(cache, sample, 1)[1].argmax())]
+        assert facts.replay == "equal" and facts.codec == "envelope"
 
 
 def test_the_margin_is_the_blend_at_which_a_cell_leaves_the_images_class(cache: Cache) -> None:
@@ -178,7 +175,7 @@ def moved(cache: Cache, tmp_path: Path) -> Path:
     shutil.copytree(cache.root, tmp_path / "cache")
     manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
     manifest["data"] = str(tmp_path / "gone")
-    write_manifest(tmp_path / "cache", manifest)
+    write_manifest(tmp_path / "cache", Manifest.read(manifest))
     return tmp_path / "cache"
 
 
@@ -186,12 +183,13 @@ def test_without_image_shards_the_table_works_and_the_picture_is_refused(
     cache: Cache, moved: Path, tmp_path: Path
 ) -> None:
     facts = inspect(moved, sample="image002")
-    assert facts["units"]["present"] == 5 and facts["sample"]["cells"]
-    assert "--data" in facts["sample"]["replay"] and facts["sample"]["replay"].startswith("no: ")
+    assert facts.units.present == 5 and facts.sample and facts.sample.cells
+    assert "--data" in facts.sample.replay and facts.sample.replay.startswith("no: ")
     with pytest.raises(DataError, match="--data"):
         inspect(moved, sample="image002", png=tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
-    assert inspect(moved, sample="image002", data=cache.inventory.root)["sample"]["replay"] == "equal"
+    there = inspect(moved, sample="image002", data=cache.inventory.root).sample
+    assert there and there.replay == "equal"
 
 
 def test_broken_units_are_listed_and_the_rest_is_shown(moved: Path) -> None:
@@ -202,12 +200,12 @@ def test_broken_units_are_listed_and_the_rest_is_shown(moved: Path) -> None:
     next(moved.glob("units/b00000/v0001.int8.*")).unlink()
     (moved / "commits" / "b00001" / "v0000.json").write_text("{")
     facts = inspect(moved)
-    assert [e.split(":")[0] for e in facts["errors"]] == [
+    assert [e.split(":")[0] for e in facts.errors] == [
         "block 0, view 0",
         "block 0, view 1",
         "block 1, view 0",
     ]
-    assert facts["units"]["present"] == 2 and facts["units"]["missing"] == 1 and facts["measured_units"] == 2
+    assert facts.units.present == 2 and facts.units.missing == 1 and facts.measured_units == 2
     assert shown(facts).count("\nerror: ") == 3
 
 
@@ -239,7 +237,8 @@ def test_names_are_shown_as_they_are_in_aligned_columns(cache: Cache, terminal: 
     facts = inspect(cache.root, sample=1, blend=1.0)
     rows = shown(facts, terminal).splitlines()[-3:]
     words = {"a very long class name indeed": "a very long c…", "n01440764": "tench"}
-    cells = [[words.get(c, c) for c in row] for row in facts["sample"]["cells"]]
+    assert facts.sample
+    cells = [[words.get(c, c) for c in row] for row in facts.sample.cells]
     width = max(len(c) for row in cells for c in row)
     assert rows == [("  " + "  ".join(c.ljust(width) for c in row)).rstrip() for row in cells]
     assert any("bee [bold]" in row for row in rows)
@@ -258,7 +257,7 @@ def test_wide_and_hostile_names_keep_the_columns_and_the_terminal(tmp_path: Path
     for sample in range(5):
         text = shown(inspect(cache.root, sample=sample, blend=1.0))
         assert "\x1b" not in text and "\x07" not in text
-        cells = describe_sample(cache, sample, 0, 1.0)["cells"]
+        cells = describe_sample(cache, sample, 0, 1.0).cells
         for row, names in zip(text.splitlines()[-3:], cells, strict=True):
             assert cell_len(row) <= 2 + 3 * 14 + 2 * 2
             assert ("[/bold]" in names) == ("[/bold]" in row)
@@ -285,7 +284,8 @@ def test_pictures_have_six_panels_of_at_least_224_pixels(tmp_path: Path, codecs:
 
 def test_a_png_is_written_for_a_sample_or_for_a_few(cache: Cache, tmp_path: Path) -> None:
     facts = inspect(cache.root, sample=0, png=tmp_path / "new" / "one.png")
-    with Image.open(facts["png"]) as one:
+    assert facts.png == facts.facts["png"] is not None
+    with Image.open(facts.png) as one:
         assert one.format == "PNG" and one.tobytes() == sample_picture(cache, 0, 0).tobytes()
     inspect(cache.root, png=tmp_path / "some.png")
     with Image.open(tmp_path / "some.png") as some:

@@ -111,11 +111,11 @@ def test_verify_and_inspect_count_what_the_records_hold(cache: Cache) -> None:
     made = cached(cache, range(3))
     assert (report.units, report.cached, report.quarantined) == (6, made, 3 * len(BAD)) and report.sound
     assert (report.images_read, report.replayed) == (N, made)
-    assert facts["units"]["present"] == facts["measured_units"] == 6 and facts["quarantined"]["samples"] == len(BAD)
-    assert sum(kind["samples"] for kind in facts["agreement"].values()) == made
-    for name, codec in facts["codecs"].items():
+    assert facts.units.present == facts.measured_units == 6 and facts.quarantined.samples == len(BAD)
+    assert sum(kind.samples for kind in facts.agreement.values()) == made
+    for name, codec in facts.codecs.items():
         size = sum(p.stat().st_size for p in cache.root.glob(f"units/*/*.{name}.*"))
-        assert codec["bytes"] == size and codec["unit_bytes_per_view"] == size / made
+        assert codec.bytes == size and codec.unit_bytes_per_view == size / made
 
 
 def test_bytes_of_a_codec_are_of_the_units_that_are_there(cache: Cache) -> None:
@@ -127,7 +127,7 @@ def test_bytes_of_a_codec_are_of_the_units_that_are_there(cache: Cache) -> None:
     there = sum(
         p.stat().st_size for p in cache.root.glob("units/*/*.int8.*") if p.parent.name + p.name[:5] != "b00000v0000"
     )
-    assert (facts["units"]["present"], facts["codecs"]["int8"]["bytes"]) == (5, there)
+    assert (facts.units.present, facts.codecs["int8"].bytes) == (5, there)
 
 
 def test_training_counts_what_this_run_fed_and_evaluation_counts_the_unreadable(base: Path, cache: Cache) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import pipeline.train
+import pipeline.training_run
 from cskd.config import Config, from_dict
 from cskd.errors import CacheError, ConfigError, PathError, TeacherError
 from cskd.store.cache import open_cache
@@ -143,8 +143,9 @@ def test_every_method_trains_from_one_cache_without_the_teacher(cached: Path, me
 
 def test_the_hard_targets_of_the_loss_are_the_teachers_own(cached: Path) -> None:
     """Replays stage 1's arithmetic outside the pipeline: views, mixing, teacher, blend."""
-    from cskd.loading.epoch_table import TargetSpec, build_table
+    from cskd.loading.epoch_table import build_table
     from cskd.loading.plan import PlanSpec, epoch_plan
+    from cskd.loading.sources import TargetSpec
     from cskd.loading.stage2 import BatchMaker, TrainTask
     from cskd.method.ckf import blend_at, hard_targets
     from cskd.teacher.model import load_teacher
@@ -186,7 +187,7 @@ def test_training_that_was_cut_at_the_end_of_an_epoch_does_not_take_it_for_done(
         return dataclasses.replace(made, train=dataclasses.replace(made.train, output=str(tmp_path / name)))
 
     train(settings("whole"), quiet=True)
-    real, calls = getattr(pipeline.train, cut), list[int]()
+    real, calls = getattr(pipeline.training_run, cut), list[int]()
 
     def killed(*args: Any) -> Any:
         calls.append(1)
@@ -195,7 +196,7 @@ def test_training_that_was_cut_at_the_end_of_an_epoch_does_not_take_it_for_done(
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.train, cut, killed)
+        patch.setattr(pipeline.training_run, cut, killed)
         with pytest.raises(KeyboardInterrupt):
             train(settings("cut"), quiet=True)
     train(settings("cut"), quiet=True)

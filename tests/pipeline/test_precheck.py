@@ -161,10 +161,9 @@ def test_notes_are_said_at_every_start_and_kept(base: Path, tmp_path: Path, caps
         for note in about:
             assert said.count(f"note: {note}") == 1 and sum(n.startswith(note) for n in report.notes) == 1
     manifest = open_cache(tmp_path / "cache").manifest
-    shown = inspect(tmp_path / "cache")["teacher"]
+    shown = inspect(tmp_path / "cache").teacher
     assert (
-        shown["notes"] == manifest["notes"]
-        and [n for n in about if not any(m.startswith(n) for m in manifest["notes"])] == []
+        shown.notes == manifest.notes and [n for n in about if not any(m.startswith(n) for m in manifest.notes)] == []
     )
     report = train(settings)
     said = capsys.readouterr().err
@@ -194,5 +193,5 @@ def test_a_student_that_meets_the_cells_badly_is_noted_by_both_stages(base: Path
         "the middle 87.5 %",
     ):
         assert any(words in note for note in first) and any(words in note for note in second)
-    kept = open_cache(tmp_path / "cache").manifest["notes"]
+    kept = open_cache(tmp_path / "cache").manifest.notes
     assert not any("patches are averaged" in note for note in kept)  # of a student, not of the cache

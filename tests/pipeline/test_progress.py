@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import json
@@ -177,8 +178,14 @@ def test_durations_read_as_people_say_them(seconds, text):
 
 def test_doctor_reports_rows_that_json_and_a_table_can_hold(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    report = json.loads(json.dumps(doctor()))
-    names = {row["name"] for row in report["checks"]}
+    report = doctor()
+    names = {row.name for row in report.checks}
+    assert json.loads(json.dumps(dataclasses.asdict(report)))["checks"][0].keys() == {
+        "name",
+        "value",
+        "state",
+        "advice",
+    }
     assert {
         "python",
         "torch",
@@ -190,8 +197,8 @@ def test_doctor_reports_rows_that_json_and_a_table_can_hold(tmp_path, monkeypatc
         "start methods",
         "hard links",
     } <= names
-    assert report["ok"] == all(row["state"] != "fail" for row in report["checks"])
-    assert all(row["advice"] for row in report["checks"] if row["state"] != "ok")
+    assert report.ok == all(row.state != "fail" for row in report.checks)
+    assert all(row.advice for row in report.checks if row.state != "ok")
     assert list(tmp_path.iterdir()) == []
     out = io.StringIO()
     render(report, Console(file=out, width=200))
@@ -204,9 +211,9 @@ def test_doctor_warns_of_a_slow_checksum_and_of_a_disk_without_hard_links(monkey
 
     monkeypatch.setattr("google_crc32c.implementation", "python")
     monkeypatch.setattr(os, "link", no_links)
-    rows = {row["name"]: row for row in doctor()["checks"]}
-    assert rows["crc32c"]["state"] == rows["hard links"]["state"] == "warn"
-    assert "another disk" in rows["hard links"]["advice"]
+    rows = {row.name: row for row in doctor().checks}
+    assert rows["crc32c"].state == rows["hard links"].state == "warn"
+    assert "another disk" in rows["hard links"].advice
 
 
 def test_doctor_reports_a_broken_installation_instead_of_failing_with_it(monkeypatch):
@@ -215,10 +222,8 @@ def test_doctor_reports_a_broken_installation_instead_of_failing_with_it(monkeyp
 
     monkeypatch.setitem(doctor_module.PROBES, "torch", broken)
     report = doctor()
-    assert not report["ok"]
-    assert "ImportError: libcudart.so: no such file [1]" in [
-        c["value"] for c in report["checks"] if c["state"] == "fail"
-    ]
+    assert not report.ok
+    assert "ImportError: libcudart.so: no such file [1]" in [c.value for c in report.checks if c.state == "fail"]
     out = io.StringIO()
     render(report, Console(file=out, width=200))
     assert "file [1]" in out.getvalue()

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -253,14 +254,14 @@ def test_gc_counts_the_bytes_that_come_free_and_a_second_name_or_a_link_is_none(
 
 
 def test_gc_keeps_units_of_views_that_an_older_manifest_does_not_know(cache: Path, made: Path) -> None:
-    write_manifest(cache, {**open_cache(cache).manifest, "views": 2})
+    write_manifest(cache, replace(open_cache(cache).manifest, views=2))
     assert gc(cache, older_than=0).removed == []
 
 
 def test_gc_needs_no_images(cache: Path, made: Path, tmp_path: Path) -> None:
     """Nor minds what lies today where they were."""
     make_tiny_data(tmp_path / "other", n=30, block=20, shard=10)
-    write_manifest(cache, {**open_cache(cache).manifest, "data": str(tmp_path / "other")})
+    write_manifest(cache, replace(open_cache(cache).manifest, data=str(tmp_path / "other")))
     assert gc(cache, older_than=0).removed == []
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import pipeline.train
+import pipeline.training_run
 from cskd.config import Config
 from cskd.errors import ConfigError, StudentError
 from cskd.machine.ranks import Ranks
@@ -66,7 +66,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, what: str) -> None:
 
         monkeypatch.setattr(Optimisation, "update", update)
         return
-    inner, calls = getattr(pipeline.train, what), list[int]()
+    inner, calls = getattr(pipeline.training_run, what), list[int]()
 
     def called(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -74,7 +74,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, what: str) -> None:
             raise KeyboardInterrupt
         return inner(*args, **kwargs)
 
-    monkeypatch.setattr(pipeline.train, what, called)
+    monkeypatch.setattr(pipeline.training_run, what, called)
 
 
 @pytest.mark.parametrize("export", [{}, {"export": "best", "best": "top1.ema.all"}], ids=["ema", "best"])

@@ -74,14 +74,14 @@ def test_a_missing_file_a_missing_record_and_a_damaged_one_are_told_apart(cache:
 
 def moved(cache: Cache) -> Path:
     """The images of a cache, taken away to another folder."""
-    data = Path(cache.manifest["data"])
+    data = Path(cache.manifest.data or "")
     return data.rename(data.with_name("moved"))
 
 
 def test_an_intact_cache_without_its_images_is_sound(cache: Cache) -> None:
     moved(cache)
     assert verify(cache.root, quiet=True).sound
-    make_tiny_data(Path(cache.manifest["data"]), n=7)  # another data set, where the images were
+    make_tiny_data(Path(cache.manifest.data or ""), n=7)  # another data set, where the images were
     assert verify(cache.root, quiet=True).sound
 
 

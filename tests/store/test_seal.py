@@ -14,8 +14,8 @@ from cskd.files.durable import json_bytes
 from cskd.store.cache import Cache, create_cache, open_cache
 from cskd.store.commit import Commit, publish, read_commit
 from cskd.store.format import SEAL, commit_file
+from cskd.store.resolved import write_resolved
 from cskd.store.seal import read_seal, seal_cache, seal_facts
-from pipeline.cache_teacher import write_resolved
 from pipeline.care.repair import repair
 from pipeline.care.verify import verify
 from pipeline.look.inspect_cache import inspect
@@ -36,7 +36,7 @@ def test_a_sealed_cache_says_so_and_its_counts_add_up(cache: Cache) -> None:
     assert seal.cached + seal.quarantined == seal.views * len(cache.inventory)
     assert seal.content_root == cache.content_root()
     report = verify(cache.root, quiet=True)
-    assert report.sound and report.sealed and inspect(cache.root)["sealed"]
+    assert report.sound and report.sealed and inspect(cache.root).sealed
 
 
 def test_an_unfinished_cache_is_not_sealed_and_its_missing_units_are_named(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_an_unfinished_cache_is_not_sealed_and_its_missing_units_are_named(tmp_p
         seal_cache(cache, 0.1)
     report = verify(cache.root, quiet=True)
     assert (report.sealed, report.missing, report.first_missing) == (False, 1, ["block 1, view 2"])
-    assert not report.sound and not report.errors and not inspect(cache.root)["sealed"]
+    assert not report.sound and not report.errors and not inspect(cache.root).sealed
 
 
 def test_a_unit_that_vanishes_from_a_sealed_cache_is_lost_and_not_unmade(cache: Cache) -> None:
@@ -53,7 +53,7 @@ def test_a_unit_that_vanishes_from_a_sealed_cache_is_lost_and_not_unmade(cache: 
     report = verify(cache.root, quiet=True)
     assert (report.sound, report.sealed, report.missing) == (False, False, 0)
     assert report.errors[0].startswith("block 1, view 0: ") and "though the cache was sealed" in report.errors[0]
-    assert not inspect(cache.root)["sealed"]
+    assert not inspect(cache.root).sealed
 
 
 def test_content_that_differs_from_what_was_sealed_is_found(cache: Cache) -> None:
@@ -70,7 +70,7 @@ def test_content_that_differs_from_what_was_sealed_is_found(cache: Cache) -> Non
 
 
 def test_a_cache_that_grows_keeps_the_seal_of_its_first_views(cache: Cache) -> None:
-    grown = create_cache(cache.root, cache.identity, 4, {}, cache.inventory)
+    grown = create_cache(cache.root, replace(cache.manifest, views=4), cache.inventory)
     write_resolved(grown)
     report = verify(grown.root, quiet=True)
     assert (report.errors, report.missing, report.sealed) == ([], 2, False)
@@ -117,7 +117,7 @@ def test_the_seal_of_another_cache_is_refused_and_repaired(cache: Cache) -> None
 
 
 def test_of_two_runs_the_one_that_made_fewer_views_leaves_the_seal_of_more_as_it_is(cache: Cache) -> None:
-    fewer = Cache(cache.root, {**cache.manifest, "views": 2}, cache.inventory)
+    fewer = Cache(cache.root, replace(cache.manifest, views=2), cache.inventory)
     whole = (cache.root / SEAL).read_bytes()
     assert seal_cache(fewer, 0.1).views == 3
     assert (cache.root / SEAL).read_bytes() == whole

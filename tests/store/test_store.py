@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import google_crc32c
@@ -17,7 +18,7 @@ from cskd.errors import CacheError
 from cskd.store.cache import Cache, create_cache, first_difference, open_cache
 from cskd.store.commit import Commit, publish, read_commit
 from cskd.store.format import FORMAT, MANIFEST, MANIFEST_COPY, VIEW_FIELDS, commit_file
-from cskd.store.manifest import begin_manifest
+from cskd.store.manifest import Manifest, begin_manifest, read_manifest, write_manifest
 from cskd.store.unit import content_hash, pack_unit, read_unit
 from tests.caches import make_tiny_cache
 
@@ -126,14 +127,13 @@ def test_seeds_of_another_view_are_found_when_a_unit_is_read(cache: Cache) -> No
 
 
 def test_resuming_with_another_identity_names_the_field_and_both_values(cache: Cache) -> None:
-    identity = json.loads(json.dumps(cache.identity))
-    identity["recipe"]["flip"] = 0.25
+    identity = replace(cache.identity, recipe={**cache.identity.recipe, "flip": 0.25})
     with pytest.raises(CacheError, match=r"recipe\.flip = 0\.5, this config has 0\.25"):
-        create_cache(cache.root, identity, cache.views, {}, cache.inventory)
+        create_cache(cache.root, replace(cache.manifest, identity=identity), cache.inventory)
 
 
 def test_a_cache_grows_by_views_and_keeps_its_units(cache: Cache) -> None:
-    grown = create_cache(cache.root, cache.identity, cache.views + 3, {}, cache.inventory)
+    grown = create_cache(cache.root, replace(cache.manifest, views=cache.views + 3), cache.inventory)
     assert grown.views == cache.views + 3
     assert {view for _, view in grown.missing()} == set(range(cache.views, cache.views + 3))
 
@@ -144,6 +144,22 @@ def test_an_edited_manifest_is_refused(cache: Cache) -> None:
     (cache.root / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(CacheError, match="does not match its own hash"):
         open_cache(cache.root)
+
+
+def test_a_manifest_of_another_version_is_written_as_it_was_read(tmp_path: Path) -> None:
+    """Keys that are not known stay, those that are not there stay away, and a null stays a null."""
+    cache = make_tiny_cache(tmp_path)
+    raw = {**cache.manifest.sealed, "later": [1], "precision": None}
+    raw["identity"] = {**raw["identity"], "also later": {"a": None}}
+    manifest = Manifest.read(raw)
+    assert manifest.notes is None and "notes" not in raw
+    assert replace(manifest, views=manifest.views).facts | {"identity": raw["identity"]} == {
+        key: value for key, value in raw.items() if key not in ("format", "fingerprint", "sha256")
+    }
+    assert manifest.identity.facts == raw["identity"]
+    write_manifest(cache.root, manifest)
+    assert read_manifest(cache.root) == manifest
+    assert read_manifest(cache.root) != replace(manifest, notes=[])
 
 
 def test_first_difference_is_the_dotted_name() -> None:
@@ -165,17 +181,18 @@ def test_of_two_that_begin_a_cache_the_first_counts_and_the_other_is_refused(tmp
     cache = make_tiny_cache(tmp_path)
     (cache.root / MANIFEST).unlink()
     begin_manifest(cache.root, cache.manifest)
-    other = {**cache.identity, "recipe": {**cache.identity["recipe"], "seed": 8}}
-    begin_manifest(cache.root, {**cache.manifest, "identity": other})
+    identity = replace(cache.identity, recipe={**cache.identity.recipe, "seed": 8})
+    other = replace(cache.manifest, identity=identity)
+    begin_manifest(cache.root, other)
     assert open_cache(cache.root).fingerprint == cache.fingerprint
     with pytest.raises(CacheError, match=r"was made with recipe\.seed = 7, this config has 8"):
-        create_cache(cache.root, other, cache.views, {}, cache.inventory)
+        create_cache(cache.root, other, cache.inventory)
 
 
 def test_a_death_between_the_two_copies_of_the_manifest_is_made_good(tmp_path: Path) -> None:
     cache = make_tiny_cache(tmp_path)
     (cache.root / MANIFEST_COPY).unlink()
-    create_cache(cache.root, cache.identity, cache.views, {}, cache.inventory)
+    create_cache(cache.root, cache.manifest, cache.inventory)
     assert (cache.root / MANIFEST_COPY).read_bytes() == (cache.root / MANIFEST).read_bytes()
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from timm.utils.model_ema import ModelEmaV3
 
-import pipeline.train
+import pipeline.training_run
 from cskd.config import Config, LossConfig, from_dict
 from cskd.errors import ConfigError
 from cskd.student.average import average_notes, share_of_start
@@ -35,14 +35,14 @@ def settings(base: Path, output: Path, **changes: Any) -> Config:
 
 def scored(monkeypatch: pytest.MonkeyPatch, *scores: float) -> None:
     """Let the evaluations of a run give these to its live class head, counted from its first epoch on."""
-    real = pipeline.train.score_heads
+    real = pipeline.training_run.score_heads
     left = list(scores)
 
     def call(*args: Any) -> Any:
         found, unreadable = real(*args)
         return found | {"class": HeadScores(left.pop(0), 100.0)}, unreadable
 
-    monkeypatch.setattr(pipeline.train, "score_heads", call)
+    monkeypatch.setattr(pipeline.training_run, "score_heads", call)
 
 
 def tensors(path: Path) -> dict[str, bytes]:

@@ -17,7 +17,6 @@ from cskd.loading.stage1 import ChunkMaker, chunks
 from cskd.store.cache import Cache, create_cache, open_cache
 from cskd.store.commit import read_commit
 from cskd.store.unit_builder import UnitBuilder
-from cskd.teacher.forwards import pad_rows
 from cskd.teacher.lanes import Dropped, Lanes, lanes_of
 from cskd.teacher.model import load_teacher
 from cskd.views.maker import ViewMaker
@@ -41,7 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_at_a_time(made: Cache, root: Path, base: Path) -> Cache:
     """The cache again, in one thread: load, mix, teacher, encode, write, one batch after the other."""
     c, inventory = config(base), made.inventory
-    cache = create_cache(root, made.identity, made.views, dict(made.manifest), inventory)
+    cache = create_cache(root, made.manifest, inventory)
     teacher = load_teacher(c.teacher, inventory.classes, CPU, c.recipe.size)
     maker = ChunkMaker(ViewMaker(inventory, c.recipe), inventory.id)
     for block in range(cache.blocks):
@@ -52,8 +51,9 @@ def one_at_a_time(made: Cache, root: Path, base: Path) -> Cache:
             for task in chunks(block, (view,), first, order, c.teacher.batch):
                 made_views, n = maker(task), len(task.position)
                 mixing = (torch.from_numpy(field) for field in unit.mixing_rows(task.position))
-                pixels = pad_rows(mix_pixels(made_views.pixels[0], *mixing), c.teacher.batch)
-                dense, image = (logits[:n] for logits in teacher.forward_dense(pixels))
+                rows = mix_pixels(made_views.pixels[0], *mixing)
+                padded = torch.cat([rows, rows[:1].expand(c.teacher.batch - n, -1, -1, -1)])
+                dense, image = (logits[:n] for logits in teacher.forward_dense(padded))
                 encoded = {name: codec.encode(dense, image) for name, codec in cache.codecs.items()}
                 unit.add(task.position, made_views.crc[0], encoded)
             cache.add_unit(block, view, *unit.finish(), {})

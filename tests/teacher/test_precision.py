@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from cskd.errors import CacheError
 from cskd.store.cache import Cache, open_cache
 from cskd.store.manifest import read_manifest, write_manifest
 from cskd.teacher.arithmetic import BLENDS, Precision, in_words, unchanged
+from cskd.teacher.forwards import teacher_images
 from cskd.teacher.model import load_teacher
 from cskd.teacher.precision import arithmetic, is_reference, measure
 from cskd.views.maker import ViewMaker
@@ -45,10 +45,10 @@ def measured(cache: Cache, config: TeacherConfig) -> Precision:
 
 def test_a_teacher_in_plain_float32_costs_no_forward(tiny: TeacherConfig, cache: Cache) -> None:
     teacher = load_teacher(tiny, cache.classes, torch.device("cpu"), 64)
-    before = teacher.forwards
+    before = teacher_images()
     found = measure_precision(teacher, ViewMaker(cache.inventory, cache.recipe), tiny)
     assert found == unchanged() and (found.share, found.views, found.notes) == (0.0, 0, [])
-    assert teacher.forwards == before
+    assert teacher_images() == before
 
 
 def test_the_share_is_that_of_hard_targets_that_differ_from_float32(tiny: TeacherConfig) -> None:
@@ -120,16 +120,17 @@ def test_the_share_is_said_at_the_start_kept_and_shown(tmp_path: Path, capsys: p
     said = capsys.readouterr().err
     assert "note: the teacher's backbone runs in bf16, its head in float32; " in said
     manifest = open_cache(tmp_path / "cache").manifest
-    facts = manifest["precision"]
+    facts = manifest.precision
+    assert facts is not None
     assert (facts["backbone"], facts["reference"], facts["views"]) == ("bf16", "float32", 22)
     assert facts["cells_differ"] == pytest.approx(sum(facts["by_blend"].values()) / 3)
-    assert inspect(tmp_path / "cache")["teacher"]["precision"] == facts
-    assert any(in_words(facts) in note for note in manifest["notes"])
+    assert inspect(tmp_path / "cache").teacher.precision == facts
+    assert any(in_words(facts) in note for note in manifest.notes or [])
     cache_teacher(settings)  # resumed: said again, not measured again
     assert in_words(facts) in capsys.readouterr().err
     plain = config(tmp_path, cache={"path": str(tmp_path / "plain")})
     cache_teacher(plain, quiet=True)
-    assert open_cache(tmp_path / "plain").manifest["precision"]["cells_differ"] == 0.0
+    assert open_cache(tmp_path / "plain").manifest.precision == unchanged().facts
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_a_manifest_of_somebody_elses_is_refused_for_facts_that_can_not_be(tmp_p
     manifest = read_manifest(root)
     for name, value in (("precision", facts), ("notes", 5), ("notes", [5])):
         with pytest.raises(CacheError, match=name):
-            write_manifest(root, {**manifest, name: json.loads(json.dumps(value))})
+            write_manifest(root, dataclasses.replace(manifest, **{name: value}))
             read_manifest(root)
-    write_manifest(root, {**manifest, "precision": unchanged().facts, "notes": ["one"]})
-    assert inspect(root)["teacher"]["notes"] == ["one"]
+    write_manifest(root, dataclasses.replace(manifest, precision=unchanged().facts, notes=["one"]))
+    assert inspect(root).teacher.notes == ["one"]

@@ -60,13 +60,22 @@ def test_outputs_may_stand_in_a_loss_that_is_differentiated(tiny: TeacherConfig)
 def test_every_image_is_counted(tiny: TeacherConfig) -> None:
     before = teacher_images()
     teacher = load(tiny)
-    assert teacher.forwards == teacher_images() - before > 0
-    start = teacher.forwards
+    assert teacher_images() > before
+    start = teacher_images()
     teacher.forward_dense(pixels())
     teacher.forward_global(pixels()[:1])
     teacher.probe()
-    assert teacher.forwards - start == 3 + 1 + 8
-    assert teacher.forwards == teacher_images() - before
+    assert teacher_images() - start == 3 + 1 + 8
+
+
+def test_in_batches_pads_every_forward_to_the_batch_and_returns_the_images_alone(tiny: TeacherConfig) -> None:
+    teacher, images = load(tiny, batch=4), torch.cat([pixels(), pixels().flip(3)])
+    start = teacher_images()
+    found = teacher.in_batches(images)
+    assert teacher_images() - start == 8
+    padded = teacher.forward_dense(images[[4, 5, 4, 4]])
+    for logits, first, last in zip(found, teacher.forward_dense(images[:4]), padded, strict=True):
+        assert len(logits) == 6 and torch.equal(logits, torch.cat([first, last[:2]]))
 
 
 def test_the_classifier_stays_in_float32_under_any_autocast(tiny: TeacherConfig) -> None:
@@ -134,7 +143,7 @@ def test_a_head_that_is_not_linear_needs_the_opt_in() -> None:
     with pytest.raises(TeacherError, match="not linear in the mean of the cells"):
         load(config)
     teacher = load(config, dense="per_cell")
-    assert teacher.fingerprint["head"] == "per_cell"
+    assert teacher.fingerprint.head == "per_cell"
     assert teacher.forward_dense(pixels())[0].shape == (3, 5, 2, 2)
 
 
@@ -180,7 +189,7 @@ def test_a_grid_of_one_cell_is_noted(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_is_stable_plain_data(tiny: TeacherConfig) -> None:
-    a, b = load(tiny).fingerprint, load(tiny).fingerprint
+    a, b = load(tiny).fingerprint.facts, load(tiny).fingerprint.facts
     assert a == b == json.loads(json.dumps(a))
     assert str(tiny.weights) not in json.dumps(a)  # a moved file is the same teacher
 
@@ -204,7 +213,7 @@ def test_the_fingerprint_is_stable_plain_data(tiny: TeacherConfig) -> None:
 def test_whatever_moves_the_outputs_moves_the_fingerprint(
     tiny: TeacherConfig, changes: dict[str, Any], field: str
 ) -> None:
-    a, b = load(tiny).fingerprint, load(tiny, **changes).fingerprint
+    a, b = load(tiny).fingerprint.facts, load(tiny, **changes).fingerprint.facts
     assert field in {k for k in a if a[k] != b[k]}
 
 
@@ -224,7 +233,7 @@ def test_auto_autocast_is_on_where_the_processor_has_bf16_and_the_outcome_is_rec
     tiny: TeacherConfig, monkeypatch: pytest.MonkeyPatch, has: bool, recorded: str
 ) -> None:
     monkeypatch.setattr("cskd.machine.devices.cpu_has_bf16", lambda: has)
-    assert load(tiny, autocast="auto").fingerprint["autocast"] == recorded
+    assert load(tiny, autocast="auto").fingerprint.autocast == recorded
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ def test_a_probe_with_another_padding_is_found_with_the_same_weights(sample_data
         load(config, names, 96, input_size=96, **changes)
         for changes in ({}, {"kwargs": {"pad_type": ""}}, {"autocast": "bf16"})
     )
-    assert right.fingerprint["weights_sha256"] == wrong.fingerprint["weights_sha256"]
+    assert right.fingerprint.weights_sha256 == wrong.fingerprint.weights_sha256
     difference = compare_probe(right.probe(), wrong.probe())
     assert difference is not None and "differ by" in difference
     assert compare_probe(right.probe(), half.probe()) is None

@@ -1,0 +1,86 @@
+"""What stage 2 asks of where its views and targets come from: a cache and a live teacher, and images alone, answer alike.
+
+No module here opens a cache or a teacher, so that workers can import it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cskd.codecs import Codec
+from cskd.config import RecipeConfig
+from cskd.dataset.inventory import Inventory
+from cskd.method.losses import HardTargets, SoftTargets
+from cskd.store.format import Unit
+from cskd.views.digest import Recorded
+
+Batch = dict[str, Tensor]  # see `cskd.loading.stage2`
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """Which targets the loss reads: 'none', 'global' (argmax g), 'cells' (and the CKF target of each cell at `blend`,
+    in 1/65536), or 'soft' (the codec's arrays)."""
+
+    kind: str
+    codec: str
+    blend: int
+
+
+class ViewSource(Protocol):
+    """The views of a data set: `cskd.store.cache.Cache` has them with targets, `cskd.loading.live.LiveViews` without."""
+
+    @property
+    def inventory(self) -> Inventory: ...
+    @property
+    def classes(self) -> list[str]: ...
+    @property
+    def recipe(self) -> RecipeConfig: ...
+    @property
+    def views(self) -> int:
+        """How many there are of each image."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """h, w of the teacher's cells."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells these views and targets from others."""
+
+    @property
+    def codecs(self) -> Mapping[str, Codec]:
+        """What targets are stored in; empty where there are none."""
+
+    def block_range(self, block: int) -> tuple[int, int]:
+        """First sample of a block and the one after its last, as indices of the inventory."""
+
+    def quarantined(self) -> NDArray[np.bool_]:
+        """bool [n]: samples that are never fed."""
+
+    def read(self, block: int, view: int, codec: str) -> Unit:
+        """One view of one block, with the targets of one codec where there are any."""
+
+    def recorded(self) -> Recorded | None:
+        """What replayed views are checked against; None: nothing was recorded."""
+
+
+class TargetSource(Protocol):
+    """The targets of a batch: see `cskd.loading.targets`."""
+
+    @property
+    def runs_teacher(self) -> bool:
+        """Whether a teacher runs at every step."""
+
+    def spec(self, epoch: int) -> TargetSpec:
+        """What the epoch table holds."""
+
+    def of(self, batch: Batch, epoch: int, device: torch.device) -> HardTargets | SoftTargets | None:
+        """The targets of a batch, on the device; None: only labels are taught."""

@@ -1,0 +1,303 @@
+"""What a run of stage 2 is made of, opened and checked: views, targets, student, plan, optimiser, and where it stopped.
+
+open_run     by the config, the cache, and the record of an earlier run in the same folder; a conflict is refused here
+TrainingRun  what the loop of `pipeline.train` asks for: network, batches, evaluation, saving
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from cskd.config import Config, to_yaml
+from cskd.dataset.inventory import Inventory
+from cskd.errors import CacheError, ConfigError
+from cskd.files.durable import put
+from cskd.files.scratch import new_scratch
+from cskd.files.writer import Writer
+from cskd.loading.plan import PlanSpec
+from cskd.loading.sources import Batch, TargetSource, ViewSource
+from cskd.loading.stage2 import BatchMaker, EvalTask, eval_tasks
+from cskd.loading.stream import Stream
+from cskd.loading.targets import CachedTargets
+from cskd.loading.tasks import RunTasks
+from cskd.machine.devices import arithmetic, pick_device, uses_bf16
+from cskd.machine.ranks import Ranks
+from cskd.machine.threads import Threads, begun_with
+from cskd.store.cache import open_cache
+from cskd.store.format import RESOLVED
+from cskd.store.golden import check_versions
+from cskd.student import Student, build_student
+from cskd.student.average import average_notes
+from cskd.student.best import Best, BestWeights
+from cskd.student.checkpoint import ResumeStates, TrainState, export, exported_prefix
+from cskd.student.heads import score_head
+from cskd.student.optim import Optimisation
+from cskd.views.maker import ViewMaker
+from cskd.views.mix_pixels import InputMaker
+from pipeline.baseline import open_baseline
+from pipeline.conflicts import (
+    as_begun,
+    changed_on_resume,
+    own_output,
+    refuse_conflicts,
+    refuse_other_code,
+    refuse_other_run,
+    run_identity,
+    usable_views,
+)
+from pipeline.evaluate import score_heads
+from pipeline.online import open_online
+from pipeline.precheck import open_plan, open_val, student_notes, view_notes, with_best
+from pipeline.run_state import PROGRESS, RunState, named_bests
+from pipeline.show.progress import Notes, Pool
+
+TERMS = ("label", "dist", "patch")  # of the loss, as logged
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What a run is made of, opened and checked."""
+
+    config: Config
+    ranks: Ranks
+    device: torch.device
+    output: Path
+    views: ViewSource
+    val: Inventory | None
+    student: Student
+    plan: PlanSpec
+    targets: TargetSource
+    optimisation: Optimisation
+    states: ResumeStates
+    identity: dict[str, Any]
+    state: RunState
+    step: int  # updates done by earlier runs
+    stop: int  # updates in all
+    verify_replay: bool  # check every view against the digest in the cache
+    notes: list[str]
+    writer: Writer | None = None  # of the output folder; None on all ranks but the first
+
+    def evaluates(self, epoch: int) -> bool:
+        """Whether that epoch is followed by an evaluation: those of the schedule, and where `max_steps` stops."""
+        stops = (epoch + 1) * self.plan.steps >= self.stop
+        return self.val is not None and (stops or self.scheduled(epoch))
+
+    def scheduled(self, epoch: int) -> bool:
+        """Whether a run that nothing stops evaluates after that epoch: every `eval_every`, and the last."""
+        return (epoch + 1) % self.config.train.eval_every == 0 or epoch + 1 == self.config.train.epochs
+
+    @property
+    def eval_tasks(self) -> list[EvalTask]:
+        """This rank's share of an evaluation."""
+        if self.val is None:
+            return []
+        share = len(self.val) // self.ranks.count  # every rank has a batch: the scores are summed by all together
+        batch = max(1, min(self.plan.global_batch // self.ranks.count, share))
+        return eval_tasks(len(self.val), batch, self.ranks.rank, self.ranks.count)
+
+    @property
+    def models(self) -> dict[str, Student]:
+        """The students that are evaluated: the live one, and the averaged one where there is one."""
+        averaged = self.optimisation.averaged
+        return {"": self.student} | ({"ema.": averaged} if averaged is not None else {})
+
+    @property
+    def score(self) -> str:
+        """The evaluated head, or average of heads, that is the run's score: what timm computes from model.safetensors."""
+        return exported_prefix(self.config, self.state.shown) + score_head(self.student.trained)
+
+    @property
+    def arithmetic(self) -> str:
+        """What the student computes in."""
+        return arithmetic(self.config.train.autocast, self.device)
+
+    def network(self) -> torch.nn.Module:
+        """The student as the loop calls it: compiled where asked for, its gradients averaged over ranks."""
+        self.student.freeze_unused(self.config.loss)
+        net: torch.nn.Module = torch.compile(self.student) if self.config.train.compile else self.student  # type: ignore[assignment]
+        if self.ranks.count == 1:
+            return net
+        return DistributedDataParallel(net, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def batches(self) -> tuple[RunTasks, Iterator[Batch]]:
+        """Every batch of the run, training and evaluation, in the order the loop reads them."""
+        settings = self.config.train
+        tasks = RunTasks(
+            self.views,
+            self.plan,
+            targets=self.targets.spec,
+            evaluate=lambda epoch: self.eval_tasks if self.evaluates(epoch) else [],
+            scratch=new_scratch(self.output, self.ranks.rank),
+            ahead=settings.workers * settings.prefetch,
+            start=self.step,
+            stop=self.stop,
+            rank=self.ranks.rank,
+        )
+        views = ViewMaker(self.views.inventory, self.views.recipe)
+        clean = ViewMaker(self.val, self.views.recipe) if self.val else None
+        recorded = self.views.recorded() if self.verify_replay else None
+        maker = BatchMaker(views, clean, settings.eval_crop_pct, recorded)
+        pin = self.device.type == "cuda"
+        return tasks, iter(Stream(maker, tasks, settings.workers, settings.prefetch, pin_memory=pin))
+
+    def pools(self, seconds: dict[str, float], read_seconds: float) -> list[Pool]:
+        """Who did what for how long."""
+
+        def of(*names: str) -> dict[str, float]:
+            return {name: seconds[name] for name in names}
+
+        loader, live = ("decode", "augment"), ("teacher",) if self.targets.runs_teacher else ()
+        here = (*live, "student", "evaluate")
+        workers = self.config.train.workers
+        pools = [Pool(workers, of(*loader)), Pool(1, of(*here))] if workers else [Pool(1, of(*loader, *here))]
+        return [*pools, Pool(1, {"read": read_seconds})]
+
+    def save(self, step: int) -> None:
+        """A state that the same command resumes from. NotFiniteError on every rank where it would not be finite."""
+        self.state.check(step, self.student, self.optimisation)
+        info = {**self.identity, PROGRESS: self.state.record()}
+        if self.writer is not None:
+            self.writer.check()
+            self.states.save(self.student, self.optimisation, TrainState(step, info), self.state.good)
+            BestWeights(self.states.folder).keep(named_bests(self.states))
+        self.state.saved = step
+
+    def export(self, step: int) -> str:
+        """Write what others use. Returns: what model.safetensors holds."""
+        if self.writer is None:
+            return ""
+        self.writer.check()
+        classes, best, changed = self.views.classes, self.state.shown, self.state.said()
+        return export(self.output, self.student, self.optimisation, self.config, classes, step, best, changed)
+
+    def evaluate(self, batches: Iterator[Batch], inputs: InputMaker, step: int) -> dict[str, Any]:
+        """Score every head after `step` updates, and keep the best weights. Returns: what the row of metrics says of it."""
+        models, count = self.models, len(self.eval_tasks)
+        scores, unreadable = score_heads(models, batches, count, inputs, self.config.train.autocast, self.ranks)
+        top1 = {f"top1.{name}": score.top1 for name, score in scores.items()}
+        top5 = {f"top5.{name}": score.top5 for name, score in scores.items()}
+        self.state.shown = self._improved(top1 | top5, step)
+        return {**top1, **top5, "unreadable": unreadable, "score": self.score, "arithmetic": self.arithmetic}
+
+    def _improved(self, scores: dict[str, float], step: int) -> Best | None:
+        """The best after an evaluation, its weights written where it is a new one."""
+        name, best = self.config.train.best, self.state.best
+        if name is None or (best is not None and scores[name] <= best.score):
+            return best
+        best = Best(name, scores[name], step)
+        return BestWeights(self.states.folder).put(best, self.models[best.prefix]) if self.ranks.first else best
+
+
+def open_run(
+    config: Config,
+    ranks: Ranks,
+    verify_replay: bool,
+    online: bool,
+    quiet: bool,
+    threads: Threads,
+    writer: Writer | None,
+) -> TrainingRun:
+    """Views, targets, student, plan and optimiser of a config, and where an earlier run of it stopped."""
+    output, device, notes = Path(config.train.output), pick_device(config.train.device), Notes(quiet)
+    states = ResumeStates(output / "resume", keep=config.train.keep)
+    config, as_before = as_begun(config, next(iter(states.infos().values()), None))
+    settings = config.train
+    views, targets = _open_views(config, device, ranks, verify_replay, online, quiet, notes)
+    val = open_val(config, views.classes, ranks.count)
+    torch.manual_seed(settings.seed)
+    student = build_student(config.student, len(views.classes), views.recipe.size).to(device)
+    student.taught_by(config.loss)
+    notes.add([*student.notes, *student_notes(student, views.grid, config.loss), *view_notes(config, views.recipe)])
+    notes.add(as_before)
+    if device.type == "cpu" and uses_bf16(settings.autocast, device):
+        student.unfuse_attention()
+    plan = open_plan(settings, views, ranks.count)
+    optimisation = Optimisation(student, settings, plan.steps)
+    config = with_best(config, student)
+    identity = run_identity(config, views, plan.views, ranks.count, online, device, val)
+    loaded = states.load(student, optimisation)
+    ranks.refuse_differing(loaded.step if loaded else 0, device)
+    stop = min(settings.epochs * plan.steps, settings.max_steps or 1 << 62)
+    state = RunState(ranks, device, TERMS, len(views.classes))
+    if loaded:
+        begun = {name: value for name, value in loaded.info.items() if name != PROGRESS}
+        notes.add(loaded.warnings)
+        refuse_other_run(begun, identity, output, student.distilled)
+        if device.type == "cpu":
+            threads, unknown = begun_with(begun.get("threads"), threads, settings.threads is not None)
+            notes.add(unknown if "threads" not in begun else [])
+    if device.type == "cpu":
+        identity["threads"] = threads.count
+    if loaded:
+        state.restore(loaded.info.get(PROGRESS), loaded.step, plan.steps)
+        state.change(changed_on_resume(begun, identity), loaded.step, finished=loaded.step >= stop)
+        state.forget_lost_best(BestWeights(states.folder))
+    torch.set_num_threads(threads.count)
+    if ranks.first:
+        own_output(output)
+        put(output / RESOLVED, to_yaml(config).encode())
+    ranks.barrier()
+    notes.add([*average_notes(settings.ema, settings.ema_warmup, stop), *state.said(), *state.notes, str(threads)])
+    notes.say()
+    return TrainingRun(
+        config=config,
+        ranks=ranks,
+        device=device,
+        output=output,
+        views=views,
+        val=val,
+        student=student.train(),
+        plan=plan,
+        targets=targets,
+        optimisation=optimisation,
+        states=states,
+        identity=identity,
+        state=state,
+        step=loaded.step if loaded else 0,
+        stop=stop,
+        verify_replay=verify_replay,
+        notes=notes.all,
+        writer=writer,
+    )
+
+
+def _open_views(
+    config: Config, device: torch.device, ranks: Ranks, verify_replay: bool, online: bool, quiet: bool, notes: Notes
+) -> tuple[ViewSource, TargetSource]:
+    """What is fed and what is taught: from a checked cache, with a teacher that runs live, or from images alone.
+
+    Method none needs no targets: it reads a cache only where cache.path names one.
+    """
+    baseline = config.loss.method == "none"
+    if baseline and (online or not config.cache.path):
+        source, nothing, about = open_baseline(config, ranks, online, quiet)
+        notes.add(about)
+        return source, nothing
+    if online:
+        live = open_online(config, device, ranks, quiet, notes)
+        return live.views, live.targets
+    if not config.cache.path:
+        raise ConfigError(
+            f"cache.path is empty and loss.method {config.loss.method} reads a teacher's targets; set cache.path, run the "
+            "teacher with --online, or train a baseline with --set loss.method=none"
+        )
+    if baseline and not Path(config.cache.path).exists():
+        raise CacheError(
+            f"no cache at {config.cache.path}; make it with `cskd cache-teacher CONFIG`, or train the baseline without a "
+            "cache: --set cache.path="
+        )
+    cache = open_cache(config.cache.path, data=Path(config.data.train) if config.data.train else None)
+    cache.inventory.check_shards()
+    refuse_conflicts(config, cache)
+    refuse_other_code(cache)
+    usable_views(cache, config.train.views)
+    notes.add(cache.manifest.notes or [])
+    if verify_replay and (note := check_versions(cache)):
+        notes.add([note])
+    return cache, CachedTargets(cache, config.loss, config.train.epochs)
