@@ -44,7 +44,7 @@ def draw_curves(path: Path, curves: Mapping[str, Curve], teacher_top1: float, ti
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
     axes.axhline(teacher_top1, color=_rgb(FAINT), linestyle="--", linewidth=1.4, label=f"teacher {teacher_top1:.1f}")
     for (name, curve), (colour, marker) in zip(curves.items(), LINES, strict=False):
