@@ -12,7 +12,7 @@ Settings are to be chosen on 600 scans that are no part of the demo's data: `Set
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -97,7 +97,7 @@ def run_demo(out: Path, epochs: int | None = None, quiet: bool = False, settings
     """Run everything into folder `out`. What an earlier run finished there is used again."""
     settings = settings or Settings()
     if epochs is not None:
-        settings = Settings(**{**asdict(settings), "epochs": epochs})
+        settings = replace(settings, epochs=epochs)
     refuse_output(out, "demo", "OUT")
     refuse_without_matplotlib()
     with sole_writer(out, "give another folder"):
@@ -269,6 +269,7 @@ def _config(out: Path, student: str, seed: int, settings: Settings) -> Config:
             "weights": str(out / "teacher.safetensors"),
             "input_size": SIZE,
             "crop_pct": 1.0,
+            "check_images": 2048,  # all that the students are measured on
         },
         "recipe": {"size": SIZE, "scale": [0.6, 1.0], "flip": 0.0, "mix_prob": 0.5},
         "cache": {"path": str(out / "cache"), "views": settings.views, "workers": 0, "codecs": ["envelope"]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -41,11 +42,10 @@ def refuse_without_matplotlib() -> None:
 
 def draw_curves(path: Path, curves: Mapping[str, Curve], teacher_top1: float, title: str) -> None:
     """Write a PNG: the mean over the seeds as a line, smallest to largest as a band, accuracy in per cent against epochs."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
-    canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
+    axes = figure.add_subplot()
     axes.axhline(teacher_top1, color=_rgb(FAINT), linestyle="--", linewidth=1.4, label=f"teacher {teacher_top1:.1f}")
     for (name, curve), (colour, marker) in zip(curves.items(), LINES, strict=False):
         mean, rgb = curve.top1.mean(0), _rgb(colour)
@@ -59,13 +59,13 @@ def draw_curves(path: Path, curves: Mapping[str, Curve], teacher_top1: float, ti
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
     axes.legend(loc="lower right", frameon=False)
-    canvas.print_png(str(path), metadata={"Software": None})
+    figure.savefig(path, format="png", backend="agg", metadata={"Software": None})
 
 
 def _bottom(curves: Mapping[str, Curve]) -> float:
     """Where the axis begins: the first evaluations are far below what tells the methods apart."""
     third = [float(c.top1[:, c.top1.shape[1] // 3 :].min()) for c in curves.values()]
-    return max(0.0, 5 * np.floor(min(third) / 5) - 5)
+    return max(0.0, 5.0 * math.floor(min(third) / 5) - 5)
 
 
 def _rgb(colour: Colour) -> tuple[float, float, float]:
