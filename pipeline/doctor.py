@@ -46,6 +46,7 @@ PACKAGES = (  # cskd's dependencies, and torchvision, which timm needs
 )
 OPTIONAL = {
     "scikit-learn": "cskd demo: pip install 'cskd[demo]'",
+    "matplotlib": "cskd demo: pip install 'cskd[demo]'",
     "tensorboard": "train.tensorboard: pip install 'cskd[tensorboard]'",
 }
 

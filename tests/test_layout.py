@@ -208,7 +208,7 @@ def test_every_package_is_in_the_wheel():
 
 def test_every_dependency_has_its_reason_beside_it():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    for name in ("dependencies", "dev"):
+    for name in ("dependencies", "demo", "dev"):
         block = re.search(rf"^{name} = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)
         assert block
         assert [line for line in block[1].splitlines() if not re.search(r'",\s+# \w', line)] == []

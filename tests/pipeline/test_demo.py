@@ -1,69 +1,158 @@
-"""What the demo asks for can be trained, whatever `--epochs` says."""
+"""The demo says what it measured: the same start for every method, a spread over seeds, and no image it was chosen on."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
+from sklearn.datasets import load_digits
 
-from cskd.config import Config, from_dict, to_dict, to_yaml
+import pipeline.demo
+from cskd.config import Config, to_dict
 from cskd.errors import ConfigError
-from pipeline.demo import STUDENTS, DemoReport, StudentResult, _config, _student, render, run_demo
-from pipeline.show.metrics import read_metrics
+from pipeline.demo import STUDENTS, Settings, StudentResult, _config, render, run_demo, verdict
+from pipeline.demo_curve import Curve, draw_curves
+from pipeline.demo_data import POOL, digits
+from pipeline.statistics import paired_difference, spread
 from pipeline.train import TrainReport, train
-from tests.caches import make_tiny_data
+
+SMALL = Settings(epochs=1, seeds=2, per_class=4, copies=2, views=1, teacher_epochs=40)
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 40])
+@pytest.mark.parametrize("epochs", [1, 2, 24])
 @pytest.mark.parametrize("student", STUDENTS)
 def test_the_warm_up_is_shorter_than_the_training(tmp_path: Path, student: str, epochs: int) -> None:
-    train = _config(tmp_path, student, epochs).train
+    train = _config(tmp_path, student, 0, Settings(epochs=epochs)).train
     assert train.epochs == epochs
     assert train.warmup_epochs < epochs
     assert train.eval_every <= epochs
 
 
-def test_the_table_names_the_head_that_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the baseline the class head: the mean with a head that was never trained is no result."""
-    small = {"kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}}
+def test_methods_differ_in_the_loss_alone_and_seeds_in_the_seed(tmp_path: Path) -> None:
+    def of(student: str, seed: int) -> dict[str, dict[str, object]]:
+        values = to_dict(_config(tmp_path, student, seed, Settings()))
+        values["train"].pop("output")
+        return values
 
-    def short(config: Config, quiet: bool) -> TrainReport:
-        values = {**to_dict(config), "cache": {"path": ""}, "data": {"train": str(data), "val": str(data)}}
-        values["student"] |= small
-        values["train"] |= {"global_batch": 8}
-        return train(from_dict(values), quiet=quiet)
+    base = of("none", 0)
+    for student in STUDENTS:
+        other = of(student, 0)
+        assert other.pop("loss")["method"] == STUDENTS[student]
+        assert other == {name: value for name, value in base.items() if name != "loss"}
+    assert of("none", 3) == {**base, "train": {**base["train"], "seed": 3}}
 
-    data = tmp_path / "data"
-    make_tiny_data(data, n=12)
-    monkeypatch.setattr("pipeline.demo.train", short)
-    baseline = _student(_config(tmp_path, "none", 1), quiet=True)
-    assert (baseline.head, baseline.teacher_forwards) == ("class", 0)
-    row = read_metrics(tmp_path / "runs" / "none")[-1]
-    assert baseline.top1 == row["top1.class"]
-    students = {"none": baseline, "cskd": StudentResult(50.0, "class+distillation", 1.0, 0)}
+
+def test_no_scan_for_choosing_the_settings_is_in_the_demo() -> None:
+    demo, tuning = digits(10), digits(10, tuning=True)
+    assert {name: len(s.labels) for name, s in demo.items()} == {"train": 100, "val": 1797 - POOL - 100}
+    assert {name: len(s.labels) for name, s in tuning.items()} == {"train": 100, "val": POOL - 100}
+    assert np.bincount(demo["train"].labels).tolist() == [10] * 10
+    parts = [part.images for split in (demo, tuning) for part in split.values()]
+    every = (load_digits().images * (255 / 16)).round().astype(np.uint8)
+    assert sorted(image.tobytes() for part in parts for image in part) == sorted(image.tobytes() for image in every)
+    with pytest.raises(ConfigError, match="0 scans of every digit"):
+        digits(0)
+
+
+def test_a_whole_demo_of_two_seeds_and_what_is_done_is_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after four of six students; the same call goes on, and the baseline's head is the one that was trained."""
+    out, trained = tmp_path / "demo", []
+
+    def counted(config: Config, quiet: bool) -> TrainReport:
+        if stop and len(trained) == 4:
+            raise KeyboardInterrupt
+        report = train(config, quiet=quiet)
+        trained.append((Path(config.train.output).name, report.steps))
+        return report
+
+    monkeypatch.setattr(pipeline.demo, "train", counted)
+    stop = True
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(out, quiet=True, settings=SMALL, processes=1)
+    assert [name for name, steps in trained if steps] == ["none-0", "deit-0", "cskd-0", "none-1"]
+    stop = False
+    trained.clear()
+    report = run_demo(out, quiet=True, settings=SMALL, processes=1)
+    assert [name for name, steps in trained if steps] == ["deit-1", "cskd-1"]
+    assert [s.head for s in report.students.values()] == ["class", "class+distillation", "class+distillation"]
+    assert {s.teacher_forwards for s in report.students.values()} == {0}
+    assert all(len(s.top1) == 2 and min(s.top1) <= s.mean <= max(s.top1) for s in report.students.values())
+    assert report.images == {"train": 40, "val": 1797 - POOL - 40}
+    with Image.open(report.paths["curves"]) as picture:
+        assert picture.format == "PNG" and min(picture.size) > 300
+    monkeypatch.undo()
+    again = run_demo(out, quiet=True, settings=SMALL, processes=2)
+    assert {n: s.top1 for n, s in again.students.items()} == {n: s.top1 for n, s in report.students.items()}
+    values = json.loads(json.dumps(dataclasses.asdict(report)))["students"]
+    assert values["none"]["minus_none"] is None
+    assert values["cskd"]["minus_none"].keys() == {"mean", "low", "high", "pairs"}
+
+
+def result(top1: list[float], none: list[float] | None = None) -> StudentResult:
+    several = len(top1) > 1
+    difference = None if none is None or not several else paired_difference(top1, none)
+    mean = sum(top1) / len(top1)
+    return StudentResult("class", top1, mean, spread(top1) if several else None, difference, 1.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("cskd", "words"),
+    [
+        ([95.0, 95.5, 96.0], "cskd is above none by more than the spread over 3 seeds: +5.0 points"),
+        ([90.2, 90.6, 91.3], "cskd is NOT above none by more than the spread"),  # smaller than the spread
+        ([99.0, 90.0, 91.5], "cskd is NOT above none by more than the spread"),  # of one seed alone
+        ([85.0, 85.5, 86.0], "cskd is NOT above none by more than the spread over 3 seeds: -5.0 points"),
+    ],
+)
+def test_the_verdict_follows_the_numbers(cskd: list[float], words: str) -> None:
+    none = [90.0, 90.5, 91.0]
+    assert verdict({"none": result(none), "cskd": result(cskd, none)}).startswith(words)
+
+
+def test_one_seed_is_no_evidence() -> None:
+    students = {"none": result([90.0]), "cskd": result([99.0], [90.0])}
+    assert verdict(students) == "cskd is +9.0 points from none; one seed has no spread to compare that with"
+
+
+def test_the_table_shows_spread_difference_and_head() -> None:
+    none = [90.0, 90.5, 91.0]
+    students = {"none": result(none), "cskd": result([95.0, 95.5, 96.0], none)}
+    report = pipeline.demo.DemoReport(
+        99.0, {"train": 100, "val": 1097}, [0, 1, 2], students, verdict(students), 200.0, 5.0, {}
+    )
     out = io.StringIO()
-    render(DemoReport(99.0, students, 200.0, 5.0, {}), Console(file=out, width=120))
-    cells = [[cell.strip() for cell in line.split("\u2502")] for line in out.getvalue().splitlines()]
-    assert [row[3] for row in cells if len(row) > 4 and row[1] in students] == ["class", "class+distillation"]
+    render(report, Console(file=out, width=140))
+    rows = [[cell.strip() for cell in line.split("\u2502")[1:-1]] for line in out.getvalue().splitlines()]
+    assert ["none", "class", "90.5 ± 0.5", "90.0..91.0", "", "1", "0"] in rows
+    assert ["cskd", "class", "95.5 ± 0.5", "95.0..96.0", "+5.0 (+5.0..+5.0)", "1", "0"] in rows
+    assert report.verdict in out.getvalue()
 
 
-def test_students_of_an_earlier_version_are_not_shown_as_todays(tmp_path: Path) -> None:
-    run = tmp_path / "runs" / "none"
-    run.mkdir(parents=True)
-    old = to_yaml(_config(tmp_path, "none", 3)).replace("  baseline_head: class\n", "")
-    (run / "resolved.yaml").write_text(old, encoding="utf-8")
-    with pytest.raises(
-        ConfigError, match=r"earlier version, whose baseline was trained on the mean of two heads.*folder"
-    ):
-        run_demo(tmp_path, epochs=3, quiet=True)
+@pytest.mark.parametrize("left", ["images", "data", "cache", "runs", "teacher.safetensors"])
+def test_a_demo_of_an_earlier_layout_is_refused_by_one_line(tmp_path: Path, left: str) -> None:
+    (tmp_path / left).mkdir()
+    with pytest.raises(ConfigError, match=r"^.* holds a demo of another version.*; give another folder$"):
+        run_demo(tmp_path, quiet=True)
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".")) == [left]
 
 
 def test_students_of_other_epochs_are_named_before_anything_is_made(tmp_path: Path) -> None:
-    run = tmp_path / "runs" / "cskd"
-    run.mkdir(parents=True)
-    (run / "resolved.yaml").write_text(to_yaml(_config(tmp_path, "cskd", 3)), encoding="utf-8")
-    with pytest.raises(ConfigError, match="has students of 3 epochs, asked for 2; give another folder"):
+    made = {"layout": pipeline.demo.LAYOUT, **dataclasses.asdict(Settings(epochs=3))}
+    (tmp_path / "demo.json").write_text(json.dumps(made), encoding="utf-8")
+    with pytest.raises(ConfigError, match="holds a demo with epochs 3, asked for 2; give another folder"):
         run_demo(tmp_path, epochs=2, quiet=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["runs"]
+    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["demo.json"]
+
+
+def test_curves_of_one_seed_and_one_evaluation_can_be_drawn(tmp_path: Path) -> None:
+    curves = {"none": Curve(np.array([1]), np.array([[10.0]])), "cskd": Curve(np.array([1]), np.array([[100.0]]))}
+    draw_curves(tmp_path / "x.png", curves, 95.0, "title")
+    assert (tmp_path / "x.png").stat().st_size > 5_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,15 +177,18 @@ def test_a_demo_that_is_run_again_says_how_long_its_students_took(
         """By an earlier run."""
         folder = Path(config.train.output)
         folder.mkdir(parents=True)
-        (folder / "metrics.jsonl").write_text("".join(f'{{"epoch": {e}, "seconds": 7.0}}\n' for e in range(3)))
+        rows = [{"epoch": e, "seconds": 7.0, "top1.class": 50.0} for e in range(3)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return TrainReport(str(folder), 0, 0, 0.1, 0.0, 0, {"class": 50.0}, "class", "float32", "", [])
 
     stubs = {"train": trained, "cache_teacher": lambda *_, **__: SimpleNamespace(clean_top1=0.5)}
-    stubs |= {name: lambda *_, **__: None for name in ("_write_images", "pack_data", "_train_teacher")}
+    stubs |= {name: lambda *_, **__: None for name in ("write_images", "pack_data", "train_teacher")}
     stubs |= {"open_cache": lambda _: cache, "_one_a_class": lambda *_: [0]}
     for name, stub in stubs.items():
         monkeypatch.setattr(pipeline.demo, name, stub)
     report = pipeline.demo.run_demo(tmp_path, epochs=3, quiet=True)
-    assert {name: s.seconds for name, s in report.students.items()} == dict.fromkeys(pipeline.demo.STUDENTS, 21.0)
+    assert {name: s.seconds for name, s in report.students.items()} == dict.fromkeys(
+        pipeline.demo.STUDENTS, 21.0 * len(report.seeds)
+    )
     size = sum(p.stat().st_size for p in cache.root.glob("units/*/*"))
     assert report.bytes_per_view == size / (9 * cache.views)

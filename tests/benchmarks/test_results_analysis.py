@@ -25,8 +25,8 @@ from cskd.student.checkpoint import load_student
 from pipeline.cache_teacher import cache_teacher
 from pipeline.train import train
 from tests.caches import make_tiny_data
+from tests.pipeline.test_pipeline import TEACHER, cached_data, config, run_settings
 from tests.teachers import load, pixels, tiny_teacher
-from tests.test_pipeline import TEACHER, cached_data, config, run_settings
 
 FIGURES = {"agreement.png", "agreement_cells.png", "attention_distance.png", "accuracy.png"}
 
