@@ -28,7 +28,7 @@ class Identity(Facts):
 
     inventory: str  # its id
     recipe: Mapping[str, Any]  # of `RecipeConfig`; caches of older versions lack its newer keys
-    teacher: Mapping[str, Any]  # `cskd.teacher.model.fingerprint.Fingerprint.facts`, of whichever version
+    teacher: Mapping[str, Any]  # `cskd.teacher.fingerprint.Fingerprint.facts`, of whichever version
     grid: Sequence[int]  # h, w
     codecs: Sequence[str]
     classes: str | None = None  # sha256 of the class names

@@ -27,7 +27,7 @@ from cskd.teacher.forwards import count_teacher_images
 from cskd.teacher.fuse import fuse_activations
 from cskd.teacher.heads import Head, find_head, full_precision, keep_classes
 from cskd.teacher.lanes import threads_of_a_lane
-from cskd.teacher.model.fingerprint import Fingerprint
+from cskd.teacher.fingerprint import Fingerprint
 from cskd.teacher.probe import check_clean, clean_top1, compare_probe, probe_images, project
 from cskd.views.fit import teacher_notes
 
