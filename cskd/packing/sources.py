@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from cskd.dataset.inventory import first_duplicate
+from cskd.dataset.inventory_checks import MAX_IMAGE_BYTES
 from cskd.errors import DataError
 from cskd.packing.class_names import check_labels, class_file, label_names, read_classes
 from cskd.packing.layout import Tree, check_keys, check_tree, class_prefix
@@ -28,7 +29,7 @@ from cskd.packing.names import (
     sample_key,
 )
 from cskd.packing.no_images import why_no_images
-from cskd.packing.places import MAX_IMAGE_BYTES, WHOLE, Place
+from cskd.packing.places import WHOLE, Place
 from cskd.packing.shard_samples import is_shard, shard_samples, why_no_shard
 from cskd.packing.shard_sets import find_shards, is_pattern, missing_numbers
 from cskd.packing.split_words import KeySplit, roots_of, some

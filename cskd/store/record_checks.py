@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cskd.codecs import get_codec
-from cskd.codecs.base import MAX_CLASSES
 from cskd.config import RecipeConfig, from_dict, to_dict
+from cskd.dataset.classes import MAX_CLASSES
 from cskd.errors import CskdError
 from cskd.store.format import unit_file
 
