@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,7 @@ from cskd.method.ckf import hard_targets
 from cskd.teacher.arithmetic import BLENDS, REFERENCE, Precision
 from cskd.teacher.heads import full_precision
 from cskd.teacher.lanes import threads_of_a_lane
-
-if TYPE_CHECKING:
-    from cskd.teacher.model import Teacher
+from cskd.teacher.model import Teacher
 
 ROWS = 4  # views in one forward: many classes on a fine grid fill the memory
 
