@@ -22,12 +22,12 @@ from cskd.errors import TeacherError, one_line
 from cskd.machine.devices import uses_bf16
 from cskd.teacher.build import build, build_model, weights_sha256
 from cskd.teacher.class_map import class_map
+from cskd.teacher.fingerprint import Fingerprint
 from cskd.teacher.fold import fold_norms
 from cskd.teacher.forwards import count_teacher_images
 from cskd.teacher.fuse import fuse_activations
 from cskd.teacher.heads import Head, find_head, full_precision, keep_classes
 from cskd.teacher.lanes import threads_of_a_lane
-from cskd.teacher.fingerprint import Fingerprint
 from cskd.teacher.probe import check_clean, clean_top1, compare_probe, probe_images, project
 from cskd.views.fit import teacher_notes
 
