@@ -129,11 +129,11 @@ def test_the_table_shows_spread_difference_and_head() -> None:
         99.0, {"train": 100, "val": 1097}, [0, 1, 2], students, verdict(students), 200.0, 5.0, {}
     )
     out = io.StringIO()
-    render(report, Console(file=out, width=140))
+    render(report, Console(file=out, width=80))
     rows = [[cell.strip() for cell in line.split("\u2502")[1:-1]] for line in out.getvalue().splitlines()]
-    assert ["none", "class", "90.5 ± 0.5", "90.0..91.0", "", "1", "0"] in rows
-    assert ["cskd", "class", "95.5 ± 0.5", "95.0..96.0", "+5.0 (+5.0..+5.0)", "1", "0"] in rows
-    assert report.verdict in out.getvalue()
+    assert ["none", "90.5 ± 0.5", "", "1", "class"] in rows
+    assert ["cskd", "95.5 ± 0.5", "+5.0 (+5.0..+5.0)", "1", "class"] in rows
+    assert report.verdict in " ".join(out.getvalue().split())
 
 
 @pytest.mark.parametrize("left", ["images", "data", "cache", "runs", "teacher.safetensors"])
