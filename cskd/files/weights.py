@@ -8,7 +8,6 @@ members, and it may not be many times larger than its model. No timm in here.
 from __future__ import annotations
 
 import os
-import pickle
 import pickletools
 import re
 import zipfile
@@ -66,12 +65,10 @@ def read_weights(path: Path, model_bytes: int) -> tuple[dict[str, Tensor], list[
         check_weight_file(path, model_bytes)
         safe = path.suffix == ".safetensors"
         loaded: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, PickledObjectsError):
-        raise ValueError(
-            "can't be read: it is damaged, or holds Python objects besides tensors, which are never unpickled here"
-        ) from None
     except Exception as e:  # whatever a file that is no checkpoint makes the two readers raise
-        raise ValueError(f"can't be read: {one_line(e)}") from None
+        objects = type(e).__name__ in ("UnpicklingError", PickledObjectsError.__name__)
+        why = "it is damaged, or holds Python objects besides tensors, which are never unpickled here"
+        raise ValueError(f"can't be read: {why if objects else one_line(e)}") from None
     keys: list[str] = []
     while isinstance(loaded, Mapping) and len(keys) < _MAX_WRAPPERS:
         key = next((k for k in _WRAPPERS if isinstance(loaded.get(k), Mapping)), None)
