@@ -17,7 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(p for top in ("cskd", "pipeline") for p in (ROOT / top).rglob("*.py"))
 SOURCES.append(ROOT / "cli.py")
 SCRIPTS = sorted(p for top in ("benchmarks", "tests") for p in (ROOT / top).rglob("*.py"))
-DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "google_crc32c": "google-crc32c", "sklearn": "scikit-learn"}
+DISTRIBUTIONS = {
+    "yaml": "pyyaml",
+    "PIL": "pillow",
+    "annotated_types": "annotated-types",
+    "google_crc32c": "google-crc32c",
+    "sklearn": "scikit-learn",
+}
 PROGRAMS = {"mypy", "pytest-xdist", "ruff", "types-pyyaml"}  # of the dev extra: run, never imported
 LONGEST = 550  # lines: the ceiling of a spine
 
