@@ -41,6 +41,7 @@ from cskd.dataset.inventory import Sample, ShardFile, open_inventory, write_inve
 from cskd.errors import CskdError
 from cskd.loading.epoch_table import TargetSpec, build_table
 from cskd.loading.plan import PlanSpec, epoch_plan
+from cskd.pipeline.pack import pack_data
 from cskd.store.cache import Cache, Unit, create_cache
 from cskd.store.identity import identity_of
 from cskd.store.unit import read_unit
@@ -51,7 +52,6 @@ from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import mix_pixels
 from cskd.views.mixing import quads
 from cskd.views.versions import library_versions
-from pipeline.pack import pack_data
 
 # Shapes: N samples, B batch, K classes, h w teacher grid, n its cells
 ROOT = Path(__file__).resolve().parent.parent

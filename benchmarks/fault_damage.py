@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.fault_bench import Bench, files, in_child
 from cskd.dataset.inventory import open_inventory
-from pipeline.care.repair import repair
+from cskd.pipeline.care.repair import repair
 
 # One damage in so many is repaired, and the cache compared with what it was, byte for byte.
 REPAIRED = {"flips": 100, "truncations": 20, "swaps": 4}

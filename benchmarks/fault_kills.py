@@ -18,7 +18,7 @@ from benchmarks.fault_bench import KILLED, ROOT, Bench, end_child, files, start_
 from benchmarks.fault_damage import all_named
 from cskd.config import to_yaml
 from cskd.files.claims import Claims
-from pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.cache_teacher import cache_teacher
 
 RACERS = 4
 UNITS = 6  # of the whole cache

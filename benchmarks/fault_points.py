@@ -26,7 +26,7 @@ from typing import Any
 
 import cskd.store.commit
 from benchmarks.fault_bench import KILLED, Bench, end_child, in_child, start_child
-from pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.cache_teacher import cache_teacher
 
 CALLS = (
     "write,pwrite64,sendfile,copy_file_range,ftruncate,fsync,fdatasync,rename,renameat,renameat2,link,linkat,unlink,"

@@ -25,13 +25,13 @@ from cskd.dataset.inventory import open_inventory
 from cskd.dataset.inventory_format import header_hash
 from cskd.dataset.shard_reader import ShardReader
 from cskd.errors import CacheError
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.care.verify import verify
+from cskd.pipeline.pack import index_data, pack_data
+from cskd.pipeline.train import train
 from cskd.store.cache import open_cache
 from cskd.store.manifest import fingerprint_of
 from cskd.teacher.build import build
-from pipeline.cache_teacher import cache_teacher
-from pipeline.care.verify import verify
-from pipeline.pack import index_data, pack_data
-from pipeline.train import train
 
 LINEAR = (
     "from torch import nn\ndef build():\n    m = nn.Module()\n    m.fc = nn.Linear(8, 5, bias=False)\n    return m\n"

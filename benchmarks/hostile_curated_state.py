@@ -15,12 +15,12 @@ import torch
 from benchmarks import hostile_base as b
 from benchmarks.hostile_base import Base, Case, sparse, write
 from benchmarks.hostile_curated_inventory import DEEP, Change, change_of
+from cskd.pipeline.care.gc import gc
+from cskd.pipeline.look.inspect_cache import inspect
 from cskd.student import build_student
 from cskd.student.checkpoint import load_student
 from cskd.student.optim import Optimisation
 from cskd.student.resume import ResumeStates
-from pipeline.care.gc import gc
-from pipeline.look.inspect_cache import inspect
 
 
 def state_cases(base: Base) -> list[Case]:

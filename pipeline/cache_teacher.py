@@ -36,6 +36,11 @@ from cskd.loading.stage1 import Chunk, ChunkMaker, ChunkViews, chunks
 from cskd.loading.stream import Stream
 from cskd.machine.devices import pick_device
 from cskd.machine.threads import Threads, begun_with, choose_threads, computing_with
+from cskd.pipeline.clean_check import clean_check
+from cskd.pipeline.measure_precision import measure_precision
+from cskd.pipeline.outputs import refuse_cache_output
+from cskd.pipeline.precheck import look_ahead
+from cskd.pipeline.show.progress import Notes, Pool, Progress, bound_by, duration
 from cskd.store.cache import Cache, create_cache
 from cskd.store.commit import write_whole
 from cskd.store.format import RESOLVED
@@ -50,11 +55,6 @@ from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import mix_pixels
 from cskd.views.mixing import quads
 from cskd.views.versions import library_versions
-from pipeline.clean_check import clean_check
-from pipeline.measure_precision import measure_precision
-from pipeline.outputs import refuse_cache_output
-from pipeline.precheck import look_ahead
-from pipeline.show.progress import Notes, Pool, Progress, bound_by, duration
 
 WAIT = 2.0  # seconds between two looks at what other processes are making
 

@@ -29,17 +29,17 @@ from cskd.errors import ConfigError
 from cskd.files.folders import mark, refuse_output
 from cskd.files.writer import sole_writer
 from cskd.machine.threads import choose_threads, computing_with
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.look.inspect_cache import sheet
+from cskd.pipeline.pack import pack_data
+from cskd.pipeline.show.metrics import read_metrics
+from cskd.pipeline.show.progress import Progress
+from cskd.pipeline.train import train
 from cskd.seeds import permutation
 from cskd.store.cache import open_cache
 from cskd.teacher.build import build_model
 from cskd.teacher.forwards import teacher_images
 from cskd.views.mix_pixels import normalise
-from pipeline.cache_teacher import cache_teacher
-from pipeline.look.inspect_cache import sheet
-from pipeline.pack import pack_data
-from pipeline.show.metrics import read_metrics
-from pipeline.show.progress import Progress
-from pipeline.train import train
 
 SIZE = 32  # pixels; the scans are 8x8, enlarged
 STUDENTS = {"none": "none", "deit": "deit-hard", "cskd": "cskd-hard"}

@@ -37,6 +37,24 @@ from cskd.machine.devices import arithmetic, autocast, pick_device, uses_bf16
 from cskd.machine.ranks import Ranks, start_ranks, stop_ranks
 from cskd.machine.threads import Threads, begun_with, choose_threads, computing_with
 from cskd.method.losses import DistillationLoss
+from cskd.pipeline.baseline import open_baseline
+from cskd.pipeline.conflicts import (
+    as_begun,
+    changed_on_resume,
+    own_output,
+    refuse_conflicts,
+    refuse_other_code,
+    refuse_other_run,
+    run_identity,
+    usable_views,
+)
+from cskd.pipeline.evaluate import score_heads
+from cskd.pipeline.online import open_online
+from cskd.pipeline.outputs import sole_run
+from cskd.pipeline.precheck import open_plan, open_val, student_notes, view_notes, with_best
+from cskd.pipeline.run_state import PROGRESS, RunState, named_bests, stopped
+from cskd.pipeline.show.metrics import MetricsLog
+from cskd.pipeline.show.progress import Notes, Pool, Progress, bound_by, timed_start
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import write_whole
 from cskd.store.format import RESOLVED
@@ -51,24 +69,6 @@ from cskd.student.optim import Optimisation, reseed_step
 from cskd.teacher.forwards import teacher_images
 from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import InputMaker
-from pipeline.baseline import open_baseline
-from pipeline.conflicts import (
-    as_begun,
-    changed_on_resume,
-    own_output,
-    refuse_conflicts,
-    refuse_other_code,
-    refuse_other_run,
-    run_identity,
-    usable_views,
-)
-from pipeline.evaluate import score_heads
-from pipeline.online import open_online
-from pipeline.outputs import sole_run
-from pipeline.precheck import open_plan, open_val, student_notes, view_notes, with_best
-from pipeline.run_state import PROGRESS, RunState, named_bests, stopped
-from pipeline.show.metrics import MetricsLog
-from pipeline.show.progress import Notes, Pool, Progress, bound_by, timed_start
 
 TERMS = ("label", "dist", "patch")  # of the loss, as logged
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from cskd.config import RecipeConfig, from_dict, to_dict
 from cskd.dataset.inventory import Inventory, Sample, ShardFile, write_inventory
+from cskd.pipeline.cache_teacher import write_resolved
 from cskd.seeds import view_seeds
 from cskd.store.cache import Cache, create_cache
 from cskd.store.identity import identity_of
@@ -23,7 +24,6 @@ from cskd.store.unit_builder import UnitBuilder
 from cskd.views.digest import pixel_crc
 from cskd.views.maker import ViewMaker
 from cskd.views.mixing import quads
-from pipeline.cache_teacher import write_resolved
 
 CLASSES = ["apple", "bee [bold]", "a very long class name indeed", "n01440764", "été"]
 

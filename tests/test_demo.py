@@ -10,9 +10,9 @@ from rich.console import Console
 
 from cskd.config import Config, from_dict, to_dict, to_yaml
 from cskd.errors import ConfigError
-from pipeline.demo import STUDENTS, DemoReport, StudentResult, _config, _student, render, run_demo
-from pipeline.show.metrics import read_metrics
-from pipeline.train import TrainReport, train
+from cskd.pipeline.demo import STUDENTS, DemoReport, StudentResult, _config, _student, render, run_demo
+from cskd.pipeline.show.metrics import read_metrics
+from cskd.pipeline.train import TrainReport, train
 from tests.caches import make_tiny_data
 
 
@@ -37,7 +37,7 @@ def test_the_table_names_the_head_that_was_trained(tmp_path: Path, monkeypatch: 
 
     data = tmp_path / "data"
     make_tiny_data(data, n=12)
-    monkeypatch.setattr("pipeline.demo.train", short)
+    monkeypatch.setattr("cskd.pipeline.demo.train", short)
     baseline = _student(_config(tmp_path, "none", 1), quiet=True)
     assert (baseline.head, baseline.teacher_forwards) == ("class", 0)
     row = read_metrics(tmp_path / "runs" / "none")[-1]

@@ -23,13 +23,13 @@ from rich.text import Text
 
 from cskd.codecs.base import quantise_blend
 from cskd.errors import CacheError, CskdError, printable
+from cskd.pipeline.look.inspect_sample import BLENDS, describe_sample, find_sample, hard_codec, sample_picture, sheet
+from cskd.pipeline.outputs import refuse_png, save_png
 from cskd.store.cache import Cache, Unit, open_cache
 from cskd.store.commit import Commit
 from cskd.store.seal import read_seal
 from cskd.teacher.arithmetic import in_words
 from cskd.views.mixing import NONE
-from pipeline.look.inspect_sample import BLENDS, describe_sample, find_sample, hard_codec, sample_picture, sheet
-from pipeline.outputs import refuse_png, save_png
 
 __all__ = ["inspect", "render", "sample_picture", "sheet"]
 
