@@ -216,7 +216,7 @@ def test_every_folder_of_code_is_a_package():
     "code",
     [
         "import sys; from cskd.cli import main; sys.argv = ['cskd', '--help']; main()",
-        "import cskd.cli, cskd.pipeline.train, cskd.pipeline.cache_teacher, cskd.pipeline.look.inspect_cache; print('cskd')",
+        "import cskd.cli, cskd.pipeline.show.progress, importlib.util as u; print(u.find_spec('cskd.pipeline.train').origin)",
     ],
 )
 def test_a_users_own_cli_and_pipeline_that_come_first_do_not_get_in_the_way(code, tmp_path):
