@@ -88,7 +88,7 @@ def demo(
     json_: Json = False,
 ) -> None:
     """Everything on real handwritten digits, in minutes on a CPU."""
-    from pipeline.demo import render, run_demo
+    from cskd.pipeline.demo import render, run_demo
 
     _print(run_demo(out, epochs=epochs, quiet=json_), json_, render)
 
@@ -114,7 +114,7 @@ def pack(
     json_: Json = False,
 ) -> None:
     """A folder of class folders (or a tar of one) to shuffled webdataset shards with an inventory."""
-    from pipeline.pack import pack_data, render
+    from cskd.pipeline.pack import pack_data, render
 
     report = pack_data(src, out, classes, seed, shard_size, block, limit, short_side, split, quiet=json_)
     _print(report, json_, render)
@@ -129,7 +129,7 @@ def index(
     json_: Json = False,
 ) -> None:
     """The inventory of existing webdataset shards, which stay as they are."""
-    from pipeline.pack import index_data, render
+    from cskd.pipeline.pack import index_data, render
 
     _print(index_data(shards, classes, block, split, quiet=json_), json_, render)
 
@@ -138,7 +138,7 @@ def index(
 def cache_teacher(config: ConfigPath, set_: Set = None, json_: Json = False) -> None:
     """Stage 1: run the teacher once over every view. The same command resumes."""
     from cskd.config import load_config
-    from pipeline.cache_teacher import cache_teacher, render
+    from cskd.pipeline.cache_teacher import cache_teacher, render
 
     _print(cache_teacher(load_config(config, set_), quiet=json_), json_, render)
 
@@ -153,7 +153,7 @@ def train(
 ) -> None:
     """Stage 2: train the student from the cache; the teacher never runs (but see --online). The same command resumes."""
     from cskd.config import load_config
-    from pipeline.train import render, train
+    from cskd.pipeline.train import render, train
 
     _print(train(load_config(config, set_), verify_replay=verify_replay, online=online, quiet=json_), json_, render)
 
@@ -174,7 +174,7 @@ def evaluate(
     json_: Json = False,
 ) -> None:
     """Top-1 and top-5 of every head of a trained student, and of their averages."""
-    from pipeline.evaluate import evaluate_checkpoint, render
+    from cskd.pipeline.evaluate import evaluate_checkpoint, render
 
     report = evaluate_checkpoint(checkpoint, data, batch, workers, crop_pct, device, json_, autocast)
     _print(report, json_, render)
@@ -191,7 +191,7 @@ def inspect(
     json_: Json = False,
 ) -> None:
     """What a cache holds: a table, one sample as text, and its dense maps as a picture."""
-    from pipeline.look.inspect_cache import inspect, render
+    from cskd.pipeline.look.inspect_cache import inspect, render
 
     _print(inspect(cache, data=data, sample=sample, view=view, blend=blend, png=png), json_, render)
 
@@ -207,7 +207,7 @@ def verify(
     json_: Json = False,
 ) -> None:
     """Read every byte of a cache and check it; exit code 1 names each unit that is missing or damaged."""
-    from pipeline.care.verify import render, verify
+    from cskd.pipeline.care.verify import render, verify
 
     report = verify(cache, data=data, images=images, replay=replay, again=recompute, device=device, quiet=json_)
     _print(report, json_, render)
@@ -218,7 +218,7 @@ def verify(
 @app.command()
 def repair(cache: CachePath, data: Data = None, json_: Json = False) -> None:
     """Withdraw what is damaged in a cache, and make only that again; exit code 0 when it is whole."""
-    from pipeline.care.repair import render, repair
+    from cskd.pipeline.care.repair import render, repair
 
     _print(repair(cache, data=data, quiet=json_), json_, render)
 
@@ -232,7 +232,7 @@ def gc(
     json_: Json = False,
 ) -> None:
     """Remove files that killed writers left behind in a cache."""
-    from pipeline.care.gc import gc, render
+    from cskd.pipeline.care.gc import gc, render
 
     _print(gc(cache, older_than=older_than, dry_run=dry_run, data=data), json_, render)
 
@@ -240,7 +240,7 @@ def gc(
 @app.command()
 def doctor(json_: Json = False) -> None:
     """Versions, decoder, cores, threads, disk and GPU of this machine; exit code 1 when something is broken."""
-    from pipeline.doctor import doctor, render
+    from cskd.pipeline.doctor import doctor, render
 
     report = doctor()
     _print(report, json_, render)

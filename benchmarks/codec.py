@@ -34,6 +34,7 @@ from cskd.config import load_config
 from cskd.errors import CacheError, CskdError
 from cskd.loading.stage1 import ChunkMaker, chunks
 from cskd.machine.devices import pick_device
+from cskd.pipeline.show.progress import Progress
 from cskd.store.cache import Cache, open_cache
 from cskd.store.format import RESOLVED, VIEW_FIELDS, Unit
 from cskd.store.unit import pack_unit
@@ -42,7 +43,6 @@ from cskd.views.digest import check_view
 from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import mix_pixels
 from cskd.views.mixing import NONE, quads
-from pipeline.show.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
 # Shapes: R rows of a unit, K classes, h w teacher grid, n cells (h * w), Q blends
@@ -124,8 +124,8 @@ def _open_or_make(path: Path, data: Path | None) -> Cache:
                 f"no cache at {path}; give the path of one, or set CSKD_DATA to the folder with "
                 "data/imagenet-sample.tar and teachers/imagenet_mobilenetv2_100.safetensors, and it is made"
             )
-        from pipeline.cache_teacher import cache_teacher
-        from pipeline.pack import pack_data
+        from cskd.pipeline.cache_teacher import cache_teacher
+        from cskd.pipeline.pack import pack_data
 
         shards = path.parent / f"{path.name}_data"
         pack_data(Path(source) / "data" / "imagenet-sample.tar", shards)

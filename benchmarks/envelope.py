@@ -42,6 +42,7 @@ from cskd.errors import CskdError
 from cskd.loading.epoch_table import build_table
 from cskd.loading.plan import PlanSpec, epoch_plan
 from cskd.loading.sources import TargetSpec
+from cskd.pipeline.pack import pack_data
 from cskd.store.cache import Cache, create_cache
 from cskd.store.format import Unit
 from cskd.store.identity import identity_of
@@ -54,7 +55,6 @@ from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import mix_pixels
 from cskd.views.mixing import quads
 from cskd.views.versions import library_versions
-from pipeline.pack import pack_data
 
 # Shapes: N samples, B batch, K classes, h w teacher grid, n its cells
 ROOT = Path(__file__).resolve().parent.parent

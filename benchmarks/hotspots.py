@@ -40,6 +40,7 @@ from cskd.dataset.inventory import open_inventory
 from cskd.errors import CskdError
 from cskd.machine.devices import autocast, pick_device
 from cskd.method.losses import DistillationLoss, HardTargets, MixedLabels
+from cskd.pipeline.pack import pack_data
 from cskd.seeds import view_seeds
 from cskd.student import build_student
 from cskd.student.optim import Optimisation
@@ -50,7 +51,6 @@ from cskd.views.digest import pixel_crc
 from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import mix_pixels
 from cskd.views.recipe import sample_params
-from pipeline.pack import pack_data
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

@@ -52,12 +52,12 @@ from benchmarks.tiny_teacher import TINY_TEACHER
 from cskd.config import RecipeConfig, from_dict
 from cskd.dataset.inventory import Sample, open_inventory, write_inventory
 from cskd.errors import CskdError
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.pack import pack_data
 from cskd.seeds import view_seeds
 from cskd.views.digest import Recorded, check_view, pixel_crc, view_digest
 from cskd.views.maker import ViewMaker
 from cskd.views.mixing import NONE, mixing, quads
-from pipeline.cache_teacher import cache_teacher
-from pipeline.pack import pack_data
 
 ROOT = Path(__file__).resolve().parent.parent
 DEIT = {"randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25, "mixup": 0.8, "cutmix": 1.0}

@@ -28,11 +28,11 @@ import torch
 
 from cskd.config import Config, from_dict
 from cskd.errors import CskdError
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.care.recompute import recompute
+from cskd.pipeline.pack import pack_data
+from cskd.pipeline.train import train
 from cskd.store.cache import open_cache
-from pipeline.cache_teacher import cache_teacher
-from pipeline.care.recompute import recompute
-from pipeline.pack import pack_data
-from pipeline.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
 DEIT = {"randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25, "mixup": 0.8, "cutmix": 1.0}

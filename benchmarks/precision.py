@@ -24,10 +24,10 @@ from cskd.config import load_config
 from cskd.dataset.inventory import open_inventory
 from cskd.errors import CskdError
 from cskd.machine.devices import pick_device
+from cskd.pipeline.measure_precision import first_views
 from cskd.teacher.model import load_teacher
 from cskd.teacher.precision import measure
 from cskd.views.maker import ViewMaker
-from pipeline.measure_precision import first_views
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN: dict[str, Any] = {"autocast": "none", "fold": False, "compile": False, "dtype": "float32"}

@@ -44,6 +44,8 @@ from cskd.loading.stage1 import ChunkMaker, chunks
 from cskd.loading.stage2 import BatchMaker
 from cskd.loading.stream import Stream
 from cskd.loading.tasks import RunTasks
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.pack import pack_data
 from cskd.seeds import view_seeds
 from cskd.store.cache import Cache, open_cache
 from cskd.views.digest import pixel_crc, view_digest
@@ -51,8 +53,6 @@ from cskd.views.maker import ViewMaker
 from cskd.views.mixing import NONE, mixing, quads
 from cskd.views.ops import apply
 from cskd.views.recipe import sample_params
-from pipeline.cache_teacher import cache_teacher
-from pipeline.pack import pack_data
 
 ROOT = Path(__file__).resolve().parent.parent
 DEIT = {"randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25, "mixup": 0.8, "cutmix": 1.0}

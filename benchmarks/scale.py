@@ -91,10 +91,10 @@ else:
     Stream.__iter__ = timed
     config = load_config(path)
     if stage == "cache-teacher":
-        from pipeline.cache_teacher import cache_teacher
+        from cskd.pipeline.cache_teacher import cache_teacher
         images = cache_teacher(config, quiet=True).images
     else:
-        from pipeline.train import train
+        from cskd.pipeline.train import train
         images = train(config, quiet=True, verify_replay=False).images
 us, cpu_us = ((time.perf_counter() - first) / images * 1e6, (time.process_time() - cpu) / images * 1e6)
 with open("/proc/self/status") as status:  # getrusage's includes that of the process which started this one

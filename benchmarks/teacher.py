@@ -38,9 +38,9 @@ import torch
 from cskd.config import Config, from_dict
 from cskd.errors import CskdError
 from cskd.machine.devices import pick_device
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.pack import pack_data
 from cskd.teacher.model import build_model
-from pipeline.cache_teacher import cache_teacher
-from pipeline.pack import pack_data
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS: dict[str, dict[str, Any]] = {

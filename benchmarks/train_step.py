@@ -16,7 +16,7 @@ timm's attention not fused, which is faster there), the teacher in float32. On a
     ... float32   the student in float32, with the teacher in float32 where it runs
     online fast   as online, the teacher in bf16 with its batch norms folded
 
-On a GPU: teacher in bf16 and folded, fused AdamW, compiled student. Our sides are the loop of `pipeline.train` itself, timed
+On a GPU: teacher in bf16 and folded, fused AdamW, compiled student. Our sides are the loop of `cskd.pipeline.train` itself, timed
 between its calls of `Progress.update`; start-up and the first steps are not counted. Memory is the sum of the peaks of a
 side's processes. About 8 minutes on 2 cores. Needs $CSKD_DATA (else `shared` beside the checkout). Prints the machine, a
 table, and one JSON line last: `cached_over_supervised`, `online_over_cached`, `cached_over_timm` with the default settings,
@@ -82,9 +82,9 @@ def compare(options: argparse.Namespace, shared: Path, folder: Path) -> dict[str
     import torch
 
     from cskd.machine.devices import pick_device
+    from cskd.pipeline.cache_teacher import cache_teacher
+    from cskd.pipeline.pack import pack_data
     from cskd.teacher.model import build_model
-    from pipeline.cache_teacher import cache_teacher
-    from pipeline.pack import pack_data
 
     cuda = pick_device(options.device).type == "cuda"
     name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
@@ -177,13 +177,13 @@ def run_side(side: dict[str, Any]) -> dict[str, Any]:
     """Seconds a step, peak memory, and what our own report says."""
     if side["side"].startswith("timm"):
         return _timm(side)
-    import pipeline.train
+    import cskd.pipeline.train
     from cskd.machine.devices import pick_device
 
     config = _config(side, Path(os.environ["CSKD_DATA"]))
     watch = Stopwatch(warm(pick_device(side["device"]).type), side["steps"])
-    pipeline.train.Progress = watch  # type: ignore[assignment, misc]
-    report = pipeline.train.train(config, online=side["side"].startswith("online"), quiet=True)
+    cskd.pipeline.train.Progress = watch  # type: ignore[assignment, misc]
+    report = cskd.pipeline.train.train(config, online=side["side"].startswith("online"), quiet=True)
     return watch.found() | {"bound_by": report.bound_by}
 
 
@@ -193,7 +193,7 @@ def warm(device: str) -> int:
 
 
 class Stopwatch:
-    """Stands where `pipeline.train` has its progress line, and takes the time of the steps in between."""
+    """Stands where `cskd.pipeline.train` has its progress line, and takes the time of the steps in between."""
 
     def __init__(self, warm: int, steps: int) -> None:
         self._warm, self._steps, self._seen = warm, steps, 0

@@ -12,9 +12,9 @@ from cskd.errors import ConfigError
 from cskd.loading.live import LiveViews
 from cskd.loading.targets import NoTargets
 from cskd.machine.ranks import Ranks
+from cskd.pipeline.online import decodable, training_images
 from cskd.store.identity import identity_of
 from cskd.views.maker import ViewMaker
-from pipeline.online import decodable, training_images
 
 
 def open_baseline(config: Config, ranks: Ranks, online: bool, quiet: bool) -> tuple[LiveViews, NoTargets, list[str]]:

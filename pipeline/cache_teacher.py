@@ -28,6 +28,12 @@ from cskd.loading.stage1 import ChunkMaker
 from cskd.loading.stream import Stream
 from cskd.machine.devices import pick_device
 from cskd.machine.threads import Threads, begun_with, choose_threads, computing_with
+from cskd.pipeline.clean_check import clean_check
+from cskd.pipeline.measure_precision import measure_precision
+from cskd.pipeline.outputs import refuse_cache_output
+from cskd.pipeline.precheck import look_ahead
+from cskd.pipeline.show.progress import Notes, Progress, bound_by, duration
+from cskd.pipeline.unit_line import missing_passes, unit_line, views_left
 from cskd.store.cache import Cache, create_cache
 from cskd.store.format import MANIFEST
 from cskd.store.golden import check_versions
@@ -39,12 +45,6 @@ from cskd.teacher.lanes import lanes_of
 from cskd.teacher.model import Teacher, compare_probe, load_teacher
 from cskd.views.maker import ViewMaker
 from cskd.views.versions import library_versions
-from pipeline.clean_check import clean_check
-from pipeline.measure_precision import measure_precision
-from pipeline.outputs import refuse_cache_output
-from pipeline.precheck import look_ahead
-from pipeline.show.progress import Notes, Progress, bound_by, duration
-from pipeline.unit_line import missing_passes, unit_line, views_left
 
 WAIT = 2.0  # seconds between two looks at what other processes are making
 

@@ -35,18 +35,18 @@ from cskd.files.folders import mark, refuse_output
 from cskd.files.read import parse_json, read_file
 from cskd.files.writer import sole_writer
 from cskd.machine.threads import choose_threads, computing_with
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.demo_curve import Curve, draw_curves, refuse_without_matplotlib
+from cskd.pipeline.demo_data import CLASSES, SIZE, digits, write_images
+from cskd.pipeline.demo_teacher import MEAN_STD, TEACHER, train_teacher
+from cskd.pipeline.look.inspect_cache import sheet
+from cskd.pipeline.pack import pack_data
+from cskd.pipeline.show.metrics import read_metrics
+from cskd.pipeline.show.progress import Progress
+from cskd.pipeline.statistics import Difference, paired_difference, spread
+from cskd.pipeline.train import train
 from cskd.store.cache import open_cache
 from cskd.teacher.forwards import teacher_images
-from pipeline.cache_teacher import cache_teacher
-from pipeline.demo_curve import Curve, draw_curves, refuse_without_matplotlib
-from pipeline.demo_data import CLASSES, SIZE, digits, write_images
-from pipeline.demo_teacher import MEAN_STD, TEACHER, train_teacher
-from pipeline.look.inspect_cache import sheet
-from pipeline.pack import pack_data
-from pipeline.show.metrics import read_metrics
-from pipeline.show.progress import Progress
-from pipeline.statistics import Difference, paired_difference, spread
-from pipeline.train import train
 
 STUDENTS = {"none": "none", "deit": "deit-soft", "cskd": "cskd-soft"}
 LAYOUT = 2  # of the folder; raised whenever what lies in it would be other than before

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cskd.errors import ConfigError
-from pipeline.look.pictures import CLASS_COLOURS, FAINT, INK, Colour
+from cskd.pipeline.look.pictures import CLASS_COLOURS, FAINT, INK, Colour
 
-# Of Okabe and Ito, as in `pipeline.look.pictures`, with a marker each: black, orange, blue, then those that are left.
+# Of Okabe and Ito, as in `cskd.pipeline.look.pictures`, with a marker each: black, orange, blue, then those that are left.
 LINES: tuple[tuple[Colour, str], ...] = (
     (INK, "o"),
     (CLASS_COLOURS[1], "s"),

@@ -14,11 +14,11 @@ from safetensors.torch import save_model
 from torch import Tensor
 
 from cskd.files.durable import put
+from cskd.pipeline.demo_data import CLASSES, Scans, enlarged
+from cskd.pipeline.show.progress import Progress
 from cskd.seeds import hash64, permutation, uniform_array, view_seeds
 from cskd.teacher.build import build_model
 from cskd.views.mix_pixels import normalise
-from pipeline.demo_data import CLASSES, Scans, enlarged
-from pipeline.show.progress import Progress
 
 TEACHER: dict[str, Any] = {
     "model": "resnet18",

@@ -21,13 +21,13 @@ from cskd.loading.stream import Stream
 from cskd.machine.devices import arithmetic, autocast, pick_device, uses_bf16
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import choose_threads, computing_with
+from cskd.pipeline.show.progress import Progress
 from cskd.student import Student, eval_heads
 from cskd.student.checkpoint import load_student
 from cskd.student.finite import NotFiniteError
 from cskd.student.heads import UNTRAINED, score_head
 from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import InputMaker
-from pipeline.show.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,14 @@ from cskd.loading.live import LiveViews
 from cskd.loading.stream import Stream
 from cskd.loading.targets import LiveTargets
 from cskd.machine.ranks import Ranks
+from cskd.pipeline.clean_check import clean_check
+from cskd.pipeline.measure_precision import measure_precision
+from cskd.pipeline.precheck import look_ahead
+from cskd.pipeline.show.progress import Notes, Progress
 from cskd.store.identity import identity_of
 from cskd.store.quarantine import refuse_too_many, refuse_too_many_in_all
 from cskd.teacher.model import load_teacher
 from cskd.views.maker import ViewMaker
-from pipeline.clean_check import clean_check
-from pipeline.measure_precision import measure_precision
-from pipeline.precheck import look_ahead
-from pipeline.show.progress import Notes, Progress
 
 UNREADABLE = "unreadable.json"
 _STEP = 256  # images a task

@@ -21,10 +21,10 @@ from cskd.files.paths import local_path
 from cskd.files.scratch import clear_scratch
 from cskd.files.writer import LOCK, Writer, by, sole_writer
 from cskd.machine.ranks import Ranks
+from cskd.pipeline.conflicts import RUN_NAMES, refuse_foreign
+from cskd.pipeline.precheck import check_output
+from cskd.pipeline.show.progress import say
 from cskd.store.format import OWN_NAMES
-from pipeline.conflicts import RUN_NAMES, refuse_foreign
-from pipeline.precheck import check_output
-from pipeline.show.progress import say
 
 FIRST_SPEAKS = 3.0  # seconds: torchrun ends all ranks once one has ended, and the first one knows why
 _PNG = b"\x89PNG\r\n\x1a\n"

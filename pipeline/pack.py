@@ -15,7 +15,7 @@ from cskd.dataset.inventory import Inventory
 from cskd.errors import printable
 from cskd.packing.index import index
 from cskd.packing.pack import pack
-from pipeline.show.progress import Notes, Progress, say
+from cskd.pipeline.show.progress import Notes, Progress, say
 
 
 @dataclass(frozen=True)

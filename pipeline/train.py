@@ -24,15 +24,15 @@ from cskd.machine.devices import autocast, pick_device
 from cskd.machine.ranks import start_ranks, stop_ranks
 from cskd.machine.threads import choose_threads, computing_with
 from cskd.method.losses import DistillationLoss
+from cskd.pipeline.outputs import sole_run
+from cskd.pipeline.run_state import stopped
+from cskd.pipeline.show.metrics import MetricsLog
+from cskd.pipeline.show.progress import Progress, bound_by, timed_start
+from cskd.pipeline.training_run import TrainingRun, open_run
 from cskd.student.finite import NotFiniteError
 from cskd.student.optim import reseed_step
 from cskd.teacher.forwards import teacher_images
 from cskd.views.mix_pixels import InputMaker
-from pipeline.outputs import sole_run
-from pipeline.run_state import stopped
-from pipeline.show.metrics import MetricsLog
-from pipeline.show.progress import Progress, bound_by, timed_start
-from pipeline.training_run import TrainingRun, open_run
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a run of stage 2 is made of, opened and checked: views, targets, student, plan, optimiser, and where it stopped.
 
 open_run     by the config, the cache, and the record of an earlier run in the same folder; a conflict is refused here
-TrainingRun  what the loop of `pipeline.train` asks for: network, batches, evaluation, saving
+TrainingRun  what the loop of `cskd.pipeline.train` asks for: network, batches, evaluation, saving
 """
 
 from __future__ import annotations
@@ -29,6 +29,22 @@ from cskd.loading.tasks import RunTasks
 from cskd.machine.devices import arithmetic, pick_device, uses_bf16
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import Threads, begun_with
+from cskd.pipeline.baseline import open_baseline
+from cskd.pipeline.conflicts import (
+    as_begun,
+    changed_on_resume,
+    own_output,
+    refuse_conflicts,
+    refuse_other_code,
+    refuse_other_run,
+    run_identity,
+    usable_views,
+)
+from cskd.pipeline.evaluate import score_heads
+from cskd.pipeline.online import open_online
+from cskd.pipeline.precheck import open_plan, open_val, student_notes, view_notes, with_best
+from cskd.pipeline.run_state import PROGRESS, RunState, named_bests
+from cskd.pipeline.show.progress import Notes, Pool
 from cskd.store.cache import open_cache
 from cskd.store.format import RESOLVED
 from cskd.store.golden import check_versions
@@ -40,22 +56,6 @@ from cskd.student.heads import score_head
 from cskd.student.optim import Optimisation
 from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import InputMaker
-from pipeline.baseline import open_baseline
-from pipeline.conflicts import (
-    as_begun,
-    changed_on_resume,
-    own_output,
-    refuse_conflicts,
-    refuse_other_code,
-    refuse_other_run,
-    run_identity,
-    usable_views,
-)
-from pipeline.evaluate import score_heads
-from pipeline.online import open_online
-from pipeline.precheck import open_plan, open_val, student_notes, view_notes, with_best
-from pipeline.run_state import PROGRESS, RunState, named_bests
-from pipeline.show.progress import Notes, Pool
 
 TERMS = ("label", "dist", "patch")  # of the loss, as logged
 

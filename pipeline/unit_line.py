@@ -24,6 +24,7 @@ from cskd.codecs import Arrays
 from cskd.config import Config
 from cskd.files.claims import Claims
 from cskd.loading.stage1 import Chunk, ChunkViews, chunks
+from cskd.pipeline.show.progress import Pool
 from cskd.store.cache import Cache
 from cskd.store.quarantine import refuse_too_many
 from cskd.store.unit_builder import PassBuilder, UnitBuilder
@@ -31,7 +32,6 @@ from cskd.teacher.lanes import Lanes
 from cskd.teacher.model import Teacher
 from cskd.views.mix_pixels import mix_pixels
 from cskd.views.mixing import quads
-from pipeline.show.progress import Pool
 
 
 @contextlib.contextmanager

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-import cli
-import pipeline.train
+import cskd.pipeline.train
+from cskd import cli
 
 
-class Recorder(pipeline.train.InputMaker):
+class Recorder(cskd.pipeline.train.InputMaker):
     """Sees each batch where the training loop hands it to the device."""
 
     def mixed(self, batch: dict[str, Tensor]) -> Tensor:
@@ -22,5 +22,5 @@ class Recorder(pipeline.train.InputMaker):
 
 
 if __name__ == "__main__":
-    pipeline.train.InputMaker = Recorder  # type: ignore[misc]
+    cskd.pipeline.train.InputMaker = Recorder  # type: ignore[misc]
     cli.main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -12,12 +13,25 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from importlinter.cli import lint_imports
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted(p for top in ("cskd", "pipeline") for p in (ROOT / top).rglob("*.py"))
+LINKS = {
+    "cli.py": "../cli.py",
+    "configs": "../configs",
+    "pipeline": "../pipeline",
+}  # in cskd/, for what lies at the root
+SOURCES = sorted(p for top in ("cskd", "pipeline") for p in (ROOT / top).rglob("*.py") if not p.is_symlink())
 SOURCES.append(ROOT / "cli.py")
 SCRIPTS = sorted(p for top in ("benchmarks", "tests") for p in (ROOT / top).rglob("*.py"))
-DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "google_crc32c": "google-crc32c", "sklearn": "scikit-learn"}
+DISTRIBUTIONS = {
+    "yaml": "pyyaml",
+    "PIL": "pillow",
+    "annotated_types": "annotated-types",
+    "google_crc32c": "google-crc32c",
+    "importlinter": "import-linter",
+    "sklearn": "scikit-learn",
+}
 PROGRAMS = {"mypy", "pytest-xdist", "ruff", "types-pyyaml"}  # of the dev extra: run, never imported
 LONGEST = 550  # lines: the ceiling of a spine
 
@@ -42,22 +56,10 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def who_imports(*modules: str) -> set[str]:
-    return {named(p) for p in SOURCES if imports(p) & set(modules)}
-
-
-def test_imports_flow_from_cli_to_pipeline_to_cskd():
-    upward = {p for p in who_imports("pipeline", "cli", "typer", "rich") if p.startswith("cskd/")}
-    upward |= {p for p in who_imports("cli", "typer") if p.startswith("pipeline/")}
-    assert upward == set()
-
-
-def test_only_teacher_and_student_modules_import_timm():
-    assert {p for p in who_imports("timm") if not p.startswith(("cskd/teacher", "cskd/student/"))} == set()
-
-
-def test_only_the_store_imports_zarr_or_webdataset():
-    assert {p for p in who_imports("zarr", "webdataset") if not p.startswith("cskd/store/")} == set()
+def test_imports_keep_to_the_layers(monkeypatch, capsys):
+    """The contracts stand in pyproject.toml; `lint-imports` says the same."""
+    monkeypatch.chdir(ROOT)
+    assert lint_imports(no_cache=True) == 0, capsys.readouterr().out
 
 
 @pytest.mark.parametrize("module", ["cskd", "cskd.config", "cskd.errors", "cskd.dataset.inventory", "cskd.seeds"])
@@ -70,7 +72,7 @@ def test_help_loads_no_torch():
         """
         import sys
         sys.argv = ["cskd", "--help"]
-        import cli
+        from cskd import cli
         try:
             cli.main()
         except SystemExit as e:
@@ -174,7 +176,7 @@ def distributions(requirements: list[str]) -> set[str]:
 
 def test_what_the_code_imports_is_declared_and_what_is_declared_is_imported():
     modules = {module for path in SOURCES for module in imports(path)}
-    third_party = modules - set(sys.stdlib_module_names) - {"cskd", "pipeline", "cli"}
+    third_party = modules - set(sys.stdlib_module_names) - {"cskd"}
     used = {DISTRIBUTIONS.get(module, module) for module in third_party}
     extras = project()["project"]["optional-dependencies"]
     declared = distributions(project()["project"]["dependencies"])
@@ -187,7 +189,7 @@ def test_what_tests_benchmarks_and_documents_import_is_declared_for_development_
     blocks = re.findall(r"```python\n(.*?)```", "".join(d.read_text(encoding="utf-8") for d in documents), re.DOTALL)
     modules = {module for path in SCRIPTS for module in imports(path)}
     modules |= {name for block in blocks for name in re.findall(r"^(?:import|from) (\w+)", block, re.M)}
-    third_party = modules - set(sys.stdlib_module_names) - {"cskd", "pipeline", "cli", "tests", "benchmarks"}
+    third_party = modules - set(sys.stdlib_module_names) - {"cskd", "tests", "benchmarks"}
     used = {DISTRIBUTIONS.get(module, module) for module in third_party}
     extras = project()["project"]["optional-dependencies"]
     declared = distributions(project()["project"]["dependencies"] + extras["demo"])
@@ -196,14 +198,36 @@ def test_what_tests_benchmarks_and_documents_import_is_declared_for_development_
     assert dev - used - PROGRAMS == {"cskd"}
 
 
-def test_every_package_is_in_the_wheel():
-    folders = {p.parent for top in ("cskd", "pipeline") for p in (ROOT / top).rglob("*.py")}
+def test_what_is_installed_lies_under_the_name_cskd():
     setuptools = project()["tool"]["setuptools"]
-    assert {f.relative_to(ROOT).as_posix().replace("/", ".") for f in folders} == set(setuptools["packages"]) - {
-        "cskd.configs"
-    }
-    assert all((folder / "__init__.py").exists() for folder in folders)
-    assert setuptools["package-dir"] == {"cskd.configs": "configs"}
+    assert setuptools["packages"]["find"] == {"include": ["cskd*"]}
+    assert "py-modules" not in setuptools and "package-dir" not in setuptools
+    assert project()["project"]["scripts"] == {"cskd": "cskd.cli:main"}
+    links = {p.name: os.readlink(p) for p in (ROOT / "cskd").iterdir() if p.is_symlink()}
+    assert links == LINKS, "links in cskd/ are missing; on Windows, clone with `git -c core.symlinks=true clone`"
+
+
+def test_every_folder_of_code_is_a_package():
+    folders = {p.parent for p in SOURCES} - {ROOT}
+    assert [named(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sys; from cskd.cli import main; sys.argv = ['cskd', '--help']; main()",
+        "import cskd.cli, cskd.pipeline.show.progress, importlib.util as u; print(u.find_spec('cskd.pipeline.train').origin)",
+    ],
+)
+def test_a_users_own_cli_and_pipeline_that_come_first_do_not_get_in_the_way(code, tmp_path):
+    (tmp_path / "pipeline").mkdir()
+    for foreign in ("cli.py", "pipeline/__init__.py", "pipeline/train.py"):
+        (tmp_path / foreign).write_text("raise SystemExit('foreign')")
+    path = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "cskd" in done.stdout and "foreign" not in done.stdout + done.stderr
 
 
 def test_every_dependency_has_its_reason_beside_it():

@@ -18,17 +18,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-import pipeline.cache_teacher
-import pipeline.train
+import cskd.pipeline.cache_teacher
+import cskd.pipeline.train
 from benchmarks.children import in_child
 from benchmarks.tiny_teacher import TINY_TEACHER
 from cskd.config import Config, from_dict
 from cskd.errors import CskdError
 from cskd.loading.stream import Stream
-from pipeline.cache_teacher import cache_teacher
-from pipeline.care.verify import verify
-from pipeline.pack import pack_data
-from pipeline.train import train
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.care.verify import verify
+from cskd.pipeline.pack import pack_data
+from cskd.pipeline.train import train
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 IMAGES, SHARD, BLOCK = 48, 12, 24
@@ -93,7 +93,7 @@ class Bench:
 
         def stage() -> str:
             if workers:
-                setattr(pipeline.cache_teacher, "Stream", functools.partial(Stream, start="fork"))  # noqa: B010
+                setattr(cskd.pipeline.cache_teacher, "Stream", functools.partial(Stream, start="fork"))  # noqa: B010
             return cache_teacher(self.config(cache, workers=workers), quiet=True).content_root
 
         return in_child(stage, kill_after, armed)
@@ -103,7 +103,7 @@ class Bench:
 
         kill_after: seconds; kill_at: the step before which it dies.
         """
-        reseed = pipeline.train.reseed_step
+        reseed = cskd.pipeline.train.reseed_step
 
         def strike(seed: int, step: int, rank: int) -> None:
             if step == kill_at:
@@ -111,7 +111,7 @@ class Bench:
             reseed(seed, step, rank)
 
         def weights() -> list[Any]:
-            setattr(pipeline.train, "reseed_step", strike)  # noqa: B010
+            setattr(cskd.pipeline.train, "reseed_step", strike)  # noqa: B010
             report = train(self.config(self.cache, run), quiet=True)
             model = (Path(report.output) / "model.safetensors").read_bytes()
             return [hashlib.sha256(model).hexdigest(), report.notes]

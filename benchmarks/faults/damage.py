@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.children import in_child
 from benchmarks.faults.bench import Bench, files, flipped
 from cskd.dataset.inventory import open_inventory
-from pipeline.care.repair import repair
+from cskd.pipeline.care.repair import repair
 
 # One damage in so many is repaired, and the cache compared with what it was, byte for byte.
 REPAIRED = {"flips": 100, "truncations": 20, "swaps": 4}

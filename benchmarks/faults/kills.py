@@ -19,7 +19,7 @@ from benchmarks.faults.bench import ROOT, Bench, files, flipped
 from benchmarks.faults.damage import all_named
 from cskd.config import to_yaml
 from cskd.files.claims import Claims
-from pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.cache_teacher import cache_teacher
 
 RACERS = 4
 UNITS = 6  # of the whole cache

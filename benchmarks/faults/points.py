@@ -27,7 +27,7 @@ from typing import Any
 import cskd.files.durable
 from benchmarks.children import KILLED, end_child, in_child, start_child
 from benchmarks.faults.bench import Bench
-from pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.cache_teacher import cache_teacher
 
 CALLS = (
     "write,pwrite64,sendfile,copy_file_range,ftruncate,fsync,fdatasync,rename,renameat,renameat2,link,linkat,unlink,"

@@ -28,12 +28,12 @@ from cskd.dataset.inventory_format import header_bytes, header_hash
 from cskd.dataset.shard_reader import ShardReader
 from cskd.errors import CacheError
 from cskd.files.durable import json_bytes, json_hash
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.care.verify import verify
+from cskd.pipeline.pack import index_data, pack_data
+from cskd.pipeline.train import train
 from cskd.store.cache import open_cache
 from cskd.teacher.build import build
-from pipeline.cache_teacher import cache_teacher
-from pipeline.care.verify import verify
-from pipeline.pack import index_data, pack_data
-from pipeline.train import train
 
 LINEAR = (
     "from torch import nn\ndef build():\n    m = nn.Module()\n    m.fc = nn.Linear(8, 5, bias=False)\n    return m\n"

@@ -14,12 +14,12 @@ import torch
 from benchmarks.hostile import base as b
 from benchmarks.hostile.base import Base, Case, sparse, write
 from benchmarks.hostile.curated_inventory import DEEP, Change, change_of, changed
+from cskd.pipeline.care.gc import gc
+from cskd.pipeline.look.inspect_cache import inspect
 from cskd.student import build_student
 from cskd.student.checkpoint import load_student
 from cskd.student.optim import Optimisation
 from cskd.student.resume import ResumeStates
-from pipeline.care.gc import gc
-from pipeline.look.inspect_cache import inspect
 
 
 def state_cases(base: Base) -> list[Case]:

@@ -41,13 +41,13 @@ from cskd.config import RecipeConfig, TeacherConfig, load_config, to_dict
 from cskd.dataset.inventory import Inventory, open_inventory
 from cskd.errors import CacheError, ConfigError, CskdError, DataError, ImageError, PathError
 from cskd.machine.devices import pick_device
+from cskd.pipeline.clean_check import spread
 from cskd.store.cache import open_cache
 from cskd.store.format import MANIFEST, RESOLVED
 from cskd.student import Student
 from cskd.teacher.model import Teacher, load_teacher
 from cskd.views.maker import ViewMaker, clean_view
 from cskd.views.mix_pixels import normalise
-from pipeline.clean_check import spread
 
 BATCH = 50  # images a forward of a student: one with its attention is far larger than one without
 

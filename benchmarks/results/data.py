@@ -22,8 +22,8 @@ from benchmarks.results import data_folder, results_folder
 from cskd.dataset.inventory import Inventory, open_inventory
 from cskd.dataset.shard_reader import ShardReader
 from cskd.errors import CskdError
+from cskd.pipeline.pack import pack_data
 from cskd.seeds import permutation
-from pipeline.pack import pack_data
 
 PER_CLASS = 500
 SPLITS = {"few": 0, "tune": 1}  # which PER_CLASS images of each class, after a shuffle

@@ -14,11 +14,11 @@ from cskd.errors import ConfigError, StudentError
 from cskd.files.paths import local_path
 from cskd.files.weights import check_weight_file
 from cskd.method.ckf import blend_at
+from cskd.pipeline.show.metrics import read_metrics
 from cskd.store.format import RESOLVED
 from cskd.student import Student
 from cskd.student.checkpoint import ResumeStates, load_student
 from cskd.student.resume import digest
-from pipeline.show.metrics import read_metrics
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,12 @@ from benchmarks.results import ROOT, data, teacher
 from benchmarks.results.students import StudentRun, all_runs
 from cskd.errors import CskdError
 from cskd.machine.devices import pick_device
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.evaluate import evaluate_checkpoint
+from cskd.pipeline.show.metrics import read_metrics
+from cskd.pipeline.train import train
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import UnitFile
-from pipeline.cache_teacher import cache_teacher
-from pipeline.evaluate import evaluate_checkpoint
-from pipeline.show.metrics import read_metrics
-from pipeline.train import train
 
 ON_CUDA = {"train": 2, "cache": 12}  # processes that decode
 TALLY = ROOT / "docs" / "results" / "tally.jsonl"

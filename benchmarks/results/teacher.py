@@ -36,9 +36,9 @@ from cskd.files.folders import mark, refuse_output
 from cskd.files.writer import sole_writer
 from cskd.machine.devices import autocast, pick_device
 from cskd.machine.threads import choose_threads, computing_with
+from cskd.pipeline.show.progress import Progress
 from cskd.seeds import hash64
 from cskd.views.mix_pixels import normalise
-from pipeline.show.progress import Progress
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 PRESETS: dict[str, dict[str, Any]] = {

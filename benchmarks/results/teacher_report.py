@@ -42,14 +42,14 @@ from cskd.dataset.inventory import Inventory, open_inventory
 from cskd.errors import ConfigError, CskdError, DataError, ImageError, TeacherError
 from cskd.machine.devices import pick_device
 from cskd.method.ckf import hard_targets
+from cskd.pipeline.clean_check import spread
+from cskd.pipeline.measure_precision import first_views
 from cskd.store.cache import Cache, open_cache
 from cskd.store.format import MANIFEST
 from cskd.teacher.heads import full_precision
 from cskd.teacher.model import Teacher, load_teacher
 from cskd.teacher.probe import clean_image
 from cskd.views.maker import ViewMaker
-from pipeline.clean_check import spread
-from pipeline.measure_precision import first_views
 
 HALF = BLEND_ONE // 2
 ROWS = 64  # images whose logits are compared at a time: hard targets are computed in float64

@@ -187,13 +187,13 @@ def _check(kind: Any, value: Any, key: str) -> Any:
                 return _check(option, value, key)
             except ConfigError:
                 continue
-        raise ConfigError(f"{key} is {_short(value)}, expected {_describe(kind)}")
+        raise ConfigError(f"{key} is {_short(value)}, expected {describe(kind)}")
     if typing.get_origin(kind) is typing.Literal:
         if value in typing.get_args(kind):
             return value
         near = difflib.get_close_matches(str(value)[:80], [str(a) for a in typing.get_args(kind)], n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise ConfigError(f"{key} is {_short(value)}, expected {_describe(kind)}{hint}")
+        raise ConfigError(f"{key} is {_short(value)}, expected {describe(kind)}{hint}")
     if typing.get_origin(kind) is list and isinstance(value, list):
         return [_check(typing.get_args(kind)[0], v, f"{key}[{i}]") for i, v in enumerate(value)]
     if typing.get_origin(kind) is dict and isinstance(value, dict):
@@ -202,7 +202,7 @@ def _check(kind: Any, value: Any, key: str) -> Any:
         value = _number(value)
     if isinstance(kind, type) and isinstance(value, kind) and not (kind is not bool and isinstance(value, bool)):
         return value
-    raise ConfigError(f"{key} is {_short(value)}, expected {_describe(kind)}")
+    raise ConfigError(f"{key} is {_short(value)}, expected {describe(kind)}")
 
 
 def _plain(value: Any, key: str) -> Any:
@@ -238,11 +238,12 @@ def _number(value: Any) -> Any:
 _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 
 
-def _describe(kind: Any) -> str:
+def describe(kind: Any) -> str:
+    """A type in the words of a config: `a whole number or null`."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        return " or ".join(_describe(o) for o in typing.get_args(kind))
+        return " or ".join(describe(o) for o in typing.get_args(kind))
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is list:
-        return "a list, each " + _describe(typing.get_args(kind)[0])
+        return "a list, each " + describe(typing.get_args(kind)[0])
     return _NAMES.get(kind, "a mapping")

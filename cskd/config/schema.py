@@ -1,14 +1,21 @@
-"""What a config may say: each section a frozen dataclass, each field with its default, unit and reason.
+"""What a config may say: each section a frozen dataclass, each field with type, bounds, unit, default and meaning.
 
-A field's type is what YAML must give; `load.py` checks it. Fields that only make sense together are checked in
-`__post_init__`, where the offending value is printed beside what was expected.
+A field's type is what YAML must give; `load.py` checks it. Its bounds are checked wherever a section is made, by `bounds.py`.
+Conditions over two fields stand in `__post_init__`. The text below a field is its meaning: docs/CONFIG.md is generated from
+this file by `python -m cskd.config.document`.
+
+Upper bounds that no run comes near are there because beyond them a value is a slip or an attack: it would fill the memory, or
+never end.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Gt, Le, Len, Lt, MultipleOf, Predicate, Unit
+
+from cskd.config.bounds import check
 from cskd.config.rand_string import parse_rand_string
 from cskd.errors import ConfigError
 
@@ -17,140 +24,142 @@ Decay = Literal["linear", "quadratic", "cosine", "local", "global"]
 Autocast = Literal["auto", "none", "bf16"]
 
 
-# Beyond these a value is a slip or an attack: it would fill the memory, or never end.
-MOST = {
-    "teacher.batch": 1 << 16,
-    "teacher.check_images": 1 << 20,
-    "teacher.input_size": 8192,
-    "teacher.grid": 1024,
-    "recipe.size": 8192,
-    "recipe.padding": 8192,
-    "recipe.erase_count": 1000,
-    "recipe.mixup": 1e6,
-    "recipe.cutmix": 1e6,
-    "cache.views": 100_000,
-    "cache.workers": 1024,
-    "cache.threads": 1024,
-    "train.epochs": 1_000_000,
-    "train.global_batch": 1 << 24,
-    "train.workers": 1024,
-    "train.threads": 1024,
-    "train.prefetch": 1024,
-    "train.keep": 1_000_000,
-    "train.window": 1_000_000,
-    "train.repeats": 1000,
-}
+def rising(pair: list[float]) -> bool:
+    """[low, high] with low <= high"""
+    return pair[0] <= pair[1]
 
 
-def _at_most(section: str, config: object) -> None:
-    """ConfigError for the first value of a section that is above its MOST."""
-    for key, most in MOST.items():
-        if key.startswith(f"{section}."):
-            value = getattr(config, key.partition(".")[2])
-            largest = max(value, default=0) if isinstance(value, list) else value
-            _need(largest is None or largest <= most, key, value, f"at most {most:g}")
+def distinct(codecs: list[str]) -> bool:
+    """each codec once (topk10 is topk:10)"""
+    return len({name.replace(":", "") for name in codecs}) == len(codecs)
 
 
-def _need(ok: bool, key: str, value: object, expected: str) -> None:
-    if not ok:
-        raise ConfigError(f"{key} is {value!r}, expected {expected}")
+Probability = Annotated[float, Ge(0), Le(1), Unit("probability")]
+Share = Annotated[float, Ge(0), Le(1), Unit("share")]
+Range = Annotated[list[Annotated[float, Gt(0)]], Len(2, 2), Predicate(rising)]
+Rgb = Annotated[list[float] | None, Len(3, 3), Unit("R, G, B in [0, 1]")]
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class Section:
+    """The fields of one section. ConfigError for a value outside its bounds."""
+
+    def __post_init__(self) -> None:
+        check(type(self).__name__.removesuffix("Config").lower(), self)
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
     """Folders made by `cskd pack` or `cskd index`."""
 
-    train: str = ""
-    val: str = ""
+    train: Annotated[str, Unit("folder")] = ""
+    """Images of the cache and of training."""
+    val: Annotated[str, Unit("folder")] = ""
+    """Images of evaluation, and of the clean-image check of the teacher."""
 
 
 @dataclass(frozen=True)
-class TeacherConfig:
+class TeacherConfig(Section):
     """The CNN whose outputs are cached."""
 
-    model: str = ""  # a timm name, or path/to/file.py:build
-    weights: str | None = None  # path of .safetensors / .pt / .pth; 'hub' = timm's pretrained weights; null = as built
-    kwargs: dict[str, Any] = field(default_factory=dict)  # for timm.create_model or build()
-    input_size: int | None = None  # pixels; null = the model's own
-    mean: list[float] | None = None  # of RGB in [0, 1]; null = the model's own
-    std: list[float] | None = None
-    interpolation: Literal["bicubic", "bilinear"] | None = None  # of the clean-image check; null = the model's own
-    crop_pct: float | None = None  # of the clean-image check; null = the model's own
-    # label -> teacher output: a list of indices, a file of the teacher's class names, shift:N (output k + N for label k), or
-    # how the names were sorted to number the outputs: timm (its folder reader), sorted (torchvision, Keras), caseless
+    model: str = ""
+    """A timm name, or `path/to/file.py:build`."""
+    weights: str | None = None
+    """Path of .safetensors / .pt / .pth; `hub` = timm's pretrained weights; null = as built."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments for `timm.create_model` or `build()`."""
+    input_size: Annotated[int | None, Le(8192), Unit("pixels")] = None
+    """Side of the square input; null = the model's own."""
+    mean: Rgb = None
+    """Subtracted from the pixels; null = the model's own."""
+    std: Rgb = None
+    """The pixels are divided by it; null = the model's own."""
+    interpolation: Literal["bicubic", "bilinear"] | None = None
+    """How the clean-image check resizes; null = the model's own."""
+    crop_pct: Annotated[float | None, Unit("share of the short side")] = None
+    """What the clean-image check sees of an image; null = the model's own."""
     classes: str | list[int] | None = None
-    dense: Literal["exact", "per_cell"] = (
-        "exact"  # per_cell: apply a head that is not linear to every cell all the same
-    )
-    grid: list[int] | None = None  # [h, w]: pool the teacher's map to this; null = the teacher's own
-    autocast: Autocast = "none"  # of the backbone only; classifier and codecs always run in float32
-    fold: bool = (
-        False  # batch norms into the convolutions before them, on a CPU activations, too: the same up to rounding
-    )
-    dtype: Literal["float32", "float64"] = "float32"  # of weights and arithmetic; logits are float32 always
+    """From label to teacher output: a list of indices; a file of the teacher's class names; `shift:N` (output k + N for label
+    k); or how the names were sorted to number the outputs: `timm` (its folder reader), `sorted` (torchvision, Keras),
+    `caseless`."""
+    dense: Literal["exact", "per_cell"] = "exact"
+    """`per_cell`: apply a head that is not linear to every cell all the same."""
+    grid: Annotated[list[Annotated[int, Ge(1), Le(1024)]] | None, Len(2, 2), Unit("cells")] = None
+    """[h, w]: pool the teacher's map to this; null = the teacher's own."""
+    autocast: Autocast = "none"
+    """Arithmetic of the backbone only; classifier and codecs always run in float32."""
+    fold: bool = False
+    """Put batch norms into the convolutions before them, and on a CPU activations, too: the same up to rounding."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Type of weights and arithmetic; logits are always float32."""
     channels_last: bool = True
+    """Memory layout of the teacher's tensors."""
     compile: bool = False
-    batch: int = 64  # images a forward; part of the fingerprint
-    check_images: int = 512  # clean images for the top-1 check before the first unit
-    min_top1: float | None = None  # refuse below this; null = clearly above chance, about twice
-    check: Literal["refuse", "note"] = "refuse"  # what that check finds against the teacher stops stage 1, or is noted
+    """Run the teacher through torch.compile."""
+    batch: Annotated[int, Ge(4), Le(1 << 16), MultipleOf(4), Unit("images")] = 64
+    """Images of one forward, whole quads of 4. Part of the fingerprint."""
+    check_images: Annotated[int, Ge(1), Le(1 << 20), Unit("images")] = 512
+    """Clean images for the top-1 check before the first unit."""
+    min_top1: Annotated[float | None, Unit("share")] = None
+    """Refuse a teacher below this top-1; null = clearly above chance, about twice."""
+    check: Literal["refuse", "note"] = "refuse"
+    """Whether what that check finds against the teacher stops stage 1, or is noted."""
 
     def __post_init__(self) -> None:
-        _at_most("teacher", self)
-        _need(self.batch > 0 and self.batch % 4 == 0, "teacher.batch", self.batch, "a positive multiple of 4 (quads)")
-        _need(
-            self.dtype == "float32" or self.autocast == "none", "teacher.dtype", self.dtype, "float32 with an autocast"
-        )
-        _need(self.check_images > 0, "teacher.check_images", self.check_images, "at least 1")
-        for name in ("mean", "std"):
-            value = getattr(self, name)
-            _need(value is None or len(value) == 3, f"teacher.{name}", value, "three numbers, one a channel")
-        _need(self.grid is None or (len(self.grid) == 2 and min(self.grid) > 0), "teacher.grid", self.grid, "[h, w]")
+        super().__post_init__()
+        if self.dtype != "float32" and self.autocast != "none":
+            raise ConfigError(f"teacher.dtype is {self.dtype!r}, expected float32 with an autocast")
 
 
 @dataclass(frozen=True)
-class RecipeConfig:
+class RecipeConfig(Section):
     """Everything random about a view. Part of the cache: the student replays it."""
 
-    size: int = 224  # pixels of the square view
+    size: Annotated[int, Ge(1), Le(8192), Unit("pixels")] = 224
+    """Side of the square view."""
     seed: int = 0
+    """Every draw of every view follows from it."""
     crop: Literal["resized", "padded", "center"] = "resized"
-    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # share of the area, crop: resized
-    ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])  # width / height, crop: resized
-    padding: int = 4  # pixels a side, crop: padded
-    flip: float = 0.5  # probability of a left-right flip
-    randaugment: str | None = None  # as timm writes it, DeiT's is rand-m9-mstd0.5-inc1; null = off
-    color_jitter: float = 0.0  # strength; used only where randaugment is off, as in timm
-    erase: float = 0.0  # probability that rectangles are overwritten with noise; DeiT's is 0.25
-    erase_count: int = 1  # most rectangles a view
-    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # of RGB: colour outside, and of the noise
-    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])  # of the noise
-    mixup: float = 0.8  # alpha of the Beta distribution of lambda; 0 = off
-    cutmix: float = 1.0
-    mix_prob: float = 1.0  # share of pairs that are mixed at all
-    mix_switch: float = 0.5  # share of cutmix where both are on
-    mix_group: int = 3  # views in which a sample meets each other member of its quad once
+    """How a view is cut out of its image."""
+    scale: Annotated[Range, Unit("share of the area")] = field(default_factory=lambda: [0.08, 1.0])
+    """Area of the cut, for `crop: resized`."""
+    ratio: Annotated[Range, Unit("width / height")] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    """Shape of the cut, for `crop: resized`."""
+    padding: Annotated[int, Ge(0), Le(8192), Unit("pixels")] = 4
+    """Border on each side, for `crop: padded`."""
+    flip: Probability = 0.5
+    """Probability of a left-right flip."""
+    randaugment: str | None = None
+    """As timm writes it; DeiT's is `rand-m9-mstd0.5-inc1`; null = off."""
+    color_jitter: Annotated[float, Ge(0), Le(1), Unit("strength")] = 0.0
+    """Strength of the change of colours; used only where randaugment is off, as in timm."""
+    erase: Probability = 0.0
+    """Probability that rectangles are overwritten with noise; DeiT's is 0.25."""
+    erase_count: Annotated[int, Ge(1), Le(1000), Unit("rectangles")] = 1
+    """Most rectangles per view."""
+    mean: Annotated[list[Annotated[float, Ge(0), Le(1)]], Len(3, 3), Unit("R, G, B in [0, 1]")] = field(
+        default_factory=lambda: [0.485, 0.456, 0.406]
+    )
+    """Colour outside of the image, and mean of the noise."""
+    std: Annotated[list[Annotated[float, Ge(1e-6), Le(1)]], Len(3, 3), Unit("R, G, B in [0, 1]")] = field(
+        default_factory=lambda: [0.229, 0.224, 0.225]
+    )
+    """Standard deviation of the noise."""
+    mixup: Annotated[float, Ge(0), Le(1_000_000), Unit("alpha of a Beta distribution")] = 0.8
+    """Distribution of the share lambda with which two images are blended; 0 = off."""
+    cutmix: Annotated[float, Ge(0), Le(1_000_000), Unit("alpha of a Beta distribution")] = 1.0
+    """Distribution of the share of an image that another one keeps visible; 0 = off."""
+    mix_prob: Share = 1.0
+    """Share of pairs that are mixed at all."""
+    mix_switch: Share = 0.5
+    """Share of cutmix where both are on."""
+    mix_group: Annotated[int, Ge(1), Le(3), Unit("views")] = 3
+    """Views in which a sample meets each other member of its quad once; a quad has three matchings."""
 
     def __post_init__(self) -> None:
-        _at_most("recipe", self)
-        _need(self.size > 0, "recipe.size", self.size, "a positive number of pixels")
-        _need(self.padding >= 0, "recipe.padding", self.padding, "0 or more pixels")
-        for name in ("flip", "erase", "mix_prob", "mix_switch"):
-            _need(0.0 <= getattr(self, name) <= 1.0, f"recipe.{name}", getattr(self, name), "a probability in [0, 1]")
-        for name in ("mixup", "cutmix"):
-            _need(getattr(self, name) >= 0.0, f"recipe.{name}", getattr(self, name), "an alpha >= 0")
-        for name in ("scale", "ratio"):
-            value = getattr(self, name)
-            _need(len(value) == 2 and 0 < value[0] <= value[1], f"recipe.{name}", value, "[low, high], 0 < low <= high")
-        for name, low in (("mean", 0.0), ("std", 1e-6)):
-            value = getattr(self, name)
-            expected = f"three numbers in [{low:g}, 1], one a channel of RGB in [0, 1]"
-            _need(len(value) == 3 and low <= min(value) and max(value) <= 1.0, f"recipe.{name}", value, expected)
-        _need(0.0 <= self.color_jitter <= 1.0, "recipe.color_jitter", self.color_jitter, "a strength in [0, 1]")
-        _need(self.erase_count >= 1, "recipe.erase_count", self.erase_count, "at least 1")
+        super().__post_init__()
         if self.randaugment is not None:
             parse_rand_string(self.randaugment)
-        _need(1 <= self.mix_group <= 3, "recipe.mix_group", self.mix_group, "1, 2 or 3: a quad has three matchings")
 
     @property
     def mixes(self) -> bool:
@@ -158,127 +167,144 @@ class RecipeConfig:
 
 
 @dataclass(frozen=True)
-class CacheConfig:
+class CacheConfig(Section):
     """Where the cache lies and what it holds."""
 
-    path: str = ""  # empty: loss.method none trains from data.train alone, with no cache and no teacher
-    views: int = 6
-    codecs: list[str] = field(default_factory=lambda: ["envelope"])  # envelope, int8, topk10, topk:K
-    max_quarantine: float = 0.001  # share of unreadable images that stops stage 1
-    workers: int = 2  # processes that decode and augment
-    threads: int | None = None  # of arithmetic, here lanes of the teacher on a CPU; null = chosen from the cores
+    path: Annotated[str, Unit("folder")] = ""
+    """Folder of the cache. Empty: `loss.method: none` trains from `data.train` alone, with no cache and no teacher."""
+    views: Annotated[int, Ge(1), Le(100_000), Unit("views per image")] = 6
+    """Views that stage 1 makes."""
+    codecs: Annotated[list[str], Len(1), Predicate(distinct)] = field(default_factory=lambda: ["envelope"])
+    """How the teacher's outputs are kept: `envelope`, `int8`, `topk10`, `topk:K`."""
+    max_quarantine: Share = 0.001
+    """Unreadable images beyond this share stop stage 1."""
+    workers: Annotated[int, Ge(0), Le(1024), Unit("processes")] = 2
+    """Processes that decode and augment; 0 = the main process does."""
+    threads: Annotated[int | None, Ge(1), Le(1024), Unit("threads")] = None
+    """Threads of arithmetic, here lanes of the teacher on a CPU; null = chosen from the cores."""
     device: str = "auto"
-
-    def __post_init__(self) -> None:
-        _at_most("cache", self)
-        _need(self.views > 0, "cache.views", self.views, "at least 1")
-        _need(len(self.codecs) > 0, "cache.codecs", self.codecs, "at least one of envelope, int8, topk:K")
-        distinct = {name.replace(":", "") for name in self.codecs}  # topk10 is topk:10
-        _need(len(distinct) == len(self.codecs), "cache.codecs", self.codecs, "each codec once")
-        _need(self.workers >= 0, "cache.workers", self.workers, "0 or more processes")
-        _need(self.threads is None or self.threads > 0, "cache.threads", self.threads, "at least 1, or null")
-        _need(0.0 <= self.max_quarantine <= 1.0, "cache.max_quarantine", self.max_quarantine, "a share in [0, 1]")
+    """Where the teacher runs: auto, cpu, cuda, cuda:3, ..."""
 
 
 @dataclass(frozen=True)
-class StudentConfig:
+class StudentConfig(Section):
     """The ViT."""
 
-    model: str = ""  # a timm name
+    model: str = ""
+    """A timm name."""
     kwargs: dict[str, Any] = field(default_factory=dict)
-    init: str | None = None  # checkpoint to start from; position embeddings are resized to this student's grid
-    mean: list[float] | None = None  # null = the model's own
-    std: list[float] | None = None
-    drop_path: float = 0.0  # CSKD's; DeiT's is 0.1
-
-    def __post_init__(self) -> None:
-        _need(0.0 <= self.drop_path < 1.0, "student.drop_path", self.drop_path, "a probability in [0, 1)")
-        for name in ("mean", "std"):
-            value = getattr(self, name)
-            _need(value is None or len(value) == 3, f"student.{name}", value, "three numbers, one a channel")
+    """Arguments for `timm.create_model`."""
+    init: str | None = None
+    """Checkpoint to start from; position embeddings are resized to this student's grid."""
+    mean: Rgb = None
+    """Subtracted from the pixels; null = the model's own."""
+    std: Rgb = None
+    """The pixels are divided by it; null = the model's own."""
+    drop_path: Annotated[float, Ge(0), Lt(1), Unit("probability")] = 0.0
+    """Probability that a residual branch is left out; CSKD's is 0, DeiT's 0.1."""
 
 
 @dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Section):
     """The method: what the student is taught. Section 3 of the paper."""
 
     method: Method = "cskd-hard"
-    # What method none trains of a student with a distillation token: class, the class head alone, as DeiT's and the CSKD
-    # authors' baselines; mean, the mean of the logits of both heads, as timm outside distilled training.
+    """`none`: labels only. `deit`: one teacher output per view. `cskd`: one per cell, too. `hard`: the teacher's class;
+    `soft`: its distribution."""
     baseline_head: Literal["class", "mean"] = "class"
-    decay: Decay = "linear"  # of the blend of local and global teacher outputs
-    alpha: float = 0.5  # share of the distillation token's term; 1 - alpha is the label's
-    patch_weight: float = 1.0  # weight of the patch tokens' term
-    tau: float = 1.0  # temperature of the soft terms; the paper's configs have 1
-    smoothing: float = 0.1  # of the label term only
-    soft_reduction: Literal["consistent", "paper"] = (
-        "consistent"  # what the soft terms are divided by; see cskd/method/losses.py
-    )
+    """What method `none` trains of a student with a distillation token: `class`, the class head alone, as the baselines of
+    DeiT and of the CSKD authors; `mean`, the mean of the logits of both heads, as timm outside of distillation."""
+    decay: Decay = "linear"
+    """How the blend of local and global teacher outputs goes from local to global over the epochs; `local` and `global` stay."""
+    alpha: Share = 0.5
+    """Share of the distillation token's term; 1 - alpha is the label's."""
+    patch_weight: Annotated[float, Ge(0), Unit("weight")] = 1.0
+    """Weight of the patch tokens' term."""
+    tau: Annotated[float, Gt(0), Unit("temperature")] = 1.0
+    """Temperature of the soft terms; the paper's configs have 1."""
+    smoothing: Annotated[float, Ge(0), Lt(1), Unit("share")] = 0.1
+    """Label smoothing, of the label term only."""
+    soft_reduction: Literal["consistent", "paper"] = "consistent"
+    """What the soft terms are divided by; see cskd/method/losses.py."""
 
     def __post_init__(self) -> None:
-        _need(0.0 <= self.alpha <= 1.0, "loss.alpha", self.alpha, "a share in [0, 1]")
-        _need(self.patch_weight >= 0.0, "loss.patch_weight", self.patch_weight, "a weight >= 0")
+        super().__post_init__()
         if self.method != "none" and self.baseline_head != "class":
             raise ConfigError(
                 f"loss.baseline_head is {self.baseline_head!r} and loss.method {self.method}, which does not read it; "
                 "leave it out, or set loss.method=none"
             )
-        _need(self.tau > 0, "loss.tau", self.tau, "a temperature above 0")
-        _need(0.0 <= self.smoothing < 1.0, "loss.smoothing", self.smoothing, "a share in [0, 1)")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Section):
     """Stage 2: DeiT's optimiser recipe."""
 
-    output: str = ""
-    epochs: int = 300
-    global_batch: int = 1024  # over all ranks; even per rank
-    # Use the first so many views of the cache; 0 = all, which must be finished. Without a cache 0 = as many as the run
-    # needs, so that no view is used twice.
-    views: int = 0
-    repeats: int = 1  # views of an image in one epoch (repeated augmentation); divides mix_group and views
+    output: Annotated[str, Unit("folder")] = ""
+    """Folder of the run."""
+    epochs: Annotated[int, Ge(1), Le(1_000_000), Unit("epochs")] = 300
+    """Length of the schedule."""
+    global_batch: Annotated[int, Ge(1), Le(1 << 24), Unit("views")] = 1024
+    """Views of one step over all ranks; each rank has an even number."""
+    views: Annotated[int, Ge(0), Unit("views per image")] = 0
+    """Use the first so many views of the cache; 0 = all, which must be finished. Without a cache 0 = as many as the run needs,
+    so that no view is used twice."""
+    repeats: Annotated[int, Ge(1), Le(1000), Unit("views per image")] = 1
+    """Views of an image in one epoch (repeated augmentation); divides `recipe.mix_group` and `views`."""
     seed: int = 0
-    opt: str = "adamw"  # any name of timm's optimiser factory
-    lr: float = 1e-3
-    lr_batch: int | None = None  # lr holds for this batch and is scaled linearly; null = lr is used as it is
-    weight_decay: float = 0.05
-    warmup_epochs: float = 5
-    warmup_lr: float = 1e-6
-    min_lr: float = 1e-5
-    clip_grad: float | None = None  # largest gradient norm
-    ema: float | None = None  # decay of the averaged weights, evaluated beside the live ones
-    ema_warmup: bool = True  # let the decay rise to `ema`; false: as DeiT, the first weights stay in for long
-    export: Literal["auto", "live", "ema", "best"] = "auto"  # what model.safetensors holds; auto: ema where it is set
-    best: str | None = (
-        None  # score by which the best weights are kept, such as top1.class; null = only for export: best
-    )
-    autocast: Autocast = "auto"  # auto: bf16 where the device gains by it
+    """Every draw of training follows from it; those of the views follow from `recipe.seed`."""
+    opt: str = "adamw"
+    """Any name of timm's optimiser factory."""
+    lr: Annotated[float, Ge(0)] = 1e-3
+    """Highest learning rate."""
+    lr_batch: Annotated[int | None, Unit("views")] = None
+    """`lr` holds for this batch and is scaled linearly; null = `lr` is used as it is."""
+    weight_decay: Annotated[float, Ge(0)] = 0.05
+    """Weight decay of the optimiser."""
+    warmup_epochs: Annotated[float, Ge(0), Unit("epochs")] = 5
+    """Epochs in which the learning rate rises from `warmup_lr` to `lr`."""
+    warmup_lr: Annotated[float, Ge(0)] = 1e-6
+    """First learning rate."""
+    min_lr: Annotated[float, Ge(0)] = 1e-5
+    """Last learning rate."""
+    clip_grad: Annotated[float | None, Gt(0), Unit("norm")] = None
+    """Largest norm of the gradient; null = no limit."""
+    ema: Annotated[float | None, Ge(0), Lt(1), Unit("decay per step")] = None
+    """Decay of the averaged weights, which are evaluated in addition to the live ones; null = no average."""
+    ema_warmup: bool = True
+    """Let the decay rise to `ema`; false: as in DeiT, the first weights stay in for long."""
+    export: Literal["auto", "live", "ema", "best"] = "auto"
+    """What model.safetensors holds; auto: ema where it is set."""
+    best: str | None = None
+    """Score by which the best weights are kept, such as `top1.class`; null = only for `export: best`."""
+    autocast: Autocast = "auto"
+    """Arithmetic of the student; `auto`: bf16 where the device gains by it."""
     compile: bool = False
-    workers: int = 2
-    threads: int | None = None  # of arithmetic in the main process; null = chosen from the cores
+    """Run the student through torch.compile."""
+    workers: Annotated[int, Ge(0), Le(1024), Unit("processes")] = 2
+    """Processes that decode and augment; 0 = the main process does."""
+    threads: Annotated[int | None, Ge(1), Le(1024), Unit("threads")] = None
+    """Threads of arithmetic in the main process; null = chosen from the cores."""
     device: str = "auto"
-    eval_every: int = 1  # epochs
-    eval_crop_pct: float = 0.875  # share of the short side that evaluation sees
-    keep: int = 2  # newest resume states kept
-    save_every: int = 0  # steps between resume states inside an epoch; 0 = only at its end
-    window: int = 8  # blocks within which quads are shuffled
-    max_steps: int = 0  # stop after this many steps; 0 = train to the end
+    """Where the student runs: auto, cpu, cuda, cuda:3, ..."""
+    eval_every: Annotated[int, Ge(1), Unit("epochs")] = 1
+    """Epochs from one evaluation to the next."""
+    eval_crop_pct: Annotated[float, Gt(0), Le(1), Unit("share of the short side")] = 0.875
+    """What evaluation sees of an image."""
+    keep: Annotated[int, Ge(1), Le(1_000_000), Unit("files")] = 2
+    """Newest resume states that are kept."""
+    save_every: Annotated[int, Ge(0), Unit("steps")] = 0
+    """Steps from one resume state to the next inside an epoch; 0 = only at its end."""
+    window: Annotated[int, Ge(1), Le(1_000_000), Unit("blocks")] = 8
+    """Blocks within which quads are shuffled."""
+    max_steps: Annotated[int, Ge(0), Unit("steps")] = 0
+    """Stop after this many steps; 0 = train to the end."""
     tensorboard: bool = False
-    prefetch: int = 4  # batches a worker keeps ready
+    """Write the metrics for TensorBoard, too."""
+    prefetch: Annotated[int, Ge(1), Le(1024), Unit("batches")] = 4
+    """Batches that each worker keeps ready."""
 
     def __post_init__(self) -> None:
-        _at_most("train", self)
-        for name in ("epochs", "global_batch", "repeats", "eval_every", "keep", "window", "prefetch"):
-            _need(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "at least 1")
-        for name in ("workers", "save_every", "max_steps", "views"):
-            _need(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
-        for name in ("lr", "warmup_epochs", "warmup_lr", "min_lr", "weight_decay"):
-            _need(getattr(self, name) >= 0.0, f"train.{name}", getattr(self, name), "a number >= 0")
-        _need(self.threads is None or self.threads > 0, "train.threads", self.threads, "at least 1, or null")
-        _need(0.0 < self.eval_crop_pct <= 1.0, "train.eval_crop_pct", self.eval_crop_pct, "a share in (0, 1]")
-        _need(self.ema is None or 0.0 <= self.ema < 1.0, "train.ema", self.ema, "a decay in [0, 1), or null")
-        _need(
-            self.export != "ema" or self.ema is not None, "train.export", self.export, "live or best without train.ema"
-        )
-        _need(self.clip_grad is None or self.clip_grad > 0.0, "train.clip_grad", self.clip_grad, "a norm > 0, or null")
+        super().__post_init__()
+        if self.export == "ema" and self.ema is None:
+            raise ConfigError(f"train.export is {self.export!r}, expected live or best without train.ema")

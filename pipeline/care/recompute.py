@@ -13,6 +13,7 @@ from cskd.config import TeacherConfig
 from cskd.errors import CacheError
 from cskd.machine.devices import pick_device
 from cskd.machine.threads import begun_with, choose_threads, computing_with
+from cskd.pipeline.show.progress import Progress
 from cskd.store.cache import Cache, first_difference
 from cskd.store.format import Unit
 from cskd.store.golden import golden_rows, replay_golden
@@ -21,7 +22,6 @@ from cskd.teacher.model import Teacher, compare_probe, load_teacher
 from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import mix_pixels
 from cskd.views.mixing import NONE
-from pipeline.show.progress import Progress
 
 BLENDS = tuple(range(0, BLEND_ONE + 1, BLEND_ONE // 16))
 

@@ -23,15 +23,15 @@ from cskd.dataset.inventory_format import check_copy, read_header
 from cskd.errors import CacheError, CskdError, DataError
 from cskd.files.durable import json_bytes, sync
 from cskd.files.read import read_file
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.care.verify import check_units, uneven, wrong_resolved
+from cskd.pipeline.outputs import sole_repair
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import read_commit
 from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, commit_file
 from cskd.store.manifest import Manifest, read_manifest, write_manifest
 from cskd.store.resolved import write_resolved
 from cskd.store.seal import Seal, read_seal, seal_cache
-from pipeline.cache_teacher import cache_teacher
-from pipeline.care.verify import check_units, uneven, wrong_resolved
-from pipeline.outputs import sole_repair
 
 
 @dataclass(frozen=True)

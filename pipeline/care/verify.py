@@ -23,14 +23,14 @@ from cskd.dataset.shard_reader import ShardReader
 from cskd.errors import CacheError, CskdError, DataError, ReadError
 from cskd.files.durable import json_bytes
 from cskd.files.read import read_file
+from cskd.pipeline.care.recompute import Recomputed, recompute, replay_again
+from cskd.pipeline.show.progress import Progress, say
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import Commit, UnitFile, record_names
 from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, Unit, commit_file
 from cskd.store.resolved import resolved_of
 from cskd.store.seal import Seal, check_seal, read_seal
 from cskd.store.unit import content_hash
-from pipeline.care.recompute import Recomputed, recompute, replay_again
-from pipeline.show.progress import Progress, say
 
 _TO_SEAL = " (the same `cskd cache-teacher` command once more does it)"
 LISTED = 5  # units that are missing: of an unfinished cache it may be all

@@ -23,14 +23,8 @@ from rich.text import Text
 
 from cskd.codecs.base import quantise_blend
 from cskd.errors import CacheError, CskdError, printable
-from cskd.store.cache import Cache, open_cache
-from cskd.store.commit import Commit
-from cskd.store.format import FORMAT, Unit
-from cskd.store.seal import read_seal
-from cskd.teacher.arithmetic import in_words
-from cskd.views.mixing import NONE
-from pipeline.look.inspect_sample import BLENDS, describe_sample, find_sample, hard_codec, sample_picture, sheet
-from pipeline.look.inspection import (
+from cskd.pipeline.look.inspect_sample import BLENDS, describe_sample, find_sample, hard_codec, sample_picture, sheet
+from cskd.pipeline.look.inspection import (
     Agreement,
     CodecFacts,
     Inspection,
@@ -43,7 +37,13 @@ from pipeline.look.inspection import (
     UnitPlace,
     Unreadable,
 )
-from pipeline.outputs import refuse_png, save_png
+from cskd.pipeline.outputs import refuse_png, save_png
+from cskd.store.cache import Cache, open_cache
+from cskd.store.commit import Commit
+from cskd.store.format import FORMAT, Unit
+from cskd.store.seal import read_seal
+from cskd.teacher.arithmetic import in_words
+from cskd.views.mixing import NONE
 
 __all__ = ["inspect", "render", "sample_picture", "sheet"]
 

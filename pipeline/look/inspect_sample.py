@@ -18,11 +18,8 @@ from PIL import Image
 from cskd.codecs import Arrays, Codec
 from cskd.codecs.base import BLEND_ONE, quantise_blend
 from cskd.errors import CacheError, CskdError, DataError
-from cskd.store.cache import Cache
-from cskd.views.digest import check_view, pixel_crc
-from cskd.views.mixing import CUTMIX, MIXUP, NONE, own_share
-from pipeline.look.inspection import Mixing, SampleFacts
-from pipeline.look.pictures import (
+from cskd.pipeline.look.inspection import Mixing, SampleFacts
+from cskd.pipeline.look.pictures import (
     GAP,
     class_key,
     class_map,
@@ -35,7 +32,10 @@ from pipeline.look.pictures import (
     scale_bar,
     stack,
 )
-from pipeline.look.wordnet import readable
+from cskd.pipeline.look.wordnet import readable
+from cskd.store.cache import Cache
+from cskd.views.digest import check_view, pixel_crc
+from cskd.views.mixing import CUTMIX, MIXUP, NONE, own_share
 
 MODES = {NONE: "unmixed", MIXUP: "mixup", CUTMIX: "cutmix"}
 BLENDS = (1.0, 0.5, 0.0)

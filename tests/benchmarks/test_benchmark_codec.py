@@ -16,9 +16,9 @@ from cskd.codecs import Arrays
 from cskd.codecs.base import direct_hard
 from cskd.codecs.envelope import EnvelopeCodec
 from cskd.config import from_dict
+from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.store.cache import open_cache
 from cskd.teacher.build import build_model
-from pipeline.cache_teacher import cache_teacher
 from tests.caches import make_tiny_data, random_logits
 
 

@@ -42,7 +42,7 @@ def test_counts_of_several_runs_are_added(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "broken"),
     [
-        ("flips", "import pipeline.care.verify as v; v.check_unit = lambda *a: None"),
+        ("flips", "import cskd.pipeline.care.verify as v; v.check_unit = lambda *a: None"),
         ("training", "import cskd.student.optim as o; import torch; o.reseed_step = lambda *a: torch.seed()"),
         (
             "races",  # the last record counts, as with a rename

@@ -16,8 +16,8 @@ from benchmarks.results.networks import CifarResNet
 from benchmarks.results.students import METHODS, StudentRun, all_runs
 from benchmarks.results.tables import Difference, epochs_to, score
 from cskd.config import Config
-from pipeline.evaluate import evaluate_checkpoint
-from pipeline.train import TrainReport, train
+from cskd.pipeline.evaluate import evaluate_checkpoint
+from cskd.pipeline.train import TrainReport, train
 from tests.pipeline.test_pipeline import cached_data, config
 
 

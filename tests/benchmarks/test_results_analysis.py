@@ -20,10 +20,10 @@ from benchmarks.results.receptive_field import centred_side, receptive_field
 from benchmarks.results.runs import open_run
 from cskd.config import StudentConfig, to_yaml
 from cskd.errors import StudentError
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.train import train
 from cskd.student import Student, build_student
 from cskd.student.checkpoint import load_student
-from pipeline.cache_teacher import cache_teacher
-from pipeline.train import train
 from tests.caches import make_tiny_data
 from tests.pipeline.test_pipeline import TEACHER, cached_data, config, run_settings
 from tests.teachers import load, pixels, tiny_teacher

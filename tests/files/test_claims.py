@@ -14,8 +14,8 @@ import pytest
 import cskd.files.claims
 from cskd.config import to_yaml
 from cskd.files.claims import LEASE, Claims, _host, held
-from pipeline.cache_teacher import cache_teacher
-from pipeline.care.verify import verify
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.care.verify import verify
 from tests.caches import make_tiny_data
 from tests.pipeline.test_pipeline import TEACHER, config
 

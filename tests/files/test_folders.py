@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-import cli
 import cskd.files.links
+from cskd import cli
 from cskd.config import Config, from_dict
 from cskd.dataset.inventory import open_inventory
 from cskd.errors import CacheError, CskdError, PathError
@@ -22,12 +22,12 @@ from cskd.files.folders import MARKER, kind_of, mark, refuse_output
 from cskd.files.writer import sole_writer
 from cskd.packing.index import index
 from cskd.packing.pack import pack
-from pipeline.cache_teacher import cache_teacher
-from pipeline.care.repair import repair
-from pipeline.conflicts import own_output
-from pipeline.demo import run_demo
-from pipeline.look.inspect_cache import inspect
-from pipeline.train import train
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.care.repair import repair
+from cskd.pipeline.conflicts import own_output
+from cskd.pipeline.demo import run_demo
+from cskd.pipeline.look.inspect_cache import inspect
+from cskd.pipeline.train import train
 from tests.caches import make_tiny_cache, make_tiny_data
 
 
@@ -300,7 +300,7 @@ def test_a_disk_without_hard_links_is_found_before_the_teacher_is_loaded(
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", none)
-    monkeypatch.setattr("pipeline.cache_teacher.load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr("cskd.pipeline.cache_teacher.load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
     with pytest.raises(CacheError, match=r"cache\.path .*new: its file system has no hard links"):
         cache_teacher(config(home), quiet=True)
     assert cskd.files.links.hard_link_error(home) is not None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import cli
+from cskd import cli
 from cskd.config import from_dict, load_config
 from cskd.config.load import PATHS
 from cskd.dataset.inventory import open_inventory
@@ -15,8 +15,8 @@ from cskd.errors import PathError
 from cskd.files.paths import local_path, local_text
 from cskd.packing.index import index
 from cskd.packing.pack import pack
+from cskd.pipeline.demo import run_demo
 from cskd.store.cache import open_cache
-from pipeline.demo import run_demo
 
 ADDRESSES = [
     "s3://bucket/x",

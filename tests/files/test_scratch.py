@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-import pipeline.training_run
+import cskd.pipeline.training_run
 from cskd.config import from_dict
 from cskd.errors import CacheError
 from cskd.files.scratch import clear_scratch, new_scratch, refuse_small
@@ -25,8 +25,8 @@ from cskd.loading.plan import PlanSpec, epoch_plan
 from cskd.loading.sources import TargetSpec
 from cskd.loading.stage2 import TrainTask
 from cskd.loading.tasks import RunTasks
+from cskd.pipeline.train import train
 from cskd.store.cache import Cache
-from pipeline.train import train
 from tests.caches import make_tiny_cache
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -71,7 +71,7 @@ def test_no_scratch_lies_in_the_output_and_none_is_left(
         seen.append(new_scratch(*arguments))  # type: ignore[arg-type]
         return seen[-1]
 
-    monkeypatch.setattr(pipeline.training_run, "new_scratch", noted)
+    monkeypatch.setattr(cskd.pipeline.training_run, "new_scratch", noted)
     train(from_dict(settings(made, output)), quiet=True)
     assert len(seen) == 1 and seen[0].parent == temp
     assert list(temp.iterdir()) == [others] and not left.exists()

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import cskd.packing.payloads
-from cli import _printable
+from cskd.cli import _printable
 from cskd.config import from_dict, load_config
 from cskd.config.yaml_text import read_yaml
 from cskd.dataset.image_limits import refuse_bombs
@@ -26,13 +26,13 @@ from cskd.packing.pack import pack
 from cskd.packing.payloads import payloads
 from cskd.packing.sources import open_source
 from cskd.packing.tars import decompressed, members
+from cskd.pipeline.care.gc import gc
+from cskd.pipeline.conflicts import own_output
+from cskd.pipeline.pack import PackReport
 from cskd.store.cache import create_cache
 from cskd.store.manifest import Manifest
 from cskd.store.unit_layout import frame_size
 from cskd.teacher.build import build_model
-from pipeline.care.gc import gc
-from pipeline.conflicts import own_output
-from pipeline.pack import PackReport
 from tests.caches import make_tiny_cache
 
 

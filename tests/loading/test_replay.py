@@ -16,13 +16,13 @@ import cskd.views.maker
 import cskd.views.ops
 import cskd.views.versions
 from cskd.errors import CacheError, ConfigError, ReplayError
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.care.verify import verify
+from cskd.pipeline.train import train
 from cskd.store.cache import open_cache
 from cskd.store.format import SEAL, commit_file
 from cskd.store.manifest import Manifest, write_manifest
 from cskd.views.mixing import CUTMIX, MIXUP, NONE
-from pipeline.cache_teacher import cache_teacher
-from pipeline.care.verify import verify
-from pipeline.train import train
 from tests.caches import make_tiny_data
 from tests.pipeline.test_pipeline import TEACHER, config
 
@@ -148,7 +148,7 @@ def test_another_implementation_of_one_op_is_refused(base: Path, monkeypatch: py
 def test_another_recipe_code_or_image_policy_is_refused_before_the_first_step(
     base: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: object
 ) -> None:
-    monkeypatch.setattr(f"pipeline.conflicts.{name}", value)
+    monkeypatch.setattr(f"cskd.pipeline.conflicts.{name}", value)
     with pytest.raises(CacheError, match=r"was made with (recipe_code = 1|images\..* = .*), this version of cskd has"):
         run(base)
 

@@ -16,8 +16,8 @@ import torch
 from cskd.config import to_yaml
 from cskd.errors import StudentError
 from cskd.machine.ranks import Ranks
-from pipeline.cache_teacher import cache_teacher
-from pipeline.show.metrics import read_metrics
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.show.metrics import read_metrics
 from tests.caches import make_tiny_data
 from tests.pipeline.test_pipeline import TEACHER, config
 

@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-import pipeline.train
-import pipeline.training_run
-import pipeline.unit_line
+import cskd.pipeline.train
+import cskd.pipeline.training_run
+import cskd.pipeline.unit_line
 from cskd.errors import ConfigError
 from cskd.machine import cores as cores_module
 from cskd.machine import threads as threads_module
 from cskd.machine.cores import Cores, usable_cores
 from cskd.machine.threads import WAITING, Threads, begun_with, choose_threads, computing_with, wait_passively
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.conflicts import refuse_other_run
+from cskd.pipeline.evaluate import evaluate_checkpoint
+from cskd.pipeline.train import train
 from cskd.store.cache import open_cache
-from pipeline.cache_teacher import cache_teacher
-from pipeline.conflicts import refuse_other_run
-from pipeline.evaluate import evaluate_checkpoint
-from pipeline.train import train
 from tests.caches import make_tiny_data
 from tests.pipeline.test_pipeline import TEACHER, config
 
@@ -205,7 +205,7 @@ def test_threads_load_no_torch_and_the_stages_set_how_they_wait_before_they_load
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch's wheels for Linux bring GNU's OpenMP")
 def test_openmp_reads_how_long_to_spin() -> None:
-    shown = run_python("import cli, pipeline.train", OMP_DISPLAY_ENV="verbose").stderr
+    shown = run_python("import cli, cskd.pipeline.train", OMP_DISPLAY_ENV="verbose").stderr
     assert "OMP_WAIT_POLICY = 'PASSIVE'" in shown
     assert f"GOMP_SPINCOUNT = '{WAITING['GOMP_SPINCOUNT']}'" in shown
 
@@ -268,13 +268,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of threads at each training step."""
     seen: list[int] = []
-    reseed = pipeline.train.reseed_step
+    reseed = cskd.pipeline.train.reseed_step
 
     def recording(*arguments: Any) -> None:
         seen.append(torch.get_num_threads())
         reseed(*arguments)
 
-    monkeypatch.setattr(pipeline.train, "reseed_step", recording)
+    monkeypatch.setattr(cskd.pipeline.train, "reseed_step", recording)
     return seen
 
 
@@ -308,8 +308,8 @@ def test_a_state_without_threads_is_of_the_same_run_and_is_noted(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"output": str(tmp_path / "run"), "max_steps": 1}
-    kept = pipeline.training_run.run_identity
-    monkeypatch.setattr(pipeline.training_run, "run_identity", lambda *a: Older(kept(*a)))
+    kept = cskd.pipeline.training_run.run_identity
+    monkeypatch.setattr(cskd.pipeline.training_run, "run_identity", lambda *a: Older(kept(*a)))
     train(config(base, train=settings), quiet=True)
     monkeypatch.undo()
     notes = train(config(base, train={**settings, "max_steps": 2}), quiet=True).notes
@@ -342,13 +342,13 @@ def test_stage_1_says_its_threads_and_a_cache_of_own_code_keeps_them(
 ) -> None:
     """A user's own network runs one batch at a time on all cores; a forward that is split otherwise has other last bits."""
     seen: list[int] = []
-    launching = pipeline.unit_line.Lanes.launching
+    launching = cskd.pipeline.unit_line.Lanes.launching
 
     def recording(self: Any) -> Any:
         seen.append(torch.get_num_threads())
         return launching(self)
 
-    monkeypatch.setattr(pipeline.unit_line.Lanes, "launching", recording)
+    monkeypatch.setattr(cskd.pipeline.unit_line.Lanes, "launching", recording)
     monkeypatch.setattr(threads_module, "usable_cores", lambda: Cores(3))
     cache = {"path": str(tmp_path / "cache"), "views": 1}
     notes = cache_teacher(config(base, cache=cache), quiet=True).notes
@@ -387,13 +387,13 @@ def test_eval_computes_with_the_threads_of_the_cores(
     train(config(base, train=settings), quiet=True)
     monkeypatch.setattr(threads_module, "usable_cores", lambda: Cores(3))
     seen: list[int] = []
-    score = pipeline.evaluate.score_heads
+    score = cskd.pipeline.evaluate.score_heads
 
     def recording(*arguments: Any) -> Any:
         seen.append(torch.get_num_threads())
         return score(*arguments)
 
-    monkeypatch.setattr(pipeline.evaluate, "score_heads", recording)
+    monkeypatch.setattr(cskd.pipeline.evaluate, "score_heads", recording)
     evaluate_checkpoint(tmp_path / "run", base / "val", 8, 0, None, "cpu", quiet=True)
     assert seen == [3]
 

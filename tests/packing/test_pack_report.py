@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from cli import app
-from pipeline.pack import PackReport, index_data, pack_data, render
+from cskd.cli import app
+from cskd.pipeline.pack import PackReport, index_data, pack_data, render
 from tests.data_sources import FILES, folder, prefixed
 
 
@@ -48,7 +48,7 @@ def test_a_limit_says_how_many_of_the_classes_have_images_and_keeps_the_labels(
 def test_progress_never_counts_backwards_from_listing_to_packing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.show.progress.Progress._interval", lambda self, now: 0.0)
+    monkeypatch.setattr("cskd.pipeline.show.progress.Progress._interval", lambda self, now: 0.0)
     made = pack_data(folder(tmp_path / "src", FILES), tmp_path / "a", shard_size=4)
     capsys.readouterr()
     pack_data(Path(made.folder), tmp_path / "b")

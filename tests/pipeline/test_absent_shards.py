@@ -11,9 +11,9 @@ import pytest
 
 from cskd.config import from_dict
 from cskd.errors import DataError
-from pipeline.cache_teacher import cache_teacher
-from pipeline.evaluate import evaluate_checkpoint
-from pipeline.train import train
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.evaluate import evaluate_checkpoint
+from cskd.pipeline.train import train
 from tests.caches import make_tiny_cache, make_tiny_data
 
 
@@ -28,7 +28,7 @@ def test_shards_that_are_absent_are_one_line_before_the_long_work(
         raise AssertionError("begun without the images")
 
     for name in ("cache_teacher.load_teacher", "online.load_teacher", "train.build_student", "evaluate.load_student"):
-        monkeypatch.setattr(f"pipeline.{name}", too_late)
+        monkeypatch.setattr(f"cskd.pipeline.{name}", too_late)
     cache = make_tiny_cache(tmp_path)
     val = make_tiny_data(tmp_path / "val", n=12)
     path, data = {"path": str(cache.root)}, {"train": str(tmp_path / "data"), "val": str(tmp_path / "val")}

@@ -18,14 +18,14 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-import pipeline.online
-import pipeline.training_run
+import cskd.pipeline.online
+import cskd.pipeline.training_run
 from cskd.config import Config, from_dict, to_yaml
 from cskd.errors import CacheError, ConfigError
+from cskd.pipeline.evaluate import evaluate_checkpoint, render
+from cskd.pipeline.show.metrics import read_metrics
+from cskd.pipeline.train import train
 from cskd.student.checkpoint import load_student
-from pipeline.evaluate import evaluate_checkpoint, render
-from pipeline.show.metrics import read_metrics
-from pipeline.train import train
 from tests.caches import make_tiny_data
 from tests.pipeline.test_pipeline import cached_data, config
 
@@ -60,7 +60,7 @@ def no_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object) -> None:
         raise AssertionError("a teacher was loaded")
 
-    monkeypatch.setattr(pipeline.online, "load_teacher", load)
+    monkeypatch.setattr(cskd.pipeline.online, "load_teacher", load)
 
 
 def test_images_alone_give_the_student_that_a_cache_of_the_same_views_gives(base: Path, no_teacher: None) -> None:
@@ -86,7 +86,7 @@ def test_views_that_are_too_few_wrap_round_as_those_of_a_cache(base: Path) -> No
 def test_a_run_has_as_many_views_as_it_needs(base: Path, epochs: int, repeats: int, views: int) -> None:
     from cskd.loading.plan import PlanSpec, epoch_plan
     from cskd.machine.ranks import Ranks
-    from pipeline.baseline import open_baseline
+    from cskd.pipeline.baseline import open_baseline
 
     settings = alone(base, f"needs {epochs}", train={"epochs": epochs, "repeats": repeats})
     source, _, _ = open_baseline(settings, Ranks(), False, quiet=True)
@@ -212,14 +212,14 @@ def test_a_head_that_the_loss_does_not_train_is_named_at_the_start(
 
 def old_run(monkeypatch: pytest.MonkeyPatch, settings: Config) -> None:
     """A run that was cut, as a version without `loss.baseline_head` left it."""
-    real = pipeline.training_run.run_identity
+    real = cskd.pipeline.training_run.run_identity
 
     def before(*args: Any) -> dict[str, Any]:
         identity = real(*args)
         return identity | {"loss": {k: v for k, v in identity["loss"].items() if k != "baseline_head"}}
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.training_run, "run_identity", before)
+        patch.setattr(cskd.pipeline.training_run, "run_identity", before)
         train(settings, quiet=True)
 
 

@@ -18,17 +18,17 @@ from cskd.dataset.inventory import open_inventory
 from cskd.errors import DataError, TeacherError
 from cskd.machine.ranks import start_ranks
 from cskd.packing.pack import pack
+from cskd.pipeline import cache_teacher as stage1
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.clean_check import CleanCheck, clean_check, spread
+from cskd.pipeline.look.inspect_cache import inspect, render
+from cskd.pipeline.online import open_online
+from cskd.pipeline.show.progress import Notes
 from cskd.store.cache import open_cache
 from cskd.store.manifest import Manifest
 from cskd.teacher.forwards import teacher_images
 from cskd.teacher.model import Teacher, load_teacher
 from cskd.views.maker import ViewMaker
-from pipeline import cache_teacher as stage1
-from pipeline.cache_teacher import cache_teacher
-from pipeline.clean_check import CleanCheck, clean_check, spread
-from pipeline.look.inspect_cache import inspect, render
-from pipeline.online import open_online
-from pipeline.show.progress import Notes
 
 # Nearest colour of K, in an order of its own, with a bias and a share of classes that it takes for the next one.
 TEACHER = """

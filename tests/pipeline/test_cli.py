@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import yaml
 
-import cli
+from cskd import cli
 from cskd.config import to_yaml
+from cskd.pipeline.care.verify import verify
 from cskd.store.cache import open_cache
 from cskd.store.format import commit_file
-from pipeline.care.verify import verify
 from tests.caches import make_tiny_cache, make_tiny_data
 from tests.pipeline.test_pipeline import TEACHER
 from tests.pipeline.test_pipeline import config as tiny_config
@@ -176,12 +176,12 @@ def test_json_is_one_object_and_a_finished_run_still_says_its_top_1(made: Path, 
 def test_an_interrupt_prints_the_line_that_resumes(
     run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, raised: BaseException, code: int
 ) -> None:
-    import pipeline.doctor
+    import cskd.pipeline.doctor
 
     def interrupted() -> None:
         raise raised
 
-    monkeypatch.setattr(pipeline.doctor, "doctor", interrupted)
+    monkeypatch.setattr(cskd.pipeline.doctor, "doctor", interrupted)
     result = run("doctor", "--json")
     assert (result.code, result.out) == (code, "")
     assert result.err == "\ninterrupted; go on with: cskd doctor --json\n"
@@ -192,8 +192,8 @@ def test_an_evaluation_leaves_batches_that_are_read_ahead_fit_for_training() -> 
     import torch
 
     from cskd.machine.ranks import Ranks
+    from cskd.pipeline.evaluate import score_heads
     from cskd.views.mix_pixels import InputMaker
-    from pipeline.evaluate import score_heads
 
     def batches() -> Iterator[dict[str, torch.Tensor]]:
         assert not torch.is_inference_mode_enabled()
@@ -212,7 +212,7 @@ def start(*argv: object, **more: Any) -> subprocess.Popen[str]:
 
 
 def test_help_loads_no_torch() -> None:
-    code = "import sys, cli; sys.argv = ['cskd', '--help']\ntry: cli.main()\nfinally: assert 'torch' not in sys.modules"
+    code = "import sys; from cskd import cli; sys.argv = ['cskd', '--help']\ntry: cli.main()\nfinally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert "cache-teacher" in done.stdout
@@ -284,7 +284,8 @@ def test_stage_1_that_is_interrupted_drops_its_unit_at_once_and_resumes(
 def test_a_second_interrupt_ends_a_run_that_is_in_the_midst_of_a_library_call() -> None:
     """Where Python can't run the handler of a signal: the main thread does not come back from C."""
     code = """
-import hashlib, os, signal, sys, threading, time, cli
+import hashlib, os, signal, sys, threading, time
+from cskd import cli
 def stuck(standalone_mode):
     def twice():
         for _ in range(2):
@@ -312,7 +313,8 @@ def wait_for(process: subprocess.Popen[str], there: Callable[[], object]) -> Non
 def test_an_interrupt_that_a_library_swallows_ends_the_run_all_the_same(grace: float, signals: int) -> None:
     """Left after GRACE, or at once by a second Ctrl-C."""
     code = f"""
-import os, signal, sys, time, cli
+import os, signal, sys, time
+from cskd import cli
 def deaf(standalone_mode):
     for _ in range({signals}):
         try:

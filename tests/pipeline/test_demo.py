@@ -13,14 +13,14 @@ from PIL import Image
 from rich.console import Console
 from sklearn.datasets import load_digits
 
-import pipeline.demo
+import cskd.pipeline.demo
 from cskd.config import Config, to_dict
 from cskd.errors import ConfigError
-from pipeline.demo import STUDENTS, Settings, StudentResult, _config, render, run_demo, verdict
-from pipeline.demo_curve import Curve, draw_curves
-from pipeline.demo_data import POOL, digits
-from pipeline.statistics import paired_difference, spread
-from pipeline.train import TrainReport, train
+from cskd.pipeline.demo import STUDENTS, Settings, StudentResult, _config, render, run_demo, verdict
+from cskd.pipeline.demo_curve import Curve, draw_curves
+from cskd.pipeline.demo_data import POOL, digits
+from cskd.pipeline.statistics import paired_difference, spread
+from cskd.pipeline.train import TrainReport, train
 
 SMALL = Settings(epochs=1, seeds=2, per_class=4, copies=2, views=1, teacher_epochs=40)
 
@@ -73,7 +73,7 @@ def test_a_whole_demo_of_two_seeds_and_what_is_done_is_used_again(
         trained.append((Path(config.train.output).name, report.steps))
         return report
 
-    monkeypatch.setattr(pipeline.demo, "train", counted)
+    monkeypatch.setattr(cskd.pipeline.demo, "train", counted)
     stop = True
     with pytest.raises(KeyboardInterrupt):
         run_demo(out, quiet=True, settings=SMALL, processes=1)
@@ -125,7 +125,7 @@ def test_one_seed_is_no_evidence() -> None:
 def test_the_table_shows_spread_difference_and_head() -> None:
     none = [90.0, 90.5, 91.0]
     students = {"none": result(none), "cskd": result([95.0, 95.5, 96.0], none)}
-    report = pipeline.demo.DemoReport(
+    report = cskd.pipeline.demo.DemoReport(
         99.0, {"train": 100, "val": 1097}, [0, 1, 2], students, verdict(students), 200.0, 5.0, {}
     )
     out = io.StringIO()
@@ -145,7 +145,7 @@ def test_a_demo_of_an_earlier_layout_is_refused_by_one_line(tmp_path: Path, left
 
 
 def test_students_of_other_epochs_are_named_before_anything_is_made(tmp_path: Path) -> None:
-    made = {"layout": pipeline.demo.LAYOUT, **dataclasses.asdict(Settings(epochs=3))}
+    made = {"layout": cskd.pipeline.demo.LAYOUT, **dataclasses.asdict(Settings(epochs=3))}
     (tmp_path / "demo.json").write_text(json.dumps(made), encoding="utf-8")
     with pytest.raises(ConfigError, match="holds a demo with epochs 3, asked for 2; give another folder"):
         run_demo(tmp_path, epochs=2, quiet=True)

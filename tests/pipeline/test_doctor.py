@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
-import cli
 import cskd.machine.speed
-import pipeline.doctor
+import cskd.pipeline.doctor
+from cskd import cli
 from cskd.machine.cores import Cores
-from pipeline.doctor import OPTIONAL, PACKAGES, Check, doctor
+from cskd.pipeline.doctor import OPTIONAL, PACKAGES, Check, doctor
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def probes(monkeypatch: pytest.MonkeyPatch, *checks: Check) -> None:
-    monkeypatch.setattr(pipeline.doctor, "PROBES", {"made up": lambda: iter(checks)})
+    monkeypatch.setattr(cskd.pipeline.doctor, "PROBES", {"made up": lambda: iter(checks)})
 
 
 def exit_code(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
@@ -60,7 +60,7 @@ def test_a_missing_optional_package_is_ok_and_a_missing_required_one_is_a_failur
         return "1.0"
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    rows = {check.name: check for check in pipeline.doctor._versions()}
+    rows = {check.name: check for check in cskd.pipeline.doctor._versions()}
     assert (rows["timm"].state, rows["timm"].advice) == ("fail", "pip install timm")
     assert rows["tensorboard"].state == rows["scikit-learn"].state == "ok"
     assert "only for cskd demo" in rows["scikit-learn"].advice
@@ -84,12 +84,12 @@ def rows_with(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if user:
         monkeypatch.setenv("OMP_NUM_THREADS", user)
-    monkeypatch.setattr(pipeline.doctor, "usable_cores", lambda: cores)
+    monkeypatch.setattr(cskd.pipeline.doctor, "usable_cores", lambda: cores)
     monkeypatch.setattr("cskd.machine.threads.usable_cores", lambda: cores)
     monkeypatch.setattr("os.getloadavg", lambda: (0.1, 0.1, 0.1))
     monkeypatch.setattr(cskd.machine.speed, "steps_per_second", lambda threads, seconds: speeds[threads])
     monkeypatch.setattr(cskd.machine.speed, "steps_elsewhere", lambda *_, **__: 7.0)
-    return {c.name: c for probe in (pipeline.doctor._processes, pipeline.doctor._threads) for c in probe()}
+    return {c.name: c for probe in (cskd.pipeline.doctor._processes, cskd.pipeline.doctor._threads) for c in probe()}
 
 
 def test_cores_threads_and_their_speed_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 from cskd.dataset.inventory import open_inventory
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.care.verify import verify
+from cskd.pipeline.pack import pack_data
+from cskd.pipeline.train import train
 from cskd.store.cache import open_cache
 from cskd.views.maker import ViewMaker
-from pipeline.cache_teacher import cache_teacher
-from pipeline.care.verify import verify
-from pipeline.pack import pack_data
-from pipeline.train import train
 from tests.pipeline.test_pipeline import TEACHER, config
 
 
@@ -127,7 +127,7 @@ def test_the_policy_s_picture_of_each(base: Path) -> None:
 
 
 def test_an_evaluation_counts_what_it_can_t_read(base: Path) -> None:
-    from pipeline.evaluate import evaluate_checkpoint
+    from cskd.pipeline.evaluate import evaluate_checkpoint
 
     c = config(
         base, "counted", data={"val": str(base / "train")}, cache={"path": str(base / "cache2"), "max_quarantine": 0.5}

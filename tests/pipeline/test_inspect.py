@@ -17,12 +17,8 @@ from rich.console import Console
 
 from cskd.codecs.base import direct_hard, quantise_blend
 from cskd.errors import CacheError, CodecError, DataError, ReplayError
-from cskd.store.cache import Cache, open_cache
-from cskd.store.manifest import Manifest, write_manifest
-from cskd.views.maker import ViewMaker
-from cskd.views.mix_pixels import mix_pixels
-from pipeline.look.inspect_cache import inspect, render
-from pipeline.look.inspect_sample import (
+from cskd.pipeline.look.inspect_cache import inspect, render
+from cskd.pipeline.look.inspect_sample import (
     cached_view,
     describe_sample,
     entropy,
@@ -32,7 +28,11 @@ from pipeline.look.inspect_sample import (
     sample_picture,
     sheet,
 )
-from pipeline.look.inspection import Inspection, Quarantined, UnitCounts, UnitPlace, Unreadable
+from cskd.pipeline.look.inspection import Inspection, Quarantined, UnitCounts, UnitPlace, Unreadable
+from cskd.store.cache import Cache, open_cache
+from cskd.store.manifest import Manifest, write_manifest
+from cskd.views.maker import ViewMaker
+from cskd.views.mix_pixels import mix_pixels
 from tests.caches import CLASSES, make_tiny_cache, random_logits
 
 

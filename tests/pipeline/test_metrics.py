@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.show.metrics import MetricsLog, read_metrics
+from cskd.pipeline.show.metrics import MetricsLog, read_metrics
 
 
 def test_a_write_that_fails_half_way_keeps_the_rows_there_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,18 +14,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-import pipeline.cache_teacher
-import pipeline.demo
-import pipeline.train
+import cskd.pipeline.cache_teacher
+import cskd.pipeline.demo
+import cskd.pipeline.train
 from cskd.config import Config
+from cskd.pipeline.cache_teacher import CacheReport, cache_teacher
+from cskd.pipeline.care.verify import verify
+from cskd.pipeline.evaluate import evaluate_checkpoint
+from cskd.pipeline.look.inspect_cache import inspect
+from cskd.pipeline.show.metrics import read_metrics
+from cskd.pipeline.show.progress import Progress, timed_start
+from cskd.pipeline.train import TrainReport, train
 from cskd.store.cache import Cache, open_cache
-from pipeline.cache_teacher import CacheReport, cache_teacher
-from pipeline.care.verify import verify
-from pipeline.evaluate import evaluate_checkpoint
-from pipeline.look.inspect_cache import inspect
-from pipeline.show.metrics import read_metrics
-from pipeline.show.progress import Progress, timed_start
-from pipeline.train import TrainReport, train
 from tests.caches import make_tiny_cache, make_tiny_data
 from tests.pipeline.test_pipeline import TEACHER, config
 
@@ -85,8 +85,8 @@ def test_stage_1_counts_the_views_that_have_targets_and_only_its_own(
 
 def test_the_rate_of_stage_1_is_that_of_the_loop_and_not_of_loading(reports: tuple[CacheReport, ...]) -> None:
     slow = dataclasses.replace(reports[0], images=80, loop_seconds=2.0, seconds=50.0)
-    assert "80 views in 2.0 s (40 views/s), 50 s with loading" in shown(pipeline.cache_teacher, slow)
-    assert "views/s" not in shown(pipeline.cache_teacher, reports[2])
+    assert "80 views in 2.0 s (40 views/s), 50 s with loading" in shown(cskd.pipeline.cache_teacher, slow)
+    assert "views/s" not in shown(cskd.pipeline.cache_teacher, reports[2])
 
 
 def test_progress_of_a_resumed_stage_1_begins_where_the_first_stopped(
@@ -99,7 +99,7 @@ def test_progress_of_a_resumed_stage_1_begins_where_the_first_stopped(
             seen.append((self.start, self.total, self._done))
             super().__exit__(*error)
 
-    monkeypatch.setattr("pipeline.cache_teacher.Progress", Spy)
+    monkeypatch.setattr("cskd.pipeline.cache_teacher.Progress", Spy)
     grown = settings(base)
     grown = dataclasses.replace(grown, cache=dataclasses.replace(grown.cache, path=str(base / "grown"), views=1))
     cache_teacher(grown, quiet=True)
@@ -151,7 +151,7 @@ def test_training_counts_what_this_run_fed_and_evaluation_counts_the_unreadable(
 
 def test_the_rate_of_training_leaves_start_up_and_evaluation_out() -> None:
     report = TrainReport("x", 10, 800, 60.0, 40.0, 0, {}, "class", "float32", "", [])
-    assert "10 steps, 800 images in 60.0 s (40 images/s while stepping)" in shown(pipeline.train, report)
+    assert "10 steps, 800 images in 60.0 s (40 images/s while stepping)" in shown(cskd.pipeline.train, report)
     seconds: dict[str, float] = {}
 
     def results() -> Iterator[int]:
@@ -162,7 +162,7 @@ def test_the_rate_of_training_leaves_start_up_and_evaluation_out() -> None:
 
     ticks = [0.0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.show.progress.time.perf_counter", lambda: ticks[-1])
+        patch.setattr("cskd.pipeline.show.progress.time.perf_counter", lambda: ticks[-1])
         assert list(timed_start(results(), seconds)) == [1, 2]
     assert seconds == {"start": 5.0}
 
@@ -185,10 +185,10 @@ def test_a_demo_that_is_run_again_says_how_long_its_students_took(
     stubs |= {name: lambda *_, **__: None for name in ("write_images", "pack_data", "train_teacher")}
     stubs |= {"open_cache": lambda _: cache, "_one_a_class": lambda *_: [0]}
     for name, stub in stubs.items():
-        monkeypatch.setattr(pipeline.demo, name, stub)
-    report = pipeline.demo.run_demo(tmp_path, epochs=3, quiet=True)
+        monkeypatch.setattr(cskd.pipeline.demo, name, stub)
+    report = cskd.pipeline.demo.run_demo(tmp_path, epochs=3, quiet=True)
     assert {name: s.seconds for name, s in report.students.items()} == dict.fromkeys(
-        pipeline.demo.STUDENTS, 21.0 * len(report.seeds)
+        cskd.pipeline.demo.STUDENTS, 21.0 * len(report.seeds)
     )
     size = sum(p.stat().st_size for p in cache.root.glob("units/*/*"))
     assert report.bytes_per_view == size / (9 * cache.views)

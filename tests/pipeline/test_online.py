@@ -10,8 +10,8 @@ import pytest
 
 from cskd.config import Config
 from cskd.errors import CacheError, ConfigError
-from pipeline.cache_teacher import cache_teacher
-from pipeline.train import train
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.train import train
 from tests.caches import make_tiny_data
 from tests.pipeline.test_pipeline import TEACHER, config
 

@@ -13,16 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import pipeline.training_run
+import cskd.pipeline.training_run
 from cskd.config import Config, from_dict
 from cskd.errors import CacheError, ConfigError, PathError, TeacherError
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.show.metrics import read_metrics
+from cskd.pipeline.train import train
 from cskd.store.cache import open_cache
 from cskd.store.commit import Commit, publish, read_commit
 from cskd.store.format import commit_file
 from cskd.teacher.forwards import teacher_images
-from pipeline.cache_teacher import cache_teacher
-from pipeline.show.metrics import read_metrics
-from pipeline.train import train
 from tests.caches import make_tiny_data
 
 TEACHER = """
@@ -187,7 +187,7 @@ def test_training_that_was_cut_at_the_end_of_an_epoch_does_not_take_it_for_done(
         return dataclasses.replace(made, train=dataclasses.replace(made.train, output=str(tmp_path / name)))
 
     train(settings("whole"), quiet=True)
-    real, calls = getattr(pipeline.training_run, cut), list[int]()
+    real, calls = getattr(cskd.pipeline.training_run, cut), list[int]()
 
     def killed(*args: Any) -> Any:
         calls.append(1)
@@ -196,7 +196,7 @@ def test_training_that_was_cut_at_the_end_of_an_epoch_does_not_take_it_for_done(
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.training_run, cut, killed)
+        patch.setattr(cskd.pipeline.training_run, cut, killed)
         with pytest.raises(KeyboardInterrupt):
             train(settings("cut"), quiet=True)
     train(settings("cut"), quiet=True)

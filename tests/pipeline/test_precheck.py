@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-import pipeline.cache_teacher
-import pipeline.online
+import cskd.pipeline.cache_teacher
+import cskd.pipeline.online
 from cskd.config import Config
 from cskd.errors import ConfigError, CskdError, DataError, PlanError, StudentError, TeacherError
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.look.inspect_cache import inspect
+from cskd.pipeline.train import train
 from cskd.store.cache import open_cache
-from pipeline.cache_teacher import cache_teacher
-from pipeline.look.inspect_cache import inspect
-from pipeline.train import train
 from tests.caches import CLASSES, make_tiny_data
 from tests.pipeline.test_pipeline import TEACHER, config
 
@@ -43,7 +43,7 @@ def no_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("the teacher was loaded")
 
-    for module in (pipeline.cache_teacher, pipeline.online):
+    for module in (cskd.pipeline.cache_teacher, cskd.pipeline.online):
         monkeypatch.setattr(module, "load_teacher", refuse)
 
 
@@ -100,7 +100,7 @@ def test_a_soft_method_without_a_soft_codec_is_refused_but_for_a_teacher_that_ru
 def test_patches_coarser_than_the_teachers_cells_are_refused_before_the_clean_check(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.cache_teacher, "clean_check", None)
+    monkeypatch.setattr(cskd.pipeline.cache_teacher, "clean_check", None)
     coarse = {"kwargs": {"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}}
     with pytest.raises(StudentError, match="2 x 2 patches, too few for the teacher's grid of 4 x 4"):
         cache_teacher(faulty(base, {"student": coarse}, "none"), quiet=True)

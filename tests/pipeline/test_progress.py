@@ -1,4 +1,4 @@
-"""Promises of pipeline.show.progress and pipeline.doctor: what people and logs see, and what they don't."""
+"""Promises of cskd.pipeline.show.progress and cskd.pipeline.doctor: what people and logs see, and what they don't."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline import doctor as doctor_module
-from pipeline.cache_teacher import cache_teacher
-from pipeline.doctor import doctor, render
-from pipeline.show.progress import Pool, Progress, bound_by, duration
-from pipeline.train import train
+from cskd.pipeline import doctor as doctor_module
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.doctor import doctor, render
+from cskd.pipeline.show.progress import Pool, Progress, bound_by, duration
+from cskd.pipeline.train import train
 from tests.caches import make_tiny_data
 from tests.pipeline.test_pipeline import TEACHER, config
 

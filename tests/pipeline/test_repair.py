@@ -15,6 +15,10 @@ from rich.console import Console
 
 from cskd.errors import CacheError, CskdError, DataError
 from cskd.files.claims import Claims
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.care.gc import gc
+from cskd.pipeline.care.repair import RepairReport, render, repair
+from cskd.pipeline.care.verify import verify
 from cskd.seeds import view_seeds
 from cskd.store.cache import open_cache
 from cskd.store.commit import read_commit
@@ -22,10 +26,6 @@ from cskd.store.format import commit_file
 from cskd.store.manifest import write_manifest
 from cskd.store.seal import seal_cache
 from cskd.views.mixing import NONE, partners, quads
-from pipeline.cache_teacher import cache_teacher
-from pipeline.care.gc import gc
-from pipeline.care.repair import RepairReport, render, repair
-from pipeline.care.verify import verify
 from tests.caches import make_tiny_cache, make_tiny_data
 from tests.pipeline.test_pipeline import TEACHER, config
 

@@ -12,17 +12,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import pipeline.training_run
+import cskd.pipeline.training_run
 from cskd.config import Config
 from cskd.errors import ConfigError, StudentError
 from cskd.machine.ranks import Ranks
+from cskd.pipeline.conflicts import as_begun, change_note, changed_on_resume, refuse_other_run
+from cskd.pipeline.run_state import RunState
+from cskd.pipeline.show.metrics import read_metrics
+from cskd.pipeline.train import train
 from cskd.student.best import Best
 from cskd.student.optim import Optimisation
 from cskd.student.resume import digest
-from pipeline.conflicts import as_begun, change_note, changed_on_resume, refuse_other_run
-from pipeline.run_state import RunState
-from pipeline.show.metrics import read_metrics
-from pipeline.train import train
 from tests.pipeline.test_pipeline import cached_data, run_settings
 
 STEPS = 5  # of an epoch
@@ -66,7 +66,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, what: str) -> None:
 
         monkeypatch.setattr(Optimisation, "update", update)
         return
-    inner, calls = getattr(pipeline.training_run, what), list[int]()
+    inner, calls = getattr(cskd.pipeline.training_run, what), list[int]()
 
     def called(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -74,7 +74,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, what: str) -> None:
             raise KeyboardInterrupt
         return inner(*args, **kwargs)
 
-    monkeypatch.setattr(pipeline.training_run, what, called)
+    monkeypatch.setattr(cskd.pipeline.training_run, what, called)
 
 
 @pytest.mark.parametrize("export", [{}, {"export": "best", "best": "top1.ema.all"}], ids=["ema", "best"])

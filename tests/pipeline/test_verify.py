@@ -18,14 +18,14 @@ import cskd.files.read
 import cskd.store.commit
 from cskd.dataset.inventory import FIND_SHARDS
 from cskd.errors import DataError
+from cskd.pipeline.care.recompute import made_views
+from cskd.pipeline.care.verify import render, verify
+from cskd.pipeline.show.progress import Progress
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import Commit, publish, write_file
 from cskd.store.format import VIEW_FIELDS, commit_file
 from cskd.store.seal import seal_cache
 from cskd.store.unit import content_hash, pack_unit
-from pipeline.care.recompute import made_views
-from pipeline.care.verify import render, verify
-from pipeline.show.progress import Progress
 from tests.caches import make_tiny_cache, make_tiny_data
 
 
@@ -91,7 +91,7 @@ def test_images_that_are_asked_for_and_absent_are_one_line_before_the_work(
 ) -> None:
     there = moved(cache)
     checked: list[int] = []
-    monkeypatch.setattr("pipeline.care.verify.check_unit", lambda *_: checked.append(1))
+    monkeypatch.setattr("cskd.pipeline.care.verify.check_unit", lambda *_: checked.append(1))
     with pytest.raises(DataError, match=r"none of the 2 image shards .* is not in .*data; .*--data of"):
         verify(cache.root, quiet=True, **wish)
     make_tiny_data(cache.root.parent / "other", n=7)
@@ -135,7 +135,7 @@ def test_a_shard_of_which_no_image_is_as_it_was_is_one_line_and_a_few_bad_images
 
 def test_a_disk_that_fails_is_given_up_after_a_few_images(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each takes three tries with a wait between: a shard of 4,096 would take an hour."""
-    monkeypatch.setattr("pipeline.care.verify.LISTED", 2)
+    monkeypatch.setattr("cskd.pipeline.care.verify.LISTED", 2)
     monkeypatch.setattr("cskd.dataset.shard_reader.WAIT", 0.0)
     monkeypatch.setattr("cskd.dataset.shard_reader.pread", fail)
     report = verify(cache.root, images=True, quiet=True)
@@ -210,7 +210,7 @@ def test_progress_of_a_replay_ends_at_the_views_there_are(tmp_path: Path, monkey
     assert made_views(open_cache(cache.root)) == 27 - 5
     totals: dict[str, int] = {}
     monkeypatch.setattr(
-        "pipeline.care.recompute.Progress",
+        "cskd.pipeline.care.recompute.Progress",
         lambda what, total, *a, **k: totals.update({what: total}) or Progress(what, total, *a, **k),
     )
     assert verify(cache.root, replay=1000, quiet=True).replayed == 22 == totals["replay"]

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from cskd.pipeline.care.verify import verify
 from cskd.store.cache import open_cache
 from cskd.store.seal import read_seal
-from pipeline.care.verify import verify
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 ROOTS = {"format1": "6b8b044685326ae36edb7f16e8462eac7b3f012280ab6d024b4c3486c0a72c7a"}

@@ -11,14 +11,14 @@ import pytest
 
 from cskd.errors import CacheError
 from cskd.files.durable import json_bytes
+from cskd.pipeline.care.repair import repair
+from cskd.pipeline.care.verify import verify
+from cskd.pipeline.look.inspect_cache import inspect
 from cskd.store.cache import Cache, create_cache, open_cache
 from cskd.store.commit import Commit, publish, read_commit
 from cskd.store.format import SEAL, commit_file
 from cskd.store.resolved import write_resolved
 from cskd.store.seal import read_seal, seal_cache, seal_facts
-from pipeline.care.repair import repair
-from pipeline.care.verify import verify
-from pipeline.look.inspect_cache import inspect
 from tests.caches import make_tiny_cache
 
 

@@ -16,12 +16,12 @@ from cskd.config import Config
 from cskd.errors import ConfigError, StudentError, TeacherError
 from cskd.machine.ranks import Ranks
 from cskd.method.losses import DistillationLoss
+from cskd.pipeline.run_state import RunState
+from cskd.pipeline.show.metrics import read_metrics
+from cskd.pipeline.train import train
 from cskd.student.checkpoint import ResumeStates, TrainState, export, load_student
 from cskd.student.finite import NotFiniteError, first_not_finite
 from cskd.student.optim import Optimisation
-from pipeline.run_state import RunState
-from pipeline.show.metrics import read_metrics
-from pipeline.train import train
 from tests.pipeline.test_pipeline import cached_data, config, run_settings
 from tests.student.test_checkpoint import NAMES, advance, start
 
@@ -200,7 +200,7 @@ def test_logits_of_an_evaluation_that_are_no_numbers_stop_the_run(
         heads["patches"] = heads["patches"].index_fill(0, torch.tensor([0]), NAN)
         return heads
 
-    monkeypatch.setattr("pipeline.evaluate.eval_heads", broken)
+    monkeypatch.setattr("cskd.pipeline.evaluate.eval_heads", broken)
     with pytest.raises(
         ConfigError, match=r"2 of 12 images get logits from 'patches' that are not finite at step 5; the"
     ):

@@ -14,6 +14,7 @@ from cskd.codecs.envelope import EnvelopeCodec
 from cskd.errors import CodecError
 from cskd.files.claims import Claims
 from cskd.loading.stage1 import ChunkMaker, chunks
+from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.store.cache import Cache, create_cache, open_cache
 from cskd.store.commit import read_commit
 from cskd.store.unit_builder import UnitBuilder
@@ -22,7 +23,6 @@ from cskd.teacher.model import load_teacher
 from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import mix_pixels
 from cskd.views.mixing import quads
-from pipeline.cache_teacher import cache_teacher
 from tests.caches import make_tiny_data
 from tests.pipeline.test_pipeline import TEACHER, config
 

@@ -12,6 +12,10 @@ import torch
 from cskd.config import TeacherConfig
 from cskd.dataset.inventory import open_inventory
 from cskd.errors import CacheError
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.look.inspect_cache import inspect
+from cskd.pipeline.look.inspect_sample import cached_view, replay
+from cskd.pipeline.measure_precision import first_views, measure_precision
 from cskd.store.cache import Cache, open_cache
 from cskd.store.manifest import read_manifest, write_manifest
 from cskd.teacher.arithmetic import BLENDS, Precision, in_words, unchanged
@@ -19,10 +23,6 @@ from cskd.teacher.forwards import teacher_images
 from cskd.teacher.model import load_teacher
 from cskd.teacher.precision import arithmetic, is_reference, measure
 from cskd.views.maker import ViewMaker
-from pipeline.cache_teacher import cache_teacher
-from pipeline.look.inspect_cache import inspect
-from pipeline.look.inspect_sample import cached_view, replay
-from pipeline.measure_precision import first_views, measure_precision
 from tests.caches import make_tiny_cache, make_tiny_data
 from tests.pipeline.test_pipeline import TEACHER, config
 from tests.teachers import load, tiny_teacher
