@@ -41,6 +41,7 @@ PACKAGES = (  # cskd's dependencies, and torchvision, which timm needs
     "google-crc32c",
     "safetensors",
     "pyyaml",
+    "annotated-types",
     "typer",
     "rich",
 )
