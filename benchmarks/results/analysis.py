@@ -192,12 +192,12 @@ def teacher_of(run: Run, classes: Sequence[str], device: torch.device) -> Teache
         config = load_config(root / RESOLVED).teacher
     teacher = load_teacher(replace(config, compile=False), classes, device, run.student.image_size[0])
     if root is not None and cached:
-        made_with = open_cache(root, images=False).identity["teacher"]
+        made_with = open_cache(root, images=False).identity.teacher
         for name in ("weights_sha256", "grid"):
-            if made_with[name] != teacher.fingerprint[name]:
+            if made_with[name] != teacher.fingerprint.facts[name]:
                 raise CacheError(
                     f"{root} was made with a teacher of {name} {made_with[name]}, that of {run.folder / RESOLVED} has "
-                    f"{teacher.fingerprint[name]}; restore the file it was made with"
+                    f"{teacher.fingerprint.facts[name]}; restore the file it was made with"
                 )
     return teacher
 

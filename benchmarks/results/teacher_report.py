@@ -146,7 +146,7 @@ def report(config: Config, train_images: int, views: int) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "model": config.teacher.model,
         "weights": config.teacher.weights,
-        "weights_sha256": teacher.fingerprint["weights_sha256"],
+        "weights_sha256": teacher.fingerprint.weights_sha256,
         "classes": teacher.classes,
         "grid": list(teacher.grid),
         "val": _clean(teacher, val, len(val)),
@@ -193,8 +193,8 @@ def _cache_of(config: Config, teacher: Teacher) -> Cache | None:
     if not config.cache.path or not (Path(config.cache.path) / MANIFEST).exists():
         return None
     cache = open_cache(config.cache.path, images=False)
-    made_with = cache.identity["teacher"]
-    if any(made_with[name] != teacher.fingerprint[name] for name in ("weights_sha256", "grid", "class_map")):
+    made_with = cache.identity.teacher
+    if any(made_with[name] != teacher.fingerprint.facts[name] for name in ("weights_sha256", "grid", "class_map")):
         raise TeacherError(
             f"{cache.root} was made with another teacher than the config's; set cache.path= to make views here, or the "
             "path of its own cache"

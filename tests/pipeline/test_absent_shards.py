@@ -27,7 +27,12 @@ def test_shards_that_are_absent_are_one_line_before_the_long_work(
     def too_late(*_: object, **__: object) -> None:
         raise AssertionError("begun without the images")
 
-    for name in ("cache_teacher.load_teacher", "online.load_teacher", "train.build_student", "evaluate.load_student"):
+    for name in (
+        "cache_teacher.load_teacher",
+        "online.load_teacher",
+        "training_run.build_student",
+        "evaluate.load_student",
+    ):
         monkeypatch.setattr(f"cskd.pipeline.{name}", too_late)
     cache = make_tiny_cache(tmp_path)
     val = make_tiny_data(tmp_path / "val", n=12)

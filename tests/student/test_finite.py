@@ -238,7 +238,7 @@ def test_logits_of_a_live_teacher_that_are_no_numbers_stop_the_run(cached: Path,
     class Broken:
         batch = 2
 
-        def forward_dense(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def in_batches(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return torch.full((len(x), 5, 1, 1), NAN), torch.zeros(len(x), 5)
 
     targets = LiveTargets(Broken(), config(cached).loss, 3)  # type: ignore[arg-type]
