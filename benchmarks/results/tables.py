@@ -11,14 +11,14 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.results.students import METHODS
+from benchmarks.results.students import METHODS, all_runs
 from benchmarks.results.sweep import TALLY, read_tally
+from cskd.pipeline.statistics import Difference, paired_difference
 
 REFERENCES = ("none", "deit-hard")  # that every method is compared with
 Row = dict[str, Any]
@@ -52,36 +52,21 @@ def main(arguments: list[str] | None = None) -> int:
 def all_tables(rows: Sequence[Row]) -> dict[str, list[str]]:
     """Name -> lines of Markdown. Of a question: the scores, every head, and the epochs it took."""
     tables: dict[str, list[str]] = {}
-    for question in dict.fromkeys(row["question"] for row in rows):
+    for question in dict.fromkeys([*(run.question for run in all_runs()), *(row["question"] for row in rows)]):
         of = Question([row for row in rows if row["question"] == question and not row["online"]])
-        if len(of.methods) > 1:
-            tables |= {question: of.scores(), f"{question}-heads": of.heads(), f"{question}-epochs": of.epochs()}
+        parts = {"": of.scores, "-heads": of.heads, "-epochs": of.epochs}
+        tables |= {
+            question + part: make() if of.methods else ["No run is finished yet."] for part, make in parts.items()
+        }
     return tables | {"views": views_table(rows), "online": online_table(rows)}
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Of paired runs: mean, and the half width of its 95 % interval (t distribution); nan of one pair."""
-
-    mean: float
-    half: float
-    pairs: int
-
-    @classmethod
-    def of(cls, one: Sequence[float], other: Sequence[float]) -> Difference:
-        """one - other, pair by pair."""
-        from scipy.stats import t
-
-        gaps = np.subtract(one, other)
-        n = len(gaps)
-        half = float(t.ppf(0.975, n - 1) * gaps.std(ddof=1) / n**0.5) if n > 1 else float("nan")
-        return cls(float(gaps.mean()), half, n)
-
-    def __str__(self) -> str:
-        if self.pairs < 2:
-            return f"{self.mean:+.1f} (one pair)"
-        noise = "" if abs(self.mean) > self.half else ", noise"
-        return f"{self.mean:+.1f} ± {self.half:.1f}{noise}"
+def said(d: Difference) -> str:
+    """A paired difference in words: with its 95 % interval, and whether that holds 0."""
+    if d.pairs < 2:
+        return f"{d.mean:+.1f} (one pair)"
+    noise = ", noise" if d.low <= 0 <= d.high else ""
+    return f"{d.mean:+.1f} ± {(d.high - d.low) / 2:.1f}{noise}"
 
 
 class Question:
@@ -101,7 +86,7 @@ class Question:
     def scores(self) -> list[str]:
         """Mean and spread of the score, and what it is above each reference over the seeds both have."""
         lines = [
-            "| method | seeds | top-1 % | sd | of head | " + " | ".join(f"minus {r}" for r in REFERENCES) + " | s |",
+            "| method | seeds | top-1 % | sd | of head | " + " | ".join(f"minus {r}" for r in REFERENCES) + " | s, fastest |",
             "|---|---|---|---|---|" + "---|" * len(REFERENCES) + "---|",
         ]
         for method in self.methods:
@@ -109,7 +94,7 @@ class Question:
             tops = self.values(method, score, seeds)
             spread = f"{np.std(tops, ddof=1):.2f}" if len(tops) > 1 else "-"
             against = [self._against(method, other) for other in REFERENCES]
-            seconds = np.mean(self.values(method, lambda row: row["seconds"], seeds))
+            seconds = min(self.values(method, lambda row: row["seconds"], seeds))
             head = self.rows[method, seeds[0]]["score"]
             cells = [method, str(len(seeds)), f"{np.mean(tops):.2f}", spread, head, *against, f"{seconds:.0f}"]
             lines.append(f"| {' | '.join(cells)} |")
@@ -146,7 +131,7 @@ class Question:
     def _against(self, method: str, other: str) -> str:
         if method == other or other not in self.methods or not (seeds := self.seeds(method, other)):
             return "-"
-        return str(Difference.of(self.values(method, score, seeds), self.values(other, score, seeds)))
+        return said(paired_difference(self.values(method, score, seeds), self.values(other, score, seeds)))
 
 
 def score(row: Row) -> float:
