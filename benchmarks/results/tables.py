@@ -86,7 +86,9 @@ class Question:
     def scores(self) -> list[str]:
         """Mean and spread of the score, and what it is above each reference over the seeds both have."""
         lines = [
-            "| method | seeds | top-1 % | sd | of head | " + " | ".join(f"minus {r}" for r in REFERENCES) + " | s, fastest |",
+            "| method | seeds | top-1 % | sd | of head | "
+            + " | ".join(f"minus {r}" for r in REFERENCES)
+            + " | s, fastest |",
             "|---|---|---|---|---|" + "---|" * len(REFERENCES) + "---|",
         ]
         for method in self.methods:
