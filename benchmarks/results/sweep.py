@@ -31,7 +31,7 @@ import torch
 
 from benchmarks.results import ROOT, data, teacher
 from benchmarks.results.students import StudentRun, all_runs
-from cskd.errors import CskdError
+from cskd.errors import CskdError, PathError
 from cskd.machine.devices import pick_device
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.evaluate import evaluate_checkpoint
@@ -40,6 +40,7 @@ from cskd.pipeline.train import train
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import UnitFile
 
+HELD = 3  # exit status of a run whose folder another process writes
 ON_CUDA = {"train": 2, "cache": 12}  # processes that decode
 TALLY = ROOT / "docs" / "results" / "tally.jsonl"
 
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
     except CskdError as e:
         print(f"benchmarks/results/sweep.py: {e}", file=sys.stderr)
-        return 1
+        return HELD if isinstance(e, PathError) and args.run else 1
     return Sweep(pending, args).work()
 
 
@@ -138,8 +139,8 @@ class Sweep:
                 child.terminate()
                 child.wait()
             self._children.discard(child)
-        if time.monotonic() >= self.end and child.returncode:
-            return  # stopped: what it has is kept, and it goes on the next time
+        if child.returncode == HELD or (time.monotonic() >= self.end and child.returncode):
+            return  # another sweep is at it; or stopped: what it has is kept, and it goes on the next time
         with self._lock:
             if child.returncode:
                 self.failed += 1

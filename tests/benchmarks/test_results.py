@@ -15,6 +15,7 @@ from benchmarks.results.networks import CifarResNet
 from benchmarks.results.students import METHODS, StudentRun, all_runs
 from benchmarks.results.tables import epochs_to, said, score
 from cskd.config import Config
+from cskd.files.writer import sole_writer
 from cskd.pipeline.evaluate import evaluate_checkpoint
 from cskd.pipeline.statistics import paired_difference
 from cskd.pipeline.train import TrainReport, train
@@ -164,3 +165,10 @@ def test_a_finished_run_gives_the_line_that_its_checkpoint_gives(
     tally.write_text(json.dumps(line) + "\n" + json.dumps(line | {"seconds": 1.0}) + "\n")
     assert [row["seconds"] for row in sweep.read_tally(tally)] == [1.0], "the last line of a run counts"
     assert sweep.finish(run, "cpu")["weights_sha256"] == line["weights_sha256"] and len(calls) == 2
+
+
+def test_a_run_that_another_sweep_is_at_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CSKD_RESULTS", str(cached_data(tmp_path)))
+    monkeypatch.setattr(sweep, "all_runs", lambda: [TinyRun("few", "cskd-linear", 0)])
+    with sole_writer(tmp_path / "runs" / "few" / "cskd-linear" / "seed0", "wait"):
+        assert sweep.main(["--run", "few/cskd-linear/seed0", "--device", "cpu"]) == sweep.HELD
