@@ -1,4 +1,4 @@
-"""The demo's learning curves as a picture: a line and a band a method over its seeds, the teacher as a dashed line."""
+"""Learning curves as a picture: a line and a band for each method over its seeds, the teacher as a dashed line."""
 
 from __future__ import annotations
 
@@ -40,13 +40,18 @@ def refuse_without_matplotlib() -> None:
         )
 
 
-def draw_curves(path: Path, curves: Mapping[str, Curve], teacher_top1: float, title: str) -> None:
+def draw_curves(path: Path, curves: Mapping[str, Curve], teacher_top1: float | None, title: str) -> None:
     """Write a PNG: the mean over the seeds as a line, smallest to largest as a band, accuracy in per cent against epochs."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    axes.axhline(teacher_top1, color=_rgb(FAINT), linestyle="--", linewidth=1.4, label=f"teacher {teacher_top1:.1f}")
+    highest = max(float(c.top1.max()) for c in curves.values())
+    if teacher_top1 is not None:
+        axes.axhline(
+            teacher_top1, color=_rgb(FAINT), linestyle="--", linewidth=1.4, label=f"teacher {teacher_top1:.1f}"
+        )
+        highest = max(highest, teacher_top1)
     for (name, curve), (colour, marker) in zip(curves.items(), LINES, strict=False):
         mean, rgb = curve.top1.mean(0), _rgb(colour)
         axes.fill_between(curve.epochs, curve.top1.min(0), curve.top1.max(0), color=rgb, alpha=0.18, linewidth=0)
@@ -54,7 +59,7 @@ def draw_curves(path: Path, curves: Mapping[str, Curve], teacher_top1: float, ti
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel("epoch")
     axes.set_ylabel("top-1 on images not trained on, %")
-    axes.set_ylim(_bottom(curves), min(100.0, max(teacher_top1, *(c.top1.max() for c in curves.values())) + 2))
+    axes.set_ylim(_bottom(curves), min(100.0, highest + 2))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)

@@ -9,19 +9,15 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from benchmarks.results.students import MAIN
 from benchmarks.results.sweep import TALLY, read_tally
 from benchmarks.results.tables import Question, Row, score, varies_views
+from cskd.pipeline.demo_curve import Curve, draw_curves
 
-COLOURS = dict(zip(MAIN, ("#56595c", "#0072b2", "#d55e00", "#009e73"), strict=True))  # Okabe and Ito's; grey is none
 TITLES = {"few": "5,000 images", "all": "50,000 images"}
-SIZE = (7.5, 4.6)  # inches, at 130 dots per inch
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,30 +36,24 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def curve(of: Question, title: str, path: Path) -> None:
-    """Score against epochs: a line is the mean over seeds, its band the smallest and the largest."""
-    figure, axes = plt.subplots(figsize=SIZE, dpi=130)
-    for method in MAIN:
-        if method not in of.methods:
-            continue
+    """Score against epochs of the main methods."""
+    curves = {}
+    for method in (m for m in MAIN if m in of.methods):
         runs = [of.rows[method, seed] for seed in of.seeds(method)]
-        points = [
-            [(p["epoch"] + 1, p[f"top1.{r['score']}"]) for p in r["curve"] if f"top1.{r['score']}" in p] for r in runs
-        ]
-        epochs = [epoch for epoch, _ in points[0]]
-        tops = np.array([[top for _, top in run] for run in points])
-        label = f"{method}, {len(runs)} seed{'s' * (len(runs) > 1)}: {np.mean([score(r) for r in runs]):.1f} %"
-        axes.plot(epochs, tops.mean(0), color=COLOURS[method], label=label, linewidth=2)
-        axes.fill_between(epochs, tops.min(0), tops.max(0), color=COLOURS[method], alpha=0.18, linewidth=0)
-    _finish(figure, axes, path, f"ViT students on {title} of CIFAR-10", "epoch", "top-1 of 5,000 validation images, %")
+        key = f"top1.{runs[0]['score']}"
+        points = [[point for point in run["curve"] if key in point] for run in runs]
+        epochs = np.array([point["epoch"] + 1 for point in points[0]], np.int64)
+        top1 = np.array([[point[key] for point in run] for run in points], np.float64)
+        curves[f"{method}, {len(runs)} seed{'s' * (len(runs) > 1)}:"] = Curve(epochs, top1)
+    draw_curves(path, curves, None, f"ViT students on {title} of CIFAR-10, mean and range of the seeds")
 
 
 def views(rows: Sequence[Row], path: Path) -> None:
     """Score of CSKD against the number of views that the cache holds, and what their targets weigh."""
     found = sorted((row["views"], score(row), row["target_bytes"] / 1e6) for row in rows)
-    figure, axes = plt.subplots(figsize=SIZE, dpi=130)
-    axes.plot(
-        [v for v, _, _ in found], [top for _, top, _ in found], color=COLOURS["cskd-linear"], marker="o", linewidth=2
-    )
+    figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([v for v, _, _ in found], [top for _, top, _ in found], color="#0072b2", marker="o", linewidth=2)
     for count, top, size in found:
         axes.annotate(
             f"{size:.1f} MB", (count, top), textcoords="offset points", xytext=(0, -16), ha="center", fontsize=9
@@ -72,20 +62,12 @@ def views(rows: Sequence[Row], path: Path) -> None:
     axes.set_xticks([v for v, _, _ in found], [str(v) for v, _, _ in found])
     axes.minorticks_off()
     axes.margins(y=0.15)
-    _finish(
-        figure, axes, path, "How many cached views are enough: CSKD linear, 5,000 images", "views per image", "top-1, %"
+    axes.set(
+        title="How many cached views are enough: CSKD linear, 5,000 images", xlabel="views per image", ylabel="top-1, %"
     )
-
-
-def _finish(figure: plt.Figure, axes: plt.Axes, path: Path, title: str, x: str, y: str) -> None:
-    axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
-    figure.tight_layout()
     figure.savefig(path)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from cskd.errors import CacheError
 from cskd.files.durable import json_bytes, json_hash, put
 from cskd.files.read import parse_json, read_file
 from cskd.store.format import FORMAT, commit_file, unit_file
-from cskd.store.record_checks import check_commit
+
+_HASH = re.compile(r"[0-9a-f]{64}")
+_CODEC = re.compile(r"[a-z0-9:]{1,32}")
 
 
 @dataclass(frozen=True)
@@ -120,3 +123,38 @@ def again(record: Path) -> str:
         f"`cskd repair {cache}` makes it again; so does this: remove {record} and run the same `cskd cache-teacher` "
         "command again"
     )
+
+
+def check_commit(commit: Commit) -> None:
+    """Raises ValueError with the first field of a record that can't be: its hash is no secret, so anyone can write a valid one.
+
+    A record names files: they are those that its other fields give, never a path of its own. Everything that becomes a number
+    of loops or bytes is bounded.
+    """
+
+    def count(value: object, low: int = 0) -> bool:
+        return type(value) is int and low <= value < 1 << 48
+
+    def need(ok: bool, what: str) -> None:
+        if not ok:
+            raise ValueError(what)
+
+    for name in ("block", "view", "samples", "cached", "format"):
+        need(count(getattr(commit, name)), f"its {name} is {str(getattr(commit, name))[:40]}, expected a count")
+    for name in ("content_hash", "fingerprint"):
+        need(_is_hash(getattr(commit, name)), f"its {name} is {str(getattr(commit, name))[:40]!r}, expected a sha256")
+    need(isinstance(commit.quarantine, dict), "its quarantine is no mapping")
+    for position, reason in commit.quarantine.items():
+        known = re.fullmatch(r"0|[1-9]\d{0,11}", position) and int(position) < commit.samples
+        need(bool(known) and isinstance(reason, str), f"it quarantines {position[:40]!r}, expected one of its samples")
+    need(commit.cached + len(commit.quarantine) == commit.samples, "its counts do not add up")
+    for file in commit.files:
+        known = isinstance(file.codec, str) and _CODEC.fullmatch(file.codec) and _is_hash(file.sha256)
+        need(bool(known) and count(file.size) and count(file.target_bytes), "a file of it has no codec, size or sha256")
+        expected = str(unit_file(commit.block, commit.view, file.codec, file.sha256))
+        need(file.path == expected, f"it names the file {str(file.path)[:120]!r}, expected {expected}")
+    need(len({file.codec for file in commit.files}) == len(commit.files), "it names a codec twice")
+
+
+def _is_hash(value: object) -> bool:
+    return isinstance(value, str) and _HASH.fullmatch(value) is not None
