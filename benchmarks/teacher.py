@@ -40,7 +40,7 @@ from cskd.errors import CskdError
 from cskd.machine.devices import pick_device
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.pack import pack_data
-from cskd.teacher.model import build_model
+from cskd.teacher.build import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -84,7 +84,7 @@ def compare(options: argparse.Namespace, shared: Path, folder: Path) -> dict[str
     from cskd.machine.devices import pick_device
     from cskd.pipeline.cache_teacher import cache_teacher
     from cskd.pipeline.pack import pack_data
-    from cskd.teacher.model import build_model
+    from cskd.teacher.build import build_model
 
     cuda = pick_device(options.device).type == "cuda"
     name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
@@ -277,7 +277,7 @@ def _timm(side: dict[str, Any]) -> dict[str, Any]:
     from timm.task import ClassificationTask, TokenDistillationTask
 
     from cskd.machine.devices import autocast, pick_device, uses_bf16
-    from cskd.teacher.model import build_model
+    from cskd.teacher.build import build_model
 
     device = pick_device(side["device"])
     cuda = device.type == "cuda"

@@ -42,7 +42,8 @@ from cskd.store.manifest import Manifest
 from cskd.store.resolved import write_resolved
 from cskd.store.seal import seal_cache
 from cskd.teacher.lanes import lanes_of
-from cskd.teacher.model import Teacher, compare_probe, load_teacher
+from cskd.teacher.model import Teacher, load_teacher
+from cskd.teacher.probe import compare_probe
 from cskd.views.maker import ViewMaker
 from cskd.views.versions import library_versions
 

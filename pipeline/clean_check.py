@@ -23,8 +23,8 @@ from cskd.config import Config
 from cskd.dataset.inventory import Inventory, open_inventory
 from cskd.errors import DataError, ImageError, TeacherError
 from cskd.teacher.class_order import OtherOrder, describe, known_orders, one_way, other_order, suspects
-from cskd.teacher.model import Teacher, check_clean
-from cskd.teacher.probe import clean_limit, clean_predictions
+from cskd.teacher.clean import check_clean, clean_limit, clean_predictions
+from cskd.teacher.model import Teacher
 from cskd.teacher.variants import ENOUGH, Better, better_variant
 from cskd.views.maker import Image, ViewMaker
 

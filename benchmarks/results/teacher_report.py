@@ -46,9 +46,9 @@ from cskd.pipeline.clean_check import spread
 from cskd.pipeline.measure_precision import first_views
 from cskd.store.cache import Cache, open_cache
 from cskd.store.format import MANIFEST
+from cskd.teacher.clean import clean_image
 from cskd.teacher.heads import full_precision
 from cskd.teacher.model import Teacher, load_teacher
-from cskd.teacher.probe import clean_image
 from cskd.views.maker import ViewMaker
 
 HALF = BLEND_ONE // 2

@@ -20,7 +20,7 @@ from torch import Tensor
 from cskd.config import TeacherConfig
 from cskd.errors import TeacherError, one_line
 from cskd.machine.devices import uses_bf16
-from cskd.teacher.build import build, build_model, weights_sha256
+from cskd.teacher.build import build, weights_sha256
 from cskd.teacher.class_map import class_map
 from cskd.teacher.fingerprint import Fingerprint
 from cskd.teacher.fold import fold_norms
@@ -28,19 +28,8 @@ from cskd.teacher.forwards import count_teacher_images
 from cskd.teacher.fuse import fuse_activations
 from cskd.teacher.heads import Head, find_head, full_precision, keep_classes
 from cskd.teacher.lanes import threads_of_a_lane
-from cskd.teacher.probe import check_clean, clean_top1, compare_probe, probe_images, project
+from cskd.teacher.probe import probe_images, project
 from cskd.views.fit import teacher_notes
-
-__all__ = [
-    "Preprocess",
-    "Teacher",
-    "build_model",
-    "check_clean",
-    "clean_top1",
-    "compare_probe",
-    "load_teacher",
-    "probe_images",
-]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cskd.teacher.class_order import clearly_more
+from cskd.teacher.clean import clean_image, predictions
 from cskd.teacher.model import IMAGENET_MEAN, IMAGENET_STD, Prepare, Preprocess, Teacher
-from cskd.teacher.probe import clean_image, predictions
 
 Image = NDArray[np.uint8]
 Ints = NDArray[np.int64]

@@ -18,7 +18,8 @@ from cskd.store.cache import Cache, first_difference
 from cskd.store.format import Unit
 from cskd.store.golden import golden_rows, replay_golden
 from cskd.teacher.lanes import threads_of_a_lane
-from cskd.teacher.model import Teacher, compare_probe, load_teacher
+from cskd.teacher.model import Teacher, load_teacher
+from cskd.teacher.probe import compare_probe
 from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import mix_pixels
 from cskd.views.mixing import NONE

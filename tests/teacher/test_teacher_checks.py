@@ -16,8 +16,8 @@ from PIL import Image
 
 from cskd.config import TeacherConfig
 from cskd.errors import TeacherError
-from cskd.teacher.model import check_clean, clean_top1, compare_probe, probe_images
-from cskd.teacher.probe import clean_image
+from cskd.teacher.clean import check_clean, clean_image, clean_top1
+from cskd.teacher.probe import compare_probe, probe_images
 from tests.teachers import SIZE, load, tiny_teacher
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cskd.config import TeacherConfig
-from cskd.teacher.probe import clean_predictions
+from cskd.teacher.clean import clean_predictions
 from cskd.teacher.variants import better_variant
 from tests.teacher.test_teacher_checks import read_images
 from tests.teachers import load
