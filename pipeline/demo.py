@@ -7,8 +7,7 @@ students  the same ViT from several seeds: labels only, DeiT, CSKD; same views a
 table     mean and spread over the seeds, and the paired difference to labels only
 
 DeiT and CSKD read the teacher's soft outputs here: of images that it has learned by heart a teacher's hard class is the label
-again. Settings were chosen on 600 scans that are no part of the demo's data (`Settings(tuning=True)`, `demo_data.py`). There
-TUNED.
+again. Settings were chosen on 600 scans that are no part of the demo's data (`Settings(tuning=True)`, see `demo_data.py`).
 """
 
 from __future__ import annotations
