@@ -177,7 +177,7 @@ def finish(run: StudentRun, device: str) -> dict[str, Any]:
     rows = read_metrics(run.folder)
     curve = [{k: round(v, 4) if isinstance(v, float) else v for k, v in r.items() if _kept(k)} for r in rows]
     cache = open_cache(config.cache.path)
-    views = config.train.views or cache.views
+    views, codec = config.train.views or cache.views, "int8" if "soft" in run.method else "envelope"
     return {
         "name": run.name,
         **{k: v for k, v in asdict(run).items() if k in ("question", "method", "seed", "online")},
@@ -188,7 +188,7 @@ def finish(run: StudentRun, device: str) -> dict[str, Any]:
         "epochs": config.train.epochs,
         "views": views,
         "target_bytes": sum(
-            file.size for b in range(cache.blocks) for v in range(views) for file in _files(cache, b, v)
+            file.size for b in range(cache.blocks) for v in range(views) for file in _files(cache, b, v, codec)
         ),
         "curve": curve,
         "seconds": sum(row["seconds"] for row in rows),
@@ -207,9 +207,9 @@ def _machine(section: str, device: str) -> tuple[str, ...]:
     return (f"{section}.device={device}", *workers)
 
 
-def _files(cache: Cache, block: int, view: int) -> Sequence[UnitFile]:
+def _files(cache: Cache, block: int, view: int, codec: str) -> Sequence[UnitFile]:
     commit = cache.commit_of(block, view)
-    return commit.files if commit else ()
+    return [file for file in commit.files if file.codec == codec] if commit else ()
 
 
 def _kept(key: str) -> bool:
