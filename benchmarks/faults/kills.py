@@ -20,6 +20,7 @@ from benchmarks.faults.damage import all_named
 from cskd.config import to_yaml
 from cskd.files.claims import Claims
 from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.store.commit import publish
 
 RACERS = 4
 UNITS = 6  # of the whole cache
@@ -78,7 +79,7 @@ def races(bench: Bench, count: int) -> Counter[str]:
 
 def _racer(bench: Bench, cache: Path, deaf: bool) -> list[Any]:
     """Stage 1 in one of them: content hash, records of its own that count, records it tried to put in place."""
-    publish, won = cskd.store.cache.publish, list[bool]()
+    won = list[bool]()
 
     def counted(*args: Any) -> bool:
         won.append(publish(*args))

@@ -249,8 +249,9 @@ def write(path: Path, data: bytes | str) -> Path:
 def bomb(kind: str, megabytes: int = 400) -> bytes:
     """Zeros, as gz, bz2 or xz."""
     gz, zeros = zlib.compressobj(9, zlib.DEFLATED, 31), bytes(10**6)
-    packer = {"gz": gz, "bz2": bz2.BZ2Compressor(), "xz": lzma.LZMACompressor(preset=0)}[kind]
-    return b"".join(packer.compress(zeros) for _ in range(megabytes)) + packer.flush()
+    packer: Any = {"gz": gz, "bz2": bz2.BZ2Compressor(), "xz": lzma.LZMACompressor(preset=0)}[kind]
+    whole: bytes = b"".join(packer.compress(zeros) for _ in range(megabytes)) + packer.flush()
+    return whole
 
 
 def sparse(path: Path, size: int, head: bytes = b"") -> Path:

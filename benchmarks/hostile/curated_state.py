@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import struct
@@ -253,7 +254,7 @@ def _twice(members: dict[str, bytes]) -> bytes:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # zipfile warns of the name
-        out = b.io.BytesIO(b.zipped(members))
+        out = io.BytesIO(b.zipped(members))
         with zipfile.ZipFile(out, "a") as archive:
             archive.writestr("seed/c/0", members["seed/c/0"])
     return out.getvalue()

@@ -80,8 +80,8 @@ def agreement_figure(runs: dict[str, Any], teacher: dict[str, Any], images: int)
                 points = [(row["epoch"], 100 * row[part][name]) for row in run["agreement"] if part in row]
                 ax.plot(*zip(*points, strict=True), color=colour, linestyle=style, marker=_marker(points))
             if name == "label":
-                for own, style in (("local", (0, (1, 1))), ("global", (0, (4, 2)))):
-                    _reference(ax, 100 * teacher["label"][part][own], style, f"teacher's {own} class")
+                for own, dashes in (("local", (0, (1, 1))), ("global", (0, (4, 2)))):
+                    _reference(ax, 100 * teacher["label"][part][own], dashes, f"teacher's {own} class")
             if part == next(iter(rows)):
                 ax.set_title(f"equal to the {title}")
             _whole_epochs(ax)
@@ -193,7 +193,8 @@ def _panels(count: int, most: int, height: float) -> tuple[Figure, list[Axes]]:
 
 def _first_of_rows(panels: Sequence[Axes], label: str) -> None:
     for ax in panels:
-        if ax.get_subplotspec().is_first_col():
+        place = ax.get_subplotspec()
+        if place is not None and place.is_first_col():
             ax.set_ylabel(label)
 
 
@@ -201,7 +202,8 @@ def _reference(ax: Axes, level: float, style: Any, text: str) -> None:
     """A grey line at a level, with its name on it: below where it lies high, above where it lies low."""
     ax.axhline(level, color=GREY, linewidth=1.1, linestyle=style)
     high = level > 50
-    place = {"textcoords": "offset points", "xytext": (-2, -3 if high else 3), "va": "top" if high else "bottom"}
+    place: dict[str, Any] = {"textcoords": "offset points", "xytext": (-2, -3 if high else 3)}
+    place["va"] = "top" if high else "bottom"
     ax.annotate(
         text, (1, level), xycoords=("axes fraction", "data"), ha="right", color="#555555", fontsize=8.5, **place
     )

@@ -50,7 +50,7 @@ def attention_weights(student: Student) -> Iterator[list[Tensor]]:
 
     Raises:  StudentError for a ViT whose blocks have no such attention.
     """
-    modules: list[nn.Module] = [m for m in student.backbone.modules() if hasattr(m, "fused_attn")]
+    modules: list[Any] = [m for m in student.backbone.modules() if hasattr(m, "fused_attn")]
     if not modules or not all(isinstance(getattr(m, "attn_drop", None), nn.Module) for m in modules):
         raise StudentError(
             f"the attention of {student.config.model} does not show its weights; take a plain ViT such as "

@@ -58,7 +58,8 @@ def test_attention_to_oneself_has_no_distance_and_to_the_neighbour_one_patch() -
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_the_weights_of_a_layer_are_those_of_its_queries_and_keys(qk_norm: bool) -> None:
     student = small_student(qk_norm=qk_norm)
-    attn, x = student.backbone.blocks[0].attn, torch.randn(2, 3, 32, 32)
+    vit: Any = student.backbone
+    attn, x = vit.blocks[0].attn, torch.randn(2, 3, 32, 32)
     if qk_norm:
         attn.q_norm.weight.data.uniform_(0.5, 4)
     entered: list[torch.Tensor] = []
@@ -80,7 +81,7 @@ def test_distances_of_a_student_average_over_images_whatever_the_batches() -> No
     whole, parts = (distances_by_layer(student, torch.split(images, n)) for n in (5, 2))
     assert whole.shape == (2, 3) and torch.allclose(whole, parts)
     for block in student.backbone.blocks:
-        block.attn.qkv.weight.data.zero_()
+        block.get_parameter("attn.qkv.weight").data.zero_()
     uniform = float(patch_distances((4, 4), (8, 8)).mean())
     assert distances_by_layer(student, [images]).flatten().tolist() == pytest.approx([uniform] * 6)
 

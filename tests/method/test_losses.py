@@ -37,12 +37,12 @@ def softmax(v: Array) -> Array:
 
 
 def cross_entropy(logits: Array, target: Array) -> float:
-    return -sum(t * np.log(p) for t, p in zip(target, softmax(logits), strict=True))
+    return -sum(float(t * np.log(p)) for t, p in zip(target, softmax(logits), strict=True))
 
 
 def kl(teacher: Array, student: Array, tau: float) -> float:
     p, q = softmax(teacher / tau), softmax(student / tau)
-    return tau**2 * sum(a * np.log(a / b) for a, b in zip(p, q, strict=True))
+    return tau**2 * sum(float(a * np.log(a / b)) for a, b in zip(p, q, strict=True))
 
 
 def one_hot(c: int) -> Array:

@@ -212,10 +212,9 @@ def test_a_head_that_the_loss_does_not_train_is_named_at_the_start(
 
 def old_run(monkeypatch: pytest.MonkeyPatch, settings: Config) -> None:
     """A run that was cut, as a version without `loss.baseline_head` left it."""
-    real = cskd.pipeline.training_run.run_identity
 
     def before(*args: Any) -> dict[str, Any]:
-        identity = real(*args)
+        identity = run_identity(*args)
         return identity | {"loss": {k: v for k, v in identity["loss"].items() if k != "baseline_head"}}
 
     with monkeypatch.context() as patch:

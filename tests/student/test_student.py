@@ -80,7 +80,7 @@ def test_class_and_distillation_logits_are_timms(kind: str) -> None:
     output = student(images())
     assert output.patch_logits is None
     if student.distilled:
-        vit = student.backbone.train()
+        vit: Any = student.backbone.train()
         vit.set_distilled_training(True)
         assert all(torch.equal(a, b) for a, b in zip(output[:2], vit(images()), strict=True))
         assert torch.equal(eval_heads(output)["class+distillation"], vit.eval()(images()))
@@ -92,7 +92,7 @@ def test_class_and_distillation_logits_are_timms(kind: str) -> None:
 @torch.no_grad()
 def test_a_norm_before_the_head_is_applied_after_pooling_and_said() -> None:
     student = build(PLAIN, global_pool="avg")
-    vit = student.backbone
+    vit: Any = student.backbone
     torch.nn.init.normal_(vit.fc_norm.weight)
     [note] = student.notes
     assert "norm before its head" in note

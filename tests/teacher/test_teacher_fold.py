@@ -30,6 +30,7 @@ def uneven(model: nn.Module) -> nn.Module:
             (norm.weight, 0.5, 2),
             (norm.bias, -1, 1),
         ):
+            assert values is not None
             nn.init.uniform_(values, low, high)
     return model.eval().requires_grad_(False)
 
@@ -56,7 +57,8 @@ class Twice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
-        return (self.norm(y) + y).mean((2, 3))
+        z: Tensor = self.norm(y)
+        return (z + y).mean((2, 3))
 
 
 def test_a_convolution_that_is_read_elsewhere_too_is_refused() -> None:
