@@ -64,7 +64,7 @@ def sample_images() -> list[Image.Image]:
     return images
 
 
-def timm_transform() -> Callable[[Image.Image], torch.Tensor]:
+def timm_transform() -> Any:
     """What DeiT trains with."""
     options: dict[str, Any] = {"auto_augment": RAND, "re_prob": 0.25, "re_mode": "pixel", "re_count": 1}
     transform: Any = create_transform(SIZE, is_training=True, color_jitter=0.3, interpolation="bicubic", **options)

@@ -109,7 +109,7 @@ class Clock:
 
 def views(folder: Path, shared: Path) -> dict[str, Any]:
     """us a view of each part, averaged over 500 images."""
-    recipe, found = RecipeConfig(**DEIT), {}  # type: ignore[arg-type]
+    recipe, found = RecipeConfig(**DEIT), {}
     torch.set_num_threads(1)
     for name in ("full", "short"):
         inventory = open_inventory(folder / name)

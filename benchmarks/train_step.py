@@ -45,7 +45,7 @@ from benchmarks.loader_sides import family, mend_posterize, proc_fields
 # A worker imports this file, as it does the `cskd` script: what only a side needs is imported where it is used.
 
 ROOT = Path(__file__).resolve().parent.parent
-DEIT = {"size": 224, "randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25}
+DEIT: dict[str, Any] = {"size": 224, "randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25}
 TEACHER = "regnety_160"
 WARM = 2  # steps that are not counted; more where something is compiled
 
@@ -182,7 +182,7 @@ def run_side(side: dict[str, Any]) -> dict[str, Any]:
 
     config = _config(side, Path(os.environ["CSKD_DATA"]))
     watch = Stopwatch(warm(pick_device(side["device"]).type), side["steps"])
-    cskd.pipeline.train.Progress = watch  # type: ignore[attr-defined]  # the name that the stage looks up
+    cskd.pipeline.train.Progress = watch  # type: ignore[assignment, attr-defined]  # the name that the stage looks up
     report = cskd.pipeline.train.train(config, online=side["side"].startswith("online"), quiet=True)
     return watch.found() | {"bound_by": report.bound_by}
 

@@ -15,6 +15,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
@@ -22,7 +23,7 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 STYLES = ["-", "--", ":"]  # of the eighth run and on: the same colours again
 GREY = "#777777"
 WIDTH, DPI = 9.0, 150  # inches
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 10,
     "axes.spines.top": False,
@@ -102,7 +103,7 @@ def cells_figure(runs: dict[str, Any], images: int) -> Figure:
     maps = [100 * np.array(at["local"]) for run in runs.values() for at in run["cells"]]
     low, high = min(m.min() for m in maps), max(m.max() for m in maps)
     high = max(high, low + 1)
-    drawn = None
+    drawn: AxesImage | None = None
     for (name, run), line in zip(runs.items(), panels, strict=True):
         for ax in line[len(run["cells"]) :]:
             ax.set_visible(False)
@@ -126,6 +127,7 @@ def cells_figure(runs: dict[str, Any], images: int) -> Figure:
         line[0].set_ylabel("row of cells")
     for ax in panels[-1]:
         ax.set_xlabel("column of cells")
+    assert drawn is not None
     figure.colorbar(drawn, ax=panels, label="predicts the teacher's local class (%)", shrink=0.9, aspect=30)
     figure.suptitle(f"Where the patch predictions agree with the teacher's local class ({images:,} images)")
     return figure

@@ -124,7 +124,7 @@ class Run:
         model: nn.Module = CifarResNet(args.blocks, args.widths, args.kernels)
         if args.init:
             model.load_state_dict(load_file(args.init))
-        self.model = model.to(device, memory_format=torch.channels_last)
+        self.model = model.to(device).to(memory_format=torch.channels_last)
         decayed = [p for p in model.parameters() if p.ndim > 1]
         groups: list[dict[str, Any]] = [
             {"params": decayed},

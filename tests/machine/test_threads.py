@@ -21,7 +21,7 @@ from cskd.machine import threads as threads_module
 from cskd.machine.cores import Cores, usable_cores
 from cskd.machine.threads import WAITING, Threads, begun_with, choose_threads, computing_with, wait_passively
 from cskd.pipeline.cache_teacher import cache_teacher
-from cskd.pipeline.conflicts import refuse_other_run
+from cskd.pipeline.conflicts import refuse_other_run, run_identity
 from cskd.pipeline.evaluate import evaluate_checkpoint
 from cskd.pipeline.train import train
 from cskd.store.cache import open_cache

@@ -22,6 +22,7 @@ import cskd.pipeline.online
 import cskd.pipeline.training_run
 from cskd.config import Config, from_dict, to_yaml
 from cskd.errors import CacheError, ConfigError
+from cskd.pipeline.conflicts import run_identity
 from cskd.pipeline.evaluate import evaluate_checkpoint, render
 from cskd.pipeline.show.metrics import read_metrics
 from cskd.pipeline.train import train

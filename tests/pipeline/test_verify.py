@@ -200,8 +200,8 @@ def test_of_an_unfinished_cache_the_next_step_is_said(tmp_path: Path) -> None:
     cache = make_tiny_cache(tmp_path, skip=[(1, 2)])
     report = verify(cache.root, replay=100, quiet=True)
     assert (report.missing, report.errors, report.replayed, report.sealed) == (1, [], 25, False)
-    console = Console(file=io.StringIO(), width=200)
-    render(report, console)
+    out = io.StringIO()
+    render(report, Console(file=out, width=200))
     assert "missing: block 1, view 2; `cskd cache-teacher` with its config makes them" in out.getvalue()
 
 

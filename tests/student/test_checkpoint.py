@@ -11,6 +11,7 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 
 from cskd.config import Config, LossConfig, StudentConfig, TrainConfig
 from cskd.errors import StudentError

@@ -372,7 +372,7 @@ def test_averaged_weights_follow_the_live_ones(warmup: bool) -> None:
     average: Tensor | None = None
     for step in range(4):
         optimisation.update(student(images()).cls_logits.square().mean(), step)
-        live = student.backbone.head.weight.detach().clone()
+        live = student.backbone.get_parameter("head.weight").detach().clone()
         decay = min(0.9, 1 - (step + 1) ** (-2 / 3)) if warmup else 0.9
         assert optimisation.averaged is not None
         average = live if average is None else decay * average + (1 - decay) * live

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import cskd.teacher.lanes
+from cskd.codecs.base import Arrays
 from cskd.codecs.envelope import EnvelopeCodec
 from cskd.errors import CodecError
 from cskd.files.claims import Claims

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import timm
@@ -20,7 +21,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TeacherConfig:
     return tiny_teacher(tmp_path_factory.mktemp("tiny"))
 
 
-def uneven(model: nn.Module) -> nn.Module:
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def uneven(model: Network) -> Network:
     """Eval mode, with batch statistics and affine parameters that are not those of a fresh network."""
     torch.manual_seed(0)
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
@@ -56,7 +60,7 @@ class Twice(nn.Module):
         self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
+        y: Tensor = self.conv(x)
         z: Tensor = self.norm(y)
         return (z + y).mean((2, 3))
 

@@ -177,6 +177,7 @@ def test_an_own_network_is_dense_through_its_last_linear_layer(conv: bool) -> No
         head = find_head(model, x, "exact")
         features = model.forward_features(x)
         dense_BKhw, global_BK = head.dense(features)
+        assert model.score.bias is not None
         weight, bias = model.score.weight.reshape(K, 8), model.score.bias
         expected = torch.einsum("bchw,kc->bkhw", features, weight) + bias[:, None, None]
     torch.testing.assert_close(dense_BKhw, expected)
@@ -228,6 +229,7 @@ class OwnDense(Own):
     fault = ""
 
     def forward_dense(self, x: Tensor) -> Any:
+        assert self.score.bias is not None
         features = self.forward_features(x)
         dense = torch.einsum("bchw,kc->bkhw", features, self.score.weight) + self.score.bias[:, None, None]
         if self.fault == "cells":
