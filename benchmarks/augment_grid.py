@@ -64,7 +64,7 @@ def sample_images() -> list[Image.Image]:
     return images
 
 
-def timm_transform() -> Any:
+def timm_transform() -> Callable[[Image.Image], torch.Tensor]:
     """What DeiT trains with."""
     options: dict[str, Any] = {"auto_augment": RAND, "re_prob": 0.25, "re_mode": "pixel", "re_count": 1}
     transform: Any = create_transform(SIZE, is_training=True, color_jitter=0.3, interpolation="bicubic", **options)
@@ -73,7 +73,8 @@ def timm_transform() -> Any:
     for step in transform.transforms:
         for op in getattr(step, "ops", []):
             op.aug_fn = timm_ops.NAME_TO_OP[op.name]
-    return transform
+    whole: Callable[[Image.Image], torch.Tensor] = transform
+    return whole
 
 
 def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:

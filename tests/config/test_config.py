@@ -24,7 +24,7 @@ SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 SECTIONS = {name: kind for name, kind in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(kind)}
 
 
-def refusal(raw: Any) -> str:
+def refusal(raw: dict[str, Any]) -> str:
     with pytest.raises(ConfigError) as info:
         from_dict(raw)
     assert "\n" not in str(info.value)

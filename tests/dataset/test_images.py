@@ -84,7 +84,9 @@ def test_jpegs_of_imagenet_have_pillows_pixels(sample_data: Path) -> None:
         names = [name for name in tar.getnames() if name.endswith(".JPEG")]
         fast = 0
         for name in names:
-            data = tar.extractfile(name).read()  # type: ignore[union-attr]
+            file = tar.extractfile(name)
+            assert file is not None
+            data = file.read()
             fast += _plain_jpeg(data, MAX_PIXELS) is not None
             np.testing.assert_array_equal(decode(data), by_pillow(data))
     assert fast >= 0.99 * len(names)

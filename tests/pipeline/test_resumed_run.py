@@ -125,12 +125,14 @@ def test_online_forwards_are_counted_over_the_whole_run(cached: Path, tmp_path: 
 class Two(Ranks):
     """Two ranks of one process; a sum over them is ready once both have given theirs."""
 
+    other: dict[str, Any]
+
     def __init__(self, rank: int, other: dict[str, Any]) -> None:
         super().__init__(rank=rank, count=2)
         object.__setattr__(self, "other", other)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        return x.add_(torch.as_tensor(self.other["value"], dtype=x.dtype))  # type: ignore[attr-defined]
+        return x.add_(torch.as_tensor(self.other["value"], dtype=x.dtype))
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

@@ -29,7 +29,7 @@ STRONG = RecipeConfig(size=32, randaugment="rand-m9-mstd0.5-inc1-n4-p1", erase=1
 JITTERED = RecipeConfig(size=32, crop="padded", color_jitter=0.4, erase=0.5)
 
 
-def legacy_state() -> np.ndarray:
+def numpy_state() -> np.ndarray:
     """Of numpy's global generator."""
     state = np.random.get_state(legacy=False)["state"]["key"]
     assert isinstance(state, np.ndarray)
@@ -94,10 +94,10 @@ def test_a_view_neither_reads_nor_moves_any_global_generator() -> None:
         random.seed(state)
         np.random.seed(state)
         torch.manual_seed(state)
-        before = random.getstate(), legacy_state().copy(), torch.get_rng_state().clone()
+        before = random.getstate(), numpy_state().copy(), torch.get_rng_state().clone()
         views.append([apply(source, sample_params(seed, 60, 50, r)) for seed in range(60) for r in (STRONG, JITTERED)])
         assert random.getstate() == before[0]
-        assert np.array_equal(legacy_state(), before[1])
+        assert np.array_equal(numpy_state(), before[1])
         assert torch.equal(torch.get_rng_state(), before[2])
     assert all(np.array_equal(a, b) for a, b in zip(*views, strict=True))
 
