@@ -67,14 +67,14 @@ def sample_images() -> list[Image.Image]:
 def timm_transform() -> Callable[[Image.Image], torch.Tensor]:
     """What DeiT trains with."""
     options: dict[str, Any] = {"auto_augment": RAND, "re_prob": 0.25, "re_mode": "pixel", "re_count": 1}
-    transform: Callable[[Image.Image], torch.Tensor]
-    transform = create_transform(SIZE, is_training=True, color_jitter=0.3, interpolation="bicubic", **options)
+    transform: Any = create_transform(SIZE, is_training=True, color_jitter=0.3, interpolation="bicubic", **options)
     # Pillow 13 refuses to posterize to 0 bits, which RandAugment draws now and then.
     timm_ops.NAME_TO_OP["PosterizeIncreasing"] = _posterize
-    for step in transform.transforms:  # type: ignore[attr-defined]
+    for step in transform.transforms:
         for op in getattr(step, "ops", []):
             op.aug_fn = timm_ops.NAME_TO_OP[op.name]
-    return transform
+    whole: Callable[[Image.Image], torch.Tensor] = transform
+    return whole
 
 
 def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
@@ -131,7 +131,7 @@ def compare_views(images: list[Image.Image], recipe: RecipeConfig, sheet: Sheet)
         pixels = np.array(image)
         for v in range(VIEWS):
             start = time.thread_time()
-            params = sample_params(n * VIEWS + v, *pixels.shape[:2], recipe)
+            params = sample_params(n * VIEWS + v, pixels.shape[0], pixels.shape[1], recipe)
             ours = apply(pixels, params)
             middle = time.thread_time()
             timms = transform(image)
@@ -179,7 +179,9 @@ def main() -> int:
     print(f"{platform.machine()}, {os.cpu_count()} cores, " + ", ".join(f"{k} {v}" for k, v in versions.items()))
     images, sheet = sample_images(), Sheet()
     first = np.array(images[0])
-    view = apply(first, sample_params(0, *first.shape[:2], RecipeConfig(size=SIZE, crop="center", flip=0.0)))
+    view = apply(
+        first, sample_params(0, first.shape[0], first.shape[1], RecipeConfig(size=SIZE, crop="center", flip=0.0))
+    )
     rows = compare_operations(view, sheet)
     mean_ours, mean_timm = (statistics.fmean(row[f"{s}_ms"] for row in rows.values()) for s in ("ours", "timm"))
     recipe = RecipeConfig(size=SIZE, randaugment=RAND, color_jitter=0.3, erase=0.25)

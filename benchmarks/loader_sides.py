@@ -98,7 +98,8 @@ def timm_batches(side: Side) -> Iterator[torch.Tensor]:
         """The images over and over: no pause between epochs, which are long with ImageNet."""
 
         def __len__(self) -> int:
-            return 1000 * super().__len__()
+            once: int = super().__len__()
+            return 1000 * once
 
         def __getitem__(self, i: int) -> Any:
             return super().__getitem__(i % super().__len__())

@@ -193,7 +193,7 @@ def reference(cache: Cache) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         image = decode(reader.read(i))
         for v in range(cache.views):
             seed = int(view_seeds(recipe.seed, inventory.id, inventory.key_hash[i : i + 1], v)[0])
-            crc[i, v] = pixel_crc(apply(image, sample_params(seed, *image.shape[:2], recipe)))
+            crc[i, v] = pixel_crc(apply(image, sample_params(seed, image.shape[0], image.shape[1], recipe)))
     for block, v in itertools.product(range(cache.blocks), range(cache.views)):
         first, stop = cache.block_range(block)
         hashes = inventory.key_hash[first:stop]

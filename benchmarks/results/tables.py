@@ -157,8 +157,8 @@ def views_table(rows: Sequence[Row]) -> list[str]:
 
 
 def varies_views(row: Row) -> bool:
-    views = row["question"] == "few" or row["question"].startswith("few-views")
-    return views and row["method"] == "cskd-linear" and row["seed"] == 0
+    few = row["question"] == "few" or row["question"].startswith("few-views")
+    return bool(few and row["method"] == "cskd-linear" and row["seed"] == 0)
 
 
 def online_table(rows: Sequence[Row]) -> list[str]:

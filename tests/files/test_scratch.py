@@ -161,6 +161,7 @@ def test_a_table_goes_when_no_result_can_need_it_and_not_before(cache: Cache, tm
     soft = TargetSpec("soft", "int8", 0)
     with RunTasks(cache, spec, lambda _: soft, lambda _: [], tmp_path / "s", 0, 2 * spec.steps, ahead=ahead) as tasks:
         for task in tasks:
+            assert isinstance(task, TrainTask)
             under_way = [*under_way, task][-ahead - 1 :]
             for t in under_way:
                 assert open_table(t.table).columns["sample"].shape[0] >= t.stop

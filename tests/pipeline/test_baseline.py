@@ -22,6 +22,7 @@ import cskd.pipeline.online
 import cskd.pipeline.training_run
 from cskd.config import Config, from_dict, to_yaml
 from cskd.errors import CacheError, ConfigError
+from cskd.pipeline.conflicts import run_identity
 from cskd.pipeline.evaluate import evaluate_checkpoint, render
 from cskd.pipeline.show.metrics import read_metrics
 from cskd.pipeline.train import train
@@ -212,10 +213,9 @@ def test_a_head_that_the_loss_does_not_train_is_named_at_the_start(
 
 def old_run(monkeypatch: pytest.MonkeyPatch, settings: Config) -> None:
     """A run that was cut, as a version without `loss.baseline_head` left it."""
-    real = cskd.pipeline.training_run.run_identity
 
     def before(*args: Any) -> dict[str, Any]:
-        identity = real(*args)
+        identity = run_identity(*args)
         return identity | {"loss": {k: v for k, v in identity["loss"].items() if k != "baseline_head"}}
 
     with monkeypatch.context() as patch:

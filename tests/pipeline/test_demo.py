@@ -64,7 +64,7 @@ def test_a_whole_demo_of_two_seeds_and_what_is_done_is_used_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after four of six students; the same call goes on, and the baseline's head is the one that was trained."""
-    out, trained = tmp_path / "demo", []
+    out, trained = tmp_path / "demo", list[tuple[str, int]]()
 
     def counted(config: Config, quiet: bool) -> TrainReport:
         if stop and len(trained) == 4:

@@ -61,7 +61,7 @@ def cached_data(folder: Path, *, n: int = 42, val: int = 12, **sections: dict[st
     (folder / "net.py").write_text(TEACHER)
     make_tiny_data(folder / "train", n=n, block=20, shard=10)
     make_tiny_data(folder / "val", n=val, block=20, shard=10)
-    cache_teacher(config(folder, **sections), quiet=True)
+    cache_teacher(config(folder, "run", **sections), quiet=True)
     return folder
 
 

@@ -87,7 +87,7 @@ def test_an_intact_cache_without_its_images_is_sound(cache: Cache) -> None:
 
 @pytest.mark.parametrize("wish", [{"images": True}, {"replay": 5}, {"again": 5}])
 def test_images_that_are_asked_for_and_absent_are_one_line_before_the_work(
-    cache: Cache, monkeypatch: pytest.MonkeyPatch, wish: dict[str, int]
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, wish: dict[str, Any]
 ) -> None:
     there = moved(cache)
     checked: list[int] = []
@@ -200,9 +200,9 @@ def test_of_an_unfinished_cache_the_next_step_is_said(tmp_path: Path) -> None:
     cache = make_tiny_cache(tmp_path, skip=[(1, 2)])
     report = verify(cache.root, replay=100, quiet=True)
     assert (report.missing, report.errors, report.replayed, report.sealed) == (1, [], 25, False)
-    console = Console(file=io.StringIO(), width=200)
-    render(report, console)
-    assert "missing: block 1, view 2; `cskd cache-teacher` with its config makes them" in console.file.getvalue()  # type: ignore[attr-defined]
+    out = io.StringIO()
+    render(report, Console(file=out, width=200))
+    assert "missing: block 1, view 2; `cskd cache-teacher` with its config makes them" in out.getvalue()
 
 
 def test_progress_of_a_replay_ends_at_the_views_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,15 @@ import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numcodecs.zstd
 import numpy as np
 import pytest
 import zarr
+from numpy.typing import NDArray
+from zarr.core.metadata.v3 import ArrayV3Metadata
 
 from cskd.errors import CacheError
 from cskd.store.cache import Cache, create_cache, first_difference, open_cache
@@ -35,9 +38,14 @@ def unit_path(cache: Cache, block: int = 0, view: int = 0) -> Path:
 
 
 def test_the_same_arrays_give_the_same_bytes_and_come_back_as_they_were(tmp_path: Path) -> None:
-    fields = {"seed": np.arange(7, dtype=np.uint64), "label": np.arange(7, dtype=np.int32)}
-    targets = {"extra": np.arange(20, dtype=np.uint16), "empty": np.empty(0, np.uint16)}
-    names = {"seed": ("sample",), "label": ("sample",), "extra": ("segment",), "empty": ("segment",)}
+    fields: dict[str, NDArray[Any]] = {"seed": np.arange(7, dtype=np.uint64), "label": np.arange(7, dtype=np.int32)}
+    targets: dict[str, NDArray[Any]] = {"extra": np.arange(20, dtype=np.uint16), "empty": np.empty(0, np.uint16)}
+    names: dict[str, tuple[str, ...]] = {
+        "seed": ("sample",),
+        "label": ("sample",),
+        "extra": ("segment",),
+        "empty": ("segment",),
+    }
     data = pack_unit(fields, targets, names, {"codec": "x"})
     assert data == pack_unit(dict(reversed(fields.items())), targets, names, {"codec": "x"})
     path = tmp_path / "unit.zarr.zip"
@@ -57,6 +65,7 @@ def test_stock_zarr_opens_a_unit_and_sees_every_field_with_its_dimensions(cache:
             array = group[name]
             assert isinstance(array, zarr.Array)
             assert array.dtype == dtype
+            assert isinstance(array.metadata, ArrayV3Metadata)
             assert array.metadata.dimension_names == dimensions
 
 

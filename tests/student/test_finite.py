@@ -23,7 +23,7 @@ from cskd.student.checkpoint import ResumeStates, TrainState, export, load_stude
 from cskd.student.finite import NotFiniteError, first_not_finite
 from cskd.student.optim import Optimisation
 from tests.pipeline.test_pipeline import cached_data, config, run_settings
-from tests.student.test_checkpoint import NAMES, advance, start
+from tests.student.test_checkpoint import NAMES, advance, head_of, start
 
 NAN, INF = math.nan, math.inf
 
@@ -121,7 +121,7 @@ def test_weights_that_went_wrong_in_the_last_update_are_found_before_they_are_sa
         norm = real(self, loss, step)
         if step == 4:  # the last of an epoch
             with torch.no_grad():
-                self.student.backbone.head.weight[0, 0] = INF
+                self.student.backbone.get_parameter("head.weight")[0, 0] = INF
         return norm
 
     monkeypatch.setattr(Optimisation, "update", update)
@@ -137,9 +137,9 @@ def test_a_state_that_is_not_finite_is_never_written(tmp_path: Path, name: str) 
     states.save(*run, TrainState(1))
     student, optimisation = run
     assert optimisation.averaged is not None
-    parameter = student.backbone.head.weight
+    parameter = head_of(student)
     moment = optimisation.optimizer.state[parameter]["exp_avg"]
-    broken = {"weights": parameter, "average": optimisation.averaged.backbone.head.weight, "optimiser": moment}[name]
+    broken = {"weights": parameter, "average": head_of(optimisation.averaged), "optimiser": moment}[name]
     with torch.no_grad():
         broken[0, 0] = NAN
     with pytest.raises(NotFiniteError, match="not finite at step 2"):
@@ -153,7 +153,7 @@ def test_weights_that_are_not_finite_do_not_replace_an_export_that_is(tmp_path: 
     export(tmp_path, *run, settings, NAMES)
     before = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in tmp_path.iterdir()}
     with torch.no_grad():
-        run[0].backbone.head.weight[0, 0] = NAN
+        head_of(run[0])[0, 0] = NAN
     with pytest.raises(NotFiniteError, match="of the live weights is not finite"):
         export(tmp_path, *run, settings, NAMES)
     assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in tmp_path.iterdir()} == before
@@ -168,7 +168,7 @@ def test_a_state_that_is_not_finite_is_passed_over_as_a_damaged_one(
     with monkeypatch.context() as patch:
         patch.setattr("cskd.student.resume.first_not_finite", lambda _: None)
         with torch.no_grad():
-            run[0].backbone.head.weight[0, 0] = NAN
+            head_of(run[0])[0, 0] = NAN
         states.save(*run, TrainState(2))
     state = states.load(*start(seed=1))
     assert state is not None and state.step == 1

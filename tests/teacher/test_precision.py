@@ -149,8 +149,9 @@ def test_a_manifest_of_somebody_elses_is_refused_for_facts_that_can_not_be(tmp_p
     root = make_tiny_cache(tmp_path, n=5, views=1).root
     manifest = read_manifest(root)
     for name, value in (("precision", facts), ("notes", 5), ("notes", [5])):
+        wrong: dict[str, Any] = {name: value}
         with pytest.raises(CacheError, match=name):
-            write_manifest(root, dataclasses.replace(manifest, **{name: value}))
+            write_manifest(root, dataclasses.replace(manifest, **wrong))
             read_manifest(root)
     write_manifest(root, dataclasses.replace(manifest, precision=unchanged().facts, notes=["one"]))
     assert inspect(root).teacher.notes == ["one"]
