@@ -123,12 +123,16 @@ class Run:
         model: nn.Module = CifarResNet(args.blocks, args.widths, args.kernels)
         if args.init:
             model.load_state_dict(load_file(args.init))
-        self.model = model.to(device, memory_format=torch.channels_last)
+        self.model = model.to(device).to(memory_format=torch.channels_last)
         decayed = [p for p in model.parameters() if p.ndim > 1]
-        groups = [{"params": decayed}, {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [
+            {"params": decayed},
+            {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
         self.averaged = ModelEmaV3(model, decay=EMA, use_warmup=True)
-        self.epoch, self.rows = 0, []
+        self.epoch = 0
+        self.rows: list[dict[str, Any]] = []
         self.batch = min(128, len(self.train) // 16)
         self.steps = len(self.train) // self.batch
         self._state = args.out / "state.pt"
