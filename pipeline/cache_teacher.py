@@ -47,7 +47,7 @@ from cskd.teacher.probe import compare_probe
 from cskd.views.maker import ViewMaker
 from cskd.views.versions import library_versions
 
-WAIT = 2.0  # seconds between two looks at what other processes are making
+POLL_WAIT = 2.0  # seconds between two looks at what other processes are making
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _cache_teacher(config: Config, threads: Threads, quiet: bool) -> CacheReport
             line.drain()
             progress.update(by_others + line.images)
             if line.units == before:
-                time.sleep(WAIT)  # others are making all that is missing
+                time.sleep(POLL_WAIT)  # others are making all that is missing
     return CacheReport(
         cache=str(cache.root),
         units=line.units,

@@ -21,10 +21,10 @@ from rich.text import Text
 import cskd
 from cskd.config import TrainConfig
 from cskd.files.links import hard_link_error
+from cskd.files.scratch import GB
 from cskd.machine.cores import usable_cores
 from cskd.machine.threads import WAITING, choose_threads, users_count
 
-GB = 1e9
 SECONDS = 0.4  # that each speed is measured for
 BUSY = 0.5  # processes that want to run, per core: more than the doctor itself on two cores
 SLOWER = 0.8  # of one thread's speed: less than that is not noise

@@ -16,7 +16,7 @@ from cskd.config import RecipeConfig
 from cskd.dataset.inventory import open_inventory
 from cskd.errors import DataError
 from cskd.loading.sources import Batch
-from cskd.loading.stage2 import UNREADABLE, BatchMaker, eval_tasks
+from cskd.loading.stage2 import UNREADABLE_LABEL, BatchMaker, eval_tasks
 from cskd.loading.stream import Stream
 from cskd.machine.devices import arithmetic, autocast, pick_device, uses_bf16
 from cskd.machine.ranks import Ranks
@@ -84,7 +84,7 @@ def score_heads(
                 odd = (~logits.isfinite().all(1)).sum()
                 both = torch.stack([top[:, 0].sum(), top.any(1).sum(), odd]).double()
                 hits[prefix + head] = hits.get(prefix + head, torch.zeros_like(both)) + both
-        seen += torch.stack([seen.new_tensor(len(label)), (label == UNREADABLE).sum().double()])
+        seen += torch.stack([seen.new_tensor(len(label)), (label == UNREADABLE_LABEL).sum().double()])
     for model in models.values():
         model.train()
     images, unreadable = ranks.sum(seen).tolist()

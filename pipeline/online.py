@@ -32,7 +32,7 @@ from cskd.store.quarantine import refuse_too_many, refuse_too_many_in_all
 from cskd.teacher.model import load_teacher
 from cskd.views.maker import ViewMaker
 
-UNREADABLE = "unreadable.json"
+UNREADABLE_FILE = "unreadable.json"
 _STEP = 256  # images a task
 
 
@@ -86,7 +86,7 @@ def decodable(maker: ViewMaker, config: Config, ranks: Ranks, quiet: bool) -> tu
     found = _unreadable(config, maker.inventory) or {}
     bad = np.zeros(len(maker.inventory), bool)
     bad[list(found)] = True
-    where = Path(config.train.output) / UNREADABLE
+    where = Path(config.train.output) / UNREADABLE_FILE
     return bad, [
         f"{len(found)} of {len(bad)} images can't be decoded and are left out; {where} names them"
     ] if found else []
@@ -125,13 +125,13 @@ def _find_unreadable(maker: ViewMaker, config: Config, quiet: bool) -> None:
         refuse_too_many(here, stop - first, inventory, first, config.cache.max_quarantine)
     refuse_too_many_in_all(len(bad), len(inventory), config.cache.max_quarantine)
     about = json.dumps({"inventory": inventory.id, "samples": bad})
-    put(Path(config.train.output) / UNREADABLE, about.encode())
+    put(Path(config.train.output) / UNREADABLE_FILE, about.encode())
 
 
 def _unreadable(config: Config, inventory: Inventory) -> dict[int, str] | None:
     """What an earlier start of the run wrote down: sample -> reason; None where nothing was, or of other data."""
     try:
-        found = json.loads((Path(config.train.output) / UNREADABLE).read_text())
+        found = json.loads((Path(config.train.output) / UNREADABLE_FILE).read_text())
     except (OSError, ValueError):
         return None
     return {int(i): why for i, why in found["samples"].items()} if found.get("inventory") == inventory.id else None

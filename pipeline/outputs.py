@@ -59,7 +59,7 @@ def sole_repair(cache: Path) -> Iterator[None]:
         yield  # there is nothing to lock, and nothing to repair
         return
     with sole_writer(cache, "repair it then"):
-        for path in (cache / claims.FOLDER).glob("[!.]*"):
+        for path in (cache / claims.CLAIMS).glob("[!.]*"):
             if (maker := claims.holder(path)) is not None:
                 raise PathError(f"{cache} is being made{by(maker)}; wait for it or end it, and repair then")
         yield

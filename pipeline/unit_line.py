@@ -60,7 +60,7 @@ def views_left(cache: Cache) -> int:
 
 
 @dataclass(frozen=True)
-class _Batch:
+class _Encoding:
     """One view of a chunk, under way in a lane; position int64 and crc int64 of its good rows."""
 
     work: PassBuilder
@@ -85,7 +85,7 @@ class UnitLine:
         self._cache, self._teacher, self._config = cache, teacher, config
         self._claims, self._lanes, self._writer = claims, lanes, writer
         self._claimed: deque[tuple[PassBuilder, Path]] = deque()  # passes whose chunks are still to come
-        self._underway: deque[_Batch] = deque()
+        self._underway: deque[_Encoding] = deque()
         self._writing: deque[Future[tuple[int, float]]] = deque()
 
     @property
@@ -143,7 +143,7 @@ class UnitLine:
             mixing = tuple(torch.from_numpy(field) for field in unit.mixing_rows(position))
             targets = self._lanes.submit(self._targets, chunk.pixels[v], mixing, good)
             crc = chunk.crc[v][good]
-            self._underway.append(_Batch(work, claim, unit, len(position), position[good], crc, targets))
+            self._underway.append(_Encoding(work, claim, unit, len(position), position[good], crc, targets))
         work.begun += len(position)
         if work.all_begun:
             self._claimed.popleft()

@@ -235,7 +235,7 @@ def _number(value: Any) -> Any:
     return value if not isinstance(value, float) or abs(value) < float("inf") else str(value)
 
 
-_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 
 
 def describe(kind: Any) -> str:
@@ -246,4 +246,4 @@ def describe(kind: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is list:
         return "a list, each " + describe(typing.get_args(kind)[0])
-    return _NAMES.get(kind, "a mapping")
+    return _TYPE_NAMES.get(kind, "a mapping")

@@ -16,7 +16,7 @@ MAX_SEGMENTS = 4096  # of metadata; a colour profile takes up to 255, a big XMP 
 MAX_JUNK = 1 << 16  # bytes between two segments of a JPEG
 MAX_SCAN_PIXELS = 640_000_000  # pixels * scans of a JPEG: ten scans (libjpeg's default) of the largest image
 MAX_PLAIN = 4_000_000  # pixels of a PPM in text, and bytes of an RLE BMP: Pillow reads both in Python
-MAX_VALUES = 1 << 20  # of one TIFF tag
+MAX_TAG_VALUES = 1 << 20  # of one TIFF tag
 MAX_BLOCKS = 1 << 20  # of GIF metadata
 _PPM = re.compile(
     rb"P[1-7](?:[ \t\r\n\v\f]+|#[^\r\n]{0,4096}[\r\n])+(\d{1,10})(?:[ \t\r\n\v\f]+|#[^\r\n]{0,4096}[\r\n])+(\d{1,10})\s"
@@ -99,8 +99,8 @@ def _tiff(data: bytes) -> None:
         tags = {}
         for i in range(count):
             tag, kind, values, value = struct.unpack_from(entry, data, first + i * struct.calcsize(entry))
-            if values > MAX_VALUES and kind not in (1, 2, 6, 7):  # text and bytes are kept as they are
-                raise ImageError(f"{values} values of TIFF tag {tag}, expected at most {MAX_VALUES}; save it anew")
+            if values > MAX_TAG_VALUES and kind not in (1, 2, 6, 7):  # text and bytes are kept as they are
+                raise ImageError(f"{values} values of TIFF tag {tag}, expected at most {MAX_TAG_VALUES}; save it anew")
             short = kind == 3 and order == ">"  # a short stands at the front of its field
             tags[tag] = value >> (48 if big else 16) if short else value
     except struct.error:

@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from cskd.dataset.inventory_checks import check_columns
 from cskd.dataset.inventory_format import (
     DTYPES,
-    FOLDER,
-    FORMAT,
     HEADER,
+    INVENTORY_FOLDER,
+    INVENTORY_FORMAT,
+    INVENTORY_VERSION,
     PARTIAL,
-    VERSION,
     finish_column,
     header_bytes,
     header_hash,
@@ -151,17 +151,17 @@ def open_inventory(path: str | Path, data: str | Path | None = None, verify: boo
     Raises:  DataError when there is none, it is damaged, newer than this code, or `data` holds another data set.
     """
     path = local_path(path, "the data set")
-    if (path / FOLDER / HEADER).is_file():
-        path = path / FOLDER
+    if (path / INVENTORY_FOLDER / HEADER).is_file():
+        path = path / INVENTORY_FOLDER
     header = read_header(path)
-    if data is not None and (Path(data) / FOLDER / HEADER).is_file():
-        header_there = read_header(Path(data) / FOLDER)
+    if data is not None and (Path(data) / INVENTORY_FOLDER / HEADER).is_file():
+        header_there = read_header(Path(data) / INVENTORY_FOLDER)
         if header_there["id"] != header["id"]:
             raise DataError(
                 f"{data} holds the data set {header_there['id'][:12]}, but {path} is of {header['id'][:12]}; "
                 "point to the data that it was made from"
             )
-        path, header = Path(data) / FOLDER, header_there
+        path, header = Path(data) / INVENTORY_FOLDER, header_there
     columns = {name: read_column(path, name, dtype) for name, dtype in DTYPES.items()}
     n = header["num_samples"]
     for name, column in columns.items():
@@ -252,8 +252,8 @@ class InventoryWriter:
         columns = {name: read_column(self.folder, name, dtype) for name, dtype in DTYPES.items()}
         bounds = block_bounds(self._counts, block)
         header = {
-            "format": FORMAT,
-            "version": VERSION,
+            "format": INVENTORY_FORMAT,
+            "version": INVENTORY_VERSION,
             "id": identify(self.folder, bounds),
             "num_samples": n,
             "classes": list(classes),
@@ -343,7 +343,7 @@ def new_inventory(data: Path) -> Iterator[InventoryWriter]:
 
 def publish_inventory(partial: Path, data: Path) -> Inventory:
     """Rename a finished inventory folder to data/inventory; one of the same id there stays, another is a DataError."""
-    final = data / FOLDER
+    final = data / INVENTORY_FOLDER
     if (final / HEADER).is_file():
         old, new = open_inventory(final), open_inventory(partial)
         if old.id != new.id or old.classes != new.classes:
@@ -364,7 +364,7 @@ def copy_inventory(inventory: Inventory, root: Path) -> None:
 
     Raises:  DataError when another one is there, or what is there is not whole.
     """
-    partial, final = root / f"{PARTIAL}.{os.getpid()}.{uuid.uuid4().hex[:8]}", root / FOLDER
+    partial, final = root / f"{PARTIAL}.{os.getpid()}.{uuid.uuid4().hex[:8]}", root / INVENTORY_FOLDER
     partial.mkdir(parents=True)
     try:
         for name in [HEADER, *(f"{name}.npy" for name in DTYPES)]:

@@ -30,9 +30,9 @@ from cskd.errors import DataError
 from cskd.files.durable import json_hash, sync
 from cskd.files.read import file_sha256, open_regular, parse_json, read_file
 
-FORMAT = "cskd inventory"
-VERSION = 1
-FOLDER = "inventory"
+INVENTORY_FORMAT = "cskd inventory"
+INVENTORY_VERSION = 1
+INVENTORY_FOLDER = "inventory"
 HEADER = "inventory.json"
 PARTIAL = ".inventory.partial"  # being written; never read
 DTYPES = {
@@ -55,11 +55,11 @@ def read_header(path: Path) -> dict[str, Any]:
         raise DataError(f"no inventory at {path}; make one with 'cskd pack' or 'cskd index'") from None
     except (OSError, ValueError) as e:
         raise DataError(f"{path / HEADER} is not readable: {e}; restore it, or pack or index again") from None
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
+    if not isinstance(header, dict) or header.get("format") != INVENTORY_FORMAT:
         raise DataError(f"{path / HEADER} is not an inventory; make one with 'cskd pack' or 'cskd index'")
-    if header.get("version") != VERSION:
+    if header.get("version") != INVENTORY_VERSION:
         raise DataError(
-            f"{path / HEADER} has version {header.get('version')}, this code reads {VERSION}; pack or index again"
+            f"{path / HEADER} has version {header.get('version')}, this code reads {INVENTORY_VERSION}; pack or index again"
         )
     if header.get("hash") != header_hash(header):
         raise DataError(

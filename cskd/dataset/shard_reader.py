@@ -15,7 +15,9 @@ from cskd.errors import DataError, ReadError
 from cskd.files.read import open_regular, pread
 
 TRIES = 3
-WAIT = 0.2  # seconds before the second try, doubled before the third: what a network file system needs to come back
+RETRY_WAIT = (
+    0.2  # seconds before the second try, doubled before the third: what a network file system needs to come back
+)
 
 
 class ShardReader:
@@ -72,7 +74,7 @@ class ShardReader:
                 with self._lock:
                     self._drop(shard)  # a network file system may need the file opened anew
                 if attempt + 1 < TRIES:
-                    time.sleep(WAIT * 2**attempt)
+                    time.sleep(RETRY_WAIT * 2**attempt)
         raise ReadError(
             f"{self._name(i, shard)}: reading failed {TRIES} times: {error}; check the disk, then run again"
         )

@@ -23,10 +23,10 @@ from cskd.files.paths import local_path
 from cskd.files.read import parse_json, read_file
 
 MARKER = ".cskd"
-VERSION = 1
+MARKER_VERSION = 1
 DEPTH = 3  # of folders below an output that are looked at
-MOST = 2_000  # names in them that are looked at: a folder of a million images is no reason to wait
-_NAMES = {
+MOST_LOOKED_AT = 2_000  # names in them that are looked at: a folder of a million images is no reason to wait
+_KIND_NAMES = {
     "data": "a packed data set",
     "cache": "a cache",
     "run": "the folder of a run",
@@ -37,7 +37,7 @@ _NAMES = {
 
 def mark(folder: Path, kind: str) -> None:
     """Have a folder say of which kind it is; one that says so already is left alone."""
-    data = (json.dumps({"kind": kind, "version": VERSION}) + "\n").encode()
+    data = (json.dumps({"kind": kind, "version": MARKER_VERSION}) + "\n").encode()
     with contextlib.suppress(OSError):
         if read_file(folder / MARKER) == data:
             return
@@ -121,7 +121,7 @@ def _refuse_inside(
 
 def _below(folder: Path) -> Iterator[tuple[Path, str | None]]:
     """The folders below one, DEPTH deep, with their kinds; what a folder of ours holds is its own affair."""
-    level, left = [folder], MOST
+    level, left = [folder], MOST_LOOKED_AT
     for _ in range(DEPTH):
         deeper: list[Path] = []
         for path in level:
@@ -165,4 +165,4 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _said(kind: str) -> str:
-    return _NAMES.get(kind, f"a folder of kind {kind!r}")
+    return _KIND_NAMES.get(kind, f"a folder of kind {kind!r}")

@@ -22,7 +22,7 @@ from torch import Tensor
 from cskd.errors import one_line
 from cskd.files.read import open_regular, parse_json
 
-FREE_BYTES = 1 << 28  # any model's file may have these
+FREE_WEIGHT_BYTES = 1 << 28  # any model's file may have these
 MAX_TIMES = 16  # the size of its model: weights, averaged weights and an optimiser's state are up to five
 MAX_HEADER = 1 << 24  # bytes of a safetensors header; 2,000 tensors take 200 kB
 MAX_PICKLE = 1 << 23  # bytes of a checkpoint's own pickle; as above
@@ -95,7 +95,7 @@ def check_weight_file(path: Path, model_bytes: int) -> None:
     """
     with os.fdopen(open_regular(path), "rb") as file:
         length = os.fstat(file.fileno()).st_size
-        if length > FREE_BYTES + MAX_TIMES * model_bytes:
+        if length > FREE_WEIGHT_BYTES + MAX_TIMES * model_bytes:
             raise ValueError(f"it has {length} bytes and the model {model_bytes}: it is of another one")
         head = file.read(8)
         file.seek(0)

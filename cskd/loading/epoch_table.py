@@ -38,7 +38,7 @@ class EpochTable:
     targets: list[str]
 
 
-def segments(
+def table_bounds(
     plan: EpochPlan, spec: TargetSpec, batch: int, begin: int | None = None, end: int | None = None
 ) -> list[tuple[int, int]]:
     """(first, stop) positions of each table of an epoch, at batch borders: one for hard targets, one a window for soft.

@@ -22,8 +22,8 @@ from torch import Tensor
 
 _ALIGN = 64  # bytes: a cache line, and enough for every dtype
 
-Place = tuple[str, tuple[int, ...], int]  # numpy dtype, shape, first byte
-Layout = tuple[tuple[str, Place], ...]
+Span = tuple[str, tuple[int, ...], int]  # numpy dtype, shape, first byte
+Layout = tuple[tuple[str, Span], ...]
 SlotName = tuple[int, int, int]  # stream, worker, number
 
 
@@ -41,7 +41,7 @@ class SharedBatch(dict[str, Tensor]):
     def empty(cls, specs: Mapping[str, tuple[Any, tuple[int, ...]]]) -> SharedBatch:
         """Tensors of given dtypes and shapes, not initialised. specs: name -> (numpy dtype, shape). In a worker: once a
         task."""
-        layout: list[tuple[str, Place]] = []
+        layout: list[tuple[str, Span]] = []
         end = 0
         for name, (dtype, shape) in specs.items():
             layout.append((name, (np.dtype(dtype).str, shape, end)))

@@ -24,7 +24,7 @@ from cskd.machine.cores import Cores, affinity, usable_cores
 # GOMP_SPINCOUNT is for GNU's OpenMP, in torch's wheels for Linux; KMP_BLOCKTIME, in ms, for LLVM's and Intel's.
 WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "0"}
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # by which a user says how many threads
-MOST = 1024
+MOST_THREADS = 1024
 MOST_PER_CORE = 4  # a resumed run keeps its number of threads up to here
 _SHARE = 4  # loader workers are left at most one core in so many: a view costs a fraction of a student's step
 
@@ -83,7 +83,12 @@ def users_count() -> tuple[str, int] | None:
     """The environment variable by which the user says how many threads, and the number; not torchrun's own OMP_NUM_THREADS=1."""
     for name in COUNTS:
         value = os.environ.get(name, "").partition(",")[0].strip()  # '4,2': of nested loops
-        if value.isascii() and value.isdigit() and 0 < int(value[:9]) <= MOST and not _set_by_torchrun(name, value):
+        if (
+            value.isascii()
+            and value.isdigit()
+            and 0 < int(value[:9]) <= MOST_THREADS
+            and not _set_by_torchrun(name, value)
+        ):
             return name, int(value)
     return None
 
@@ -94,7 +99,7 @@ def begun_with(recorded: object, now: Threads, asked: bool) -> tuple[Threads, li
 
     Args:    recorded: how many it was begun with; None: not known, as of older versions. asked: the config says how many.
     """
-    if type(recorded) is not int or not 0 < recorded <= MOST:
+    if type(recorded) is not int or not 0 < recorded <= MOST_THREADS:
         return now, [f"with how many threads this was begun is not recorded; with {now.count} last bits may differ"]
     if recorded == now.count:
         return now, []

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cskd.dataset.inventory import Inventory, InventoryWriter, Sample, open_inventory, publish_inventory
-from cskd.dataset.inventory_format import FOLDER, HEADER
+from cskd.dataset.inventory_format import HEADER, INVENTORY_FOLDER
 from cskd.errors import DataError
 from cskd.files.durable import put, sync
 from cskd.files.folders import refuse_output
@@ -25,7 +25,7 @@ from cskd.machine.cores import usable_cores
 from cskd.packing.class_names import classes_held
 from cskd.packing.names import CLASSES_FILE
 from cskd.packing.payloads import Payload, payloads
-from cskd.packing.sources import Progress, Source, open_source
+from cskd.packing.sources import PackProgress, Source, open_source
 from cskd.packing.tars import MAX_SPOOL
 from cskd.seeds import U64, hash64, mix64_array
 
@@ -50,7 +50,7 @@ def pack(
     workers: int | None = None,
     max_spool: int = MAX_SPOOL,
     split: str | None = None,
-    progress: Progress | None = None,
+    progress: PackProgress | None = None,
     tell: Callable[[list[str]], None] | None = None,
 ) -> Inventory:
     """Shuffle a data set into webdataset shards out/shard-000000.tar, ... with out/inventory and out/classes.txt.
@@ -76,7 +76,7 @@ def pack(
         raise DataError(
             f"{out} is the source; pack into another folder, or use 'cskd index' to leave shards as they are"
         )
-    refuse_output(out, "data", "OUT", inputs={"SRC": src}, names=(FOLDER, WORK))
+    refuse_output(out, "data", "OUT", inputs={"SRC": src}, names=(INVENTORY_FOLDER, WORK))
     options = {
         "seed": seed,
         "shard_size": shard_size,
@@ -101,7 +101,7 @@ def pack(
                 tell(source.notes)
             with closing(payloads(source.listing, order, short_side, quality, workers)) as stream:
                 images = _counted(stream, len(order), progress)
-                if (out / FOLDER / HEADER).is_file():
+                if (out / INVENTORY_FOLDER / HEADER).is_file():
                     return _confirm(open_inventory(out), source, len(order), images, options)
                 _write(source, images, work, {"by": "pack", "source": src.name, **asked, **options})
             return _publish(work, out)
@@ -119,7 +119,7 @@ def shuffled(key_hashes: U64, seed: int) -> NDArray[np.int64]:
 def _write(source: Source, images: Iterator[tuple[int, Payload]], work: Path, made: dict[str, Any]) -> None:
     from cskd.store.shard_writer import ShardWriter  # here: webdataset takes seconds to import
 
-    shards, inventory = ShardWriter(work, made["shard_size"]), InventoryWriter(work / FOLDER)
+    shards, inventory = ShardWriter(work, made["shard_size"]), InventoryWriter(work / INVENTORY_FOLDER)
     resized = bad = 0
     try:
         for i, payload in images:
@@ -149,7 +149,7 @@ def _publish(work: Path, out: Path) -> Inventory:
     for name in names:
         os.rename(work / name, out / name)
     sync(out)
-    return publish_inventory(work / FOLDER, out)
+    return publish_inventory(work / INVENTORY_FOLDER, out)
 
 
 def _confirm(
@@ -177,7 +177,7 @@ def _confirm(
 
 
 def _counted(
-    images: Iterator[tuple[int, Payload]], total: int, progress: Progress | None
+    images: Iterator[tuple[int, Payload]], total: int, progress: PackProgress | None
 ) -> Iterator[tuple[int, Payload]]:
     for done, image in enumerate(images, 1):
         yield image
@@ -192,7 +192,7 @@ def _workspace(out: Path) -> Iterator[Path]:
         if (out / WORK).exists():
             _clean(out)
         ours = [*out.glob("shard-*.tar"), *out.glob(CLASSES_FILE)]
-        if ours and not (out / FOLDER / HEADER).is_file():
+        if ours and not (out / INVENTORY_FOLDER / HEADER).is_file():
             raise DataError(
                 f"{out} holds {min(ours).name} but no inventory; pack into an empty folder, or run 'cskd index' on it"
             )
@@ -206,7 +206,7 @@ def _workspace(out: Path) -> Iterator[Path]:
 def _clean(out: Path) -> None:
     """Remove a pack's work, and the files that it had begun to put into their places."""
     publishing = out / WORK / PUBLISHING
-    if publishing.is_file() and not (out / FOLDER / HEADER).is_file():
+    if publishing.is_file() and not (out / INVENTORY_FOLDER / HEADER).is_file():
         for name in publishing.read_text(encoding="utf-8", errors="replace").splitlines():
             if _OURS.fullmatch(name):  # whatever else such a file says, nothing but a pack's own files is removed
                 (out / name).unlink(missing_ok=True)

@@ -37,7 +37,7 @@ from cskd.packing.tally import Tally
 from cskd.packing.tars import decompressed, members
 from cskd.seeds import U64, key_hash
 
-Progress = Callable[[int, int], None]
+PackProgress = Callable[[int, int], None]
 MAX_FOLDER_DEPTH = 64
 
 
@@ -139,7 +139,7 @@ def open_source(
     classes: Path | None,
     work: Path,
     max_spool: int,
-    progress: Progress | None,
+    progress: PackProgress | None,
     split: str | None = None,
 ) -> Source:
     """List the images of `src` and give each its label and key.
@@ -183,14 +183,14 @@ def _is_below(src: Path, split: str | None) -> bool:
     return bool(split) and split == Path(str(split)).name and (src / str(split)).is_dir()
 
 
-def _all_shards(src: Path, classes: Path | None, split: str | None, progress: Progress | None) -> Source:
+def _all_shards(src: Path, classes: Path | None, split: str | None, progress: PackProgress | None) -> Source:
     shards, key_split = find_shards(src, split)
     source = _shard_source(shards, shards, classes, shards[0].parent / CLASSES_FILE, progress, key_split)
     source.notes[:0] = missing_numbers(shards)
     return source
 
 
-def _list_folder(root: Path, rest: _Rest, progress: Progress | None, only: str | None) -> Listing:
+def _list_folder(root: Path, rest: _Rest, progress: PackProgress | None, only: str | None) -> Listing:
     """All images below `root`, or below its folder `only`; links to files and folders are followed, each folder once."""
     listing = Listing([str(root)], [str(root)])
     stack: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
@@ -234,7 +234,7 @@ def _list_folder(root: Path, rest: _Rest, progress: Progress | None, only: str |
     return listing
 
 
-def _list_tar(tar: Path, shown: Path, rest: _Rest, progress: Progress | None) -> Listing:
+def _list_tar(tar: Path, shown: Path, rest: _Rest, progress: PackProgress | None) -> Listing:
     listing = Listing([str(tar)], [str(shown)])
     numbers: dict[str, int] = {}
     for member in members(tar, shown, rest.folders):
@@ -326,7 +326,7 @@ def _shard_source(
     shown: list[Path],
     classes: Path | None,
     beside: Path,
-    progress: Progress | None,
+    progress: PackProgress | None,
     split: str | None = None,
 ) -> Source:
     listing = Listing([str(shard) for shard in shards], [str(shard) for shard in shown], folders=[""])

@@ -26,9 +26,7 @@ from cskd.files.weights import READ_BY_TIMM
 from cskd.method.losses import StudentOutput, trained_heads
 from cskd.student.heads import HEADS, UNTRAINED, heads_of, shared_head_note, untrained_note
 from cskd.student.warm_start import start_from
-from cskd.views.fit import multiples, patch_notes, unseen
-
-Grid = tuple[int, int]
+from cskd.views.fit import Grid, multiples, patch_notes, unseen
 
 FAMILIES = [
     "vision_transformer",

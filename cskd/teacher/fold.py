@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cskd.errors import TeacherError
 
-TOLERANCE = 1e-3  # of the outputs' root mean square; folding shows 2e-6 (MobileNetV2, RegNetY-16GF)
+FOLD_TOLERANCE = 1e-3  # of the outputs' root mean square; folding shows 2e-6 (MobileNetV2, RegNetY-16GF)
 CONVOLUTIONS = (nn.Conv2d, Conv2dSame)  # not their subclasses, which may do more with a weight than convolve
 _NORMS = (nn.BatchNorm2d, BatchNormAct2d)
 
@@ -36,10 +36,10 @@ def fold_norms(model: nn.Module, x: Tensor) -> int:
             if id(child) in names:
                 setattr(parent, name, _rest(child))
     off = float((model(x) - before).abs().max() / before.square().mean().sqrt().clamp_min(1e-30))
-    if not off <= TOLERANCE:
+    if not off <= FOLD_TOLERANCE:
         raise TeacherError(
             f"teacher.fold: with its batch norms folded the teacher gives logits {off:.2g} of their size away, at most "
-            f"{TOLERANCE:g}; set teacher.fold: false"
+            f"{FOLD_TOLERANCE:g}; set teacher.fold: false"
         )
     return len(pairs)
 

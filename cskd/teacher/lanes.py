@@ -21,7 +21,7 @@ import torch
 
 T = TypeVar("T")
 
-MOST = 8  # lanes of a CPU: each holds a batch's activations
+MOST_LANES = 8  # lanes of a CPU: each holds a batch's activations
 AHEAD = 2  # batches that wait for each lane, so that none runs dry while the main thread waits for images
 
 
@@ -118,7 +118,7 @@ def lanes_of(device: torch.device, cores: int, reentrant: bool = True) -> tuple[
         return 3, 1  # one that runs, one that is launched, one that encodes
     if device.type != "cpu":
         return 1, cores
-    return (min(cores, MOST), 1) if reentrant else (2, cores)  # of two, one runs and one encodes
+    return (min(cores, MOST_LANES), 1) if reentrant else (2, cores)  # of two, one runs and one encodes
 
 
 @contextlib.contextmanager

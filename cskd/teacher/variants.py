@@ -13,12 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cskd.teacher.class_order import clearly_more
+from cskd.teacher.class_order import Ints, clearly_more
 from cskd.teacher.clean import clean_image, predictions
 from cskd.teacher.model import IMAGENET_MEAN, IMAGENET_STD, Prepare, Preprocess, Teacher
-
-Image = NDArray[np.uint8]
-Ints = NDArray[np.int64]
+from cskd.views import Image
 
 _HALF, _ZERO, _ONE, _BYTES = (0.5,) * 3, (0.0,) * 3, (1.0,) * 3, (1 / 255,) * 3
 _CAFFE = (0.485, 0.458, 0.408)  # means in 0..255 of the networks that have no std

@@ -16,7 +16,7 @@ from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import record_names
 
 LEFT = ("units/*/*", "commits/*/.*.tmp", ".*.tmp", ".inventory.partial*/*", "claims/*")  # where left-overs can be
-LEASE = 3600.0  # seconds: what is younger may be of a writer that lives
+YOUNG = 3600.0  # seconds: what is younger may be of a writer that lives
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class GcReport:
     dry_run: bool
 
 
-def gc(path: Path, older_than: float = LEASE, dry_run: bool = False, data: Path | None = None) -> GcReport:
+def gc(path: Path, older_than: float = YOUNG, dry_run: bool = False, data: Path | None = None) -> GcReport:
     """Remove left-over files that have not been written to for `older_than` seconds.
 
     Raises:  CacheError where a commit record is damaged: what it spoke of can't be told from left-overs; and where files

@@ -24,7 +24,7 @@ from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import mix_pixels
 from cskd.views.mixing import NONE
 
-BLENDS = tuple(range(0, BLEND_ONE + 1, BLEND_ONE // 16))
+LOOKED_UP_BLENDS = tuple(range(0, BLEND_ONE + 1, BLEND_ONE // 16))
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def recompute(cache: Cache, count: int, device: str, quiet: bool) -> Recomputed:
             for part in np.array_split(rows, -(-len(rows) // teacher.batch)):
                 dense, image = _logits(maker, teacher, unit, cache.block_range(block)[0], part)
                 stored = cache.codecs[hard].take(targets[hard], part)
-                for blend in BLENDS:
+                for blend in LOOKED_UP_BLENDS:
                     wrong, by = _differing(dense, image, blend, cache.codecs[hard].hard(stored, blend))
                     lookups, differing, margin = lookups + dense[:, 0].numel(), differing + wrong, max(margin, by)
                 if soft:

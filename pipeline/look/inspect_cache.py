@@ -23,7 +23,7 @@ from rich.text import Text
 
 from cskd.codecs.base import quantise_blend
 from cskd.errors import CacheError, CskdError, printable
-from cskd.pipeline.look.inspect_sample import BLENDS, describe_sample, find_sample, hard_codec, sample_picture, sheet
+from cskd.pipeline.look.inspect_sample import describe_sample, find_sample, hard_codec, sample_picture, sheet
 from cskd.pipeline.look.inspection import (
     Agreement,
     CodecFacts,
@@ -42,7 +42,7 @@ from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import Commit
 from cskd.store.format import FORMAT, Unit
 from cskd.store.seal import read_seal
-from cskd.teacher.arithmetic import in_words
+from cskd.teacher.arithmetic import BLENDS, in_words
 from cskd.views.mixing import NONE
 
 __all__ = ["inspect", "render", "sample_picture", "sheet"]

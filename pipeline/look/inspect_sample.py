@@ -18,7 +18,7 @@ from PIL import Image
 from cskd.codecs import Arrays, Codec
 from cskd.codecs.base import BLEND_ONE, quantise_blend
 from cskd.errors import CacheError, CskdError, DataError
-from cskd.pipeline.look.inspection import Mixing, SampleFacts
+from cskd.pipeline.look.inspection import MixingFacts, SampleFacts
 from cskd.pipeline.look.pictures import (
     GAP,
     class_key,
@@ -34,11 +34,11 @@ from cskd.pipeline.look.pictures import (
 )
 from cskd.pipeline.look.wordnet import readable
 from cskd.store.cache import Cache
+from cskd.teacher.arithmetic import BLENDS
 from cskd.views.digest import check_view, pixel_crc
 from cskd.views.mixing import CUTMIX, MIXUP, NONE, own_share
 
 MODES = {NONE: "unmixed", MIXUP: "mixup", CUTMIX: "cutmix"}
-BLENDS = (1.0, 0.5, 0.0)
 
 
 @dataclass(frozen=True)
@@ -185,11 +185,11 @@ def describe_sample(cache: Cache, sample: int, view: int, blend: float) -> Sampl
         replayed = f"no: {e}"
     names = cache.classes
     shown = {names[c] for c in [*np.unique(cells), cached.label]}
-    mixing = Mixing(cached.mode, cached.share)
+    mixing = MixingFacts(cached.mode, cached.share)
     if cached.partner is not None:
         partner_label = names[int(cached.partner_fields["label"])]
         box = [int(v) for v in cached.fields["box"]] if cached.mode == "cutmix" else None
-        mixing = Mixing(cached.mode, cached.share, cache.inventory.key(cached.partner), partner_label, box)
+        mixing = MixingFacts(cached.mode, cached.share, cache.inventory.key(cached.partner), partner_label, box)
         shown.add(partner_label)
     words = readable(sorted(shown))
     return SampleFacts(

@@ -19,7 +19,7 @@ REDRAW_SECONDS = 0.25  # between two drawings of the bar
 WINDOW_SECONDS = 60.0  # over which the rate is taken: long enough to be steady, short enough to follow a change
 LONGEST_SILENCE = 600.0  # seconds between two plain lines of a run of hours
 
-Field = str | Callable[[], str]
+Shown = str | Callable[[], str]
 T = TypeVar("T")
 
 
@@ -77,7 +77,7 @@ class Progress:
             made = self._done - self.start
             self._print(f"{made:,} {self.unit} in {duration(seconds)}, {_rate(made, seconds, self.unit)}")
 
-    def update(self, done: int, **fields: Field) -> None:
+    def update(self, done: int, **fields: Shown) -> None:
         """`done` units of the total are finished; shown when it is time, with `fields` after the figures."""
         self._done = done
         if self._quiet:
@@ -99,7 +99,7 @@ class Progress:
         """Seconds between plain lines: a tenth of the time so far, so that a log of days stays readable."""
         return max(self._every, min(LONGEST_SILENCE, 0.1 * (now - self._begun)))
 
-    def _line(self, now: float, done: int, fields: Mapping[str, Field]) -> str:
+    def _line(self, now: float, done: int, fields: Mapping[str, Shown]) -> str:
         seconds, made = now - self._recent[0][0], done - self._recent[0][1]
         whole = f" of {self.total:,} {self.unit} ({done / self.total:.0%})" if self.total else f" {self.unit}"
         parts = [f"{done:,}{whole}", _rate(made, seconds, self.unit)]

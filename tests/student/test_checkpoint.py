@@ -175,7 +175,7 @@ def test_a_state_of_another_config_is_refused_and_changes_nothing(tmp_path, othe
 
 def test_a_state_of_a_later_format_is_refused(tmp_path, monkeypatch):
     states, run = ResumeStates(tmp_path), start()
-    monkeypatch.setattr("cskd.student.resume.FORMAT", 2)
+    monkeypatch.setattr("cskd.student.resume.STATE_FORMAT", 2)
     states.save(*run, TrainState(1))
     monkeypatch.undo()
     with pytest.raises(StudentError, match="has format 2, this version reads 1"):
