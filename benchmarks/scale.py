@@ -51,8 +51,8 @@ from cskd.store.identity import identity_of
 from cskd.store.manifest import Manifest
 from cskd.store.unit_builder import UnitBuilder
 from cskd.teacher.model import load_teacher
+from cskd.views.digest import library_versions
 from cskd.views.mixing import quads
-from cskd.views.versions import library_versions
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARD = 8192

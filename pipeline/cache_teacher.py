@@ -38,14 +38,13 @@ from cskd.store.cache import Cache, create_cache
 from cskd.store.format import MANIFEST
 from cskd.store.golden import check_versions
 from cskd.store.identity import identity_of
-from cskd.store.manifest import Manifest
-from cskd.store.resolved import write_resolved
+from cskd.store.manifest import Manifest, write_resolved
 from cskd.store.seal import seal_cache
 from cskd.teacher.lanes import lanes_of
 from cskd.teacher.model import Teacher, load_teacher
 from cskd.teacher.probe import compare_probe
+from cskd.views.digest import library_versions
 from cskd.views.maker import ViewMaker
-from cskd.views.versions import library_versions
 
 POLL_WAIT = 2.0  # seconds between two looks at what other processes are making
 
@@ -152,7 +151,7 @@ def _open_or_create(
             versions=library_versions(),
         )
     cache = create_cache(root, manifest, inventory)
-    write_resolved(cache)
+    write_resolved(root, cache.manifest)
     notes.add(cache.manifest.notes or [])
     if not new and (note := check_versions(cache)):
         notes.add([note])

@@ -20,7 +20,7 @@ from rich.text import Text
 
 import cskd
 from cskd.config import TrainConfig
-from cskd.files.links import hard_link_error
+from cskd.files.durable import hard_link_error
 from cskd.files.scratch import GB
 from cskd.machine.cores import usable_cores
 from cskd.machine.threads import WAITING, choose_threads, users_count

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cskd.config import RecipeConfig
 from cskd.dataset.inventory import open_inventory
-from cskd.errors import DataError
+from cskd.errors import DataError, NotFiniteError
 from cskd.loading.sources import Batch
 from cskd.loading.stage2 import UNREADABLE_LABEL, BatchMaker, eval_tasks
 from cskd.loading.stream import Stream
@@ -24,7 +24,6 @@ from cskd.machine.threads import choose_threads, computing_with
 from cskd.pipeline.show.progress import Progress
 from cskd.student import Student, eval_heads
 from cskd.student.checkpoint import load_student
-from cskd.student.finite import NotFiniteError
 from cskd.student.heads import UNTRAINED, score_head
 from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import InputMaker

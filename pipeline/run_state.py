@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cskd.errors import ConfigError, StudentError
+from cskd.errors import ConfigError, NotFiniteError, StudentError
+from cskd.files.weights import first_not_finite
 from cskd.machine.ranks import Ranks
 from cskd.pipeline.conflicts import change_note
 from cskd.student import Student
 from cskd.student.best import Best, BestWeights
-from cskd.student.finite import NotFiniteError, first_not_finite
 from cskd.student.optim import Optimisation
 from cskd.student.resume import ResumeStates, state_tensors
-from cskd.teacher.forwards import teacher_images
+from cskd.teacher.model import teacher_images
 
 PROGRESS = "progress"  # its key in `info` of a state, next to the run's identity
 _CHECK_STEPS = 50  # between looks at the losses where a look costs: a transfer from the device, or a sum over ranks

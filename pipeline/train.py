@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cskd.config import Config
+from cskd.errors import NotFiniteError
 from cskd.loading.targets import mixed_labels
 from cskd.machine.devices import autocast, pick_device
 from cskd.machine.ranks import start_ranks, stop_ranks
@@ -29,9 +30,8 @@ from cskd.pipeline.run_state import stopped
 from cskd.pipeline.show.metrics import MetricsLog
 from cskd.pipeline.show.progress import Progress, bound_by, timed_start
 from cskd.pipeline.training_run import TrainingRun, open_run
-from cskd.student.finite import NotFiniteError
 from cskd.student.optim import reseed_step
-from cskd.teacher.forwards import teacher_images
+from cskd.teacher.model import teacher_images
 from cskd.views.mix_pixels import InputMaker
 
 

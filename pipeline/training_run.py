@@ -49,11 +49,10 @@ from cskd.store.cache import open_cache
 from cskd.store.format import RESOLVED
 from cskd.store.golden import check_versions
 from cskd.student import Student, build_student
-from cskd.student.average import average_notes
 from cskd.student.best import Best, BestWeights
 from cskd.student.checkpoint import ResumeStates, TrainState, export, exported_prefix
 from cskd.student.heads import score_head
-from cskd.student.optim import Optimisation
+from cskd.student.optim import Optimisation, average_notes
 from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import InputMaker
 

@@ -168,18 +168,18 @@ class UnitLine:
         Returns: arrays by codec, and the seconds of teacher and encoding.
         """
         if len(good) == 0:
-            dense, logits = (torch.zeros(0, self._teacher.classes, *grid) for grid in (self._teacher.grid, ()))
-            return {name: codec.encode(dense, logits) for name, codec in self._cache.codecs.items()}, 0.0, 0.0
+            dense_BKhw, global_BK = (torch.zeros(0, self._teacher.classes, *grid) for grid in (self._teacher.grid, ()))
+            return {name: codec.encode(dense_BKhw, global_BK) for name, codec in self._cache.codecs.items()}, 0.0, 0.0
         begun, device = time.perf_counter(), self._teacher.device
         inputs = [t.to(device, non_blocking=True) for t in (views_BHWC, *mixing)]
         keep = torch.from_numpy(good).to(device)
         with self._lanes.launching():
             pixels = mix_pixels(*inputs)
-            dense, logits = self._teacher.in_batches(pixels)
-            if len(good) < len(dense):
-                dense, logits = dense[keep], logits[keep]
+            dense_BKhw, global_BK = self._teacher.in_batches(pixels)
+            if len(good) < len(dense_BKhw):
+                dense_BKhw, global_BK = dense_BKhw[keep], global_BK[keep]
         middle = time.perf_counter()
-        encoded = {name: codec.encode(dense, logits) for name, codec in self._cache.codecs.items()}
+        encoded = {name: codec.encode(dense_BKhw, global_BK) for name, codec in self._cache.codecs.items()}
         return encoded, middle - begun, time.perf_counter() - middle
 
     def _collect(self) -> None:

@@ -18,8 +18,7 @@ from cskd.dataset.inventory import Inventory, Sample, ShardFile, write_inventory
 from cskd.seeds import view_seeds
 from cskd.store.cache import Cache, create_cache
 from cskd.store.identity import identity_of
-from cskd.store.manifest import Manifest
-from cskd.store.resolved import write_resolved
+from cskd.store.manifest import Manifest, write_resolved
 from cskd.store.unit_builder import UnitBuilder
 from cskd.views.digest import pixel_crc
 from cskd.views.maker import ViewMaker
@@ -96,7 +95,7 @@ def make_tiny_cache(
         clean_images=n,
     )
     cache = create_cache(folder / "cache", manifest, inventory)
-    write_resolved(cache)
+    write_resolved(cache.root, cache.manifest)
     maker = ViewMaker(inventory, recipe)
     for block in range(cache.blocks):
         first, stop = cache.block_range(block)

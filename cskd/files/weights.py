@@ -123,6 +123,22 @@ def check_tensors(tensors: Iterable[Any]) -> None:
             raise ValueError(f"holds a tensor of shape {list(tensor.shape)} that repeats its numbers")
 
 
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor that holds NaN or an infinity; None where all are finite, or hold whole numbers.
+
+    One pass over the values (smallest and largest: NaN spreads to both) and one transfer per device.
+    """
+    ends: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for name, t in tensors.items():
+        if t.is_floating_point() and t.numel():
+            ends.setdefault(t.device, []).append((name, torch.stack(torch.aminmax(t.detach())).isfinite().all()))
+    bad = set()
+    for found in ends.values():
+        finite = torch.stack([ok for _, ok in found]).tolist()
+        bad |= {name for (name, _), ok in zip(found, finite, strict=True) if not ok}
+    return next((name for name in tensors if name in bad), None)
+
+
 def _check_zip(file: IO[bytes], length: int) -> None:
     try:
         with zipfile.ZipFile(file) as archive:

@@ -14,7 +14,7 @@ from cskd.codecs import Codec
 from cskd.config import RecipeConfig
 from cskd.dataset.inventory import Inventory
 from cskd.store.format import Unit
-from cskd.views.fields import view_fields
+from cskd.views.mixing import view_fields
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from cskd.codecs import Codec
 from cskd.config import LossConfig
@@ -62,8 +61,8 @@ class CachedTargets:
                 for name, t in batch.items()
                 if name.startswith("target.")
             }
-            dense, image = self._codecs[self.codec].logits_torch(stored)
-            return SoftTargets(image, dense, self.spec(epoch).blend)
+            dense_BKhw, global_BK = self._codecs[self.codec].logits_torch(stored)
+            return SoftTargets(global_BK, dense_BKhw, self.spec(epoch).blend)
         cells = batch.get("cell_class")
         return HardTargets(
             batch["global_class"].to(device, non_blocking=True),
@@ -88,19 +87,14 @@ class LiveTargets:
         """The targets of a batch of `cskd.loading.stage2`, on the device."""
         if self._kind == "none":
             return None
-        dense_BKhw, global_BK = self._logits(mixed_pixels(batch, device))
+        dense_BKhw, global_BK = self._teacher.in_batches(mixed_pixels(batch, device))
+        if not bool(dense_BKhw.isfinite().all() & global_BK.isfinite().all()):  # codecs refuse the same in stage 1
+            raise TeacherError("the teacher's logits hold NaN or an infinity; check its weights and teacher.autocast")
         blend = self.spec(epoch).blend
         if self._kind == "soft":
             return SoftTargets(global_BK, dense_BKhw, blend)
-        image = hard_targets(global_BK[:, :, None, None], global_BK, 0)[:, 0, 0]
-        return HardTargets(image, hard_targets(dense_BKhw, global_BK, blend) if self._kind == "cells" else None)
-
-    def _logits(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Dense [B, K, h, w] and global [B, K] logits, from batches as in stage 1."""
-        dense, image = self._teacher.in_batches(pixels_BCHW)
-        if not bool(dense.isfinite().all() & image.isfinite().all()):  # codecs refuse the same in stage 1
-            raise TeacherError("the teacher's logits hold NaN or an infinity; check its weights and teacher.autocast")
-        return dense, image
+        global_class = hard_targets(global_BK[:, :, None, None], global_BK, 0)[:, 0, 0]
+        return HardTargets(global_class, hard_targets(dense_BKhw, global_BK, blend) if self._kind == "cells" else None)
 
 
 class NoTargets:

@@ -14,9 +14,8 @@ from cskd.errors import CacheError, CskdError, ImageError, ReplayError
 from cskd.seeds import hash64, permutation
 from cskd.store.cache import Cache
 from cskd.store.format import Unit
-from cskd.views.digest import check_view, pixel_crc
+from cskd.views.digest import changed_versions, check_view, pixel_crc
 from cskd.views.maker import ViewMaker
-from cskd.views.versions import changed_versions
 
 GOLDEN = 256  # views replayed when versions have changed: each of DeiT's fifteen ops is in 17 of them on average
 

@@ -25,12 +25,11 @@ from torch import Tensor
 
 import cskd
 from cskd.config import Config, StudentConfig
-from cskd.errors import ConfigError, StudentError
+from cskd.errors import ConfigError, NotFiniteError, StudentError
 from cskd.files.paths import local_path
 from cskd.files.read import parse_json, read_file
-from cskd.files.weights import read_weights
+from cskd.files.weights import first_not_finite, read_weights
 from cskd.student.best import Best, BestWeights
-from cskd.student.finite import NotFiniteError, first_not_finite
 from cskd.student.heads import export_factors, multiplied, recorded_factors, recorded_heads, score_head
 from cskd.student.model import Student, build_student
 from cskd.student.optim import Optimisation

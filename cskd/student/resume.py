@@ -20,11 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cskd.errors import StudentError
+from cskd.errors import NotFiniteError, StudentError
 from cskd.files.durable import put
 from cskd.files.read import open_regular, parse_json
-from cskd.files.weights import MAX_HEADER, check_weight_file
-from cskd.student.finite import NotFiniteError, first_not_finite
+from cskd.files.weights import MAX_HEADER, check_weight_file, first_not_finite
 from cskd.student.model import Student
 from cskd.student.optim import Optimisation
 

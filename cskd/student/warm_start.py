@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
 from cskd.errors import StudentError, one_line
 from cskd.files.read import parse_json, read_file
-from cskd.files.weights import read_weights
+from cskd.files.weights import first_not_finite, read_weights
 from cskd.student.heads import multiplied, recorded_factors, recorded_heads
 
 PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
@@ -133,9 +132,8 @@ def _check(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) ->
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise StudentError(f"{path} is of another model: {', '.join(problems[:3])}{more}; choose another student.init")
-    for k, v in state.items():
-        if v.is_floating_point() and not torch.isfinite(v).all():
-            raise StudentError(f"{path} has values in {k} that are not finite; choose another student.init")
+    if odd := first_not_finite(state):
+        raise StudentError(f"{path} has values in {odd} that are not finite; choose another student.init")
 
 
 def _shape(state: dict[str, Tensor], name: str) -> list[int] | None:

@@ -29,8 +29,7 @@ from cskd.pipeline.outputs import sole_repair
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import read_commit
 from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, commit_file
-from cskd.store.manifest import Manifest, read_manifest, write_manifest
-from cskd.store.resolved import write_resolved
+from cskd.store.manifest import Manifest, read_manifest, write_manifest, write_resolved
 from cskd.store.seal import Seal, read_seal, seal_cache
 
 
@@ -65,7 +64,7 @@ def _repair(path: Path, data: Path | None, quiet: bool) -> RepairReport:
     cache = open_cache(path, data=data, images=False)
     if wrong := wrong_resolved(cache):
         restored.append(f"{RESOLVED}: {wrong}")
-        write_resolved(cache)
+        write_resolved(path, cache.manifest)
     seal, about_seal = _seal(cache)
     withdrawn: dict[tuple[int, int], str] = {}
     missing = 0

@@ -28,7 +28,6 @@ from cskd.pipeline.show.progress import Progress, say
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import Commit, UnitFile, record_names
 from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, Unit, commit_file
-from cskd.store.resolved import resolved_of
 from cskd.store.seal import Seal, check_seal, read_seal
 from cskd.store.unit import content_hash
 
@@ -241,7 +240,7 @@ def check_frame(cache: Cache) -> list[str]:
 def wrong_resolved(cache: Cache) -> str:
     """What is wrong with the resolved config, empty where nothing is."""
     try:
-        right = read_file(cache.root / RESOLVED).decode() == resolved_of(cache)
+        right = read_file(cache.root / RESOLVED).decode() == cache.manifest.resolved
     except (OSError, UnicodeDecodeError) as e:
         return f"is not readable ({getattr(e, 'strerror', None) or e})"
     return "" if right else "is not the config in the manifest"

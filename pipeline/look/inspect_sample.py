@@ -137,7 +137,7 @@ def replay(cache: Cache, cached: CachedView) -> NDArray[np.float32]:
     return mixed.permute(1, 2, 0).contiguous().numpy()
 
 
-def hard_targets(cache: Cache, cached: CachedView, blend: float) -> NDArray[np.uint16]:
+def cell_classes(cache: Cache, cached: CachedView, blend: float) -> NDArray[np.uint16]:
     """CKF targets of one view from the best codec of the cache: uint16 [h, w]. CodecError outside [0, 1]."""
     name = hard_codec(cache)
     return np.asarray(cache.codecs[name].hard(cached.targets[name], quantise_blend(blend))[0])
@@ -177,7 +177,7 @@ def entropy(codec: Codec, arrays: Arrays) -> NDArray[np.float64]:
 def describe_sample(cache: Cache, sample: int, view: int, blend: float) -> SampleFacts:
     """One sample as facts: what it is, how it was mixed, whether it replays, and its grid of class names."""
     cached = cached_view(cache, sample, view)
-    cells = hard_targets(cache, cached, blend)
+    cells = cell_classes(cache, cached, blend)
     try:
         replay(cache, cached)
         replayed = "equal"
@@ -202,7 +202,7 @@ def describe_sample(cache: Cache, sample: int, view: int, blend: float) -> Sampl
         replay=replayed,
         codec=hard_codec(cache),
         blend=blend,
-        image_class=names[int(hard_targets(cache, cached, 0.0)[0, 0])],
+        image_class=names[int(cell_classes(cache, cached, 0.0)[0, 0])],
         cells=[[names[int(c)] for c in row] for row in cells],
         names=dict(zip(sorted(shown), words, strict=True)),
     )
@@ -234,7 +234,7 @@ def _panels(
     """Heading, six panels and legend of one sample; heading and legend are as wide as `columns` panels."""
     cached = cached_view(cache, sample, view)
     seen = photo(replay(cache, cached).round().astype(np.uint8), side)
-    maps = [hard_targets(cache, cached, blend) for blend in BLENDS]
+    maps = [cell_classes(cache, cached, blend) for blend in BLENDS]
     image_class = int(maps[-1][0, 0])
     labels = [cached.label]
     mixed = cached.mode

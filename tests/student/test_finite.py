@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cskd.config import Config
-from cskd.errors import ConfigError, StudentError, TeacherError
+from cskd.errors import ConfigError, NotFiniteError, StudentError, TeacherError
+from cskd.files.weights import first_not_finite
 from cskd.machine.ranks import Ranks
 from cskd.method.losses import DistillationLoss
 from cskd.pipeline.run_state import RunState
 from cskd.pipeline.show.metrics import read_metrics
 from cskd.pipeline.train import train
 from cskd.student.checkpoint import ResumeStates, TrainState, export, load_student
-from cskd.student.finite import NotFiniteError, first_not_finite
 from cskd.student.optim import Optimisation
 from tests.pipeline.test_pipeline import cached_data, config, run_settings
 from tests.student.test_checkpoint import NAMES, advance, start
