@@ -223,7 +223,7 @@ def grow_cache(folder: Path, inventory: Inventory, views: int) -> None:
 
 
 def add_unit(cache: Cache, block: int, view: int) -> None:
-    first, stop = cache.block_range(block)
+    first, stop = cache.inventory.block_range(block)
     order = quads(stop - first, cache.recipe, cache.inventory.id, block, view // cache.recipe.mix_group)
     builder = UnitBuilder(cache.inventory, cache.recipe, cache.codecs, view, first, order)
     rng = torch.Generator().manual_seed(block * 1000 + view)

@@ -70,6 +70,11 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
 
 
+def counted(n: int, noun: str) -> str:
+    """'1 unit' or '1,024 units'."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def printable(text: str) -> str:
     """The text in one line a terminal can show: control, direction and lone surrogate characters as \\x1b or \\u202e."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from cskd.config import Config
-from cskd.dataset.inventory import Inventory, open_inventory
+from cskd.dataset.inventory import Inventory, evenly, open_inventory
 from cskd.errors import DataError, ImageError, TeacherError
 from cskd.teacher.class_order import Ints, OtherOrder, describe, known_orders, one_way, other_order, suspects
 from cskd.teacher.clean import check_clean, clean_limit, clean_predictions
@@ -243,7 +243,7 @@ class _Answers:
 
     def again(self, most: int) -> tuple[_Images, Ints, Ints]:
         """At most so many of the images, spread evenly, with labels and predictions."""
-        rows = np.unique(np.linspace(0, len(self) - 1, most).astype(int))
+        rows = evenly(len(self), most)
         return _Images([self.at[row] for row in rows]), self.labels[rows], self.predicted[rows]
 
     @staticmethod
@@ -265,7 +265,7 @@ def spread(labels: Ints, wanted: int) -> Ints:
     while (left := wanted - int(each.sum())) > 0:
         open_ = np.flatnonzero(each < count)
         if left < len(open_):
-            each[open_[np.linspace(0, len(open_) - 1, left).astype(int)]] += 1
+            each[open_[evenly(len(open_), left)]] += 1
         else:
             each[open_] += np.minimum(left // len(open_), (count - each)[open_])
     places = [f + ((np.arange(q) + 0.5) * n / q).astype(int) for f, n, q in zip(first, count, each, strict=True) if q]

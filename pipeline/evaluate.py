@@ -118,9 +118,7 @@ def evaluate_checkpoint(
     val.check_shards()
     student, facts = load_student(checkpoint)
     if facts["label_names"] != val.classes:
-        raise DataError(
-            f"{checkpoint} was trained on other classes than {data} has; pack it with --classes and the same list"
-        )
+        raise DataError(f"{checkpoint} was trained on other classes than {data} has; pack it with the same --classes")
     student.to(device)
     if device.type == "cpu" and uses_bf16(autocast_setting, device):
         student.unfuse_attention()
@@ -158,9 +156,8 @@ def evaluate_checkpoint(
 def render(report: EvalReport, console: Console) -> None:
     """The scores as a table."""
     unreadable = f", {report.unreadable:,} of them unreadable: wrong for every head" if report.unreadable else ""
-    how = (
-        f"{' x '.join(map(str, report.size))} pixels, crop {report.crop_pct:g}, {report.arithmetic} on {report.device}"
-    )
+    size = " x ".join(map(str, report.size))
+    how = f"{size} pixels, crop {report.crop_pct:g}, {report.arithmetic} on {report.device}"
     table = Table(title=f"{report.images:,} images{unreadable}\n{how}", min_width=len(how))
     for column in ("head", "top-1 %", "top-5 %"):
         table.add_column(column, justify="left" if column == "head" else "right")

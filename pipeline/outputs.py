@@ -12,6 +12,7 @@ import torch
 from PIL.Image import Image
 
 from cskd.config import Config
+from cskd.config.load import PATHS
 from cskd.errors import CacheError, ConfigError, CskdError, DataError, PathError
 from cskd.files import claims
 from cskd.files.durable import NO_LINKS, hard_link_error, put
@@ -27,10 +28,6 @@ from cskd.store.format import OWN_NAMES
 
 FIRST_SPEAKS = 3.0  # seconds: torchrun ends all ranks once one has ended, and the first one knows why
 _PNG = b"\x89PNG\r\n\x1a\n"
-_READ_OR_WRITTEN = (
-    *("data.train", "data.val", "teacher.weights", "teacher.classes", "student.init"),
-    *("cache.path", "train.output"),
-)
 
 
 def refuse_cache_output(config: Config) -> None:
@@ -132,7 +129,7 @@ def _refuse_without_links(root: Path) -> None:
 def _other_paths(config: Config, output: str) -> dict[str, Path]:
     """What else a config reads or writes, by key."""
     paths = {}
-    for key in _READ_OR_WRITTEN:
+    for key in (key for key in PATHS if not key.endswith(".model")):
         section, _, name = key.partition(".")
         value = getattr(getattr(config, section), name)
         if isinstance(value, str) and value and key != output and (key, value) != ("teacher.weights", "hub"):

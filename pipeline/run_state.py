@@ -89,9 +89,8 @@ class RunState:
         """Forget a best whose weights are not there any more, and say so."""
         for best in {self.best, self.shown} - {None}:
             if best is not None and not files.holds(best):
-                self.notes.append(
-                    f"{files.path(best)} is missing or damaged: the best by {best.name} counts from here on"
-                )
+                lost = files.path(best)
+                self.notes.append(f"{lost} is missing or damaged: the best by {best.name} counts from here on")
                 self.best = self.shown = None
 
     def said(self, first: int = 0, stop: int | None = None) -> list[str]:

@@ -37,11 +37,10 @@ from cskd.views.mixing import quads
 @contextlib.contextmanager
 def unit_line(cache: Cache, teacher: Teacher, config: Config) -> Iterator[UnitLine]:
     """A line with its claims and threads; at the end what they are at is waited for, and what still waits is dropped."""
-    with (
-        Claims(cache.root) as claims,
-        _thread("write") as writer,
-        Lanes(teacher.device, teacher.reentrant) as lanes,
-    ):
+    writer = ThreadPoolExecutor(1, "write")
+    with Claims(cache.root) as claims, contextlib.ExitStack() as stack:
+        stack.callback(writer.shutdown, cancel_futures=True)
+        lanes = stack.enter_context(Lanes(teacher.device, teacher.reentrant))
         yield UnitLine(cache, teacher, config, claims, lanes, writer)
 
 
@@ -96,15 +95,10 @@ class UnitLine:
     @property
     def pools(self) -> list[Pool]:
         """Who did what for how long."""
-
-        def of(*names: str) -> dict[str, float]:
-            return {name: self._seconds[name] for name in names}
-
-        workers = max(1, self._config.cache.workers)
         return [
-            Pool(workers, of("decode", "augment")),
-            Pool(self._lanes.count, of("teacher", "encode")),
-            Pool(1, of("write")),
+            Pool.of(max(1, self._config.cache.workers), self._seconds, "decode", "augment"),
+            Pool.of(self._lanes.count, self._seconds, "teacher", "encode"),
+            Pool.of(1, self._seconds, "write"),
         ]
 
     def tasks(self, passes: list[tuple[int, tuple[int, ...]]]) -> Iterator[Chunk]:
@@ -119,7 +113,7 @@ class UnitLine:
             if not views:
                 self._claims.release([claim])
                 continue
-            first, stop = cache.block_range(block)
+            first, stop = cache.inventory.block_range(block)
             order = quads(stop - first, cache.recipe, cache.inventory.id, block, views[0] // group)
             units = [UnitBuilder(cache.inventory, cache.recipe, cache.codecs, v, first, order) for v in views]
             self._claimed.append((PassBuilder(block, first, order, units, views), claim))
@@ -208,13 +202,3 @@ class UnitLine:
         self.units += units
         self._seconds["write"] += seconds
         self._last_commit = time.perf_counter()
-
-
-@contextlib.contextmanager
-def _thread(name: str) -> Iterator[ThreadPoolExecutor]:
-    """One thread; at the end what it is at is waited for, and what still waits for it is dropped."""
-    pool = ThreadPoolExecutor(1, name)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)

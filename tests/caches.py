@@ -98,7 +98,7 @@ def make_tiny_cache(
     write_resolved(cache.root, cache.manifest)
     maker = ViewMaker(inventory, recipe)
     for block in range(cache.blocks):
-        first, stop = cache.block_range(block)
+        first, stop = cache.inventory.block_range(block)
         bad = np.array([i - first for i in quarantine if first <= i < stop], np.int64)
         for view in range(views):
             if (block, view) not in skip:
@@ -107,7 +107,7 @@ def make_tiny_cache(
 
 
 def _add_unit(cache: Cache, maker: ViewMaker, block: int, view: int, bad: NDArray[np.int64]) -> None:
-    first, stop = cache.block_range(block)
+    first, stop = cache.inventory.block_range(block)
     order = quads(stop - first, cache.recipe, cache.inventory.id, block, view // cache.recipe.mix_group)
     builder = UnitBuilder(cache.inventory, cache.recipe, cache.codecs, view, first, order)
     builder.drop(bad)

@@ -120,10 +120,8 @@ class EnvelopeCodec(Codec):
         for first in range(0, N, PIECE):
             rows = slice(first, min(first + PIECE, N))
             segments = slice(before, before := int(end_N[rows.stop - 1]))
-            yield (
-                rows,
-                {"n_extra": n_extra[rows], "start": arrays["start"][segments], "extra": arrays["extra"][segments]},
-            )
+            part = {"n_extra": n_extra[rows], "start": arrays["start"][segments], "extra": arrays["extra"][segments]}
+            yield rows, part
 
     def concat(self, parts: Sequence[Arrays]) -> Arrays:
         """The samples of all parts, in order."""

@@ -308,3 +308,17 @@ class TrainConfig(Section):
         super().__post_init__()
         if self.export == "ema" and self.ema is None:
             raise ConfigError(f"train.export is {self.export!r}, expected live or best without train.ema")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run: what is cached and how the student is trained."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    given: frozenset[str] = frozenset()  # dotted keys that the user wrote; the others are defaults

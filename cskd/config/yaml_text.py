@@ -19,9 +19,7 @@ def read_yaml(text: str, origin: str) -> Any:
     Raises:  ConfigError, naming `origin`, for what is no YAML or stands for more than MAX_YAML_VALUES values.
     """
     if len(text) > MAX_BYTES:
-        raise ConfigError(
-            f"{origin} has {len(text)} characters, expected at most {MAX_BYTES}; take what is no config out"
-        )
+        raise ConfigError(f"{origin} has {len(text)} characters, expected at most {MAX_BYTES}; make it shorter")
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
@@ -30,14 +28,10 @@ def read_yaml(text: str, origin: str) -> Any:
         _size(node, {}, 0, origin)
         return loader.construct_document(node)
     except RecursionError:
-        raise ConfigError(
-            f"{origin} is nested too deep, expected at most {MAX_YAML_DEPTH} levels; flatten it"
-        ) from None
+        raise ConfigError(f"{origin} is nested deeper than {MAX_YAML_DEPTH} levels; flatten it") from None
     except ConfigError:
         raise
-    except (
-        Exception
-    ) as e:  # PyYAML's constructors raise ValueError, AttributeError and more for a date or number that is none
+    except Exception as e:  # PyYAML's constructors raise ValueError, AttributeError and more for a bad date or number
         raise ConfigError(
             f"{origin} is not readable YAML: {' '.join(str(e).split())[:300]}; expected a file such as those in configs/"
         ) from None
@@ -55,8 +49,6 @@ def _size(node: yaml.Node, known: dict[int, int], depth: int, origin: str) -> in
         for child in children:
             count += _size(child, known, depth + 1, origin)
             if count > MAX_YAML_VALUES:
-                raise ConfigError(
-                    f"{origin} stands for more than {MAX_YAML_VALUES} values; write it without its aliases"
-                )
+                raise ConfigError(f"{origin} stands for more than {MAX_YAML_VALUES} values; write it without aliases")
     known[id(node)] = count
     return count

@@ -95,9 +95,8 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
             f"{len(data)} bytes that are no {', '.join(FORMATS)} (first: {data[:8].hex() or 'none'}); replace the file"
         ) from None
     except Exception as e:  # Pillow's decoders raise a dozen types, from SyntaxError to struct.error, for bad bytes
-        raise ImageError(
-            f"can't be decoded: {' '.join(str(e).split()) or type(e).__name__}; replace the file"
-        ) from None
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise ImageError(f"can't be decoded: {reason}; replace the file") from None
 
 
 def decoder_versions() -> dict[str, str]:

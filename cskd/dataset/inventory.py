@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cskd.dataset.inventory_checks import check_columns
+from cskd.dataset.inventory_checks import MEND, check_columns
 from cskd.dataset.inventory_format import (
     DTYPES,
     HEADER,
@@ -95,9 +95,7 @@ class Inventory:
         try:
             return self._key[self._key_offset[i] : self._key_offset[i + 1]].tobytes().decode()
         except UnicodeDecodeError as e:
-            raise DataError(
-                f"{self.path}: the key of sample {i} is no UTF-8 ({e.reason}); pack or index again"
-            ) from None
+            raise DataError(f"{self.path}: the key of sample {i} is no UTF-8 ({e.reason}); {MEND}") from None
 
     def find(self, key: str) -> int:
         """The index of the sample with that key. Raises DataError when there is none."""
@@ -109,6 +107,10 @@ class Inventory:
     def block_of(self, i: int) -> int:
         """The block that holds sample i."""
         return int(np.searchsorted(self.blocks, i, side="right")) - 1
+
+    def block_range(self, block: int) -> tuple[int, int]:
+        """First sample of a block and the one after its last."""
+        return int(self.blocks[block]), int(self.blocks[block + 1])
 
     def shard_path(self, shard: int) -> Path:
         """Where shard number `shard` should be."""
@@ -167,7 +169,7 @@ def open_inventory(path: str | Path, data: str | Path | None = None, verify: boo
     for name, column in columns.items():
         expected = columns["key_offset"][-1:].sum() if name == "key" else n + (name == "key_offset")
         if len(column) != expected:
-            raise DataError(f"{path / name}.npy holds {len(column)} entries, expected {expected}; pack or index again")
+            raise DataError(f"{path / name}.npy holds {len(column)} entries, expected {expected}; {MEND}")
     if verify:
         verify_files(path, header)
     check_columns(header, columns, path)
@@ -191,6 +193,11 @@ def block_bounds(shard_counts: Sequence[int], block: int) -> NDArray[np.int64]:
     else:
         bounds.append(bounds[-1] + current)
     return np.array(bounds, np.int64)
+
+
+def evenly(n: int, most: int) -> NDArray[np.int64]:
+    """At most so many of 0..n-1, spread evenly from the first to the last, rising: where a few have to stand for all."""
+    return np.unique(np.linspace(0, n - 1, min(most, n)).astype(np.int64))
 
 
 def first_duplicate(key_hashes: U64) -> tuple[int, int] | None:
@@ -218,9 +225,7 @@ class InventoryWriter:
     def add(self, sample: Sample) -> None:
         """The next sample, in shard order. ValueError when its shard comes before the last one's."""
         if sample.shard < len(self._counts) - 1:
-            raise ValueError(
-                f"sample '{sample.key}' of shard {sample.shard} after one of shard {len(self._counts) - 1}"
-            )
+            raise ValueError(f"sample '{sample.key}' of shard {sample.shard} after one of {len(self._counts) - 1}")
         while len(self._counts) <= sample.shard:
             self._counts.append(0)
         self._counts[sample.shard] += 1

@@ -49,28 +49,20 @@ def kind_of(folder: Path) -> str | None:
     there = {name for name in (MARKER, *_TELLING) if os.path.lexists(folder / name)}
     if MARKER in there and (kind := _marked(folder / MARKER)):
         return kind
-    if len(there & {"manifest.json", "manifest.copy.json", "commits", "units"}) > 1:
+    if len(there & _OF_A_CACHE) > 1:
         return "cache"
     if "inventory" in there and os.path.isfile(folder / "inventory" / "inventory.json"):
         return "data" if _has_shards(folder) else "inventory"
-    if "resolved.yaml" in there and there & {
-        "resume",
-        "metrics.jsonl",
-        "model.safetensors",
-        "unreadable.json",
-        "scratch",
-    }:
+    if "resolved.yaml" in there and there & _OF_A_RUN:
         return "run"
     if {"images", "data"} <= there and all(os.path.isdir(folder / name) for name in _OF_A_DEMO):
         return "demo"
     return None
 
 
-_TELLING = (
-    *("manifest.json", "manifest.copy.json", "inventory", "commits", "units"),
-    *("resolved.yaml", "resume", "metrics.jsonl", "model.safetensors", "unreadable.json", "scratch"),
-    *("images", "data"),
-)
+_OF_A_CACHE = {"manifest.json", "manifest.copy.json", "commits", "units"}
+_OF_A_RUN = {"resume", "metrics.jsonl", "model.safetensors", "unreadable.json", "scratch"}
+_TELLING = {*_OF_A_CACHE, *_OF_A_RUN, "inventory", "resolved.yaml", "images", "data"}
 _OF_A_DEMO = ("images/train", "data/train/inventory")
 
 

@@ -28,14 +28,8 @@ MAX_HEADER = 1 << 24  # bytes of a safetensors header; 2,000 tensors take 200 kB
 MAX_PICKLE = 1 << 23  # bytes of a checkpoint's own pickle; as above
 # Arguments of timm.create_model by which timm would read a file of its own choice.
 READ_BY_TIMM = (
-    *(
-        "pretrained",
-        "checkpoint_path",
-        "pretrained_cfg",
-        "pretrained_cfg_overlay",
-        "pretrained_model_args",
-        "cache_dir",
-    ),
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args"),
+    *("checkpoint_path", "cache_dir"),
 )
 # Where training scripts put the weights inside a checkpoint; averaged weights first, as they are the ones published.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -77,9 +71,7 @@ def read_weights(path: Path, model_bytes: int) -> tuple[dict[str, Tensor], list[
         loaded = loaded[key]
         keys.append(key)
     if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise ValueError(
-            f"holds more than tensors or none: no state dict at its top level or under {', '.join(_WRAPPERS)}"
-        )
+        raise ValueError(f"holds more than tensors or none: no state dict at its top or under {', '.join(_WRAPPERS)}")
     check_tensors(loaded.values())
     weights = {str(name): tensor for name, tensor in loaded.items()}
     for prefix in ("module.", "_orig_mod."):
@@ -149,9 +141,7 @@ def _check_zip(file: IO[bytes], length: int) -> None:
             for info in infos:
                 if info.filename.endswith(".pkl"):
                     if info.file_size > MAX_PICKLE:
-                        raise ValueError(
-                            f"{info.filename} in it has {info.file_size} bytes, expected {MAX_PICKLE} at most"
-                        )
+                        raise ValueError(f"{info.filename} has {info.file_size} bytes, expected {MAX_PICKLE} at most")
                     with archive.open(info) as pickled:
                         _check_pickle(pickled)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as e:

@@ -76,7 +76,7 @@ def build_table(
             shutil.rmtree(temp)
             raise CancelledError
         unit = source.read(block, of_view, spec.codec)
-        position = sample[rows] - source.block_range(block)[0]
+        position = sample[rows] - source.inventory.block_range(block)[0]
         found = np.searchsorted(unit.position, position)
         if not np.array_equal(unit.position.take(found, mode="clip"), position):
             raise CacheError(

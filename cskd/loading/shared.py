@@ -121,9 +121,8 @@ def use_slots(stream: int, worker: int, prefetch: int) -> None:
 
 
 _streams = itertools.count()
-_mapped: dict[
-    int, dict[SlotName, Tensor]
-] = {}  # in the main process, by whichever thread receives: stream -> what was sent
+# In the main process, by whichever thread receives: stream -> what was sent.
+_mapped: dict[int, dict[SlotName, Tensor]] = {}
 
 
 @contextmanager

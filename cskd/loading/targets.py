@@ -48,11 +48,9 @@ class CachedTargets:
         self.codec = codec_for(config.method, cache.codecs, str(cache.root))
 
     def spec(self, epoch: int) -> TargetSpec:
-        """What the epoch table holds."""
         return TargetSpec(self._kind, self.codec, blend_at(epoch, self._epochs, self._config.decay))
 
     def of(self, batch: Batch, epoch: int, device: torch.device) -> HardTargets | SoftTargets | None:
-        """The targets of a batch of `cskd.loading.stage2`, on the device."""
         if self._kind == "none":
             return None
         if self._kind == "soft":
@@ -80,11 +78,9 @@ class LiveTargets:
         self._kind = _KINDS.get(config.method, "soft")
 
     def spec(self, epoch: int) -> TargetSpec:
-        """The epoch table holds views only."""
         return TargetSpec("none", "", blend_at(epoch, self._epochs, self._config.decay))
 
     def of(self, batch: Batch, epoch: int, device: torch.device) -> HardTargets | SoftTargets | None:
-        """The targets of a batch of `cskd.loading.stage2`, on the device."""
         if self._kind == "none":
             return None
         dense_BKhw, global_BK = self._teacher.in_batches(mixed_pixels(batch, device))
@@ -103,11 +99,10 @@ class NoTargets:
     runs_teacher = False
 
     def spec(self, epoch: int) -> TargetSpec:
-        """The epoch table holds views only."""
         return TargetSpec("none", "", 0)
 
     def of(self, batch: Batch, epoch: int, device: torch.device) -> None:
-        """No targets."""
+        return None
 
 
 def mixed_labels(batch: Batch, device: torch.device) -> MixedLabels:

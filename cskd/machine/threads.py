@@ -19,6 +19,7 @@ from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cskd.errors import counted
 from cskd.machine.cores import Cores, affinity, usable_cores
 
 # GOMP_SPINCOUNT is for GNU's OpenMP, in torch's wheels for Linux; KMP_BLOCKTIME, in ms, for LLVM's and Intel's.
@@ -42,10 +43,10 @@ class Threads:
 
     def __str__(self) -> str:
         per_rank = f", {self.share} per rank" if self.share < self.cores.count else ""
-        parts = [f"{_number(self.count, 'thread')}{self.why and f' ({self.why})'} of {self.cores}{per_rank}"]
+        parts = [f"{counted(self.count, 'thread')}{self.why and f' ({self.why})'} of {self.cores}{per_rank}"]
         if self.count > 1:
             parts.append(waiting())
-        parts.append(_number(self.workers, "loader worker"))
+        parts.append(counted(self.workers, "loader worker"))
         slow = ": more threads than cores, which is slow" if self.count > self.share else ""
         return ", ".join(parts) + slow
 
@@ -105,7 +106,7 @@ def begun_with(recorded: object, now: Threads, asked: bool) -> tuple[Threads, li
         return now, []
     if asked:
         return now, [
-            f"begun with {_number(recorded, 'thread')}, {now.why} is {now.count}: last bits differ from here on"
+            f"begun with {counted(recorded, 'thread')}, {now.why} is {now.count}: last bits differ from here on"
         ]
     if recorded > MOST_PER_CORE * now.share:
         return now, [
@@ -150,7 +151,3 @@ def _set_by_torchrun(name: str, value: str) -> bool:
     except OSError:
         return True
     return not any(entry.startswith(b"OMP_NUM_THREADS=") for entry in started_with.split(b"\0"))
-
-
-def _number(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"

@@ -14,9 +14,8 @@ from cskd.errors import DataError
 from cskd.files.folders import refuse_output
 from cskd.files.paths import local_path
 from cskd.files.writer import sole_writer
-from cskd.packing.class_names import check_labels, classes_held, label_names
 from cskd.packing.layout import check_keys
-from cskd.packing.names import CLASSES_FILE
+from cskd.packing.names import CLASSES_FILE, check_labels, classes_held, label_names
 from cskd.packing.places import Place, read_place
 from cskd.packing.shard_samples import shard_samples
 from cskd.packing.shard_sets import find_shards, missing_numbers

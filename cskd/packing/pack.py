@@ -22,8 +22,7 @@ from cskd.files.folders import refuse_output
 from cskd.files.paths import local_path
 from cskd.files.writer import sole_writer
 from cskd.machine.cores import usable_cores
-from cskd.packing.class_names import classes_held
-from cskd.packing.names import CLASSES_FILE
+from cskd.packing.names import CLASSES_FILE, classes_held
 from cskd.packing.payloads import Payload, payloads
 from cskd.packing.sources import PackProgress, Source, open_source
 from cskd.packing.tars import MAX_SPOOL
@@ -31,9 +30,7 @@ from cskd.seeds import U64, hash64, mix64_array
 
 _OURS = re.compile(r"shard-\d{6,}\.tar|classes\.txt")
 WORK = ".packing"  # folder in OUT while a pack runs
-PUBLISHING = (
-    "publishing"  # file in it: the names that are being moved to OUT, so that these alone are ever removed there
-)
+PUBLISHING = "publishing"  # file in it: the names that are being moved to OUT: these alone are ever removed there
 
 
 def pack(
@@ -73,18 +70,10 @@ def pack(
     if not 1 <= quality <= 100:
         raise DataError(f"quality is {quality}, expected a JPEG quality of 1 to 100")
     if src.exists() and out.exists() and src.resolve() == out.resolve():
-        raise DataError(
-            f"{out} is the source; pack into another folder, or use 'cskd index' to leave shards as they are"
-        )
+        raise DataError(f"{out} is the source; pack into another folder, or use 'cskd index' for shards as they are")
     refuse_output(out, "data", "OUT", inputs={"SRC": src}, names=(INVENTORY_FOLDER, WORK))
-    options = {
-        "seed": seed,
-        "shard_size": shard_size,
-        "block": block,
-        "limit": limit,
-        "short_side": short_side,
-        "quality": quality if short_side is not None else None,
-    }
+    options = {"seed": seed, "shard_size": shard_size, "block": block, "limit": limit}
+    options |= {"short_side": short_side, "quality": quality if short_side is not None else None}
     asked = {"split": split} if split else {}
     workers = workers or min(8, max(2, usable_cores().count))
     try:

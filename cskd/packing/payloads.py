@@ -59,9 +59,7 @@ def payloads(
         while waiting:
             yield from finished(*waiting.popleft())
     except BrokenProcessPool:
-        raise DataError(
-            "a process that re-encodes images died (out of memory?); run again with fewer workers"
-        ) from None
+        raise DataError("a process that re-encodes images died (out of memory?); run with fewer workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

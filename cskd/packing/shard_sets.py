@@ -165,6 +165,4 @@ def _braces(text: str) -> list[str]:
 
 def _refuse_many(count: int, text: str) -> None:
     if count > MAX_SHARDS:
-        raise DataError(
-            f"{text} stands for {count} shards or more, expected at most {MAX_SHARDS}; name the folder they are in"
-        )
+        raise DataError(f"{text} stands for {count} shards or more, expected at most {MAX_SHARDS}; name their folder")

@@ -18,14 +18,17 @@ import numpy as np
 from cskd.dataset.inventory import first_duplicate
 from cskd.dataset.inventory_checks import MAX_IMAGE_BYTES
 from cskd.errors import DataError
-from cskd.packing.class_names import check_labels, class_file, label_names, read_classes
 from cskd.packing.layout import Tree, check_keys, check_tree, class_prefix
 from cskd.packing.names import (
     CLASSES_FILE,
+    check_labels,
     check_path,
+    class_file,
     class_labels,
     image_extension,
     is_unread_image,
+    label_names,
+    read_classes,
     sample_key,
 )
 from cskd.packing.no_images import why_no_images
@@ -204,9 +207,7 @@ def _list_folder(root: Path, rest: _Rest, progress: PackProgress | None, only: s
         if (twin := seen.setdefault(here, folder)) != folder:  # ten links to ten links to ... would never end
             raise DataError(f"{root / folder} and {root / twin} are one folder; remove one of the links")
         if folder.count("/") >= MAX_FOLDER_DEPTH:
-            raise DataError(
-                f"{root / folder} is more than {MAX_FOLDER_DEPTH} folders deep; pack the folder of the classes"
-            )
+            raise DataError(f"{root / folder} is over {MAX_FOLDER_DEPTH} folders deep; pack the folder of the classes")
         number = None
         with os.scandir(root / folder) as entries:
             for entry in entries:

@@ -83,9 +83,8 @@ class Identity(Facts):
             if set(recipe) - set(RecipeConfig.__dataclass_fields__):
                 raise ValueError(f"its recipe has the keys {str(sorted(recipe))[:200]}")
             read = json.loads(json.dumps(to_dict(from_dict({"recipe": recipe}).recipe)))
-            if changed := [
-                name for name, value in recipe.items() if read[name] != value
-            ]:  # a text that reads as a number
+            # A text may read as a number.
+            if changed := [name for name, value in recipe.items() if read[name] != value]:
                 raise ValueError(f"its recipe.{changed[0]} is {str(recipe[changed[0]])[:40]!r}")
         except CskdError as e:
             raise ValueError(f"{e}") from None
@@ -108,6 +107,6 @@ def identity_of(
         "images": POLICY,
         "teacher": teacher,
         "grid": grid,
-        "codecs": codecs,
+        "codecs": [get_codec(name, len(inventory.classes), grid).name for name in codecs],
     }
     return Identity.of(json.loads(json.dumps(facts)))

@@ -121,9 +121,7 @@ def read_manifest(root: Path, name: str = MANIFEST) -> Manifest:
             raise CacheError(f"{path} is missing; {RESTORE}") from None
         raise CacheError(f"no cache at {root} ({name} is missing); make one with `cskd cache-teacher CONFIG`") from None
     except NotADirectoryError:
-        raise CacheError(
-            f"{root} is a file, expected the folder of a cache, made by `cskd cache-teacher CONFIG`"
-        ) from None
+        raise CacheError(f"{root} is a file, expected a cache, made by `cskd cache-teacher CONFIG`") from None
     except (ValueError, OSError) as e:
         raise CacheError(f"{path} is not readable: {e}; {RESTORE}") from None
     if not isinstance(raw, dict):

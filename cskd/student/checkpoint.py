@@ -66,9 +66,7 @@ def export(
     for name, model in {"live": student, "ema": averaged}.items():
         if model is not None:
             if odd := first_not_finite(model.backbone.state_dict()):
-                raise NotFiniteError(
-                    f"{odd} of the {name} weights is not finite after step {step}", "nothing is exported"
-                )
+                raise NotFiniteError(f"{odd} of the {name} weights is not finite after step {step}", "none is exported")
             weights[name] = model.backbone.state_dict()
     if best is not None:
         weights["best"] = load_file(folder_best.path(best))
@@ -183,9 +181,7 @@ def load_student(path: Path) -> tuple[Student, dict[str, Any]]:
         raise
     except Exception as e:  # whatever a damaged file makes the reader raise
         reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise StudentError(
-            f"{weights} does not fit {beside} ({reason}); restore it, or train into another folder"
-        ) from e
+        raise StudentError(f"{weights} does not fit {beside} ({reason}); restore it, or train elsewhere") from e
     return student.eval(), facts
 
 

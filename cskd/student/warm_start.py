@@ -29,9 +29,7 @@ def start_from(vit: VisionTransformer, path: Path) -> list[str]:
     """
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.is_file():
-        raise StudentError(
-            f"student.init {path} does not exist; give a .safetensors, a .pt or a folder made by cskd train"
-        )
+        raise StudentError(f"student.init {path} does not exist; give a .safetensors, a .pt or a run's folder")
     own = vit.state_dict()
     try:
         state, _ = read_weights(path, sum(t.nbytes for t in own.values()))
@@ -105,9 +103,7 @@ def _grid_of(vit: VisionTransformer, path: Path, state: dict[str, Tensor], posit
     rows, cols = vit.patch_embed.grid_size
     if rows * cols == patches:
         return rows, cols
-    raise StudentError(
-        f"{path} has {patches} position embeddings, which are no square grid; put its config.json beside it"
-    )
+    raise StudentError(f"{path} has {patches} position embeddings, which are no square; put its config.json next to it")
 
 
 def _resample(vit: VisionTransformer, position: Tensor, old: tuple[int, int], path: Path, notes: list[str]) -> Tensor:

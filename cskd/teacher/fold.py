@@ -70,9 +70,8 @@ def _pairs(model: nn.Module, x: Tensor) -> tuple[list[tuple[nn.Conv2d, nn.BatchN
         for hook in hooks:
             hook.remove()
     readers = [convolution for convolution, _ in found]
-    return [
-        (c, n) for c, n in found if runs[c] == runs[n] == readers.count(c) == 1 and n.running_var is not None
-    ], before
+    once = [(c, n) for c, n in found if runs[c] == runs[n] == readers.count(c) == 1]
+    return [(c, n) for c, n in once if n.running_var is not None], before
 
 
 def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:

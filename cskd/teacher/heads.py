@@ -248,9 +248,7 @@ def _gap(apply: Callable[[Tensor], Tensor], features: Tensor, nhwc: bool, layers
     except Exception as e:  # a head may raise anything on a map of another size
         raise TeacherError(f"the teacher's head can't be applied to single cells ({layers}): {one_line(e)}") from None
     if dense_BKhw.shape[:2] != global_BK.shape:
-        raise TeacherError(
-            f"the teacher's head gives {_describe(dense_BKhw)} for cells, {_describe(global_BK)} for the map"
-        )
+        raise TeacherError(f"the head gives {_describe(dense_BKhw)} for cells, {_describe(global_BK)} for the map")
     return _relative_gap(dense_BKhw, global_BK)
 
 

@@ -23,12 +23,11 @@ from cskd.errors import TeacherError, one_line
 from cskd.machine.devices import uses_bf16
 from cskd.teacher.build import build, weights_sha256
 from cskd.teacher.class_map import class_map
-from cskd.teacher.fingerprint import Fingerprint
+from cskd.teacher.fingerprint import Fingerprint, probe_images, project
 from cskd.teacher.fold import fold_norms
 from cskd.teacher.fuse import fuse_activations
 from cskd.teacher.heads import Head, find_head, full_precision, keep_classes
 from cskd.teacher.lanes import threads_of_a_lane
-from cskd.teacher.probe import probe_images, project
 from cskd.views.fit import teacher_notes
 
 _images = 0

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cskd.dataset.inventory import evenly
 from cskd.teacher.class_order import Ints, clearly_more
 from cskd.teacher.clean import clean_image, predictions
 from cskd.teacher.model import IMAGENET_MEAN, IMAGENET_STD, Prepare, Preprocess, Teacher
@@ -99,7 +100,7 @@ def better_variant(teacher: Teacher, images: Sequence[Image], labels: Ints, pred
              what the teacher says of them.
     """
     trial, stated = _Trial(teacher, images, labels), predicted == labels
-    few, more = (np.unique(np.linspace(0, len(images) - 1, most).astype(int)) for most in (FEW, MORE))
+    few, more = (evenly(len(images), most) for most in (FEW, MORE))
     every = np.arange(len(images))
 
     def best(variants: list[Variant], rows: Ints, most: int) -> list[Variant]:

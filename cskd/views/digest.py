@@ -86,7 +86,7 @@ def _rule(
 ) -> dict[str, NDArray[Any]]:
     """Seed and mixing of one sample by the recipe; 'partner' is a sample, or -1."""
     block = inventory.block_of(sample)
-    first, stop = int(inventory.blocks[block]), int(inventory.blocks[block + 1])
+    first, stop = inventory.block_range(block)
     every = view_fields(inventory, recipe, block, view, recorded.bad[first:stop])
     rule = {name: array[sample - first] for name, array in every.items()}
     return {**rule, "partner": rule["partner"] + first if rule["mode"] != NONE else np.int64(-1)}

@@ -115,7 +115,7 @@ def view_fields(
     Args:    bad bool [n], the quarantined samples of the block, which has n samples.
     Returns: arrays of n rows, in block order.
     """
-    first, stop = int(inventory.blocks[block]), int(inventory.blocks[block + 1])
+    first, stop = inventory.block_range(block)
     seeds = view_seeds(recipe.seed, inventory.id, inventory.key_hash[first:stop], view)
     order = quads(stop - first, recipe, inventory.id, block, view // recipe.mix_group)
     m = mixing(seeds, order, bad, recipe, view)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
-from cskd.errors import CacheError
+from cskd.errors import CacheError, counted
 from cskd.files import claims
+from cskd.pipeline.show.progress import print_lines
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import record_names
 
@@ -77,9 +77,7 @@ def _recorded_views(cache: Cache, block: int) -> list[int]:
 
 def render(report: GcReport, console: Console) -> None:
     """The report for people."""
-    for name in report.removed:
-        console.print(escape(name), soft_wrap=True)
     did = "to remove" if report.dry_run else "removed"
     left = f"; {report.young:,} younger left alone" if report.young else ""
-    files = "1 left-over file" if len(report.removed) == 1 else f"{len(report.removed):,} left-over files"
-    console.print(f"{escape(report.cache)}: {files}, {report.bytes:,} bytes, {did}{left}", soft_wrap=True)
+    files = counted(len(report.removed), "left-over file")
+    print_lines(console, *report.removed, f"{report.cache}: {files}, {report.bytes:,} bytes, {did}{left}")

@@ -17,9 +17,9 @@ from cskd.pipeline.show.progress import Progress
 from cskd.store.cache import Cache, first_difference
 from cskd.store.format import Unit
 from cskd.store.golden import golden_rows, replay_golden
+from cskd.teacher.fingerprint import compare_probe
 from cskd.teacher.lanes import threads_of_a_lane
 from cskd.teacher.model import Teacher, load_teacher
-from cskd.teacher.probe import compare_probe
 from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import mix_pixels
 from cskd.views.mixing import NONE
@@ -84,7 +84,7 @@ def recompute(cache: Cache, count: int, device: str, quiet: bool) -> Recomputed:
         for block, view, unit, rows in golden_rows(cache, count):
             targets = {name: cache.read(block, view, name).targets for name in {hard, soft or hard}}
             for part in np.array_split(rows, -(-len(rows) // teacher.batch)):
-                dense_BKhw, global_BK = _logits(maker, teacher, unit, cache.block_range(block)[0], part)
+                dense_BKhw, global_BK = _logits(maker, teacher, unit, cache.inventory.block_range(block)[0], part)
                 stored = cache.codecs[hard].take(targets[hard], part)
                 for blend in LOOKED_UP_BLENDS:
                     wrong, by = _differing(dense_BKhw, global_BK, blend, cache.codecs[hard].hard(stored, blend))

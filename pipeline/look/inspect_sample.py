@@ -89,7 +89,7 @@ def cached_view(cache: Cache, sample: int, view: int) -> CachedView:
     if not 0 <= view < cache.views:
         raise CacheError(f"view {view} is outside this cache's 0..{cache.views - 1}; give one of these with --view")
     block = cache.inventory.block_of(sample)
-    first = cache.block_range(block)[0]
+    first = cache.inventory.block_range(block)[0]
     key = cache.inventory.key(sample)
     targets: dict[str, Arrays] = {}
     for name, codec in cache.codecs.items():

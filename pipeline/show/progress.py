@@ -6,10 +6,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Self, TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
@@ -67,9 +67,7 @@ class Progress:
             self._bar.refresh()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
         if not self._quiet and kind is None and self._done > self.start:
@@ -114,10 +112,15 @@ class Progress:
 
 def say(notes: Iterable[str], quiet: bool = False, console: Console | None = None) -> None:
     """Print on stderr, at once, what a user should know before long work begins: one line each."""
+    console = console or Console(stderr=True)
     for note in () if quiet else notes:
-        (console or Console(stderr=True)).print(
-            f"note: {printable(note)}", markup=False, highlight=False, soft_wrap=True
-        )
+        console.print(f"note: {printable(note)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_lines(console: Console, *lines: str) -> None:
+    """A report for people: each line as it is, whatever names from other people's files are in it."""
+    for line in lines:
+        console.print(escape(printable(line)), soft_wrap=True)
 
 
 class Notes:
@@ -143,6 +146,11 @@ class Pool:
 
     workers: int
     seconds: Mapping[str, float]
+
+    @classmethod
+    def of(cls, workers: int, seconds: Mapping[str, float], *parts: str) -> Self:
+        """Of all seconds those of some parts."""
+        return cls(workers, {part: seconds[part] for part in parts})
 
     @property
     def busy(self) -> float:

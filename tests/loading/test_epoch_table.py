@@ -58,7 +58,7 @@ def test_a_row_is_its_units_row_and_its_cells_are_looked_up_at_the_blend(
     for i, (sample, view) in enumerate(zip(plan.sample.tolist(), plan.view.tolist(), strict=True)):
         block = cache.inventory.block_of(sample)
         unit = cache.read(block, view, "envelope")
-        row = unit.position.tolist().index(sample - cache.block_range(block)[0])
+        row = unit.position.tolist().index(sample - cache.inventory.block_range(block)[0])
         for name in ("seed", "digest", "mode", "lam", "box"):
             np.testing.assert_array_equal(table.columns[name][i], unit.fields[name][row])
         cells = cache.codecs["envelope"].hard(unit.targets, CELLS.blend)
