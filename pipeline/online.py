@@ -27,18 +27,18 @@ from cskd.pipeline.measure_precision import measure_precision
 from cskd.pipeline.precheck import look_ahead, training_images
 from cskd.pipeline.show.progress import Notes, Progress
 from cskd.store.identity import identity_of
-from cskd.store.quarantine import refuse_too_many, refuse_too_many_in_all
+from cskd.store.seal import refuse_too_many, refuse_too_many_in_all
 from cskd.teacher.model import load_teacher
 from cskd.views.maker import ViewMaker
 
 UNREADABLE_FILE = "unreadable.json"
-_STEP = 256  # images a task
+_STEP = 256  # images per task
 
 
 def open_online(
     config: Config, device: torch.device, ranks: Ranks, quiet: bool, notes: Notes
 ) -> tuple[LiveViews, LiveTargets]:
-    """Views and targets of a teacher that runs live: load and check it, and find the images that can't be decoded (once a run: kept in its output folder).
+    """Views and targets of a teacher that runs live: load and check it, and find the images that can't be decoded, once a run.
 
     notes: gets what a user should know, each before the work that it is about.
     """

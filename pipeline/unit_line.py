@@ -13,7 +13,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,8 @@ from cskd.files.claims import Claims
 from cskd.loading.stage1 import Chunk, ChunkViews, chunks
 from cskd.pipeline.show.progress import Pool
 from cskd.store.cache import Cache
-from cskd.store.quarantine import refuse_too_many
-from cskd.store.unit_builder import PassBuilder, UnitBuilder
+from cskd.store.seal import refuse_too_many
+from cskd.store.unit_builder import UnitBuilder
 from cskd.teacher.lanes import Lanes
 from cskd.teacher.model import Teacher
 from cskd.views.mix_pixels import mix_pixels
@@ -58,11 +58,33 @@ def views_left(cache: Cache) -> int:
     return sum(int(sizes[block]) for block, _ in cache.missing())
 
 
+@dataclass
+class _Pass:
+    """The units of one pass: the missing views of one mixing group of one block, made from one decoding of its images."""
+
+    block: int
+    first: int  # the block's first sample
+    order: NDArray[np.int64]  # of the block's positions, as their quads come
+    units: list[UnitBuilder]
+    views: tuple[int, ...]
+    quarantine: dict[int, str] = field(default_factory=dict)  # position -> reason
+    begun: int = 0  # rows handed to the teacher, in every view
+    rows: int = 0  # rows whose targets are in, summed over the views
+
+    @property
+    def all_begun(self) -> bool:
+        return self.begun == len(self.order)
+
+    @property
+    def complete(self) -> bool:
+        return self.rows == len(self.order) * len(self.views)
+
+
 @dataclass(frozen=True)
 class _Encoding:
     """One view of a chunk, under way in a lane; position int64 and crc int64 of its good rows."""
 
-    work: PassBuilder
+    work: _Pass
     claim: Path
     unit: UnitBuilder
     rows: int  # bad ones included
@@ -83,7 +105,7 @@ class UnitLine:
         self._seconds: defaultdict[str, float] = defaultdict(float)  # of each part, summed over all who do it
         self._cache, self._teacher, self._config = cache, teacher, config
         self._claims, self._lanes, self._writer = claims, lanes, writer
-        self._claimed: deque[tuple[PassBuilder, Path]] = deque()  # passes whose chunks are still to come
+        self._claimed: deque[tuple[_Pass, Path]] = deque()  # passes whose chunks are still to come
         self._underway: deque[_Encoding] = deque()
         self._writing: deque[Future[tuple[int, float]]] = deque()
 
@@ -116,7 +138,7 @@ class UnitLine:
             first, stop = cache.inventory.block_range(block)
             order = quads(stop - first, cache.recipe, cache.inventory.id, block, views[0] // group)
             units = [UnitBuilder(cache.inventory, cache.recipe, cache.codecs, v, first, order) for v in views]
-            self._claimed.append((PassBuilder(block, first, order, units, views), claim))
+            self._claimed.append((_Pass(block, first, order, units, views), claim))
             yield from chunks(block, views, first, order, self._teacher.batch)
 
     def feed(self, chunk: ChunkViews) -> None:
@@ -189,7 +211,7 @@ class UnitLine:
         if batch.work.complete:
             self._writing.append(self._writer.submit(self._commit, batch.work, batch.claim))
 
-    def _commit(self, work: PassBuilder, claim: Path) -> tuple[int, float]:
+    def _commit(self, work: _Pass, claim: Path) -> tuple[int, float]:
         """In the writer: one commit a view, then the claim is given back. Returns units and seconds."""
         clock = time.perf_counter()
         for view, unit in zip(work.views, work.units, strict=True):

@@ -58,9 +58,8 @@ class Int8Codec(Codec):
     def logits_torch(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Decode a batch on its device: float32 dense [B, K, h, w] and global [B, K]."""
         dense_BKhw = (tensors["dense"].float() + 128) * tensors["dense_step"][:, None] + tensors["dense_low"][:, None]
-        global_BK = (tensors["global"].float() + 32768) * tensors["global_step"][:, None] + tensors["global_low"][
-            :, None
-        ]
+        low_B1, step_B1 = tensors["global_low"][:, None], tensors["global_step"][:, None]
+        global_BK = (tensors["global"].float() + 32768) * step_B1 + low_B1
         return dense_BKhw, global_BK
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class TopkCodec(Codec):
-    """Soft targets from k classes a cell: small, close where the teacher is sure; hard ones often wrong in between."""
+    """Soft targets from k classes per cell: small, close where the teacher is sure; hard ones often wrong in between."""
 
     exact_hard, soft = False, True
     error = "a kept logit is off by float16's rounding (2^-11 of itself); the others are replaced by one common value"

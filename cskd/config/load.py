@@ -180,7 +180,7 @@ def _check(kind: Any, value: Any, key: str) -> Any:
 
 
 def _plain(value: Any, key: str) -> Any:
-    """What a constructor may be given: it is recorded as JSON. YAML has dates, bytes, sets and infinities besides."""
+    """What a constructor may be given: it is recorded as JSON. YAML has dates, bytes, sets and infinities, too."""
     if isinstance(value, list):
         return [_plain(v, key) for v in value]
     if isinstance(value, dict):

@@ -64,7 +64,7 @@ class ShardFile(NamedTuple):
 
 
 class Inventory:
-    """An open inventory; columns as in `cskd/dataset/inventory_format.py`. Pickles as its path and is opened anew."""
+    """An open inventory; columns as in `cskd/dataset/inventory_format.py`. Pickles as its path and is opened again."""
 
     def __init__(self, path: Path, root: Path, header: dict[str, Any], columns: dict[str, NDArray[Any]]) -> None:
         self.path, self.root = path, root  # the inventory's own folder; the folder the shards are in

@@ -71,7 +71,7 @@ class ShardReader:
             except OSError as e:
                 error = e
                 with self._lock:
-                    self._drop(shard)  # a network file system may need the file opened anew
+                    self._drop(shard)  # a network file system may need the file opened again
                 if attempt + 1 < TRIES:
                     time.sleep(RETRY_WAIT * 2**attempt)
         raise ReadError(f"{self._name(i, shard)}: reading failed {TRIES} times: {error}; check the disk and run again")

@@ -1,8 +1,8 @@
 """The epoch table: what the workers need of the cache for a stretch of one epoch, in the order of the plan.
 
 A folder of .npy columns, memory-mapped and shared by all workers, so that they never open a unit. Hard targets: one
-table an epoch, the units evaluated once at the epoch's blend (h*w uint16 a sample), in two parts where a run begins. Soft
-targets: the codec's own arrays, one table a window of blocks, decoded on the device.
+table per epoch, the units evaluated once at the epoch's blend (h*w uint16 per sample), in two parts where a run begins. Soft
+targets: the codec's own arrays, one table per window of blocks, decoded on the device.
 """
 
 from __future__ import annotations

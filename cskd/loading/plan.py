@@ -25,7 +25,7 @@ PAIRED = np.array([[0, 1, 2, 3], [0, 2, 1, 3], [0, 3, 1, 2]])
 
 @dataclass(frozen=True)
 class PlanSpec:
-    """What every epoch's plan depends on, beside the epoch.
+    """What every epoch's plan depends on, in addition to the epoch.
 
     bounds: int64 [n_blocks + 1], first sample of each block. bad: bool [n], quarantined samples, never fed.
     """
@@ -91,7 +91,7 @@ class PlanSpec:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps an epoch, the same for every epoch; the last partial batch is dropped."""
+        """Optimiser steps per epoch, the same for every epoch; the last partial batch is dropped."""
         return self._epoch_items // self.global_batch
 
 

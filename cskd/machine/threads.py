@@ -84,12 +84,8 @@ def users_count() -> tuple[str, int] | None:
     """The environment variable by which the user says how many threads, and the number; not torchrun's own OMP_NUM_THREADS=1."""
     for name in COUNTS:
         value = os.environ.get(name, "").partition(",")[0].strip()  # '4,2': of nested loops
-        if (
-            value.isascii()
-            and value.isdigit()
-            and 0 < int(value[:9]) <= MOST_THREADS
-            and not _set_by_torchrun(name, value)
-        ):
+        number = int(value[:9]) if value.isascii() and value.isdigit() else 0
+        if 0 < number <= MOST_THREADS and not _set_by_torchrun(name, value):
             return name, int(value)
     return None
 
@@ -105,9 +101,8 @@ def begun_with(recorded: object, now: Threads, asked: bool) -> tuple[Threads, li
     if recorded == now.count:
         return now, []
     if asked:
-        return now, [
-            f"begun with {counted(recorded, 'thread')}, {now.why} is {now.count}: last bits differ from here on"
-        ]
+        begun = counted(recorded, "thread")
+        return now, [f"begun with {begun}, {now.why} is {now.count}: last bits differ from here on"]
     if recorded > MOST_PER_CORE * now.share:
         return now, [
             f"begun with {recorded} threads, too many for {now.cores}: it goes on with {now.count}, and last bits differ from "

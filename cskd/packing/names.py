@@ -63,17 +63,15 @@ def class_labels(folders: list[str], names: list[str], origin: str) -> list[int]
     for folder in folders:
         name = PurePosixPath(folder).name
         if name not in place:
+            # Of 1,000 names at most: all 65,535 would take a minute.
+            near = difflib.get_close_matches(name[:MAX_CLASS_NAME], names[:1000], n=1, cutoff=0.0)
+            nearest = f", the nearest is '{near[0]}'" if near else ""
             raise DataError(
-                f"class folder '{folder}' is not in {origin} ({len(names)} names{_nearest(name, names)}); "
+                f"class folder '{folder}' is not in {origin} ({len(names)} names{nearest}); "
                 "add it there, or give another file with --classes"
             )
         labels.append(place[name])
     return labels
-
-
-def _nearest(name: str, names: Collection[str]) -> str:
-    near = difflib.get_close_matches(name[:MAX_CLASS_NAME], list(names)[:1000], n=1, cutoff=0.0)  # 65,535 take a minute
-    return f", the nearest is '{near[0]}'" if near else ""
 
 
 def label_names(classes: Path | None, beside: Path, labels: Collection[int]) -> tuple[list[str], list[str]]:
@@ -88,7 +86,7 @@ def label_names(classes: Path | None, beside: Path, labels: Collection[int]) -> 
     origin = classes
     if classes is None and beside.is_file():
         origin = beside
-        notes.append(f"class names from {beside.name}, which is beside the shards")
+        notes.append(f"class names from {beside.name}, which is next to the shards")
     if origin is None:
         if largest >= MAX_CLASSES:
             raise DataError(f"the largest label is {largest}, expected one below {MAX_CLASSES}; mend the labels")

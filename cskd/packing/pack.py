@@ -54,8 +54,8 @@ def pack(
 
     The order depends on (seed, key) only, so a folder, a tar and a tar.gz of it give the same inventory id.
 
-    Args:    src, classes, max_spool, split: see `open_source`. shard_size: images a shard (fewer where they pass 1 GB).
-             block: images a block, about. limit: only the first so many of the shuffled images. short_side, quality:
+    Args:    src, classes, max_spool, split: see `open_source`. shard_size: images per shard (fewer where they pass 1 GB).
+             block: images per block, about. limit: only the first so many of the shuffled images. short_side, quality:
              see `shrink`. workers: threads that read, or processes that re-encode (default: the CPUs, at least 2, at
              most 8). progress: called with (images done, images in all), the latter 0 while the source is being listed.
              tell: called with the notes on how the source was read, before images are.

@@ -20,7 +20,7 @@ from cskd.errors import DataError, ImageError
 from cskd.packing.places import Place, place_size, read_place
 from cskd.packing.sources import Listing
 
-CHUNK = 16  # images a task: of 110 kB (ImageNet), 2 MB
+CHUNK = 16  # images per task: of 110 kB (ImageNet), 2 MB
 TASK_BYTES = 1 << 25  # of a task's images that are held; what is beyond is read when its turn comes
 
 

@@ -38,7 +38,7 @@ def is_shard(tar: Path, shown: Path) -> bool:
                 return True
             if key and parts.keys() & IMAGE_EXTENSIONS and "json" in parts:
                 label = _json(file, parts["json"]).get("label")
-                # beside class folders, a text is somebody's annotation; in a flat shard, it is a label of a wrong type
+                # next to class folders, a text is somebody's annotation; in a flat shard, it is a label of a wrong type
                 if type(label) is int or (label is not None and "/" not in key):
                     return True
     return False

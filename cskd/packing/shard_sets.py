@@ -53,9 +53,8 @@ def find_shards(spec: Path, split: str | None = None) -> tuple[list[Path], str |
 
 def expand_shards(spec: Path) -> list[Path]:
     """The files that a glob, a {000..146} or a {a,b} names, sorted. Raises DataError when there are none."""
-    found = [
-        Path(name) for text in _braces(str(spec)) for name in (glob.glob(text) if glob.has_magic(text) else [text])
-    ]
+    spelled = _braces(str(spec))
+    found = [Path(name) for text in spelled for name in (glob.glob(text) if glob.has_magic(text) else [text])]
     if not found:
         raise DataError(f"no .tar files at {spec}; expected webdataset shards (decompressed)")
     for shard in found:

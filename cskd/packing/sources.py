@@ -1,4 +1,4 @@
-"""What a user gives to `cskd pack`, as columns of about 60 bytes a sample: class folders, a tar of them, or shards.
+"""What a user gives to `cskd pack`, as columns of about 60 bytes per sample: class folders, a tar of them, or shards.
 
 A class is a folder that holds images; folders above the classes that all of them share are left out of the keys. So a
 folder, a tar of it and a tar of the folder it is in have the same samples.

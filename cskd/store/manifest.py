@@ -17,9 +17,7 @@ from cskd.files.read import parse_json, read_file
 from cskd.store.format import FORMAT, MANIFEST, MANIFEST_COPY, RESOLVED
 from cskd.store.identity import Facts, Identity
 
-RESTORE = (
-    "`cskd repair` restores it from its second copy; else make the cache again in another folder (--set cache.path=...)"
-)
+RESTORE = "`cskd repair` restores it from its second copy; else make the cache again elsewhere (--set cache.path=...)"
 MAX_VIEWS = 100_000
 _SEALS = ("format", "fingerprint", "sha256")
 

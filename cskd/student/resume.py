@@ -30,7 +30,7 @@ from cskd.student.optim import Optimisation
 STATE_FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
 _ASIDE = re.compile(r"diverged-(\d{8,})\.safetensors")
-# What config and device decide anew; any other value in an optimiser's groups may be its state.
+# What config and device decide again; any other value in an optimiser's groups may be its state.
 _CHOSEN_HERE = {"lr", "initial_lr", "weight_decay", "fused", "foreach", "capturable", "differentiable", "maximize"}
 
 Tensors = dict[str, Tensor]

@@ -23,7 +23,7 @@ def start_from(vit: VisionTransformer, path: Path) -> list[str]:
 
     Args:    path of a .safetensors file, of a .pt or .pth of tensors (bare, or under the keys timm's and DeiT's
              trainers use; averaged weights are preferred), or of a folder with model.safetensors. A config.json
-             beside the weights says the resolution they were trained at; without one the patches form a square.
+             next to the weights says the resolution they were trained at; without one the patches form a square.
     Returns: what was changed on the way, a line each.
     Raises:  StudentError when the file is missing, is no checkpoint, or is one of another model.
     """

@@ -120,9 +120,7 @@ def _from_file(config: TeacherConfig) -> Built:
     try:
         model = maker(**config.kwargs)
     except Exception as e:
-        raise TeacherError(
-            f"teacher.model: {path}:{function} with kwargs {config.kwargs} failed: {one_line(e)}"
-        ) from None
+        raise TeacherError(f"teacher.model: {path}:{function} with {config.kwargs} failed: {one_line(e)}") from None
     if not isinstance(model, nn.Module):
         raise TeacherError(f"teacher.model: {path}:{function} returned a {type(model).__name__}, not a torch.nn.Module")
     stated = dict(getattr(model, "pretrained_cfg", None) or {})

@@ -92,7 +92,7 @@ def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
 
 
 def _rest(norm: nn.Module) -> nn.Module:
-    """What a norm does besides norming: timm's have drop-out and an activation inside."""
+    """What a norm does in addition to norming: timm's have drop-out and an activation inside."""
     inside = [getattr(norm, name, None) for name in ("drop", "act")]
     rest = [m for m in inside if isinstance(m, nn.Module) and not isinstance(m, nn.Identity)]
     return rest[0] if len(rest) == 1 else nn.Sequential(*rest)

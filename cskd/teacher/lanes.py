@@ -1,6 +1,6 @@
 """Threads that work on the teacher's batches, each on one at a time, so that encoding and mixing fill the gaps of a forward.
 
-On a CPU a lane has one core: one batch a core loses nothing at the barriers of a parallel loop, which a batch shared by all
+On a CPU a lane has one core: one batch per core loses nothing at the barriers of a parallel loop, which a batch shared by all
 cores does wherever another process wants one of them; and a result does not depend on how many cores there are, as it may
 where a sum is split. A network that may keep state on itself between two of its methods runs one batch at a time, on all
 cores. On a GPU lanes take turns in launching, each on a stream of its own: while one waits for its results the next one's
@@ -17,6 +17,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self, TypeVar
 
 import torch
+
+from cskd.machine.threads import computing_with
 
 T = TypeVar("T")
 
@@ -118,17 +120,11 @@ def lanes_of(device: torch.device, cores: int, reentrant: bool = True) -> tuple[
     return (min(cores, MOST_LANES), 1) if reentrant else (2, cores)  # of two, one runs and one encodes
 
 
-@contextlib.contextmanager
-def threads_of_a_lane(device: torch.device, reentrant: bool) -> Iterator[None]:
+def threads_of_a_lane(device: torch.device, reentrant: bool) -> contextlib.AbstractContextManager[None]:
     """In this thread, as many threads of arithmetic as a lane has: what is compared with a lane's results is made alike."""
-    before = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(lanes_of(device, before, reentrant)[1])
-    try:
-        yield
-    finally:
-        if device.type == "cpu":
-            torch.set_num_threads(before)
+    if device.type != "cpu":
+        return contextlib.nullcontext()
+    return computing_with(lanes_of(device, torch.get_num_threads(), reentrant)[1])
 
 
 def _begin(device: torch.device, threads: int) -> None:

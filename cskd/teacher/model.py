@@ -124,7 +124,7 @@ class Teacher:
     def in_batches(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """`forward_dense` in forwards of exactly `batch` rows, the last one padded with copies of an image.
 
-        A logit's last bits depend on how many rows a forward has: stage 1 and a live teacher keep to this number.
+        A logit's last bits depend on how many rows one forward has: stage 1 and a live teacher keep to this number.
         """
         parts = [self._padded(part) for part in torch.split(pixels_BCHW, self.batch)]
         if len(parts) == 1:
@@ -214,7 +214,7 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
         with torch.no_grad(), full_precision(device):
             fused = fuse_activations(model, head, x, torch.bfloat16 if bf16 else torch.float32)
         if fused:
-            notes.append(f"{fused} convolutions run in oneDNN, with the activations behind them")
+            notes.append(f"{fused} convolutions run in oneDNN, with the activations after them")
     own_grid = (dense_BKhw.shape[2], dense_BKhw.shape[3])
     grid = _grid(config, own_grid)
     if grid == (1, 1):

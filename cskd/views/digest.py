@@ -97,7 +97,7 @@ def _short(value: Any) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions recorded beside the identity, those of the image decoders included; a change of them calls for a replay,
+    """Versions recorded next to the identity, those of the image decoders included; a change of them calls for a replay,
     not for a new cache."""
     found = {"python": platform.python_version()}
     for name in _LIBRARIES:

@@ -12,7 +12,7 @@ from rich.console import Console
 from cskd.errors import CacheError, counted
 from cskd.files import claims
 from cskd.pipeline.show.progress import print_lines
-from cskd.store.cache import Cache, open_cache
+from cskd.store.cache import open_cache
 from cskd.store.commit import record_names
 
 LEFT = ("units/*/*", "commits/*/.*.tmp", ".*.tmp", ".inventory.partial*/*", "claims/*")  # where left-overs can be
@@ -46,8 +46,9 @@ def gc(path: Path, older_than: float = YOUNG, dry_run: bool = False, data: Path 
         )
     kept = set()
     for block in range(cache.blocks):
-        for view in _recorded_views(cache, block):
-            commit = cache.commit_of(block, view)
+        # Those too that a manifest put back from an older day does not know.
+        for name in filter(re.compile(r"v\d{4,6}\.json").fullmatch, sorted(record_names(cache.root, block))):
+            commit = cache.commit_of(block, int(name[1:-5]))
             kept |= {path / f.path for f in commit.files} if commit else set()
     now, removed, size, young = time.time(), [], 0, 0
     for file in sorted(file for pattern in LEFT for file in path.glob(pattern)):
@@ -67,12 +68,6 @@ def gc(path: Path, older_than: float = YOUNG, dry_run: bool = False, data: Path 
             if file.parent.name.startswith(".") and not any(file.parent.iterdir()):
                 file.parent.rmdir()
     return GcReport(str(path), removed, size, young, dry_run)
-
-
-def _recorded_views(cache: Cache, block: int) -> list[int]:
-    """Every view of which the block has a record, those too that a manifest put back from an older day does not know."""
-    names = record_names(cache.root, block)
-    return sorted(int(name[1:-5]) for name in names if re.fullmatch(r"v\d{4,6}\.json", name))
 
 
 def render(report: GcReport, console: Console) -> None:

@@ -273,9 +273,8 @@ def _damaged_images(inventory: Inventory, lost: Container[int], quiet: bool) -> 
                     bad.append(f"{inventory.shard_path(shard)}: {len(rows) - place - 1} further images were not read")
                     break
             if len(bad) == len(rows) > 1:
-                bad = [
-                    f"{inventory.shard_path(shard)}: none of its {len(rows)} images is as it was; the first: {bad[0]}"
-                ]
+                where = inventory.shard_path(shard)
+                bad = [f"{where}: none of its {len(rows)} images is as it was; the first: {bad[0]}"]
             errors += bad
     return done, errors
 
@@ -284,9 +283,7 @@ def check_unit(cache: Cache, commit: Commit) -> None:
     """Every byte of one unit's files, against its record. CacheError names what is wrong."""
     first, stop = cache.inventory.block_range(commit.block)
     if commit.cached + len(commit.quarantine) != stop - first:
-        raise CacheError(
-            f"{commit.cached} cached + {len(commit.quarantine)} quarantined, expected {stop - first} in all"
-        )
+        raise CacheError(f"{commit.cached} cached + {len(commit.quarantine)} quarantined, expected {stop - first}")
     if [f.codec for f in commit.files] != list(cache.codecs):
         raise CacheError(f"has codecs {[f.codec for f in commit.files]}, the cache {list(cache.codecs)}")
     units = {file.path: _decoded(cache, commit, file) for file in commit.files}
@@ -327,9 +324,8 @@ def render(report: VerifyReport, console: Console) -> None:
     )
     if report.missing:
         more = ", ..." if report.missing > len(report.first_missing) else ""
-        lines.append(
-            f"missing: {'; '.join(report.first_missing)}{more}; `cskd cache-teacher` with its config makes them"
-        )
+        missing = "; ".join(report.first_missing)
+        lines.append(f"missing: {missing}{more}; `cskd cache-teacher` with its config makes them")
     state = "sealed" if report.sealed else "not sealed" + ("" if report.missing or report.errors else _TO_SEAL)
     lines.append(f"{state}, content {report.content_root or 'unknown'}")
     if report.images_read:

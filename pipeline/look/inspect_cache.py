@@ -2,7 +2,7 @@
 
     open      manifest and inventory; the image shards may be elsewhere, or absent
     list      every commit record: what exists, its bytes, what is quarantined
-    measure   a few units: how often the cells agree with the label, segments a cell
+    measure   a few units: how often the cells agree with the label, segments per cell
     show      one sample, as names and as a PNG
 
 Nothing in the cache is changed. Launch: `cskd inspect caches/imagenet_sample --sample 3 --png sample.png`.

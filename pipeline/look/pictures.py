@@ -1,7 +1,7 @@
 """Drawing: class maps, scalar maps, captions, legends and grids as Pillow images. Knows no cache and no teacher.
 
 Classes have the colours of Okabe and Ito (2008), numbers those of cividis (Nunez et al., 2018), which people with any
-kind of colour vision can tell apart; every class has a letter besides.
+kind of colour vision can tell apart; every class has a letter, too.
 
 Shapes: h w teacher grid, S side of a panel in pixels.
 """
@@ -113,7 +113,8 @@ def scalar_map(values_hw: NDArray[np.floating], low: float, high: float, side: i
 
 def panel(picture: Picture, title: str, note: str = "") -> Picture:
     """A picture with a title and a note under it, each cut to its width."""
-    big, small = font(_title_size(picture.width)), font(_note_size(picture.width))
+    size = int(np.clip(picture.width // 17, 12, 18))
+    big, small = font(size), font(size - 3)
     lines = [(title, big, INK), (note, small, FAINT)]
     height = sum(_line_height(f) for _, f, _ in lines)
     out = Image.new("RGB", (picture.width, picture.height + 5 + height), PAPER)
@@ -266,14 +267,6 @@ def _centred(
         draw.text(middle, text, PAPER, font(size), anchor="mm", stroke_width=2, stroke_fill=INK)
     else:
         draw.text(middle, text, INK if bright else PAPER, font(size), anchor="mm")
-
-
-def _title_size(width: int) -> int:
-    return int(np.clip(width // 17, 12, 18))
-
-
-def _note_size(width: int) -> int:
-    return _title_size(width) - 3
 
 
 def _line_height(face: ImageFont.FreeTypeFont) -> int:

@@ -12,7 +12,7 @@ from cskd.files.durable import put
 
 
 class MetricsLog:
-    """One row an epoch in `metrics.jsonl` and `metrics.csv`. `start_epoch`: rows of this and later epochs are dropped.
+    """One row per epoch in `metrics.jsonl` and `metrics.csv`. `start_epoch`: rows of this and later epochs are dropped.
 
     folder None: of a rank that keeps no log.
     """

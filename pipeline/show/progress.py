@@ -58,7 +58,7 @@ class Progress:
         self._begun = self._shown = self._clock()
         self._recent = deque([(self._begun, self.start)])
         if not self._quiet and self._console.is_terminal and not self._console.is_dumb_terminal:
-            # Redrawn by `update` only: no thread beside the work. No markup: names may hold brackets.
+            # Redrawn by `update` only: no thread next to the work. No markup: names may hold brackets.
             line = TextColumn("{task.fields[line]}", markup=False)
             name = TextColumn("{task.description}", markup=False)
             self._bar = RichProgress(name, BarColumn(20), line, console=self._console, auto_refresh=False)
@@ -159,7 +159,7 @@ class Pool:
 
 
 def bound_by(pools: Sequence[Pool], elapsed: float, units: int, unit: str = "images") -> str:
-    """Which part of the work holds up the rest, in one line, and how many units a second each part alone would do.
+    """Which part of the work holds up the rest, in one line, and how many units per second each part alone would do.
 
     The pools work side by side, so that the busiest one decides; of its parts the longest is named.
 
