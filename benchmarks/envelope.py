@@ -51,11 +51,10 @@ from cskd.store.manifest import Manifest
 from cskd.store.unit import read_unit
 from cskd.store.unit_builder import UnitBuilder
 from cskd.teacher.model import load_teacher
-from cskd.views.fields import view_fields
+from cskd.views.digest import library_versions
 from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import mix_pixels
-from cskd.views.mixing import quads
-from cskd.views.versions import library_versions
+from cskd.views.mixing import quads, view_fields
 
 # Shapes: N samples, B batch, K classes, h w teacher grid, n its cells
 ROOT = Path(__file__).resolve().parent.parent

@@ -44,7 +44,7 @@ from cskd.pipeline.show.progress import Progress
 from cskd.pipeline.statistics import Difference, paired_difference, spread
 from cskd.pipeline.train import train
 from cskd.store.cache import open_cache
-from cskd.teacher.forwards import teacher_images
+from cskd.teacher.model import teacher_images
 
 STUDENTS = {"none": "none", "deit": "deit-soft", "cskd": "cskd-soft"}
 LAYOUT = 2  # of the folder; raised whenever what lies in it would be other than before

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from cskd.config import TeacherConfig
+from cskd.teacher.fingerprint import probe_images
 from cskd.teacher.model import Teacher, load_teacher
-from cskd.teacher.probe import probe_images
 
 NAMES = ["a", "b", "c", "d", "e"]
 SIZE = 64  # pixels of a view

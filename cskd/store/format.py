@@ -70,16 +70,8 @@ MANIFEST, MANIFEST_COPY = "manifest.json", "manifest.copy.json"
 RESOLVED = "resolved.yaml"
 SEAL = "sealed.json"
 INVENTORY = "inventory"
-OWN_NAMES = (
-    MANIFEST,
-    MANIFEST_COPY,
-    RESOLVED,
-    SEAL,
-    INVENTORY,
-    "units",
-    "commits",
-    "claims",
-)  # all of a cache's folder
+# All of a cache's folder.
+OWN_NAMES = (MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, INVENTORY, "units", "commits", "claims")
 
 
 def unit_file(block: int, view: int, codec: str, digest: str) -> PurePosixPath:

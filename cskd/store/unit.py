@@ -15,6 +15,7 @@ import numpy as np
 from numcodecs import zstd
 from numpy.typing import NDArray
 
+from cskd.codecs import Arrays
 from cskd.errors import CacheError
 from cskd.files.read import open_regular
 from cskd.store.format import CHUNK_BYTES, FORMAT, ZSTD_LEVEL
@@ -23,7 +24,6 @@ from cskd.store.unit_layout import ArrayLayout, frame_size, layout
 if TYPE_CHECKING:
     import zarr
 
-Arrays = dict[str, NDArray[Any]]
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the zip format's first date
 
 

@@ -9,14 +9,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 
-from cskd.views import colour, geometry
+from cskd.views import Image, colour, geometry
 from cskd.views.erasing import erase
 from cskd.views.randaugment import Op
 from cskd.views.recipe import Box, ViewParams
-
-Image = NDArray[np.uint8]  # [H, W, 3], RGB
 
 _PLAIN = {"AutoContrast": colour.auto_contrast, "Equalize": colour.equalize, "Invert": colour.invert}
 _WHOLE = {"Posterize": colour.posterize, "Solarize": colour.solarize, "SolarizeAdd": colour.solarize_add}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cskd.codecs import Codec, get_codec
-from cskd.codecs.base import BLEND_ONE, Arrays, direct_hard, measure, quantise_blend
+from cskd.codecs.base import BLEND_ONE, Arrays, direct_hard, quantise_blend
 from cskd.errors import CodecError
 
 NAMES = ["envelope", "int8", "topk:3"]
@@ -250,3 +250,38 @@ def test_measured_errors_tell_an_exact_codec_from_one_that_is_not() -> None:
 def test_the_interface_imports_without_torch() -> None:
     code = "import sys, cskd.codecs, cskd.codecs.base; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+MEASURED_BLENDS = (0, 1 << 14, 1 << 15, 3 << 14, BLEND_ONE)
+
+
+def measure(codec: Codec, dense_BKhw: Tensor, global_BK: Tensor) -> dict[str, Any]:
+    """The error a codec makes on these float32 logits.
+
+    Returns: `hard_agreement` {blend: share of cells whose hard target is `direct_hard`'s}, `global_agreement`; for soft
+             codecs `largest_logit_error` (dense), `largest_global_error`, and `kl` {blend: mean over cells, in nats, of
+             KL(softmax T || softmax of the decoded T)} at temperature 1. All are plain numbers.
+    """
+    arrays = codec.encode(dense_BKhw, global_BK)
+    dense_BKhw, global_BK = dense_BKhw.detach().cpu(), global_BK.detach().cpu()
+    truth = {q: direct_hard(dense_BKhw, global_BK, q).numpy() for q in MEASURED_BLENDS}
+    result: dict[str, Any] = {
+        "hard_agreement": {q: float((codec.hard(arrays, q) == truth[q]).mean()) for q in MEASURED_BLENDS},
+        "global_agreement": float((codec.global_class(arrays) == global_BK.argmax(1).numpy()).mean()),
+    }
+    if codec.soft:
+        dense, whole = (torch.from_numpy(x) for x in codec.logits(arrays))
+        result["largest_logit_error"] = float((dense - dense_BKhw).abs().max())
+        result["largest_global_error"] = float((whole - global_BK).abs().max())
+        result["kl"] = {q: _kl(_blend(dense_BKhw, global_BK, q), _blend(dense, whole, q)) for q in MEASURED_BLENDS}
+    return result
+
+
+def _blend(dense_BKhw: Tensor, global_BK: Tensor, blend: int) -> Tensor:
+    a = blend / BLEND_ONE
+    return a * dense_BKhw.double() + (1 - a) * global_BK.double()[:, :, None, None]
+
+
+def _kl(true_BKhw: Tensor, decoded_BKhw: Tensor) -> float:
+    p = true_BKhw.log_softmax(1)
+    return float((p.exp() * (p - decoded_BKhw.log_softmax(1))).sum(1).mean())

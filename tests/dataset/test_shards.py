@@ -92,7 +92,7 @@ def test_an_io_error_is_tried_three_times_then_is_a_read_error(
         return real(fd, size, offset)
 
     monkeypatch.setattr(os, "pread", flaky)
-    monkeypatch.setattr(cskd.dataset.shard_reader, "WAIT", 0.0)
+    monkeypatch.setattr(cskd.dataset.shard_reader, "RETRY_WAIT", 0.0)
     reader = ShardReader(inventory)
     if failures < 3:
         assert reader.read(7) == payload(7)

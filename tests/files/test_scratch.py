@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import cskd.pipeline.training_run
-from cskd.config import from_dict
+from cskd.config import TrainConfig, from_dict
 from cskd.errors import CacheError
 from cskd.files.scratch import clear_scratch, new_scratch, refuse_small
 from cskd.loading.epoch_table import build_table, open_table
@@ -149,7 +149,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 
 def spec_of(cache: Cache, batch: int) -> PlanSpec:
-    return PlanSpec.over(cache, repeats=1, seed=0, global_batch=batch, window=1)
+    return PlanSpec.over(cache, TrainConfig(repeats=1, seed=0, global_batch=batch, window=1))
 
 
 @pytest.mark.parametrize("ahead", [0, 3])

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import cskd.loading.plan
+import cskd.views.digest
 import cskd.views.maker
 import cskd.views.ops
-import cskd.views.versions
 from cskd.dataset.images import decode
 from cskd.errors import CacheError, ConfigError, ReplayError
 from cskd.pipeline.cache_teacher import cache_teacher
@@ -171,8 +171,8 @@ def test_one_changed_recipe_field_is_refused(base: Path) -> None:
 
 def test_other_versions_call_for_golden_views(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal ones: go on and say so. Different ones: refused before the first step, in training and in stage 1."""
-    versions = cskd.views.versions.library_versions()
-    monkeypatch.setattr(cskd.views.versions, "library_versions", lambda: {**versions, "pillow": "99.0"})
+    versions = cskd.views.digest.library_versions()
+    monkeypatch.setattr(cskd.views.digest, "library_versions", lambda: {**versions, "pillow": "99.0"})
     notes = run(base, max_steps=1).notes
     said = f"since the cache was made: pillow {versions['pillow']} -> 99.0; 126 golden views replay exactly"
     assert said in notes

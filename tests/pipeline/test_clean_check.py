@@ -26,8 +26,7 @@ from cskd.pipeline.online import open_online
 from cskd.pipeline.show.progress import Notes
 from cskd.store.cache import open_cache
 from cskd.store.manifest import Manifest
-from cskd.teacher.forwards import teacher_images
-from cskd.teacher.model import Teacher, load_teacher
+from cskd.teacher.model import Teacher, load_teacher, teacher_images
 from cskd.views.maker import ViewMaker
 
 # Nearest colour of K, in an order of its own, with a bias and a share of classes that it takes for the next one.

@@ -48,7 +48,7 @@ def truth(cache: Cache, sample: int, view: int) -> tuple[torch.Tensor, torch.Ten
     block = cache.inventory.block_of(sample)
     unit = cache.read(block, view, "envelope")
     dense, image = random_logits(len(unit.position), len(cache.classes), cache.grid, seed=1000 * block + view)
-    row = int(np.searchsorted(unit.position, sample - cache.block_range(block)[0]))
+    row = int(np.searchsorted(unit.position, sample - cache.inventory.block_range(block)[0]))
     return dense[row : row + 1], image[row : row + 1]
 
 
@@ -81,7 +81,7 @@ def test_agreement_is_that_of_the_logits_with_the_labels(cache: Cache) -> None:
         dense, image = random_logits(len(unit.position), len(cache.classes), cache.grid, seed=1000 * block + view)
         rows = np.flatnonzero(unit.fields["mode"])
         mixed += len(rows)
-        first = cache.block_range(block)[0]
+        first = cache.inventory.block_range(block)[0]
         for blend in own:
             hard = direct_hard(dense, image, quantise_blend(float(blend))).numpy()
             for row in rows:

@@ -22,7 +22,7 @@ from cskd.pipeline.train import train
 from cskd.store.cache import open_cache
 from cskd.store.commit import Commit, publish, read_commit
 from cskd.store.format import commit_file
-from cskd.teacher.forwards import teacher_images
+from cskd.teacher.model import teacher_images
 from tests.caches import make_tiny_data
 
 TEACHER = """

@@ -136,7 +136,7 @@ def test_a_shard_of_which_no_image_is_as_it_was_is_one_line_and_a_few_bad_images
 def test_a_disk_that_fails_is_given_up_after_a_few_images(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each takes three tries with a wait between: a shard of 4,096 would take an hour."""
     monkeypatch.setattr("cskd.pipeline.care.verify.LISTED", 2)
-    monkeypatch.setattr("cskd.dataset.shard_reader.WAIT", 0.0)
+    monkeypatch.setattr("cskd.dataset.shard_reader.RETRY_WAIT", 0.0)
     monkeypatch.setattr("cskd.dataset.shard_reader.pread", fail)
     report = verify(cache.root, images=True, quiet=True)
     assert len(report.errors) == 6 and report.images_read == 4

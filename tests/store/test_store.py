@@ -178,7 +178,7 @@ def test_first_difference_is_the_dotted_name() -> None:
 
 def test_a_file_and_a_cache_without_inventory_are_named(tmp_path: Path) -> None:
     root = make_tiny_cache(tmp_path).root
-    with pytest.raises(CacheError, match=r"manifest\.json is a file, expected the folder of a cache"):
+    with pytest.raises(CacheError, match=r"manifest\.json is a file, expected a cache, made by"):
         open_cache(root / "manifest.json")
     shutil.rmtree(root / "inventory")
     with pytest.raises(CacheError, match=r"has lost its inventory folder.*cskd repair"):

@@ -18,8 +18,8 @@ from cskd.errors import ConfigError
 from cskd.pipeline.evaluate import HeadScores, evaluate_checkpoint, score_heads
 from cskd.pipeline.show.metrics import read_metrics
 from cskd.pipeline.train import train
-from cskd.student.average import average_notes, share_of_start
 from cskd.student.best import Best, score_asked, score_names
+from cskd.student.optim import average_notes, share_of_start
 from tests.pipeline.test_pipeline import cached_data, run_settings
 from tests.student.test_checkpoint import start
 

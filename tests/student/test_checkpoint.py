@@ -203,7 +203,7 @@ def test_a_state_of_another_config_is_refused_and_changes_nothing(
 
 def test_a_state_of_a_later_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     states, run = ResumeStates(tmp_path), start()
-    monkeypatch.setattr("cskd.student.resume.FORMAT", 2)
+    monkeypatch.setattr("cskd.student.resume.STATE_FORMAT", 2)
     states.save(*run, TrainState(1))
     monkeypatch.undo()
     with pytest.raises(StudentError, match="has format 2, this version reads 1"):

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cskd.config import Config
-from cskd.errors import ConfigError, StudentError, TeacherError
+from cskd.errors import ConfigError, NotFiniteError, StudentError, TeacherError
+from cskd.files.weights import first_not_finite
 from cskd.machine.ranks import Ranks
 from cskd.method.losses import DistillationLoss
 from cskd.pipeline.run_state import RunState
 from cskd.pipeline.show.metrics import read_metrics
 from cskd.pipeline.train import train
 from cskd.student.checkpoint import ResumeStates, TrainState, export, load_student
-from cskd.student.finite import NotFiniteError, first_not_finite
 from cskd.student.optim import Optimisation
 from tests.pipeline.test_pipeline import cached_data, config, run_settings
 from tests.student.test_checkpoint import NAMES, advance, head_of, start
@@ -231,7 +231,9 @@ def test_all_ranks_stop_at_the_step_at_which_one_of_them_does() -> None:
         state.check(3, *start())
 
 
-def test_logits_of_a_live_teacher_that_are_no_numbers_stop_the_run(cached: Path, tmp_path: Path) -> None:
+def test_logits_of_a_live_teacher_that_are_no_numbers_stop_the_run(
+    cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As the codecs refuse them in stage 1: an argmax of NaN would be a class like any other."""
     from cskd.loading.targets import LiveTargets
 
@@ -241,6 +243,7 @@ def test_logits_of_a_live_teacher_that_are_no_numbers_stop_the_run(cached: Path,
         def in_batches(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return torch.full((len(x), 5, 1, 1), NAN), torch.zeros(len(x), 5)
 
+    monkeypatch.setattr("cskd.loading.targets.mixed_pixels", lambda batch, device: torch.zeros(2, 3, 8, 8))
     targets = LiveTargets(Broken(), config(cached).loss, 3)  # type: ignore[arg-type]
     with pytest.raises(TeacherError, match="the teacher's logits hold NaN"):
-        targets._logits(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+        targets.of({}, 0, torch.device("cpu"))

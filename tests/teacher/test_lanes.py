@@ -46,7 +46,7 @@ def one_at_a_time(made: Cache, root: Path, base: Path) -> Cache:
     teacher = load_teacher(c.teacher, inventory.classes, CPU, c.recipe.size)
     maker = ChunkMaker(ViewMaker(inventory, c.recipe), inventory.id)
     for block in range(cache.blocks):
-        first, stop = cache.block_range(block)
+        first, stop = cache.inventory.block_range(block)
         order = quads(stop - first, c.recipe, inventory.id, block, 0)
         for view in range(cache.views):
             unit = UnitBuilder(inventory, c.recipe, cache.codecs, view, first, order)

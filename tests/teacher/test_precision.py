@@ -19,8 +19,7 @@ from cskd.pipeline.measure_precision import first_views, measure_precision
 from cskd.store.cache import Cache, open_cache
 from cskd.store.manifest import read_manifest, write_manifest
 from cskd.teacher.arithmetic import BLENDS, Precision, in_words, unchanged
-from cskd.teacher.forwards import teacher_images
-from cskd.teacher.model import load_teacher
+from cskd.teacher.model import load_teacher, teacher_images
 from cskd.teacher.precision import arithmetic, is_reference, measure
 from cskd.views.maker import ViewMaker
 from tests.caches import make_tiny_cache, make_tiny_data

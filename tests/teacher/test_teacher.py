@@ -17,9 +17,8 @@ from torch._dynamo.exc import TorchDynamoException
 
 from cskd.config import TeacherConfig
 from cskd.errors import TeacherError
-from cskd.teacher.forwards import teacher_images
-from cskd.teacher.model import Prepare, Preprocess
-from cskd.teacher.probe import compare_probe, probe_images
+from cskd.teacher.fingerprint import compare_probe, probe_images
+from cskd.teacher.model import Prepare, Preprocess, teacher_images
 from tests.teachers import NAMES, load, pixels, tiny_teacher
 
 

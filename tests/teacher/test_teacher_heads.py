@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cskd.errors import TeacherError
+from cskd.teacher.fingerprint import probe_images
 from cskd.teacher.heads import Head, find_head, full_precision, keep_classes
-from cskd.teacher.probe import probe_images
 
 CPU = torch.device("cpu")
 K = 10
