@@ -36,14 +36,16 @@ from timm.data import create_transform
 
 from cskd.config import RecipeConfig
 from cskd.views.ops import apply, apply_op
-from cskd.views.randaugment import OPERATIONS, Op, argument_of
+from cskd.views.randaugment import TIMM_OPERATIONS, Op, argument_of
 from cskd.views.recipe import describe, sample_params
 
 ROOT = Path(__file__).resolve().parent.parent
 RAND = "rand-m9-mstd0.5-inc1"
 SIZE, FILL, MAGNITUDE = 224, (124, 116, 104), 9.0
 IMAGES, VIEWS = 40, 12  # timed: images, views of each
-TIMM_NAMES = dict(zip(OPERATIONS, timm_ops._RAND_INCREASING_TRANSFORMS, strict=True))  # in timm's order, on purpose
+TIMM_NAMES = dict(
+    zip(TIMM_OPERATIONS, timm_ops._RAND_INCREASING_TRANSFORMS, strict=True)
+)  # in timm's order, on purpose
 Pixels = NDArray[np.uint8]
 
 
@@ -84,7 +86,7 @@ def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
 def operations(view: Pixels) -> Iterator[tuple[Op, Callable[[], Pixels], Callable[[], Image.Image]]]:
     """Each operation at magnitude 9, with a call that does it here and one that does it in timm."""
     picture = Image.fromarray(view)
-    for name in OPERATIONS:
+    for name in TIMM_OPERATIONS:
         op = Op(name, argument_of(name, MAGNITUDE, negative=False, increasing=True))
         function = timm_ops.NAME_TO_OP[TIMM_NAMES[name]]
         arguments = () if op.argument is None else (op.argument,)

@@ -36,7 +36,7 @@ from cskd.loading.stage1 import ChunkMaker, chunks
 from cskd.machine.devices import pick_device
 from cskd.pipeline.show.progress import Progress
 from cskd.store.cache import Cache, open_cache
-from cskd.store.format import RESOLVED, VIEW_FIELDS, Unit
+from cskd.store.format import RESOLVED, UNIT_FIELDS, Unit
 from cskd.store.unit import pack_unit
 from cskd.teacher.model import Teacher, load_teacher
 from cskd.views.digest import check_view
@@ -212,7 +212,7 @@ def _compare_unit(
     image: torch.Tensor,
     blends: NDArray[np.int64],
 ) -> None:
-    names = {name: dims for name, (_, dims) in VIEW_FIELDS.items()}
+    names = {name: dims for name, (_, dims) in UNIT_FIELDS.items()}
     about = {"block": block, "view": view, "inventory": cache.inventory.id}
     truth = direct_targets(dense.numpy(), image.numpy(), blends)
     for name, codec in codecs.items():

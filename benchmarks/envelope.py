@@ -54,7 +54,7 @@ from cskd.teacher.model import load_teacher
 from cskd.views.digest import library_versions
 from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import mix_pixels
-from cskd.views.mixing import quads, view_fields
+from cskd.views.mixing import drawn_fields, quads
 
 # Shapes: N samples, B batch, K classes, h w teacher grid, n its cells
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,7 +106,7 @@ def teacher_outputs(folder: Path, images: int) -> tuple[F32, F32]:
     inventory = open_inventory(folder)
     teacher = load_teacher(config.teacher, inventory.classes, torch.device("cpu"), config.recipe.size)
     maker, n = ViewMaker(inventory, config.recipe), int(inventory.blocks[1])
-    fields = view_fields(inventory, config.recipe, 0, 0, np.zeros(n, bool))
+    fields = drawn_fields(inventory, config.recipe, 0, 0, np.zeros(n, bool))
     order = quads(n, config.recipe, inventory.id, 0, 0)[: images // BATCH * BATCH]
     dense, whole = [], []
     for position in order.reshape(-1, BATCH):

@@ -34,9 +34,9 @@ from cskd.pipeline.show.progress import Notes, Progress, bound_by, duration, pri
 from cskd.pipeline.unit_line import missing_passes, unit_line, views_left
 from cskd.store.cache import Cache, create_cache
 from cskd.store.format import MANIFEST
-from cskd.store.golden import check_versions
 from cskd.store.identity import identity_of
 from cskd.store.manifest import Manifest, write_resolved
+from cskd.store.replay_check import check_versions
 from cskd.store.seal import seal_cache
 from cskd.teacher.fingerprint import compare_probe
 from cskd.teacher.lanes import lanes_of

@@ -46,7 +46,7 @@ from cskd.pipeline.run_state import PROGRESS, RunState, named_bests
 from cskd.pipeline.show.progress import Notes, Pool
 from cskd.store.cache import open_cache
 from cskd.store.format import RESOLVED
-from cskd.store.golden import check_versions
+from cskd.store.replay_check import check_versions
 from cskd.student import Student, build_student
 from cskd.student.best import Best, BestWeights
 from cskd.student.checkpoint import ResumeStates, TrainState, export, exported_prefix

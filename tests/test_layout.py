@@ -166,6 +166,22 @@ def test_no_shipped_text_holds_a_path_of_somebodys_machine() -> None:
     assert found == []
 
 
+def test_every_module_that_a_document_names_exists() -> None:
+    modules = ["/" + named(path) for path in SOURCES + SCRIPTS] + [
+        "/path/to/file.py",
+        "/path/to/model.py",
+        "/cskd/cli.py",
+    ]
+    gone = [
+        f"{named(path)}:{i}: {name}"
+        for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+        for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        for name in re.findall(r"(?<![\w/.~])[\w/]*\w\.py\b", line)
+        if not any(module.endswith("/" + name) for module in modules)
+    ]
+    assert gone == []
+
+
 @cache
 def project() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

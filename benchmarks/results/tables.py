@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.results.students import METHODS, all_runs
 from benchmarks.results.sweep import TALLY, read_tally
-from cskd.pipeline.statistics import Difference, paired_difference
+from cskd.pipeline.intervals import Difference, paired_difference
 
 REFERENCES = ("none", "deit-hard")  # that every method is compared with
 Row = dict[str, Any]

@@ -20,7 +20,7 @@ from cskd.dataset.inventory import Inventory
 from cskd.method.losses import HardTargets, SoftTargets
 from cskd.store.format import Unit
 from cskd.views.digest import Recorded
-from cskd.views.mixing import view_fields
+from cskd.views.mixing import drawn_fields
 
 Batch = dict[str, Tensor]  # see `cskd.loading.stage2`
 
@@ -94,7 +94,7 @@ class LiveViews:
         first, stop = self.inventory.block_range(block)
         bad = self.bad[first:stop]
         kept = np.flatnonzero(~bad)
-        fields = {name: a[kept] for name, a in view_fields(self.inventory, self.recipe, block, view, bad).items()}
+        fields = {name: a[kept] for name, a in drawn_fields(self.inventory, self.recipe, block, view, bad).items()}
         fields["digest"] = np.zeros(len(kept), np.uint32)
         return Unit(kept, fields, {})
 

@@ -21,7 +21,7 @@ from cskd.files.paths import local_path
 from cskd.files.read import refuse_links
 from cskd.seeds import view_seeds
 from cskd.store.commit import Commit, again, publish, read_commit, record_names, write_file
-from cskd.store.format import INVENTORY, MANIFEST, OWN_NAMES, VIEW_FIELDS, Unit, commit_file, record_name
+from cskd.store.format import INVENTORY, MANIFEST, OWN_NAMES, UNIT_FIELDS, Unit, commit_file, record_name
 from cskd.store.manifest import Manifest, begin_manifest, complete_manifest, read_manifest, write_manifest
 from cskd.store.unit import content_hash, pack_unit, read_unit
 from cskd.views.digest import Recorded
@@ -47,6 +47,11 @@ class Cache:
     @property
     def blocks(self) -> int:
         return len(self.inventory.blocks) - 1
+
+    @property
+    def hard_codec(self) -> str:
+        """The codec to read hard targets from: an exact one where there is one."""
+        return min(self.codecs, key=lambda name: not self.codecs[name].exact_hard)
 
     def commit_of(self, block: int, view: int, exact: bool = False) -> Commit | None:
         """The unit's commit record, None while it is missing. CacheError when damaged or of another identity.
@@ -124,8 +129,8 @@ class Cache:
                 f"block {block}, view {view}: {rows} cached + {len(quarantine)} quarantined samples, "
                 f"the inventory has {stop - first}"
             )
-        fields = {name: np.asarray(fields[name], dtype) for name, (dtype, _) in VIEW_FIELDS.items()}
-        names = {name: dimensions for name, (_, dimensions) in VIEW_FIELDS.items()}
+        fields = {name: np.asarray(fields[name], dtype) for name, (dtype, _) in UNIT_FIELDS.items()}
+        names = {name: dimensions for name, (_, dimensions) in UNIT_FIELDS.items()}
         files = []
         for name, codec in self.codecs.items():
             codec.check(targets[name], rows, len(self.classes))
@@ -174,7 +179,7 @@ class Cache:
         kept = np.ones(stop - first, bool)
         kept[[int(i) for i in commit.quarantine]] = False
         position = np.flatnonzero(kept)
-        for name, (dtype, _) in VIEW_FIELDS.items():
+        for name, (dtype, _) in UNIT_FIELDS.items():
             if name not in fields or fields[name].dtype != dtype or len(fields[name]) != len(position):
                 raise CacheError(f"{path}: array {name} is missing or not {len(position)} x {np.dtype(dtype)}")
         key_hash = self.inventory.key_hash[first:stop][position]

@@ -32,7 +32,7 @@ def pack_unit(
 ) -> bytes:
     """A unit as the bytes of its file.
 
-    Args:    fields, see `format.VIEW_FIELDS`; targets, a codec's arrays; dimensions, names of the axes of both;
+    Args:    fields, see `format.UNIT_FIELDS`; targets, a codec's arrays; dimensions, names of the axes of both;
              attributes, JSON-able facts for a human who opens the file with stock zarr.
     """
     import zarr  # here, so that training, which only reads, does without

@@ -17,7 +17,7 @@ from cskd.config import RecipeConfig
 from cskd.dataset.images import decoder_versions
 from cskd.dataset.inventory import Inventory
 from cskd.errors import ReplayError
-from cskd.views.mixing import NONE, view_fields
+from cskd.views.mixing import NONE, drawn_fields
 from cskd.views.recipe import RECIPE_CODE_VERSION
 
 _FIELDS = {"seed": "seed", "mode": "mixing mode", "lam": "lambda", "box": "box", "partner": "partner"}  # in messages
@@ -87,7 +87,7 @@ def _rule(
     """Seed and mixing of one sample by the recipe; 'partner' is a sample, or -1."""
     block = inventory.block_of(sample)
     first, stop = inventory.block_range(block)
-    every = view_fields(inventory, recipe, block, view, recorded.bad[first:stop])
+    every = drawn_fields(inventory, recipe, block, view, recorded.bad[first:stop])
     rule = {name: array[sample - first] for name, array in every.items()}
     return {**rule, "partner": rule["partner"] + first if rule["mode"] != NONE else np.int64(-1)}
 

@@ -107,7 +107,7 @@ def own_share(mode: NDArray[np.uint8], lam: NDArray[np.uint16]) -> NDArray[np.fl
     return np.where(mode == NONE, 1.0, lam / ONE).astype(np.float32)
 
 
-def view_fields(
+def drawn_fields(
     inventory: Inventory, recipe: RecipeConfig, block: int, view: int, bad: NDArray[np.bool_]
 ) -> dict[str, NDArray[Any]]:
     """What the recipe says of one view of one block: 'seed', 'partner', 'mode', 'lam', 'box' (see `Mixing`).

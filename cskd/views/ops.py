@@ -55,7 +55,7 @@ def apply(image_HWC: Image, params: ViewParams) -> Image:
 def apply_op(image_HWC: Image, op: Op, fill: geometry.Fill) -> Image:
     """One operation: uint8 [H, W, 3], contiguous, to the same; see `Op` for what its argument means.
 
-    Raises:  ValueError for a name that is not one of `randaugment.OPERATIONS`, or an argument that is missing.
+    Raises:  ValueError for a name that is not one of `randaugment.TIMM_OPERATIONS`, or an argument that is missing.
     """
     if op.name in _PLAIN:
         return _PLAIN[op.name](image_HWC)
@@ -67,7 +67,7 @@ def apply_op(image_HWC: Image, op: Op, fill: geometry.Fill) -> Image:
         return _FACTOR[op.name](image_HWC, op.argument)
     if op.name in _MOVED:
         return _MOVED[op.name](image_HWC, op.argument, fill)
-    raise ValueError(f"operation '{op.name}' is not known, expected one of randaugment.OPERATIONS")
+    raise ValueError(f"operation '{op.name}' is not known, expected one of randaugment.TIMM_OPERATIONS")
 
 
 def fill_colour(mean: tuple[float, ...]) -> geometry.Fill:

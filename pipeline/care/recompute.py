@@ -16,7 +16,7 @@ from cskd.machine.threads import begun_with, choose_threads, computing_with
 from cskd.pipeline.show.progress import Progress
 from cskd.store.cache import Cache, first_difference
 from cskd.store.format import Unit
-from cskd.store.golden import golden_rows, replay_golden
+from cskd.store.replay_check import golden_rows, replay_golden
 from cskd.teacher.fingerprint import compare_probe
 from cskd.teacher.lanes import threads_of_a_lane
 from cskd.teacher.model import Teacher, load_teacher

@@ -24,7 +24,7 @@ from rich.text import Text
 from cskd.codecs.base import quantise_blend
 from cskd.dataset.inventory import evenly
 from cskd.errors import CacheError, CskdError, counted, printable
-from cskd.pipeline.look.inspect_sample import describe_sample, find_sample, hard_codec, sample_picture, sheet
+from cskd.pipeline.look.inspect_sample import describe_sample, find_sample, sample_picture, sheet
 from cskd.pipeline.look.inspection import (
     Agreement,
     CodecFacts,
@@ -192,7 +192,7 @@ def _measure(
     """
     usable = sorted(unit for unit in commits if unit not in errors)
     picked = [usable[i] for i in evenly(len(usable), count)]
-    name = hard_codec(cache)
+    name = cache.hard_codec
     cells: dict[str, Counter[str]] = {"mixed": Counter(), "unmixed": Counter()}
     segments, most, read = Counter[str](), 0, 0
     for block, view in picked:

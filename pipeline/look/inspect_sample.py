@@ -139,13 +139,8 @@ def replay(cache: Cache, cached: CachedView) -> NDArray[np.float32]:
 
 def cell_classes(cache: Cache, cached: CachedView, blend: float) -> NDArray[np.uint16]:
     """CKF targets of one view from the best codec of the cache: uint16 [h, w]. CodecError outside [0, 1]."""
-    name = hard_codec(cache)
+    name = cache.hard_codec
     return np.asarray(cache.codecs[name].hard(cached.targets[name], quantise_blend(blend))[0])
-
-
-def hard_codec(cache: Cache) -> str:
-    """The codec to read hard targets from: an exact one where there is one."""
-    return min(cache.codecs, key=lambda name: not cache.codecs[name].exact_hard)
 
 
 def margin(codec: Codec, arrays: Arrays) -> NDArray[np.float64]:
@@ -200,7 +195,7 @@ def describe_sample(cache: Cache, sample: int, view: int, blend: float) -> Sampl
         label=names[cached.label],
         mixing=mixing,
         replay=replayed,
-        codec=hard_codec(cache),
+        codec=cache.hard_codec,
         blend=blend,
         image_class=names[int(cell_classes(cache, cached, 0.0)[0, 0])],
         cells=[[names[int(c)] for c in row] for row in cells],
@@ -270,7 +265,7 @@ def _values(cache: Cache, cached: CachedView, side: int) -> tuple[NDArray[np.flo
         top = float(np.log(len(cache.classes)))
         bar = scale_bar("0 sure", f"{top:.1f} knows nothing", side)
         return values, bar, "Entropy of each cell", f"nats, from {soft[0]}", top
-    name = hard_codec(cache)
+    name = cache.hard_codec
     values = margin(cache.codecs[name], cached.targets[name])
     bar = scale_bar("0 leaves", "1 agrees", side)
     return values, bar, "Margin of the image's top-1", "blend up to which a cell keeps it", 1.0

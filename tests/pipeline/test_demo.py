@@ -19,7 +19,7 @@ from cskd.errors import ConfigError
 from cskd.pipeline.demo import STUDENTS, Settings, StudentResult, _config, render, run_demo, verdict
 from cskd.pipeline.demo_curve import Curve, draw_curves
 from cskd.pipeline.demo_data import POOL, digits
-from cskd.pipeline.statistics import paired_difference, spread
+from cskd.pipeline.intervals import paired_difference, spread
 from cskd.pipeline.train import TrainReport, train
 
 SMALL = Settings(epochs=1, seeds=2, per_class=4, copies=2, views=1, teacher_epochs=40)

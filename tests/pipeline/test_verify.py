@@ -23,7 +23,7 @@ from cskd.pipeline.care.verify import render, verify
 from cskd.pipeline.show.progress import Progress
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import Commit, publish, write_file
-from cskd.store.format import VIEW_FIELDS, commit_file
+from cskd.store.format import UNIT_FIELDS, commit_file
 from cskd.store.seal import seal_cache
 from cskd.store.unit import content_hash, pack_unit
 from tests.caches import make_tiny_cache, make_tiny_data
@@ -185,7 +185,7 @@ def test_files_of_one_unit_that_disagree_in_a_field_are_found(tmp_path: Path, fi
         files, contents = [], {name: dict(unit.fields) for name, unit in units.items()}
         contents[changed][field] = contents[changed].get(field, contents[changed]["label"]) + 1
         for name, unit in units.items():
-            names = {n: VIEW_FIELDS.get(n, (None, ("sample",)))[1] for n in contents[name]}
+            names = {n: UNIT_FIELDS.get(n, (None, ("sample",)))[1] for n in contents[name]}
             data = pack_unit(contents[name], unit.targets, {**names, **cache.codecs[name].dimensions}, {})
             files.append(write_file(cache.root, 0, 1, name, data, 0))
         targets = {name: unit.targets for name, unit in units.items()}

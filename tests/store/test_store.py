@@ -20,7 +20,7 @@ from zarr.core.metadata.v3 import ArrayV3Metadata
 from cskd.errors import CacheError
 from cskd.store.cache import Cache, create_cache, first_difference, open_cache
 from cskd.store.commit import Commit, publish, read_commit
-from cskd.store.format import FORMAT, MANIFEST, MANIFEST_COPY, VIEW_FIELDS, commit_file
+from cskd.store.format import FORMAT, MANIFEST, MANIFEST_COPY, UNIT_FIELDS, commit_file
 from cskd.store.manifest import Manifest, begin_manifest, read_manifest, write_manifest
 from cskd.store.unit import content_hash, pack_unit, read_unit
 from tests.caches import make_tiny_cache
@@ -61,7 +61,7 @@ def test_stock_zarr_opens_a_unit_and_sees_every_field_with_its_dimensions(cache:
     with zarr.storage.ZipStore(unit_path(cache), mode="r") as store:
         group = zarr.open_group(store, mode="r")
         assert group.attrs["format"] == FORMAT
-        for name, (dtype, dimensions) in VIEW_FIELDS.items():
+        for name, (dtype, dimensions) in UNIT_FIELDS.items():
             array = group[name]
             assert isinstance(array, zarr.Array)
             assert array.dtype == dtype
@@ -212,7 +212,7 @@ def test_a_unit_reads_as_stock_zarr_reads_it_in_one_chunk_or_many(
     monkeypatch.setattr("cskd.store.unit.CHUNK_BYTES", chunk_bytes)
     unit = cache.read(0, 0, next(iter(cache.codecs)))
     targets = {**unit.targets, "empty": np.empty((0, 3), np.float16), "odd": np.arange(35, dtype=np.float32)}
-    names = {name: dimensions for name, (_, dimensions) in VIEW_FIELDS.items()}
+    names = {name: dimensions for name, (_, dimensions) in UNIT_FIELDS.items()}
     names |= {name: tuple("abc"[: array.ndim]) for name, array in targets.items()}
     path = tmp_path / "unit.zarr.zip"
     path.write_bytes(pack_unit(unit.fields, targets, names, {}))

@@ -18,7 +18,7 @@ from cskd.errors import ConfigError
 from cskd.views.mix_pixels import InputMaker, _mix_batch, mix_pixels, normalise
 from cskd.views.mixing import CUTMIX, MIXUP, NONE, ONE, own_share, pair_params
 from cskd.views.ops import apply, apply_op
-from cskd.views.randaugment import OPERATIONS, Op, argument_of
+from cskd.views.randaugment import TIMM_OPERATIONS, Op, argument_of
 from cskd.views.recipe import Box, ViewParams, describe, sample_params
 from tests.distributions import assert_same_distribution
 
@@ -132,7 +132,7 @@ def test_operations_reckoned_here_keep_their_pixels() -> None:
     """Golden, for every version of numpy and Pillow: all operations but Rotate, which is Pillow's, and the resizing."""
     skewed = ((np.arange(64 * 64 * 3) * 40503 >> 4) % 256) ** 2 // 400 + 20
     view, sums = skewed.astype(np.uint8).reshape(64, 64, 3), {}
-    for name in OPERATIONS:
+    for name in TIMM_OPERATIONS:
         if name != "Rotate":
             sums[name] = zlib.crc32(
                 apply_op(view, Op(name, argument_of(name, 9.0, True, True)), (124, 116, 104)).tobytes()

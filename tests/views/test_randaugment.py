@@ -20,7 +20,7 @@ from cskd.config.rand_string import RandSettings, parse_rand_string
 from cskd.errors import ConfigError
 from cskd.views import geometry
 from cskd.views.ops import apply_op
-from cskd.views.randaugment import OPERATIONS, Op, argument_of, draw_jitter, draw_randaugment
+from cskd.views.randaugment import TIMM_OPERATIONS, Op, argument_of, draw_jitter, draw_randaugment
 from cskd.views.recipe import sample_params
 from tests.distributions import assert_same_counts, assert_same_distribution
 
@@ -69,7 +69,7 @@ def test_a_string_means_what_timm_reads_in_it(text: str) -> None:
     assert ours.layers == timms.num_layers
     for op in timms.ops:
         assert (ours.prob, ours.magnitude, ours.magnitude_std) == (op.prob, op.magnitude, op.magnitude_std)
-    assert [ours_of(op.name) for op in timms.ops] == list(OPERATIONS)
+    assert [ours_of(op.name) for op in timms.ops] == list(TIMM_OPERATIONS)
     assert ours.increasing == any(op.name.endswith("Increasing") for op in timms.ops)
 
 
@@ -132,13 +132,13 @@ def strength(op: Op) -> float:
 def test_operations_are_as_frequent_as_timms(our_draws: list[tuple[Op, ...]], timm_draws: list[tuple[Op, ...]]) -> None:
     assert_same_counts([len(ops) for ops in our_draws], [len(ops) for ops in timm_draws], "operations a view")
     ours, timms = ([op.name for ops in draws for op in ops] for draws in (our_draws, timm_draws))
-    assert set(ours) == set(OPERATIONS)
+    assert set(ours) == set(TIMM_OPERATIONS)
     assert_same_counts(ours, timms, "operation")
     pairs = [Counter(tuple(op.name for op in ops) for ops in our_draws if len(ops) == 2)]
     assert len(pairs[0]) == 15 * 15  # with replacement, and in both orders
 
 
-@pytest.mark.parametrize("name", [n for n in OPERATIONS if argument_of(n, 9.0, False, True) is not None])
+@pytest.mark.parametrize("name", [n for n in TIMM_OPERATIONS if argument_of(n, 9.0, False, True) is not None])
 def test_operations_are_as_strong_as_timms(
     name: str, our_draws: list[tuple[Op, ...]], timm_draws: list[tuple[Op, ...]]
 ) -> None:
@@ -218,7 +218,7 @@ def images() -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", TIMM_OPERATIONS)
 def test_pixels_are_timms(name: str, images: dict[str, np.ndarray]) -> None:
     """Exactly, but for the four slides: one level at most, in fewer than 1 in 100 pixels."""
     for negative in (False, True):
