@@ -29,7 +29,7 @@ from cskd.machine.threads import Threads, begun_with, choose_threads, computing_
 from cskd.pipeline.clean_check import clean_check
 from cskd.pipeline.measure_precision import measure_precision
 from cskd.pipeline.outputs import refuse_cache_output
-from cskd.pipeline.precheck import look_ahead, training_images
+from cskd.pipeline.precheck import look_ahead, need_training_images, training_images
 from cskd.pipeline.show.progress import Notes, Progress, bound_by, duration, print_lines
 from cskd.pipeline.unit_line import missing_passes, unit_line, views_left
 from cskd.store.cache import Cache, create_cache
@@ -75,6 +75,7 @@ def _cache_teacher(config: Config, threads: Threads, quiet: bool) -> CacheReport
     start = time.perf_counter()
     if not config.cache.path:
         raise ConfigError("cache.path is empty; say where the cache goes, for example --set cache.path=caches/mine")
+    need_training_images(config)
     refuse_cache_output(config)
     inventory = training_images(config)
     device = pick_device(config.cache.device)

@@ -129,7 +129,7 @@ def _refuse_without_links(root: Path) -> None:
 def _other_paths(config: Config, output: str) -> dict[str, Path]:
     """What else a config reads or writes, by key."""
     paths = {}
-    for key in (key for key in PATHS if not key.endswith(".model")):
+    for key in sorted(key for key in PATHS if not key.endswith(".model")):
         section, _, name = key.partition(".")
         value = getattr(getattr(config, section), name)
         if isinstance(value, str) and value and key != output and (key, value) != ("teacher.weights", "hub"):

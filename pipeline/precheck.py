@@ -77,10 +77,15 @@ def look_ahead(config: Config, maker: ViewMaker, online: bool = False) -> Ahead:
     return Ahead(student, config.loss, images, notes, refuses)
 
 
-def training_images(config: Config) -> Inventory:
-    """The inventory of data.train. ConfigError where it is empty."""
+def need_training_images(config: Config) -> None:
+    """ConfigError where data.train is empty."""
     if not config.data.train:
-        raise ConfigError("data.train is empty; say which packed data set to take: --set data.train=data/mine")
+        raise ConfigError("data.train is empty; say which packed data set, for example --set data.train=data/mine")
+
+
+def training_images(config: Config) -> Inventory:
+    """The inventory of data.train. Raises ConfigError as `need_training_images`, DataError."""
+    need_training_images(config)
     inventory = open_inventory(Path(config.data.train))
     inventory.check_shards()
     return inventory
@@ -100,7 +105,9 @@ def open_val(config: Config, classes: list[str], ranks: int = 1) -> Inventory | 
             f"data.val {config.data.val} has other classes than the images trained on; pack it with --classes and their list"
         )
     if len(val) < ranks:
-        raise DataError(f"data.val {config.data.val} has {len(val)} images for {ranks} ranks; expected one per rank")
+        raise DataError(
+            f"data.val {config.data.val} has {len(val)} images for {ranks} ranks; expected one per rank or more"
+        )
     return val
 
 
@@ -173,7 +180,7 @@ def check_output(settings: TrainConfig) -> None:
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         what = "no folder" if not there.is_dir() else "not writable"
-        raise ConfigError(f"train.output {settings.output}: {there} is {what}; use --set train.output=runs/mine")
+        raise ConfigError(f"train.output {settings.output}: {there} is {what}; set another, --set train.output=runs/x")
 
 
 def _image_sizes(maker: ViewMaker) -> list[tuple[int, int]]:

@@ -343,12 +343,12 @@ def _first_win(c: _Candidates, rival: I64) -> F64:
     never = (fall < 0) | (rise < 0) | (fall + rise == 0)
     # Both terms have one sign, so nothing cancels: three roundings, an error of 3e-11 at most.
     crossing = BLEND_ONE * (fall / np.where(never, 1.0, fall + rise))
-    whole = np.rint(crossing)
+    nearest = np.rint(crossing)
     first = np.floor(crossing) + 1
-    near = np.flatnonzero(np.abs(crossing - whole) < NEAR)
+    near = np.flatnonzero(np.abs(crossing - nearest) < NEAR)
     if len(near):
-        wins = _beats(c, near, rival[near], whole[near])
-        first[near] = np.where(wins, whole[near], whole[near] + 1)
+        wins = _beats(c, near, rival[near], nearest[near])
+        first[near] = np.where(wins, nearest[near], nearest[near] + 1)
     first[never] = np.inf
     return first
 

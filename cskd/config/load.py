@@ -187,7 +187,9 @@ def _plain(value: Any, key: str) -> Any:
         return {str(k): _plain(v, key) for k, v in value.items()}
     if value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return value
-    raise ConfigError(f"{key} is {_short(value)}, expected a number, text, true, false, null, a list or a mapping")
+    raise ConfigError(
+        f"{key} is {_short(value)}, expected a number, text, true, false, null, a list or a mapping of them"
+    )
 
 
 def _short(value: Any) -> str:

@@ -225,7 +225,9 @@ class InventoryWriter:
     def add(self, sample: Sample) -> None:
         """The next sample, in shard order. ValueError when its shard comes before the last one's."""
         if sample.shard < len(self._counts) - 1:
-            raise ValueError(f"sample '{sample.key}' of shard {sample.shard} after one of {len(self._counts) - 1}")
+            raise ValueError(
+                f"sample '{sample.key}' of shard {sample.shard} after one of shard {len(self._counts) - 1}"
+            )
         while len(self._counts) <= sample.shard:
             self._counts.append(0)
         self._counts[sample.shard] += 1

@@ -121,9 +121,11 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     One pass over the values (smallest and largest: NaN spreads to both) and one transfer per device.
     """
     ends: dict[torch.device, list[tuple[str, Tensor]]] = {}
-    for name, t in tensors.items():
-        if t.is_floating_point() and t.numel():
-            ends.setdefault(t.device, []).append((name, torch.stack(torch.aminmax(t.detach())).isfinite().all()))
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            t = tensor.detach()
+            t = t.float() if t.element_size() == 1 else t  # of float8 there are no smallest and largest
+            ends.setdefault(t.device, []).append((name, torch.stack(torch.aminmax(t)).isfinite().all()))
     bad = set()
     for found in ends.values():
         finite = torch.stack([ok for _, ok in found]).tolist()

@@ -89,7 +89,9 @@ def label_names(classes: Path | None, beside: Path, labels: Collection[int]) -> 
         notes.append(f"class names from {beside.name}, which is next to the shards")
     if origin is None:
         if largest >= MAX_CLASSES:
-            raise DataError(f"the largest label is {largest}, expected one below {MAX_CLASSES}; mend the labels")
+            raise DataError(
+                f"the largest label is {largest}, expected one below {MAX_CLASSES}; mend the shards' labels"
+            )
         return [str(label) for label in range(largest + 1)], [*notes, "no class names given: named by their numbers"]
     names = class_file(origin)
     if largest >= len(names):

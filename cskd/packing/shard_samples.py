@@ -165,6 +165,8 @@ def _json(file: BinaryIO, member: Member) -> dict[str, Any]:
 
 def _read(file: BinaryIO, shard: Path, member: Member) -> bytes:
     if member.size > MAX_LABEL_BYTES:
-        raise DataError(f"{member.name} in {shard} has {member.size} bytes, expected at most {MAX_LABEL_BYTES}")
+        raise DataError(
+            f"{member.name} in {shard} has {member.size} bytes, expected a label of at most {MAX_LABEL_BYTES}"
+        )
     file.seek(member.offset)
     return file.read(member.size)

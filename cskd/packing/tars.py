@@ -145,5 +145,5 @@ def _member(header: Header, path: Path) -> Member | None:
         return None
     if header.kind not in REGULAR or not parts or header.name.endswith("/"):
         kind = "a link" if header.kind in LINKS else "no regular file"
-        raise DataError(f"'{header.name}' in {path} is {kind}; make it again with --dereference --hard-dereference")
+        raise DataError(f"'{header.name}' in {path} is {kind}; make the tar with --dereference --hard-dereference")
     return Member("/".join(parts), header.offset, header.size)

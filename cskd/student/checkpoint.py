@@ -66,7 +66,9 @@ def export(
     for name, model in {"live": student, "ema": averaged}.items():
         if model is not None:
             if odd := first_not_finite(model.backbone.state_dict()):
-                raise NotFiniteError(f"{odd} of the {name} weights is not finite after step {step}", "none is exported")
+                raise NotFiniteError(
+                    f"{odd} of the {name} weights is not finite after step {step}", "nothing is exported"
+                )
             weights[name] = model.backbone.state_dict()
     if best is not None:
         weights["best"] = load_file(folder_best.path(best))

@@ -78,7 +78,9 @@ def recorded_factors(facts: Mapping[str, Any]) -> dict[str, float]:
     """The factors that undo those of a run's config.json. Raises ValueError and others for what `cskd` did not write."""
     factors = facts.get("cskd", {}).get("heads", {}).get("times", {})
     if not all(layer in _LAYER.values() and factor in (DOUBLED, SILENCED) for layer, factor in factors.items()):
-        raise ValueError(f"cskd.heads.times is {str(factors)[:80]}, expected {DOUBLED:g} or {SILENCED:g} each")
+        raise ValueError(
+            f"cskd.heads.times is {str(factors)[:80]}, expected {DOUBLED:g} or {SILENCED:g} of head, head_dist"
+        )
     return {layer: 1 / factor for layer, factor in factors.items()}
 
 

@@ -107,7 +107,11 @@ def reseed_step(seed: int, step: int, rank: int) -> None:
 
 
 def share_of_start(decay: float, warmup: bool, updates: int) -> float:
-    """Share of the weights after the first update that `averaged` still holds after `updates`: in [0, 1]."""
+    """Share of the weights after the first update in the average after `updates` of them, in [0, 1].
+
+    The average begins as a copy of the live weights at the first update; each later one keeps `decay` of it. With warm-up
+    update n keeps 1 - n ** (-2/3), at most `decay`: `get_decay` of timm's ModelEmaV3.
+    """
     if not warmup:
         return decay ** max(0, updates - 1)
     share = 1.0

@@ -111,7 +111,7 @@ class ResumeStates:
                 warnings.append(f"{path} is damaged ({' '.join(str(e).split())}); continuing from an earlier state")
                 continue
             if body.get("format") != STATE_FORMAT:
-                raise StudentError(f"{path} has format {body.get('format')}, this version reads {STATE_FORMAT}; update")
+                raise StudentError(f"{path} has format {body.get('format')}, expected {STATE_FORMAT}; update cskd")
             if not _is_state(body, step):
                 warnings.append(f"{path} is no state of step {step}; continuing from an earlier state")
                 continue
@@ -269,7 +269,9 @@ def _restore(path: Path, student: Student, optimisation: Optimisation, tensors: 
         for key, value in saved_group["values"].items():
             as_saved = list(group[key]) if isinstance(group.get(key), tuple) else group.get(key)
             if type(value) is not type(as_saved):
-                raise StudentError(f"{path} has {key} {str(value)[:80]}, this run {as_saved}; restore train.opt")
+                raise StudentError(
+                    f"{path} has {key} {str(value)[:80]}, this run {as_saved}; restore train.opt as it was"
+                )
             group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
         prefix = f"group/{i}/"
         group |= {k.removeprefix(prefix): v.clone() for k, v in tensors.items() if k.startswith(prefix)}

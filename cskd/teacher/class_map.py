@@ -66,7 +66,9 @@ def class_map(
         raise TeacherError(f"teacher.classes lists '{twice[0]}' twice; a label and an output belong together only once")
     outside = [i for i in indices if not 0 <= i < outputs]
     if outside:
-        raise TeacherError(f"teacher.classes names output {outside[0]}, expected 0 to {outputs - 1}: its logits")
+        raise TeacherError(
+            f"teacher.classes names output {outside[0]}, expected 0 to {outputs - 1}: the teacher's logits"
+        )
     identity = indices == list(range(outputs))
     return None if identity else np.array(indices, dtype=np.int64)
 

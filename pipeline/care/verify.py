@@ -283,7 +283,9 @@ def check_unit(cache: Cache, commit: Commit) -> None:
     """Every byte of one unit's files, against its record. CacheError names what is wrong."""
     first, stop = cache.inventory.block_range(commit.block)
     if commit.cached + len(commit.quarantine) != stop - first:
-        raise CacheError(f"{commit.cached} cached + {len(commit.quarantine)} quarantined, expected {stop - first}")
+        raise CacheError(
+            f"{commit.cached} cached + {len(commit.quarantine)} quarantined, the inventory has {stop - first}"
+        )
     if [f.codec for f in commit.files] != list(cache.codecs):
         raise CacheError(f"has codecs {[f.codec for f in commit.files]}, the cache {list(cache.codecs)}")
     units = {file.path: _decoded(cache, commit, file) for file in commit.files}

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-Colour = tuple[int, int, int]
+Paint = tuple[int, int, int]
 Picture = Image.Image
 
-CLASS_COLOURS: tuple[Colour, ...] = (
+CLASS_COLOURS: tuple[Paint, ...] = (
     (0, 114, 178),  # blue
     (230, 159, 0),  # orange
     (0, 158, 115),  # green
@@ -29,10 +29,10 @@ CLASS_COLOURS: tuple[Colour, ...] = (
     (204, 121, 167),  # purple
     (240, 228, 66),  # yellow
 )
-OTHER: Colour = (178, 178, 178)  # all classes that have no colour of their own
-PAPER: Colour = (255, 255, 255)
-INK: Colour = (28, 28, 30)
-FAINT: Colour = (110, 110, 115)
+OTHER: Paint = (178, 178, 178)  # all classes that have no colour of their own
+PAPER: Paint = (255, 255, 255)
+INK: Paint = (28, 28, 30)
+FAINT: Paint = (110, 110, 115)
 CIVIDIS = np.array(
     [
         (0, 34, 78),
@@ -58,7 +58,7 @@ class ClassKey:
 
     classes: tuple[int, ...]
 
-    def colour(self, c: int) -> Colour:
+    def colour(self, c: int) -> Paint:
         return CLASS_COLOURS[self.classes.index(c)] if c in self.classes else OTHER
 
     def letter(self, c: int) -> str:
@@ -258,7 +258,7 @@ def _under(colours: Picture, image: Picture | None) -> Picture:
 
 
 def _centred(
-    draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], text: str, size: int, ground: Colour, outlined: bool
+    draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], text: str, size: int, ground: Paint, outlined: bool
 ) -> None:
     """Text in the middle of a box, dark on bright grounds and bright on dark ones."""
     bright = 0.299 * ground[0] + 0.587 * ground[1] + 0.114 * ground[2] > 125

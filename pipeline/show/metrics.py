@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cskd.errors import ConfigError, one_line
 from cskd.files.durable import put
 
 
@@ -66,6 +67,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _summary_writer(folder: Path, start_epoch: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # `precheck.check_output` has seen that it is there
-
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as e:  # it is there, `precheck.check_output` has seen it
+        raise ConfigError(f"train.tensorboard: {one_line(e)}; run: pip install --upgrade tensorboard") from None
     return SummaryWriter(str(folder / "tensorboard"), purge_step=start_epoch)

@@ -206,7 +206,7 @@ def test_a_state_of_a_later_format_is_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("cskd.student.resume.STATE_FORMAT", 2)
     states.save(*run, TrainState(1))
     monkeypatch.undo()
-    with pytest.raises(StudentError, match="has format 2, this version reads 1"):
+    with pytest.raises(StudentError, match="has format 2, expected 1; update cskd"):
         states.load(*run)
 
 

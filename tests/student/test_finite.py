@@ -231,6 +231,14 @@ def test_all_ranks_stop_at_the_step_at_which_one_of_them_does() -> None:
         state.check(3, *start())
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float8_e4m3fn, torch.bfloat16, torch.float64])
+def test_numbers_of_every_width_are_looked_at(dtype: torch.dtype) -> None:
+    good, bad = torch.tensor([1.0, 2.0]).to(dtype), torch.tensor([1.0, math.nan]).to(dtype)
+    whole = torch.tensor([1, 2])
+    assert first_not_finite({"a": good, "b": whole}) is None
+    assert first_not_finite({"a": good, "b": bad}) == "b"
+
+
 def test_logits_of_a_live_teacher_that_are_no_numbers_stop_the_run(
     cached: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
