@@ -254,7 +254,7 @@ def test_check_shards_names_what_is_missing_or_changed(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_comes_back_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="of shard 0 after one of 1"):
+    with pytest.raises(ValueError, match="of shard 0 after one of shard 1"):
         make(tmp_path, [Sample("a", 0, 0, 1, 0, 0), Sample("b", 0, 0, 0, 0, 0)])
 
 
