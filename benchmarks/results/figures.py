@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     for question, title in TITLES.items():
         if any(row["question"] == question for row in rows):
             curve(Question([r for r in rows if r["question"] == question]), title, args.out / f"{question}_curve.png")
-    if len(found := [row for row in rows if varies_views(row)]) > 1:
+    if len(found := [row for row in rows if varies_views(row)]) > 2:
         views(found, args.out / "views.png")
     return 0
 
