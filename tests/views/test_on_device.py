@@ -39,7 +39,8 @@ NAMING = """view _unsafe_view expand permute transpose unbind split split_with_s
 detach lift_fresh"""
 ALLOWED = f"""{NAMING} index_select gather index_copy_ copy_ cat stack where arange zeros full_like ones_like
 repeat_interleave _to_copy add add_ sub sub_ rsub mul mul_ div floor_divide remainder __lshift__ __rshift__ bitwise_and
-bitwise_xor bitwise_xor_ bitwise_or sum cumsum scatter_add_ amin amax minimum all bmm floor ceil clamp clamp_ eq ge gt le lt"""
+bitwise_xor bitwise_xor_ bitwise_or sum cumsum scatter_add_ amin amax minimum all bmm floor ceil clamp clamp_ eq ge gt
+le lt"""
 
 
 def image(height: int, width: int, seed: int = 0) -> np.ndarray:
