@@ -343,15 +343,10 @@ def main() -> None:
     try:
         with _interrupts():
             code = app(standalone_mode=False) or 0
-    except CskdError as e:
+    except (CskdError, OSError) as e:
         if "--debug" in sys.argv:
             raise
-        print(f"cskd: {printable(str(e))}", file=sys.stderr)
-        code = 1
-    except OSError as e:
-        if "--debug" in sys.argv:
-            raise
-        print(f"cskd: {printable(_os_error(e))}", file=sys.stderr)
+        print(f"cskd: {printable(str(e) if isinstance(e, CskdError) else _os_error(e))}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         code = 130

@@ -36,14 +36,16 @@ from timm.data import create_transform
 
 from cskd.config import RecipeConfig
 from cskd.views.ops import apply, apply_op
-from cskd.views.randaugment import OPERATIONS, Op, argument_of
+from cskd.views.randaugment import TIMM_OPERATIONS, Op, argument_of
 from cskd.views.recipe import describe, sample_params
 
 ROOT = Path(__file__).resolve().parent.parent
 RAND = "rand-m9-mstd0.5-inc1"
 SIZE, FILL, MAGNITUDE = 224, (124, 116, 104), 9.0
 IMAGES, VIEWS = 40, 12  # timed: images, views of each
-TIMM_NAMES = dict(zip(OPERATIONS, timm_ops._RAND_INCREASING_TRANSFORMS, strict=True))  # in timm's order, on purpose
+TIMM_NAMES = dict(
+    zip(TIMM_OPERATIONS, timm_ops._RAND_INCREASING_TRANSFORMS, strict=True)
+)  # in timm's order, on purpose
 Pixels = NDArray[np.uint8]
 
 
@@ -67,14 +69,14 @@ def sample_images() -> list[Image.Image]:
 def timm_transform() -> Callable[[Image.Image], torch.Tensor]:
     """What DeiT trains with."""
     options: dict[str, Any] = {"auto_augment": RAND, "re_prob": 0.25, "re_mode": "pixel", "re_count": 1}
-    transform: Callable[[Image.Image], torch.Tensor]
-    transform = create_transform(SIZE, is_training=True, color_jitter=0.3, interpolation="bicubic", **options)
+    transform: Any = create_transform(SIZE, is_training=True, color_jitter=0.3, interpolation="bicubic", **options)
     # Pillow 13 refuses to posterize to 0 bits, which RandAugment draws now and then.
     timm_ops.NAME_TO_OP["PosterizeIncreasing"] = _posterize
-    for step in transform.transforms:  # type: ignore[attr-defined]
+    for step in transform.transforms:
         for op in getattr(step, "ops", []):
             op.aug_fn = timm_ops.NAME_TO_OP[op.name]
-    return transform
+    whole: Callable[[Image.Image], torch.Tensor] = transform
+    return whole
 
 
 def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
@@ -84,7 +86,7 @@ def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
 def operations(view: Pixels) -> Iterator[tuple[Op, Callable[[], Pixels], Callable[[], Image.Image]]]:
     """Each operation at magnitude 9, with a call that does it here and one that does it in timm."""
     picture = Image.fromarray(view)
-    for name in OPERATIONS:
+    for name in TIMM_OPERATIONS:
         op = Op(name, argument_of(name, MAGNITUDE, negative=False, increasing=True))
         function = timm_ops.NAME_TO_OP[TIMM_NAMES[name]]
         arguments = () if op.argument is None else (op.argument,)
@@ -131,7 +133,7 @@ def compare_views(images: list[Image.Image], recipe: RecipeConfig, sheet: Sheet)
         pixels = np.array(image)
         for v in range(VIEWS):
             start = time.thread_time()
-            params = sample_params(n * VIEWS + v, *pixels.shape[:2], recipe)
+            params = sample_params(n * VIEWS + v, pixels.shape[0], pixels.shape[1], recipe)
             ours = apply(pixels, params)
             middle = time.thread_time()
             timms = transform(image)
@@ -179,7 +181,9 @@ def main() -> int:
     print(f"{platform.machine()}, {os.cpu_count()} cores, " + ", ".join(f"{k} {v}" for k, v in versions.items()))
     images, sheet = sample_images(), Sheet()
     first = np.array(images[0])
-    view = apply(first, sample_params(0, *first.shape[:2], RecipeConfig(size=SIZE, crop="center", flip=0.0)))
+    view = apply(
+        first, sample_params(0, first.shape[0], first.shape[1], RecipeConfig(size=SIZE, crop="center", flip=0.0))
+    )
     rows = compare_operations(view, sheet)
     mean_ours, mean_timm = (statistics.fmean(row[f"{s}_ms"] for row in rows.values()) for s in ("ours", "timm"))
     recipe = RecipeConfig(size=SIZE, randaugment=RAND, color_jitter=0.3, erase=0.25)

@@ -36,7 +36,7 @@ from cskd.loading.stage1 import ChunkMaker, chunks
 from cskd.machine.devices import pick_device
 from cskd.pipeline.show.progress import Progress
 from cskd.store.cache import Cache, open_cache
-from cskd.store.format import RESOLVED, VIEW_FIELDS, Unit
+from cskd.store.format import RESOLVED, UNIT_FIELDS, Unit
 from cskd.store.unit import pack_unit
 from cskd.teacher.model import Teacher, load_teacher
 from cskd.views.digest import check_view
@@ -152,7 +152,7 @@ def _compare(cache: Cache, views: int, blends: NDArray[np.int64]) -> Run:
     run = Run()
     with Progress("codec benchmark", views * cache.inventory.n, "views") as progress:
         for block in range(cache.blocks):
-            first, stop = cache.block_range(block)
+            first, stop = cache.inventory.block_range(block)
             for view in range(views):
                 stored = cache.read(block, view, next(iter(cache.codecs)))
                 dense, image = _teacher_again(cache, teacher, maker, block, view, stored, config.teacher.batch)
@@ -166,7 +166,7 @@ def _teacher_again(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dense float32 [R, K, h, w] and global float32 [R, K] logits of a unit's rows, from replayed pixels in stage 1's
     batches. Raises ReplayError where a digest differs."""
-    first, stop = cache.block_range(block)
+    first, stop = cache.inventory.block_range(block)
     order = quads(stop - first, cache.recipe, cache.inventory.id, block, view // cache.recipe.mix_group)
     row_of = np.full(stop - first, -1)
     row_of[unit.position] = np.arange(len(unit.position))
@@ -194,7 +194,7 @@ def _teacher_again(
 
 
 def _check_digests(cache: Cache, unit: Unit, view: int, samples: Any, rows: Any, crcs: Any) -> None:
-    first, recorded = cache.block_range(cache.inventory.block_of(int(samples[0])))[0], cache.recorded()
+    first, recorded = cache.inventory.block_range(cache.inventory.block_of(int(samples[0])))[0], cache.recorded()
     for sample, row, crc in zip(samples.tolist(), rows.tolist(), crcs.tolist(), strict=True):
         fields = {name: values[row] for name, values in unit.fields.items()}
         partner = first + int(fields["partner"])
@@ -212,7 +212,7 @@ def _compare_unit(
     image: torch.Tensor,
     blends: NDArray[np.int64],
 ) -> None:
-    names = {name: dims for name, (_, dims) in VIEW_FIELDS.items()}
+    names = {name: dims for name, (_, dims) in UNIT_FIELDS.items()}
     about = {"block": block, "view": view, "inventory": cache.inventory.id}
     truth = direct_targets(dense.numpy(), image.numpy(), blends)
     for name, codec in codecs.items():

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,10 @@ from cskd.store.manifest import Manifest
 from cskd.store.unit import read_unit
 from cskd.store.unit_builder import UnitBuilder
 from cskd.teacher.model import load_teacher
-from cskd.views.fields import view_fields
+from cskd.views.digest import library_versions
 from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import mix_pixels
-from cskd.views.mixing import quads
-from cskd.views.versions import library_versions
+from cskd.views.mixing import drawn_fields, quads
 
 # Shapes: N samples, B batch, K classes, h w teacher grid, n its cells
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,7 +106,7 @@ def teacher_outputs(folder: Path, images: int) -> tuple[F32, F32]:
     inventory = open_inventory(folder)
     teacher = load_teacher(config.teacher, inventory.classes, torch.device("cpu"), config.recipe.size)
     maker, n = ViewMaker(inventory, config.recipe), int(inventory.blocks[1])
-    fields = view_fields(inventory, config.recipe, 0, 0, np.zeros(n, bool))
+    fields = drawn_fields(inventory, config.recipe, 0, 0, np.zeros(n, bool))
     order = quads(n, config.recipe, inventory.id, 0, 0)[: images // BATCH * BATCH]
     dense, whole = [], []
     for position in order.reshape(-1, BATCH):
@@ -208,7 +208,7 @@ def tables(
         "zarr": lambda: [stock_read(path) for path in files],
         "read": lambda: [read_unit(path) for path in files],
         "read_and_check": lambda: [cache.read(b, 0, "envelope") for b in range(cache.blocks)],
-        "check_codec": lambda: [check(codec, unit) for unit in units],
+        "check_codec": lambda: list(map(partial(check, codec), units)),
         "look_up": lambda: [codec.hard(unit.targets, spec.blend) for unit in units],
     }
     times: dict[str, list[float]] = {name: [] for name in sides}

@@ -48,6 +48,7 @@ from cskd.teacher.lanes import threads_of_a_lane
 from cskd.teacher.model import load_teacher
 from cskd.views import ops
 from cskd.views.digest import pixel_crc
+from cskd.views.erasing import erase
 from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import mix_pixels
 from cskd.views.recipe import sample_params
@@ -108,7 +109,7 @@ class Clock:
 
 def views(folder: Path, shared: Path) -> dict[str, Any]:
     """us a view of each part, averaged over 500 images."""
-    recipe, found = RecipeConfig(**DEIT), {}  # type: ignore[arg-type]
+    recipe, found = RecipeConfig(**DEIT), {}
     torch.set_num_threads(1)
     for name in ("full", "short"):
         inventory = open_inventory(folder / name)
@@ -133,7 +134,7 @@ def _view(clock: Clock, maker: ViewMaker, sample: int, seed: int) -> None:
     for op in params.ops:
         out = clock(op.name, ops.apply_op, out, op, fill)
     for erasure in params.erasures:
-        clock("erase", ops.erase, out, erasure, params.mean, params.std)
+        clock("erase", erase, out, erasure, params.mean, params.std)
     clock("digest", pixel_crc, out)
 
 

@@ -46,6 +46,7 @@ import PIL
 import timm
 import torch
 import torchvision
+from numpy.typing import NDArray
 
 from benchmarks.loader_sides import Side
 from benchmarks.tiny_teacher import TINY_TEACHER
@@ -60,11 +61,11 @@ from cskd.views.maker import ViewMaker
 from cskd.views.mixing import NONE, mixing, quads
 
 ROOT = Path(__file__).resolve().parent.parent
-DEIT = {"randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25, "mixup": 0.8, "cutmix": 1.0}
-MILD = {"mixup": 0.0, "cutmix": 0.0}
+DEIT: dict[str, Any] = {"randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25, "mixup": 0.8, "cutmix": 1.0}
+MILD: dict[str, Any] = {"mixup": 0.0, "cutmix": 0.0}
 VIEWS = 3  # of a cache: as many as the repeats
 COPIES = 10
-COMPARISONS = {  # name: recipe, cskd's images, timm's images, repeats
+COMPARISONS: dict[str, tuple[dict[str, Any], str, str, int]] = {  # name: recipe, cskd's images, timm's images, repeats
     "one_view": (DEIT, "full", "full", 1),
     "repeats3": (DEIT, "full", "full", 3),
     "short256": (DEIT, "short", "full", 1),
@@ -269,7 +270,7 @@ class Trial:
 
 def parts(data: Path, views: int, rounds: int) -> dict[str, float]:
     """Median microseconds a view of each part, in rounds that take turns."""
-    recipe = RecipeConfig(**DEIT)  # type: ignore[arg-type]
+    recipe = RecipeConfig(**DEIT)
     inventory = open_inventory(data)
     maker = ViewMaker(inventory, recipe)
     views = min(views, len(inventory))
@@ -277,7 +278,7 @@ def parts(data: Path, views: int, rounds: int) -> dict[str, float]:
     seeds = view_seeds(recipe.seed, inventory.id, inventory.key_hash[:block], 0)
     m = mixing(seeds, quads(block, recipe, inventory.id, 0, 0), np.zeros(block, bool), recipe, 0)
     recorded = Recorded(np.zeros(len(inventory), bool), {})
-    fields = {"seed": seeds, "mode": m.mode, "lam": m.lam, "box": m.box}
+    fields: dict[str, NDArray[Any]] = {"seed": seeds, "mode": m.mode, "lam": m.lam, "box": m.box}
     seconds: dict[str, list[float]] = {"decode": [], "augment": [], "digest": []}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -288,7 +289,7 @@ def parts(data: Path, views: int, rounds: int) -> dict[str, float]:
         clock = time.perf_counter()
         pixels = [maker.view(images[i], int(seeds[i])) for i in range(views)]
         seconds["augment"].append(time.perf_counter() - clock)
-        rows = [{name: array[i] for name, array in fields.items()} for i in range(views)]
+        rows: list[dict[str, Any]] = [{name: array[i] for name, array in fields.items()} for i in range(views)]
         for i, row in enumerate(rows):
             partner = int(inventory.key_hash[m.partner[i]]) if row["mode"] != NONE else 0
             row["digest"] = view_digest(pixel_crc(pixels[i]), int(row["mode"]), int(row["lam"]), row["box"], partner)

@@ -48,7 +48,7 @@ class Side:
 
 def cskd_batches(side: Side, scratch: Path) -> Iterator[torch.Tensor]:
     """Inputs of stage 2, replayed from a cache, every view checked against its digest."""
-    from cskd.config import LossConfig
+    from cskd.config import LossConfig, TrainConfig
     from cskd.loading.plan import PlanSpec
     from cskd.loading.stage2 import BatchMaker
     from cskd.loading.stream import Stream
@@ -61,13 +61,7 @@ def cskd_batches(side: Side, scratch: Path) -> Iterator[torch.Tensor]:
 
     device = pick_device("cpu")
     cache = open_cache(Path(side.source))
-    plan = PlanSpec.over(
-        cache,
-        repeats=side.repeats,
-        seed=0,
-        global_batch=side.batch,
-        window=8,
-    )
+    plan = PlanSpec.over(cache, TrainConfig(repeats=side.repeats, global_batch=side.batch))
     targets = CachedTargets(cache, LossConfig(method="cskd-hard"), epochs=300)
     maker = BatchMaker(ViewMaker(cache.inventory, cache.recipe), None, 1.0, cache.recorded())
     inputs = InputMaker(cache.recipe.mean, cache.recipe.std, device)
@@ -98,7 +92,8 @@ def timm_batches(side: Side) -> Iterator[torch.Tensor]:
         """The images over and over: no pause between epochs, which are long with ImageNet."""
 
         def __len__(self) -> int:
-            return 1000 * super().__len__()
+            once: int = super().__len__()
+            return 1000 * once
 
         def __getitem__(self, i: int) -> Any:
             return super().__getitem__(i % super().__len__())

@@ -33,7 +33,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.tiny_teacher import TINY_TEACHER
-from cskd.config import from_dict
+from cskd.config import TrainConfig, from_dict
 from cskd.dataset.images import decode
 from cskd.dataset.inventory import open_inventory
 from cskd.dataset.shard_reader import ShardReader
@@ -193,9 +193,9 @@ def reference(cache: Cache) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         image = decode(reader.read(i))
         for v in range(cache.views):
             seed = int(view_seeds(recipe.seed, inventory.id, inventory.key_hash[i : i + 1], v)[0])
-            crc[i, v] = pixel_crc(apply(image, sample_params(seed, *image.shape[:2], recipe)))
+            crc[i, v] = pixel_crc(apply(image, sample_params(seed, image.shape[0], image.shape[1], recipe)))
     for block, v in itertools.product(range(cache.blocks), range(cache.views)):
-        first, stop = cache.block_range(block)
+        first, stop = cache.inventory.block_range(block)
         hashes = inventory.key_hash[first:stop]
         seeds = view_seeds(recipe.seed, inventory.id, hashes, v)
         order = quads(stop - first, recipe, inventory.id, block, v // recipe.mix_group)
@@ -211,7 +211,7 @@ def stored(cache: Cache, digest: NDArray[np.int64]) -> Score:
     score = Score(distinct=digest.size)
     for block, v in itertools.product(range(cache.blocks), range(cache.views)):
         unit = cache.read(block, v, "envelope")
-        expected = digest[cache.block_range(block)[0] + unit.position, v]
+        expected = digest[cache.inventory.block_range(block)[0] + unit.position, v]
         score.comparisons += len(expected)
         score.differences += int((unit.fields["digest"] != expected).sum())
     return score
@@ -223,7 +223,7 @@ def backwards(cache: Cache, crc: NDArray[np.int64], sizes: Sizes) -> Score:
     views = tuple(reversed(range(cache.views)))
     tasks = []
     for block in reversed(range(cache.blocks)):
-        first, stop = cache.block_range(block)
+        first, stop = cache.inventory.block_range(block)
         tasks += chunks(block, views, first, np.arange(stop - first)[::-1], 7)
     maker = ChunkMaker(ViewMaker(cache.inventory, cache.recipe), cache.inventory.id)
     for result in Stream(maker, tasks, sizes.workers):
@@ -251,14 +251,8 @@ def compare(cache: Cache, variant: Variant, pairs: int, digest: NDArray[np.int64
 def feed(cache: Cache, variant: Variant, pairs: int, scratch: Path) -> Iterator[Batch]:
     """What training would be fed: whole epochs of every rank, until `pairs` samples have come. Replay is not verified
     by the workers, so that differences are counted and not refused."""
-    plan = PlanSpec.over(
-        cache,
-        repeats=variant.repeats,
-        seed=0,
-        global_batch=variant.batch,
-        window=1 if variant.reverse else 2,
-        ranks=variant.ranks,
-    )
+    settings = TrainConfig(repeats=variant.repeats, global_batch=variant.batch, window=1 if variant.reverse else 2)
+    plan = PlanSpec.over(cache, settings, variant.ranks)
     epochs = math.ceil(pairs / (plan.steps * variant.batch))
     first = variant.epoch * plan.steps
     inside = [first + plan.steps * cut // (variant.cuts + 1) for cut in range(1, variant.cuts + 1)]

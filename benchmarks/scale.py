@@ -51,8 +51,8 @@ from cskd.store.identity import identity_of
 from cskd.store.manifest import Manifest
 from cskd.store.unit_builder import UnitBuilder
 from cskd.teacher.model import load_teacher
+from cskd.views.digest import library_versions
 from cskd.views.mixing import quads
-from cskd.views.versions import library_versions
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARD = 8192
@@ -223,7 +223,7 @@ def grow_cache(folder: Path, inventory: Inventory, views: int) -> None:
 
 
 def add_unit(cache: Cache, block: int, view: int) -> None:
-    first, stop = cache.block_range(block)
+    first, stop = cache.inventory.block_range(block)
     order = quads(stop - first, cache.recipe, cache.inventory.id, block, view // cache.recipe.mix_group)
     builder = UnitBuilder(cache.inventory, cache.recipe, cache.codecs, view, first, order)
     rng = torch.Generator().manual_seed(block * 1000 + view)

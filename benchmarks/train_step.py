@@ -45,7 +45,7 @@ from benchmarks.loader_sides import family, mend_posterize, proc_fields
 # A worker imports this file, as it does the `cskd` script: what only a side needs is imported where it is used.
 
 ROOT = Path(__file__).resolve().parent.parent
-DEIT = {"size": 224, "randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25}
+DEIT: dict[str, Any] = {"size": 224, "randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25}
 TEACHER = "regnety_160"
 WARM = 2  # steps that are not counted; more where something is compiled
 
@@ -182,7 +182,7 @@ def run_side(side: dict[str, Any]) -> dict[str, Any]:
 
     config = _config(side, Path(os.environ["CSKD_DATA"]))
     watch = Stopwatch(warm(pick_device(side["device"]).type), side["steps"])
-    cskd.pipeline.train.Progress = watch  # type: ignore[assignment, misc]
+    cskd.pipeline.train.Progress = watch  # type: ignore[assignment, attr-defined]  # the name that the stage looks up
     report = cskd.pipeline.train.train(config, online=side["side"].startswith("online"), quiet=True)
     return watch.found() | {"bound_by": report.bound_by}
 
@@ -284,7 +284,7 @@ def _timm(side: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     if not cuda and uses_bf16(_autocast(side), device):
         timm.layers.set_fused_attn(False)  # on a CPU faster in bf16, as for our side
-    model = timm.create_model(side["student"], num_classes=1000).to(device)
+    model: Any = timm.create_model(side["student"], num_classes=1000).to(device)
     criterion = SoftTargetCrossEntropy()
     if side["side"] == "timm kd":
         model.set_distilled_training(True)
@@ -294,7 +294,8 @@ def _timm(side: dict[str, Any]) -> dict[str, Any]:
         task = ClassificationTask(model, criterion=criterion, device=device, verbose=False)
     if cuda:
         task = torch.compile(task)
-    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, **({"fused": True} if cuda else {}))
+    fused: dict[str, Any] = {"fused": True} if cuda else {}
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, **fused)
     batches, counted = _timm_batches(side, device), warm(device.type)
     model.train()
     clock = 0.0

@@ -39,6 +39,15 @@ class StudentError(CskdError):
     """The student can't be built, or does not fit the cached teacher grid or classes."""
 
 
+class NotFiniteError(StudentError):
+    """A loss, weights or logits hold NaN or an infinity. `what` says which, `step` since which update where that is known;
+    the message adds what to do."""
+
+    def __init__(self, what: str, advice: str, step: int | None = None) -> None:
+        super().__init__(f"{what}{'' if step is None else f' at step {step}'}; {advice}")
+        self.what, self.step = what, step
+
+
 class CodecError(CskdError):
     """Teacher outputs that a codec can't hold, or stored arrays that are not this codec's."""
 
@@ -59,6 +68,11 @@ def one_line(error: Exception) -> str:
     """An exception of anybody's as part of one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
+
+
+def counted(n: int, noun: str) -> str:
+    """'1 unit' or '1,024 units'."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def printable(text: str) -> str:

@@ -76,9 +76,8 @@ def permutation(n: int, seed: int) -> NDArray[np.int64]:
     return np.argsort(draws, kind="stable")
 
 
-_purpose_hash = functools.lru_cache(maxsize=1024)(
-    hash64
-)  # purposes are words of the code: a few dozen, used for every view
+# Purposes are words of the code: a few dozen, used for every view.
+_purpose_hash = functools.lru_cache(maxsize=1024)(hash64)
 
 
 class Draws:

@@ -1,4 +1,4 @@
-"""The two stages and inspection: one readable spine each."""
+"""The stages, one readable spine each, and the commands that show a cache (`look`) or check and mend it (`care`)."""
 
 from cskd.machine.threads import wait_passively
 

@@ -18,11 +18,9 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 
-from cskd.codecs import get_codec
 from cskd.config import Config, to_dict
-from cskd.dataset.inventory import Inventory, open_inventory
+from cskd.dataset.inventory import Inventory
 from cskd.errors import CacheError, ConfigError
 from cskd.loading.stage1 import ChunkMaker
 from cskd.loading.stream import Stream
@@ -31,23 +29,22 @@ from cskd.machine.threads import Threads, begun_with, choose_threads, computing_
 from cskd.pipeline.clean_check import clean_check
 from cskd.pipeline.measure_precision import measure_precision
 from cskd.pipeline.outputs import refuse_cache_output
-from cskd.pipeline.precheck import look_ahead
-from cskd.pipeline.show.progress import Notes, Progress, bound_by, duration
+from cskd.pipeline.precheck import look_ahead, need_training_images, training_images
+from cskd.pipeline.show.progress import Notes, Progress, bound_by, duration, print_lines
 from cskd.pipeline.unit_line import missing_passes, unit_line, views_left
 from cskd.store.cache import Cache, create_cache
 from cskd.store.format import MANIFEST
-from cskd.store.golden import check_versions
 from cskd.store.identity import identity_of
-from cskd.store.manifest import Manifest
-from cskd.store.resolved import write_resolved
+from cskd.store.manifest import Manifest, write_resolved
+from cskd.store.replay_check import check_versions
 from cskd.store.seal import seal_cache
+from cskd.teacher.fingerprint import compare_probe
 from cskd.teacher.lanes import lanes_of
 from cskd.teacher.model import Teacher, load_teacher
-from cskd.teacher.probe import compare_probe
+from cskd.views.digest import library_versions
 from cskd.views.maker import ViewMaker
-from cskd.views.versions import library_versions
 
-WAIT = 2.0  # seconds between two looks at what other processes are making
+POLL_WAIT = 2.0  # seconds between two looks at what other processes are making
 
 
 @dataclass(frozen=True)
@@ -78,13 +75,9 @@ def _cache_teacher(config: Config, threads: Threads, quiet: bool) -> CacheReport
     start = time.perf_counter()
     if not config.cache.path:
         raise ConfigError("cache.path is empty; say where the cache goes, for example --set cache.path=caches/mine")
-    if not config.data.train:
-        raise ConfigError(
-            "data.train is empty; say which packed data set to cache, for example --set data.train=data/mine"
-        )
+    need_training_images(config)
     refuse_cache_output(config)
-    inventory = open_inventory(Path(config.data.train))
-    inventory.check_shards()
+    inventory = training_images(config)
     device = pick_device(config.cache.device)
     maker, notes = ViewMaker(inventory, config.recipe), Notes(quiet)
     ahead = look_ahead(config, maker)
@@ -110,7 +103,7 @@ def _cache_teacher(config: Config, threads: Threads, quiet: bool) -> CacheReport
             line.drain()
             progress.update(by_others + line.images)
             if line.units == before:
-                time.sleep(WAIT)  # others are making all that is missing
+                time.sleep(POLL_WAIT)  # others are making all that is missing
     return CacheReport(
         cache=str(cache.root),
         units=line.units,
@@ -131,8 +124,7 @@ def _open_or_create(
 ) -> Cache:
     """The cache of this config: identity compared, the teacher's outputs on the probe images compared too."""
     root = Path(config.cache.path)
-    codecs = [get_codec(name, teacher.classes, teacher.grid).name for name in config.cache.codecs]
-    identity = identity_of(inventory, config.recipe, teacher.fingerprint.facts, teacher.grid, codecs)
+    identity = identity_of(inventory, config.recipe, teacher.fingerprint.facts, teacher.grid, config.cache.codecs)
     manifest, probe = Manifest(identity=identity, views=config.cache.views), teacher.probe()
     new = not (root / MANIFEST).exists()
     if new:
@@ -152,10 +144,9 @@ def _open_or_create(
             versions=library_versions(),
         )
     cache = create_cache(root, manifest, inventory)
-    write_resolved(cache)
+    write_resolved(root, cache.manifest)
     notes.add(cache.manifest.notes or [])
-    if not new and (note := check_versions(cache)):
-        notes.add([note])
+    notes.add([] if new else check_versions(cache))
     notes.say()
     difference = compare_probe(cache.manifest.probe or {}, probe)
     if difference:
@@ -175,17 +166,13 @@ def _use_threads(threads: Threads, cache: Cache, teacher: Teacher, config: Confi
 
 def render(report: CacheReport, console: Console) -> None:
     """The report for people."""
-    rate = report.images / report.loop_seconds if report.loop_seconds else 0.0
-    did = (
-        f"{report.units:,} units, {report.images:,} views in {duration(report.loop_seconds)} ({rate:,.0f} views/s), "
-        if report.units
-        else ""
-    )
+    rate, took = report.images / report.loop_seconds if report.loop_seconds else 0.0, duration(report.loop_seconds)
+    did = f"{report.units:,} units, {report.images:,} views in {took} ({rate:,.0f} views/s), " if report.units else ""
     of = f" of data.{report.clean_data}" if report.clean_data else ""
-    console.print(f"{escape(report.cache)}: {did}{duration(report.seconds)} with loading and checks", soft_wrap=True)
-    console.print(
+    print_lines(
+        console,
+        f"{report.cache}: {did}{duration(report.seconds)} with loading and checks",
         f"teacher top-1 on clean images{of} {100 * report.clean_top1:.1f} %, quarantined {report.quarantined} images",
-        soft_wrap=True,
+        f"sealed, content {report.content_root}",
+        report.bound_by,
     )
-    console.print(f"sealed, content {report.content_root}", soft_wrap=True)
-    console.print(escape(report.bound_by), soft_wrap=True)

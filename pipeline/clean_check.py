@@ -17,21 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cskd.config import Config
-from cskd.dataset.inventory import Inventory, open_inventory
+from cskd.dataset.inventory import Inventory, evenly, open_inventory
 from cskd.errors import DataError, ImageError, TeacherError
-from cskd.teacher.class_order import OtherOrder, describe, known_orders, one_way, other_order, suspects
+from cskd.teacher.class_order import Ints, OtherOrder, describe, known_orders, one_way, other_order, suspects
 from cskd.teacher.clean import check_clean, clean_limit, clean_predictions
 from cskd.teacher.model import Teacher
 from cskd.teacher.variants import ENOUGH, Better, better_variant
-from cskd.views.maker import Image, ViewMaker
-
-Ints = NDArray[np.int64]
+from cskd.views import Image
+from cskd.views.maker import ViewMaker
 
 ASIDE = 64  # images of data.train that are looked at where data.val is checked
-MORE = 128  # images at most that are read to make sure of an order, or of a variant
+MOST_MORE = 128  # images at most that are read to make sure of an order, or of a variant
 PER_CLASS = 16  # images of a class that are enough to be sure
 PERFECT = 0.995  # top-1 from which on no other normalisation is looked for
 LONGEST_LIST = 60  # characters of a list of outputs that a message holds
@@ -60,7 +58,7 @@ def clean_check(teacher: Teacher, maker: ViewMaker, config: Config) -> CleanChec
     """
     wanted, names = config.teacher.check_images, maker.inventory.classes
     sources, notes = _sources(maker, config)
-    seen = _Seen(teacher, sources)
+    seen = _Answers(teacher, sources)
     for source in list(sources):
         try:
             seen.add(source, spread(source.label, wanted))
@@ -88,12 +86,12 @@ def clean_check(teacher: Teacher, maker: ViewMaker, config: Config) -> CleanChec
             raise TeacherError(f"{fault}; teacher.check: note goes on")
         notes.append(fault)
     if len(unsure := suspects(seen.predicted, seen.labels, len(names), known)):
-        goal = max(1, min(PER_CLASS, MORE // len(unsure)))
-        seen.more(goal * len(unsure) - int(np.isin(seen.labels, unsure).sum()), min(MORE, wanted), unsure)
+        goal = max(1, min(PER_CLASS, MOST_MORE // len(unsure)))
+        seen.more(goal * len(unsure) - int(np.isin(seen.labels, unsure).sum()), min(MOST_MORE, wanted), unsure)
     order = other_order(seen.predicted, seen.labels, len(names), known)
     better = None
     if top1 < PERFECT and not (order and order.sure and order.cure):
-        seen.more(MORE - len(seen), min(MORE, wanted))
+        seen.more(MOST_MORE - len(seen), min(MOST_MORE, wanted))
         better = better_variant(teacher, *seen.again(ENOUGH))
     faults, more_notes = _judge(order, better, seen, count, teacher, names)
     if better and better.top1 < clean_limit(teacher.classes, better.images, config.teacher.min_top1):
@@ -110,7 +108,7 @@ def clean_check(teacher: Teacher, maker: ViewMaker, config: Config) -> CleanChec
 
 
 def _judge(
-    order: OtherOrder | None, better: Better | None, seen: _Seen, count: int, teacher: Teacher, names: Sequence[str]
+    order: OtherOrder | None, better: Better | None, seen: _Answers, count: int, teacher: Teacher, names: Sequence[str]
 ) -> tuple[list[str], list[str]]:
     """What speaks against the teacher: faults, and notes."""
     if order is None:
@@ -126,13 +124,13 @@ def _judge(
     return [f"{shows} ({cured}); set teacher.classes: {order.cure or _outputs(order, teacher)}"], []
 
 
-def _numbered_apart(val: _Seen, source: _Source, known: Mapping[str, Ints], count: int) -> str | None:
+def _numbered_apart(val: _Answers, source: _Source, known: Mapping[str, Ints], count: int) -> str | None:
     """Why data.val can't number its classes as data.train does, by some images of that; None where it may.
 
     Either another order fits data.val and not data.train, or the teacher is right for data.val alone: nobody's teacher is much
     better on images that it was not trained on.
     """
-    train = _Seen(val.teacher, [source])
+    train = _Answers(val.teacher, [source])
     with contextlib.suppress(DataError):  # it is said where the data set is read in its turn
         train.add(source, spread(source.label, count))
     n, m = len(train), len(val)
@@ -202,7 +200,7 @@ class _Images(Sequence[Image]):
         return source.maker.image(i)
 
 
-class _Seen:
+class _Answers:
     """Images that the teacher has seen: where they are, their labels, and what it said."""
 
     def __init__(self, teacher: Teacher, sources: list[_Source]) -> None:
@@ -245,7 +243,7 @@ class _Seen:
 
     def again(self, most: int) -> tuple[_Images, Ints, Ints]:
         """At most so many of the images, spread evenly, with labels and predictions."""
-        rows = np.unique(np.linspace(0, len(self) - 1, most).astype(int))
+        rows = evenly(len(self), most)
         return _Images([self.at[row] for row in rows]), self.labels[rows], self.predicted[rows]
 
     @staticmethod
@@ -267,7 +265,7 @@ def spread(labels: Ints, wanted: int) -> Ints:
     while (left := wanted - int(each.sum())) > 0:
         open_ = np.flatnonzero(each < count)
         if left < len(open_):
-            each[open_[np.linspace(0, len(open_) - 1, left).astype(int)]] += 1
+            each[open_[evenly(len(open_), left)]] += 1
         else:
             each[open_] += np.minimum(left // len(open_), (count - each)[open_])
     places = [f + ((np.arange(q) + 0.5) * n / q).astype(int) for f, n, q in zip(first, count, each, strict=True) if q]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,14 @@ from cskd.files.read import refuse_links
 from cskd.files.writer import LOCK
 from cskd.loading.sources import ViewSource
 from cskd.machine.devices import uses_bf16
-from cskd.store.cache import Cache, first_difference
+from cskd.store.cache import Cache, differences, first_difference
 from cskd.store.format import RESOLVED
 from cskd.student.checkpoint import MODEL, MODEL_BEST, MODEL_EMA, MODEL_LAST
 from cskd.views.recipe import RECIPE_CODE_VERSION
 
 # Facts of the teacher that a config for training may repeat; weights may lie elsewhere, batch and device don't matter.
 _TEACHER = ("model", "kwargs", "input_size", "mean", "std", "classes", "dense", "grid")
-# Files of a run that replace what has their name; the folders beside them hold names of their own.
+# Files of a run that replace what has their name; the folders next to them hold names of their own.
 _RUN_FILES = (MODEL, MODEL_LAST, MODEL_EMA, MODEL_BEST, "config.json", "metrics.jsonl", "metrics.csv")
 RUN_NAMES = (*_RUN_FILES, RESOLVED, "unreadable.json", "resume", "scratch", "tensorboard", MARKER, LOCK)
 # Keys that don't change which numbers a run ends with: they may differ when it is resumed.
@@ -179,7 +178,7 @@ def as_begun(config: Config, begun: dict[str, Any] | None) -> tuple[Config, list
 
 def changed_on_resume(begun: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Key, value it was begun with and value now of everything that differs and may, see `_NOTED`."""
-    differing = _differences(_filled(begun, now), now)
+    differing = differences(_filled(begun, now), now)
     return [d for d in differing if d[0] in _NOTED and not (d[0] == "threads" and d[2] is None)]  # none on a GPU
 
 
@@ -201,7 +200,7 @@ def refuse_other_run(begun: dict[str, Any], now: dict[str, Any], output: Path, d
         begun = begun | {
             "loss": loss | {"baseline_head": "mean" if had_choice else now["loss"].get("baseline_head", "class")}
         }
-    for key, old, new in _differences(_filled(begun, now), now):
+    for key, old, new in differences(_filled(begun, now), now):
         if key in _NOTED:
             continue
         back = {
@@ -219,11 +218,9 @@ def _cache_back(old: Any, new: Any, online: bool) -> str:
     alone = str(old).startswith("none"), str(new).startswith("none")
     if online or all(alone):
         return "restore data.train, recipe and teacher as they were"
-    return (
-        "it was begun with an empty cache.path, set it so"
-        if alone[0]
-        else "set cache.path to the cache that it was begun with"
-    )
+    if alone[0]:
+        return "it was begun with an empty cache.path, set it so"
+    return "set cache.path to the cache that it was begun with"
 
 
 def _filled(begun: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
@@ -236,16 +233,6 @@ def _filled(begun: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
             known = {k: v for k, v in brought.items() if k in now[section]}
             filled[section] = known | {k: v for k, v in begun[section].items() if section != "train" or k not in _FREE}
     return {key: now[key] for key in _NOTED if key in now} | filled
-
-
-def _differences(old: Any, new: Any, field: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Dotted name and both values of every field in which two nested dicts differ."""
-    if not isinstance(old, dict) or not isinstance(new, dict):
-        if old != new:
-            yield field, old, new
-        return
-    for key in sorted(old.keys() | new.keys()):
-        yield from _differences(old.get(key), new.get(key), f"{field}.{key}" if field else key)
 
 
 def _written(value: Any) -> str:

@@ -37,14 +37,14 @@ from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.demo_curve import Curve, draw_curves, refuse_without_matplotlib
 from cskd.pipeline.demo_data import CLASSES, SIZE, digits, write_images
 from cskd.pipeline.demo_teacher import MEAN_STD, TEACHER, train_teacher
+from cskd.pipeline.intervals import Difference, paired_difference, spread
 from cskd.pipeline.look.inspect_cache import sheet
 from cskd.pipeline.pack import pack_data
 from cskd.pipeline.show.metrics import read_metrics
 from cskd.pipeline.show.progress import Progress
-from cskd.pipeline.statistics import Difference, paired_difference, spread
 from cskd.pipeline.train import train
 from cskd.store.cache import open_cache
-from cskd.teacher.forwards import teacher_images
+from cskd.teacher.model import teacher_images
 
 STUDENTS = {"none": "none", "deit": "deit-soft", "cskd": "cskd-soft"}
 LAYOUT = 2  # of the folder; raised whenever what lies in it would be other than before

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cskd.errors import ConfigError
-from cskd.pipeline.look.pictures import CLASS_COLOURS, FAINT, INK, Colour
+from cskd.pipeline.look.pictures import CLASS_COLOURS, FAINT, INK, Paint
 
 # Of Okabe and Ito, as in `cskd.pipeline.look.pictures`, with a marker each: black, orange, blue, then those that are left.
-LINES: tuple[tuple[Colour, str], ...] = (
+LINES: tuple[tuple[Paint, str], ...] = (
     (INK, "o"),
     (CLASS_COLOURS[1], "s"),
     (CLASS_COLOURS[0], "^"),
@@ -73,6 +73,6 @@ def _bottom(curves: Mapping[str, Curve]) -> float:
     return max(0.0, 5.0 * math.floor(min(third) / 5) - 5)
 
 
-def _rgb(colour: Colour) -> tuple[float, float, float]:
+def _rgb(colour: Paint) -> tuple[float, float, float]:
     r, g, b = (value / 255 for value in colour)
     return r, g, b

@@ -20,30 +20,18 @@ from rich.text import Text
 
 import cskd
 from cskd.config import TrainConfig
-from cskd.files.links import hard_link_error
+from cskd.files.durable import hard_link_error
+from cskd.files.scratch import GB
 from cskd.machine.cores import usable_cores
 from cskd.machine.threads import WAITING, choose_threads, users_count
 
-GB = 1e9
 SECONDS = 0.4  # that each speed is measured for
 BUSY = 0.5  # processes that want to run, per core: more than the doctor itself on two cores
 SLOWER = 0.8  # of one thread's speed: less than that is not noise
-PACKAGES = (  # cskd's dependencies, and torchvision, which timm needs
-    "numpy",
-    "torch",
-    "torchvision",
-    "timm",
-    "webdataset",
-    "zarr",
-    "numcodecs",
-    "pillow",
-    "simplejpeg",
-    "google-crc32c",
-    "safetensors",
-    "pyyaml",
-    "annotated-types",
-    "typer",
-    "rich",
+# cskd's dependencies, and torchvision, which timm needs.
+PACKAGES = (
+    *("numpy", "torch", "torchvision", "timm", "webdataset", "zarr", "numcodecs", "pillow", "simplejpeg"),
+    *("google-crc32c", "safetensors", "pyyaml", "annotated-types", "typer", "rich"),
 )
 OPTIONAL = {
     "scikit-learn": "cskd demo: pip install 'cskd[demo]'",
@@ -96,19 +84,21 @@ def render(report: DoctorReport, console: Console) -> None:
     console.print(table)
 
 
+def _row(name: str, value: str, good: bool, advice: str) -> Check:
+    """A row that warns, with advice, where what was found is not good."""
+    return Check(name, value) if good else Check(name, value, "warn", advice)
+
+
 def _versions() -> Iterator[Check]:
     yield Check("cskd", cskd.__version__)
     yield Check("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    for name in PACKAGES:
+    for name in (*PACKAGES, *OPTIONAL):
         try:
             yield Check(name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            yield Check(name, "not installed", "fail", f"pip install {name}")
-    for name, use in OPTIONAL.items():
-        try:
-            yield Check(name, importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError:
-            yield Check(name, "not installed", advice=f"only for {use}")
+            needed = name in PACKAGES
+            advice = f"pip install {name}" if needed else f"only for {OPTIONAL[name]}"
+            yield Check(name, "not installed", "fail" if needed else "ok", advice)
 
 
 def _decoder() -> Iterator[Check]:
@@ -127,11 +117,9 @@ def _decoder() -> Iterator[Check]:
 def _checksum() -> Iterator[Check]:
     import google_crc32c
 
-    if google_crc32c.implementation == "c":
-        yield Check("crc32c", "C, uses the CPU's instruction")
-    else:
-        advice = "every view is checked with it, and this is slow: pip install --force-reinstall google-crc32c"
-        yield Check("crc32c", str(google_crc32c.implementation), "warn", advice)
+    fast = google_crc32c.implementation == "c"
+    advice = "every view is checked with it, and this is slow: pip install --force-reinstall google-crc32c"
+    yield _row("crc32c", "C, uses the CPU's instruction" if fast else google_crc32c.implementation, fast, advice)
 
 
 def _processes() -> Iterator[Check]:
@@ -140,14 +128,10 @@ def _processes() -> Iterator[Check]:
     if cores.quota is not None:
         short = "less than two cores' time: training takes a core, and its loader another"
         value = f"{cores.quota:g} CPUs, affinity {cores.allowed}"
-        yield Check("CPU quota", value, "ok" if cores.quota >= 2 else "warn", "" if cores.quota >= 2 else short)
+        yield _row("CPU quota", value, cores.quota >= 2, short)
     methods = multiprocessing.get_all_start_methods()
-    if "forkserver" in methods:
-        yield Check("start methods", ", ".join(methods))
-    else:
-        yield Check(
-            "start methods", ", ".join(methods), "warn", "no forkserver: workers take some seconds each to start"
-        )
+    slow = "no forkserver: workers take some seconds each to start"
+    yield _row("start methods", ", ".join(methods), "forkserver" in methods, slow)
 
 
 def _storage() -> Iterator[Check]:
@@ -169,16 +153,14 @@ def _free(name: str, path: Path, enough: float, advice: str) -> Check:
     except OSError as e:
         return Check(name, f"{path}: {e.strerror}", "warn", advice)
     value = f"{usage.free / GB:.1f} of {usage.total / GB:.1f} GB free at {path}"
-    return Check(name, value) if usage.free >= enough else Check(name, value, "warn", advice)
+    return _row(name, value, usage.free >= enough, advice)
 
 
 def _hard_links(folder: Path) -> Check:
     """A commit record is put in place by a hard link: the one way that lets only the first of several writers count."""
     error = hard_link_error(folder)
-    if error is None:
-        return Check("hard links", "yes")
     advice = "a cache needs a writable file system with hard links; put cache.path on another disk"
-    return Check("hard links", f"no: {error.strerror}", "warn", advice)
+    return _row("hard links", f"no: {error.strerror}" if error else "yes", error is None, advice)
 
 
 def _devices() -> Iterator[Check]:
@@ -189,13 +171,9 @@ def _devices() -> Iterator[Check]:
     yield Check("processor", "bf16" if cpu_has_bf16() else "no AVX512-BF16, no AMX: autocast: auto is float32 on it")
     for i in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(i)
-        name, value = f"GPU {i}", f"{facts.name}, {facts.total_memory / GB:.0f} GB"
-        if facts.major >= 8 or torch.version.hip:  # natively; is_bf16_supported also counts emulation
-            yield Check(name, f"{value}, bf16")
-        else:
-            yield Check(
-                name, f"{value}, no bf16", "warn", "autocast stays off with autocast: auto; training takes longer"
-            )
+        bf16 = facts.major >= 8 or bool(torch.version.hip)  # natively; is_bf16_supported also counts emulation
+        value = f"{facts.name}, {facts.total_memory / GB:.0f} GB, {'bf16' if bf16 else 'no bf16'}"
+        yield _row(f"GPU {i}", value, bf16, "autocast stays off with autocast: auto; training takes longer")
     if torch.backends.mps.is_available():
         yield Check("GPU", "Apple MPS, experimental: the CPU gives the reference outputs")
     elif torch.cuda.device_count() == 0:
@@ -209,11 +187,9 @@ def _threads() -> Iterator[Check]:
 
     threads = choose_threads(workers=TrainConfig().workers)
     user = users_count()
-    if threads.count > threads.share and user:
-        advice = f"threads beyond the cores wait for each other: unset {user[0]}, or set it to {threads.share} at most"
-        yield Check("threads", str(threads), "warn", advice)
-    else:
-        yield Check("threads", str(threads))
+    name = user[0] if user else ""
+    advice = f"threads beyond the cores wait for each other: unset {name}, or set it to {threads.share} at most"
+    yield _row("threads", str(threads), not user or threads.count <= threads.share, advice)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     busy = load > BUSY * threads.cores.count
     yield Check("load", f"{load:.1f}", advice="other work runs here now, which slows what follows down" if busy else "")
@@ -226,12 +202,9 @@ def _threads() -> Iterator[Check]:
     value = f"{one:.0f} steps/s of a small network with 1 thread, {several:.0f} with {threads.count}"
     if spinning is not None:
         value += f", {spinning:.0f} if they spun at barriers"
-    if several < SLOWER * one:
-        when = "next to the other work" if busy else "on this machine"
-        advice = f"several threads are slower than one {when}: set train.threads: 1 and cache.threads: 1"
-        yield Check("speed", value, "warn", advice)
-    else:
-        yield Check("speed", value)
+    when = "next to the other work" if busy else "on this machine"
+    advice = f"several threads are slower than one {when}: set train.threads: 1 and cache.threads: 1"
+    yield _row("speed", value, several >= SLOWER * one, advice)
 
 
 PROBES: dict[str, Callable[[], Iterator[Check]]] = {

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from cskd.config import RecipeConfig
 from cskd.dataset.inventory import open_inventory
-from cskd.errors import DataError
+from cskd.errors import DataError, NotFiniteError
 from cskd.loading.sources import Batch
-from cskd.loading.stage2 import UNREADABLE, BatchMaker, eval_tasks
+from cskd.loading.stage2 import UNREADABLE_LABEL, BatchMaker, eval_tasks
 from cskd.loading.stream import Stream
 from cskd.machine.devices import arithmetic, autocast, pick_device, uses_bf16
 from cskd.machine.ranks import Ranks
@@ -24,7 +24,6 @@ from cskd.machine.threads import choose_threads, computing_with
 from cskd.pipeline.show.progress import Progress
 from cskd.student import Student, eval_heads
 from cskd.student.checkpoint import load_student
-from cskd.student.finite import NotFiniteError
 from cskd.student.heads import UNTRAINED, score_head
 from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import InputMaker
@@ -84,7 +83,7 @@ def score_heads(
                 odd = (~logits.isfinite().all(1)).sum()
                 both = torch.stack([top[:, 0].sum(), top.any(1).sum(), odd]).double()
                 hits[prefix + head] = hits.get(prefix + head, torch.zeros_like(both)) + both
-        seen += torch.stack([seen.new_tensor(len(label)), (label == UNREADABLE).sum().double()])
+        seen += torch.stack([seen.new_tensor(len(label)), (label == UNREADABLE_LABEL).sum().double()])
     for model in models.values():
         model.train()
     images, unreadable = ranks.sum(seen).tolist()
@@ -119,9 +118,7 @@ def evaluate_checkpoint(
     val.check_shards()
     student, facts = load_student(checkpoint)
     if facts["label_names"] != val.classes:
-        raise DataError(
-            f"{checkpoint} was trained on other classes than {data} has; pack it with --classes and the same list"
-        )
+        raise DataError(f"{checkpoint} was trained on other classes than {data} has; pack it with the same --classes")
     student.to(device)
     if device.type == "cpu" and uses_bf16(autocast_setting, device):
         student.unfuse_attention()
@@ -159,9 +156,8 @@ def evaluate_checkpoint(
 def render(report: EvalReport, console: Console) -> None:
     """The scores as a table."""
     unreadable = f", {report.unreadable:,} of them unreadable: wrong for every head" if report.unreadable else ""
-    how = (
-        f"{' x '.join(map(str, report.size))} pixels, crop {report.crop_pct:g}, {report.arithmetic} on {report.device}"
-    )
+    size = " x ".join(map(str, report.size))
+    how = f"{size} pixels, crop {report.crop_pct:g}, {report.arithmetic} on {report.device}"
     table = Table(title=f"{report.images:,} images{unreadable}\n{how}", min_width=len(how))
     for column in ("head", "top-1 %", "top-5 %"):
         table.add_column(column, justify="left" if column == "head" else "right")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cskd.config import TeacherConfig
+from cskd.dataset.inventory import evenly
 from cskd.loading.stage1 import Chunk, ChunkMaker
 from cskd.store.unit_builder import UnitBuilder
 from cskd.teacher.arithmetic import Precision, unchanged
@@ -38,10 +38,9 @@ def measure_precision(teacher: Teacher, maker: ViewMaker, config: TeacherConfig)
 def first_views(maker: ViewMaker, count: int, blocks: int) -> Tensor:
     """About `count` views as the teacher sees them, the first quads of some blocks: float32 [n, 3, H, W], RGB in 0..255."""
     inventory, recipe, parts = maker.inventory, maker.recipe, []
-    starts = inventory.blocks.tolist()
-    chosen = np.unique(np.linspace(0, len(starts) - 2, min(blocks, len(starts) - 1)).astype(int)).tolist()
+    chosen = evenly(len(inventory.blocks) - 1, blocks).tolist()
     for block in chosen:
-        first, stop = starts[block], starts[block + 1]
+        first, stop = inventory.block_range(block)
         order = quads(stop - first, recipe, inventory.id, block, 0)
         unit = UnitBuilder(inventory, recipe, {}, 0, first, order)
         position = order[: -(-count // (4 * len(chosen))) * 4]

@@ -1,51 +1,44 @@
-"""Training with the teacher beside the student: for comparison with a cache, and for people who want none.
+"""Training without a cache: with the teacher next to the student, or on labels alone, with no teacher at all.
 
-Plan, views and mixing are those of the cache that `cskd cache-teacher` would make from the same config, so the two runs
-differ in where the targets come from and in nothing else.
+Plan, views and mixing are those of the cache that `cskd cache-teacher` would make from the same config. So an online run
+differs from one with a cache in where the targets come from, and a baseline in what is taught; in nothing else. A baseline
+has as many views as it needs, or train.views; with `--online` cache.views, as the runs that it is compared with.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cskd.codecs import get_codec
 from cskd.config import Config
-from cskd.dataset.inventory import Inventory, open_inventory
+from cskd.dataset.inventory import Inventory
 from cskd.errors import ConfigError, ImageError
 from cskd.files.durable import put
-from cskd.loading.live import LiveViews
+from cskd.loading.sources import LiveViews
 from cskd.loading.stream import Stream
-from cskd.loading.targets import LiveTargets
+from cskd.loading.targets import LiveTargets, NoTargets
 from cskd.machine.ranks import Ranks
 from cskd.pipeline.clean_check import clean_check
 from cskd.pipeline.measure_precision import measure_precision
-from cskd.pipeline.precheck import look_ahead
+from cskd.pipeline.precheck import look_ahead, training_images
 from cskd.pipeline.show.progress import Notes, Progress
 from cskd.store.identity import identity_of
-from cskd.store.quarantine import refuse_too_many, refuse_too_many_in_all
+from cskd.store.seal import refuse_too_many, refuse_too_many_in_all
 from cskd.teacher.model import load_teacher
 from cskd.views.maker import ViewMaker
 
-UNREADABLE = "unreadable.json"
-_STEP = 256  # images a task
+UNREADABLE_FILE = "unreadable.json"
+_STEP = 256  # images per task
 
 
-@dataclass(frozen=True)
-class Online:
-    """What takes the cache's place."""
-
-    views: LiveViews
-    targets: LiveTargets
-
-
-def open_online(config: Config, device: torch.device, ranks: Ranks, quiet: bool, notes: Notes) -> Online:
-    """Load and check the teacher, and find the images that can't be decoded (once a run: kept in its output folder).
+def open_online(
+    config: Config, device: torch.device, ranks: Ranks, quiet: bool, notes: Notes
+) -> tuple[LiveViews, LiveTargets]:
+    """Views and targets of a teacher that runs live: load and check it, and find the images that can't be decoded, once a run.
 
     notes: gets what a user should know, each before the work that it is about.
     """
@@ -61,21 +54,43 @@ def open_online(config: Config, device: torch.device, ranks: Ranks, quiet: bool,
     notes.say()
     bad, left_out = decodable(maker, config, ranks, quiet)
     notes.add(left_out)
-    codecs = [get_codec(name, teacher.classes, teacher.grid).name for name in config.cache.codecs]
-    identity = identity_of(inventory, config.recipe, teacher.fingerprint.facts, teacher.grid, codecs)
+    identity = identity_of(inventory, config.recipe, teacher.fingerprint.facts, teacher.grid, config.cache.codecs)
     views = LiveViews(inventory, config.recipe, config.cache.views, teacher.grid, bad, identity.fingerprint)
-    return Online(views, LiveTargets(teacher, config.loss, config.train.epochs))
+    return views, LiveTargets(teacher, config.loss, config.train.epochs)
 
 
-def training_images(config: Config) -> Inventory:
-    """The inventory of data.train. ConfigError where it is empty."""
-    if not config.data.train:
+def open_baseline(config: Config, ranks: Ranks, online: bool, quiet: bool) -> tuple[LiveViews, NoTargets, list[str]]:
+    """Views of data.train, no targets, and notes. Finds the images that can't be decoded, once a run.
+
+    Raises: ConfigError for a train.views that train.repeats does not divide, DataError and CacheError as a cache would.
+    """
+    inventory = training_images(config)
+    views = config.train.views or config.cache.views if online else _baseline_views(config)
+    bad, left_out = decodable(ViewMaker(inventory, config.recipe), config, ranks, quiet)
+    # No teacher to name: what is left tells these views from those of other images or another recipe.
+    identity = identity_of(inventory, config.recipe, {}, (1, 1), [])
+    source = LiveViews(inventory, config.recipe, views, (1, 1), bad, f"none, {identity.fingerprint[:16]}")
+    return source, NoTargets(), [_baseline_note(config, views), *left_out]
+
+
+def _baseline_views(config: Config) -> int:
+    """train.views, or as many as all epochs feed: each run of `repeats` epochs takes `repeats` of them."""
+    views, repeats = config.train.views, config.train.repeats
+    if views % repeats:
+        above = -(-views // repeats) * repeats
         raise ConfigError(
-            "data.train is empty; say which packed data set to train on, for example --set data.train=data/mine"
+            f"train.views is {views} and train.repeats {repeats}, which must divide it; set train.views={above}, or 0"
         )
-    inventory = open_inventory(Path(config.data.train))
-    inventory.check_shards()
-    return inventory
+    return views or -(-config.train.epochs // repeats) * repeats
+
+
+def _baseline_note(config: Config, views: int) -> str:
+    needed = -(-config.train.epochs // config.train.repeats) * config.train.repeats
+    again = "none is used twice" if views >= needed else f"each is used up to {-(-needed // views)} times"
+    return (
+        f"loss.method none: no cache and no teacher; views 0 to {views - 1} are made from data.train by the config's recipe, "
+        f"as stage 1 would make them, and {again}"
+    )
 
 
 def decodable(maker: ViewMaker, config: Config, ranks: Ranks, quiet: bool) -> tuple[NDArray[np.bool_], list[str]]:
@@ -86,7 +101,7 @@ def decodable(maker: ViewMaker, config: Config, ranks: Ranks, quiet: bool) -> tu
     found = _unreadable(config, maker.inventory) or {}
     bad = np.zeros(len(maker.inventory), bool)
     bad[list(found)] = True
-    where = Path(config.train.output) / UNREADABLE
+    where = Path(config.train.output) / UNREADABLE_FILE
     return bad, [
         f"{len(found)} of {len(bad)} images can't be decoded and are left out; {where} names them"
     ] if found else []
@@ -125,13 +140,13 @@ def _find_unreadable(maker: ViewMaker, config: Config, quiet: bool) -> None:
         refuse_too_many(here, stop - first, inventory, first, config.cache.max_quarantine)
     refuse_too_many_in_all(len(bad), len(inventory), config.cache.max_quarantine)
     about = json.dumps({"inventory": inventory.id, "samples": bad})
-    put(Path(config.train.output) / UNREADABLE, about.encode())
+    put(Path(config.train.output) / UNREADABLE_FILE, about.encode())
 
 
 def _unreadable(config: Config, inventory: Inventory) -> dict[int, str] | None:
     """What an earlier start of the run wrote down: sample -> reason; None where nothing was, or of other data."""
     try:
-        found = json.loads((Path(config.train.output) / UNREADABLE).read_text())
+        found = json.loads((Path(config.train.output) / UNREADABLE_FILE).read_text())
     except (OSError, ValueError):
         return None
     return {int(i): why for i, why in found["samples"].items()} if found.get("inventory") == inventory.id else None

@@ -12,11 +12,11 @@ import torch
 from PIL.Image import Image
 
 from cskd.config import Config
-from cskd.errors import ConfigError, CskdError, DataError, PathError
+from cskd.config.load import PATHS
+from cskd.errors import CacheError, ConfigError, CskdError, DataError, PathError
 from cskd.files import claims
-from cskd.files.durable import put
+from cskd.files.durable import NO_LINKS, hard_link_error, put
 from cskd.files.folders import refuse_output
-from cskd.files.links import refuse_without_links
 from cskd.files.paths import local_path
 from cskd.files.scratch import clear_scratch
 from cskd.files.writer import LOCK, Writer, by, sole_writer
@@ -28,10 +28,6 @@ from cskd.store.format import OWN_NAMES
 
 FIRST_SPEAKS = 3.0  # seconds: torchrun ends all ranks once one has ended, and the first one knows why
 _PNG = b"\x89PNG\r\n\x1a\n"
-_READ_OR_WRITTEN = (
-    *("data.train", "data.val", "teacher.weights", "teacher.classes", "student.init"),
-    *("cache.path", "train.output"),
-)
 
 
 def refuse_cache_output(config: Config) -> None:
@@ -46,7 +42,7 @@ def refuse_cache_output(config: Config) -> None:
         refuse_output(output, "run", "train.output", inputs=others, names=RUN_NAMES)
         if root.resolve() in output.resolve().parents:
             raise PathError(f"train.output {output} lies in cache.path {root}; give a folder outside of it")
-    refuse_without_links(root, "cache.path")
+    _refuse_without_links(root)
     mending = claims.holder(root / LOCK)
     if mending is not None and not (mending.is_here and mending.pid == os.getpid()):
         raise PathError(f"cache.path {root} is being repaired{by(mending)}; run the same command when that has ended")
@@ -59,7 +55,7 @@ def sole_repair(cache: Path) -> Iterator[None]:
         yield  # there is nothing to lock, and nothing to repair
         return
     with sole_writer(cache, "repair it then"):
-        for path in (cache / claims.FOLDER).glob("[!.]*"):
+        for path in (cache / claims.CLAIMS).glob("[!.]*"):
             if (maker := claims.holder(path)) is not None:
                 raise PathError(f"{cache} is being made{by(maker)}; wait for it or end it, and repair then")
         yield
@@ -117,10 +113,23 @@ def save_png(picture: Image, path: Path) -> None:
         raise DataError(f"{path} can't be written: {e.strerror or e}; give another path with --png") from None
 
 
+def _refuse_without_links(root: Path) -> None:
+    """CacheError where the file system of `cache.path`, which need not be there yet, has no hard links; OSError where nothing
+    can be written there."""
+    error = hard_link_error(next(path for path in (root, *root.resolve().parents) if path.exists()))
+    if error is not None and error.errno in NO_LINKS:
+        raise CacheError(
+            f"cache.path {root}: its file system has no hard links ({error.strerror}), which let one of several writers win; "
+            "put it on one that has (--set cache.path=...)"
+        )
+    if error is not None:
+        raise error
+
+
 def _other_paths(config: Config, output: str) -> dict[str, Path]:
     """What else a config reads or writes, by key."""
     paths = {}
-    for key in _READ_OR_WRITTEN:
+    for key in sorted(key for key in PATHS if not key.endswith(".model")):
         section, _, name = key.partition(".")
         value = getattr(getattr(config, section), name)
         if isinstance(value, str) and value and key != output and (key, value) != ("teacher.weights", "hub"):

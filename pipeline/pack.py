@@ -9,13 +9,11 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 
 from cskd.dataset.inventory import Inventory
-from cskd.errors import printable
 from cskd.packing.index import index
 from cskd.packing.pack import pack
-from cskd.pipeline.show.progress import Notes, Progress, say
+from cskd.pipeline.show.progress import Notes, Progress, print_lines, say
 
 
 @dataclass(frozen=True)
@@ -99,13 +97,13 @@ def render(report: PackReport, console: Console) -> None:
     """The report for people."""
     rate = report.samples / report.seconds if report.seconds else 0.0
     held, classes = report.classes_with_images, report.classes
-    console.print(
-        f"{escape(printable(report.folder))}: {report.samples:,} images of "
-        f"{classes if held == classes else f'{held} of {classes}'} classes in {report.shards} shards "
-        f"({report.blocks} blocks, {report.bytes / 1e6:.1f} MB), {report.seconds:.1f} s ({rate:,.0f} images/s)",
-        soft_wrap=True,
+    print_lines(
+        console,
+        f"{report.folder}: {report.samples:,} images of {classes if held == classes else f'{held} of {classes}'} classes in "
+        f"{report.shards} shards ({report.blocks} blocks, {report.bytes / 1e6:.1f} MB), {report.seconds:.1f} s "
+        f"({rate:,.0f} images/s)",
+        f"inventory {report.inventory}",
     )
-    console.print(f"inventory {report.inventory}", soft_wrap=True)
 
 
 def _report(inventory: Inventory, start: float) -> PackReport:

@@ -21,11 +21,10 @@ import torch
 
 from cskd.codecs import get_codec
 from cskd.config import Config, LossConfig, RecipeConfig, TrainConfig
-from cskd.dataset.inventory import Inventory, open_inventory
+from cskd.dataset.inventory import Inventory, evenly, open_inventory
 from cskd.errors import CacheError, ConfigError, CskdError, DataError, ImageError, StudentError
-from cskd.loading.live import LiveViews
 from cskd.loading.plan import PlanSpec
-from cskd.loading.sources import ViewSource
+from cskd.loading.sources import LiveViews
 from cskd.loading.targets import codec_for
 from cskd.method.losses import DistillationLoss
 from cskd.store.format import MANIFEST
@@ -78,6 +77,20 @@ def look_ahead(config: Config, maker: ViewMaker, online: bool = False) -> Ahead:
     return Ahead(student, config.loss, images, notes, refuses)
 
 
+def need_training_images(config: Config) -> None:
+    """ConfigError where data.train is empty."""
+    if not config.data.train:
+        raise ConfigError("data.train is empty; say which packed data set, for example --set data.train=data/mine")
+
+
+def training_images(config: Config) -> Inventory:
+    """The inventory of data.train. Raises ConfigError as `need_training_images`, DataError."""
+    need_training_images(config)
+    inventory = open_inventory(Path(config.data.train))
+    inventory.check_shards()
+    return inventory
+
+
 def open_val(config: Config, classes: list[str], ranks: int = 1) -> Inventory | None:
     """The validation images of a config, which have the classes trained on; None where it names none."""
     if not config.data.val:
@@ -93,7 +106,7 @@ def open_val(config: Config, classes: list[str], ranks: int = 1) -> Inventory | 
         )
     if len(val) < ranks:
         raise DataError(
-            f"data.val {config.data.val} has {len(val)} images for {ranks} ranks; expected one a rank or more"
+            f"data.val {config.data.val} has {len(val)} images for {ranks} ranks; expected one per rank or more"
         )
     return val
 
@@ -108,19 +121,6 @@ def with_best(config: Config, student: Student) -> Config:
         raise ConfigError(f"{asked} and data.val is empty; set it to a packed validation set, or leave the other out")
     best = score_asked(train.best, student, train.ema is not None)
     return dataclasses.replace(config, train=dataclasses.replace(train, best=best))
-
-
-def open_plan(settings: TrainConfig, source: ViewSource, ranks: int = 1) -> PlanSpec:
-    """Which views every epoch feeds. PlanError where views, repeats, batch and samples do not fit together."""
-    return PlanSpec.over(
-        source,
-        views=settings.views,
-        repeats=settings.repeats,
-        seed=settings.seed,
-        global_batch=settings.global_batch,
-        window=settings.window,
-        ranks=ranks,
-    )
 
 
 def view_notes(config: Config, recipe: RecipeConfig) -> list[str]:
@@ -151,7 +151,7 @@ def _stage2(config: Config, inventory: Inventory, online: bool) -> Student | Non
     if config.train.views > views:
         raise ConfigError(f"train.views is {config.train.views}, cache.views {views}; cache more, or use fewer")
     good = np.zeros(len(inventory), np.bool_)
-    plan = open_plan(config.train, LiveViews(inventory, config.recipe, views, (1, 1), good, ""))
+    plan = PlanSpec.over(LiveViews(inventory, config.recipe, views, (1, 1), good, ""), config.train)
     size = config.recipe.size
     with torch.device("cpu" if config.student.init else "meta"):
         student = build_student(config.student, len(inventory.classes), size)
@@ -180,15 +180,13 @@ def check_output(settings: TrainConfig) -> None:
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         what = "no folder" if not there.is_dir() else "not writable"
-        raise ConfigError(
-            f"train.output {settings.output}: {there} is {what}; set another, --set train.output=runs/mine"
-        )
+        raise ConfigError(f"train.output {settings.output}: {there} is {what}; set another, --set train.output=runs/x")
 
 
 def _image_sizes(maker: ViewMaker) -> list[tuple[int, int]]:
     """(height, width) of a few images from all over the data set, without those that can't be decoded."""
-    n, sizes = len(maker.inventory), []
-    for i in np.unique(np.linspace(0, n - 1, min(n, IMAGES)).astype(int)).tolist():
+    sizes = []
+    for i in evenly(len(maker.inventory), IMAGES).tolist():
         with contextlib.suppress(ImageError):
             height, width = maker.image(i).shape[:2]
             sizes.append((height, width))

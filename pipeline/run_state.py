@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cskd.errors import ConfigError, StudentError
+from cskd.errors import ConfigError, NotFiniteError, StudentError
+from cskd.files.weights import first_not_finite
 from cskd.machine.ranks import Ranks
 from cskd.pipeline.conflicts import change_note
 from cskd.student import Student
 from cskd.student.best import Best, BestWeights
-from cskd.student.finite import NotFiniteError, first_not_finite
 from cskd.student.optim import Optimisation
 from cskd.student.resume import ResumeStates, state_tensors
-from cskd.teacher.forwards import teacher_images
+from cskd.teacher.model import teacher_images
 
 PROGRESS = "progress"  # its key in `info` of a state, next to the run's identity
 _CHECK_STEPS = 50  # between looks at the losses where a look costs: a transfer from the device, or a sum over ranks
@@ -89,9 +89,8 @@ class RunState:
         """Forget a best whose weights are not there any more, and say so."""
         for best in {self.best, self.shown} - {None}:
             if best is not None and not files.holds(best):
-                self.notes.append(
-                    f"{files.path(best)} is missing or damaged: the best by {best.name} counts from here on"
-                )
+                lost = files.path(best)
+                self.notes.append(f"{lost} is missing or damaged: the best by {best.name} counts from here on")
                 self.best = self.shown = None
 
     def said(self, first: int = 0, stop: int | None = None) -> list[str]:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from cskd.config import Config
+from cskd.errors import NotFiniteError
 from cskd.loading.targets import mixed_labels
 from cskd.machine.devices import autocast, pick_device
 from cskd.machine.ranks import start_ranks, stop_ranks
@@ -27,11 +27,10 @@ from cskd.method.losses import DistillationLoss
 from cskd.pipeline.outputs import sole_run
 from cskd.pipeline.run_state import stopped
 from cskd.pipeline.show.metrics import MetricsLog
-from cskd.pipeline.show.progress import Progress, bound_by, timed_start
+from cskd.pipeline.show.progress import Progress, bound_by, print_lines, timed_start
 from cskd.pipeline.training_run import TrainingRun, open_run
-from cskd.student.finite import NotFiniteError
 from cskd.student.optim import reseed_step
-from cskd.teacher.forwards import teacher_images
+from cskd.teacher.model import teacher_images
 from cskd.views.mix_pixels import InputMaker
 
 
@@ -158,14 +157,12 @@ def render(report: TrainReport, console: Console) -> None:
         if report.steps
         else "finished before, nothing to do; for another run set another train.output"
     )
-    console.print(f"{escape(report.output)}: {did}", soft_wrap=True)
+    lines = [f"{report.output}: {did}"]
     if report.top1:
-        console.print(
-            f"top-1 % in {report.arithmetic}, score {report.score}: "
-            + "  ".join(f"{name} {top1:.2f}" for name, top1 in report.top1.items()),
-            soft_wrap=True,
-        )
+        heads = "  ".join(f"{name} {top1:.2f}" for name, top1 in report.top1.items())
+        lines.append(f"top-1 % in {report.arithmetic}, score {report.score}: {heads}")
     if report.weights:
-        console.print(escape(f"model.safetensors: {report.weights}"), soft_wrap=True)
+        lines.append(f"model.safetensors: {report.weights}")
     if report.steps:
-        console.print(escape(report.bound_by), soft_wrap=True)
+        lines.append(report.bound_by)
+    print_lines(console, *lines)

@@ -29,7 +29,6 @@ from cskd.loading.tasks import RunTasks
 from cskd.machine.devices import arithmetic, pick_device, uses_bf16
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import Threads, begun_with
-from cskd.pipeline.baseline import open_baseline
 from cskd.pipeline.conflicts import (
     as_begun,
     changed_on_resume,
@@ -41,19 +40,18 @@ from cskd.pipeline.conflicts import (
     usable_views,
 )
 from cskd.pipeline.evaluate import score_heads
-from cskd.pipeline.online import open_online
-from cskd.pipeline.precheck import open_plan, open_val, student_notes, view_notes, with_best
+from cskd.pipeline.online import open_baseline, open_online
+from cskd.pipeline.precheck import open_val, student_notes, view_notes, with_best
 from cskd.pipeline.run_state import PROGRESS, RunState, named_bests
 from cskd.pipeline.show.progress import Notes, Pool
 from cskd.store.cache import open_cache
 from cskd.store.format import RESOLVED
-from cskd.store.golden import check_versions
+from cskd.store.replay_check import check_versions
 from cskd.student import Student, build_student
-from cskd.student.average import average_notes
 from cskd.student.best import Best, BestWeights
 from cskd.student.checkpoint import ResumeStates, TrainState, export, exported_prefix
 from cskd.student.heads import score_head
-from cskd.student.optim import Optimisation
+from cskd.student.optim import Optimisation, average_notes
 from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import InputMaker
 
@@ -148,15 +146,11 @@ class TrainingRun:
 
     def pools(self, seconds: dict[str, float], read_seconds: float) -> list[Pool]:
         """Who did what for how long."""
-
-        def of(*names: str) -> dict[str, float]:
-            return {name: seconds[name] for name in names}
-
         loader, live = ("decode", "augment"), ("teacher",) if self.targets.runs_teacher else ()
         here = (*live, "student", "evaluate")
         workers = self.config.train.workers
-        pools = [Pool(workers, of(*loader)), Pool(1, of(*here))] if workers else [Pool(1, of(*loader, *here))]
-        return [*pools, Pool(1, {"read": read_seconds})]
+        apart = [Pool.of(workers, seconds, *loader), Pool.of(1, seconds, *here)] if workers else []
+        return [*(apart or [Pool.of(1, seconds, *loader, *here)]), Pool(1, {"read": read_seconds})]
 
     def save(self, step: int) -> None:
         """A state that the same command resumes from. NotFiniteError on every rank where it would not be finite."""
@@ -173,7 +167,7 @@ class TrainingRun:
         if self.writer is None:
             return ""
         self.writer.check()
-        classes, best, changed = self.views.classes, self.state.shown, self.state.said()
+        classes, best, changed = self.views.inventory.classes, self.state.shown, self.state.said()
         return export(self.output, self.student, self.optimisation, self.config, classes, step, best, changed)
 
     def evaluate(self, batches: Iterator[Batch], inputs: InputMaker, step: int) -> dict[str, Any]:
@@ -209,22 +203,22 @@ def open_run(
     config, as_before = as_begun(config, next(iter(states.infos().values()), None))
     settings = config.train
     views, targets = _open_views(config, device, ranks, verify_replay, online, quiet, notes)
-    val = open_val(config, views.classes, ranks.count)
+    val = open_val(config, views.inventory.classes, ranks.count)
     torch.manual_seed(settings.seed)
-    student = build_student(config.student, len(views.classes), views.recipe.size).to(device)
+    student = build_student(config.student, len(views.inventory.classes), views.recipe.size).to(device)
     student.taught_by(config.loss)
     notes.add([*student.notes, *student_notes(student, views.grid, config.loss), *view_notes(config, views.recipe)])
     notes.add(as_before)
     if device.type == "cpu" and uses_bf16(settings.autocast, device):
         student.unfuse_attention()
-    plan = open_plan(settings, views, ranks.count)
+    plan = PlanSpec.over(views, settings, ranks.count)
     optimisation = Optimisation(student, settings, plan.steps)
     config = with_best(config, student)
     identity = run_identity(config, views, plan.views, ranks.count, online, device, val)
     loaded = states.load(student, optimisation)
     ranks.refuse_differing(loaded.step if loaded else 0, device)
     stop = min(settings.epochs * plan.steps, settings.max_steps or 1 << 62)
-    state = RunState(ranks, device, TERMS, len(views.classes))
+    state = RunState(ranks, device, TERMS, len(views.inventory.classes))
     if loaded:
         begun = {name: value for name, value in loaded.info.items() if name != PROGRESS}
         notes.add(loaded.warnings)
@@ -280,8 +274,7 @@ def _open_views(
         notes.add(about)
         return source, nothing
     if online:
-        live = open_online(config, device, ranks, quiet, notes)
-        return live.views, live.targets
+        return open_online(config, device, ranks, quiet, notes)
     if not config.cache.path:
         raise ConfigError(
             f"cache.path is empty and loss.method {config.loss.method} reads a teacher's targets; set cache.path, run the "
@@ -298,6 +291,5 @@ def _open_views(
     refuse_other_code(cache)
     usable_views(cache, config.train.views)
     notes.add(cache.manifest.notes or [])
-    if verify_replay and (note := check_versions(cache)):
-        notes.add([note])
+    notes.add(check_versions(cache) if verify_replay else [])
     return cache, CachedTargets(cache, config.loss, config.train.epochs)

@@ -13,7 +13,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,8 @@ from cskd.files.claims import Claims
 from cskd.loading.stage1 import Chunk, ChunkViews, chunks
 from cskd.pipeline.show.progress import Pool
 from cskd.store.cache import Cache
-from cskd.store.quarantine import refuse_too_many
-from cskd.store.unit_builder import PassBuilder, UnitBuilder
+from cskd.store.seal import refuse_too_many
+from cskd.store.unit_builder import UnitBuilder
 from cskd.teacher.lanes import Lanes
 from cskd.teacher.model import Teacher
 from cskd.views.mix_pixels import mix_pixels
@@ -37,11 +37,10 @@ from cskd.views.mixing import quads
 @contextlib.contextmanager
 def unit_line(cache: Cache, teacher: Teacher, config: Config) -> Iterator[UnitLine]:
     """A line with its claims and threads; at the end what they are at is waited for, and what still waits is dropped."""
-    with (
-        Claims(cache.root) as claims,
-        _thread("write") as writer,
-        Lanes(teacher.device, teacher.reentrant) as lanes,
-    ):
+    writer = ThreadPoolExecutor(1, "write")
+    with Claims(cache.root) as claims, contextlib.ExitStack() as stack:
+        stack.callback(writer.shutdown, cancel_futures=True)
+        lanes = stack.enter_context(Lanes(teacher.device, teacher.reentrant))
         yield UnitLine(cache, teacher, config, claims, lanes, writer)
 
 
@@ -59,11 +58,33 @@ def views_left(cache: Cache) -> int:
     return sum(int(sizes[block]) for block, _ in cache.missing())
 
 
+@dataclass
+class _Pass:
+    """The units of one pass: the missing views of one mixing group of one block, made from one decoding of its images."""
+
+    block: int
+    first: int  # the block's first sample
+    order: NDArray[np.int64]  # of the block's positions, as their quads come
+    units: list[UnitBuilder]
+    views: tuple[int, ...]
+    quarantine: dict[int, str] = field(default_factory=dict)  # position -> reason
+    begun: int = 0  # rows handed to the teacher, in every view
+    rows: int = 0  # rows whose targets are in, summed over the views
+
+    @property
+    def all_begun(self) -> bool:
+        return self.begun == len(self.order)
+
+    @property
+    def complete(self) -> bool:
+        return self.rows == len(self.order) * len(self.views)
+
+
 @dataclass(frozen=True)
-class _Batch:
+class _Encoding:
     """One view of a chunk, under way in a lane; position int64 and crc int64 of its good rows."""
 
-    work: PassBuilder
+    work: _Pass
     claim: Path
     unit: UnitBuilder
     rows: int  # bad ones included
@@ -84,8 +105,8 @@ class UnitLine:
         self._seconds: defaultdict[str, float] = defaultdict(float)  # of each part, summed over all who do it
         self._cache, self._teacher, self._config = cache, teacher, config
         self._claims, self._lanes, self._writer = claims, lanes, writer
-        self._claimed: deque[tuple[PassBuilder, Path]] = deque()  # passes whose chunks are still to come
-        self._underway: deque[_Batch] = deque()
+        self._claimed: deque[tuple[_Pass, Path]] = deque()  # passes whose chunks are still to come
+        self._underway: deque[_Encoding] = deque()
         self._writing: deque[Future[tuple[int, float]]] = deque()
 
     @property
@@ -96,15 +117,10 @@ class UnitLine:
     @property
     def pools(self) -> list[Pool]:
         """Who did what for how long."""
-
-        def of(*names: str) -> dict[str, float]:
-            return {name: self._seconds[name] for name in names}
-
-        workers = max(1, self._config.cache.workers)
         return [
-            Pool(workers, of("decode", "augment")),
-            Pool(self._lanes.count, of("teacher", "encode")),
-            Pool(1, of("write")),
+            Pool.of(max(1, self._config.cache.workers), self._seconds, "decode", "augment"),
+            Pool.of(self._lanes.count, self._seconds, "teacher", "encode"),
+            Pool.of(1, self._seconds, "write"),
         ]
 
     def tasks(self, passes: list[tuple[int, tuple[int, ...]]]) -> Iterator[Chunk]:
@@ -119,10 +135,10 @@ class UnitLine:
             if not views:
                 self._claims.release([claim])
                 continue
-            first, stop = cache.block_range(block)
+            first, stop = cache.inventory.block_range(block)
             order = quads(stop - first, cache.recipe, cache.inventory.id, block, views[0] // group)
             units = [UnitBuilder(cache.inventory, cache.recipe, cache.codecs, v, first, order) for v in views]
-            self._claimed.append((PassBuilder(block, first, order, units, views), claim))
+            self._claimed.append((_Pass(block, first, order, units, views), claim))
             yield from chunks(block, views, first, order, self._teacher.batch)
 
     def feed(self, chunk: ChunkViews) -> None:
@@ -143,7 +159,7 @@ class UnitLine:
             mixing = tuple(torch.from_numpy(field) for field in unit.mixing_rows(position))
             targets = self._lanes.submit(self._targets, chunk.pixels[v], mixing, good)
             crc = chunk.crc[v][good]
-            self._underway.append(_Batch(work, claim, unit, len(position), position[good], crc, targets))
+            self._underway.append(_Encoding(work, claim, unit, len(position), position[good], crc, targets))
         work.begun += len(position)
         if work.all_begun:
             self._claimed.popleft()
@@ -168,18 +184,18 @@ class UnitLine:
         Returns: arrays by codec, and the seconds of teacher and encoding.
         """
         if len(good) == 0:
-            dense, logits = (torch.zeros(0, self._teacher.classes, *grid) for grid in (self._teacher.grid, ()))
-            return {name: codec.encode(dense, logits) for name, codec in self._cache.codecs.items()}, 0.0, 0.0
+            dense_BKhw, global_BK = (torch.zeros(0, self._teacher.classes, *grid) for grid in (self._teacher.grid, ()))
+            return {name: codec.encode(dense_BKhw, global_BK) for name, codec in self._cache.codecs.items()}, 0.0, 0.0
         begun, device = time.perf_counter(), self._teacher.device
         inputs = [t.to(device, non_blocking=True) for t in (views_BHWC, *mixing)]
         keep = torch.from_numpy(good).to(device)
         with self._lanes.launching():
             pixels = mix_pixels(*inputs)
-            dense, logits = self._teacher.in_batches(pixels)
-            if len(good) < len(dense):
-                dense, logits = dense[keep], logits[keep]
+            dense_BKhw, global_BK = self._teacher.in_batches(pixels)
+            if len(good) < len(dense_BKhw):
+                dense_BKhw, global_BK = dense_BKhw[keep], global_BK[keep]
         middle = time.perf_counter()
-        encoded = {name: codec.encode(dense, logits) for name, codec in self._cache.codecs.items()}
+        encoded = {name: codec.encode(dense_BKhw, global_BK) for name, codec in self._cache.codecs.items()}
         return encoded, middle - begun, time.perf_counter() - middle
 
     def _collect(self) -> None:
@@ -195,7 +211,7 @@ class UnitLine:
         if batch.work.complete:
             self._writing.append(self._writer.submit(self._commit, batch.work, batch.claim))
 
-    def _commit(self, work: PassBuilder, claim: Path) -> tuple[int, float]:
+    def _commit(self, work: _Pass, claim: Path) -> tuple[int, float]:
         """In the writer: one commit a view, then the claim is given back. Returns units and seconds."""
         clock = time.perf_counter()
         for view, unit in zip(work.views, work.units, strict=True):
@@ -208,13 +224,3 @@ class UnitLine:
         self.units += units
         self._seconds["write"] += seconds
         self._last_commit = time.perf_counter()
-
-
-@contextlib.contextmanager
-def _thread(name: str) -> Iterator[ThreadPoolExecutor]:
-    """One thread; at the end what it is at is waited for, and what still waits for it is dropped."""
-    pool = ThreadPoolExecutor(1, name)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -18,8 +18,7 @@ from cskd.dataset.inventory import Inventory, Sample, ShardFile, write_inventory
 from cskd.seeds import view_seeds
 from cskd.store.cache import Cache, create_cache
 from cskd.store.identity import identity_of
-from cskd.store.manifest import Manifest
-from cskd.store.resolved import write_resolved
+from cskd.store.manifest import Manifest, write_resolved
 from cskd.store.unit_builder import UnitBuilder
 from cskd.views.digest import pixel_crc
 from cskd.views.maker import ViewMaker
@@ -96,10 +95,10 @@ def make_tiny_cache(
         clean_images=n,
     )
     cache = create_cache(folder / "cache", manifest, inventory)
-    write_resolved(cache)
+    write_resolved(cache.root, cache.manifest)
     maker = ViewMaker(inventory, recipe)
     for block in range(cache.blocks):
-        first, stop = cache.block_range(block)
+        first, stop = cache.inventory.block_range(block)
         bad = np.array([i - first for i in quarantine if first <= i < stop], np.int64)
         for view in range(views):
             if (block, view) not in skip:
@@ -108,7 +107,7 @@ def make_tiny_cache(
 
 
 def _add_unit(cache: Cache, maker: ViewMaker, block: int, view: int, bad: NDArray[np.int64]) -> None:
-    first, stop = cache.block_range(block)
+    first, stop = cache.inventory.block_range(block)
     order = quads(stop - first, cache.recipe, cache.inventory.id, block, view // cache.recipe.mix_group)
     builder = UnitBuilder(cache.inventory, cache.recipe, cache.codecs, view, first, order)
     builder.drop(bad)

@@ -5,17 +5,25 @@ from __future__ import annotations
 import io
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import webdataset
 
 from cskd.dataset.inventory import Inventory
 from cskd.dataset.shard_reader import ShardReader
 
+
+class Sizes(TypedDict):
+    """Arguments of `pack`."""
+
+    shard_size: int
+    block: int
+
+
 FILES = {
     f"{name}/{name}_{i:02d}.JPEG": f"{name} {i}".encode() * (i + 1) for name in ("ant", "bee", "cat") for i in range(9)
 }
-SMALL = {"shard_size": 4, "block": 8}
+SMALL: Sizes = {"shard_size": 4, "block": 8}
 
 
 def folder(root: Path, files: dict[str, bytes]) -> Path:

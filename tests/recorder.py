@@ -10,9 +10,10 @@ from torch import Tensor
 
 import cskd.pipeline.train
 from cskd import cli
+from cskd.views.mix_pixels import InputMaker
 
 
-class Recorder(cskd.pipeline.train.InputMaker):
+class Recorder(InputMaker):
     """Sees each batch where the training loop hands it to the device."""
 
     def mixed(self, batch: dict[str, Tensor]) -> Tensor:
@@ -22,5 +23,5 @@ class Recorder(cskd.pipeline.train.InputMaker):
 
 
 if __name__ == "__main__":
-    cskd.pipeline.train.InputMaker = Recorder  # type: ignore[misc]
+    cskd.pipeline.train.InputMaker = Recorder  # type: ignore[attr-defined]  # the name that the stage looks up
     cli.main()

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from cskd.config import TeacherConfig
+from cskd.teacher.fingerprint import probe_images
 from cskd.teacher.model import Teacher, load_teacher
-from cskd.teacher.probe import probe_images
 
 NAMES = ["a", "b", "c", "d", "e"]
 SIZE = 64  # pixels of a view
@@ -21,9 +21,9 @@ SIZE = 64  # pixels of a view
 
 def tiny_teacher(folder: Path) -> TeacherConfig:
     """A thin ResNet of five classes on a 4x4 grid; its biases are not zero, as those of a fresh network are."""
-    kwargs = {"channels": [16, 16, 24, 32], "num_classes": 5, "output_stride": 16}
+    kwargs: dict[str, Any] = {"channels": [16, 16, 24, 32], "num_classes": 5, "output_stride": 16}
     torch.manual_seed(0)
-    model = timm.create_model("resnet18", **kwargs)
+    model: Any = timm.create_model("resnet18", **kwargs)
     for p in model.parameters():
         if p.ndim == 1:
             p.data += 0.2 * torch.randn(p.shape)

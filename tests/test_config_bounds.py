@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
 from annotated_types import Ge, Gt, Le, Len, Lt, MultipleOf, Unit
@@ -13,7 +14,7 @@ from cskd.config.bounds import bound_of, unit_of
 from cskd.errors import ConfigError
 
 
-def test_a_bound_is_the_same_in_yaml_on_the_command_line_in_a_dict_and_in_python(tmp_path):
+def test_a_bound_is_the_same_in_yaml_on_the_command_line_in_a_dict_and_in_python(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("teacher: {batch: 3}")
     ways = (
@@ -45,7 +46,9 @@ def test_a_bound_is_the_same_in_yaml_on_the_command_line_in_a_dict_and_in_python
         (TrainConfig, "threads", [None, 1, 1024], [0, 1025]),
     ],
 )
-def test_the_ends_of_a_bound_are_where_the_field_says(section, key, inside, outside):
+def test_the_ends_of_a_bound_are_where_the_field_says(
+    section: type[Any], key: str, inside: list[Any], outside: list[Any]
+) -> None:
     for value in inside:
         assert getattr(section(**{key: value}), key) == value
     for value in outside:
@@ -53,7 +56,7 @@ def test_the_ends_of_a_bound_are_where_the_field_says(section, key, inside, outs
             section(**{key: value})
 
 
-def test_bounds_are_put_into_words():
+def test_bounds_are_put_into_words() -> None:
     assert bound_of(Annotated[int, Ge(1), Le(1 << 16)]) == "from 1 to 65,536"
     assert bound_of(Annotated[float, Ge(0), Lt(1), Unit("share")]) == "at least 0, below 1"
     assert bound_of(Annotated[int | None, Gt(0), MultipleOf(4)]) == "above 0, a multiple of 4"

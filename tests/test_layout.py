@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from importlinter.cli import lint_imports
@@ -56,18 +57,18 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def test_imports_keep_to_the_layers(monkeypatch, capsys):
+def test_imports_keep_to_the_layers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The contracts stand in pyproject.toml; `lint-imports` says the same."""
     monkeypatch.chdir(ROOT)
     assert lint_imports(no_cache=True) == 0, capsys.readouterr().out
 
 
 @pytest.mark.parametrize("module", ["cskd", "cskd.config", "cskd.errors", "cskd.dataset.inventory", "cskd.seeds"])
-def test_light_modules_load_no_torch(module):
+def test_light_modules_load_no_torch(module: str) -> None:
     run_python(f"import {module}, sys; assert not {{'torch', 'timm', 'zarr'}} & set(sys.modules)")
 
 
-def test_help_loads_no_torch():
+def test_help_loads_no_torch() -> None:
     run_python(
         """
         import sys
@@ -120,7 +121,7 @@ def unsafe(path: Path) -> Iterator[str]:
                 yield f"{at} with {argument}={ast.unparse(keywords[argument])}"
 
 
-def test_no_file_loads_pickles_or_calls_a_shell():
+def test_no_file_loads_pickles_or_calls_a_shell() -> None:
     assert [finding for path in SOURCES + SCRIPTS for finding in unsafe(path)] == []
 
 
@@ -141,19 +142,19 @@ def test_no_file_loads_pickles_or_calls_a_shell():
         "yaml.load(text)",
     ],
 )
-def test_the_search_for_unsafe_loading_finds_it(code, tmp_path, monkeypatch):
+def test_the_search_for_unsafe_loading_finds_it(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     path = tmp_path / "module.py"
     path.write_text(code)
     assert list(unsafe(path))
 
 
-def test_no_file_is_too_long_to_be_read_in_one_go():
+def test_no_file_is_too_long_to_be_read_in_one_go() -> None:
     lengths = {named(p): len(p.read_text(encoding="utf-8").splitlines()) for p in SOURCES + SCRIPTS}
     assert {name: n for name, n in lengths.items() if n > LONGEST} == {}
 
 
-def test_no_shipped_text_holds_a_path_of_somebodys_machine():
+def test_no_shipped_text_holds_a_path_of_somebodys_machine() -> None:
     private = re.compile(r"(?<![\w.$}])/(home|root|Users|tmp|work|mnt)/\w")
     texts = [*SOURCES, *SCRIPTS, *ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("configs/*.yaml")]
     found = [
@@ -165,8 +166,24 @@ def test_no_shipped_text_holds_a_path_of_somebodys_machine():
     assert found == []
 
 
+def test_every_module_that_a_document_names_exists() -> None:
+    modules = ["/" + named(path) for path in SOURCES + SCRIPTS] + [
+        "/path/to/file.py",
+        "/path/to/model.py",
+        "/cskd/cli.py",
+    ]
+    gone = [
+        f"{named(path)}:{i}: {name}"
+        for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+        for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        for name in re.findall(r"(?<![\w/.~])[\w/]*\w\.py\b", line)
+        if not any(module.endswith("/" + name) for module in modules)
+    ]
+    assert gone == []
+
+
 @cache
-def project() -> dict:
+def project() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -174,7 +191,7 @@ def distributions(requirements: list[str]) -> set[str]:
     return {re.split(r"[\[<>=~! ]", r)[0].lower() for r in requirements}
 
 
-def test_what_the_code_imports_is_declared_and_what_is_declared_is_imported():
+def test_what_the_code_imports_is_declared_and_what_is_declared_is_imported() -> None:
     modules = {module for path in SOURCES for module in imports(path)}
     third_party = modules - set(sys.stdlib_module_names) - {"cskd"}
     used = {DISTRIBUTIONS.get(module, module) for module in third_party}
@@ -184,7 +201,7 @@ def test_what_the_code_imports_is_declared_and_what_is_declared_is_imported():
     assert declared - used == set()
 
 
-def test_what_tests_benchmarks_and_documents_import_is_declared_for_development_and_no_more():
+def test_what_tests_benchmarks_and_documents_import_is_declared_for_development_and_no_more() -> None:
     documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
     blocks = re.findall(r"```python\n(.*?)```", "".join(d.read_text(encoding="utf-8") for d in documents), re.DOTALL)
     modules = {module for path in SCRIPTS for module in imports(path)}
@@ -198,7 +215,7 @@ def test_what_tests_benchmarks_and_documents_import_is_declared_for_development_
     assert dev - used - PROGRAMS == {"cskd"}
 
 
-def test_what_is_installed_lies_under_the_name_cskd():
+def test_what_is_installed_lies_under_the_name_cskd() -> None:
     setuptools = project()["tool"]["setuptools"]
     assert setuptools["packages"]["find"] == {"include": ["cskd*"]}
     assert "py-modules" not in setuptools and "package-dir" not in setuptools
@@ -207,7 +224,7 @@ def test_what_is_installed_lies_under_the_name_cskd():
     assert links == LINKS, "links in cskd/ are missing; on Windows, clone with `git -c core.symlinks=true clone`"
 
 
-def test_every_folder_of_code_is_a_package():
+def test_every_folder_of_code_is_a_package() -> None:
     folders = {p.parent for p in SOURCES} - {ROOT}
     assert [named(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
 
@@ -219,7 +236,7 @@ def test_every_folder_of_code_is_a_package():
         "import cskd.cli, cskd.pipeline.show.progress, importlib.util as u; print(u.find_spec('cskd.pipeline.train').origin)",
     ],
 )
-def test_a_users_own_cli_and_pipeline_that_come_first_do_not_get_in_the_way(code, tmp_path):
+def test_a_users_own_cli_and_pipeline_that_come_first_do_not_get_in_the_way(code: str, tmp_path: Path) -> None:
     (tmp_path / "pipeline").mkdir()
     for foreign in ("cli.py", "pipeline/__init__.py", "pipeline/train.py"):
         (tmp_path / foreign).write_text("raise SystemExit('foreign')")
@@ -230,7 +247,7 @@ def test_a_users_own_cli_and_pipeline_that_come_first_do_not_get_in_the_way(code
     assert "cskd" in done.stdout and "foreign" not in done.stdout + done.stderr
 
 
-def test_every_dependency_has_its_reason_beside_it():
+def test_every_dependency_has_its_reason_beside_it() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for name in ("dependencies", "demo", "dev"):
         block = re.search(rf"^{name} = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)
@@ -238,7 +255,7 @@ def test_every_dependency_has_its_reason_beside_it():
         assert [line for line in block[1].splitlines() if not re.search(r'",\s+# \w', line)] == []
 
 
-def test_ci_runs_a_command_that_the_readme_shows():
+def test_ci_runs_a_command_that_the_readme_shows() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     block = re.search(r"^<!-- checks -->\n+```\w*\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
     assert block, "README.md needs a code block after the line '<!-- checks -->'"

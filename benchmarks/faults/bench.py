@@ -29,6 +29,7 @@ from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.care.verify import verify
 from cskd.pipeline.pack import pack_data
 from cskd.pipeline.train import train
+from cskd.student.optim import reseed_step
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 IMAGES, SHARD, BLOCK = 48, 12, 24
@@ -103,12 +104,11 @@ class Bench:
 
         kill_after: seconds; kill_at: the step before which it dies.
         """
-        reseed = cskd.pipeline.train.reseed_step
 
         def strike(seed: int, step: int, rank: int) -> None:
             if step == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-            reseed(seed, step, rank)
+            reseed_step(seed, step, rank)
 
         def weights() -> list[Any]:
             setattr(cskd.pipeline.train, "reseed_step", strike)  # noqa: B010
@@ -130,7 +130,8 @@ class Bench:
             report = verify(cache, quiet=True)
             return [report.sound, report.sealed, report.content_root]
 
-        return in_child(ask)[1] == {"value": [True, True, self.root]}
+        answer = in_child(ask)[1]
+        return bool(answer == {"value": [True, True, self.root]})
 
     def judged(self, good: bool, cache: Path, answer: object) -> bool:
         """The same verdict; the reason of a bad one is printed."""

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from benchmarks.faults.damage import all_named
 from cskd.config import to_yaml
 from cskd.files.claims import Claims
 from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.store.commit import publish
 
 RACERS = 4
 UNITS = 6  # of the whole cache
@@ -67,7 +69,7 @@ def races(bench: Bench, count: int) -> Counter[str]:
     for i in range(count):
         whole = i % 4 == 3
         cache = bench.fresh("raced", without=None if whole else (bench.rng.randrange(2), bench.rng.randrange(3)))
-        answers = at_once(lambda cache=cache, deaf=i % 2 == 1: _racer(bench, cache, deaf))
+        answers = at_once(partial(_racer, bench, cache, i % 2 == 1))
         good = all(status == 0 and "value" in answer for status, answer in answers)
         made = [answer["value"] for _, answer in answers] if good else []
         won, tried = sum(m[1] for m in made), sum(m[2] for m in made)
@@ -78,7 +80,7 @@ def races(bench: Bench, count: int) -> Counter[str]:
 
 def _racer(bench: Bench, cache: Path, deaf: bool) -> list[Any]:
     """Stage 1 in one of them: content hash, records of its own that count, records it tried to put in place."""
-    publish, won = cskd.store.cache.publish, list[bool]()
+    won = list[bool]()
 
     def counted(*args: Any) -> bool:
         won.append(publish(*args))

@@ -121,7 +121,12 @@ def traced(bench: Bench, cache: Path, rule: str) -> tuple[int, Any, list[str]]:
                 raise OSError("strace did not attach")
             time.sleep(0.002)
         run = threading.Thread.run
-        setattr(threading.Thread, "run", lambda thread: (idle_calls(thread), run(thread)))  # noqa: B010
+
+        def traced_run(thread: threading.Thread) -> None:
+            idle_calls(thread)
+            run(thread)
+
+        setattr(threading.Thread, "run", traced_run)  # noqa: B010
         return cache_teacher(bench.config(cache), quiet=True).content_root
 
     child = start_child(stage)

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVarTuple
 
 import numpy as np
 from PIL import Image
@@ -38,6 +38,7 @@ from cskd.teacher.build import build
 LINEAR = (
     "from torch import nn\ndef build():\n    m = nn.Module()\n    m.fc = nn.Linear(8, 5, bias=False)\n    return m\n"
 )
+Values = TypeVarTuple("Values")
 VIT = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
 
@@ -99,6 +100,11 @@ class Case:
     expected: str = "refused"
     writes: tuple[str, ...] = ("out", "linear.py", "__pycache__")
     seconds: int | None = None  # on the clock; default: the limit of every reading
+
+
+def bound(function: Callable[[Path, *Values], object], *values: *Values) -> Callable[[Path], object]:
+    """`function` of a folder, with the rest of its arguments as they are now: those of a loop have other values later."""
+    return lambda work: function(work, *values)
 
 
 def make_base(folder: Path) -> Base:
@@ -249,8 +255,9 @@ def write(path: Path, data: bytes | str) -> Path:
 def bomb(kind: str, megabytes: int = 400) -> bytes:
     """Zeros, as gz, bz2 or xz."""
     gz, zeros = zlib.compressobj(9, zlib.DEFLATED, 31), bytes(10**6)
-    packer = {"gz": gz, "bz2": bz2.BZ2Compressor(), "xz": lzma.LZMACompressor(preset=0)}[kind]
-    return b"".join(packer.compress(zeros) for _ in range(megabytes)) + packer.flush()
+    packer: Any = {"gz": gz, "bz2": bz2.BZ2Compressor(), "xz": lzma.LZMACompressor(preset=0)}[kind]
+    whole: bytes = b"".join(packer.compress(zeros) for _ in range(megabytes)) + packer.flush()
+    return whole
 
 
 def sparse(path: Path, size: int, head: bytes = b"") -> Path:

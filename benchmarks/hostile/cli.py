@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benchmarks.hostile import base as b
 from benchmarks.hostile.base import Base, Case, picture, tar, write
@@ -62,10 +63,14 @@ def cli_cases(base: Base) -> list[Case]:
     one = picture("PNG")
     good = tar({f"{c}/{i}.png": one for c in "ab" for i in range(3)})
 
-    def sealed(work: Path, change: Callable[[dict[str, object]], object]) -> None:
+    def sealed(work: Path, change: Callable[[dict[str, Any]], object]) -> None:
         header = json.loads((base.data / HEADER).read_bytes())
         change(header)
         b.copy_with(base.data, work / "d", HEADER, b.seal_inventory(header))
+
+    def elsewhere(work: Path) -> None:
+        sealed(work, lambda header: header["shards"][0].update(name="../../canary"))
+        write(work / "c.yaml", to_yaml(base.config(work / "out" / "c", work / "out" / "r", work / "d")))
 
     def unit(work: Path) -> None:
         members = b.unit_members(base.cache)
@@ -89,7 +94,7 @@ def cli_cases(base: Base) -> list[Case]:
     def config(text: str) -> Callable[[Path], object]:
         return lambda work: write(work / "c.yaml", text)
 
-    def run_of(change: Callable[[dict[str, object]], object]) -> Callable[[Path], object]:
+    def run_of(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
         def make(work: Path) -> None:
             facts = json.loads((base.run / "config.json").read_bytes())
             change(facts)
@@ -109,7 +114,7 @@ def cli_cases(base: Base) -> list[Case]:
         ("index of pipe:", lambda w: None, command("index", "pipe:touch canary"), "refused"),
         ("cache-teacher with a YAML bomb", config("a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]\n"), command("cache-teacher", "WORK/c.yaml"), "refused"),
         ("cache-teacher with a python object", config("data: !!python/object/apply:os.system [touch canary]\n"), command("cache-teacher", "WORK/c.yaml"), "refused"),
-        ("cache-teacher with shards elsewhere", lambda w: (sealed(w, lambda h: h["shards"][0].update(name="../../canary")), write(w / "c.yaml", to_yaml(base.config(w / "out" / "c", w / "out" / "r", w / "d")))), command("cache-teacher", "WORK/c.yaml"), "refused"),
+        ("cache-teacher with shards elsewhere", elsewhere, command("cache-teacher", "WORK/c.yaml"), "refused"),
         ("cache-teacher with an unreadable image", bad_images, counted(command("cache-teacher", "WORK/c.yaml")), "read"),
         ("train with 10^18 epochs", config("train: {epochs: 1000000000000000000, output: x}\n"), command("train", "WORK/c.yaml"), "refused"),
         ("verify of a unit that blows up", unit, command("verify", "WORK/c"), "refused"),

@@ -9,11 +9,12 @@ import os
 import struct
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.hostile.base import Base, Case, bomb, picture, read_index, read_pack, sparse, tar, write
+from benchmarks.hostile.base import Base, Case, bomb, bound, picture, read_index, read_pack, sparse, tar, write
 from cskd.packing.payloads import payloads
 from cskd.packing.sources import open_source
 
@@ -173,14 +174,14 @@ def archive_cases() -> list[Case]:
         "zip called tar": b"PK\x03\x04" + bytes(1000),
         "7z called tar": b"7z\xbc\xaf\x27\x1c" + bytes(1000),
     }
-    makes: dict[str, Callable[[], bytes]] = {name: lambda data=data: data for name, data in sized.items()}
-    makes |= {f"{kind} of zeros, 400 MB": lambda kind=kind: bomb(kind) for kind in ("gz", "bz2", "xz")}
+    makes: dict[str, Callable[[], bytes]] = {name: partial(bytes, data) for name, data in sized.items()}
+    makes |= {f"{kind} of zeros, 400 MB": partial(bomb, kind) for kind in ("gz", "bz2", "xz")}
     makes["gz of 1,000 streams of zeros"] = lambda: gzip.compress(bytes(10**6)) * 1000
     makes["xz that asks for 1.5 GB of memory"] = lambda: _xz_of_dictionary(tree)
     cases = [
         Case(
             f"pack: {name}",
-            lambda work, make=make: write(work / "src.tar", make()),
+            bound(lambda work, make: write(work / "src.tar", make()), make),
             lambda work: read_pack(work / "src.tar", work / "out"),
         )
         for name, make in makes.items()
@@ -189,7 +190,7 @@ def archive_cases() -> list[Case]:
         cases.append(
             Case(
                 f"pack: {kind} as it should be",
-                lambda work, data=data: write(work / "src.tar", data),
+                bound(lambda work, data: write(work / "src.tar", data), data),
                 lambda work: read_pack(work / "src.tar", work / "out", 6),
                 "read",
             )
@@ -247,6 +248,10 @@ def folder_cases() -> list[Case]:
         write(work / "precious.txt", "x")
         write(work / "out" / ".packing" / "publishing", "../precious.txt\n../../canary\n/canary\n")
 
+    def pipe(work: Path) -> None:
+        (work / "d").mkdir()
+        os.mkfifo(work / "d" / "0.tar")
+
     makes: dict[str, tuple[Callable[[Path], object], str]] = {
         "links that are ten to the twelfth folders": (links, "refused"),
         "a link to the folder it is in": (lambda w: (classes(w) / "a" / "up").symlink_to(".."), "refused"),
@@ -300,7 +305,12 @@ def folder_cases() -> list[Case]:
         ("another scheme", "http://localhost/{0..9}.tar"),
     ):
         cases.append(
-            Case(f"index: {name}", lambda work: None, lambda work, spec=spec: read_index(work / spec), writes=("d",))
+            Case(
+                f"index: {name}",
+                lambda work: None,
+                bound(lambda work, spec: read_index(work / spec), spec),
+                writes=("d",),
+            )
         )
     cases.append(
         Case(
@@ -312,7 +322,7 @@ def folder_cases() -> list[Case]:
     cases.append(
         Case(
             "index: a shard that is a pipe",
-            lambda work: ((work / "d").mkdir(), os.mkfifo(work / "d" / "0.tar")),
+            pipe,
             lambda work: read_index(work / "d"),
             writes=("d",),
         )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from PIL import Image
 
-from benchmarks.hostile.base import Case, picture, write
+from benchmarks.hostile.base import Case, bound, picture, write
 from cskd.dataset.images import decode
 
 
@@ -137,7 +137,7 @@ def image_cases() -> list[Case]:
     return [
         Case(
             f"image: {name}",
-            lambda work, make=make: write(work / "i", make()),
+            bound(lambda work, make: write(work / "i", make()), make),
             lambda work: decode((work / "i").read_bytes()),
             how,
         )

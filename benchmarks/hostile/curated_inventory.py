@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.hostile import base as b
-from benchmarks.hostile.base import Base, Case, sparse
+from benchmarks.hostile.base import Base, Case, bound, sparse
 
 Change = Callable[[Any], object]
 HEADER = "inventory/inventory.json"
@@ -86,7 +86,7 @@ def inventory_cases(base: Base) -> list[Case]:
     return [
         Case(
             f"inventory: {name}",
-            lambda work, data=data: b.copy_with(base.data, work / "d", HEADER, data),
+            bound(lambda work, data: b.copy_with(base.data, work / "d", HEADER, data), data),
             lambda work: b.read_samples(work / "d"),
         )
         for name, data in raw.items()
@@ -153,7 +153,7 @@ def column_cases(base: Base) -> list[Case]:
     return [
         Case(
             f"inventory: {what}",
-            lambda work, name=name, content=content: b.copy_with(base.data, work / "d", name, content),
+            bound(lambda work, name, content: b.copy_with(base.data, work / "d", name, content), name, content),
             lambda work: b.read_samples(work / "d", verified=False),  # as training opens it
         )
         for what, name, content in contents

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.hostile import base as b
-from benchmarks.hostile.base import Base, Case, sparse, write
+from benchmarks.hostile.base import Base, Case, bound, sparse, write
 from benchmarks.hostile.curated_inventory import DEEP, Change, change_of, changed
 from cskd.pipeline.care.gc import gc
 from cskd.pipeline.look.inspect_cache import inspect
@@ -114,7 +116,7 @@ def record_cases(base: Base) -> list[Case]:
         files |= {"nested 100,000 deep": b"[" * 100_000, "that is a list": b"[]", "that is null": b"null"}
         files |= {"with a key twice": b'{"a": 1, "a": 2}', "with 2 MB of digits": b"9" * 2_000_000}
         for title, data in files.items():
-            cases.append(Case(f"{what}: {title}", lambda work, n=name, data=data: make(work, n, data), read))
+            cases.append(Case(f"{what}: {title}", bound(make, name, data), read))
     return cases
 
 
@@ -132,7 +134,7 @@ def folder_cases(base: Base) -> list[Case]:
     cases = [
         Case(
             f"cache: {what}",
-            lambda work, name=name, put=put: b.copy_with(base.cache, work / "c", name, put),
+            bound(lambda work, name, put: b.copy_with(base.cache, work / "c", name, put), name, put),
             lambda work: b.read_cache(work / "c"),
         )
         for what, name, put in (
@@ -153,7 +155,7 @@ def folder_cases(base: Base) -> list[Case]:
         cases.append(
             Case(
                 f"gc: {name} is a link that leads out",
-                lambda work, name=name: linked(work, name),
+                bound(linked, name),
                 lambda work: gc(work / "c", older_than=1.0),
                 "read",
             )
@@ -241,7 +243,7 @@ def unit_cases(base: Base) -> list[Case]:
     return [
         Case(
             f"unit: {name}",
-            lambda work, data=data: b.put_unit(b.copy_cache(base, work / "c"), data),
+            bound(lambda work, data: b.put_unit(b.copy_cache(base, work / "c"), data), data),
             lambda work: b.read_cache(work / "c"),
         )
         for name, data in units.items()
@@ -253,7 +255,7 @@ def _twice(members: dict[str, bytes]) -> bytes:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # zipfile warns of the name
-        out = b.io.BytesIO(b.zipped(members))
+        out = io.BytesIO(b.zipped(members))
         with zipfile.ZipFile(out, "a") as archive:
             archive.writestr("seed/c/0", members["seed/c/0"])
     return out.getvalue()
@@ -270,8 +272,8 @@ def weight_cases(base: Base) -> list[Case]:
     return [
         Case(
             f"weights: {name}",
-            lambda work, n=suffix, make=make: write(work / f"w{n}", make()),
-            lambda work, n=suffix: b.read_teacher(work / f"w{n}"),
+            bound(lambda work, suffix, make: write(work / f"w{suffix}", make()), suffix, make),
+            bound(lambda work, suffix: b.read_teacher(work / f"w{suffix}"), suffix),
             how,
         )
         for name, (suffix, make, how) in checkpoints().items()
@@ -307,7 +309,7 @@ def run_cases(base: Base) -> list[Case]:
     cases = [
         Case(
             f"run: config.json with {name}",
-            lambda work, text=text: b.copy_with(base.run, work / "run", "config.json", text),
+            bound(lambda work, text: b.copy_with(base.run, work / "run", "config.json", text), text),
             lambda work: load_student(work / "run"),
         )
         for name, text in texts.items()
@@ -319,18 +321,23 @@ def run_cases(base: Base) -> list[Case]:
         student = build_student(config.student, 2, 32)
         ResumeStates(work / "resume").load(student, Optimisation(student, config.train, 2))
 
-    for name, put in (
+    def make(work: Path, put: Callable[[Path], object]) -> None:
+        (work / "resume").mkdir()
+        put(work / "resume" / state.name)
+
+    states: list[tuple[str, Callable[[Path], object]]] = [
         ("a pipe", os.mkfifo),
         ("1 TB of zeros", lambda path: sparse(path, 10**12)),
         ("a header of 2^62 bytes", lambda path: write(path, struct.pack("<Q", 2**62) + b"{}")),
         ("a device", lambda path: path.symlink_to("/dev/zero")),
         ("a pickle", lambda path: torch.save({"a": torch.ones(3)}, path)),
         ("no bytes", lambda path: write(path, b"")),
-    ):
+    ]
+    for name, put in states:
         cases.append(
             Case(
                 f"run: its state is {name}",
-                lambda work, put=put: ((work / "resume").mkdir(), put(work / "resume" / state.name)),
+                bound(make, put),
                 resume,
             )
         )

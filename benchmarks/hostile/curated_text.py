@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.hostile.base import Base, Case, sparse, write
+from benchmarks.hostile.base import Base, Case, bound, sparse, write
 from cskd.codecs import get_codec
 from cskd.config import load_config, to_yaml
 from cskd.student import build_student
@@ -94,7 +94,7 @@ def yaml_cases() -> list[Case]:
         "a null section": "train:\n",
     }
     cases = [
-        Case(f"config: {name}", lambda work, text=text: write(work / "c.yaml", os.fsencode(text)), _load, how)
+        Case(f"config: {name}", bound(lambda work, text: write(work / "c.yaml", os.fsencode(text)), text), _load, how)
         for how, texts in (("refused", refused), ("read", read))
         for name, text in texts.items()
     ]
@@ -129,7 +129,7 @@ def override_cases() -> list[Case]:
         Case(
             f"config: override {name}",
             lambda work: write(work / "c.yaml", "train: {epochs: 1}\n"),
-            lambda work, text=text: load_config(work / "c.yaml", [text]),
+            bound(lambda work, text: load_config(work / "c.yaml", [text]), text),
         )
         for name, text in texts.items()
     ]
@@ -152,7 +152,10 @@ def class_cases() -> list[Case]:
             if name in ("a pipe", "a device", "no UTF-8")
             else f"classes: a file {name}",
             make,
-            lambda work, outputs=60_000 if "60,000" in name else 1: class_map(str(work / "c.txt"), ["zebra"], outputs),
+            bound(
+                lambda work, outputs: class_map(str(work / "c.txt"), ["zebra"], outputs),
+                60_000 if "60,000" in name else 1,
+            ),
         )
         for name, make in makes.items()
     ]
@@ -160,7 +163,7 @@ def class_cases() -> list[Case]:
 
 def model_cases(base: Base) -> list[Case]:
     """Models by which a config would load files, reach the network, or take all memory."""
-    teacher = {
+    teacher: dict[str, dict[str, object]] = {
         "timm reads a checkpoint": {"model": "resnet18", "kwargs": {"checkpoint_path": "canary"}},
         "timm fetches weights": {"model": "resnet18", "kwargs": {"pretrained": True}},
         "timm's settings name a file": {"model": "resnet18", "kwargs": {"pretrained_cfg": {"file": "canary"}}},
@@ -179,7 +182,7 @@ def model_cases(base: Base) -> list[Case]:
         "its weights are a pipe": {"model": f"{base.folder / 'linear.py'}:build", "weights": "PIPE.pt"},
         "its weights are a folder": {"model": f"{base.folder / 'linear.py'}:build", "weights": "."},
     }
-    student = {
+    student: dict[str, dict[str, object]] = {
         "timm reads a checkpoint": {"model": "deit_tiny_patch16_224", "kwargs": {"checkpoint_path": "canary"}},
         "timm's settings name a file": {"model": "deit_tiny_patch16_224", "kwargs": {"pretrained_cfg": {"file": "x"}}},
         "it is fetched from the hub": {"model": "hf-hub:x/y"},
@@ -210,11 +213,5 @@ def model_cases(base: Base) -> list[Case]:
             section = {**section, "init": str(work / "PIPE.pt")}
         build_student(base.config(work, work, student={"kwargs": {}, **section}).student, 2, 224)
 
-    cases = [
-        Case(f"teacher: {name}", make, lambda work, section=section: build_teacher(work, section))
-        for name, section in teacher.items()
-    ]
-    return cases + [
-        Case(f"student: {name}", make, lambda work, section=section: build_own(work, section))
-        for name, section in student.items()
-    ]
+    cases = [Case(f"teacher: {name}", make, bound(build_teacher, section)) for name, section in teacher.items()]
+    return cases + [Case(f"student: {name}", make, bound(build_own, section)) for name, section in student.items()]

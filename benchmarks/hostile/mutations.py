@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,7 +230,7 @@ def _in_unit(data: bytes, rng: random.Random) -> bytes:
     """A unit with one member changed and the checksums of its zip right."""
     out = io.BytesIO(data)
     members = {}
-    with base_.zipfile.ZipFile(out) as archive:
+    with zipfile.ZipFile(out) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     name = rng.choice(sorted(members))
     if name.endswith(".json") and rng.random() < 0.8:

@@ -26,6 +26,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -117,7 +118,7 @@ def run(
             for case in cases:
                 if only and not case.name.startswith(tuple(only)):
                     continue
-                failed = in_child(lambda case=case: run_case(case, folder), folder, case.name)
+                failed = in_child(partial(run_case, case, folder), folder, case.name)
                 total += Counter(curated=1, curated_failed=failed["failed"])
             if show:
                 print(f"{'curated':<18}inputs {total['curated']}  failed {total['curated_failed']}", flush=True)
@@ -140,9 +141,7 @@ def run_kind(name: str, kind: Kind, count: int, seed: int, folder: Path) -> Coun
     counts: Counter[str] = Counter()
     for first in range(0, count, BATCH):
         numbers = range(first, min(first + BATCH, count))
-        counts += in_child(
-            lambda numbers=numbers: read_batch(name, kind, numbers, seed, folder), folder, f"{name} {first} of {seed}"
-        )
+        counts += in_child(partial(read_batch, name, kind, numbers, seed, folder), folder, f"{name} {first} of {seed}")
     return counts
 
 

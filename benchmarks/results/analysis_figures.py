@@ -15,6 +15,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
@@ -22,7 +23,7 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 STYLES = ["-", "--", ":"]  # of the eighth run and on: the same colours again
 GREY = "#777777"
 WIDTH, DPI = 9.0, 150  # inches
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 10,
     "axes.spines.top": False,
@@ -80,8 +81,8 @@ def agreement_figure(runs: dict[str, Any], teacher: dict[str, Any], images: int)
                 points = [(row["epoch"], 100 * row[part][name]) for row in run["agreement"] if part in row]
                 ax.plot(*zip(*points, strict=True), color=colour, linestyle=style, marker=_marker(points))
             if name == "label":
-                for own, style in (("local", (0, (1, 1))), ("global", (0, (4, 2)))):
-                    _reference(ax, 100 * teacher["label"][part][own], style, f"teacher's {own} class")
+                for own, dashes in (("local", (0, (1, 1))), ("global", (0, (4, 2)))):
+                    _reference(ax, 100 * teacher["label"][part][own], dashes, f"teacher's {own} class")
             if part == next(iter(rows)):
                 ax.set_title(f"equal to the {title}")
             _whole_epochs(ax)
@@ -102,7 +103,7 @@ def cells_figure(runs: dict[str, Any], images: int) -> Figure:
     maps = [100 * np.array(at["local"]) for run in runs.values() for at in run["cells"]]
     low, high = min(m.min() for m in maps), max(m.max() for m in maps)
     high = max(high, low + 1)
-    drawn = None
+    drawn: AxesImage | None = None
     for (name, run), line in zip(runs.items(), panels, strict=True):
         for ax in line[len(run["cells"]) :]:
             ax.set_visible(False)
@@ -126,6 +127,7 @@ def cells_figure(runs: dict[str, Any], images: int) -> Figure:
         line[0].set_ylabel("row of cells")
     for ax in panels[-1]:
         ax.set_xlabel("column of cells")
+    assert drawn is not None
     figure.colorbar(drawn, ax=panels, label="predicts the teacher's local class (%)", shrink=0.9, aspect=30)
     figure.suptitle(f"Where the patch predictions agree with the teacher's local class ({images:,} images)")
     return figure
@@ -193,7 +195,8 @@ def _panels(count: int, most: int, height: float) -> tuple[Figure, list[Axes]]:
 
 def _first_of_rows(panels: Sequence[Axes], label: str) -> None:
     for ax in panels:
-        if ax.get_subplotspec().is_first_col():
+        place = ax.get_subplotspec()
+        if place is not None and place.is_first_col():
             ax.set_ylabel(label)
 
 
@@ -201,7 +204,8 @@ def _reference(ax: Axes, level: float, style: Any, text: str) -> None:
     """A grey line at a level, with its name on it: below where it lies high, above where it lies low."""
     ax.axhline(level, color=GREY, linewidth=1.1, linestyle=style)
     high = level > 50
-    place = {"textcoords": "offset points", "xytext": (-2, -3 if high else 3), "va": "top" if high else "bottom"}
+    place: dict[str, Any] = {"textcoords": "offset points", "xytext": (-2, -3 if high else 3)}
+    place["va"] = "top" if high else "bottom"
     ax.annotate(
         text, (1, level), xycoords=("axes fraction", "data"), ha="right", color="#555555", fontsize=8.5, **place
     )

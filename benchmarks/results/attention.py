@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def attention_weights(student: Student) -> Iterator[list[Tensor]]:
 
     Raises:  StudentError for a ViT whose blocks have no such attention.
     """
-    modules: list[nn.Module] = [m for m in student.backbone.modules() if hasattr(m, "fused_attn")]
+    modules: list[Any] = [m for m in student.backbone.modules() if hasattr(m, "fused_attn")]
     if not modules or not all(isinstance(getattr(m, "attn_drop", None), nn.Module) for m in modules):
         raise StudentError(
             f"the attention of {student.config.model} does not show its weights; take a plain ViT such as "

@@ -33,11 +33,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?", default=results_folder())
     out = parser.parse_args(arguments).out / "data"
-    source = data_folder() / "data"
+    folder = data_folder() / "data"
     try:
-        for name, tar in (("all", "cifar10-train.tar.gz"), ("val", "cifar10-val.tar.gz")):
+        for name, source in (("all", "cifar10-train.tar.gz"), ("val", "cifar10-val.tar.gz")):
             if not (out / name / "inventory").exists():
-                print(pack_data(source / tar, out / name))
+                print(pack_data(folder / source, out / name))
         for name, part in SPLITS.items():
             if not (out / name / "inventory").exists():
                 tar = write_split(open_inventory(out / "all"), part, out / f"{name}.tar")

@@ -58,10 +58,12 @@ class CifarResNet(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """[B, 3, 32, 32] -> [B, channels, 8, 8]."""
-        return self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(images))))))
+        features: Tensor = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(images))))))
+        return features
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.linear(self.forward_features(images).mean((2, 3)))
+        logits: Tensor = self.linear(self.forward_features(images).mean((2, 3)))
+        return logits
 
 
 build = CifarResNet

@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.results.students import METHODS, all_runs
 from benchmarks.results.sweep import TALLY, read_tally
-from cskd.pipeline.statistics import Difference, paired_difference
+from cskd.pipeline.intervals import Difference, paired_difference
 
 REFERENCES = ("none", "deit-hard")  # that every method is compared with
 Row = dict[str, Any]
@@ -157,8 +157,8 @@ def views_table(rows: Sequence[Row]) -> list[str]:
 
 
 def varies_views(row: Row) -> bool:
-    views = row["question"] == "few" or row["question"].startswith("few-views")
-    return views and row["method"] == "cskd-linear" and row["seed"] == 0
+    few = row["question"] == "few" or row["question"].startswith("few-views")
+    return bool(few and row["method"] == "cskd-linear" and row["seed"] == 0)
 
 
 def online_table(rows: Sequence[Row]) -> list[str]:

@@ -1,9 +1,9 @@
 """Train a teacher of docs/RESULTS.md: a CIFAR ResNet on packed images. The same command goes on after a kill.
 
-    python -m benchmarks.results.teacher OUT --train DATA --val DATA [--init WEIGHTS] [--blocks 9] [--epochs 14 8] ...
+    python -m benchmarks.results.teacher OUT --train DATA --val DATA [--init WEIGHTS] [--blocks 9] [--epochs 14] ...
 
-SGD with Nesterov momentum, one or more cycles of the learning rate (restarts: arXiv 1608.03983), shifts of 4 pixels, flips,
-CutMix of half the batches (a cell then learns to answer for what it sees), averaged weights. Every epoch a row in OUT/teacher.jsonl and a state; at the end
+SGD with Nesterov momentum, one cycle of the learning rate, shifts of 4 pixels, flips, CutMix of half the batches (a cell
+then learns to answer for what it sees), averaged weights. Every epoch a row in OUT/teacher.jsonl and a state; at the end
 OUT/teacher.safetensors, the averaged weights. Prints one JSON line last.
 """
 
@@ -14,7 +14,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ from cskd.views.mix_pixels import normalise
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 PRESETS: dict[str, dict[str, Any]] = {
-    "few": {"train": results_folder() / "data" / "few", "blocks": 3, "epochs": [80], "lr": 0.2, "eval_every": 10},
+    "few": {"train": results_folder() / "data" / "few", "blocks": 3, "epochs": 80, "lr": 0.2, "eval_every": 10},
     "all": {"train": results_folder() / "data" / "all", "init": shared_weights("cifar10_resnet56.safetensors")},
 }
 PADDING = 4  # pixels an image may be shifted
@@ -79,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--blocks", type=int, default=9, help="in each stage: 9 is ResNet-56, 3 ResNet-20")
     parser.add_argument("--widths", type=int, nargs=3, default=[16, 32, 64], help="channels of the stages")
     parser.add_argument("--kernels", type=int, nargs=3, default=[3, 3, 3], help="of the stages; 1 sees no neighbours")
-    parser.add_argument("--epochs", type=int, nargs="+", default=[14, 8], help="of each cycle of the learning rate")
+    parser.add_argument("--epochs", type=int, default=14)
     parser.add_argument("--lr", type=float, default=0.05, help="the largest")
     parser.add_argument("--cutmix", type=float, default=0.5, help="share of batches")
     parser.add_argument("--eval-every", type=int, default=2, help="epochs")
@@ -106,7 +105,7 @@ def train_teacher(args: argparse.Namespace) -> dict[str, Any]:
     with sole_writer(args.out, "give another folder"), computing_with(threads.count):
         mark(args.out, "run")
         run = Run(args, device)
-        while run.epoch < run.epochs:
+        while run.epoch < args.epochs:
             run.train_epoch()
         if not (args.out / "teacher.safetensors").exists():
             weights = {k: v.contiguous().cpu() for k, v in run.averaged.module.state_dict().items()}
@@ -124,12 +123,16 @@ class Run:
         model: nn.Module = CifarResNet(args.blocks, args.widths, args.kernels)
         if args.init:
             model.load_state_dict(load_file(args.init))
-        self.model = model.to(device, memory_format=torch.channels_last)
+        self.model = model.to(device).to(memory_format=torch.channels_last)
         decayed = [p for p in model.parameters() if p.ndim > 1]
-        groups = [{"params": decayed}, {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [
+            {"params": decayed},
+            {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
         self.averaged = ModelEmaV3(model, decay=EMA, use_warmup=True)
-        self.epoch, self.epochs, self.rows = 0, sum(args.epochs), []
+        self.epoch = 0
+        self.rows: list[dict[str, Any]] = []
         self.batch = min(128, len(self.train) // 16)
         self.steps = len(self.train) // self.batch
         self._state = args.out / "state.pt"
@@ -143,13 +146,14 @@ class Run:
         torch.manual_seed(hash64("teacher epoch", self.epoch))  # augmentation and order
         order = torch.randperm(len(self.train)).to(self.device)
         loss_sum, done = torch.zeros((), device=self.device), self.epoch * self.steps
-        label = f"teacher, epoch {self.epoch + 1} of {self.epochs}"
+        total = self.args.epochs * self.steps
+        label = f"teacher, epoch {self.epoch + 1} of {self.args.epochs}"
         with Progress(label, self.steps * self.batch, unit="images") as progress:
             for step in range(self.steps):
                 rows = order[step * self.batch : (step + 1) * self.batch]
                 loss = self._loss(rows)
                 for group in self.optimizer.param_groups:
-                    group["lr"] = self.args.lr * one_cycle(self.epoch + (step + 1) / self.steps, self.args.epochs)
+                    group["lr"] = self.args.lr * one_cycle((done + step + 1) / total)
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 self.optimizer.step()
@@ -158,9 +162,9 @@ class Run:
                 progress.update((step + 1) * self.batch)
         self.epoch += 1
         row: dict[str, Any] = {"epoch": self.epoch, "loss": loss_sum.item() / self.steps}
-        if self.epoch % self.args.eval_every == 0 or self.epoch == self.epochs:
+        if self.epoch % self.args.eval_every == 0 or self.epoch == self.args.epochs:
             row["top1"] = self.top1(self.averaged.module, self.val)
-        if self.epoch == self.epochs:
+        if self.epoch == self.args.epochs:
             row["top1_train"] = self.top1(self.averaged.module, self.train)
         earlier = self.rows[-1]["seconds"] if self.rows else 0.0
         self.rows.append(row | {"seconds": earlier + time.perf_counter() - start})
@@ -210,11 +214,8 @@ class Run:
         self.rows, self.epoch = state["rows"], len(state["rows"])
 
 
-def one_cycle(epoch: float, cycles: Sequence[int]) -> float:
-    """Share of the largest learning rate after `epoch` > 0 epochs: up in a fifth of each cycle, then down as a cosine."""
-    starts = [sum(cycles[:i]) for i in range(len(cycles))]
-    start, length = max((s, c) for s, c in zip(starts, cycles, strict=True) if s < epoch)
-    progress = (epoch - start) / length
+def one_cycle(progress: float) -> float:
+    """Share of the largest learning rate at `progress` in (0, 1]: up in a fifth of the run, then down as a cosine."""
     return progress / 0.2 if progress < 0.2 else 0.5 * (1 + math.cos(math.pi * (progress - 0.2) / 0.8))
 
 

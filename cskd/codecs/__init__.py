@@ -11,7 +11,7 @@ __all__ = ["Arrays", "Codec", "get_codec"]
 
 
 def get_codec(name: str, classes: int, grid: tuple[int, int]) -> Codec:
-    """The codec a config names: 'envelope', 'int8', 'topk:K' (or 'topkK', K classes a cell).
+    """The codec a config names: 'envelope', 'int8', 'topk:K' (or 'topkK', K classes per cell).
 
     Raises:  CodecError for an unknown name, or classes or a grid the codec can't hold.
     """

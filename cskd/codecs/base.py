@@ -56,13 +56,13 @@ def direct_hard(dense_BKhw: Tensor, global_BK: Tensor, blend: int) -> Tensor:
     if dense_BKhw.device.type == "mps":  # has no float64
         return direct_hard(dense_BKhw.cpu(), global_BK.cpu(), blend).to(dense_BKhw.device)
     local = dense_BKhw.double() * blend
-    image = (global_BK.double() * (BLEND_ONE - blend))[:, :, None, None]
-    total = local + image
+    whole = (global_BK.double() * (BLEND_ONE - blend))[:, :, None, None]
+    total = local + whole
     top, winner = total.max(1, keepdim=True)
     tied = total == top
     cells = tied.sum(1) > 1
     if bool(cells.any()):
-        x, y, s = (t.expand_as(total).movedim(1, -1)[cells] for t in (local, image, total))  # [tied cells, K]
+        x, y, s = (t.expand_as(total).movedim(1, -1)[cells] for t in (local, whole, total))  # [tied cells, K]
         v = s - x
         error = (x - (s - v)) + (y - v)
         winner[:, 0][cells] = error.masked_fill(~tied.movedim(1, -1)[cells], -math.inf).argmax(1)
@@ -111,8 +111,9 @@ class Codec(ABC):
             out[:] = self.global_class(arrays)[:, None, None]
             return out
         for i in range(0, len(out), HARD_CHUNK):
-            dense, image = map(torch.from_numpy, self.logits({k: a[i : i + HARD_CHUNK] for k, a in arrays.items()}))
-            out[i : i + HARD_CHUNK] = direct_hard(dense, image, blend).numpy()
+            dense_NKhw, global_NK = self.logits({k: a[i : i + HARD_CHUNK] for k, a in arrays.items()})
+            chosen = direct_hard(torch.from_numpy(dense_NKhw), torch.from_numpy(global_NK), blend)
+            out[i : i + HARD_CHUNK] = chosen.numpy()
         return out
 
     def hard_at(self, arrays: Arrays, index: NDArray[np.integer[Any]], blend: int) -> U16:
@@ -125,8 +126,8 @@ class Codec(ABC):
 
         # torch warns of arrays that are read-only, as stored ones are
         tensors = {k: torch.from_numpy(a if a.flags.writeable else a.copy()) for k, a in arrays.items()}
-        dense, image = self.logits_torch(tensors)
-        return dense.numpy(), image.numpy()
+        dense_NKhw, global_NK = self.logits_torch(tensors)
+        return dense_NKhw.numpy(), global_NK.numpy()
 
     def logits_torch(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """`logits` of a batch on the tensors' device: float32 [B, K, h, w] and [B, K]."""
@@ -178,42 +179,3 @@ class Codec(ABC):
                 i = int((~x.isfinite().flatten(1).all(1)).nonzero()[0])
                 bad = x[i][~x[i].isfinite()][0].item()
                 raise CodecError(f"{what} logits of sample {i} of the batch hold {bad}; check image and teacher")
-
-
-MEASURED_BLENDS = (0, 1 << 14, 1 << 15, 3 << 14, BLEND_ONE)
-
-
-def measure(
-    codec: Codec, dense_BKhw: Tensor, global_BK: Tensor, blends: Sequence[int] = MEASURED_BLENDS
-) -> dict[str, Any]:
-    """The error a codec makes on these float32 logits.
-
-    Returns: `hard_agreement` {blend: share of cells whose hard target is `direct_hard`'s}, `global_agreement`; for soft
-             codecs `largest_logit_error` (dense), `largest_global_error`, and `kl` {blend: mean over cells, in nats, of
-             KL(softmax T || softmax of the decoded T)} at temperature 1. All are plain numbers.
-    """
-    arrays = codec.encode(dense_BKhw, global_BK)
-    dense, image = dense_BKhw.detach().cpu(), global_BK.detach().cpu()
-    truth = {q: direct_hard(dense, image, q).numpy() for q in blends}
-    result: dict[str, Any] = {
-        "hard_agreement": {q: float((codec.hard(arrays, q) == truth[q]).mean()) for q in blends},
-        "global_agreement": float((codec.global_class(arrays) == image.argmax(1).numpy()).mean()),
-    }
-    if codec.soft:
-        import torch
-
-        decoded = [torch.from_numpy(x) for x in codec.logits(arrays)]
-        result["largest_logit_error"] = float((decoded[0] - dense).abs().max())
-        result["largest_global_error"] = float((decoded[1] - image).abs().max())
-        result["kl"] = {q: _kl(_blend(dense, image, q), _blend(decoded[0], decoded[1], q)) for q in blends}
-    return result
-
-
-def _blend(dense_BKhw: Tensor, global_BK: Tensor, blend: int) -> Tensor:
-    a = blend / BLEND_ONE
-    return a * dense_BKhw.double() + (1 - a) * global_BK.double()[:, :, None, None]
-
-
-def _kl(true_BKhw: Tensor, decoded_BKhw: Tensor) -> float:
-    p = true_BKhw.log_softmax(1)
-    return float((p.exp() * (p - decoded_BKhw.log_softmax(1))).sum(1).mean())

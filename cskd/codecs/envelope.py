@@ -15,7 +15,7 @@ so a start is known exactly: a crossing in float64 is good to 3e-11 of such a st
 to a whole number both classes are compared there in exact arithmetic. A class that wins only between two such blends is
 not stored. Offsets of the samples are not stored either: they are running sums of the counts, and a second copy could
 only cost bytes or disagree. With class ids in place of places in a list a view takes 5 % more after zstd: 213.6 bytes
-against 202.7 (3,000 views of 500 ImageNet images, DeiT's augmentation and mixing, MobileNetV2, 2.3 segments a cell).
+against 202.7 (3,000 views of 500 ImageNet images, DeiT's augmentation and mixing, MobileNetV2, 2.3 segments per cell).
 
 Shapes: N samples, B batch, K classes, h w teacher grid, n its cells (h * w), M extra segments, T listed classes,
 m candidates.
@@ -120,10 +120,8 @@ class EnvelopeCodec(Codec):
         for first in range(0, N, PIECE):
             rows = slice(first, min(first + PIECE, N))
             segments = slice(before, before := int(end_N[rows.stop - 1]))
-            yield (
-                rows,
-                {"n_extra": n_extra[rows], "start": arrays["start"][segments], "extra": arrays["extra"][segments]},
-            )
+            part = {"n_extra": n_extra[rows], "start": arrays["start"][segments], "extra": arrays["extra"][segments]}
+            yield rows, part
 
     def concat(self, parts: Sequence[Arrays]) -> Arrays:
         """The samples of all parts, in order."""
@@ -232,7 +230,7 @@ class _Candidates(NamedTuple):
     cell: I64  # counted through the batch
     cls: I64
     local: F64  # D
-    image: F64  # g
+    whole: F64  # g
     first: NDArray[np.bool_]  # the winner at blend 0: one a cell
 
 
@@ -251,28 +249,28 @@ def _screen(dense_BKn: Tensor, global_BK: Tensor) -> _Candidates:
     rows_bnK, mixed_bnK = (dense_BKn.new_empty(step, n, K) for _ in range(2))
     hits, locals_ = [], []
     for b in range(0, B, step):
-        image_bK = global_BK[b : b + step]
+        global_bK = global_BK[b : b + step]
         rows = dense_BKn[b : b + step].transpose(1, 2)
         if not rows.is_contiguous():
             for to, sample_Kn in zip(rows_bnK, dense_BKn[b : b + step], strict=False):
                 to.copy_(sample_Kn.t())  # a 2-d transpose takes torch half the time of a 3-d one
-            rows = rows_bnK[: len(image_bK)]
-        mixed = mixed_bnK[: len(image_bK)]
+            rows = rows_bnK[: len(global_bK)]
+        mixed = mixed_bnK[: len(global_bK)]
 
-        first_b1, last_bn = _argmax(image_bK)[:, None], _argmax(rows)
-        image_first, image_last = image_bK.gather(1, first_b1).double(), image_bK.gather(1, last_bn).double()
+        first_b1, last_bn = _argmax(global_bK)[:, None], _argmax(rows)
+        global_first, global_last = global_bK.gather(1, first_b1).double(), global_bK.gather(1, last_bn).double()
         local_first = rows.gather(2, first_b1[:, None].expand(-1, n, 1))[..., 0].double()
         local_last = rows.gather(2, last_bn[..., None])[..., 0].double()
-        fall = image_first - image_last
+        fall = global_first - global_last
         x32 = (fall / (fall + (local_last - local_first))).float()  # the crossing; anything in [0, 1] would be right
         x = x32.double()
-        at_first = x * local_first + (1 - x) * image_first
-        at_last = x * local_last + (1 - x) * image_last
+        at_first = x * local_first + (1 - x) * global_first
+        at_last = x * local_last + (1 - x) * global_last
         low = at_first.minimum(at_last)
-        largest = low.abs() + x * local_last.abs() + (1 - x) * image_first.abs()
+        largest = low.abs() + x * local_last.abs() + (1 - x) * global_first.abs()
         floor = (low - SLACK * largest - 2.0**-120).masked_fill_(first_b1 == last_bn, torch.inf).float()[..., None]
 
-        torch.mul((1 - x32)[..., None], image_bK[:, None], out=mixed)
+        torch.mul((1 - x32)[..., None], global_bK[:, None], out=mixed)
         mixed.addcmul_(x32[..., None], rows)
         hit_m = _flat_at_least(mixed, floor)
         hits.append(hit_m + b * n * K)
@@ -328,7 +326,7 @@ def _walk(c: _Candidates) -> tuple[I64, I64, I64]:
         going &= next_m <= BLEND_ONE
         position = np.cumsum(going) - 1
         current = position[winner]
-        c = _Candidates(c.cell[going], c.cls[going], c.local[going], c.image[going], c.first[going])
+        c = _Candidates(c.cell[going], c.cls[going], c.local[going], c.whole[going], c.first[going])
     if not steps:
         return c.cell, c.cls, c.cell
     cell, cls, start = (np.concatenate(column) for column in zip(*steps, strict=True))
@@ -341,24 +339,24 @@ def _first_win(c: _Candidates, rival: I64) -> F64:
 
     65537 where the two only meet at blend 1 and the rival keeps it; infinity where the rival stays above.
     """
-    fall, rise = c.image[rival] - c.image, c.local - c.local[rival]
+    fall, rise = c.whole[rival] - c.whole, c.local - c.local[rival]
     never = (fall < 0) | (rise < 0) | (fall + rise == 0)
     # Both terms have one sign, so nothing cancels: three roundings, an error of 3e-11 at most.
     crossing = BLEND_ONE * (fall / np.where(never, 1.0, fall + rise))
-    whole = np.rint(crossing)
+    nearest = np.rint(crossing)
     first = np.floor(crossing) + 1
-    near = np.flatnonzero(np.abs(crossing - whole) < NEAR)
+    near = np.flatnonzero(np.abs(crossing - nearest) < NEAR)
     if len(near):
-        wins = _beats(c, near, rival[near], whole[near])
-        first[near] = np.where(wins, whole[near], whole[near] + 1)
+        wins = _beats(c, near, rival[near], nearest[near])
+        first[near] = np.where(wins, nearest[near], nearest[near] + 1)
     first[never] = np.inf
     return first
 
 
 def _beats(c: _Candidates, i: I64, j: I64, blend: F64) -> NDArray[np.bool_]:
     """Does candidate i win over j at the blend, exactly, the lower class on ties?"""
-    total_i, error_i = _exact(c.local[i], c.image[i], blend)
-    total_j, error_j = _exact(c.local[j], c.image[j], blend)
+    total_i, error_i = _exact(c.local[i], c.whole[i], blend)
+    total_j, error_j = _exact(c.local[j], c.whole[j], blend)
     tie = (error_i == error_j) & (c.cls[i] < c.cls[j])
     result: NDArray[np.bool_] = (total_i > total_j) | ((total_i == total_j) & ((error_i > error_j) | tie))
     return result
@@ -376,9 +374,9 @@ def _best(c: _Candidates, hopeful: I64, blend_m: F64) -> I64:
     return hopeful
 
 
-def _exact(local: F64, image: F64, blend: F64) -> tuple[F64, F64]:
+def _exact(local: F64, whole: F64, blend: F64) -> tuple[F64, F64]:
     """blend * D + (65536 - blend) * g as a float64 sum and its rounding error, together exact (see `direct_hard`)."""
-    x, y = local * blend, image * (BLEND_ONE - blend)
+    x, y = local * blend, whole * (BLEND_ONE - blend)
     total = x + y
     v = total - x
     return total, (x - (total - v)) + (y - v)

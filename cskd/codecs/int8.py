@@ -42,24 +42,25 @@ class Int8Codec(Codec):
         dense_BKhw, global_BK = dense_BKhw.detach(), global_BK.detach()
         self.validate_logits(dense_BKhw, global_BK)
         dense, dense_low, dense_step = _quantise(dense_BKhw, 255)
-        image, image_low, image_step = _quantise(global_BK, 65535)
+        whole, global_low, global_step = _quantise(global_BK, 65535)
         tensors = {
             "global_class": global_BK.argmax(1).short(),  # same bits as uint16, which few torch operations know
             "dense": dense.char(),
             "dense_low": dense_low,
             "dense_step": dense_step,
-            "global": image.short(),
-            "global_low": image_low,
-            "global_step": image_step,
+            "global": whole.short(),
+            "global_low": global_low,
+            "global_step": global_step,
         }
         arrays = {name: np.ascontiguousarray(x.cpu().numpy()) for name, x in tensors.items()}
         return arrays | {"global_class": arrays["global_class"].view(np.uint16)}
 
     def logits_torch(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Decode a batch on its device: float32 dense [B, K, h, w] and global [B, K]."""
-        dense = (tensors["dense"].float() + 128) * tensors["dense_step"][:, None] + tensors["dense_low"][:, None]
-        image = (tensors["global"].float() + 32768) * tensors["global_step"][:, None] + tensors["global_low"][:, None]
-        return dense, image
+        dense_BKhw = (tensors["dense"].float() + 128) * tensors["dense_step"][:, None] + tensors["dense_low"][:, None]
+        low_B1, step_B1 = tensors["global_low"][:, None], tensors["global_step"][:, None]
+        global_BK = (tensors["global"].float() + 32768) * step_B1 + low_B1
+        return dense_BKhw, global_BK
 
 
 def _quantise(x: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class TopkCodec(Codec):
-    """Soft targets from k classes a cell: small, close where the teacher is sure; hard ones often wrong in between."""
+    """Soft targets from k classes per cell: small, close where the teacher is sure; hard ones often wrong in between."""
 
     exact_hard, soft = False, True
     error = "a kept logit is off by float16's rounding (2^-11 of itself); the others are replaced by one common value"
@@ -32,9 +32,7 @@ class TopkCodec(Codec):
     def __init__(self, k: int, classes: int, grid: tuple[int, int]) -> None:
         super().__init__(f"topk{k}", classes, grid)
         if not 1 <= k < classes:
-            raise CodecError(
-                f"codec 'topk:{k}' keeps {k} of {classes} classes, expected 1..{classes - 1}; or use 'int8'"
-            )
+            raise CodecError(f"codec 'topk:{k}' keeps {k} of {classes} classes, expected 1..{classes - 1}; or use int8")
         self.k = k
         self.fields = {
             "global_class": Field(("uint16",), ("sample",)),
@@ -67,9 +65,7 @@ class TopkCodec(Codec):
         arrays = {name: np.ascontiguousarray(x.cpu().numpy()) for name, x in tensors.items()}
         for name in ("cell_logit", "cell_rest", "top_logit", "top_rest"):
             if not np.isfinite(arrays[name]).all():
-                raise CodecError(
-                    f"codec '{self.name}': a logit is beyond float16's 65504 ({name}); cache 'int8' instead"
-                )
+                raise CodecError(f"codec '{self.name}': a logit is beyond float16's 65504 ({name}); cache int8 instead")
         return arrays | {name: a.view(np.uint16) for name, a in arrays.items() if name.endswith("class")}
 
     def logits_torch(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

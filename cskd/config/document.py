@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from cskd.config.bounds import bound_of, fields, unit_of
-from cskd.config.load import Config, describe
+from cskd.config.load import describe
+from cskd.config.schema import Config
 
 _HEAD = """# Config keys
 

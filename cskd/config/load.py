@@ -9,40 +9,16 @@ import os
 import re
 import types
 import typing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cskd.config.schema import (
-    CacheConfig,
-    DataConfig,
-    LossConfig,
-    RecipeConfig,
-    StudentConfig,
-    TeacherConfig,
-    TrainConfig,
-)
+from cskd.config.schema import Config
 from cskd.config.yaml_text import MAX_BYTES, read_yaml
 from cskd.errors import ConfigError
 from cskd.files.paths import local_path, local_text
 from cskd.files.read import check_depth, read_file
-
-
-@dataclass(frozen=True)
-class Config:
-    """One run: what is cached and how the student is trained."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    recipe: RecipeConfig = field(default_factory=RecipeConfig)
-    cache: CacheConfig = field(default_factory=CacheConfig)
-    student: StudentConfig = field(default_factory=StudentConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    given: frozenset[str] = frozenset()  # dotted keys that the user wrote; the others are defaults
-
 
 PATHS = (
     *("data.train", "data.val", "teacher.model", "teacher.weights", "teacher.classes"),
@@ -61,9 +37,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         raw = read_yaml(read_file(path, MAX_BYTES).decode(), str(path))
     except FileNotFoundError:
-        raise ConfigError(
-            f"no config at {path}; give the path of a YAML file (the shipped ones are in configs/)"
-        ) from None
+        raise ConfigError(f"no config at {path}; give the path of a YAML file (some are in configs/)") from None
     except (UnicodeDecodeError, OSError, ValueError) as e:  # ValueError: a zero byte in the path
         raise ConfigError(
             f"{path} is not readable YAML: {' '.join(str(e).split())}; expected a file such as those in configs/"
@@ -206,7 +180,7 @@ def _check(kind: Any, value: Any, key: str) -> Any:
 
 
 def _plain(value: Any, key: str) -> Any:
-    """What a constructor may be given: it is recorded as JSON. YAML has dates, bytes, sets and infinities besides."""
+    """What a constructor may be given: it is recorded as JSON. YAML has dates, bytes, sets and infinities, too."""
     if isinstance(value, list):
         return [_plain(v, key) for v in value]
     if isinstance(value, dict):
@@ -214,7 +188,7 @@ def _plain(value: Any, key: str) -> Any:
     if value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return value
     raise ConfigError(
-        f"{key} is {_short(value)}, expected a number, text, true, false, null or a list or mapping of them"
+        f"{key} is {_short(value)}, expected a number, text, true, false, null, a list or a mapping of them"
     )
 
 
@@ -235,7 +209,7 @@ def _number(value: Any) -> Any:
     return value if not isinstance(value, float) or abs(value) < float("inf") else str(value)
 
 
-_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 
 
 def describe(kind: Any) -> str:
@@ -246,4 +220,4 @@ def describe(kind: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is list:
         return "a list, each " + describe(typing.get_args(kind)[0])
-    return _NAMES.get(kind, "a mapping")
+    return _TYPE_NAMES.get(kind, "a mapping")

@@ -37,6 +37,8 @@ def distinct(codecs: list[str]) -> bool:
 Probability = Annotated[float, Ge(0), Le(1), Unit("probability")]
 Share = Annotated[float, Ge(0), Le(1), Unit("share")]
 Range = Annotated[list[Annotated[float, Gt(0)]], Len(2, 2), Predicate(rising)]
+Noise = Annotated[list[Annotated[float, Ge(1e-6), Le(1)]], Len(3, 3), Unit("R, G, B in [0, 1]")]
+Colour = Annotated[list[Annotated[float, Ge(0), Le(1)]], Len(3, 3), Unit("R, G, B in [0, 1]")]
 Rgb = Annotated[list[float] | None, Len(3, 3), Unit("R, G, B in [0, 1]")]
 
 
@@ -137,13 +139,9 @@ class RecipeConfig(Section):
     """Probability that rectangles are overwritten with noise; DeiT's is 0.25."""
     erase_count: Annotated[int, Ge(1), Le(1000), Unit("rectangles")] = 1
     """Most rectangles per view."""
-    mean: Annotated[list[Annotated[float, Ge(0), Le(1)]], Len(3, 3), Unit("R, G, B in [0, 1]")] = field(
-        default_factory=lambda: [0.485, 0.456, 0.406]
-    )
+    mean: Colour = field(default_factory=lambda: [0.485, 0.456, 0.406])
     """Colour outside of the image, and mean of the noise."""
-    std: Annotated[list[Annotated[float, Ge(1e-6), Le(1)]], Len(3, 3), Unit("R, G, B in [0, 1]")] = field(
-        default_factory=lambda: [0.229, 0.224, 0.225]
-    )
+    std: Noise = field(default_factory=lambda: [0.229, 0.224, 0.225])
     """Standard deviation of the noise."""
     mixup: Annotated[float, Ge(0), Le(1_000_000), Unit("alpha of a Beta distribution")] = 0.8
     """Distribution of the share lambda with which two images are blended; 0 = off."""
@@ -308,3 +306,17 @@ class TrainConfig(Section):
         super().__post_init__()
         if self.export == "ema" and self.ema is None:
             raise ConfigError(f"train.export is {self.export!r}, expected live or best without train.ema")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run: what is cached and how the student is trained."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    given: frozenset[str] = frozenset()  # dotted keys that the user wrote; the others are defaults

@@ -24,9 +24,7 @@ def parse_classes(data: bytes, origin: str) -> list[str]:
     if not names:
         raise DataError(f"{origin} is empty; expected one class name a line, in label order")
     if len(names) > MAX_CLASSES:
-        raise DataError(
-            f"{origin} has {len(names)} names, expected at most {MAX_CLASSES} (labels are stored as uint16)"
-        )
+        raise DataError(f"{origin} has {len(names)} names, expected at most {MAX_CLASSES} (labels are kept as uint16)")
     seen: dict[str, int] = {}
     for line, name in enumerate(names, 1):
         if not name:

@@ -16,7 +16,7 @@ MAX_SEGMENTS = 4096  # of metadata; a colour profile takes up to 255, a big XMP 
 MAX_JUNK = 1 << 16  # bytes between two segments of a JPEG
 MAX_SCAN_PIXELS = 640_000_000  # pixels * scans of a JPEG: ten scans (libjpeg's default) of the largest image
 MAX_PLAIN = 4_000_000  # pixels of a PPM in text, and bytes of an RLE BMP: Pillow reads both in Python
-MAX_VALUES = 1 << 20  # of one TIFF tag
+MAX_TAG_VALUES = 1 << 20  # of one TIFF tag
 MAX_BLOCKS = 1 << 20  # of GIF metadata
 _PPM = re.compile(
     rb"P[1-7](?:[ \t\r\n\v\f]+|#[^\r\n]{0,4096}[\r\n])+(\d{1,10})(?:[ \t\r\n\v\f]+|#[^\r\n]{0,4096}[\r\n])+(\d{1,10})\s"
@@ -49,12 +49,12 @@ def _jpeg(data: bytes) -> None:
         if here < 0:
             here = len(data)
         if here - at > MAX_JUNK:
-            raise ImageError(f"{here - at} bytes that belong to no segment of this JPEG; save it anew")
+            raise ImageError(f"{here - at} bytes that belong to no segment of this JPEG; save it again")
         end = here + 1
         if data[end : end + 1] == b"\xff" and (filling := _FILL.match(data, end)):
             end = filling.end()
         if end - here > MAX_JUNK:
-            raise ImageError(f"{end - here} filling bytes between two segments of this JPEG; save it anew")
+            raise ImageError(f"{end - here} filling bytes between two segments of this JPEG; save it again")
         if end + 9 > len(data):
             return
         kind = data[end]
@@ -66,10 +66,10 @@ def _jpeg(data: bytes) -> None:
                 return  # one scan of everything: no decoder looks for another
             scans = data.count(b"\xff\xda")
             if scans > 10 and scans * width * height > MAX_SCAN_PIXELS:
-                raise ImageError(f"{scans} scans of {width} x {height} pixels in one JPEG, expected ten; save it anew")
+                raise ImageError(f"{scans} scans of {width} x {height} pixels in one JPEG, expected ten; save it again")
             return
         at = end + 1 + (0 if kind in _ALONE else data[end + 1] << 8 | data[end + 2])
-    raise ImageError(f"more than {MAX_SEGMENTS} segments of metadata in this JPEG; save it anew")
+    raise ImageError(f"more than {MAX_SEGMENTS} segments of metadata in this JPEG; save it again")
 
 
 def _png(data: bytes) -> None:
@@ -83,7 +83,7 @@ def _png(data: bytes) -> None:
         else:
             others += 1
         if others > MAX_SEGMENTS or pixels > MAX_SEGMENTS + len(data) // 512:
-            raise ImageError(f"more than {others + pixels - 1} chunks in a PNG of {len(data)} bytes; save it anew")
+            raise ImageError(f"more than {others + pixels - 1} chunks in a PNG of {len(data)} bytes; save it again")
         at += 12 + size
 
 
@@ -95,12 +95,12 @@ def _tiff(data: bytes) -> None:
         count = struct.unpack_from(order + ("Q" if big else "H"), data, at)[0]
         entry, first = (order + "HHQQ", at + 8) if big else (order + "HHII", at + 2)
         if count > MAX_SEGMENTS:
-            raise ImageError(f"{count} tags in a TIFF, expected at most {MAX_SEGMENTS}; save it anew")
+            raise ImageError(f"{count} tags in a TIFF, expected at most {MAX_SEGMENTS}; save it again")
         tags = {}
         for i in range(count):
             tag, kind, values, value = struct.unpack_from(entry, data, first + i * struct.calcsize(entry))
-            if values > MAX_VALUES and kind not in (1, 2, 6, 7):  # text and bytes are kept as they are
-                raise ImageError(f"{values} values of TIFF tag {tag}, expected at most {MAX_VALUES}; save it anew")
+            if values > MAX_TAG_VALUES and kind not in (1, 2, 6, 7):  # text and bytes are kept as they are
+                raise ImageError(f"{values} values of TIFF tag {tag}, expected at most {MAX_TAG_VALUES}; save it again")
             short = kind == 3 and order == ">"  # a short stands at the front of its field
             tags[tag] = value >> (48 if big else 16) if short else value
     except struct.error:
@@ -122,14 +122,14 @@ def _gif(data: bytes) -> None:
             at += 1
         else:
             at += 1 + size
-    raise ImageError(f"more than {MAX_BLOCKS} blocks of metadata in this GIF; save it anew")
+    raise ImageError(f"more than {MAX_BLOCKS} blocks of metadata in this GIF; save it again")
 
 
 def _ppm(data: bytes) -> None:
     header = _PPM.match(data[: 1 << 17])
     if header is None:
         if data[1:2] in b"1234567" and len(data) > 1 << 17:
-            raise ImageError("no size in the first 128 kB of this PPM; save it anew")
+            raise ImageError("no size in the first 128 kB of this PPM; save it again")
         return
     pixels = int(header[1]) * int(header[2])
     if data[1:2] in b"123" and max(pixels, len(data) // 16) > MAX_PLAIN:

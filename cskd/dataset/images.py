@@ -55,7 +55,7 @@ def _plain_jpeg(data: bytes, max_pixels: int) -> NDArray[np.uint8] | None:
     """A colour or grey JPEG in which libjpeg finds nothing odd; None leaves the verdict, and its words, to Pillow. Raises
     ImageError as `refuse_bombs`.
 
-    The same libjpeg-turbo algorithms and so Pillow's pixels, without Pillow's detour over four bytes a pixel: 0.98 ms
+    The same libjpeg-turbo algorithms and so Pillow's pixels, without Pillow's detour over four bytes per pixel: 0.98 ms
     instead of 1.19 for an image of ImageNet, on one core.
     """
     if not data.startswith(b"\xff\xd8\xff"):
@@ -95,9 +95,8 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
             f"{len(data)} bytes that are no {', '.join(FORMATS)} (first: {data[:8].hex() or 'none'}); replace the file"
         ) from None
     except Exception as e:  # Pillow's decoders raise a dozen types, from SyntaxError to struct.error, for bad bytes
-        raise ImageError(
-            f"can't be decoded: {' '.join(str(e).split()) or type(e).__name__}; replace the file"
-        ) from None
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise ImageError(f"can't be decoded: {reason}; replace the file") from None
 
 
 def decoder_versions() -> dict[str, str]:
@@ -120,7 +119,7 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     if image.mode in _MODES_16:
         values = np.asarray(image)
         if values.size and (values.min() < 0 or values.max() > 0xFFFF):
-            raise ImageError("32-bit integer pixels, expected 8 or 16 bits a channel; convert the file")
+            raise ImageError("32-bit integer pixels, expected 8 or 16 bits per channel; convert the file")
         return np.repeat((values >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
     if image.mode not in _MODES:
         raise ImageError(f"pixels of mode {image.mode}, expected grey, RGB, palette or CMYK; convert the file")

@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cskd.dataset.inventory_checks import check_columns
+from cskd.dataset.inventory_checks import MEND, check_columns
 from cskd.dataset.inventory_format import (
     DTYPES,
-    FOLDER,
-    FORMAT,
     HEADER,
+    INVENTORY_FOLDER,
+    INVENTORY_FORMAT,
+    INVENTORY_VERSION,
     PARTIAL,
-    VERSION,
     finish_column,
     header_bytes,
     header_hash,
@@ -64,7 +64,7 @@ class ShardFile(NamedTuple):
 
 
 class Inventory:
-    """An open inventory; columns as in `cskd/dataset/inventory_format.py`. Pickles as its path and is opened anew."""
+    """An open inventory; columns as in `cskd/dataset/inventory_format.py`. Pickles as its path and is opened again."""
 
     def __init__(self, path: Path, root: Path, header: dict[str, Any], columns: dict[str, NDArray[Any]]) -> None:
         self.path, self.root = path, root  # the inventory's own folder; the folder the shards are in
@@ -95,9 +95,7 @@ class Inventory:
         try:
             return self._key[self._key_offset[i] : self._key_offset[i + 1]].tobytes().decode()
         except UnicodeDecodeError as e:
-            raise DataError(
-                f"{self.path}: the key of sample {i} is no UTF-8 ({e.reason}); pack or index again"
-            ) from None
+            raise DataError(f"{self.path}: the key of sample {i} is no UTF-8 ({e.reason}); {MEND}") from None
 
     def find(self, key: str) -> int:
         """The index of the sample with that key. Raises DataError when there is none."""
@@ -109,6 +107,10 @@ class Inventory:
     def block_of(self, i: int) -> int:
         """The block that holds sample i."""
         return int(np.searchsorted(self.blocks, i, side="right")) - 1
+
+    def block_range(self, block: int) -> tuple[int, int]:
+        """First sample of a block and the one after its last."""
+        return int(self.blocks[block]), int(self.blocks[block + 1])
 
     def shard_path(self, shard: int) -> Path:
         """Where shard number `shard` should be."""
@@ -151,23 +153,23 @@ def open_inventory(path: str | Path, data: str | Path | None = None, verify: boo
     Raises:  DataError when there is none, it is damaged, newer than this code, or `data` holds another data set.
     """
     path = local_path(path, "the data set")
-    if (path / FOLDER / HEADER).is_file():
-        path = path / FOLDER
+    if (path / INVENTORY_FOLDER / HEADER).is_file():
+        path = path / INVENTORY_FOLDER
     header = read_header(path)
-    if data is not None and (Path(data) / FOLDER / HEADER).is_file():
-        header_there = read_header(Path(data) / FOLDER)
+    if data is not None and (Path(data) / INVENTORY_FOLDER / HEADER).is_file():
+        header_there = read_header(Path(data) / INVENTORY_FOLDER)
         if header_there["id"] != header["id"]:
             raise DataError(
                 f"{data} holds the data set {header_there['id'][:12]}, but {path} is of {header['id'][:12]}; "
                 "point to the data that it was made from"
             )
-        path, header = Path(data) / FOLDER, header_there
+        path, header = Path(data) / INVENTORY_FOLDER, header_there
     columns = {name: read_column(path, name, dtype) for name, dtype in DTYPES.items()}
     n = header["num_samples"]
     for name, column in columns.items():
         expected = columns["key_offset"][-1:].sum() if name == "key" else n + (name == "key_offset")
         if len(column) != expected:
-            raise DataError(f"{path / name}.npy holds {len(column)} entries, expected {expected}; pack or index again")
+            raise DataError(f"{path / name}.npy holds {len(column)} entries, expected {expected}; {MEND}")
     if verify:
         verify_files(path, header)
     check_columns(header, columns, path)
@@ -191,6 +193,11 @@ def block_bounds(shard_counts: Sequence[int], block: int) -> NDArray[np.int64]:
     else:
         bounds.append(bounds[-1] + current)
     return np.array(bounds, np.int64)
+
+
+def evenly(n: int, most: int) -> NDArray[np.int64]:
+    """At most so many of 0..n-1, spread evenly from the first to the last, rising: where a few have to stand for all."""
+    return np.unique(np.linspace(0, n - 1, min(most, n)).astype(np.int64))
 
 
 def first_duplicate(key_hashes: U64) -> tuple[int, int] | None:
@@ -252,8 +259,8 @@ class InventoryWriter:
         columns = {name: read_column(self.folder, name, dtype) for name, dtype in DTYPES.items()}
         bounds = block_bounds(self._counts, block)
         header = {
-            "format": FORMAT,
-            "version": VERSION,
+            "format": INVENTORY_FORMAT,
+            "version": INVENTORY_VERSION,
             "id": identify(self.folder, bounds),
             "num_samples": n,
             "classes": list(classes),
@@ -343,7 +350,7 @@ def new_inventory(data: Path) -> Iterator[InventoryWriter]:
 
 def publish_inventory(partial: Path, data: Path) -> Inventory:
     """Rename a finished inventory folder to data/inventory; one of the same id there stays, another is a DataError."""
-    final = data / FOLDER
+    final = data / INVENTORY_FOLDER
     if (final / HEADER).is_file():
         old, new = open_inventory(final), open_inventory(partial)
         if old.id != new.id or old.classes != new.classes:
@@ -364,7 +371,7 @@ def copy_inventory(inventory: Inventory, root: Path) -> None:
 
     Raises:  DataError when another one is there, or what is there is not whole.
     """
-    partial, final = root / f"{PARTIAL}.{os.getpid()}.{uuid.uuid4().hex[:8]}", root / FOLDER
+    partial, final = root / f"{PARTIAL}.{os.getpid()}.{uuid.uuid4().hex[:8]}", root / INVENTORY_FOLDER
     partial.mkdir(parents=True)
     try:
         for name in [HEADER, *(f"{name}.npy" for name in DTYPES)]:

@@ -14,7 +14,7 @@ from cskd.dataset.classes import MAX_CLASSES
 from cskd.errors import DataError
 
 MAX_IMAGE_BYTES = 1 << 28
-PIECE = 1 << 16  # rows checked at a time, so that no copy of a column is made
+ROWS_AT_ONCE = 1 << 16  # rows checked at a time, so that no copy of a column is made
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)  # pipe:, http: ... which webdataset would run or fetch
 
@@ -64,8 +64,8 @@ def check_shard_name(name: str, path: Path) -> None:
 def check_columns(header: dict[str, Any], columns: dict[str, NDArray[Any]], path: Path) -> None:
     """Rows: labels are classes, shards are listed, keys follow one another. DataError naming the first that isn't."""
     n, shards = header["num_samples"], len(header["shards"])
-    for first in range(0, n, PIECE):
-        rows = slice(first, min(first + PIECE, n))
+    for first in range(0, n, ROWS_AT_ONCE):
+        rows = slice(first, min(first + ROWS_AT_ONCE, n))
         label, shard, offset, size = (columns[name][rows] for name in ("label", "shard", "offset", "size"))
         starts = columns["key_offset"][first : rows.stop + 1]
         outside = (label < 0) | (label >= len(header["classes"])) | (shard >= shards)

@@ -25,14 +25,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cskd.dataset.inventory_checks import check_header
+from cskd.dataset.inventory_checks import MEND, check_header
 from cskd.errors import DataError
 from cskd.files.durable import json_hash, sync
 from cskd.files.read import file_sha256, open_regular, parse_json, read_file
 
-FORMAT = "cskd inventory"
-VERSION = 1
-FOLDER = "inventory"
+RESTORE_IT = f"restore it, or {MEND}"
+INVENTORY_FORMAT = "cskd inventory"
+INVENTORY_VERSION = 1
+INVENTORY_FOLDER = "inventory"
 HEADER = "inventory.json"
 PARTIAL = ".inventory.partial"  # being written; never read
 DTYPES = {
@@ -54,17 +55,13 @@ def read_header(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"no inventory at {path}; make one with 'cskd pack' or 'cskd index'") from None
     except (OSError, ValueError) as e:
-        raise DataError(f"{path / HEADER} is not readable: {e}; restore it, or pack or index again") from None
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise DataError(f"{path / HEADER} is not readable: {e}; {RESTORE_IT}") from None
+    if not isinstance(header, dict) or header.get("format") != INVENTORY_FORMAT:
         raise DataError(f"{path / HEADER} is not an inventory; make one with 'cskd pack' or 'cskd index'")
-    if header.get("version") != VERSION:
-        raise DataError(
-            f"{path / HEADER} has version {header.get('version')}, this code reads {VERSION}; pack or index again"
-        )
+    if header.get("version") != INVENTORY_VERSION:
+        raise DataError(f"{path / HEADER} has version {header.get('version')}, expected {INVENTORY_VERSION}; {MEND}")
     if header.get("hash") != header_hash(header):
-        raise DataError(
-            f"{path / HEADER} does not match its own hash: it was changed; restore it, or pack or index again"
-        )
+        raise DataError(f"{path / HEADER} does not match its own hash: it was changed; {RESTORE_IT}")
     check_header(header, path / HEADER)
     return header
 
@@ -78,9 +75,7 @@ def read_column(path: Path, name: str, dtype: str) -> NDArray[Any]:
         if not isinstance(column, np.ndarray):
             raise ValueError("a zip of arrays, expected one array")
     except Exception as e:  # numpy parses a header as Python: a damaged one raises a dozen types
-        raise DataError(
-            f"{path / name}.npy is not readable: {' '.join(str(e).split())}; restore it, or pack or index again"
-        ) from None
+        raise DataError(f"{path / name}.npy is not readable: {' '.join(str(e).split())}; {RESTORE_IT}") from None
     if column.dtype != np.dtype(dtype) or column.ndim != 1:
         raise DataError(
             f"{path / name}.npy is {column.dtype} {list(column.shape)}, expected {np.dtype(dtype)} in one dimension"
@@ -94,17 +89,15 @@ def verify_files(path: Path, header: dict[str, Any]) -> None:
         try:
             digest = file_sha256(path / f"{name}.npy")
         except OSError as e:
-            raise DataError(
-                f"{path / name}.npy is not readable: {e.strerror}; restore it, or pack or index again"
-            ) from None
+            raise DataError(f"{path / name}.npy is not readable: {e.strerror}; {RESTORE_IT}") from None
         if digest != header["columns"].get(name, {}).get("sha256"):
-            raise DataError(f"{path / name}.npy does not match its recorded sha256; restore it, or pack or index again")
+            raise DataError(f"{path / name}.npy does not match its recorded sha256; {RESTORE_IT}")
     try:
         found = identify(path, np.array(header["blocks"], np.int64))
     except ValueError as e:  # a column's header of another version of the format
-        raise DataError(f"{path} can't be checked: {' '.join(str(e).split())}; pack or index again") from None
+        raise DataError(f"{path} can't be checked: {' '.join(str(e).split())}; {MEND}") from None
     if found != header["id"]:
-        raise DataError(f"{path} does not have the id that its header states; pack or index again")
+        raise DataError(f"{path} does not have the id that its header states; {MEND}")
 
 
 def check_copy(path: Path) -> None:

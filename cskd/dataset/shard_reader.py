@@ -15,7 +15,8 @@ from cskd.errors import DataError, ReadError
 from cskd.files.read import open_regular, pread
 
 TRIES = 3
-WAIT = 0.2  # seconds before the second try, doubled before the third: what a network file system needs to come back
+# Seconds before the second try, doubled before the third: what a network file system needs to come back.
+RETRY_WAIT = 0.2
 
 
 class ShardReader:
@@ -70,12 +71,10 @@ class ShardReader:
             except OSError as e:
                 error = e
                 with self._lock:
-                    self._drop(shard)  # a network file system may need the file opened anew
+                    self._drop(shard)  # a network file system may need the file opened again
                 if attempt + 1 < TRIES:
-                    time.sleep(WAIT * 2**attempt)
-        raise ReadError(
-            f"{self._name(i, shard)}: reading failed {TRIES} times: {error}; check the disk, then run again"
-        )
+                    time.sleep(RETRY_WAIT * 2**attempt)
+        raise ReadError(f"{self._name(i, shard)}: reading failed {TRIES} times: {error}; check the disk and run again")
 
     def _open(self, i: int, shard: int) -> int:
         fd = self._fds.pop(shard, None)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from cskd.files.read import read_file
 
-FOLDER = "claims"
+CLAIMS = "claims"
 BEAT = 5.0  # seconds between touches
 LEASE = 60.0  # seconds after which an untouched claim is nobody's
 
@@ -47,7 +47,7 @@ class Claims:
     folder: where in `root` they lie; '' for `root` itself. second_line: see `signed`.
     """
 
-    def __init__(self, root: Path, folder: str = FOLDER, second_line: str = "") -> None:
+    def __init__(self, root: Path, folder: str = CLAIMS, second_line: str = "") -> None:
         self._root, self._folder, self._second_line = root, root / folder, second_line
         self._mine: set[Path] = set()
         self._end = threading.Event()
@@ -133,7 +133,7 @@ def holder(path: Path) -> Owner | None:
 
 def held(root: Path) -> int:
     """How many claims on a cache have an owner that lives."""
-    return sum(not _stale(path) for path in (root / FOLDER).glob("[!.]*"))
+    return sum(not _stale(path) for path in (root / CLAIMS).glob("[!.]*"))
 
 
 def _read(path: Path) -> str:

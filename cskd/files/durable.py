@@ -12,12 +12,13 @@ import hashlib
 import itertools
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cskd.files.links import NO_LINKS
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # how file systems without hard links answer
 
 
 def put(path: Path, content: bytes | Callable[[Path], object], *, first: bool = False) -> bool:
@@ -89,6 +90,17 @@ def sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def hard_link_error(folder: Path) -> OSError | None:
+    """Why no hard link can be made in a folder; None where one was."""
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".cskd-links-") as made:
+            Path(made, "a").touch()
+            os.link(Path(made, "a"), Path(made, "b"))
+    except OSError as e:
+        return e
+    return None
 
 
 def json_bytes(value: Any) -> bytes:

@@ -23,10 +23,10 @@ from cskd.files.paths import local_path
 from cskd.files.read import parse_json, read_file
 
 MARKER = ".cskd"
-VERSION = 1
+MARKER_VERSION = 1
 DEPTH = 3  # of folders below an output that are looked at
-MOST = 2_000  # names in them that are looked at: a folder of a million images is no reason to wait
-_NAMES = {
+MOST_LOOKED_AT = 2_000  # names in them that are looked at: a folder of a million images is no reason to wait
+_KIND_NAMES = {
     "data": "a packed data set",
     "cache": "a cache",
     "run": "the folder of a run",
@@ -37,7 +37,7 @@ _NAMES = {
 
 def mark(folder: Path, kind: str) -> None:
     """Have a folder say of which kind it is; one that says so already is left alone."""
-    data = (json.dumps({"kind": kind, "version": VERSION}) + "\n").encode()
+    data = (json.dumps({"kind": kind, "version": MARKER_VERSION}) + "\n").encode()
     with contextlib.suppress(OSError):
         if read_file(folder / MARKER) == data:
             return
@@ -49,28 +49,20 @@ def kind_of(folder: Path) -> str | None:
     there = {name for name in (MARKER, *_TELLING) if os.path.lexists(folder / name)}
     if MARKER in there and (kind := _marked(folder / MARKER)):
         return kind
-    if len(there & {"manifest.json", "manifest.copy.json", "commits", "units"}) > 1:
+    if len(there & _OF_A_CACHE) > 1:
         return "cache"
     if "inventory" in there and os.path.isfile(folder / "inventory" / "inventory.json"):
         return "data" if _has_shards(folder) else "inventory"
-    if "resolved.yaml" in there and there & {
-        "resume",
-        "metrics.jsonl",
-        "model.safetensors",
-        "unreadable.json",
-        "scratch",
-    }:
+    if "resolved.yaml" in there and there & _OF_A_RUN:
         return "run"
     if {"images", "data"} <= there and all(os.path.isdir(folder / name) for name in _OF_A_DEMO):
         return "demo"
     return None
 
 
-_TELLING = (
-    *("manifest.json", "manifest.copy.json", "inventory", "commits", "units"),
-    *("resolved.yaml", "resume", "metrics.jsonl", "model.safetensors", "unreadable.json", "scratch"),
-    *("images", "data"),
-)
+_OF_A_CACHE = {"manifest.json", "manifest.copy.json", "commits", "units"}
+_OF_A_RUN = {"resume", "metrics.jsonl", "model.safetensors", "unreadable.json", "scratch"}
+_TELLING = {*_OF_A_CACHE, *_OF_A_RUN, "inventory", "resolved.yaml", "images", "data"}
 _OF_A_DEMO = ("images/train", "data/train/inventory")
 
 
@@ -121,7 +113,7 @@ def _refuse_inside(
 
 def _below(folder: Path) -> Iterator[tuple[Path, str | None]]:
     """The folders below one, DEPTH deep, with their kinds; what a folder of ours holds is its own affair."""
-    level, left = [folder], MOST
+    level, left = [folder], MOST_LOOKED_AT
     for _ in range(DEPTH):
         deeper: list[Path] = []
         for path in level:
@@ -165,4 +157,4 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _said(kind: str) -> str:
-    return _NAMES.get(kind, f"a folder of kind {kind!r}")
+    return _KIND_NAMES.get(kind, f"a folder of kind {kind!r}")

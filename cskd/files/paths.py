@@ -21,12 +21,9 @@ def local_text(text: str, what: str) -> str:
     """
     if address := _ADDRESS.match(text):
         scheme = address[1].lower()
-        cure = (
-            f"write {'/' + text[address.end() :]}" if scheme == "file" else "copy or mount it here, and give that path"
-        )
-        raise PathError(
-            f"{what} {text[:_SHOWN]!r} is an address ({scheme}:), expected a path on this machine; {cure[:120]}"
-        )
+        local = f"write {'/' + text[address.end() :]}"
+        cure = local if scheme == "file" else "copy or mount it here, and give that path"
+        raise PathError(f"{what} {text[:_SHOWN]!r} is an address ({scheme}:), expected a local path; {cure[:120]}")
     return os.path.expanduser(text) if text.startswith("~") else text
 
 

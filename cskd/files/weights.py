@@ -22,20 +22,14 @@ from torch import Tensor
 from cskd.errors import one_line
 from cskd.files.read import open_regular, parse_json
 
-FREE_BYTES = 1 << 28  # any model's file may have these
+FREE_WEIGHT_BYTES = 1 << 28  # any model's file may have these
 MAX_TIMES = 16  # the size of its model: weights, averaged weights and an optimiser's state are up to five
 MAX_HEADER = 1 << 24  # bytes of a safetensors header; 2,000 tensors take 200 kB
 MAX_PICKLE = 1 << 23  # bytes of a checkpoint's own pickle; as above
 # Arguments of timm.create_model by which timm would read a file of its own choice.
 READ_BY_TIMM = (
-    *(
-        "pretrained",
-        "checkpoint_path",
-        "pretrained_cfg",
-        "pretrained_cfg_overlay",
-        "pretrained_model_args",
-        "cache_dir",
-    ),
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args"),
+    *("checkpoint_path", "cache_dir"),
 )
 # Where training scripts put the weights inside a checkpoint; averaged weights first, as they are the ones published.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -77,9 +71,7 @@ def read_weights(path: Path, model_bytes: int) -> tuple[dict[str, Tensor], list[
         loaded = loaded[key]
         keys.append(key)
     if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise ValueError(
-            f"holds more than tensors or none: no state dict at its top level or under {', '.join(_WRAPPERS)}"
-        )
+        raise ValueError(f"holds more than tensors or none: no state dict at its top or under {', '.join(_WRAPPERS)}")
     check_tensors(loaded.values())
     weights = {str(name): tensor for name, tensor in loaded.items()}
     for prefix in ("module.", "_orig_mod."):
@@ -95,7 +87,7 @@ def check_weight_file(path: Path, model_bytes: int) -> None:
     """
     with os.fdopen(open_regular(path), "rb") as file:
         length = os.fstat(file.fileno()).st_size
-        if length > FREE_BYTES + MAX_TIMES * model_bytes:
+        if length > FREE_WEIGHT_BYTES + MAX_TIMES * model_bytes:
             raise ValueError(f"it has {length} bytes and the model {model_bytes}: it is of another one")
         head = file.read(8)
         file.seek(0)
@@ -123,6 +115,24 @@ def check_tensors(tensors: Iterable[Any]) -> None:
             raise ValueError(f"holds a tensor of shape {list(tensor.shape)} that repeats its numbers")
 
 
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor that holds NaN or an infinity; None where all are finite, or hold whole numbers.
+
+    One pass over the values (smallest and largest: NaN spreads to both) and one transfer per device.
+    """
+    ends: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            t = tensor.detach()
+            t = t.float() if t.element_size() == 1 else t  # of float8 there are no smallest and largest
+            ends.setdefault(t.device, []).append((name, torch.stack(torch.aminmax(t)).isfinite().all()))
+    bad = set()
+    for found in ends.values():
+        finite = torch.stack([ok for _, ok in found]).tolist()
+        bad |= {name for (name, _), ok in zip(found, finite, strict=True) if not ok}
+    return next((name for name in tensors if name in bad), None)
+
+
 def _check_zip(file: IO[bytes], length: int) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
@@ -133,9 +143,7 @@ def _check_zip(file: IO[bytes], length: int) -> None:
             for info in infos:
                 if info.filename.endswith(".pkl"):
                     if info.file_size > MAX_PICKLE:
-                        raise ValueError(
-                            f"{info.filename} in it has {info.file_size} bytes, expected {MAX_PICKLE} at most"
-                        )
+                        raise ValueError(f"{info.filename} has {info.file_size} bytes, expected {MAX_PICKLE} at most")
                     with archive.open(info) as pickled:
                         _check_pickle(pickled)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as e:

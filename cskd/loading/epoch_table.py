@@ -1,8 +1,8 @@
 """The epoch table: what the workers need of the cache for a stretch of one epoch, in the order of the plan.
 
 A folder of .npy columns, memory-mapped and shared by all workers, so that they never open a unit. Hard targets: one
-table an epoch, the units evaluated once at the epoch's blend (h*w uint16 a sample), in two parts where a run begins. Soft
-targets: the codec's own arrays, one table a window of blocks, decoded on the device.
+table per epoch, the units evaluated once at the epoch's blend (h*w uint16 per sample), in two parts where a run begins. Soft
+targets: the codec's own arrays, one table per window of blocks, decoded on the device.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class EpochTable:
     targets: list[str]
 
 
-def segments(
+def table_bounds(
     plan: EpochPlan, spec: TargetSpec, batch: int, begin: int | None = None, end: int | None = None
 ) -> list[tuple[int, int]]:
     """(first, stop) positions of each table of an epoch, at batch borders: one for hard targets, one a window for soft.
@@ -76,7 +76,7 @@ def build_table(
             shutil.rmtree(temp)
             raise CancelledError
         unit = source.read(block, of_view, spec.codec)
-        position = sample[rows] - source.block_range(block)[0]
+        position = sample[rows] - source.inventory.block_range(block)[0]
         found = np.searchsorted(unit.position, position)
         if not np.array_equal(unit.position.take(found, mode="clip"), position):
             raise CacheError(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cskd.config import RecipeConfig
+from cskd.config import RecipeConfig, TrainConfig
 from cskd.errors import PlanError
 from cskd.loading.sources import ViewSource
 from cskd.seeds import hash64, permutation
@@ -25,7 +25,7 @@ PAIRED = np.array([[0, 1, 2, 3], [0, 2, 1, 3], [0, 3, 1, 2]])
 
 @dataclass(frozen=True)
 class PlanSpec:
-    """What every epoch's plan depends on, beside the epoch.
+    """What every epoch's plan depends on, in addition to the epoch.
 
     bounds: int64 [n_blocks + 1], first sample of each block. bad: bool [n], quarantined samples, never fed.
     """
@@ -46,9 +46,7 @@ class PlanSpec:
         if group % repeats:
             fits = [r for r in range(1, group + 1) if group % r == 0]
             near = min(fits, key=lambda r: abs(r - repeats))
-            raise PlanError(
-                f"train.repeats is {repeats} and recipe.mix_group {group}: repeats must divide it; use {near}"
-            )
+            raise PlanError(f"train.repeats is {repeats}, which must divide recipe.mix_group {group}; use {near}")
         if views % repeats:
             raise PlanError(
                 f"the cache has {views} views and train.repeats is {repeats}, which must divide them; "
@@ -57,9 +55,7 @@ class PlanSpec:
         if batch % (2 * self.ranks):
             step = 2 * self.ranks
             near = max(step, round(batch / step) * step)
-            raise PlanError(
-                f"train.global_batch is {batch} on {self.ranks} rank(s): a rank's share must be even; use {near}"
-            )
+            raise PlanError(f"train.global_batch is {batch} on {self.ranks} rank(s): shares must be even; use {near}")
         if self.steps < 1:
             raise PlanError(
                 f"an epoch has {self._epoch_items} samples, fewer than train.global_batch {batch}; "
@@ -67,28 +63,18 @@ class PlanSpec:
             )
 
     @classmethod
-    def over(
-        cls,
-        source: ViewSource,
-        *,
-        repeats: int,
-        seed: int,
-        global_batch: int,
-        window: int,
-        ranks: int = 1,
-        views: int = 0,
-    ) -> PlanSpec:
-        """The plan over a cache's images; views: how many of its views, 0 for all."""
+    def over(cls, source: ViewSource, train: TrainConfig, ranks: int = 1) -> PlanSpec:
+        """The plan over a cache's images. PlanError where views, repeats, batch and samples do not fit together."""
         return cls(
             bounds=source.inventory.blocks,
             bad=source.quarantined(),
             inventory_id=source.inventory.id,
             recipe=source.recipe,
-            views=views or source.views,
-            repeats=repeats,
-            seed=seed,
-            global_batch=global_batch,
-            window=window,
+            views=train.views or source.views,
+            repeats=train.repeats,
+            seed=train.seed,
+            global_batch=train.global_batch,
+            window=train.window,
             ranks=ranks,
         )
 
@@ -105,7 +91,7 @@ class PlanSpec:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps an epoch, the same for every epoch; the last partial batch is dropped."""
+        """Optimiser steps per epoch, the same for every epoch; the last partial batch is dropped."""
         return self._epoch_items // self.global_batch
 
 

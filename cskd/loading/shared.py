@@ -22,8 +22,8 @@ from torch import Tensor
 
 _ALIGN = 64  # bytes: a cache line, and enough for every dtype
 
-Place = tuple[str, tuple[int, ...], int]  # numpy dtype, shape, first byte
-Layout = tuple[tuple[str, Place], ...]
+Span = tuple[str, tuple[int, ...], int]  # numpy dtype, shape, first byte
+Layout = tuple[tuple[str, Span], ...]
 SlotName = tuple[int, int, int]  # stream, worker, number
 
 
@@ -41,7 +41,7 @@ class SharedBatch(dict[str, Tensor]):
     def empty(cls, specs: Mapping[str, tuple[Any, tuple[int, ...]]]) -> SharedBatch:
         """Tensors of given dtypes and shapes, not initialised. specs: name -> (numpy dtype, shape). In a worker: once a
         task."""
-        layout: list[tuple[str, Place]] = []
+        layout: list[tuple[str, Span]] = []
         end = 0
         for name, (dtype, shape) in specs.items():
             layout.append((name, (np.dtype(dtype).str, shape, end)))
@@ -121,9 +121,8 @@ def use_slots(stream: int, worker: int, prefetch: int) -> None:
 
 
 _streams = itertools.count()
-_mapped: dict[
-    int, dict[SlotName, Tensor]
-] = {}  # in the main process, by whichever thread receives: stream -> what was sent
+# In the main process, by whichever thread receives: stream -> what was sent.
+_mapped: dict[int, dict[SlotName, Tensor]] = {}
 
 
 @contextmanager

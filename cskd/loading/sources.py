@@ -20,6 +20,7 @@ from cskd.dataset.inventory import Inventory
 from cskd.method.losses import HardTargets, SoftTargets
 from cskd.store.format import Unit
 from cskd.views.digest import Recorded
+from cskd.views.mixing import drawn_fields
 
 Batch = dict[str, Tensor]  # see `cskd.loading.stage2`
 
@@ -35,12 +36,10 @@ class TargetSpec:
 
 
 class ViewSource(Protocol):
-    """The views of a data set: `cskd.store.cache.Cache` has them with targets, `cskd.loading.live.LiveViews` without."""
+    """The views of a data set: `cskd.store.cache.Cache` has them with targets, `LiveViews` without."""
 
     @property
     def inventory(self) -> Inventory: ...
-    @property
-    def classes(self) -> list[str]: ...
     @property
     def recipe(self) -> RecipeConfig: ...
     @property
@@ -59,9 +58,6 @@ class ViewSource(Protocol):
     def codecs(self) -> Mapping[str, Codec]:
         """What targets are stored in; empty where there are none."""
 
-    def block_range(self, block: int) -> tuple[int, int]:
-        """First sample of a block and the one after its last, as indices of the inventory."""
-
     def quarantined(self) -> NDArray[np.bool_]:
         """bool [n]: samples that are never fed."""
 
@@ -70,6 +66,40 @@ class ViewSource(Protocol):
 
     def recorded(self) -> Recorded | None:
         """What replayed views are checked against; None: nothing was recorded."""
+
+
+@dataclass(frozen=True, eq=False)
+class LiveViews:
+    """Views without a cache: the seeds and mixing that one would hold, computed on the spot; no targets, no digests.
+
+    For a teacher that runs live, and for a baseline that has none.
+    """
+
+    inventory: Inventory
+    recipe: RecipeConfig
+    views: int
+    grid: tuple[int, int]
+    bad: NDArray[np.bool_]  # [n], samples of the inventory that can't be decoded
+    fingerprint: str  # of the cache that stage 1 would make; without a teacher, what tells these views from others
+
+    @property
+    def codecs(self) -> dict[str, Codec]:
+        return {}
+
+    def quarantined(self) -> NDArray[np.bool_]:
+        return self.bad
+
+    def read(self, block: int, view: int, codec: str) -> Unit:
+        """The unit stage 1 would make, without targets; its digests are 0."""
+        first, stop = self.inventory.block_range(block)
+        bad = self.bad[first:stop]
+        kept = np.flatnonzero(~bad)
+        fields = {name: a[kept] for name, a in drawn_fields(self.inventory, self.recipe, block, view, bad).items()}
+        fields["digest"] = np.zeros(len(kept), np.uint32)
+        return Unit(kept, fields, {})
+
+    def recorded(self) -> None:
+        """Nothing to check views against."""
 
 
 class TargetSource(Protocol):

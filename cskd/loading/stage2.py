@@ -21,7 +21,7 @@ from cskd.views.digest import Recorded, check_view, pixel_crc, view_digest
 from cskd.views.maker import ViewMaker, clean_view
 from cskd.views.mixing import NONE, own_share
 
-UNREADABLE = -1  # label of an evaluation image that can't be decoded: no head gets it right, and it is counted
+UNREADABLE_LABEL = -1  # label of an evaluation image that can't be decoded: no head gets it right, and it is counted
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class BatchMaker:
             try:
                 pixels[row] = clean_view(self.val.image(task.start + row), size, self.crop_pct)
             except ImageError:
-                pixels[row], label[row] = 0, UNREADABLE
+                pixels[row], label[row] = 0, UNREADABLE_LABEL
         return batch
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from cskd.codecs import Codec
 from cskd.config import LossConfig
@@ -49,11 +48,9 @@ class CachedTargets:
         self.codec = codec_for(config.method, cache.codecs, str(cache.root))
 
     def spec(self, epoch: int) -> TargetSpec:
-        """What the epoch table holds."""
         return TargetSpec(self._kind, self.codec, blend_at(epoch, self._epochs, self._config.decay))
 
     def of(self, batch: Batch, epoch: int, device: torch.device) -> HardTargets | SoftTargets | None:
-        """The targets of a batch of `cskd.loading.stage2`, on the device."""
         if self._kind == "none":
             return None
         if self._kind == "soft":
@@ -62,8 +59,8 @@ class CachedTargets:
                 for name, t in batch.items()
                 if name.startswith("target.")
             }
-            dense, image = self._codecs[self.codec].logits_torch(stored)
-            return SoftTargets(image, dense, self.spec(epoch).blend)
+            dense_BKhw, global_BK = self._codecs[self.codec].logits_torch(stored)
+            return SoftTargets(global_BK, dense_BKhw, self.spec(epoch).blend)
         cells = batch.get("cell_class")
         return HardTargets(
             batch["global_class"].to(device, non_blocking=True),
@@ -81,26 +78,19 @@ class LiveTargets:
         self._kind = _KINDS.get(config.method, "soft")
 
     def spec(self, epoch: int) -> TargetSpec:
-        """The epoch table holds views only."""
         return TargetSpec("none", "", blend_at(epoch, self._epochs, self._config.decay))
 
     def of(self, batch: Batch, epoch: int, device: torch.device) -> HardTargets | SoftTargets | None:
-        """The targets of a batch of `cskd.loading.stage2`, on the device."""
         if self._kind == "none":
             return None
-        dense_BKhw, global_BK = self._logits(mixed_pixels(batch, device))
+        dense_BKhw, global_BK = self._teacher.in_batches(mixed_pixels(batch, device))
+        if not bool(dense_BKhw.isfinite().all() & global_BK.isfinite().all()):  # codecs refuse the same in stage 1
+            raise TeacherError("the teacher's logits hold NaN or an infinity; check its weights and teacher.autocast")
         blend = self.spec(epoch).blend
         if self._kind == "soft":
             return SoftTargets(global_BK, dense_BKhw, blend)
-        image = hard_targets(global_BK[:, :, None, None], global_BK, 0)[:, 0, 0]
-        return HardTargets(image, hard_targets(dense_BKhw, global_BK, blend) if self._kind == "cells" else None)
-
-    def _logits(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Dense [B, K, h, w] and global [B, K] logits, from batches as in stage 1."""
-        dense, image = self._teacher.in_batches(pixels_BCHW)
-        if not bool(dense.isfinite().all() & image.isfinite().all()):  # codecs refuse the same in stage 1
-            raise TeacherError("the teacher's logits hold NaN or an infinity; check its weights and teacher.autocast")
-        return dense, image
+        global_class = hard_targets(global_BK[:, :, None, None], global_BK, 0)[:, 0, 0]
+        return HardTargets(global_class, hard_targets(dense_BKhw, global_BK, blend) if self._kind == "cells" else None)
 
 
 class NoTargets:
@@ -109,11 +99,10 @@ class NoTargets:
     runs_teacher = False
 
     def spec(self, epoch: int) -> TargetSpec:
-        """The epoch table holds views only."""
         return TargetSpec("none", "", 0)
 
     def of(self, batch: Batch, epoch: int, device: torch.device) -> None:
-        """No targets."""
+        return None
 
 
 def mixed_labels(batch: Batch, device: torch.device) -> MixedLabels:

@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Event
 
 from cskd.files.scratch import refuse_small
-from cskd.loading.epoch_table import build_table, segments
+from cskd.loading.epoch_table import build_table, table_bounds
 from cskd.loading.plan import PlanSpec, epoch_plan, rank_share
 from cskd.loading.sources import TargetSpec, ViewSource
 from cskd.loading.stage2 import EvalTask, TrainTask
@@ -88,14 +88,14 @@ class RunTasks:
         for epoch in range(self.start // steps, -(-self.stop // steps)):
             mine = rank_share(epoch_plan(self.plan, epoch), batch, self.rank, self.plan.ranks)
             begin = (self.start - epoch * steps) * share if epoch == self.start // steps else None
-            for first, stop in segments(mine, self.targets(epoch), share, begin, self._end(epoch) * share):
+            for first, stop in table_bounds(mine, self.targets(epoch), share, begin, self._end(epoch) * share):
                 stretch = Stretch(epoch, first // share, stop // share)
                 folder = self._folder(epoch) / f"{stretch.first:07d}"
                 clock = time.perf_counter()
                 table = build_table(self.source, mine, self.targets(epoch), first, stop, folder, self._ended)
                 self.read_seconds += time.perf_counter() - clock
                 if begin == first:
-                    longest = max(b - a for a, b in segments(mine, self.targets(epoch), share))
+                    longest = max(b - a for a, b in table_bounds(mine, self.targets(epoch), share))
                     self._refuse_small(table, stop - first, longest)
                 yield stretch, table
 

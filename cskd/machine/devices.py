@@ -37,7 +37,7 @@ def _named_device(name: str) -> torch.device:
 def keep_freed_memory() -> bool:
     """Have this process keep the memory it frees for what it allocates next, instead of handing it back to the system.
 
-    Batches and activations on a CPU are tens of MB each, which glibc maps anew every time: the kernel clears and faults in
+    Batches and activations on a CPU are tens of MB each, which glibc maps again every time: the kernel clears and faults in
     each page, 2 ms an image in a loader of 224-pixel float batches, measured on a virtual machine. Returns whether the C
     library could be asked (glibc only; others stay as they are). The heap grows for the first few batches (glibc 2.36: seven,
     of 64 MB each) before freed pieces lie side by side and are used again; then it stays.

@@ -38,9 +38,8 @@ class Ranks:
     def refuse_differing(self, step: int, device: torch.device) -> None:
         """StudentError on every rank when they would resume from different steps, as where one can't read the newest state."""
         steps = self.sum(torch.tensor([step, step * step], dtype=torch.int64, device=device)).tolist()
-        if (
-            self.count * steps[1] != steps[0] ** 2
-        ):  # they don't vary where the mean of squares is the square of the mean
+        # They are equal where the mean of squares is the square of the mean.
+        if self.count * steps[1] != steps[0] ** 2:
             raise StudentError(
                 f"rank {self.rank} resumes from step {step}, others from another one; all must read the same newest state: "
                 "see that train.output is one folder for all of them, and remove states that are damaged"

@@ -19,12 +19,13 @@ from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cskd.errors import counted
 from cskd.machine.cores import Cores, affinity, usable_cores
 
 # GOMP_SPINCOUNT is for GNU's OpenMP, in torch's wheels for Linux; KMP_BLOCKTIME, in ms, for LLVM's and Intel's.
 WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "0"}
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # by which a user says how many threads
-MOST = 1024
+MOST_THREADS = 1024
 MOST_PER_CORE = 4  # a resumed run keeps its number of threads up to here
 _SHARE = 4  # loader workers are left at most one core in so many: a view costs a fraction of a student's step
 
@@ -42,10 +43,10 @@ class Threads:
 
     def __str__(self) -> str:
         per_rank = f", {self.share} per rank" if self.share < self.cores.count else ""
-        parts = [f"{_number(self.count, 'thread')}{self.why and f' ({self.why})'} of {self.cores}{per_rank}"]
+        parts = [f"{counted(self.count, 'thread')}{self.why and f' ({self.why})'} of {self.cores}{per_rank}"]
         if self.count > 1:
             parts.append(waiting())
-        parts.append(_number(self.workers, "loader worker"))
+        parts.append(counted(self.workers, "loader worker"))
         slow = ": more threads than cores, which is slow" if self.count > self.share else ""
         return ", ".join(parts) + slow
 
@@ -83,7 +84,8 @@ def users_count() -> tuple[str, int] | None:
     """The environment variable by which the user says how many threads, and the number; not torchrun's own OMP_NUM_THREADS=1."""
     for name in COUNTS:
         value = os.environ.get(name, "").partition(",")[0].strip()  # '4,2': of nested loops
-        if value.isascii() and value.isdigit() and 0 < int(value[:9]) <= MOST and not _set_by_torchrun(name, value):
+        number = int(value[:9]) if value.isascii() and value.isdigit() else 0
+        if 0 < number <= MOST_THREADS and not _set_by_torchrun(name, value):
             return name, int(value)
     return None
 
@@ -94,14 +96,13 @@ def begun_with(recorded: object, now: Threads, asked: bool) -> tuple[Threads, li
 
     Args:    recorded: how many it was begun with; None: not known, as of older versions. asked: the config says how many.
     """
-    if type(recorded) is not int or not 0 < recorded <= MOST:
+    if type(recorded) is not int or not 0 < recorded <= MOST_THREADS:
         return now, [f"with how many threads this was begun is not recorded; with {now.count} last bits may differ"]
     if recorded == now.count:
         return now, []
     if asked:
-        return now, [
-            f"begun with {_number(recorded, 'thread')}, {now.why} is {now.count}: last bits differ from here on"
-        ]
+        begun = counted(recorded, "thread")
+        return now, [f"begun with {begun}, {now.why} is {now.count}: last bits differ from here on"]
     if recorded > MOST_PER_CORE * now.share:
         return now, [
             f"begun with {recorded} threads, too many for {now.cores}: it goes on with {now.count}, and last bits differ from "
@@ -145,7 +146,3 @@ def _set_by_torchrun(name: str, value: str) -> bool:
     except OSError:
         return True
     return not any(entry.startswith(b"OMP_NUM_THREADS=") for entry in started_with.split(b"\0"))
-
-
-def _number(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"

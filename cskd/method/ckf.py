@@ -53,13 +53,5 @@ def ckf_blend(dense_BKhw: Tensor, global_BK: Tensor, blend: float) -> Tensor:
     return blend * dense_BKhw + (1.0 - blend) * global_BK[:, :, None, None]
 
 
-def hard_targets(dense_BKhw: Tensor, global_BK: Tensor, blend: int) -> Tensor:
-    """The class each cell is taught, straight from the teacher's logits: what `--online` training uses.
-
-    The rule is the codecs' own (`cskd.codecs.base.direct_hard`): float64, the lowest class on ties.
-
-    Args:    dense_BKhw, global_BK float32 logits; blend 0..65536 (see `blend_at`).
-    Returns: int64 [B, h, w].
-    Raises:  CodecError for a blend outside 0..65536.
-    """
-    return direct_hard(dense_BKhw, global_BK, blend)
+# The class that each cell is taught, straight from the teacher's logits: the rule of the codecs, which `--online` follows too.
+hard_targets = direct_hard

@@ -14,9 +14,8 @@ from cskd.errors import DataError
 from cskd.files.folders import refuse_output
 from cskd.files.paths import local_path
 from cskd.files.writer import sole_writer
-from cskd.packing.class_names import check_labels, classes_held, label_names
 from cskd.packing.layout import check_keys
-from cskd.packing.names import CLASSES_FILE
+from cskd.packing.names import CLASSES_FILE, check_labels, classes_held, label_names
 from cskd.packing.places import Place, read_place
 from cskd.packing.shard_samples import shard_samples
 from cskd.packing.shard_sets import find_shards, missing_numbers
@@ -41,7 +40,7 @@ def index(
     Its id is the one `cskd pack` gives where samples, order and shards are the same.
 
     Args:    shards: a folder of .tar files, a glob, or a name with {000..146}; in the order of their names.
-             classes: class file for the labels; without it classes.txt beside the shards, else names are '0', '1', ...
+             classes: class file for the labels; without it classes.txt next to the shards, else names are '0', '1', ...
              allow_incomplete: leave out samples without image or label, and say how many, instead of refusing them.
              split: only the shards whose names or folders have that word, or the samples whose keys have it.
              progress: called with (images done, shards done, shards in all).

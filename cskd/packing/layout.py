@@ -88,9 +88,7 @@ def check_keys(folders: Collection[str], split: str | None, taken: int, shards: 
             f"the keys in {where} are of the splits {some(names)}; pick one with --split {names[0]}, or make shards of each"
         )
     if not taken:
-        raise DataError(
-            f"neither names nor keys of {where} speak of a split '{split}'; leave --split out, or give a glob"
-        )
+        raise DataError(f"neither names nor keys of {where} speak of a split '{split}'; omit --split, or give a glob")
 
 
 def _refuse_splits(tree: Tree, prefix: str, rest: list[list[str]]) -> None:
@@ -103,9 +101,7 @@ def _refuse_splits(tree: Tree, prefix: str, rest: list[list[str]]) -> None:
             continue
         names = in_order(splits)
         if depth:
-            example = next(
-                "/".join(parts[: depth + 1]) for parts in rest if len(parts) > depth and parts[depth] in splits
-            )
+            example = next("/".join(parts[: depth + 1]) for parts in rest if set(parts[depth : depth + 1]) & splits)
             raise DataError(
                 f"{tree.source} holds the splits {some(names)} inside its folders ({prefix}{example}); expected "
                 f"SPLIT/CLASS/NAME; give a folder that holds class folders, or move the images"

@@ -15,25 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cskd.dataset.inventory import Inventory, InventoryWriter, Sample, open_inventory, publish_inventory
-from cskd.dataset.inventory_format import FOLDER, HEADER
+from cskd.dataset.inventory_format import HEADER, INVENTORY_FOLDER
 from cskd.errors import DataError
 from cskd.files.durable import put, sync
 from cskd.files.folders import refuse_output
 from cskd.files.paths import local_path
 from cskd.files.writer import sole_writer
 from cskd.machine.cores import usable_cores
-from cskd.packing.class_names import classes_held
-from cskd.packing.names import CLASSES_FILE
+from cskd.packing.names import CLASSES_FILE, classes_held
 from cskd.packing.payloads import Payload, payloads
-from cskd.packing.sources import Progress, Source, open_source
+from cskd.packing.sources import PackProgress, Source, open_source
 from cskd.packing.tars import MAX_SPOOL
 from cskd.seeds import U64, hash64, mix64_array
 
 _OURS = re.compile(r"shard-\d{6,}\.tar|classes\.txt")
 WORK = ".packing"  # folder in OUT while a pack runs
-PUBLISHING = (
-    "publishing"  # file in it: the names that are being moved to OUT, so that these alone are ever removed there
-)
+PUBLISHING = "publishing"  # file in it: the names that are being moved to OUT: these alone are ever removed there
 
 
 def pack(
@@ -50,15 +47,15 @@ def pack(
     workers: int | None = None,
     max_spool: int = MAX_SPOOL,
     split: str | None = None,
-    progress: Progress | None = None,
+    progress: PackProgress | None = None,
     tell: Callable[[list[str]], None] | None = None,
 ) -> Inventory:
     """Shuffle a data set into webdataset shards out/shard-000000.tar, ... with out/inventory and out/classes.txt.
 
     The order depends on (seed, key) only, so a folder, a tar and a tar.gz of it give the same inventory id.
 
-    Args:    src, classes, max_spool, split: see `open_source`. shard_size: images a shard (fewer where they pass 1 GB).
-             block: images a block, about. limit: only the first so many of the shuffled images. short_side, quality:
+    Args:    src, classes, max_spool, split: see `open_source`. shard_size: images per shard (fewer where they pass 1 GB).
+             block: images per block, about. limit: only the first so many of the shuffled images. short_side, quality:
              see `shrink`. workers: threads that read, or processes that re-encode (default: the CPUs, at least 2, at
              most 8). progress: called with (images done, images in all), the latter 0 while the source is being listed.
              tell: called with the notes on how the source was read, before images are.
@@ -73,18 +70,10 @@ def pack(
     if not 1 <= quality <= 100:
         raise DataError(f"quality is {quality}, expected a JPEG quality of 1 to 100")
     if src.exists() and out.exists() and src.resolve() == out.resolve():
-        raise DataError(
-            f"{out} is the source; pack into another folder, or use 'cskd index' to leave shards as they are"
-        )
-    refuse_output(out, "data", "OUT", inputs={"SRC": src}, names=(FOLDER, WORK))
-    options = {
-        "seed": seed,
-        "shard_size": shard_size,
-        "block": block,
-        "limit": limit,
-        "short_side": short_side,
-        "quality": quality if short_side is not None else None,
-    }
+        raise DataError(f"{out} is the source; pack into another folder, or use 'cskd index' for shards as they are")
+    refuse_output(out, "data", "OUT", inputs={"SRC": src}, names=(INVENTORY_FOLDER, WORK))
+    options = {"seed": seed, "shard_size": shard_size, "block": block, "limit": limit}
+    options |= {"short_side": short_side, "quality": quality if short_side is not None else None}
     asked = {"split": split} if split else {}
     workers = workers or min(8, max(2, usable_cores().count))
     try:
@@ -101,7 +90,7 @@ def pack(
                 tell(source.notes)
             with closing(payloads(source.listing, order, short_side, quality, workers)) as stream:
                 images = _counted(stream, len(order), progress)
-                if (out / FOLDER / HEADER).is_file():
+                if (out / INVENTORY_FOLDER / HEADER).is_file():
                     return _confirm(open_inventory(out), source, len(order), images, options)
                 _write(source, images, work, {"by": "pack", "source": src.name, **asked, **options})
             return _publish(work, out)
@@ -119,7 +108,7 @@ def shuffled(key_hashes: U64, seed: int) -> NDArray[np.int64]:
 def _write(source: Source, images: Iterator[tuple[int, Payload]], work: Path, made: dict[str, Any]) -> None:
     from cskd.store.shard_writer import ShardWriter  # here: webdataset takes seconds to import
 
-    shards, inventory = ShardWriter(work, made["shard_size"]), InventoryWriter(work / FOLDER)
+    shards, inventory = ShardWriter(work, made["shard_size"]), InventoryWriter(work / INVENTORY_FOLDER)
     resized = bad = 0
     try:
         for i, payload in images:
@@ -149,7 +138,7 @@ def _publish(work: Path, out: Path) -> Inventory:
     for name in names:
         os.rename(work / name, out / name)
     sync(out)
-    return publish_inventory(work / FOLDER, out)
+    return publish_inventory(work / INVENTORY_FOLDER, out)
 
 
 def _confirm(
@@ -177,7 +166,7 @@ def _confirm(
 
 
 def _counted(
-    images: Iterator[tuple[int, Payload]], total: int, progress: Progress | None
+    images: Iterator[tuple[int, Payload]], total: int, progress: PackProgress | None
 ) -> Iterator[tuple[int, Payload]]:
     for done, image in enumerate(images, 1):
         yield image
@@ -192,7 +181,7 @@ def _workspace(out: Path) -> Iterator[Path]:
         if (out / WORK).exists():
             _clean(out)
         ours = [*out.glob("shard-*.tar"), *out.glob(CLASSES_FILE)]
-        if ours and not (out / FOLDER / HEADER).is_file():
+        if ours and not (out / INVENTORY_FOLDER / HEADER).is_file():
             raise DataError(
                 f"{out} holds {min(ours).name} but no inventory; pack into an empty folder, or run 'cskd index' on it"
             )
@@ -206,7 +195,7 @@ def _workspace(out: Path) -> Iterator[Path]:
 def _clean(out: Path) -> None:
     """Remove a pack's work, and the files that it had begun to put into their places."""
     publishing = out / WORK / PUBLISHING
-    if publishing.is_file() and not (out / FOLDER / HEADER).is_file():
+    if publishing.is_file() and not (out / INVENTORY_FOLDER / HEADER).is_file():
         for name in publishing.read_text(encoding="utf-8", errors="replace").splitlines():
             if _OURS.fullmatch(name):  # whatever else such a file says, nothing but a pack's own files is removed
                 (out / name).unlink(missing_ok=True)

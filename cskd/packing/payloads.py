@@ -20,8 +20,8 @@ from cskd.errors import DataError, ImageError
 from cskd.packing.places import Place, place_size, read_place
 from cskd.packing.sources import Listing
 
-CHUNK = 16  # images a task: of 110 kB (ImageNet), 2 MB
-CHUNK_BYTES = 1 << 25  # of a task's images that are held; what is beyond is read when its turn comes
+CHUNK = 16  # images per task: of 110 kB (ImageNet), 2 MB
+TASK_BYTES = 1 << 25  # of a task's images that are held; what is beyond is read when its turn comes
 
 
 class Payload(NamedTuple):
@@ -59,9 +59,7 @@ def payloads(
         while waiting:
             yield from finished(*waiting.popleft())
     except BrokenProcessPool:
-        raise DataError(
-            "a process that re-encodes images died (out of memory?); run again with fewer workers"
-        ) from None
+        raise DataError("a process that re-encodes images died (out of memory?); run with fewer workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -83,10 +81,10 @@ def shrink(data: bytes, short_side: int, quality: int) -> Payload:
 
 
 def _read_all(places: list[Place], short_side: int | None, quality: int) -> list[Payload]:
-    """Payloads of the first of these images, up to CHUNK_BYTES: a task of 256 MB images would fill the memory."""
+    """Payloads of the first of these images, up to TASK_BYTES: a task of 256 MB images would fill the memory."""
     done: list[Payload] = []
     for place in places:
-        if sum(len(payload.data) for payload in done) + place_size(place) > CHUNK_BYTES:
+        if sum(len(payload.data) for payload in done) + place_size(place) > TASK_BYTES:
             break
         done.append(_payload(place, short_side, quality))
     return done

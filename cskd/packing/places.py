@@ -42,9 +42,7 @@ def read_place(place: Place) -> bytes:
         finally:
             os.close(fd)
     except OSError as e:
-        raise DataError(
-            f"{place.path} can't be read: {e.strerror}; check the file and its disk, then run again"
-        ) from None
+        raise DataError(f"{place.path} can't be read: {e.strerror}; check file and disk, then run again") from None
     if len(data) != size:
         raise DataError(
             f"{place.path} ended after {len(data)} of {size} bytes at {place.offset}; was it changed meanwhile?"

@@ -38,7 +38,7 @@ def is_shard(tar: Path, shown: Path) -> bool:
                 return True
             if key and parts.keys() & IMAGE_EXTENSIONS and "json" in parts:
                 label = _json(file, parts["json"]).get("label")
-                # beside class folders, a text is somebody's annotation; in a flat shard, it is a label of a wrong type
+                # next to class folders, a text is somebody's annotation; in a flat shard, it is a label of a wrong type
                 if type(label) is int or (label is not None and "/" not in key):
                     return True
     return False
@@ -58,9 +58,7 @@ def why_no_shard(tar: Path, shown: Path) -> str:
             if key is None or not images:
                 continue
             if "/" in key:
-                return (
-                    f"{shown} holds folders of images ({name}), not samples with labels; give it alone to 'cskd pack'"
-                )
+                return f"{shown} holds folders of images ({name}), not labelled samples; give it alone to 'cskd pack'"
             rest = sorted(parts.keys() - {images[0]})
             has = f"it has .{', .'.join(rest[:4])}" if rest else "there is nothing else of that name"
             if "json" in parts and (facts := _json(file, parts["json"])):

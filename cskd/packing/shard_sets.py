@@ -53,9 +53,8 @@ def find_shards(spec: Path, split: str | None = None) -> tuple[list[Path], str |
 
 def expand_shards(spec: Path) -> list[Path]:
     """The files that a glob, a {000..146} or a {a,b} names, sorted. Raises DataError when there are none."""
-    found = [
-        Path(name) for text in _braces(str(spec)) for name in (glob.glob(text) if glob.has_magic(text) else [text])
-    ]
+    spelled = _braces(str(spec))
+    found = [Path(name) for text in spelled for name in (glob.glob(text) if glob.has_magic(text) else [text])]
     if not found:
         raise DataError(f"no .tar files at {spec}; expected webdataset shards (decompressed)")
     for shard in found:
@@ -165,6 +164,4 @@ def _braces(text: str) -> list[str]:
 
 def _refuse_many(count: int, text: str) -> None:
     if count > MAX_SHARDS:
-        raise DataError(
-            f"{text} stands for {count} shards or more, expected at most {MAX_SHARDS}; name the folder they are in"
-        )
+        raise DataError(f"{text} stands for {count} shards or more, expected at most {MAX_SHARDS}; name their folder")

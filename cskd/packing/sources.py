@@ -1,4 +1,4 @@
-"""What a user gives to `cskd pack`, as columns of about 60 bytes a sample: class folders, a tar of them, or shards.
+"""What a user gives to `cskd pack`, as columns of about 60 bytes per sample: class folders, a tar of them, or shards.
 
 A class is a folder that holds images; folders above the classes that all of them share are left out of the keys. So a
 folder, a tar of it and a tar of the folder it is in have the same samples.
@@ -18,14 +18,17 @@ import numpy as np
 from cskd.dataset.inventory import first_duplicate
 from cskd.dataset.inventory_checks import MAX_IMAGE_BYTES
 from cskd.errors import DataError
-from cskd.packing.class_names import check_labels, class_file, label_names, read_classes
 from cskd.packing.layout import Tree, check_keys, check_tree, class_prefix
 from cskd.packing.names import (
     CLASSES_FILE,
+    check_labels,
     check_path,
+    class_file,
     class_labels,
     image_extension,
     is_unread_image,
+    label_names,
+    read_classes,
     sample_key,
 )
 from cskd.packing.no_images import why_no_images
@@ -37,7 +40,7 @@ from cskd.packing.tally import Tally
 from cskd.packing.tars import decompressed, members
 from cskd.seeds import U64, key_hash
 
-Progress = Callable[[int, int], None]
+PackProgress = Callable[[int, int], None]
 MAX_FOLDER_DEPTH = 64
 
 
@@ -139,7 +142,7 @@ def open_source(
     classes: Path | None,
     work: Path,
     max_spool: int,
-    progress: Progress | None,
+    progress: PackProgress | None,
     split: str | None = None,
 ) -> Source:
     """List the images of `src` and give each its label and key.
@@ -183,14 +186,14 @@ def _is_below(src: Path, split: str | None) -> bool:
     return bool(split) and split == Path(str(split)).name and (src / str(split)).is_dir()
 
 
-def _all_shards(src: Path, classes: Path | None, split: str | None, progress: Progress | None) -> Source:
+def _all_shards(src: Path, classes: Path | None, split: str | None, progress: PackProgress | None) -> Source:
     shards, key_split = find_shards(src, split)
     source = _shard_source(shards, shards, classes, shards[0].parent / CLASSES_FILE, progress, key_split)
     source.notes[:0] = missing_numbers(shards)
     return source
 
 
-def _list_folder(root: Path, rest: _Rest, progress: Progress | None, only: str | None) -> Listing:
+def _list_folder(root: Path, rest: _Rest, progress: PackProgress | None, only: str | None) -> Listing:
     """All images below `root`, or below its folder `only`; links to files and folders are followed, each folder once."""
     listing = Listing([str(root)], [str(root)])
     stack: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
@@ -204,9 +207,7 @@ def _list_folder(root: Path, rest: _Rest, progress: Progress | None, only: str |
         if (twin := seen.setdefault(here, folder)) != folder:  # ten links to ten links to ... would never end
             raise DataError(f"{root / folder} and {root / twin} are one folder; remove one of the links")
         if folder.count("/") >= MAX_FOLDER_DEPTH:
-            raise DataError(
-                f"{root / folder} is more than {MAX_FOLDER_DEPTH} folders deep; pack the folder of the classes"
-            )
+            raise DataError(f"{root / folder} is over {MAX_FOLDER_DEPTH} folders deep; pack the folder of the classes")
         number = None
         with os.scandir(root / folder) as entries:
             for entry in entries:
@@ -234,7 +235,7 @@ def _list_folder(root: Path, rest: _Rest, progress: Progress | None, only: str |
     return listing
 
 
-def _list_tar(tar: Path, shown: Path, rest: _Rest, progress: Progress | None) -> Listing:
+def _list_tar(tar: Path, shown: Path, rest: _Rest, progress: PackProgress | None) -> Listing:
     listing = Listing([str(tar)], [str(shown)])
     numbers: dict[str, int] = {}
     for member in members(tar, shown, rest.folders):
@@ -326,7 +327,7 @@ def _shard_source(
     shown: list[Path],
     classes: Path | None,
     beside: Path,
-    progress: Progress | None,
+    progress: PackProgress | None,
     split: str | None = None,
 ) -> Source:
     listing = Listing([str(shard) for shard in shards], [str(shard) for shard in shown], folders=[""])

@@ -16,7 +16,7 @@ BLOCK = 512
 MAX_EXTENDED = 1 << 20  # bytes of one extended header
 MAX_CHAIN = 8  # extended headers before one member
 MAX_NAME = 4096  # bytes, Linux's own limit of a path
-REGULAR, FOLDER, LINKS = b"07\0", b"5", b"12"
+REGULAR, DIRECTORY, LINKS = b"07\0", b"5", b"12"
 _RECORD = re.compile(rb"(\d{1,7}) ([^=]+)=")
 
 
@@ -66,7 +66,7 @@ def headers(file: IO[bytes], length: int) -> Iterator[Header]:
             if size not in (0, names.size):
                 raise ValueError(f"states two sizes for '{name}', {size} and {names.size} bytes")
             size = names.size
-        if kind in FOLDER and size:
+        if kind in DIRECTORY and size:
             raise ValueError(f"has a folder '{name}' of {size} bytes")
         if start + size > length:
             raise ValueError(f"was cut off inside '{name}'")

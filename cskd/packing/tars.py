@@ -17,11 +17,12 @@ from typing import IO, NamedTuple
 
 from cskd.errors import DataError
 from cskd.files.read import open_regular
-from cskd.packing.tar_headers import FOLDER, LINKS, REGULAR, Header, headers
+from cskd.packing.tar_headers import DIRECTORY, LINKS, REGULAR, Header, headers
 
 MAX_SPOOL = 1 << 40  # bytes a compressed tar may decompress to
-MAX_RATIO = 200  # bytes from one compressed byte: images are 1 to 2, gzip's own limit is 1,032, a bomb is made at it
-FREE_BYTES = 1 << 26  # decompressed before the ratio is looked at: small tars of flat pictures may pass it
+# Bytes from one compressed byte: images are 1 to 2, gzip's own limit is 1,032, a bomb is made at it.
+MAX_TAR_RATIO = 200
+FREE_TAR_BYTES = 1 << 26  # decompressed before the ratio is looked at: small tars of flat pictures may pass it
 XZ_MEMORY = 1 << 28  # bytes; xz -9 asks for 65 MB
 _DAMAGE = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, OSError)
 
@@ -90,15 +91,12 @@ def decompressed(path: Path, folder: Path, limit: int = MAX_SPOOL) -> Path:
                 target.write(chunk)
                 made, taken = target.tell(), file.tell()
                 if made > min(limit, room):
-                    what = (
-                        f"the limit of {limit} bytes" if limit < room else f"the {room} bytes free in {folder.parent}"
-                    )
+                    free = f"the {room} bytes free in {folder.parent}"
+                    what = f"the limit of {limit} bytes" if limit < room else free
+                    raise DataError(f"{path} decompresses to more than {what}; decompress it elsewhere and pack that")
+                if made > FREE_TAR_BYTES + MAX_TAR_RATIO * taken:
                     raise DataError(
-                        f"{path} decompresses to more than {what}; decompress it elsewhere and pack the tar"
-                    )
-                if made > FREE_BYTES + MAX_RATIO * taken:
-                    raise DataError(
-                        f"{path} decompresses to {made} bytes from {taken}, expected at most {MAX_RATIO} from one: images "
+                        f"{path} decompresses to {made} bytes from {taken}, expected at most {MAX_TAR_RATIO} from one: images "
                         "do not; if it is what you want, decompress it elsewhere and pack the tar"
                     )
     return copy
@@ -142,14 +140,10 @@ def _member(header: Header, path: Path) -> Member | None:
     """None for a folder."""
     parts = [part for part in header.name.split("/") if part not in ("", ".")]
     if header.name.startswith("/") or ".." in parts:
-        raise DataError(
-            f"{path} has a member '{header.name}', expected a name below the tar's own folder; make it again"
-        )
-    if header.kind in FOLDER:
+        raise DataError(f"{path} has a member '{header.name}', expected a name below the tar's folder; make it again")
+    if header.kind in DIRECTORY:
         return None
     if header.kind not in REGULAR or not parts or header.name.endswith("/"):
         kind = "a link" if header.kind in LINKS else "no regular file"
-        raise DataError(
-            f"'{header.name}' in {path} is {kind}; make the tar again with --dereference --hard-dereference"
-        )
+        raise DataError(f"'{header.name}' in {path} is {kind}; make the tar with --dereference --hard-dereference")
     return Member("/".join(parts), header.offset, header.size)

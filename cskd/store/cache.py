@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from cskd.files.paths import local_path
 from cskd.files.read import refuse_links
 from cskd.seeds import view_seeds
 from cskd.store.commit import Commit, again, publish, read_commit, record_names, write_file
-from cskd.store.format import INVENTORY, MANIFEST, OWN_NAMES, VIEW_FIELDS, Unit, commit_file, record_name
+from cskd.store.format import INVENTORY, MANIFEST, OWN_NAMES, UNIT_FIELDS, Unit, commit_file, record_name
 from cskd.store.manifest import Manifest, begin_manifest, complete_manifest, read_manifest, write_manifest
 from cskd.store.unit import content_hash, pack_unit, read_unit
 from cskd.views.digest import Recorded
@@ -48,9 +48,10 @@ class Cache:
     def blocks(self) -> int:
         return len(self.inventory.blocks) - 1
 
-    def block_range(self, block: int) -> tuple[int, int]:
-        """First sample of a block and the one after its last, as indices of the inventory."""
-        return int(self.inventory.blocks[block]), int(self.inventory.blocks[block + 1])
+    @property
+    def hard_codec(self) -> str:
+        """The codec to read hard targets from: an exact one where there is one."""
+        return min(self.codecs, key=lambda name: not self.codecs[name].exact_hard)
 
     def commit_of(self, block: int, view: int, exact: bool = False) -> Commit | None:
         """The unit's commit record, None while it is missing. CacheError when damaged or of another identity.
@@ -86,7 +87,7 @@ class Cache:
                         f"{self._again(block, view)}"
                     )
                 seen = quarantine
-            bad[[self.block_range(block)[0] + i for i in seen or ()]] = True
+            bad[[self.inventory.block_range(block)[0] + i for i in seen or ()]] = True
         return bad
 
     def _records(self) -> list[dict[int, frozenset[int]]]:
@@ -121,15 +122,15 @@ class Cache:
         quarantine: dict[int, str],
     ) -> Commit:
         """Write and commit one unit; rows in block order without the quarantined ones."""
-        first, stop = self.block_range(block)
+        first, stop = self.inventory.block_range(block)
         rows = len(fields["key_hash"])
         if rows + len(quarantine) != stop - first:
             raise CacheError(
                 f"block {block}, view {view}: {rows} cached + {len(quarantine)} quarantined samples, "
                 f"the inventory has {stop - first}"
             )
-        fields = {name: np.asarray(fields[name], dtype) for name, (dtype, _) in VIEW_FIELDS.items()}
-        names = {name: dimensions for name, (_, dimensions) in VIEW_FIELDS.items()}
+        fields = {name: np.asarray(fields[name], dtype) for name, (dtype, _) in UNIT_FIELDS.items()}
+        names = {name: dimensions for name, (_, dimensions) in UNIT_FIELDS.items()}
         files = []
         for name, codec in self.codecs.items():
             codec.check(targets[name], rows, len(self.classes))
@@ -174,11 +175,11 @@ class Cache:
             fields, targets = read_unit(path, data)
         except CacheError as e:
             raise CacheError(f"{e}; {self._again(block, view)}") from e
-        first, stop = self.block_range(block)
+        first, stop = self.inventory.block_range(block)
         kept = np.ones(stop - first, bool)
         kept[[int(i) for i in commit.quarantine]] = False
         position = np.flatnonzero(kept)
-        for name, (dtype, _) in VIEW_FIELDS.items():
+        for name, (dtype, _) in UNIT_FIELDS.items():
             if name not in fields or fields[name].dtype != dtype or len(fields[name]) != len(position):
                 raise CacheError(f"{path}: array {name} is missing or not {len(position)} x {np.dtype(dtype)}")
         key_hash = self.inventory.key_hash[first:stop][position]
@@ -260,24 +261,26 @@ def open_cache(root: str | Path, data: Path | None = None, images: bool = True) 
     manifest = read_manifest(root)
     shards = data or Path(manifest.data or ".")
     if not (root / INVENTORY).is_dir():
-        raise CacheError(
-            f"{root} has lost its {INVENTORY} folder, a copy of that of the data set; `cskd repair` copies it again"
-        )
+        raise CacheError(f"{root} has lost its {INVENTORY} folder; `cskd repair` copies it again from the data set")
     inventory = open_inventory(root / INVENTORY, data=shards if images or data else None)
     if inventory.id != (stated := manifest.identity.inventory):
         raise CacheError(f"{root}: its inventory is {inventory.id[:12]}, the manifest says {stated[:12]}")
     return Cache(root, manifest, inventory)
 
 
-def first_difference(old: Any, new: Any, field: str = "") -> tuple[str, Any, Any] | None:
-    """Dotted name and both values of the first field in which two nested dicts differ; None when equal."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            below = first_difference(old.get(key), new.get(key), f"{field}.{key}" if field else key)
-            if below:
-                return below
-        return None
-    return None if old == new else (field, old, new)
+def differences(old: Any, new: Any, field: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted name and both values of every field in which two nested dicts differ."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        if old != new:
+            yield field, old, new
+        return
+    for key in sorted(old.keys() | new.keys()):
+        yield from differences(old.get(key), new.get(key), f"{field}.{key}" if field else key)
+
+
+def first_difference(old: Any, new: Any) -> tuple[str, Any, Any] | None:
+    """The first of `differences`; None when equal."""
+    return next(differences(old, new), None)
 
 
 def _short(value: Any) -> str:

@@ -42,7 +42,7 @@ FORMAT = 1
 CHUNK_BYTES = 64 * 2**20
 ZSTD_LEVEL = 9
 
-VIEW_FIELDS: dict[str, tuple[type[np.generic], tuple[str, ...]]] = {
+UNIT_FIELDS: dict[str, tuple[type[np.generic], tuple[str, ...]]] = {
     "key_hash": (np.uint64, ("sample",)),
     "seed": (np.uint64, ("sample",)),
     "digest": (np.uint32, ("sample",)),
@@ -58,7 +58,7 @@ VIEW_FIELDS: dict[str, tuple[type[np.generic], tuple[str, ...]]] = {
 class Unit:
     """One view of one block, decoded. Row r is the block's sample `position[r]`.
 
-    position int64 [R]; fields, see `VIEW_FIELDS`; targets, the arrays of one codec.
+    position int64 [R]; fields, see `UNIT_FIELDS`; targets, the arrays of one codec.
     """
 
     position: NDArray[np.int64]
@@ -70,16 +70,8 @@ MANIFEST, MANIFEST_COPY = "manifest.json", "manifest.copy.json"
 RESOLVED = "resolved.yaml"
 SEAL = "sealed.json"
 INVENTORY = "inventory"
-OWN_NAMES = (
-    MANIFEST,
-    MANIFEST_COPY,
-    RESOLVED,
-    SEAL,
-    INVENTORY,
-    "units",
-    "commits",
-    "claims",
-)  # all of a cache's folder
+# All of a cache's folder.
+OWN_NAMES = (MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, INVENTORY, "units", "commits", "claims")
 
 
 def unit_file(block: int, view: int, codec: str, digest: str) -> PurePosixPath:

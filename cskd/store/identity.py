@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 from cskd.codecs import get_codec
 from cskd.config import RecipeConfig, from_dict, to_dict
@@ -16,10 +16,32 @@ from cskd.dataset.images import POLICY
 from cskd.dataset.inventory import Inventory
 from cskd.errors import CskdError
 from cskd.files.durable import json_hash
-from cskd.store.facts import Facts
 from cskd.views.recipe import RECIPE_CODE_VERSION
 
 MAX_GRID = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """JSON that other versions of the program write too: read, changed and written again without a loss.
+
+    A key that the JSON lacks is None; one that this version does not know is kept in `other`, and so is a null.
+    """
+
+    other: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> Self:
+        """From a JSON object, unchecked."""
+        names = {f.name for f in fields(cls)} - {"other"}
+        known = {key: value for key, value in raw.items() if key in names and value is not None}
+        return cls(**known, other={key: value for key, value in raw.items() if key not in known})
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The JSON object that `of` reads."""
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "other"}
+        return {**self.other, **{name: value for name, value in named.items() if value is not None}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +83,8 @@ class Identity(Facts):
             if set(recipe) - set(RecipeConfig.__dataclass_fields__):
                 raise ValueError(f"its recipe has the keys {str(sorted(recipe))[:200]}")
             read = json.loads(json.dumps(to_dict(from_dict({"recipe": recipe}).recipe)))
-            if changed := [
-                name for name, value in recipe.items() if read[name] != value
-            ]:  # a text that reads as a number
+            # A text may read as a number.
+            if changed := [name for name, value in recipe.items() if read[name] != value]:
                 raise ValueError(f"its recipe.{changed[0]} is {str(recipe[changed[0]])[:40]!r}")
         except CskdError as e:
             raise ValueError(f"{e}") from None
@@ -86,6 +107,6 @@ def identity_of(
         "images": POLICY,
         "teacher": teacher,
         "grid": grid,
-        "codecs": codecs,
+        "codecs": [get_codec(name, len(inventory.classes), grid).name for name in codecs],
     }
     return Identity.of(json.loads(json.dumps(facts)))

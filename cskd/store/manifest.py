@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,16 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from cskd.config import to_yaml
 from cskd.errors import CacheError
 from cskd.files.durable import json_bytes, json_hash, put
 from cskd.files.read import parse_json, read_file
-from cskd.store.facts import Facts
-from cskd.store.format import FORMAT, MANIFEST, MANIFEST_COPY
-from cskd.store.identity import Identity
+from cskd.store.format import FORMAT, MANIFEST, MANIFEST_COPY, RESOLVED
+from cskd.store.identity import Facts, Identity
 
-RESTORE = (
-    "`cskd repair` restores it from its second copy; else make the cache again in another folder (--set cache.path=...)"
-)
+RESTORE = "`cskd repair` restores it from its second copy; else make the cache again elsewhere (--set cache.path=...)"
 MAX_VIEWS = 100_000
 _SEALS = ("format", "fingerprint", "sha256")
 
@@ -68,6 +67,14 @@ class Manifest(Facts):
         return cls.of({key: value for key, value in raw.items() if key not in _SEALS} | {"identity": identity})
 
     @property
+    def resolved(self) -> str:
+        """The config that makes this cache, as YAML: the one it was begun with, and the views it has grown to.
+
+        Not filled up with today's defaults: a version with one key more must find the file as it was written.
+        """
+        return to_yaml({**self.config, "cache": {**self.config["cache"], "views": self.views}})
+
+    @property
     def sealed(self) -> dict[str, Any]:
         """The JSON object of its file: facts, format, fingerprint, and the hash over all of that."""
         identity = self.identity
@@ -93,6 +100,15 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
         put(root / name, json_bytes(manifest.sealed))
 
 
+def write_resolved(root: Path, manifest: Manifest) -> None:
+    """Put the resolved config next to the manifest, where it isn't there already: for people, and to finish the cache with."""
+    path, text = root / RESOLVED, manifest.resolved
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if path.read_text(encoding="utf-8") == text:
+            return
+    put(path, text.encode())
+
+
 def read_manifest(root: Path, name: str = MANIFEST) -> Manifest:
     """The manifest, or its copy. CacheError when there is none, when it is of another format, or damaged."""
     path = root / name
@@ -103,9 +119,7 @@ def read_manifest(root: Path, name: str = MANIFEST) -> Manifest:
             raise CacheError(f"{path} is missing; {RESTORE}") from None
         raise CacheError(f"no cache at {root} ({name} is missing); make one with `cskd cache-teacher CONFIG`") from None
     except NotADirectoryError:
-        raise CacheError(
-            f"{root} is a file, expected the folder of a cache, made by `cskd cache-teacher CONFIG`"
-        ) from None
+        raise CacheError(f"{root} is a file, expected a cache, made by `cskd cache-teacher CONFIG`") from None
     except (ValueError, OSError) as e:
         raise CacheError(f"{path} is not readable: {e}; {RESTORE}") from None
     if not isinstance(raw, dict):

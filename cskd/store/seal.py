@@ -3,6 +3,8 @@
 Records alone say what exists, so one that vanishes would look like one that was never made. Of a sealed cache it is known
 that each was there: `cskd verify` calls it lost, and what is made again must give the hash that was sealed. A cache that grows
 keeps the seal of its first views until the new ones are whole too.
+
+Also how many images that can't be decoded a cache or a run bears: `cache.max_quarantine`, of each block and in all.
 """
 
 from __future__ import annotations
@@ -11,13 +13,13 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from cskd.dataset.inventory import Inventory
 from cskd.errors import CacheError
 from cskd.files.durable import json_bytes, put
 from cskd.files.read import parse_json, read_file
 from cskd.store.cache import Cache
 from cskd.store.format import FORMAT, SEAL
 from cskd.store.manifest import read_manifest
-from cskd.store.quarantine import refuse_too_many_in_all
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,26 @@ def seal_cache(cache: Cache, max_quarantine: float) -> Seal:
     if not put(cache.root / SEAL, json_bytes(seal_facts(seal)), first=old is None):  # another process was first
         return seal_cache(cache, max_quarantine)
     return seal
+
+
+def refuse_too_many(quarantine: dict[int, str], n: int, inventory: Inventory, first: int, limit: float) -> None:
+    """CacheError when more than `limit` of a block's n samples can't be decoded. quarantine: position -> reason."""
+    if len(quarantine) > max(1, limit * n):
+        position, reason = next(iter(quarantine.items()))
+        raise CacheError(
+            f"{len(quarantine)} of {n} images of a block are unreadable, more than cache.max_quarantine {limit}; the first is "
+            f"'{inventory.key(first + position)}': {reason}; mend the data set, or raise the limit"
+        )
+
+
+def refuse_too_many_in_all(unreadable: int, n: int, limit: float) -> None:
+    """CacheError when more than `limit` of all n images can't be decoded; one is always borne. Stage 1 stops at such a block,
+    but bears one in each: many small blocks would hide what a large one shows."""
+    if unreadable > max(1, limit * n):
+        raise CacheError(
+            f"{unreadable} of {n} images are unreadable, more than cache.max_quarantine {limit}; mend the data set and cache it "
+            "again, or raise the limit and run the same command again"
+        )
 
 
 def check_seal(cache: Cache, seal: Seal, hashes: Mapping[tuple[int, int], str] | None = None) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from numcodecs import zstd
 from numpy.typing import NDArray
 
+from cskd.codecs import Arrays
 from cskd.errors import CacheError
 from cskd.files.read import open_regular
 from cskd.store.format import CHUNK_BYTES, FORMAT, ZSTD_LEVEL
@@ -23,7 +24,6 @@ from cskd.store.unit_layout import ArrayLayout, frame_size, layout
 if TYPE_CHECKING:
     import zarr
 
-Arrays = dict[str, NDArray[Any]]
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the zip format's first date
 
 
@@ -32,7 +32,7 @@ def pack_unit(
 ) -> bytes:
     """A unit as the bytes of its file.
 
-    Args:    fields, see `format.VIEW_FIELDS`; targets, a codec's arrays; dimensions, names of the axes of both;
+    Args:    fields, see `format.UNIT_FIELDS`; targets, a codec's arrays; dimensions, names of the axes of both;
              attributes, JSON-able facts for a human who opens the file with stock zarr.
     """
     import zarr  # here, so that training, which only reads, does without

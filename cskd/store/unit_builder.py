@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -89,25 +88,3 @@ class UnitBuilder:
         )
         targets = {name: codec.take(codec.concat(self._parts[name]), order) for name, codec in self._codecs.items()}
         return fields, targets
-
-
-@dataclass
-class PassBuilder:
-    """The units of one pass: the missing views of one mixing group of one block, made from one decoding of its images."""
-
-    block: int
-    first: int  # the block's first sample
-    order: NDArray[np.int64]  # of the block's positions, as their quads come
-    units: list[UnitBuilder]
-    views: tuple[int, ...]
-    quarantine: dict[int, str] = field(default_factory=dict)  # position -> reason
-    begun: int = 0  # rows handed to the teacher, in every view
-    rows: int = 0  # rows whose targets are in, summed over the views
-
-    @property
-    def all_begun(self) -> bool:
-        return self.begun == len(self.order)
-
-    @property
-    def complete(self) -> bool:
-        return self.rows == len(self.order) * len(self.views)

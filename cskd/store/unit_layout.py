@@ -16,8 +16,8 @@ import numpy as np
 from cskd.files.read import parse_json
 from cskd.store.format import CHUNK_BYTES, FORMAT
 
-MAX_RATIO = 200  # decoded bytes from one of the file; units of real teachers take 2 to 20
-FREE_BYTES = 1 << 28  # decoded before the ratio counts: tiny teachers give arrays of zeros
+MAX_UNIT_RATIO = 200  # decoded bytes from one of the file; units of real teachers take 2 to 20
+FREE_UNIT_BYTES = 1 << 28  # decoded before the ratio counts: tiny teachers give arrays of zeros
 MAX_MEMBERS = 100_000
 MAX_METADATA = 1 << 16  # bytes of one zarr.json
 TYPES = frozenset(["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"])
@@ -54,7 +54,7 @@ def layout(archive: zipfile.ZipFile, length: int) -> list[ArrayLayout]:
             continue
         found = _array(name.removesuffix("/zarr.json"), metadata, members)
         decoded += len(found.chunks) * found.rows * math.prod(found.shape[1:]) * found.dtype.itemsize
-        if decoded > max(FREE_BYTES, MAX_RATIO * length):
+        if decoded > max(FREE_UNIT_BYTES, MAX_UNIT_RATIO * length):
             raise ValueError(f"{decoded} bytes of arrays in a file of {length}")
         arrays.append(found)
     expected = {"zarr.json", "targets/zarr.json", *(f"{a.name}/zarr.json" for a in arrays)}

@@ -25,12 +25,11 @@ from torch import Tensor
 
 import cskd
 from cskd.config import Config, StudentConfig
-from cskd.errors import ConfigError, StudentError
+from cskd.errors import ConfigError, NotFiniteError, StudentError
 from cskd.files.paths import local_path
 from cskd.files.read import parse_json, read_file
-from cskd.files.weights import read_weights
+from cskd.files.weights import first_not_finite, read_weights
 from cskd.student.best import Best, BestWeights
-from cskd.student.finite import NotFiniteError, first_not_finite
 from cskd.student.heads import export_factors, multiplied, recorded_factors, recorded_heads, score_head
 from cskd.student.model import Student, build_student
 from cskd.student.optim import Optimisation
@@ -38,7 +37,7 @@ from cskd.student.resume import ResumeStates, TrainState, put_file, put_weights
 
 __all__ = ["MODEL", "MODEL_BEST", "MODEL_EMA", "MODEL_LAST", "ResumeStates", "TrainState", "export", "load_student"]
 
-MAX_ARGUMENT, MAX_DEPTH = 65_536, 256  # of a ViT's constructor; the largest have 6,144 features and 64 blocks
+MAX_ARGUMENT, MAX_BLOCKS_OF_VIT = 65_536, 256  # of a ViT's constructor; the largest have 6,144 features and 64 blocks
 MODEL = "model.safetensors"
 MODEL_LAST = "model_last.safetensors"
 MODEL_EMA = "model_ema.safetensors"
@@ -184,9 +183,7 @@ def load_student(path: Path) -> tuple[Student, dict[str, Any]]:
         raise
     except Exception as e:  # whatever a damaged file makes the reader raise
         reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise StudentError(
-            f"{weights} does not fit {beside} ({reason}); restore it, or train into another folder"
-        ) from e
+        raise StudentError(f"{weights} does not fit {beside} ({reason}); restore it, or train elsewhere") from e
     return student.eval(), facts
 
 
@@ -196,7 +193,7 @@ def _described(facts: dict[str, Any]) -> tuple[StudentConfig, int, tuple[int, in
     how, arguments = facts["pretrained_cfg"], facts["model_args"]
     classes, (_, height, width) = facts["num_classes"], how["input_size"]
     numbers = [n for v in arguments.values() for n in (v if isinstance(v, list) else [v]) if isinstance(n, int | float)]
-    if any(not 0 <= n <= MAX_ARGUMENT for n in numbers) or arguments.get("depth", 0) > MAX_DEPTH:
+    if any(not 0 <= n <= MAX_ARGUMENT for n in numbers) or arguments.get("depth", 0) > MAX_BLOCKS_OF_VIT:
         raise ValueError(f"model_args {str(arguments)[:200]} are beyond any ViT's")
     if not all(type(n) is int and 1 <= n <= MAX_ARGUMENT for n in (classes, height, width)):
         raise ValueError(f"num_classes {str(classes)[:40]} or input_size {str(how['input_size'])[:40]} can't be")

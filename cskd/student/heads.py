@@ -18,7 +18,7 @@ from cskd.method.losses import trained_heads
 HEADS = ("class", "distillation", "patches")
 UNTRAINED = ".untrained"  # after the name of a head that the loss did not train
 _LAYER = {"class": "head", "distillation": "head_dist"}  # of timm's distilled ViTs
-ALONE, NONE = 2.0, 2.0**-64  # factors of the exported layers
+DOUBLED, SILENCED = 2.0, 2.0**-64  # factors of the exported layers
 
 
 def heads_of(distilled: bool) -> tuple[str, ...]:
@@ -64,7 +64,7 @@ def export_factors(trained: Collection[str], distilled: bool) -> dict[str, float
     idle = [head for head in _LAYER if head not in trained]
     if not distilled or len(idle) != 1:
         return {}
-    return {layer: NONE if head in idle else ALONE for head, layer in _LAYER.items()}
+    return {layer: SILENCED if head in idle else DOUBLED for head, layer in _LAYER.items()}
 
 
 def multiplied(state: Mapping[str, Tensor], factors: Mapping[str, float]) -> dict[str, Tensor]:
@@ -77,9 +77,9 @@ def multiplied(state: Mapping[str, Tensor], factors: Mapping[str, float]) -> dic
 def recorded_factors(facts: Mapping[str, Any]) -> dict[str, float]:
     """The factors that undo those of a run's config.json. Raises ValueError and others for what `cskd` did not write."""
     factors = facts.get("cskd", {}).get("heads", {}).get("times", {})
-    if not all(layer in _LAYER.values() and factor in (ALONE, NONE) for layer, factor in factors.items()):
+    if not all(layer in _LAYER.values() and factor in (DOUBLED, SILENCED) for layer, factor in factors.items()):
         raise ValueError(
-            f"cskd.heads.times is {str(factors)[:80]}, expected {ALONE:g} or {NONE:g} of head and head_dist"
+            f"cskd.heads.times is {str(factors)[:80]}, expected {DOUBLED:g} or {SILENCED:g} of head, head_dist"
         )
     return {layer: 1 / factor for layer, factor in factors.items()}
 

@@ -26,15 +26,10 @@ from cskd.files.weights import READ_BY_TIMM
 from cskd.method.losses import StudentOutput, trained_heads
 from cskd.student.heads import HEADS, UNTRAINED, heads_of, shared_head_note, untrained_note
 from cskd.student.warm_start import start_from
-from cskd.views.fit import multiples, patch_notes, unseen
+from cskd.views.fit import Grid, multiples, patch_notes, unseen
 
-Grid = tuple[int, int]
-
-FAMILIES = [
-    "vision_transformer",
-    "vision_transformer_hybrid",
-    "deit",
-]  # timm modules whose models are VisionTransformers
+# timm modules whose models are VisionTransformers.
+FAMILIES = ["vision_transformer", "vision_transformer_hybrid", "deit"]
 _SET_ELSEWHERE = dict.fromkeys(READ_BY_TIMM, "set student.init") | {
     "num_classes": "it is the number of classes of the cache",
     "drop_path_rate": "set student.drop_path",
@@ -270,18 +265,14 @@ def _model_kwargs(config: StudentConfig, size: Grid) -> dict[str, Any]:
 
 def _check_heads(name: str, vit: nn.Module) -> VisionTransformer:
     if not isinstance(vit, VisionTransformer):
-        raise StudentError(
-            f"{name} was built as {type(vit).__name__}, expected timm's VisionTransformer; mend student.kwargs"
-        )
+        raise StudentError(f"{name} is a {type(vit).__name__}, expected timm's VisionTransformer; mend student.kwargs")
     if vit.global_pool not in ("token", "avg"):
         raise StudentError(
             f"{name} pools by {vit.global_pool!r}, so its head does not read tokens; "
             "set student.kwargs: {global_pool: avg} or another model"
         )
     if isinstance(vit, VisionTransformerDistilled) and vit.no_embed_class:
-        raise StudentError(
-            f"{name} can't have no_embed_class: timm gives its tokens positions all the same; leave it out"
-        )
+        raise StudentError(f"{name} can't have no_embed_class: timm gives its tokens positions anyway; leave it out")
     if not isinstance(vit.head, nn.Linear):
         raise StudentError(f"{name} has the head {type(vit.head).__name__}, expected a linear one")
     return vit

@@ -20,18 +20,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cskd.errors import StudentError
+from cskd.errors import NotFiniteError, StudentError
 from cskd.files.durable import put
 from cskd.files.read import open_regular, parse_json
-from cskd.files.weights import MAX_HEADER, check_weight_file
-from cskd.student.finite import NotFiniteError, first_not_finite
+from cskd.files.weights import MAX_HEADER, check_weight_file, first_not_finite
 from cskd.student.model import Student
 from cskd.student.optim import Optimisation
 
-FORMAT = 1
+STATE_FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
 _ASIDE = re.compile(r"diverged-(\d{8,})\.safetensors")
-# What config and device decide anew; any other value in an optimiser's groups may be its state.
+# What config and device decide again; any other value in an optimiser's groups may be its state.
 _CHOSEN_HERE = {"lr", "initial_lr", "weight_decay", "fused", "foreach", "capturable", "differentiable", "maximize"}
 
 Tensors = dict[str, Tensor]
@@ -65,7 +64,7 @@ class ResumeStates:
             raise NotFiniteError(f"{odd} is not finite", "resume from the last state that is", state.step)
         tensors = {k: v.detach().cpu().contiguous() for k, v in live.items()}
         body = {
-            "format": FORMAT,
+            "format": STATE_FORMAT,
             "step": state.step,
             "info": state.info,
             "optimizer": type(optimisation.optimizer).__name__,
@@ -111,8 +110,8 @@ class ResumeStates:
             except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
                 warnings.append(f"{path} is damaged ({' '.join(str(e).split())}); continuing from an earlier state")
                 continue
-            if body.get("format") != FORMAT:
-                raise StudentError(f"{path} has format {body.get('format')}, this version reads {FORMAT}; update cskd")
+            if body.get("format") != STATE_FORMAT:
+                raise StudentError(f"{path} has format {body.get('format')}, expected {STATE_FORMAT}; update cskd")
             if not _is_state(body, step):
                 warnings.append(f"{path} is no state of step {step}; continuing from an earlier state")
                 continue

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
 from cskd.errors import StudentError, one_line
 from cskd.files.read import parse_json, read_file
-from cskd.files.weights import read_weights
+from cskd.files.weights import first_not_finite, read_weights
 from cskd.student.heads import multiplied, recorded_factors, recorded_heads
 
 PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
@@ -24,15 +23,13 @@ def start_from(vit: VisionTransformer, path: Path) -> list[str]:
 
     Args:    path of a .safetensors file, of a .pt or .pth of tensors (bare, or under the keys timm's and DeiT's
              trainers use; averaged weights are preferred), or of a folder with model.safetensors. A config.json
-             beside the weights says the resolution they were trained at; without one the patches form a square.
+             next to the weights says the resolution they were trained at; without one the patches form a square.
     Returns: what was changed on the way, a line each.
     Raises:  StudentError when the file is missing, is no checkpoint, or is one of another model.
     """
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.is_file():
-        raise StudentError(
-            f"student.init {path} does not exist; give a .safetensors, a .pt or a folder made by cskd train"
-        )
+        raise StudentError(f"student.init {path} does not exist; give a .safetensors, a .pt or a run's folder")
     own = vit.state_dict()
     try:
         state, _ = read_weights(path, sum(t.nbytes for t in own.values()))
@@ -106,9 +103,7 @@ def _grid_of(vit: VisionTransformer, path: Path, state: dict[str, Tensor], posit
     rows, cols = vit.patch_embed.grid_size
     if rows * cols == patches:
         return rows, cols
-    raise StudentError(
-        f"{path} has {patches} position embeddings, which are no square grid; put its config.json beside it"
-    )
+    raise StudentError(f"{path} has {patches} position embeddings, which are no square; put its config.json next to it")
 
 
 def _resample(vit: VisionTransformer, position: Tensor, old: tuple[int, int], path: Path, notes: list[str]) -> Tensor:
@@ -133,9 +128,8 @@ def _check(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) ->
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise StudentError(f"{path} is of another model: {', '.join(problems[:3])}{more}; choose another student.init")
-    for k, v in state.items():
-        if v.is_floating_point() and not torch.isfinite(v).all():
-            raise StudentError(f"{path} has values in {k} that are not finite; choose another student.init")
+    if odd := first_not_finite(state):
+        raise StudentError(f"{path} has values in {odd} that are not finite; choose another student.init")
 
 
 def _shape(state: dict[str, Tensor], name: str) -> list[int] | None:

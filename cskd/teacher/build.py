@@ -103,9 +103,7 @@ def _from_file(config: TeacherConfig) -> Built:
     try:
         digest = hashlib.sha256(read_file(path)).hexdigest()
     except OSError as e:
-        raise TeacherError(
-            f"teacher.model: {path} can't be read: {e.strerror}; expected path/to/file.py:build"
-        ) from None
+        raise TeacherError(f"teacher.model: {path} can't be read ({e.strerror}); give path/to/file.py:build") from None
     name = f"cskd_teacher_{digest[:16]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # the name ends in .py
@@ -122,9 +120,7 @@ def _from_file(config: TeacherConfig) -> Built:
     try:
         model = maker(**config.kwargs)
     except Exception as e:
-        raise TeacherError(
-            f"teacher.model: {path}:{function} with kwargs {config.kwargs} failed: {one_line(e)}"
-        ) from None
+        raise TeacherError(f"teacher.model: {path}:{function} with {config.kwargs} failed: {one_line(e)}") from None
     if not isinstance(model, nn.Module):
         raise TeacherError(f"teacher.model: {path}:{function} returned a {type(model).__name__}, not a torch.nn.Module")
     stated = dict(getattr(model, "pretrained_cfg", None) or {})
@@ -147,9 +143,7 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
     try:
         weights, keys = read_weights(path, sum(t.nbytes for t in expected.values()))
     except ValueError as e:
-        raise TeacherError(
-            f"teacher.weights: {path} {e}; save model.state_dict() as .safetensors and give that"
-        ) from None
+        raise TeacherError(f"teacher.weights: {path} {e}; save model.state_dict() as .safetensors, give that") from None
     # Checkpoints older than PyTorch 0.4.1 lack this counter, which eval mode never reads.
     missing = [k for k in expected if k not in weights and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in weights if k not in expected]

@@ -45,9 +45,7 @@ def class_map(
     """
     count = len(class_names)
     if not 1 <= count <= MAX_CLASSES:
-        raise TeacherError(
-            f"the data set has {count} classes, expected 1 to {MAX_CLASSES} (labels are stored as uint16)"
-        )
+        raise TeacherError(f"the data set has {count} classes, expected 1 to {MAX_CLASSES} (labels are kept as uint16)")
     if classes is None:
         if outputs != count:
             raise TeacherError(
@@ -63,9 +61,7 @@ def class_map(
     else:
         indices = _from_file(Path(classes), class_names, outputs)
     if len(indices) != count:
-        raise TeacherError(
-            f"teacher.classes has {len(indices)} indices and the data set {count} classes; give one index a label"
-        )
+        raise TeacherError(f"teacher.classes has {len(indices)} indices, the data set {count} classes; give one each")
     if twice := [i for i, times in Counter(indices).items() if times > 1]:
         raise TeacherError(f"teacher.classes lists '{twice[0]}' twice; a label and an output belong together only once")
     outside = [i for i in indices if not 0 <= i < outputs]

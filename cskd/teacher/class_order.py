@@ -17,6 +17,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+from cskd.dataset.inventory import evenly
 from cskd.errors import TeacherError
 from cskd.teacher.class_map import ORDERS, class_map
 
@@ -132,7 +133,7 @@ def suspects(predicted: Ints, labels: Ints, K: int, known: Mapping[str, Ints], m
     wanted += cycles(once)
     if len(once) >= max(MANY, (count > 0).sum() / 3):
         present = np.flatnonzero(count)
-        few = present[np.linspace(0, len(present) - 1, most // 4).astype(int)].tolist()
+        few = present[evenly(len(present), most // 4)].tolist()
         wanted += [k for label in few for k in (label, once.get(label, label))]
     return np.array(list(dict.fromkeys(wanted))[:most], np.int64)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -39,20 +39,6 @@ def predictions(teacher: Teacher, pixels: Iterable[Tensor]) -> NDArray[np.int64]
     if waiting:
         flush()
     return torch.cat(said).numpy() if said else np.zeros(0, np.int64)
-
-
-def clean_top1(teacher: Teacher, images: Iterable[NDArray[np.uint8]], labels: Sequence[int]) -> float:
-    """Top-1 accuracy, a share, on clean images as of `clean_predictions`.
-
-    Args:    labels in the data set's order, one per image.
-    Raises:  ValueError where there are no images, or not as many as labels.
-    """
-    said = clean_predictions(teacher, images)
-    if len(said) != len(labels) or len(said) == 0:
-        raise ValueError(
-            f"{len(said)} clean images and {len(labels)} labels, expected as many of both and at least one"
-        )
-    return float((said == np.asarray(labels)).mean())
 
 
 def clean_limit(classes: int, count: int, min_top1: float | None = None) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cskd.errors import TeacherError
 
-TOLERANCE = 1e-3  # of the outputs' root mean square; folding shows 2e-6 (MobileNetV2, RegNetY-16GF)
+FOLD_TOLERANCE = 1e-3  # of the outputs' root mean square; folding shows 2e-6 (MobileNetV2, RegNetY-16GF)
 CONVOLUTIONS = (nn.Conv2d, Conv2dSame)  # not their subclasses, which may do more with a weight than convolve
 _NORMS = (nn.BatchNorm2d, BatchNormAct2d)
 
@@ -36,10 +36,10 @@ def fold_norms(model: nn.Module, x: Tensor) -> int:
             if id(child) in names:
                 setattr(parent, name, _rest(child))
     off = float((model(x) - before).abs().max() / before.square().mean().sqrt().clamp_min(1e-30))
-    if not off <= TOLERANCE:
+    if not off <= FOLD_TOLERANCE:
         raise TeacherError(
             f"teacher.fold: with its batch norms folded the teacher gives logits {off:.2g} of their size away, at most "
-            f"{TOLERANCE:g}; set teacher.fold: false"
+            f"{FOLD_TOLERANCE:g}; set teacher.fold: false"
         )
     return len(pairs)
 
@@ -70,9 +70,8 @@ def _pairs(model: nn.Module, x: Tensor) -> tuple[list[tuple[nn.Conv2d, nn.BatchN
         for hook in hooks:
             hook.remove()
     readers = [convolution for convolution, _ in found]
-    return [
-        (c, n) for c, n in found if runs[c] == runs[n] == readers.count(c) == 1 and n.running_var is not None
-    ], before
+    once = [(c, n) for c, n in found if runs[c] == runs[n] == readers.count(c) == 1]
+    return [(c, n) for c, n in once if n.running_var is not None], before
 
 
 def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
@@ -93,7 +92,7 @@ def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
 
 
 def _rest(norm: nn.Module) -> nn.Module:
-    """What a norm does besides norming: timm's have drop-out and an activation inside."""
+    """What a norm does in addition to norming: timm's have drop-out and an activation inside."""
     inside = [getattr(norm, name, None) for name in ("drop", "act")]
     rest = [m for m in inside if isinstance(m, nn.Module) and not isinstance(m, nn.Identity)]
     return rest[0] if len(rest) == 1 else nn.Sequential(*rest)

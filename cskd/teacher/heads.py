@@ -24,7 +24,7 @@ from cskd.errors import TeacherError, one_line
 from cskd.seeds import mix64_array, uniform_array
 
 # Of the spread. Linear heads show 3e-6 and less, all others 0.3 and more (benchmarks/teacher_families.py).
-TOLERANCE = 1e-4
+HEAD_TOLERANCE = 1e-4
 
 Kind = Literal["linear", "per_cell", "forward_dense"]
 
@@ -122,14 +122,14 @@ def find_head(model: Any, x: Tensor, mode: Literal["exact", "per_cell"]) -> Head
         )
     layers = _layers(model, apply, features)
     gap = _gap(apply, features, nhwc, layers)
-    if gap <= TOLERANCE:
+    if gap <= HEAD_TOLERANCE:
         return Head(
             "linear", gap, layers, model.forward_features, apply, nhwc, _sole_classifier(model, apply, features, nhwc)
         )
     if mode == "exact":
         raise TeacherError(
             f"the teacher's head is not linear in the mean of the cells ({_why(model)}: {layers}; gap {gap:.2g} of the "
-            f"cells' spread, at most {TOLERANCE:g}): take another teacher, or set teacher.dense: per_cell to apply the "
+            f"cells' spread, at most {HEAD_TOLERANCE:g}): take another teacher, or set teacher.dense: per_cell to apply the "
             "whole head to every cell all the same"
         )
     return Head("per_cell", gap, layers, model.forward_features, apply, nhwc)
@@ -248,9 +248,7 @@ def _gap(apply: Callable[[Tensor], Tensor], features: Tensor, nhwc: bool, layers
     except Exception as e:  # a head may raise anything on a map of another size
         raise TeacherError(f"the teacher's head can't be applied to single cells ({layers}): {one_line(e)}") from None
     if dense_BKhw.shape[:2] != global_BK.shape:
-        raise TeacherError(
-            f"the teacher's head gives {_describe(dense_BKhw)} for cells, {_describe(global_BK)} for the map"
-        )
+        raise TeacherError(f"the head gives {_describe(dense_BKhw)} for cells, {_describe(global_BK)} for the map")
     return _relative_gap(dense_BKhw, global_BK)
 
 

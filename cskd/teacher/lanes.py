@@ -1,6 +1,6 @@
 """Threads that work on the teacher's batches, each on one at a time, so that encoding and mixing fill the gaps of a forward.
 
-On a CPU a lane has one core: one batch a core loses nothing at the barriers of a parallel loop, which a batch shared by all
+On a CPU a lane has one core: one batch per core loses nothing at the barriers of a parallel loop, which a batch shared by all
 cores does wherever another process wants one of them; and a result does not depend on how many cores there are, as it may
 where a sum is split. A network that may keep state on itself between two of its methods runs one batch at a time, on all
 cores. On a GPU lanes take turns in launching, each on a stream of its own: while one waits for its results the next one's
@@ -14,14 +14,15 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
 
+from cskd.machine.threads import computing_with
+
 T = TypeVar("T")
 
-MOST = 8  # lanes of a CPU: each holds a batch's activations
+MOST_LANES = 8  # lanes of a CPU: each holds a batch's activations
 AHEAD = 2  # batches that wait for each lane, so that none runs dry while the main thread waits for images
 
 
@@ -54,9 +55,7 @@ class Lanes:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is not None:
             self._drop()
         self._pool.shutdown(wait=True, cancel_futures=kind is not None)
@@ -118,20 +117,14 @@ def lanes_of(device: torch.device, cores: int, reentrant: bool = True) -> tuple[
         return 3, 1  # one that runs, one that is launched, one that encodes
     if device.type != "cpu":
         return 1, cores
-    return (min(cores, MOST), 1) if reentrant else (2, cores)  # of two, one runs and one encodes
+    return (min(cores, MOST_LANES), 1) if reentrant else (2, cores)  # of two, one runs and one encodes
 
 
-@contextlib.contextmanager
-def threads_of_a_lane(device: torch.device, reentrant: bool) -> Iterator[None]:
+def threads_of_a_lane(device: torch.device, reentrant: bool) -> contextlib.AbstractContextManager[None]:
     """In this thread, as many threads of arithmetic as a lane has: what is compared with a lane's results is made alike."""
-    before = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(lanes_of(device, before, reentrant)[1])
-    try:
-        yield
-    finally:
-        if device.type == "cpu":
-            torch.set_num_threads(before)
+    if device.type != "cpu":
+        return contextlib.nullcontext()
+    return computing_with(lanes_of(device, torch.get_num_threads(), reentrant)[1])
 
 
 def _begin(device: torch.device, threads: int) -> None:

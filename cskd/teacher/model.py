@@ -9,6 +9,7 @@ Only the backbone may be autocast or compiled. Pooling and classifier run in flo
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,16 +23,28 @@ from cskd.errors import TeacherError, one_line
 from cskd.machine.devices import uses_bf16
 from cskd.teacher.build import build, weights_sha256
 from cskd.teacher.class_map import class_map
-from cskd.teacher.fingerprint import Fingerprint
+from cskd.teacher.fingerprint import Fingerprint, probe_images, project
 from cskd.teacher.fold import fold_norms
-from cskd.teacher.forwards import count_teacher_images
 from cskd.teacher.fuse import fuse_activations
 from cskd.teacher.heads import Head, find_head, full_precision, keep_classes
 from cskd.teacher.lanes import threads_of_a_lane
-from cskd.teacher.probe import probe_images, project
 from cskd.views.fit import teacher_notes
 
+_images = 0
+_images_lock = threading.Lock()  # forwards run in several threads
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def teacher_images() -> int:
+    """Images that went through any teacher of this process so far: in training from a cache there must be none."""
+    return _images
+
+
+def _count(images: int) -> None:
+    global _images
+    with _images_lock:
+        _images += images
 
 
 @dataclass(frozen=True)
@@ -111,7 +124,7 @@ class Teacher:
     def in_batches(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """`forward_dense` in forwards of exactly `batch` rows, the last one padded with copies of an image.
 
-        A logit's last bits depend on how many rows a forward has: stage 1 and a live teacher keep to this number.
+        A logit's last bits depend on how many rows one forward has: stage 1 and a live teacher keep to this number.
         """
         parts = [self._padded(part) for part in torch.split(pixels_BCHW, self.batch)]
         if len(parts) == 1:
@@ -155,7 +168,7 @@ class Teacher:
         }
 
     def _features(self, backbone: Callable[[Tensor], Tensor], pixels_BCHW: Tensor) -> Tensor:
-        count_teacher_images(len(pixels_BCHW))
+        _count(len(pixels_BCHW))
         x = self.prepare(pixels_BCHW).to(self.dtype)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             return backbone(x).to(self.dtype)
@@ -176,7 +189,7 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     images = _probe_pixels(image_size)[:2]
-    count_teacher_images(len(images))
+    _count(len(images))
     with torch.no_grad(), full_precision(device):
         x = prepare(images)
         if config.fold:
@@ -201,7 +214,7 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
         with torch.no_grad(), full_precision(device):
             fused = fuse_activations(model, head, x, torch.bfloat16 if bf16 else torch.float32)
         if fused:
-            notes.append(f"{fused} convolutions run in oneDNN, with the activations behind them")
+            notes.append(f"{fused} convolutions run in oneDNN, with the activations after them")
     own_grid = (dense_BKhw.shape[2], dense_BKhw.shape[3])
     grid = _grid(config, own_grid)
     if grid == (1, 1):

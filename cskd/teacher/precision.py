@@ -51,7 +51,7 @@ def measure(teacher: Teacher, plain: Teacher | None, views_BCHW: Tensor) -> Prec
             its = _logits(plain, part)
         cells += its[0][:, 0].numel()
         for blend in BLENDS:
-            a, b = (hard_targets(dense, image, quantise_blend(blend)) for dense, image in (mine, its))
+            a, b = (hard_targets(*logits, quantise_blend(blend)) for logits in (mine, its))
             differing[blend] += int((a != b).sum())
     shares = {f"{blend:g}": count / max(1, cells) for blend, count in differing.items()}
     return Precision(arithmetic(teacher), head, shares, len(views_BCHW))

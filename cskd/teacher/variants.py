@@ -13,12 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cskd.teacher.class_order import clearly_more
+from cskd.dataset.inventory import evenly
+from cskd.teacher.class_order import Ints, clearly_more
 from cskd.teacher.clean import clean_image, predictions
 from cskd.teacher.model import IMAGENET_MEAN, IMAGENET_STD, Prepare, Preprocess, Teacher
-
-Image = NDArray[np.uint8]
-Ints = NDArray[np.int64]
+from cskd.views import Image
 
 _HALF, _ZERO, _ONE, _BYTES = (0.5,) * 3, (0.0,) * 3, (1.0,) * 3, (1 / 255,) * 3
 _CAFFE = (0.485, 0.458, 0.408)  # means in 0..255 of the networks that have no std
@@ -101,7 +100,7 @@ def better_variant(teacher: Teacher, images: Sequence[Image], labels: Ints, pred
              what the teacher says of them.
     """
     trial, stated = _Trial(teacher, images, labels), predicted == labels
-    few, more = (np.unique(np.linspace(0, len(images) - 1, most).astype(int)) for most in (FEW, MORE))
+    few, more = (evenly(len(images), most) for most in (FEW, MORE))
     every = np.arange(len(images))
 
     def best(variants: list[Variant], rows: Ints, most: int) -> list[Variant]:

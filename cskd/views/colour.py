@@ -10,9 +10,8 @@ from __future__ import annotations
 import numpy as np
 import PIL.Image
 import torch
-from numpy.typing import NDArray
 
-Image = NDArray[np.uint8]  # [H, W, 3], RGB, contiguous
+from cskd.views import Image
 
 _LEVELS = np.arange(256, dtype=np.uint8)
 LUMA_65536 = 19595, 38470, 7471  # ITU-R 601-2, of red, green, blue

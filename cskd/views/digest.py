@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,14 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cskd.config import RecipeConfig
+from cskd.dataset.images import decoder_versions
 from cskd.dataset.inventory import Inventory
 from cskd.errors import ReplayError
-from cskd.views.fields import view_fields
-from cskd.views.mixing import NONE
+from cskd.views.mixing import NONE, drawn_fields
 from cskd.views.recipe import RECIPE_CODE_VERSION
-from cskd.views.versions import changed_versions
 
 _FIELDS = {"seed": "seed", "mode": "mixing mode", "lam": "lambda", "box": "box", "partner": "partner"}  # in messages
+# Libraries whose version can change a pixel or a logit.
+_LIBRARIES = ("torch", "torchvision", "timm", "pillow", "numpy", "zarr", "numcodecs")
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,30 @@ def _rule(
 ) -> dict[str, NDArray[Any]]:
     """Seed and mixing of one sample by the recipe; 'partner' is a sample, or -1."""
     block = inventory.block_of(sample)
-    first, stop = int(inventory.blocks[block]), int(inventory.blocks[block + 1])
-    every = view_fields(inventory, recipe, block, view, recorded.bad[first:stop])
+    first, stop = inventory.block_range(block)
+    every = drawn_fields(inventory, recipe, block, view, recorded.bad[first:stop])
     rule = {name: array[sample - first] for name, array in every.items()}
     return {**rule, "partner": rule["partner"] + first if rule["mode"] != NONE else np.int64(-1)}
 
 
 def _short(value: Any) -> str:
     return str(value.tolist()) if isinstance(value, np.ndarray) else str(int(value))
+
+
+def library_versions() -> dict[str, str]:
+    """Versions recorded next to the identity, those of the image decoders included; a change of them calls for a replay,
+    not for a new cache."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found | {f"decoder {name}": version for name, version in decoder_versions().items()}
+
+
+def changed_versions(recorded: dict[str, str]) -> str:
+    """What is installed here in another version than `recorded`, in words; '' where nothing is."""
+    now = library_versions()
+    names = sorted(name for name in recorded.keys() | now.keys() if recorded.get(name) != now.get(name))
+    return ", ".join(f"{name} {recorded.get(name, 'absent')} -> {now.get(name, 'absent')}" for name in names)

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cskd.seeds import GAMMA, Draws, mix64_array
-
-Image = NDArray[np.uint8]  # [H, W, 3], RGB
+from cskd.views import Image
 
 _AREA = (0.02, 1.0 / 3.0)  # share of the view, divided by the number of rectangles
 _LOG_ASPECT = (math.log(0.3), math.log(1.0 / 0.3))  # height / width

@@ -66,9 +66,8 @@ def teacher_notes(view: int, size: int, own: Grid, grid: Grid, stated: int | Non
         stride = strides[0]
         padded = stride is not None and own[0] == -(-size // stride)
         apart = f", {stride} pixels apart," if stride else ""
-        cure = (
-            f"; an input of {multiples(size, stride)} would be tiled (teacher.input_size)" if stride and padded else ""
-        )
+        tiled = f"; an input of {multiples(size, stride)} would be tiled (teacher.input_size)" if stride else ""
+        cure = tiled if padded else ""
         notes.append(
             f"the teacher's {_by(own)} cells{apart} do not tile its input of {size} pixels: a cell and the student's patches of "
             f"it are not the same part of the image{cure}"

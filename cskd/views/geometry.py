@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Image = NDArray[np.uint8]  # [H, W, 3], RGB, contiguous
+from cskd.views import Image
+
 Fill = tuple[int, int, int]
 
 

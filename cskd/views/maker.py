@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
-
 from cskd.config import RecipeConfig
 from cskd.dataset.images import decode
 from cskd.dataset.inventory import Inventory
 from cskd.dataset.shard_reader import ShardReader
+from cskd.views import Image
 from cskd.views.ops import apply
 from cskd.views.recipe import Box, ViewParams, sample_params
-
-Image = NDArray[np.uint8]
 
 
 class ViewMaker:

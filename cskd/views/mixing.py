@@ -9,12 +9,14 @@ directions, so that lambda and box have timm's marginal distribution (one draw a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cskd.config import RecipeConfig
-from cskd.seeds import Draws, hash64, permutation
+from cskd.dataset.inventory import Inventory
+from cskd.seeds import Draws, hash64, permutation, view_seeds
 
 NONE, MIXUP, CUTMIX = 0, 1, 2
 ONE = 65536  # lambda is stored in units of 1 / ONE
@@ -103,3 +105,18 @@ def pair_params(seed_a: int, seed_b: int, recipe: RecipeConfig) -> tuple[int, in
 def own_share(mode: NDArray[np.uint8], lam: NDArray[np.uint16]) -> NDArray[np.float32]:
     """The sample's own share of pixels and label: float32 [N] in [0, 1], 1 where unmixed."""
     return np.where(mode == NONE, 1.0, lam / ONE).astype(np.float32)
+
+
+def drawn_fields(
+    inventory: Inventory, recipe: RecipeConfig, block: int, view: int, bad: NDArray[np.bool_]
+) -> dict[str, NDArray[Any]]:
+    """What the recipe says of one view of one block: 'seed', 'partner', 'mode', 'lam', 'box' (see `Mixing`).
+
+    Args:    bad bool [n], the quarantined samples of the block, which has n samples.
+    Returns: arrays of n rows, in block order.
+    """
+    first, stop = inventory.block_range(block)
+    seeds = view_seeds(recipe.seed, inventory.id, inventory.key_hash[first:stop], view)
+    order = quads(stop - first, recipe, inventory.id, block, view // recipe.mix_group)
+    m = mixing(seeds, order, bad, recipe, view)
+    return {"seed": seeds, "partner": m.partner, "mode": m.mode, "lam": m.lam, "box": m.box}

@@ -9,14 +9,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 
-from cskd.views import colour, geometry
+from cskd.views import Image, colour, geometry
 from cskd.views.erasing import erase
 from cskd.views.randaugment import Op
 from cskd.views.recipe import Box, ViewParams
-
-Image = NDArray[np.uint8]  # [H, W, 3], RGB
 
 _PLAIN = {"AutoContrast": colour.auto_contrast, "Equalize": colour.equalize, "Invert": colour.invert}
 _WHOLE = {"Posterize": colour.posterize, "Solarize": colour.solarize, "SolarizeAdd": colour.solarize_add}
@@ -58,7 +55,7 @@ def apply(image_HWC: Image, params: ViewParams) -> Image:
 def apply_op(image_HWC: Image, op: Op, fill: geometry.Fill) -> Image:
     """One operation: uint8 [H, W, 3], contiguous, to the same; see `Op` for what its argument means.
 
-    Raises:  ValueError for a name that is not one of `randaugment.OPERATIONS`, or an argument that is missing.
+    Raises:  ValueError for a name that is not one of `randaugment.TIMM_OPERATIONS`, or an argument that is missing.
     """
     if op.name in _PLAIN:
         return _PLAIN[op.name](image_HWC)
@@ -70,7 +67,7 @@ def apply_op(image_HWC: Image, op: Op, fill: geometry.Fill) -> Image:
         return _FACTOR[op.name](image_HWC, op.argument)
     if op.name in _MOVED:
         return _MOVED[op.name](image_HWC, op.argument, fill)
-    raise ValueError(f"operation '{op.name}' is not known, expected one of randaugment.OPERATIONS")
+    raise ValueError(f"operation '{op.name}' is not known, expected one of randaugment.TIMM_OPERATIONS")
 
 
 def fill_colour(mean: tuple[float, ...]) -> geometry.Fill:

@@ -11,8 +11,10 @@ from typing import NamedTuple
 from cskd.config.rand_string import MAX_MAGNITUDE, RandSettings
 from cskd.seeds import Draws
 
-# The order is part of every seed's meaning: append, never insert.
-OPERATIONS = (
+# timm's list. A draw is an index into it, so any change of it, at its end too, moves the draws of every seed: it needs another
+# RECIPE_CODE_VERSION, and no cache of today fits it. An operation that timm does not have stands in a list of its own, which a
+# part of the rand string selects.
+TIMM_OPERATIONS = (
     "AutoContrast",
     "Equalize",
     "Invert",
@@ -52,7 +54,7 @@ def draw_randaugment(seed: int, settings: RandSettings) -> tuple[Op, ...]:
     for layer in range(settings.layers):
         # A stream of its own for each decision, so that a layer more, or a draw more in one of them, moves no other.
         if Draws(seed, f"randaugment.{layer}.apply").uniform() < settings.prob:
-            name = OPERATIONS[Draws(seed, f"randaugment.{layer}.operation").integer(len(OPERATIONS))]
+            name = TIMM_OPERATIONS[Draws(seed, f"randaugment.{layer}.operation").integer(len(TIMM_OPERATIONS))]
             magnitude = _draw_magnitude(Draws(seed, f"randaugment.{layer}.magnitude"), settings)
             negative = Draws(seed, f"randaugment.{layer}.sign").uniform() < 0.5
             ops.append(Op(name, argument_of(name, magnitude, negative, settings.increasing)))

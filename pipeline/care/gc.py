@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
-from cskd.errors import CacheError
+from cskd.errors import CacheError, counted
 from cskd.files import claims
-from cskd.store.cache import Cache, open_cache
+from cskd.pipeline.show.progress import print_lines
+from cskd.store.cache import open_cache
 from cskd.store.commit import record_names
 
 LEFT = ("units/*/*", "commits/*/.*.tmp", ".*.tmp", ".inventory.partial*/*", "claims/*")  # where left-overs can be
-LEASE = 3600.0  # seconds: what is younger may be of a writer that lives
+YOUNG = 3600.0  # seconds: what is younger may be of a writer that lives
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class GcReport:
     dry_run: bool
 
 
-def gc(path: Path, older_than: float = LEASE, dry_run: bool = False, data: Path | None = None) -> GcReport:
+def gc(path: Path, older_than: float = YOUNG, dry_run: bool = False, data: Path | None = None) -> GcReport:
     """Remove left-over files that have not been written to for `older_than` seconds.
 
     Raises:  CacheError where a commit record is damaged: what it spoke of can't be told from left-overs; and where files
@@ -46,8 +46,9 @@ def gc(path: Path, older_than: float = LEASE, dry_run: bool = False, data: Path 
         )
     kept = set()
     for block in range(cache.blocks):
-        for view in _recorded_views(cache, block):
-            commit = cache.commit_of(block, view)
+        # Those too that a manifest put back from an older day does not know.
+        for name in filter(re.compile(r"v\d{4,6}\.json").fullmatch, sorted(record_names(cache.root, block))):
+            commit = cache.commit_of(block, int(name[1:-5]))
             kept |= {path / f.path for f in commit.files} if commit else set()
     now, removed, size, young = time.time(), [], 0, 0
     for file in sorted(file for pattern in LEFT for file in path.glob(pattern)):
@@ -69,17 +70,9 @@ def gc(path: Path, older_than: float = LEASE, dry_run: bool = False, data: Path 
     return GcReport(str(path), removed, size, young, dry_run)
 
 
-def _recorded_views(cache: Cache, block: int) -> list[int]:
-    """Every view of which the block has a record, those too that a manifest put back from an older day does not know."""
-    names = record_names(cache.root, block)
-    return sorted(int(name[1:-5]) for name in names if re.fullmatch(r"v\d{4,6}\.json", name))
-
-
 def render(report: GcReport, console: Console) -> None:
     """The report for people."""
-    for name in report.removed:
-        console.print(escape(name), soft_wrap=True)
     did = "to remove" if report.dry_run else "removed"
     left = f"; {report.young:,} younger left alone" if report.young else ""
-    files = "1 left-over file" if len(report.removed) == 1 else f"{len(report.removed):,} left-over files"
-    console.print(f"{escape(report.cache)}: {files}, {report.bytes:,} bytes, {did}{left}", soft_wrap=True)
+    files = counted(len(report.removed), "left-over file")
+    print_lines(console, *report.removed, f"{report.cache}: {files}, {report.bytes:,} bytes, {did}{left}")

@@ -16,15 +16,15 @@ from cskd.machine.threads import begun_with, choose_threads, computing_with
 from cskd.pipeline.show.progress import Progress
 from cskd.store.cache import Cache, first_difference
 from cskd.store.format import Unit
-from cskd.store.golden import golden_rows, replay_golden
+from cskd.store.replay_check import golden_rows, replay_golden
+from cskd.teacher.fingerprint import compare_probe
 from cskd.teacher.lanes import threads_of_a_lane
 from cskd.teacher.model import Teacher, load_teacher
-from cskd.teacher.probe import compare_probe
 from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import mix_pixels
 from cskd.views.mixing import NONE
 
-BLENDS = tuple(range(0, BLEND_ONE + 1, BLEND_ONE // 16))
+LOOKED_UP_BLENDS = tuple(range(0, BLEND_ONE + 1, BLEND_ONE // 16))
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,17 @@ def recompute(cache: Cache, count: int, device: str, quiet: bool) -> Recomputed:
         for block, view, unit, rows in golden_rows(cache, count):
             targets = {name: cache.read(block, view, name).targets for name in {hard, soft or hard}}
             for part in np.array_split(rows, -(-len(rows) // teacher.batch)):
-                dense, image = _logits(maker, teacher, unit, cache.block_range(block)[0], part)
+                dense_BKhw, global_BK = _logits(maker, teacher, unit, cache.inventory.block_range(block)[0], part)
                 stored = cache.codecs[hard].take(targets[hard], part)
-                for blend in BLENDS:
-                    wrong, by = _differing(dense, image, blend, cache.codecs[hard].hard(stored, blend))
-                    lookups, differing, margin = lookups + dense[:, 0].numel(), differing + wrong, max(margin, by)
+                for blend in LOOKED_UP_BLENDS:
+                    wrong, by = _differing(dense_BKhw, global_BK, blend, cache.codecs[hard].hard(stored, blend))
+                    lookups, differing, margin = lookups + dense_BKhw[:, 0].numel(), differing + wrong, max(margin, by)
                 if soft:
                     kept = cache.codecs[soft].take(targets[soft], part)
                     arrays = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in kept.items()}
-                    for found, now in zip(cache.codecs[soft].logits_torch(arrays), (dense, image), strict=True):
+                    for found, now in zip(
+                        cache.codecs[soft].logits_torch(arrays), (dense_BKhw, global_BK), strict=True
+                    ):
                         largest = max(largest, float((found - now).abs().max()))
                 views += len(part)
                 progress.update(min(views, total))
@@ -124,18 +126,20 @@ def _logits(
     partner = torch.arange(len(pixels)) ^ 1
     mixed = mix_pixels(pairs, *(f.to(teacher.device) for f in (partner, *fields)))[::2]
     with threads_of_a_lane(teacher.device, teacher.reentrant):
-        dense, whole = teacher.in_batches(mixed)
-    return dense.cpu(), whole.cpu()
+        dense_BKhw, global_BK = teacher.in_batches(mixed)
+    return dense_BKhw.cpu(), global_BK.cpu()
 
 
-def _differing(dense: torch.Tensor, image: torch.Tensor, blend: int, stored: NDArray[np.uint16]) -> tuple[int, float]:
+def _differing(
+    dense_BKhw: torch.Tensor, global_BK: torch.Tensor, blend: int, stored: NDArray[np.uint16]
+) -> tuple[int, float]:
     """Cells whose hard target is not the stored one, and by how much the largest of them is."""
-    now = direct_hard(dense, image, blend)
+    now = direct_hard(dense_BKhw, global_BK, blend)
     was = torch.from_numpy(stored.astype(np.int64))
     wrong = now != was
     if not bool(wrong.any()):
         return 0, 0.0
     a = blend / BLEND_ONE
-    mixed = a * dense.double() + (1 - a) * image.double()[:, :, None, None]
+    mixed = a * dense_BKhw.double() + (1 - a) * global_BK.double()[:, :, None, None]
     gap = mixed.gather(1, now[:, None]) - mixed.gather(1, was[:, None])
     return int(wrong.sum()), float(gap[:, 0][wrong].max())

@@ -15,22 +15,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from cskd.config import from_dict
 from cskd.dataset.inventory import copy_inventory, open_inventory
 from cskd.dataset.inventory_format import check_copy, read_header
-from cskd.errors import CacheError, CskdError, DataError
+from cskd.errors import CacheError, CskdError, DataError, counted
 from cskd.files.durable import json_bytes, sync
 from cskd.files.read import read_file
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.care.verify import check_units, uneven, wrong_resolved
 from cskd.pipeline.outputs import sole_repair
+from cskd.pipeline.show.progress import print_lines
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import read_commit
 from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, commit_file
-from cskd.store.manifest import Manifest, read_manifest, write_manifest
-from cskd.store.resolved import write_resolved
+from cskd.store.manifest import Manifest, read_manifest, write_manifest, write_resolved
 from cskd.store.seal import Seal, read_seal, seal_cache
 
 
@@ -65,7 +64,7 @@ def _repair(path: Path, data: Path | None, quiet: bool) -> RepairReport:
     cache = open_cache(path, data=data, images=False)
     if wrong := wrong_resolved(cache):
         restored.append(f"{RESOLVED}: {wrong}")
-        write_resolved(cache)
+        write_resolved(path, cache.manifest)
     seal, about_seal = _seal(cache)
     withdrawn: dict[tuple[int, int], str] = {}
     missing = 0
@@ -88,11 +87,13 @@ def _repair(path: Path, data: Path | None, quiet: bool) -> RepairReport:
                 cache=replace(config.cache, path=str(path), views=cache.views),
             )
             for block, view in sorted(withdrawn):
-                _withdraw(cache, block, view)
+                record = path / commit_file(block, view)
+                record.unlink(missing_ok=True)
+                sync(record.parent)
             rebuilt = cache_teacher(made, quiet=quiet).units
         except CskdError as e:
-            done = f"{_count(len(restored), 'file')} restored, " if restored else ""
-            raise type(e)(f"{path}: {done}{_count(len(withdrawn) + missing, 'unit')} can't be made again: {e}") from e
+            done = f"{counted(len(restored), 'file')} restored, " if restored else ""
+            raise type(e)(f"{path}: {done}{counted(len(withdrawn) + missing, 'unit')} can't be made again: {e}") from e
     sealed = seal_cache(cache, config.cache.max_quarantine)
     if about_seal or seal is None or seal.views < cache.views:
         was = "was not there" if seal is None else f"was of {seal.views} views, there are {cache.views}"
@@ -204,27 +205,18 @@ def _seal(cache: Cache) -> tuple[Seal | None, str]:
         return None, _what(str(e))
 
 
-def _withdraw(cache: Cache, block: int, view: int) -> None:
-    record = cache.root / commit_file(block, view)
-    record.unlink(missing_ok=True)
-    sync(record.parent)
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
-
-
 def render(report: RepairReport, console: Console) -> None:
     """The report for people."""
-    for did, lines in (("restored", report.restored), ("made again", report.withdrawn)):
-        for line in lines:
-            console.print(f"{did} {escape(line)}", soft_wrap=True)
     parts = [
-        f"{_count(len(report.restored), 'file')} restored",
-        f"{_count(len(report.withdrawn), 'unit')} damaged or lost",
+        f"{counted(len(report.restored), 'file')} restored",
+        f"{counted(len(report.withdrawn), 'unit')} damaged or lost",
         f"{report.rebuilt:,} made" + (f", {report.missing:,} of which were missing" if report.missing else ""),
     ]
     nothing = not (report.restored or report.withdrawn or report.missing)
-    done = "whole, nothing to do" if nothing else "; ".join(parts)
-    console.print(f"{escape(report.cache)}: {done}", soft_wrap=True)
-    console.print(f"content {report.content_root}", soft_wrap=True)
+    print_lines(
+        console,
+        *(f"restored {line}" for line in report.restored),
+        *(f"made again {line}" for line in report.withdrawn),
+        f"{report.cache}: {'whole, nothing to do' if nothing else '; '.join(parts)}",
+        f"content {report.content_root}",
+    )

@@ -15,20 +15,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.markup import escape
 
 from cskd.dataset.inventory import Inventory
 from cskd.dataset.inventory_format import check_copy
 from cskd.dataset.shard_reader import ShardReader
-from cskd.errors import CacheError, CskdError, DataError, ReadError
+from cskd.errors import CacheError, CskdError, DataError, ReadError, counted
 from cskd.files.durable import json_bytes
 from cskd.files.read import read_file
 from cskd.pipeline.care.recompute import Recomputed, recompute, replay_again
-from cskd.pipeline.show.progress import Progress, say
+from cskd.pipeline.show.progress import Progress, print_lines, say
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import Commit, UnitFile, record_names
 from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, Unit, commit_file
-from cskd.store.resolved import resolved_of
 from cskd.store.seal import Seal, check_seal, read_seal
 from cskd.store.unit import content_hash
 
@@ -157,14 +155,6 @@ def _seal(cache: Cache, errors: list[str]) -> Seal | None:
         return None
 
 
-def lost(cache: Cache, block: int, view: int) -> str:
-    """What is wrong where a unit is gone that was there when the cache was sealed."""
-    record = cache.root / commit_file(block, view)
-    return (
-        f"{_name(block, view)}: its record {record} is gone, though the cache was sealed; `cskd repair` makes it again"
-    )
-
-
 def _name(block: int, view: int) -> str:
     return f"block {block}, view {view}"
 
@@ -184,7 +174,9 @@ def check_units(cache: Cache, seal: Seal | None, what: str, quiet: bool) -> Iter
                     if commit is not None:
                         check_unit(cache, commit)
                     elif view < sealed:
-                        error = lost(cache, block, view)
+                        record = cache.root / commit_file(block, view)
+                        gone = f"its record {record} is gone, though the cache was sealed"
+                        error = f"{_name(block, view)}: {gone}; `cskd repair` makes it again"
                 except CskdError as e:
                     error = f"{_name(block, view)}: {e}"
                 units.append(CheckedUnit(block, view, commit, error))
@@ -241,7 +233,7 @@ def check_frame(cache: Cache) -> list[str]:
 def wrong_resolved(cache: Cache) -> str:
     """What is wrong with the resolved config, empty where nothing is."""
     try:
-        right = read_file(cache.root / RESOLVED).decode() == resolved_of(cache)
+        right = read_file(cache.root / RESOLVED).decode() == cache.manifest.resolved
     except (OSError, UnicodeDecodeError) as e:
         return f"is not readable ({getattr(e, 'strerror', None) or e})"
     return "" if right else "is not the config in the manifest"
@@ -281,16 +273,15 @@ def _damaged_images(inventory: Inventory, lost: Container[int], quiet: bool) -> 
                     bad.append(f"{inventory.shard_path(shard)}: {len(rows) - place - 1} further images were not read")
                     break
             if len(bad) == len(rows) > 1:
-                bad = [
-                    f"{inventory.shard_path(shard)}: none of its {len(rows)} images is as it was; the first: {bad[0]}"
-                ]
+                where = inventory.shard_path(shard)
+                bad = [f"{where}: none of its {len(rows)} images is as it was; the first: {bad[0]}"]
             errors += bad
     return done, errors
 
 
 def check_unit(cache: Cache, commit: Commit) -> None:
     """Every byte of one unit's files, against its record. CacheError names what is wrong."""
-    first, stop = cache.block_range(commit.block)
+    first, stop = cache.inventory.block_range(commit.block)
     if commit.cached + len(commit.quarantine) != stop - first:
         raise CacheError(
             f"{commit.cached} cached + {len(commit.quarantine)} quarantined, the inventory has {stop - first}"
@@ -328,33 +319,26 @@ def _same(a: NDArray[Any] | None, b: NDArray[Any] | None) -> bool:
 
 def render(report: VerifyReport, console: Console) -> None:
     """The report for people."""
-    for error in report.errors:
-        console.print(escape(error), soft_wrap=True)
-    console.print(
-        f"{escape(report.cache)}: {report.units} units, {report.missing} missing, {len(report.errors)} error{'s' * (len(report.errors) != 1)}; "
-        f"{report.cached:,} views cached, {report.quarantined:,} quarantined, {report.inventory_samples:,} images",
-        soft_wrap=True,
+    lines = [*report.errors]
+    lines.append(
+        f"{report.cache}: {report.units} units, {report.missing} missing, {counted(len(report.errors), 'error')}; "
+        f"{report.cached:,} views cached, {report.quarantined:,} quarantined, {report.inventory_samples:,} images"
     )
     if report.missing:
         more = ", ..." if report.missing > len(report.first_missing) else ""
-        console.print(
-            f"missing: {'; '.join(report.first_missing)}{more}; `cskd cache-teacher` with its config makes them",
-            soft_wrap=True,
-        )
+        missing = "; ".join(report.first_missing)
+        lines.append(f"missing: {missing}{more}; `cskd cache-teacher` with its config makes them")
     state = "sealed" if report.sealed else "not sealed" + ("" if report.missing or report.errors else _TO_SEAL)
-    console.print(f"{state}, content {report.content_root or 'unknown'}", soft_wrap=True)
+    lines.append(f"{state}, content {report.content_root or 'unknown'}")
     if report.images_read:
-        console.print(f"{report.images_read:,} images of the shards read", soft_wrap=True)
-    for note in report.notes:
-        console.print(escape(note), soft_wrap=True)
-    if report.replayed:
-        differ = len(report.errors)  # replayed only where there were none before
-        console.print(f"{report.replayed} views made again, {differ} differ", soft_wrap=True)
-    if report.recomputed:
-        r = report.recomputed
+        lines.append(f"{report.images_read:,} images of the shards read")
+    lines += report.notes
+    if report.replayed:  # only where there were no errors before
+        lines.append(f"{report.replayed} views made again, {len(report.errors)} differ")
+    if r := report.recomputed:
         logits = "" if r.largest_logit_difference is None else f", logits by {r.largest_logit_difference:.3g} at most"
-        console.print(
+        lines.append(
             f"teacher run again on {r.views} views: {r.differing} of {r.lookups} hard targets differ"
-            f" (margin {r.largest_margin:.2g} at most){logits}; probe images: {r.probe or 'equal'}",
-            soft_wrap=True,
+            f" (margin {r.largest_margin:.2g} at most){logits}; probe images: {r.probe or 'equal'}"
         )
+    print_lines(console, *lines)

@@ -2,7 +2,7 @@
 
     open      manifest and inventory; the image shards may be elsewhere, or absent
     list      every commit record: what exists, its bytes, what is quarantined
-    measure   a few units: how often the cells agree with the label, segments a cell
+    measure   a few units: how often the cells agree with the label, segments per cell
     show      one sample, as names and as a PNG
 
 Nothing in the cache is changed. Launch: `cskd inspect caches/imagenet_sample --sample 3 --png sample.png`.
@@ -22,8 +22,9 @@ from rich.table import Table
 from rich.text import Text
 
 from cskd.codecs.base import quantise_blend
-from cskd.errors import CacheError, CskdError, printable
-from cskd.pipeline.look.inspect_sample import BLENDS, describe_sample, find_sample, hard_codec, sample_picture, sheet
+from cskd.dataset.inventory import evenly
+from cskd.errors import CacheError, CskdError, counted, printable
+from cskd.pipeline.look.inspect_sample import describe_sample, find_sample, sample_picture, sheet
 from cskd.pipeline.look.inspection import (
     Agreement,
     CodecFacts,
@@ -42,7 +43,7 @@ from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import Commit
 from cskd.store.format import FORMAT, Unit
 from cskd.store.seal import read_seal
-from cskd.teacher.arithmetic import in_words
+from cskd.teacher.arithmetic import BLENDS, in_words
 from cskd.views.mixing import NONE
 
 __all__ = ["inspect", "render", "sample_picture", "sheet"]
@@ -174,7 +175,7 @@ def _codecs(cache: Cache, commits: Iterable[Commit]) -> dict[str, CodecFacts]:
 
 def _quarantined(cache: Cache, commits: dict[tuple[int, int], Commit]) -> Quarantined:
     reasons = {
-        cache.block_range(block)[0] + int(position): reason
+        cache.inventory.block_range(block)[0] + int(position): reason
         for (block, _), commit in commits.items()
         for position, reason in commit.quarantine.items()
     }
@@ -190,8 +191,8 @@ def _measure(
     Returns: how many units were read, and what they hold.
     """
     usable = sorted(unit for unit in commits if unit not in errors)
-    picked = [usable[i] for i in np.unique(np.linspace(0, len(usable) - 1, min(count, len(usable))).astype(int))]
-    name = hard_codec(cache)
+    picked = [usable[i] for i in evenly(len(usable), count)]
+    name = cache.hard_codec
     cells: dict[str, Counter[str]] = {"mixed": Counter(), "unmixed": Counter()}
     segments, most, read = Counter[str](), 0, 0
     for block, view in picked:
@@ -207,12 +208,12 @@ def _measure(
             segments.update(cells=extra.size, extra=int(extra.sum()))
             most = max(most, 1 + int(extra.max(initial=0)))
     agreement = {}
-    for kind, counted in cells.items():
-        if counted["samples"]:
+    for kind, count_of in cells.items():
+        if count_of["samples"]:
             own, own_or_partner = (
-                {f"{a:g}": counted[f"{labels} {a:g}"] / counted["cells"] for a in BLENDS} for labels in AGREEMENT
+                {f"{a:g}": count_of[f"{labels} {a:g}"] / count_of["cells"] for a in BLENDS} for labels in AGREEMENT
             )
-            agreement[kind] = Agreement(counted["samples"], own, own_or_partner)
+            agreement[kind] = Agreement(count_of["samples"], own, own_or_partner)
     found = Segments(1 + segments["extra"] / segments["cells"], most) if segments["cells"] else None
     return read, agreement, found
 
@@ -221,7 +222,7 @@ def _count_agreement(cache: Cache, block: int, unit: Unit, name: str, cells: dic
     """Count the cells of one unit that agree with their sample's label, or with its own or its partner's."""
     own = unit.fields["label"]
     unmixed = unit.fields["mode"] == NONE
-    first, stop = cache.block_range(block)
+    first, stop = cache.inventory.block_range(block)
     partner = np.where(unmixed, own, cache.inventory.label[first:stop][np.where(unmixed, 0, unit.fields["partner"])])
     for blend in BLENDS:
         hard = cache.codecs[name].hard(unit.targets, quantise_blend(blend))
@@ -242,9 +243,9 @@ def _write_png(cache: Cache, commits: dict[tuple[int, int], Commit], sample: int
         commit = next((c for (_, v), c in sorted(commits.items()) if v == view), None)
         if commit is None:
             raise CacheError(f"{cache.root} has no unit of view {view}; give another one with --view")
-        first, stop = cache.block_range(commit.block)
+        first, stop = cache.inventory.block_range(commit.block)
         good = np.setdiff1d(np.arange(first, stop), [first + int(i) for i in commit.quarantine])
-        picture = sheet(cache, good[np.unique(np.linspace(0, len(good) - 1, SHEET_SAMPLES).astype(int))].tolist(), view)
+        picture = sheet(cache, good[evenly(len(good), SHEET_SAMPLES)].tolist(), view)
     save_png(picture, path)
     return path
 
@@ -275,7 +276,7 @@ def _lines(facts: Inspection) -> Iterable[tuple[str, str]]:
     yield "cache", f"{facts.cache}, fingerprint {facts.fingerprint[:12]}"
     yield (
         "inventory",
-        f"{inventory.samples:,} samples, {inventory.classes:,} classes, {_count(inventory.blocks, 'block')}, "
+        f"{inventory.samples:,} samples, {inventory.classes:,} classes, {counted(inventory.blocks, 'block')}, "
         f"id {inventory.id[:12]}",
     )
     top1 = teacher.clean_top1
@@ -286,7 +287,7 @@ def _lines(facts: Inspection) -> Iterable[tuple[str, str]]:
         yield "", f"({in_words(teacher.precision)})"
     for note in teacher.notes:
         yield "", f"({note})"
-    state = f"{units.present:,} of {units.total:,} present ({_count(units.views, 'view')})"
+    state = f"{units.present:,} of {units.total:,} present ({counted(units.views, 'view')})"
     if units.missing:
         first = units.first_missing[0]
         state += f", {units.missing:,} missing, the first block {first.block}, view {first.view}"
@@ -339,7 +340,3 @@ def _sample_lines(sample: SampleFacts, columns: int | None) -> Iterable[str]:
 def _fit(word: str, width: int) -> str:
     """The word in exactly `width` terminal columns."""
     return set_cell_size(word, width) if cell_len(word) <= width else set_cell_size(word, width - 1) + "…"
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"

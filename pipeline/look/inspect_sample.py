@@ -18,7 +18,7 @@ from PIL import Image
 from cskd.codecs import Arrays, Codec
 from cskd.codecs.base import BLEND_ONE, quantise_blend
 from cskd.errors import CacheError, CskdError, DataError
-from cskd.pipeline.look.inspection import Mixing, SampleFacts
+from cskd.pipeline.look.inspection import MixingFacts, SampleFacts
 from cskd.pipeline.look.pictures import (
     GAP,
     class_key,
@@ -34,11 +34,11 @@ from cskd.pipeline.look.pictures import (
 )
 from cskd.pipeline.look.wordnet import readable
 from cskd.store.cache import Cache
+from cskd.teacher.arithmetic import BLENDS
 from cskd.views.digest import check_view, pixel_crc
 from cskd.views.mixing import CUTMIX, MIXUP, NONE, own_share
 
 MODES = {NONE: "unmixed", MIXUP: "mixup", CUTMIX: "cutmix"}
-BLENDS = (1.0, 0.5, 0.0)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def cached_view(cache: Cache, sample: int, view: int) -> CachedView:
     if not 0 <= view < cache.views:
         raise CacheError(f"view {view} is outside this cache's 0..{cache.views - 1}; give one of these with --view")
     block = cache.inventory.block_of(sample)
-    first = cache.block_range(block)[0]
+    first = cache.inventory.block_range(block)[0]
     key = cache.inventory.key(sample)
     targets: dict[str, Arrays] = {}
     for name, codec in cache.codecs.items():
@@ -137,15 +137,10 @@ def replay(cache: Cache, cached: CachedView) -> NDArray[np.float32]:
     return mixed.permute(1, 2, 0).contiguous().numpy()
 
 
-def hard_targets(cache: Cache, cached: CachedView, blend: float) -> NDArray[np.uint16]:
+def cell_classes(cache: Cache, cached: CachedView, blend: float) -> NDArray[np.uint16]:
     """CKF targets of one view from the best codec of the cache: uint16 [h, w]. CodecError outside [0, 1]."""
-    name = hard_codec(cache)
+    name = cache.hard_codec
     return np.asarray(cache.codecs[name].hard(cached.targets[name], quantise_blend(blend))[0])
-
-
-def hard_codec(cache: Cache) -> str:
-    """The codec to read hard targets from: an exact one where there is one."""
-    return min(cache.codecs, key=lambda name: not cache.codecs[name].exact_hard)
 
 
 def margin(codec: Codec, arrays: Arrays) -> NDArray[np.float64]:
@@ -177,7 +172,7 @@ def entropy(codec: Codec, arrays: Arrays) -> NDArray[np.float64]:
 def describe_sample(cache: Cache, sample: int, view: int, blend: float) -> SampleFacts:
     """One sample as facts: what it is, how it was mixed, whether it replays, and its grid of class names."""
     cached = cached_view(cache, sample, view)
-    cells = hard_targets(cache, cached, blend)
+    cells = cell_classes(cache, cached, blend)
     try:
         replay(cache, cached)
         replayed = "equal"
@@ -185,11 +180,11 @@ def describe_sample(cache: Cache, sample: int, view: int, blend: float) -> Sampl
         replayed = f"no: {e}"
     names = cache.classes
     shown = {names[c] for c in [*np.unique(cells), cached.label]}
-    mixing = Mixing(cached.mode, cached.share)
+    mixing = MixingFacts(cached.mode, cached.share)
     if cached.partner is not None:
         partner_label = names[int(cached.partner_fields["label"])]
         box = [int(v) for v in cached.fields["box"]] if cached.mode == "cutmix" else None
-        mixing = Mixing(cached.mode, cached.share, cache.inventory.key(cached.partner), partner_label, box)
+        mixing = MixingFacts(cached.mode, cached.share, cache.inventory.key(cached.partner), partner_label, box)
         shown.add(partner_label)
     words = readable(sorted(shown))
     return SampleFacts(
@@ -200,9 +195,9 @@ def describe_sample(cache: Cache, sample: int, view: int, blend: float) -> Sampl
         label=names[cached.label],
         mixing=mixing,
         replay=replayed,
-        codec=hard_codec(cache),
+        codec=cache.hard_codec,
         blend=blend,
-        image_class=names[int(hard_targets(cache, cached, 0.0)[0, 0])],
+        image_class=names[int(cell_classes(cache, cached, 0.0)[0, 0])],
         cells=[[names[int(c)] for c in row] for row in cells],
         names=dict(zip(sorted(shown), words, strict=True)),
     )
@@ -234,7 +229,7 @@ def _panels(
     """Heading, six panels and legend of one sample; heading and legend are as wide as `columns` panels."""
     cached = cached_view(cache, sample, view)
     seen = photo(replay(cache, cached).round().astype(np.uint8), side)
-    maps = [hard_targets(cache, cached, blend) for blend in BLENDS]
+    maps = [cell_classes(cache, cached, blend) for blend in BLENDS]
     image_class = int(maps[-1][0, 0])
     labels = [cached.label]
     mixed = cached.mode
@@ -270,7 +265,7 @@ def _values(cache: Cache, cached: CachedView, side: int) -> tuple[NDArray[np.flo
         top = float(np.log(len(cache.classes)))
         bar = scale_bar("0 sure", f"{top:.1f} knows nothing", side)
         return values, bar, "Entropy of each cell", f"nats, from {soft[0]}", top
-    name = hard_codec(cache)
+    name = cache.hard_codec
     values = margin(cache.codecs[name], cached.targets[name])
     bar = scale_bar("0 leaves", "1 agrees", side)
     return values, bar, "Margin of the image's top-1", "blend up to which a cell keeps it", 1.0

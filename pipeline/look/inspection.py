@@ -97,7 +97,7 @@ class Segments:
 
 
 @dataclass(frozen=True)
-class Mixing:
+class MixingFacts:
     """How a view was mixed; without a partner where it was not, with a box [top, bottom, left, right] where it was cut."""
 
     mode: str
@@ -116,7 +116,7 @@ class SampleFacts:
     view: int
     seed: str
     label: str
-    mixing: Mixing
+    mixing: MixingFacts
     replay: str  # 'equal', or why not
     codec: str
     blend: float

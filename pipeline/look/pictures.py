@@ -1,7 +1,7 @@
 """Drawing: class maps, scalar maps, captions, legends and grids as Pillow images. Knows no cache and no teacher.
 
 Classes have the colours of Okabe and Ito (2008), numbers those of cividis (Nunez et al., 2018), which people with any
-kind of colour vision can tell apart; every class has a letter besides.
+kind of colour vision can tell apart; every class has a letter, too.
 
 Shapes: h w teacher grid, S side of a panel in pixels.
 """
@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-Colour = tuple[int, int, int]
+Paint = tuple[int, int, int]
 Picture = Image.Image
 
-CLASS_COLOURS: tuple[Colour, ...] = (
+CLASS_COLOURS: tuple[Paint, ...] = (
     (0, 114, 178),  # blue
     (230, 159, 0),  # orange
     (0, 158, 115),  # green
@@ -29,10 +29,10 @@ CLASS_COLOURS: tuple[Colour, ...] = (
     (204, 121, 167),  # purple
     (240, 228, 66),  # yellow
 )
-OTHER: Colour = (178, 178, 178)  # all classes that have no colour of their own
-PAPER: Colour = (255, 255, 255)
-INK: Colour = (28, 28, 30)
-FAINT: Colour = (110, 110, 115)
+OTHER: Paint = (178, 178, 178)  # all classes that have no colour of their own
+PAPER: Paint = (255, 255, 255)
+INK: Paint = (28, 28, 30)
+FAINT: Paint = (110, 110, 115)
 CIVIDIS = np.array(
     [
         (0, 34, 78),
@@ -58,15 +58,11 @@ class ClassKey:
 
     classes: tuple[int, ...]
 
-    def place(self, c: int) -> int:
-        """Position of a class in the key; len(classes) for all others."""
-        return self.classes.index(c) if c in self.classes else len(self.classes)
-
-    def colour(self, c: int) -> Colour:
-        return (*CLASS_COLOURS, OTHER)[self.place(c)] if c in self.classes else OTHER
+    def colour(self, c: int) -> Paint:
+        return CLASS_COLOURS[self.classes.index(c)] if c in self.classes else OTHER
 
     def letter(self, c: int) -> str:
-        return chr(ord("A") + self.place(c)) if c in self.classes else ""
+        return chr(ord("A") + self.classes.index(c)) if c in self.classes else ""
 
 
 def class_key(maps: Sequence[NDArray[np.integer]], first: Sequence[int] = ()) -> ClassKey:
@@ -83,7 +79,7 @@ def class_map(map_hw: NDArray[np.integer], key: ClassKey, side: int, over: Pictu
     over: an RGB image that shows through, brought to the panel's size.
     """
     colours = np.array([[key.colour(int(c)) for c in row] for row in map_hw], np.uint8)
-    picture = _under(_enlarge(colours, side), over, 0.5)
+    picture = _under(_enlarge(colours, side), over)
     draw = ImageDraw.Draw(picture)
     for x0, y0, x1, y1, i, j in _cells(map_hw.shape, side):
         c = int(map_hw[i, j])
@@ -99,13 +95,11 @@ def class_map(map_hw: NDArray[np.integer], key: ClassKey, side: int, over: Pictu
     return picture
 
 
-def scalar_map(
-    values_hw: NDArray[np.floating], low: float, high: float, side: int, over: Picture | None = None
-) -> Picture:
+def scalar_map(values_hw: NDArray[np.floating], low: float, high: float, side: int) -> Picture:
     """Numbers from low (dark blue) to high (yellow) with the value in each cell: RGB [S, S]."""
     share = np.clip((values_hw - low) / max(high - low, 1e-12), 0.0, 1.0)
     colours = _cividis(share)
-    picture = _under(_enlarge(colours, side), over, 0.25)
+    picture = _enlarge(colours, side)
     draw = ImageDraw.Draw(picture)
     for x0, y0, x1, y1, i, j in _cells(values_hw.shape, side):
         if min(x1 - x0, y1 - y0) >= NUMBER_CELL:
@@ -119,7 +113,8 @@ def scalar_map(
 
 def panel(picture: Picture, title: str, note: str = "") -> Picture:
     """A picture with a title and a note under it, each cut to its width."""
-    big, small = font(_title_size(picture.width)), font(_note_size(picture.width))
+    size = int(np.clip(picture.width // 17, 12, 18))
+    big, small = font(size), font(size - 3)
     lines = [(title, big, INK), (note, small, FAINT)]
     height = sum(_line_height(f) for _, f, _ in lines)
     out = Image.new("RGB", (picture.width, picture.height + 5 + height), PAPER)
@@ -256,14 +251,14 @@ def _cells(shape: tuple[int, ...], side: int) -> list[tuple[int, int, int, int, 
     ]
 
 
-def _under(colours: Picture, image: Picture | None, strength: float) -> Picture:
+def _under(colours: Picture, image: Picture | None) -> Picture:
     if image is None:
         return colours
-    return Image.blend(colours, image.convert("RGB").resize(colours.size), strength)
+    return Image.blend(colours, image.convert("RGB").resize(colours.size), 0.5)
 
 
 def _centred(
-    draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], text: str, size: int, ground: Colour, outlined: bool
+    draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], text: str, size: int, ground: Paint, outlined: bool
 ) -> None:
     """Text in the middle of a box, dark on bright grounds and bright on dark ones."""
     bright = 0.299 * ground[0] + 0.587 * ground[1] + 0.114 * ground[2] > 125
@@ -272,14 +267,6 @@ def _centred(
         draw.text(middle, text, PAPER, font(size), anchor="mm", stroke_width=2, stroke_fill=INK)
     else:
         draw.text(middle, text, INK if bright else PAPER, font(size), anchor="mm")
-
-
-def _title_size(width: int) -> int:
-    return int(np.clip(width // 17, 12, 18))
-
-
-def _note_size(width: int) -> int:
-    return _title_size(width) - 3
 
 
 def _line_height(face: ImageFont.FreeTypeFont) -> int:

@@ -6,15 +6,14 @@ import csv
 import io
 import json
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from cskd.errors import ConfigError
+from cskd.errors import ConfigError, one_line
 from cskd.files.durable import put
 
 
 class MetricsLog:
-    """One row an epoch in `metrics.jsonl` and `metrics.csv`. `start_epoch`: rows of this and later epochs are dropped.
+    """One row per epoch in `metrics.jsonl` and `metrics.csv`. `start_epoch`: rows of this and later epochs are dropped.
 
     folder None: of a rank that keeps no log.
     """
@@ -28,9 +27,7 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._board is not None:
             self._board.close()
 
@@ -72,8 +69,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def _summary_writer(folder: Path, start_epoch: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ConfigError(
-            "train.tensorboard is on and tensorboard is not installed; run: pip install tensorboard"
-        ) from None
+    except ImportError as e:  # it is there, `precheck.check_output` has seen it
+        raise ConfigError(f"train.tensorboard: {one_line(e)}; run: pip install --upgrade tensorboard") from None
     return SummaryWriter(str(folder / "tensorboard"), purge_step=start_epoch)

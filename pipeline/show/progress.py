@@ -6,10 +6,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Self, TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
@@ -19,7 +19,7 @@ REDRAW_SECONDS = 0.25  # between two drawings of the bar
 WINDOW_SECONDS = 60.0  # over which the rate is taken: long enough to be steady, short enough to follow a change
 LONGEST_SILENCE = 600.0  # seconds between two plain lines of a run of hours
 
-Field = str | Callable[[], str]
+Shown = str | Callable[[], str]
 T = TypeVar("T")
 
 
@@ -58,7 +58,7 @@ class Progress:
         self._begun = self._shown = self._clock()
         self._recent = deque([(self._begun, self.start)])
         if not self._quiet and self._console.is_terminal and not self._console.is_dumb_terminal:
-            # Redrawn by `update` only: no thread beside the work. No markup: names may hold brackets.
+            # Redrawn by `update` only: no thread next to the work. No markup: names may hold brackets.
             line = TextColumn("{task.fields[line]}", markup=False)
             name = TextColumn("{task.description}", markup=False)
             self._bar = RichProgress(name, BarColumn(20), line, console=self._console, auto_refresh=False)
@@ -67,9 +67,7 @@ class Progress:
             self._bar.refresh()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
         if not self._quiet and kind is None and self._done > self.start:
@@ -77,7 +75,7 @@ class Progress:
             made = self._done - self.start
             self._print(f"{made:,} {self.unit} in {duration(seconds)}, {_rate(made, seconds, self.unit)}")
 
-    def update(self, done: int, **fields: Field) -> None:
+    def update(self, done: int, **fields: Shown) -> None:
         """`done` units of the total are finished; shown when it is time, with `fields` after the figures."""
         self._done = done
         if self._quiet:
@@ -99,7 +97,7 @@ class Progress:
         """Seconds between plain lines: a tenth of the time so far, so that a log of days stays readable."""
         return max(self._every, min(LONGEST_SILENCE, 0.1 * (now - self._begun)))
 
-    def _line(self, now: float, done: int, fields: Mapping[str, Field]) -> str:
+    def _line(self, now: float, done: int, fields: Mapping[str, Shown]) -> str:
         seconds, made = now - self._recent[0][0], done - self._recent[0][1]
         whole = f" of {self.total:,} {self.unit} ({done / self.total:.0%})" if self.total else f" {self.unit}"
         parts = [f"{done:,}{whole}", _rate(made, seconds, self.unit)]
@@ -114,10 +112,15 @@ class Progress:
 
 def say(notes: Iterable[str], quiet: bool = False, console: Console | None = None) -> None:
     """Print on stderr, at once, what a user should know before long work begins: one line each."""
+    console = console or Console(stderr=True)
     for note in () if quiet else notes:
-        (console or Console(stderr=True)).print(
-            f"note: {printable(note)}", markup=False, highlight=False, soft_wrap=True
-        )
+        console.print(f"note: {printable(note)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_lines(console: Console, *lines: str) -> None:
+    """A report for people: each line as it is, whatever names from other people's files are in it."""
+    for line in lines:
+        console.print(escape(printable(line)), soft_wrap=True)
 
 
 class Notes:
@@ -144,6 +147,11 @@ class Pool:
     workers: int
     seconds: Mapping[str, float]
 
+    @classmethod
+    def of(cls, workers: int, seconds: Mapping[str, float], *parts: str) -> Self:
+        """Of all seconds those of some parts."""
+        return cls(workers, {part: seconds[part] for part in parts})
+
     @property
     def busy(self) -> float:
         """Seconds that each of the workers was at work."""
@@ -151,7 +159,7 @@ class Pool:
 
 
 def bound_by(pools: Sequence[Pool], elapsed: float, units: int, unit: str = "images") -> str:
-    """Which part of the work holds up the rest, in one line, and how many units a second each part alone would do.
+    """Which part of the work holds up the rest, in one line, and how many units per second each part alone would do.
 
     The pools work side by side, so that the busiest one decides; of its parts the longest is named.
 

@@ -17,7 +17,7 @@ from benchmarks.results.tables import epochs_to, said, score
 from cskd.config import Config
 from cskd.files.writer import sole_writer
 from cskd.pipeline.evaluate import evaluate_checkpoint
-from cskd.pipeline.statistics import paired_difference
+from cskd.pipeline.intervals import paired_difference
 from cskd.pipeline.train import TrainReport, train
 from tests.pipeline.test_pipeline import cached_data, config
 

@@ -40,7 +40,7 @@ def small_student(**kwargs: Any) -> Student:
 # --- attention ---------------------------------------------------------------------------------------------------------
 
 
-def test_uniform_attention_looks_as_far_as_the_mean_of_all_distances():
+def test_uniform_attention_looks_as_far_as_the_mean_of_all_distances() -> None:
     distance = patch_distances((2, 2), (8, 6))
     by_hand = (0 + 8 + 6 + 10) / 4  # of each patch to itself, below, beside, across
     weights = torch.full((3, 2, 5, 5), 0.2)
@@ -49,16 +49,17 @@ def test_uniform_attention_looks_as_far_as_the_mean_of_all_distances():
     assert mean_distance(weights, distance).tolist() == pytest.approx([by_hand, by_hand])
 
 
-def test_attention_to_oneself_has_no_distance_and_to_the_neighbour_one_patch():
+def test_attention_to_oneself_has_no_distance_and_to_the_neighbour_one_patch() -> None:
     distance = patch_distances((1, 4), (16, 16))
     both = torch.stack([torch.eye(4), torch.eye(4)[[1, 0, 3, 2]]])[None]  # two heads
     assert mean_distance(both, distance).tolist() == [0.0, 16.0]
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_the_weights_of_a_layer_are_those_of_its_queries_and_keys(qk_norm: bool):
+def test_the_weights_of_a_layer_are_those_of_its_queries_and_keys(qk_norm: bool) -> None:
     student = small_student(qk_norm=qk_norm)
-    attn, x = student.backbone.blocks[0].attn, torch.randn(2, 3, 32, 32)
+    vit: Any = student.backbone
+    attn, x = vit.blocks[0].attn, torch.randn(2, 3, 32, 32)
     if qk_norm:
         attn.q_norm.weight.data.uniform_(0.5, 4)
     entered: list[torch.Tensor] = []
@@ -75,17 +76,17 @@ def test_the_weights_of_a_layer_are_those_of_its_queries_and_keys(qk_norm: bool)
         assert len(seen) == 2  # nothing is hooked any more
 
 
-def test_distances_of_a_student_average_over_images_whatever_the_batches():
+def test_distances_of_a_student_average_over_images_whatever_the_batches() -> None:
     student, images = small_student(), torch.randn(5, 3, 32, 32)
     whole, parts = (distances_by_layer(student, torch.split(images, n)) for n in (5, 2))
     assert whole.shape == (2, 3) and torch.allclose(whole, parts)
     for block in student.backbone.blocks:
-        block.attn.qkv.weight.data.zero_()
+        block.get_parameter("attn.qkv.weight").data.zero_()
     uniform = float(patch_distances((4, 4), (8, 8)).mean())
     assert distances_by_layer(student, [images]).flatten().tolist() == pytest.approx([uniform] * 6)
 
 
-def test_a_vit_without_such_attention_is_refused():
+def test_a_vit_without_such_attention_is_refused() -> None:
     student = small_student()
     for block in student.backbone.blocks:
         block.attn = nn.Identity()
@@ -108,12 +109,12 @@ def convolutions(*layers: tuple[int, int]) -> nn.Sequential:
     ("layers", "size", "extent"),
     [(((3, 1), (3, 1)), 21, 5), (((3, 2), (3, 2)), 41, 7), (((7, 2), (3, 1), (1, 1)), 31, 11)],
 )
-def test_the_extent_of_a_stack_of_convolutions_is_the_known_one(layers: Any, size: int, extent: int):
+def test_the_extent_of_a_stack_of_convolutions_is_the_known_one(layers: Any, size: int, extent: int) -> None:
     field = receptive_field(convolutions(*layers), torch.randn(4, 3, size, size))
     assert field.theoretical == (extent, extent) and not field.whole_input
 
 
-def test_the_square_of_a_uniform_gradient_and_that_of_a_single_pixel():
+def test_the_square_of_a_uniform_gradient_and_that_of_a_single_pixel() -> None:
     flat = receptive_field(convolutions((5, 1)), torch.randn(2, 3, 21, 21))
     assert flat.effective == {"0.68": pytest.approx(5.0), "0.95": pytest.approx(5.0)}  # 3 x 3 would hold 36 %
     point = receptive_field(convolutions((1, 1)), torch.randn(2, 3, 21, 21))
@@ -121,23 +122,23 @@ def test_the_square_of_a_uniform_gradient_and_that_of_a_single_pixel():
     assert flat.offset == pytest.approx((0, 0)) and point.offset == pytest.approx((0, 0))
 
 
-def test_a_cell_that_does_not_lie_where_its_pixels_do_has_an_offset():
+def test_a_cell_that_does_not_lie_where_its_pixels_do_has_an_offset() -> None:
     # Cell 5 of 10 covers pixels 10 and 11; a convolution of stride 2 centres it on pixel 10.
     assert receptive_field(convolutions((3, 2)), torch.randn(2, 3, 20, 20)).offset == pytest.approx((-0.5, -0.5))
 
 
-def test_a_square_holds_no_less_than_its_share():
+def test_a_square_holds_no_less_than_its_share() -> None:
     peak = torch.zeros(9, 9, dtype=torch.float64)
     peak[4, 4], peak[2, 4], peak[6, 4] = 0.7, 0.15, 0.15
     assert [centred_side(peak, share) for share in (0.68, 0.7, 0.71)] == [1.0, 1.0, 5.0]
 
 
-def test_a_field_as_large_as_the_input_is_said_to_be():
+def test_a_field_as_large_as_the_input_is_said_to_be() -> None:
     pooled = nn.Sequential(convolutions((3, 2)), nn.AdaptiveAvgPool2d(1))
     assert receptive_field(pooled, torch.randn(2, 3, 10, 10)).whole_input
 
 
-def test_a_network_that_ignores_its_input_is_refused():
+def test_a_network_that_ignores_its_input_is_refused() -> None:
     with pytest.raises(ValueError, match="no pixel"):
         receptive_field(lambda x: 0 * x, torch.randn(1, 3, 8, 8))
 
@@ -145,7 +146,7 @@ def test_a_network_that_ignores_its_input_is_refused():
 # --- agreement ---------------------------------------------------------------------------------------------------------
 
 
-def test_who_is_followed_is_counted_cell_by_cell():
+def test_who_is_followed_is_counted_cell_by_cell() -> None:
     cells = Cells(local=torch.tensor([[[0, 1, 2, 2]]]), image=torch.tensor([2]), label=torch.tensor([1]))
     shares = agreement(torch.tensor([[[0, 2, 2, 1]]]), cells)
     assert shares == {
@@ -162,7 +163,7 @@ def test_who_is_followed_is_counted_cell_by_cell():
     }
 
 
-def test_a_student_that_copies_the_teacher_agrees_with_it_everywhere(tmp_path: Path):
+def test_a_student_that_copies_the_teacher_agrees_with_it_everywhere(tmp_path: Path) -> None:
     teacher, images = load(tiny_teacher(tmp_path)), pixels()
     cells = teacher_cells(teacher, images.to(torch.uint8), torch.tensor([0, 1, 2]))
     dense_BKhw, global_BK = teacher.forward_dense(images.to(torch.uint8).float())
@@ -173,7 +174,7 @@ def test_a_student_that_copies_the_teacher_agrees_with_it_everywhere(tmp_path: P
     assert followed["all"]["local"] == pytest.approx(1 - teacher_facts(cells)["cells_differ"])
 
 
-def test_a_part_without_cells_is_left_out():
+def test_a_part_without_cells_is_left_out() -> None:
     cells = Cells(torch.zeros(2, 1, 1, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), torch.tensor([0, 1]))
     assert agreement(cells.local, cells).keys() == {"all", "same"}
     assert teacher_facts(cells)["label"].keys() == {"all"}
@@ -196,7 +197,9 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return facts
 
 
-def test_an_analysis_has_every_epoch_of_every_run(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_analysis_has_every_epoch_of_every_run(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     assert analysis.main([str(out), str(base / "cskd"), str(base / "plain"), "--images", "10", "--device", "cpu"]) == 0
     facts = last_line(capsys)
@@ -221,13 +224,13 @@ def test_an_analysis_has_every_epoch_of_every_run(base: Path, tmp_path: Path, ca
             assert picture.width >= 900 * 0.7 and picture.width <= WIDTH * 150
 
 
-def test_many_runs_with_names_of_any_kind_can_be_drawn(base: Path, tmp_path: Path):
+def test_many_runs_with_names_of_any_kind_can_be_drawn(base: Path, tmp_path: Path) -> None:
     facts = analysis.analyse([open_run(base / "cskd")], 4, torch.device("cpu"))
     run = facts["runs"]["cskd"]
     assert set(draw(tmp_path, facts | {"runs": {f"_$run_{i}^$": run for i in range(9)}})) == FIGURES
 
 
-def test_a_state_gives_the_weights_of_its_epoch(base: Path):
+def test_a_state_gives_the_weights_of_its_epoch(base: Path) -> None:
     run = open_run(base / "cskd")
     last = {name: t.clone() for name, t in run.load(run.states[-1]).backbone.state_dict().items()}
     exported = load_student(base / "cskd")[0].backbone.state_dict()
@@ -236,7 +239,7 @@ def test_a_state_gives_the_weights_of_its_epoch(base: Path):
     assert not torch.equal(first["head.weight"], last["head.weight"])
 
 
-def test_a_damaged_state_is_refused(base: Path, tmp_path: Path):
+def test_a_damaged_state_is_refused(base: Path, tmp_path: Path) -> None:
     run = open_run(base / "cskd")
     data = bytearray(run.states[0].path.read_bytes())
     data[-5] ^= 1
@@ -249,7 +252,7 @@ def test_a_damaged_state_is_refused(base: Path, tmp_path: Path):
 @pytest.mark.parametrize("what", ["no run", "no states", "images", "other teacher", "other weights"])
 def test_what_can_not_be_analysed_ends_with_one_line(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
-):
+) -> None:
     run, arguments = tmp_path / "run", []
     run.mkdir()
     if what != "no run":
@@ -280,7 +283,7 @@ def test_what_can_not_be_analysed_ends_with_one_line(
     assert len(lines) == 1 and expected[what] in lines[0]
 
 
-def test_a_report_says_the_same_of_cached_and_of_live_views(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_report_says_the_same_of_cached_and_of_live_views(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Weights so large that the bias, the same in every cell, decides nothing.
     (tmp_path / "net.py").write_text(TEACHER.replace("Linear(12, 5)", "Linear(12, 5); self.fc.weight.data *= 100"))
     make_tiny_data(tmp_path / "train", n=42, block=20, shard=10)
@@ -303,7 +306,7 @@ def test_a_report_says_the_same_of_cached_and_of_live_views(tmp_path: Path, caps
     assert facts[0]["field"]["theoretical"] == [11, 11] and facts[0]["grid"] == [4, 4]
 
 
-def test_what_a_report_can_not_use_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_what_a_report_can_not_use_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = cached_data(tmp_path, cache={"views": 1})
     path = tmp_path / "c.yaml"
     path.write_text(to_yaml(config(folder)))
@@ -318,7 +321,7 @@ def test_what_a_report_can_not_use_ends_with_one_line(tmp_path: Path, capsys: py
         assert len(lines) == 1 and expected in lines[0]
 
 
-def test_counts_of_a_report_are_those_of_the_logits():
+def test_counts_of_a_report_are_those_of_the_logits() -> None:
     dense_BKhw = torch.tensor([[2.0, 0.0], [0.0, 3.0]]).reshape(1, 2, 1, 2)  # cell 0 says class 0, cell 1 class 1
     global_BK = torch.tensor([[0.0, 1.0]])  # class 1; cell 0 leaves it at blend 1 / 3
     counts = teacher_report.CellCounts()

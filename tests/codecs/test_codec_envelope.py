@@ -4,46 +4,50 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
 
+from cskd.codecs import Codec, get_codec
 from cskd.codecs import envelope as module
-from cskd.codecs import get_codec
-from cskd.codecs.base import BLEND_ONE, direct_hard
+from cskd.codecs.base import BLEND_ONE, Arrays, direct_hard
 from cskd.errors import CodecError
 
 ENDS = (0, 1, 2, 32767, 32768, 32769, 65534, 65535, 65536)
 
 
-def by_fractions(dense, image, blend):
+def by_fractions(dense: Sequence[float], image: Sequence[float], blend: int) -> int:
     """One cell in exact rational arithmetic, written without regard to the code under test; lists of K floats."""
     a = Fraction(blend, BLEND_ONE)
     values = [a * Fraction(d) + (1 - a) * Fraction(g) for d, g in zip(dense, image, strict=True)]
     return values.index(max(values))
 
 
-def encode(dense, image):
-    codec = get_codec("envelope", dense.shape[1], tuple(dense.shape[2:]))
+def encode(dense: Tensor, image: Tensor) -> tuple[Codec, Arrays]:
+    codec = get_codec("envelope", dense.shape[1], (dense.shape[2], dense.shape[3]))
     arrays = codec.encode(dense, image)
     codec.check(arrays, len(dense), dense.shape[1])
     return codec, arrays
 
 
-def critical_blends(arrays, most=20):
+def critical_blends(arrays: Arrays, most: int = 20) -> list[int]:
     """Both ends and middle, and the blends on either side of stored starts: where a lookup would go wrong first."""
     starts = np.unique(arrays["start"].astype(int))
     starts = starts[:: max(1, len(starts) // most)]
     return sorted({*ENDS, *starts.tolist(), *(starts + 1).tolist()})
 
 
-def assert_exact(dense, image, blends=None):
+def assert_exact(dense: Tensor, image: Tensor, blends: Iterable[int] = ()) -> Arrays:
     codec, arrays = encode(dense, image)
     for q in blends or critical_blends(arrays):
         wrong = codec.hard(arrays, q) != direct_hard(dense, image, q).numpy()
@@ -51,21 +55,21 @@ def assert_exact(dense, image, blends=None):
     return arrays
 
 
-def tangents(k, lowest=0.0, highest=1.0):
+def tangents(k: int, lowest: float = 0.0, highest: float = 1.0) -> tuple[Tensor, Tensor]:
     """K lines that touch a parabola, so that all of them are on the envelope, class t at blend t: one cell."""
     t = torch.linspace(lowest, highest, k, dtype=torch.float64)
     return (2 * t - t * t).float().reshape(1, k, 1, 1), (-t * t).float().reshape(1, k)
 
 
 @pytest.mark.parametrize("k, n", [(1, 50), (2, 2000), (10, 1000), (100, 100), (1000, 10), (21843, 1), (65535, 1)])
-def test_lookups_are_exact_on_random_logits_of_any_number_of_classes(k, n):
+def test_lookups_are_exact_on_random_logits_of_any_number_of_classes(k: int, n: int) -> None:
     rng = torch.Generator().manual_seed(k)
     dense = torch.randn(n, k, 2, 3, generator=rng) * 3
     assert_exact(dense, dense.mean((2, 3)) + torch.randn(n, k, generator=rng))
 
 
 @pytest.mark.parametrize("digits", [torch.bfloat16, torch.float16])
-def test_lookups_are_exact_where_half_precision_logits_tie(digits):
+def test_lookups_are_exact_where_half_precision_logits_tie(digits: torch.dtype) -> None:
     rng = torch.Generator().manual_seed(1)
     dense = (torch.randn(40, 300, 7, 7, generator=rng)).to(digits).float()
     image = torch.randn(40, 300, generator=rng).to(digits).float()
@@ -76,7 +80,7 @@ def test_lookups_are_exact_where_half_precision_logits_tie(digits):
 
 @given(st.data())
 @settings(max_examples=100, deadline=None)
-def test_lookups_are_exact_in_rational_arithmetic_on_ties_and_crossings_at_grid_blends(data):
+def test_lookups_are_exact_in_rational_arithmetic_on_ties_and_crossings_at_grid_blends(data: st.DataObject) -> None:
     """Small whole numbers: duplicate lines, many lines through a point, crossings exactly at a grid blend."""
     k = data.draw(st.integers(1, 6))
     scale = data.draw(st.sampled_from([1, 4, 2**14]))
@@ -101,7 +105,7 @@ def test_lookups_are_exact_in_rational_arithmetic_on_ties_and_crossings_at_grid_
 
 @given(st.data())
 @settings(max_examples=100, deadline=None)
-def test_lookups_and_direct_targets_are_exact_for_any_finite_float32(data):
+def test_lookups_and_direct_targets_are_exact_for_any_finite_float32(data: st.DataObject) -> None:
     """Denormals beside 1e38, values one ulp apart: a plain float64 sum rounds there, and float32 would overflow."""
     k = data.draw(st.integers(1, 5))
     base = data.draw(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=4))
@@ -116,7 +120,7 @@ def test_lookups_and_direct_targets_are_exact_for_any_finite_float32(data):
         assert direct_hard(dense, torch.tensor([image]), q).item() == expected, q
 
 
-def test_blends_that_agree_to_53_bits_without_being_equal_are_told_apart():
+def test_blends_that_agree_to_53_bits_without_being_equal_are_told_apart() -> None:
     """At blend 1 / 65536 classes 0 and 1 have the same float64 sum; exactly, class 1 leads up to 1, where they tie."""
     dense = torch.tensor([2.0**40, 2.0**40, 0.0]).reshape(1, 3, 1, 1)
     image = torch.tensor([[2.0**-30, 2.0**-29, 1.0]])
@@ -127,7 +131,7 @@ def test_blends_that_agree_to_53_bits_without_being_equal_are_told_apart():
 
 @pytest.mark.parametrize("order", ["rising", "falling", "mixed"])
 @pytest.mark.parametrize("q", [1, 2, 3, 100, 32768, 65535, 65536])
-def test_the_lowest_class_wins_at_a_crossing_that_falls_on_a_grid_blend(q, order):
+def test_the_lowest_class_wins_at_a_crossing_that_falls_on_a_grid_blend(q: int, order: str) -> None:
     """Lines that all pass through one point at blend q / 65536; the class taking over may be the lower or higher."""
     slopes = {"rising": [0, 1, 2, 3], "falling": [3, 2, 1, 0], "mixed": [2, 0, 3, 1]}[order]
     image = torch.tensor([[float(-m * q) for m in slopes]])
@@ -140,21 +144,21 @@ def test_the_lowest_class_wins_at_a_crossing_that_falls_on_a_grid_blend(q, order
     assert_exact(dense, image)
 
 
-def test_a_cell_with_more_than_255_classes_on_its_envelope_is_stored_in_a_wider_dtype_and_exact():
+def test_a_cell_with_more_than_255_classes_on_its_envelope_is_stored_in_a_wider_dtype_and_exact() -> None:
     dense, image = tangents(2000)
     arrays = assert_exact(dense, image, blends=range(0, BLEND_ONE + 1, 997))
     assert arrays["n_extra"].dtype == np.uint16 and arrays["n_extra"].item() > 1000
     assert_exact(dense.flip(1), image.flip(1), blends=range(0, BLEND_ONE + 1, 997))
 
 
-def test_classes_that_win_only_between_two_grid_blends_are_not_stored():
+def test_classes_that_win_only_between_two_grid_blends_are_not_stored() -> None:
     middle = (1000 + 0.5) / BLEND_ONE
     dense, image = tangents(50, middle - 2e-6, middle + 2e-6)
     arrays = assert_exact(dense, image, blends=range(995, 1006))
     assert arrays["n_extra"].item() <= 2
 
 
-def test_cells_without_a_rival_store_no_segment():
+def test_cells_without_a_rival_store_no_segment() -> None:
     rng = torch.Generator().manual_seed(0)
     image = torch.randn(5, 20, generator=rng)
     arrays = assert_exact(image[:, :, None, None].repeat(1, 1, 7, 7), image)
@@ -163,12 +167,14 @@ def test_cells_without_a_rival_store_no_segment():
     assert flat["n_extra"].sum() == 0 and (flat["global_class"] == 0).all()
 
 
-def test_an_empty_batch_encodes_to_empty_arrays():
+def test_an_empty_batch_encodes_to_empty_arrays() -> None:
     _, arrays = encode(torch.zeros(0, 9, 7, 7), torch.zeros(0, 9))
     assert {name: len(a) for name, a in arrays.items()} == dict.fromkeys(arrays, 0)
 
 
-def test_the_memory_layout_of_the_logits_and_the_chunk_screened_at_a_time_change_nothing(monkeypatch):
+def test_the_memory_layout_of_the_logits_and_the_chunk_screened_at_a_time_change_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rng = torch.Generator().manual_seed(3)
     dense, image = torch.randn(9, 50, 7, 7, generator=rng), torch.randn(9, 50, generator=rng)
     codec, expected = encode(dense, image)
@@ -187,7 +193,7 @@ def test_the_memory_layout_of_the_logits_and_the_chunk_screened_at_a_time_change
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_gpu_encodes_to_the_same_arrays():
+def test_a_gpu_encodes_to_the_same_arrays() -> None:
     rng = torch.Generator().manual_seed(4)
     dense, image = torch.randn(9, 1000, 7, 7, generator=rng), torch.randn(9, 1000, generator=rng)
     codec, expected = encode(dense, image)
@@ -214,53 +220,54 @@ def test_a_gpu_encodes_to_the_same_arrays():
         ("n_extra", lambda a: a["n_extra"][:, :6], "shape"),
     ],
 )
-def test_damaged_arrays_are_refused(name, value, message):
+def test_damaged_arrays_are_refused(name: str, value: Callable[[Arrays], NDArray[Any]], message: str) -> None:
     rng = torch.Generator().manual_seed(5)
     codec, arrays = encode(torch.randn(4, 60, 7, 7, generator=rng), torch.randn(4, 60, generator=rng))
     with pytest.raises(CodecError, match=message):
         codec.check(arrays | {name: value(arrays)}, 4, 60)
 
 
-def test_more_classes_than_uint16_can_name_are_refused():
+def test_more_classes_than_uint16_can_name_are_refused() -> None:
     with pytest.raises(CodecError, match="uint16"):
         get_codec("envelope", 65536, (7, 7))
 
 
-def test_soft_targets_are_refused_with_the_codecs_that_have_them():
+def test_soft_targets_are_refused_with_the_codecs_that_have_them() -> None:
     codec, arrays = encode(torch.zeros(1, 3, 1, 1), torch.zeros(1, 3))
     with pytest.raises(CodecError, match="int8"):
         codec.logits(arrays)
 
 
-def test_lookups_of_a_real_teacher_are_exact_and_take_at_most_215_bytes_a_view(sample_data: Path):
+def test_lookups_of_a_real_teacher_are_exact_and_take_at_most_215_bytes_a_view(sample_data: Path) -> None:
     from numcodecs import Zstd
     from PIL import Image
 
-    dense, image = [], []
+    cells, whole = [], []
     teacher = _imagenet_teacher(sample_data)
     with tarfile.open(sample_data / "data/imagenet-sample.tar") as tar:
         names = sorted(n for n in tar.getnames() if n.endswith(".JPEG"))[::12]
         for first, second in pairwise(names):  # two images overlaid, as mixup does: twice the rivals of a clean one
-            opened = [Image.open(io.BytesIO(tar.extractfile(n).read())).convert("RGB") for n in (first, second)]
+            files = [file for n in (first, second) if (file := tar.extractfile(n))]
+            opened = [Image.open(io.BytesIO(file.read())).convert("RGB") for file in files]
             x = np.mean([np.asarray(i.resize((224, 224), Image.Resampling.BILINEAR), np.float32) for i in opened], 0)
             d, g = teacher(torch.from_numpy(x / 127.5 - 1).permute(2, 0, 1)[None])
-            dense.append(d)
-            image.append(g)
-    dense, image = torch.cat(dense), torch.cat(image)
+            cells.append(d)
+            whole.append(g)
+    dense, image = torch.cat(cells), torch.cat(whole)
     arrays = assert_exact(dense, image, blends=[0, 1, 6553, 20000, 32768, 48000, 65535, 65536])
     assert sum(len(Zstd(level=9).encode(a)) for a in arrays.values()) / len(dense) <= 215
 
 
-def _imagenet_teacher(sample_data):
+def _imagenet_teacher(sample_data: Path) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     import timm
     from safetensors.torch import load_file
 
-    model = timm.create_model("mobilenetv2_100", pad_type="same").eval()
+    model: Any = timm.create_model("mobilenetv2_100", pad_type="same").eval()
     weights = load_file(sample_data / "teachers/imagenet_mobilenetv2_100.safetensors")
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
 
     @torch.inference_mode()
-    def run(x):
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
         f = model.forward_features(x)
         dense = torch.nn.functional.linear(f.permute(0, 2, 3, 1), model.classifier.weight, model.classifier.bias)
         return dense.permute(0, 3, 1, 2), model.forward_head(f)
@@ -269,7 +276,9 @@ def _imagenet_teacher(sample_data):
 
 
 @pytest.mark.parametrize("piece", [1, 4, 100])
-def test_lookups_and_checks_do_not_depend_on_how_many_samples_go_at_a_time(monkeypatch, piece):
+def test_lookups_and_checks_do_not_depend_on_how_many_samples_go_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
     monkeypatch.setattr(module, "PIECE", piece)
     dense = torch.randn(11, 20, 3, 2, generator=torch.Generator().manual_seed(2))
     arrays = assert_exact(dense, dense.mean((2, 3)))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,12 +17,14 @@ from cskd.config import Config, DataConfig, RecipeConfig, from_dict, load_config
 from cskd.config.schema import Decay, Method
 from cskd.errors import ConfigError
 
+Write = Callable[[str], Path]  # a config of this text
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 SECTIONS = {name: kind for name, kind in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(kind)}
 
 
-def refusal(raw: dict) -> str:
+def refusal(raw: dict[str, Any]) -> str:
     with pytest.raises(ConfigError) as info:
         from_dict(raw)
     assert "\n" not in str(info.value)
@@ -28,7 +32,7 @@ def refusal(raw: dict) -> str:
 
 
 @pytest.fixture
-def write(tmp_path):
+def write(tmp_path: Path) -> Write:
     def to_file(text: str) -> Path:
         path = tmp_path / "config.yaml"
         path.write_text(text, encoding="utf-8")
@@ -38,7 +42,7 @@ def write(tmp_path):
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
-def test_every_shipped_config_loads_and_its_header_gives_the_commands(path):
+def test_every_shipped_config_loads_and_its_header_gives_the_commands(path: Path) -> None:
     config = load_config(path)
     assert config.student.model and config.teacher.model and config.cache.path and config.train.output
     header = path.read_text(encoding="utf-8").split("\ndata:")[0]
@@ -46,17 +50,17 @@ def test_every_shipped_config_loads_and_its_header_gives_the_commands(path):
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
-def test_a_config_written_out_reads_back_as_itself(path, write):
+def test_a_config_written_out_reads_back_as_itself(path: Path, write: Write) -> None:
     config = load_config(path)
     assert to_dict(load_config(write(to_yaml(config)))) == to_dict(from_dict(to_dict(config))) == to_dict(config)
 
 
-def test_an_empty_file_is_all_defaults_and_every_default_passes_its_own_checks(write):
+def test_an_empty_file_is_all_defaults_and_every_default_passes_its_own_checks(write: Write) -> None:
     assert load_config(write("")) == Config()
     assert to_dict(load_config(write(to_yaml(Config())))) == to_dict(Config())
 
 
-def test_a_config_is_frozen_and_two_do_not_share_lists():
+def test_a_config_is_frozen_and_two_do_not_share_lists() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().train.epochs = 3  # type: ignore[misc]
     assert RecipeConfig().scale is not RecipeConfig().scale
@@ -74,7 +78,7 @@ def test_a_config_is_frozen_and_two_do_not_share_lists():
         ({"train": {5: 3}}, "train.5", "one of output, epochs"),
     ],
 )
-def test_an_unknown_key_is_refused_with_the_nearest_known_one(raw, named, nearest):
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(raw: dict[str, Any], named: str, nearest: str) -> None:
     text = refusal(raw)
     assert f"'{named}'" in text
     assert nearest in text.split(f"'{named}'")[1]
@@ -105,7 +109,9 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(raw, named, neares
         ("loss", "method", "cskd", "one of none, deit-hard, deit-soft, cskd-hard, cskd-soft"),
     ],
 )
-def test_a_value_of_another_type_is_refused_with_key_value_and_what_was_expected(section, key, value, expected):
+def test_a_value_of_another_type_is_refused_with_key_value_and_what_was_expected(
+    section: str, key: str, value: object, expected: str
+) -> None:
     text = refusal({section: {key: value}})
     assert text.startswith(f"{section}.{key}")
     assert expected in text
@@ -143,29 +149,29 @@ def test_a_value_of_another_type_is_refused_with_key_value_and_what_was_expected
         ("train", "workers", -1),
     ],
 )
-def test_a_value_out_of_range_is_refused_with_key_and_value(section, key, value):
+def test_a_value_out_of_range_is_refused_with_key_and_value(section: str, key: str, value: object) -> None:
     text = refusal({section: {key: value}})
     assert text.startswith(f"{section}.{key} is {value!r}, expected ")
 
 
-def test_what_the_user_wrote_is_told_apart_from_defaults(write):
+def test_what_the_user_wrote_is_told_apart_from_defaults(write: Write) -> None:
     config = load_config(write("train: {epochs: 300}"), ["loss.decay=linear"])
     assert config.given == {"train.epochs", "loss.decay"}
     assert "given" not in to_dict(config)
     assert "unknown key 'given'" in refusal({"given": ["train.epochs"]})
 
 
-def test_a_misspelt_choice_is_answered_with_the_nearest():
+def test_a_misspelt_choice_is_answered_with_the_nearest() -> None:
     assert "did you mean 'cosine'?" in refusal({"loss": {"decay": "cosin"}})
 
 
-def test_all_methods_and_decays_are_accepted():
+def test_all_methods_and_decays_are_accepted() -> None:
     for method in typing.get_args(Method):
         for decay in typing.get_args(Decay):
             assert from_dict({"loss": {"method": method, "decay": decay}}).loss.decay == decay
 
 
-def test_numbers_are_read_as_people_write_them(write):
+def test_numbers_are_read_as_people_write_them(write: Write) -> None:
     config = load_config(write("train: {lr: 1e-3, weight_decay: 0, clip_grad: 5, lr_batch: 512}"))
     assert config.train.lr == 0.001
     assert isinstance(config.train.weight_decay, float)
@@ -173,7 +179,9 @@ def test_numbers_are_read_as_people_write_them(write):
     assert config.train.lr_batch == 512
 
 
-def test_variables_are_expanded_at_every_depth_and_an_unset_one_is_named(write, monkeypatch):
+def test_variables_are_expanded_at_every_depth_and_an_unset_one_is_named(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CSKD_TEST_ROOT", "/data")
     monkeypatch.delenv("CSKD_TEST_UNSET", raising=False)
     data = "data: {train: '${CSKD_TEST_ROOT}/t', val: '${CSKD_TEST_UNSET:-here}/v'}"
@@ -184,7 +192,7 @@ def test_variables_are_expanded_at_every_depth_and_an_unset_one_is_named(write, 
         load_config(write("data: {train: '${CSKD_TEST_UNSET}'}"))
 
 
-def test_overrides_win_over_the_file_and_make_sections(write):
+def test_overrides_win_over_the_file_and_make_sections(write: Write) -> None:
     path = write("train: {epochs: 3}\nloss:\n")
     config = load_config(
         path, ["train.epochs=5", "loss.decay=cosine", "teacher.kwargs.drop=0.1", "recipe.scale=[0.2, 1]"]
@@ -197,7 +205,7 @@ def test_overrides_win_over_the_file_and_make_sections(write):
 
 
 @pytest.mark.parametrize("override", ["train.epochs", "=3", "train.epochs.x=3", "train.epochs=[", "train.epoch=3"])
-def test_an_override_that_makes_no_sense_is_refused(write, override):
+def test_an_override_that_makes_no_sense_is_refused(write: Write, override: str) -> None:
     with pytest.raises(ConfigError) as info:
         load_config(write("train: {epochs: 3}"), [override])
     assert "\n" not in str(info.value)
@@ -207,13 +215,13 @@ def test_an_override_that_makes_no_sense_is_refused(write, override):
     "text",
     ["[1, 2]", "just text", "train: [", "train: 5", "\ttrain: 1", "data: {train: !!python/object/apply:os.getcwd []}"],
 )
-def test_a_file_that_is_no_config_is_refused_in_one_line(write, text):
+def test_a_file_that_is_no_config_is_refused_in_one_line(write: Write, text: str) -> None:
     with pytest.raises(ConfigError) as info:
         load_config(write(text))
     assert "\n" not in str(info.value)
 
 
-def test_a_missing_file_a_folder_and_bytes_that_are_no_text_are_refused(tmp_path):
+def test_a_missing_file_a_folder_and_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config at .*missing\.yaml"):
         load_config(tmp_path / "missing.yaml")
     with pytest.raises(ConfigError, match="not readable"):
@@ -228,9 +236,9 @@ values = st.recursive(scalars, lambda v: st.lists(v, max_size=4) | st.dictionari
 
 
 @st.composite
-def anything(draw) -> dict:
+def anything(draw: st.DrawFn) -> dict[str, Any]:
     """Known sections with known keys, but any values: what a strict schema has to survive."""
-    raw = {}
+    raw: dict[str, Any] = {}
     for section in draw(st.sets(st.sampled_from(list(SECTIONS)), max_size=3)):
         keys = st.sampled_from(list(typing.get_type_hints(SECTIONS[section])))
         raw[section] = draw(st.dictionaries(keys, values, max_size=3) | scalars)
@@ -238,7 +246,9 @@ def anything(draw) -> dict:
 
 
 @given(anything())
-def test_whatever_the_values_the_answer_is_a_config_that_reads_back_or_a_refusal_in_one_line(raw):
+def test_whatever_the_values_the_answer_is_a_config_that_reads_back_or_a_refusal_in_one_line(
+    raw: dict[str, Any],
+) -> None:
     try:
         config = from_dict(raw)
     except ConfigError as e:

@@ -54,13 +54,14 @@ def by_pillow(data: bytes) -> np.ndarray:
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
 def test_jpegs_of_every_kind_have_pillows_pixels(mode: str, subsampling: int) -> None:
     rng = np.random.default_rng(subsampling)
+    settings: list[tuple[int, dict[str, Any]]] = [
+        (5, {}),
+        (60, {"progressive": True}),
+        (95, {"optimize": True, "restart_marker_rows": 1}),
+    ]
     for height, width in [(1, 1), (7, 9), (16, 16), (33, 17), (64, 250)]:
         smooth = Image.fromarray(rng.integers(0, 256, (5, 6, 3), np.uint8)).resize((width, height))
-        for quality, extra in [
-            (5, {}),
-            (60, {"progressive": True}),
-            (95, {"optimize": True, "restart_marker_rows": 1}),
-        ]:
+        for quality, extra in settings:
             data = encoded(smooth.convert(mode), "JPEG", quality=quality, subsampling=subsampling, **extra)
             pixels = decode(data)
             assert pixels.flags.writeable and pixels.flags.c_contiguous
@@ -83,7 +84,9 @@ def test_jpegs_of_imagenet_have_pillows_pixels(sample_data: Path) -> None:
         names = [name for name in tar.getnames() if name.endswith(".JPEG")]
         fast = 0
         for name in names:
-            data = tar.extractfile(name).read()  # type: ignore[union-attr]
+            file = tar.extractfile(name)
+            assert file is not None
+            data = file.read()
             fast += _plain_jpeg(data, MAX_PIXELS) is not None
             np.testing.assert_array_equal(decode(data), by_pillow(data))
     assert fast >= 0.99 * len(names)
@@ -173,7 +176,7 @@ def png_header(width: int, height: int) -> bytes:
 def test_a_huge_image_is_refused_by_its_header(side: int) -> None:
     for read in (decode, image_size):
         with pytest.raises(ImageError, match=r"pixels"):
-            read(png_header(side, side))  # type: ignore[operator]
+            read(png_header(side, side))
 
 
 def test_the_limit_of_pixels_is_exact() -> None:

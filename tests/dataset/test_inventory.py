@@ -126,7 +126,7 @@ def test_a_missing_foreign_or_newer_inventory_is_refused_with_the_next_step(tmp_
         open_inventory(tmp_path)
     make(tmp_path)
     rewrite_header(tmp_path, version=2)
-    with pytest.raises(DataError, match="version 2, this code reads 1"):
+    with pytest.raises(DataError, match="version 2, expected 1"):
         open_inventory(tmp_path)
     rewrite_header(tmp_path, format="something else")
     with pytest.raises(DataError, match="is not an inventory"):

@@ -91,8 +91,8 @@ def test_an_io_error_is_tried_three_times_then_is_a_read_error(
             raise OSError(5, "Input/output error")
         return real(fd, size, offset)
 
-    monkeypatch.setattr(cskd.dataset.shard_reader.os, "pread", flaky)
-    monkeypatch.setattr(cskd.dataset.shard_reader, "WAIT", 0.0)
+    monkeypatch.setattr(os, "pread", flaky)
+    monkeypatch.setattr(cskd.dataset.shard_reader, "RETRY_WAIT", 0.0)
     reader = ShardReader(inventory)
     if failures < 3:
         assert reader.read(7) == payload(7)
@@ -105,7 +105,7 @@ def test_an_io_error_is_tried_three_times_then_is_a_read_error(
 
 def test_short_reads_are_completed(inventory: Inventory, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.pread
-    monkeypatch.setattr(cskd.dataset.shard_reader.os, "pread", lambda fd, size, offset: real(fd, min(size, 30), offset))
+    monkeypatch.setattr(os, "pread", lambda fd, size, offset: real(fd, min(size, 30), offset))
     assert ShardReader(inventory).read(9) == payload(9)
 
 
@@ -120,15 +120,16 @@ def read_all(reader: ShardReader) -> bool:
 def test_processes_read_with_a_reader_that_is_in_use(inventory: Inventory, method: str) -> None:
     reader = ShardReader(inventory, max_open=3)
     assert reader.read(7) == payload(7)
-    context = multiprocessing.get_context(method)
     if method == "fork":
-        process = context.Process(target=lambda: os._exit(0 if read_all(reader) else 1), daemon=True)
+        process = multiprocessing.get_context("fork").Process(
+            target=lambda: os._exit(0 if read_all(reader) else 1), daemon=True
+        )
         with reader._lock:  # as if another thread were reading at this moment
             process.start()
         process.join(20)
         assert process.exitcode == 0
     else:
-        with context.Pool(1) as pool:
+        with multiprocessing.get_context(method).Pool(1) as pool:
             assert pool.apply(read_all, (reader,))
     assert read_all(reader)
 
@@ -140,7 +141,7 @@ def test_threads_may_share_a_reader(inventory: Inventory, monkeypatch: pytest.Mo
         time.sleep(0.0005)  # time for another thread to close the file
         return real(fd, size, offset)
 
-    monkeypatch.setattr(cskd.dataset.shard_reader.os, "pread", slow)
+    monkeypatch.setattr(os, "pread", slow)
     monkeypatch.setattr(cskd.dataset.shard_reader, "TRIES", 1)
     reader, good = ShardReader(inventory, max_open=1), []
     threads = [threading.Thread(target=lambda: good.append(read_all(reader))) for _ in range(4)]

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-import cskd.files.links
+import cskd.files.durable
 from cskd import cli
 from cskd.config import Config, from_dict
 from cskd.dataset.inventory import open_inventory
 from cskd.errors import CacheError, CskdError, PathError
-from cskd.files.claims import FOLDER, Claims
+from cskd.files.claims import CLAIMS, Claims
 from cskd.files.folders import MARKER, kind_of, mark, refuse_output
 from cskd.files.writer import sole_writer
 from cskd.packing.index import index
@@ -288,9 +288,9 @@ def test_a_cache_is_made_or_repaired_not_both(home: Path) -> None:
         with pytest.raises(PathError, match="is being repaired by process 7 on elsewhere since 2026-01-01"):
             cache_teacher(config(home, cache={"path": str(cache)}), quiet=True)
         (cache / ".cskd.writer").unlink()
-    assert files(cache) == before and not (cache / FOLDER).exists()
+    assert files(cache) == before and not (cache / CLAIMS).exists()
     repair(cache, data=home / "data", quiet=True)
-    assert files(cache).keys() - before.keys() == {"sealed.json"} and not (cache / FOLDER).exists()
+    assert files(cache).keys() - before.keys() == {"sealed.json"} and not (cache / CLAIMS).exists()
 
 
 def test_a_disk_without_hard_links_is_found_before_the_teacher_is_loaded(
@@ -303,7 +303,7 @@ def test_a_disk_without_hard_links_is_found_before_the_teacher_is_loaded(
     monkeypatch.setattr("cskd.pipeline.cache_teacher.load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
     with pytest.raises(CacheError, match=r"cache\.path .*new: its file system has no hard links"):
         cache_teacher(config(home), quiet=True)
-    assert cskd.files.links.hard_link_error(home) is not None
+    assert cskd.files.durable.hard_link_error(home) is not None
     assert not (home / "caches" / "new").exists() and not list(home.rglob(".cskd-links*"))
 
 

@@ -90,7 +90,7 @@ def test_an_empty_argument_is_not_the_current_folder() -> None:
 
 
 def test_the_plain_path_is_the_cure_for_a_file_address() -> None:
-    with pytest.raises(PathError, match=r"expected a path on this machine; write /data/x$"):
+    with pytest.raises(PathError, match=r"expected a local path; write /data/x$"):
         local_text("file:///data/x", "data.train")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import cskd.pipeline.training_run
-from cskd.config import from_dict
+from cskd.config import TrainConfig, from_dict
 from cskd.errors import CacheError
 from cskd.files.scratch import clear_scratch, new_scratch, refuse_small
 from cskd.loading.epoch_table import build_table, open_table
@@ -149,7 +149,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 
 def spec_of(cache: Cache, batch: int) -> PlanSpec:
-    return PlanSpec.over(cache, repeats=1, seed=0, global_batch=batch, window=1)
+    return PlanSpec.over(cache, TrainConfig(repeats=1, seed=0, global_batch=batch, window=1))
 
 
 @pytest.mark.parametrize("ahead", [0, 3])
@@ -161,6 +161,7 @@ def test_a_table_goes_when_no_result_can_need_it_and_not_before(cache: Cache, tm
     soft = TargetSpec("soft", "int8", 0)
     with RunTasks(cache, spec, lambda _: soft, lambda _: [], tmp_path / "s", 0, 2 * spec.steps, ahead=ahead) as tasks:
         for task in tasks:
+            assert isinstance(task, TrainTask)
             under_way = [*under_way, task][-ahead - 1 :]
             for t in under_way:
                 assert open_table(t.table).columns["sample"].shape[0] >= t.stop

@@ -143,7 +143,7 @@ def test_large_images_are_read_when_their_turn_comes(tmp_path: Path, monkeypatch
     source = open_source(tmp_path / "src", None, tmp_path, 0, None)
     order = np.argsort(source.listing.size, kind="stable")
     whole = [payload.data for _, payload in payloads(source.listing, order, None, 95, 2)]
-    monkeypatch.setattr(cskd.packing.payloads, "CHUNK_BYTES", 3500)
+    monkeypatch.setattr(cskd.packing.payloads, "TASK_BYTES", 3500)
     places = [source.listing.place(int(i)) for i in order]
     assert len(cskd.packing.payloads._read_all(places, None, 95)) == 3
     assert [payload.data for _, payload in payloads(source.listing, order, None, 95, 2)] == whole

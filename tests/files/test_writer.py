@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ with sole_writer(Path(sys.argv[1]), "x"):
 
 
 @pytest.fixture
-def holder(tmp_path: Path) -> subprocess.Popen[str]:
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that writes to tmp_path / "out"."""
     command = [sys.executable, "-c", HOLD, str(tmp_path / "out")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -40,6 +41,12 @@ def holder(tmp_path: Path) -> subprocess.Popen[str]:
     process.kill()
     process.wait()
     process.stdout.close()
+
+
+def pid_of(lock: Path) -> int:
+    owner = owner_of(lock)
+    assert owner is not None
+    return owner.pid
 
 
 def take(folder: Path) -> None:
@@ -90,7 +97,7 @@ def test_a_writer_on_another_machine_is_seen_to_live_or_waited_for(
         take(tmp_path)
     monkeypatch.setattr(cskd.files.claims, "LEASE", 0.5)
     with sole_writer(tmp_path, "x", tell=told.append):
-        assert owner_of(lock).pid == os.getpid()
+        assert pid_of(lock) == os.getpid()
     assert len(told) == 1 and "process 7 on elsewhere" in told[0] and not lock.exists()
 
 
@@ -100,7 +107,7 @@ def test_a_writer_whose_folder_was_taken_over_writes_nothing_more(tmp_path: Path
         (tmp_path / LOCK).write_text("elsewhere 7\n55 2026-01-01 00:00:00\n")
         with pytest.raises(PathError, match="taken over by process 7 on elsewhere"):
             writer.check()
-    assert owner_of(tmp_path / LOCK).pid == 7  # left alone
+    assert pid_of(tmp_path / LOCK) == 7  # left alone
 
 
 def test_two_that_find_a_dead_writer_at_once_are_not_both_its_heirs(
@@ -119,7 +126,7 @@ def test_two_that_find_a_dead_writer_at_once_are_not_both_its_heirs(
     monkeypatch.setattr(cskd.files.claims, "_stale", late)
     with Claims(tmp_path, "", signed()) as claims:
         assert claims.take(LOCK) is None
-    assert owner_of(tmp_path / LOCK).pid == os.getppid()
+    assert pid_of(tmp_path / LOCK) == os.getppid()
 
 
 def test_a_folder_that_nothing_was_put_into_is_taken_away_again(tmp_path: Path) -> None:

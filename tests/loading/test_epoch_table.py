@@ -12,7 +12,7 @@ import pytest
 
 from cskd.codecs.base import BLEND_ONE
 from cskd.errors import CacheError
-from cskd.loading.epoch_table import build_table, open_table, segments
+from cskd.loading.epoch_table import build_table, open_table, table_bounds
 from cskd.loading.plan import PlanSpec, epoch_plan
 from cskd.loading.sources import TargetSpec
 from cskd.loading.stage2 import EvalTask, TrainTask
@@ -58,7 +58,7 @@ def test_a_row_is_its_units_row_and_its_cells_are_looked_up_at_the_blend(
     for i, (sample, view) in enumerate(zip(plan.sample.tolist(), plan.view.tolist(), strict=True)):
         block = cache.inventory.block_of(sample)
         unit = cache.read(block, view, "envelope")
-        row = unit.position.tolist().index(sample - cache.block_range(block)[0])
+        row = unit.position.tolist().index(sample - cache.inventory.block_range(block)[0])
         for name in ("seed", "digest", "mode", "lam", "box"):
             np.testing.assert_array_equal(table.columns[name][i], unit.fields[name][row])
         cells = cache.codecs["envelope"].hard(unit.targets, CELLS.blend)
@@ -83,12 +83,12 @@ def test_the_first_table_of_a_run_ends_with_its_window(cache: Cache) -> None:
     n = len(plan.sample)
     window = -(-int(plan.ends[0]) // 4) * 4
     assert 4 < window < n, "the case is meant to have more windows than one"
-    assert segments(plan, CELLS, 4) == [(0, n)]
-    assert segments(plan, CELLS, 4, begin=0) == [(0, window), (window, n)]
-    assert segments(plan, CELLS, 4, begin=4) == [(4, window), (window, n)]
-    assert segments(plan, CELLS, 4, begin=window) == [(window, 20), (20, n)]
-    assert segments(plan, CELLS, 4, begin=0, end=4) == [(0, 4)]
-    soft = segments(plan, TargetSpec("soft", "envelope", 0), 4)
+    assert table_bounds(plan, CELLS, 4) == [(0, n)]
+    assert table_bounds(plan, CELLS, 4, begin=0) == [(0, window), (window, n)]
+    assert table_bounds(plan, CELLS, 4, begin=4) == [(4, window), (window, n)]
+    assert table_bounds(plan, CELLS, 4, begin=window) == [(window, 20), (20, n)]
+    assert table_bounds(plan, CELLS, 4, begin=0, end=4) == [(0, 4)]
+    soft = table_bounds(plan, TargetSpec("soft", "envelope", 0), 4)
     assert soft[0] == (0, window) and soft[-1][1] == n and all(a[1] == b[0] for a, b in pairwise(soft))
 
 

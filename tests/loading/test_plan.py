@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ def spec(sizes: list[int], bad: tuple[int, ...] = (), **changes: int) -> PlanSpe
     bounds = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     flags = np.zeros(int(bounds[-1]), bool)
     flags[list(bad)] = True
-    values = {"views": 6, "repeats": 1, "seed": 0, "global_batch": 4, "window": 2} | changes
+    values: dict[str, Any] = {"views": 6, "repeats": 1, "seed": 0, "global_batch": 4, "window": 2} | changes
     return PlanSpec(bounds, flags, "inventory", RecipeConfig(), **values)
 
 
@@ -119,4 +120,4 @@ def test_combinations_that_can_not_work_are_refused_with_the_nearest_that_does(
     changes: dict[str, int], says: str
 ) -> None:
     with pytest.raises(PlanError, match=says):
-        spec([40], **changes)
+        spec([40], bad=(), **changes)

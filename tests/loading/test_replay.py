@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import cskd.loading.plan
+import cskd.views.digest
 import cskd.views.maker
 import cskd.views.ops
-import cskd.views.versions
+from cskd.dataset.images import decode
 from cskd.errors import CacheError, ConfigError, ReplayError
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.care.verify import verify
@@ -170,13 +171,12 @@ def test_one_changed_recipe_field_is_refused(base: Path) -> None:
 
 def test_other_versions_call_for_golden_views(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal ones: go on and say so. Different ones: refused before the first step, in training and in stage 1."""
-    versions = cskd.views.versions.library_versions()
-    monkeypatch.setattr(cskd.views.versions, "library_versions", lambda: {**versions, "pillow": "99.0"})
+    versions = cskd.views.digest.library_versions()
+    monkeypatch.setattr(cskd.views.digest, "library_versions", lambda: {**versions, "pillow": "99.0"})
     notes = run(base, max_steps=1).notes
     said = f"since the cache was made: pillow {versions['pillow']} -> 99.0; 126 golden views replay exactly"
     assert said in notes
-    clean = cskd.views.maker.decode
-    monkeypatch.setattr(cskd.views.maker, "decode", lambda data: clean(data) ^ 1)  # a decoder that rounds otherwise
+    monkeypatch.setattr(cskd.views.maker, "decode", lambda data: decode(data) ^ 1)  # a decoder that rounds otherwise
     for stage in (lambda: run(base), lambda: cache_teacher(config(base, recipe=DEIT), quiet=True)):
         with pytest.raises(CacheError, match=r"golden samples, replayed since pillow .* -> 99\.0: view 0 of sample"):
             stage()

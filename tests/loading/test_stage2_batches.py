@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cskd.config import TrainConfig
 from cskd.errors import ReplayError
 from cskd.loading.plan import PlanSpec
 from cskd.loading.sources import TargetSpec
@@ -21,13 +22,7 @@ from tests.caches import make_tiny_cache
 
 def tasks_of(cache: Cache, scratch: Path, repeats: int, batch: int) -> Iterator[TrainTask]:
     """The tasks of an epoch; their tables are there until it ends."""
-    plan = PlanSpec.over(
-        cache,
-        repeats=repeats,
-        seed=0,
-        global_batch=batch,
-        window=2,
-    )
+    plan = PlanSpec.over(cache, TrainConfig(repeats=repeats, seed=0, global_batch=batch, window=2))
     spec = TargetSpec("none", "envelope", 0)
     with RunTasks(cache, plan, lambda _: spec, lambda _: [], scratch, 0, plan.steps) as tasks:
         yield from (task for task in tasks if isinstance(task, TrainTask))
@@ -78,5 +73,5 @@ def test_a_view_that_differs_in_any_row_is_refused(tmp_path: Path, monkeypatch: 
 def seed_of(cache: Cache, sample: int, view: int) -> int:
     block = cache.inventory.block_of(sample)
     unit = cache.read(block, view, "envelope")
-    row = int(np.flatnonzero(unit.position == sample - cache.block_range(block)[0])[0])
+    row = int(np.flatnonzero(unit.position == sample - cache.inventory.block_range(block)[0])[0])
     return int(unit.fields["seed"][row])

@@ -21,10 +21,12 @@ from cskd.machine import threads as threads_module
 from cskd.machine.cores import Cores, usable_cores
 from cskd.machine.threads import WAITING, Threads, begun_with, choose_threads, computing_with, wait_passively
 from cskd.pipeline.cache_teacher import cache_teacher
-from cskd.pipeline.conflicts import refuse_other_run
+from cskd.pipeline.conflicts import refuse_other_run, run_identity
 from cskd.pipeline.evaluate import evaluate_checkpoint
 from cskd.pipeline.train import train
 from cskd.store.cache import open_cache
+from cskd.student.optim import reseed_step
+from cskd.teacher.lanes import Lanes
 from tests.caches import make_tiny_data
 from tests.pipeline.test_pipeline import TEACHER, config
 
@@ -268,11 +270,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of threads at each training step."""
     seen: list[int] = []
-    reseed = cskd.pipeline.train.reseed_step
 
     def recording(*arguments: Any) -> None:
         seen.append(torch.get_num_threads())
-        reseed(*arguments)
+        reseed_step(*arguments)
 
     monkeypatch.setattr(cskd.pipeline.train, "reseed_step", recording)
     return seen
@@ -308,8 +309,7 @@ def test_a_state_without_threads_is_of_the_same_run_and_is_noted(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"output": str(tmp_path / "run"), "max_steps": 1}
-    kept = cskd.pipeline.training_run.run_identity
-    monkeypatch.setattr(cskd.pipeline.training_run, "run_identity", lambda *a: Older(kept(*a)))
+    monkeypatch.setattr(cskd.pipeline.training_run, "run_identity", lambda *a: Older(run_identity(*a)))
     train(config(base, train=settings), quiet=True)
     monkeypatch.undo()
     notes = train(config(base, train={**settings, "max_steps": 2}), quiet=True).notes
@@ -334,7 +334,7 @@ def test_threads_alone_never_make_it_another_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [0, -1, 1025])
 def test_a_number_of_threads_that_can_t_be_is_refused_by_its_key(base: Path, section: str, value: int) -> None:
     with pytest.raises(ConfigError, match=rf"{section}\.threads is {value}, expected from 1 to "):
-        config(base, **{section: {"threads": value}})
+        config(base, "run", **{section: {"threads": value}})
 
 
 def test_stage_1_says_its_threads_and_a_cache_of_own_code_keeps_them(
@@ -342,13 +342,13 @@ def test_stage_1_says_its_threads_and_a_cache_of_own_code_keeps_them(
 ) -> None:
     """A user's own network runs one batch at a time on all cores; a forward that is split otherwise has other last bits."""
     seen: list[int] = []
-    launching = cskd.pipeline.unit_line.Lanes.launching
+    launching = Lanes.launching
 
     def recording(self: Any) -> Any:
         seen.append(torch.get_num_threads())
         return launching(self)
 
-    monkeypatch.setattr(cskd.pipeline.unit_line.Lanes, "launching", recording)
+    monkeypatch.setattr(Lanes, "launching", recording)
     monkeypatch.setattr(threads_module, "usable_cores", lambda: Cores(3))
     cache = {"path": str(tmp_path / "cache"), "views": 1}
     notes = cache_teacher(config(base, cache=cache), quiet=True).notes

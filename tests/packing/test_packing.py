@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -208,11 +209,12 @@ def test_packing_again_changes_nothing_and_another_data_set_is_refused(tmp_path:
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     again = pack(tar(tmp_path / "a.tar.gz", prefixed("train/"), "w:gz"), out, **SMALL)
     assert again.id == first.id and "nothing was written" in again.notes[-1]
-    for difference, change in {
+    changes: dict[str, dict[str, Any]] = {
         "made with seed = 0, asked for 1": {"seed": 1},
         "made with block = 8, asked for 16": {"block": 16},
         "made with short_side = None, asked for 9": {"short_side": 9},
-    }.items():
+    }
+    for difference, change in changes.items():
         with pytest.raises(DataError, match=f"holds the data set {first.id[:12]}, {difference}"):
             pack(source, out, **{**SMALL, **change})
     (source / "bee" / "bee_03.JPEG").write_bytes(b"changed")

@@ -7,6 +7,7 @@ import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,11 @@ from cskd.errors import DataError
 from cskd.packing.index import index
 from cskd.packing.pack import pack
 from tests.data_sources import FILES, folder, shard, tar
+
+
+def written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
 
 
 def link_member(path: Path) -> Path:
@@ -68,13 +74,13 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "metadata": (lambda p: folder(p, {"__a__/x.jpg": b"", "b/x.jpg": b""}), "webdataset skips folders named"),
     "loop": (own_link, "is a link to a folder that it is in"),
     "broken link": (broken_link, "y.jpg is no regular file, or a link to none"),
-    "no tar": (lambda p: p.write_bytes(b"x" * 5000) and p, "is not a whole tar"),
+    "no tar": (lambda p: written(p, b"x" * 5000), "is not a whole tar"),
     "missing": (lambda p: p, "nothing at .*; expected a folder of class folders"),
     "no such shards": (lambda p: p / "{0..2}.tar", "no shard at .*0.tar"),
     "no match": (lambda p: p / "*.tar", "no .tar files at"),
-    "empty file": (lambda p: p.touch() or p, "is not a whole tar"),
-    "cut tar.gz": (lambda p: p.write_bytes(gzip.compress(os.urandom(5000))[:-50]) and p, "can't be decompressed"),
-    "zstd": (lambda p: p.write_bytes(b"\x28\xb5\x2f\xfd....") and p, "compressed with zstd; decompress it"),
+    "empty file": (lambda p: written(p, b""), "is not a whole tar"),
+    "cut tar.gz": (lambda p: written(p, gzip.compress(os.urandom(5000))[:-50]), "can't be decompressed"),
+    "zstd": (lambda p: written(p, b"\x28\xb5\x2f\xfd...."), "compressed with zstd; decompress it"),
 }
 
 
@@ -111,8 +117,9 @@ def test_a_class_file_that_is_none_is_refused_with_the_option_that_names_it(tmp_
 
 @pytest.mark.parametrize("option", ["shard_size", "block", "short_side", "workers", "limit"])
 def test_options_below_one_are_refused(tmp_path: Path, option: str) -> None:
+    options: dict[str, Any] = {option: 0}
     with pytest.raises(DataError, match=f"{option} is 0, expected at least 1"):
-        pack(folder(tmp_path / "source", FILES), tmp_path / "out", **{option: 0})
+        pack(folder(tmp_path / "source", FILES), tmp_path / "out", **options)
 
 
 def test_a_decompressed_copy_is_bounded(tmp_path: Path) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import re
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cskd.dataset.inventory import Inventory
 from cskd.errors import DataError
 from cskd.packing.index import index
 from cskd.packing.layout import Tree, check_tree
@@ -121,8 +124,7 @@ def source(root: Path, what: dict[str, bytes], form: str) -> Path:
                 info = tarfile.TarInfo(path)
                 info.type = tarfile.DIRTYPE
                 out.addfile(info)
-        path = tar(root / "src", {path: data for path, data in what.items() if not path.endswith("/")}, "a")
-        return path
+        return tar(root / "src", {path: data for path, data in what.items() if not path.endswith("/")}, "a")
     for path in what:
         if path.endswith("/"):
             (root / "src" / path).mkdir(parents=True)
@@ -192,7 +194,7 @@ def test_a_split_in_two_places_is_refused_naming_both(tmp_path: Path) -> None:
 
 
 def test_what_is_one_data_set_is_taken_and_said(tmp_path: Path) -> None:
-    def notes(what: dict[str, bytes], **options: Path) -> list[str]:
+    def notes(what: dict[str, bytes], **options: Any) -> list[str]:
         at = tmp_path / str(len(list(tmp_path.iterdir())))
         return pack(folder(at / "src", what), at / "out", **options).notes
 
@@ -247,7 +249,9 @@ SHARDS: dict[str, tuple[str, str]] = {
 
 @pytest.mark.parametrize("make", [pack, index])
 @pytest.mark.parametrize("case", list(SHARDS))
-def test_shards_of_several_splits_are_refused_with_what_picks_one(tmp_path: Path, case: str, make) -> None:
+def test_shards_of_several_splits_are_refused_with_what_picks_one(
+    tmp_path: Path, case: str, make: Callable[..., Inventory]
+) -> None:
     what, message = SHARDS[case]
     root = shards(tmp_path / "src", what)
     before = names(tmp_path)

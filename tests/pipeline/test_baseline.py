@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 
 import cskd.pipeline.online
 import cskd.pipeline.training_run
-from cskd.config import Config, from_dict, to_yaml
+from cskd.config import Config, TrainConfig, from_dict, to_yaml
 from cskd.errors import CacheError, ConfigError
+from cskd.pipeline.conflicts import run_identity
 from cskd.pipeline.evaluate import evaluate_checkpoint, render
 from cskd.pipeline.show.metrics import read_metrics
 from cskd.pipeline.train import train
@@ -86,12 +87,12 @@ def test_views_that_are_too_few_wrap_round_as_those_of_a_cache(base: Path) -> No
 def test_a_run_has_as_many_views_as_it_needs(base: Path, epochs: int, repeats: int, views: int) -> None:
     from cskd.loading.plan import PlanSpec, epoch_plan
     from cskd.machine.ranks import Ranks
-    from cskd.pipeline.baseline import open_baseline
+    from cskd.pipeline.online import open_baseline
 
     settings = alone(base, f"needs {epochs}", train={"epochs": epochs, "repeats": repeats})
     source, _, _ = open_baseline(settings, Ranks(), False, quiet=True)
     assert source.views == views
-    plan = PlanSpec.over(source, repeats=repeats, seed=0, global_batch=8, window=8)
+    plan = PlanSpec.over(source, TrainConfig(repeats=repeats, seed=0, global_batch=8, window=8))
     fed = [pair for e in range(epochs) for pair in zip(*vars(epoch_plan(plan, e)).values(), strict=False)]
     assert len({(int(s), int(v)) for s, v, *_ in fed}) == len(fed) > 0
 
@@ -212,10 +213,9 @@ def test_a_head_that_the_loss_does_not_train_is_named_at_the_start(
 
 def old_run(monkeypatch: pytest.MonkeyPatch, settings: Config) -> None:
     """A run that was cut, as a version without `loss.baseline_head` left it."""
-    real = cskd.pipeline.training_run.run_identity
 
     def before(*args: Any) -> dict[str, Any]:
-        identity = real(*args)
+        identity = run_identity(*args)
         return identity | {"loss": {k: v for k, v in identity["loss"].items() if k != "baseline_head"}}
 
     with monkeypatch.context() as patch:

@@ -26,8 +26,7 @@ from cskd.pipeline.online import open_online
 from cskd.pipeline.show.progress import Notes
 from cskd.store.cache import open_cache
 from cskd.store.manifest import Manifest
-from cskd.teacher.forwards import teacher_images
-from cskd.teacher.model import Teacher, load_teacher
+from cskd.teacher.model import Teacher, load_teacher, teacher_images
 from cskd.views.maker import ViewMaker
 
 # Nearest colour of K, in an order of its own, with a bias and a share of classes that it takes for the next one.
@@ -212,7 +211,7 @@ def test_another_normalisation_that_is_clearly_better_is_named_with_its_keys(bas
     numbers = [f"{v:.4g}" for v in mean], [f"{v:.4g}" for v in std]
     cure = f"set teacher.mean: [{', '.join(numbers[0])}], teacher.std: [{', '.join(numbers[1])}]"
     assert any(name in note and cure in note for note in found.notes), found.notes
-    right = config(base, kwargs={"mean": mean, "std": std}, **{"mean": mean, "std": std})
+    right = config(base, kwargs={"mean": mean, "std": std}, mean=mean, std=std)
     assert check(right)[0].notes == [] and check(right)[0].top1 == 1.0
 
 

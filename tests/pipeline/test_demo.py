@@ -19,7 +19,7 @@ from cskd.errors import ConfigError
 from cskd.pipeline.demo import STUDENTS, Settings, StudentResult, _config, render, run_demo, verdict
 from cskd.pipeline.demo_curve import Curve, draw_curves
 from cskd.pipeline.demo_data import POOL, digits
-from cskd.pipeline.statistics import paired_difference, spread
+from cskd.pipeline.intervals import paired_difference, spread
 from cskd.pipeline.train import TrainReport, train
 
 SMALL = Settings(epochs=1, seeds=2, per_class=4, copies=2, views=1, teacher_epochs=40)
@@ -64,7 +64,7 @@ def test_a_whole_demo_of_two_seeds_and_what_is_done_is_used_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after four of six students; the same call goes on, and the baseline's head is the one that was trained."""
-    out, trained = tmp_path / "demo", []
+    out, trained = tmp_path / "demo", list[tuple[str, int]]()
 
     def counted(config: Config, quiet: bool) -> TrainReport:
         if stop and len(trained) == 4:

@@ -92,7 +92,7 @@ def test_both_stages_see_the_same_or_leave_out_the_same(base: Path) -> None:
     report = cache_teacher(c, quiet=True)
     cache = open_cache(base / "cache")
     inventory = cache.inventory
-    left_out = {inventory.key(i) for i in np.flatnonzero(cache.quarantined())}
+    left_out = {inventory.key(i) for i in np.flatnonzero(cache.quarantined()).tolist()}
     assert report.quarantined == len(REFUSED)
     assert {Path(key).name for key in left_out} == {name.rpartition(".")[0] for name in REFUSED}
     commit = cache.commit_of(0, 0)

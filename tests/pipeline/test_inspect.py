@@ -48,7 +48,7 @@ def truth(cache: Cache, sample: int, view: int) -> tuple[torch.Tensor, torch.Ten
     block = cache.inventory.block_of(sample)
     unit = cache.read(block, view, "envelope")
     dense, image = random_logits(len(unit.position), len(cache.classes), cache.grid, seed=1000 * block + view)
-    row = int(np.searchsorted(unit.position, sample - cache.block_range(block)[0]))
+    row = int(np.searchsorted(unit.position, sample - cache.inventory.block_range(block)[0]))
     return dense[row : row + 1], image[row : row + 1]
 
 
@@ -81,7 +81,7 @@ def test_agreement_is_that_of_the_logits_with_the_labels(cache: Cache) -> None:
         dense, image = random_logits(len(unit.position), len(cache.classes), cache.grid, seed=1000 * block + view)
         rows = np.flatnonzero(unit.fields["mode"])
         mixed += len(rows)
-        first = cache.block_range(block)[0]
+        first = cache.inventory.block_range(block)[0]
         for blend in own:
             hard = direct_hard(dense, image, quantise_blend(float(blend))).numpy()
             for row in rows:
@@ -258,9 +258,9 @@ def test_wide_and_hostile_names_keep_the_columns_and_the_terminal(tmp_path: Path
         text = shown(inspect(cache.root, sample=sample, blend=1.0))
         assert "\x1b" not in text and "\x07" not in text
         cells = describe_sample(cache, sample, 0, 1.0).cells
-        for row, names in zip(text.splitlines()[-3:], cells, strict=True):
+        for row, shares in zip(text.splitlines()[-3:], cells, strict=True):
             assert cell_len(row) <= 2 + 3 * 14 + 2 * 2
-            assert ("[/bold]" in names) == ("[/bold]" in row)
+            assert ("[/bold]" in shares) == ("[/bold]" in row)
     sample_picture(cache, 1, 0)
 
 
@@ -284,7 +284,7 @@ def test_pictures_have_six_panels_of_at_least_224_pixels(tmp_path: Path, codecs:
 
 def test_a_png_is_written_for_a_sample_or_for_a_few(cache: Cache, tmp_path: Path) -> None:
     facts = inspect(cache.root, sample=0, png=tmp_path / "new" / "one.png")
-    assert facts.png == facts.facts["png"] is not None
+    assert facts.png is not None and facts.png == facts.facts["png"]
     with Image.open(facts.png) as one:
         assert one.format == "PNG" and one.tobytes() == sample_picture(cache, 0, 0).tobytes()
     inspect(cache.root, png=tmp_path / "some.png")

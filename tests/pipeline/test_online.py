@@ -82,8 +82,10 @@ def test_a_run_that_was_cut_online_resumes_online_only(base: Path) -> None:
 
 def test_images_that_can_t_be_decoded_are_left_out_as_from_a_cache(base: Path, tmp_path: Path) -> None:
     make_tiny_data(tmp_path / "train", n=42, block=20, shard=10, bad=(3, 25))
-    places = {"data": {"train": str(tmp_path / "train")}}
-    places["cache"] = {"path": str(tmp_path / "cache"), "max_quarantine": 0.05}
+    places: dict[str, dict[str, Any]] = {
+        "data": {"train": str(tmp_path / "train")},
+        "cache": {"path": str(tmp_path / "cache"), "max_quarantine": 0.05},
+    }
     cache_teacher(settings(base, "bad", **places), quiet=True)
     runs = [str(tmp_path / name) for name in ("cached", "online")]
     for run, online in zip(runs, (False, True), strict=True):

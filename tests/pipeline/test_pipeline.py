@@ -22,7 +22,7 @@ from cskd.pipeline.train import train
 from cskd.store.cache import open_cache
 from cskd.store.commit import Commit, publish, read_commit
 from cskd.store.format import commit_file
-from cskd.teacher.forwards import teacher_images
+from cskd.teacher.model import teacher_images
 from tests.caches import make_tiny_data
 
 TEACHER = """
@@ -61,7 +61,7 @@ def cached_data(folder: Path, *, n: int = 42, val: int = 12, **sections: dict[st
     (folder / "net.py").write_text(TEACHER)
     make_tiny_data(folder / "train", n=n, block=20, shard=10)
     make_tiny_data(folder / "val", n=val, block=20, shard=10)
-    cache_teacher(config(folder, **sections), quiet=True)
+    cache_teacher(config(folder, "run", **sections), quiet=True)
     return folder
 
 

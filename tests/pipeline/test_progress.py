@@ -9,6 +9,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -30,7 +31,7 @@ class Clock:
         return self.now
 
 
-def run(steps: int, seconds: float, terminal: bool = False, quiet: bool = False, start: int = 0, **fields) -> str:
+def run(steps: int, seconds: float, terminal: bool = False, quiet: bool = False, start: int = 0, **fields: Any) -> str:
     """The text shown by `steps` updates of one unit, `seconds` apart."""
     out, clock = io.StringIO(), Clock()
     console = Console(file=out, force_terminal=terminal, width=160, _environ={"TERM": "xterm"})
@@ -42,14 +43,14 @@ def run(steps: int, seconds: float, terminal: bool = False, quiet: bool = False,
     return out.getvalue()
 
 
-def test_off_a_terminal_each_line_is_plain_text_with_count_rate_time_left_and_fields():
+def test_off_a_terminal_each_line_is_plain_text_with_count_rate_time_left_and_fields() -> None:
     lines = run(steps=40, seconds=0.5, loss="2.30 [red]").splitlines()
     assert lines[0] == "train [x]: 20 of 40 images (50%), 2.00 images/s, 10 s left, loss 2.30 [red]"
     assert lines[-1] == "train [x]: 40 images in 20 s, 2.00 images/s"
     assert "\x1b" not in "".join(lines)
 
 
-def test_where_nobody_knows_the_total_only_what_is_done_is_shown():
+def test_where_nobody_knows_the_total_only_what_is_done_is_shown() -> None:
     out, clock = io.StringIO(), Clock()
     with Progress("index", 0, console=Console(file=out, width=160), clock=clock) as progress:
         for shard in range(3):
@@ -63,7 +64,7 @@ def test_where_nobody_knows_the_total_only_what_is_done_is_shown():
     ]
 
 
-def test_a_run_of_a_day_prints_few_lines_and_is_never_silent_for_more_than_ten_minutes():
+def test_a_run_of_a_day_prints_few_lines_and_is_never_silent_for_more_than_ten_minutes() -> None:
     out, clock, at = io.StringIO(), Clock(), []
     with Progress("train", 86_400, console=Console(file=out, width=160), clock=clock) as progress:
         for second in range(1, 86_401):
@@ -76,30 +77,35 @@ def test_a_run_of_a_day_prints_few_lines_and_is_never_silent_for_more_than_ten_m
     assert len(at) < 250
 
 
-def test_a_terminal_gets_one_bar_with_the_same_figures_and_names_are_not_markup():
+def test_a_terminal_gets_one_bar_with_the_same_figures_and_names_are_not_markup() -> None:
     text = run(steps=40, seconds=0.5, terminal=True, loss="[red]2.3")
     assert "train [x]" in text
     assert "20 of 40 images (50%), 2.00 images/s, 10 s left, loss [red]2.3" in text
     assert text.count("images in 20 s") == 1
 
 
-def test_quiet_shows_nothing_and_calls_no_field():
+def test_quiet_shows_nothing_and_calls_no_field() -> None:
     assert run(steps=40, seconds=1.0, quiet=True, loss=lambda: pytest.fail("a field of a quiet run was computed")) == ""
 
 
-def test_a_field_is_computed_only_for_lines_that_are_shown():
-    calls = []
-    text = run(steps=800, seconds=1 / 32, loss=lambda: calls.append(1) or "1.0")
+def test_a_field_is_computed_only_for_lines_that_are_shown() -> None:
+    calls: list[int] = []
+
+    def loss() -> str:
+        calls.append(1)
+        return "1.0"
+
+    text = run(steps=800, seconds=1 / 32, loss=loss)
     assert len(calls) == text.count("loss") == 2  # at 10 s and 20 s of 25
 
 
-def test_what_a_resumed_run_had_done_before_is_not_in_its_rate():
+def test_what_a_resumed_run_had_done_before_is_not_in_its_rate() -> None:
     lines = run(steps=40, seconds=0.5, start=1_000_000).splitlines()
     assert lines[0].startswith("train [x]: 1,000,020 of 1,000,040 images (100%), 2.00 images/s, 10 s left")
     assert lines[-1] == "train [x]: 40 images in 20 s, 2.00 images/s"
 
 
-def test_the_rate_follows_the_last_minute():
+def test_the_rate_follows_the_last_minute() -> None:
     out, clock = io.StringIO(), Clock()
     with Progress("work", 100_000, console=Console(file=out, width=160), clock=clock) as progress:
         done = 0
@@ -110,7 +116,7 @@ def test_the_rate_follows_the_last_minute():
     assert ", 10 images/s," in out.getvalue().splitlines()[-2]
 
 
-def test_a_failed_run_does_not_say_that_it_is_done():
+def test_a_failed_run_does_not_say_that_it_is_done() -> None:
     out, clock = io.StringIO(), Clock()
     with pytest.raises(KeyboardInterrupt), Progress("train", 10, console=Console(file=out), clock=clock) as progress:
         clock.now = 5.0
@@ -119,7 +125,7 @@ def test_a_failed_run_does_not_say_that_it_is_done():
     assert out.getvalue() == ""
 
 
-def test_progress_goes_to_stderr(capfd):
+def test_progress_goes_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
     with Progress("train", 10, clock=clock) as progress:
         clock.now = 20.0
@@ -129,7 +135,7 @@ def test_progress_goes_to_stderr(capfd):
     assert "5 of 10 images" in shown.err
 
 
-def test_bound_by_names_the_longest_part_of_the_busiest_pool_and_the_speed_of_each_part():
+def test_bound_by_names_the_longest_part_of_the_busiest_pool_and_the_speed_of_each_part() -> None:
     loader, lanes, writer = Pool(2, {"decode": 0.8, "augment": 0.4}), Pool(1, {"teacher": 1.2, "encode": 0.1}), 0.05
     assert bound_by([loader, lanes, Pool(1, {"write": writer, "idle": 0.0})], 1.5, 600) == (
         "bound by teacher (busy 1.3 s of 1.5 s): teacher 500 images/s · decode 1,500 images/s · augment 3,000 images/s · "
@@ -138,13 +144,13 @@ def test_bound_by_names_the_longest_part_of_the_busiest_pool_and_the_speed_of_ea
     assert bound_by([], 0.0, 0) == bound_by([Pool(1, {"write": 0.0})], 0.0, 0) == "bound by nothing: no time was spent"
 
 
-def test_bound_by_counts_together_what_the_same_workers_do():
+def test_bound_by_counts_together_what_the_same_workers_do() -> None:
     """Neither part of the loader takes as long as the student, but its two processes do both."""
     loader, main = Pool(2, {"decode": 1.6, "augment": 1.4}), Pool(1, {"student": 1.2})
     assert bound_by([loader, main], 1.6, 600).startswith("bound by decode (busy 1.5 s of 1.6 s): student 500 images/s")
 
 
-def test_both_stages_report_the_speed_of_every_part(tmp_path: Path):
+def test_both_stages_report_the_speed_of_every_part(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(TEACHER)
     make_tiny_data(tmp_path / "train", n=42, block=20, shard=10)
     c = config(tmp_path, data={"val": ""}, train={"epochs": 2})
@@ -172,11 +178,11 @@ def test_both_stages_report_the_speed_of_every_part(tmp_path: Path):
         (86400 * 3 + 4 * 3600, "3 d 4 h"),
     ],
 )
-def test_durations_read_as_people_say_them(seconds, text):
+def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_doctor_reports_rows_that_json_and_a_table_can_hold(tmp_path, monkeypatch):
+def test_doctor_reports_rows_that_json_and_a_table_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     report = doctor()
     names = {row.name for row in report.checks}
@@ -205,7 +211,7 @@ def test_doctor_reports_rows_that_json_and_a_table_can_hold(tmp_path, monkeypatc
     assert all(name in out.getvalue() for name in names)
 
 
-def test_doctor_warns_of_a_slow_checksum_and_of_a_disk_without_hard_links(monkeypatch):
+def test_doctor_warns_of_a_slow_checksum_and_of_a_disk_without_hard_links(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_links(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
@@ -216,7 +222,7 @@ def test_doctor_warns_of_a_slow_checksum_and_of_a_disk_without_hard_links(monkey
     assert "another disk" in rows["hard links"].advice
 
 
-def test_doctor_reports_a_broken_installation_instead_of_failing_with_it(monkeypatch):
+def test_doctor_reports_a_broken_installation_instead_of_failing_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> list[doctor_module.Check]:
         raise ImportError("libcudart.so: no such file [1]")
 

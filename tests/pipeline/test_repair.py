@@ -55,9 +55,9 @@ def flip(path: Path, bit: int) -> None:
 
 
 def shown(report: RepairReport) -> list[str]:
-    console = Console(file=io.StringIO(), width=200)
-    render(report, console)
-    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    out = io.StringIO()
+    render(report, Console(file=out, width=200))
+    return out.getvalue().splitlines()
 
 
 def times(root: Path) -> dict[str, int]:

@@ -125,12 +125,14 @@ def test_online_forwards_are_counted_over_the_whole_run(cached: Path, tmp_path: 
 class Two(Ranks):
     """Two ranks of one process; a sum over them is ready once both have given theirs."""
 
+    other: dict[str, Any]
+
     def __init__(self, rank: int, other: dict[str, Any]) -> None:
         super().__init__(rank=rank, count=2)
         object.__setattr__(self, "other", other)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        return x.add_(torch.as_tensor(self.other["value"], dtype=x.dtype))  # type: ignore[attr-defined]
+        return x.add_(torch.as_tensor(self.other["value"], dtype=x.dtype))
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -149,7 +151,7 @@ def test_the_sums_of_an_epoch_go_on_with_any_number_of_ranks(count: int) -> None
 
 
 def test_the_record_holds_each_ranks_sums_and_all_their_forwards() -> None:
-    other = {"value": 0}
+    other: dict[str, Any] = {"value": 0}
     state = RunState(Two(0, other), torch.device("cpu"), ("label",), 5)
     state.add(torch.tensor(0.5), {"label": torch.tensor(0.25)}, 1)
     other["value"] = torch.tensor([[0.0, 0.0], [2.0, 3.0]])
@@ -285,7 +287,7 @@ def test_another_score_starts_the_search_for_the_best_again() -> None:
         state = RunState(Ranks(), torch.device("cpu"), ("label",), 2)
         state.best = state.shown = Best("top1.class", 50.0, 4, "0" * 64)
         state.change([("train.best", "top1.class", new)], 4)
-        assert (state.best, state.shown) == (None, None)
+        assert state.best is None and state.shown is None
 
 
 def test_a_run_that_exports_something_else_for_a_while_still_finds_its_best(cached: Path, tmp_path: Path) -> None:

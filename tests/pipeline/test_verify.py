@@ -23,7 +23,7 @@ from cskd.pipeline.care.verify import render, verify
 from cskd.pipeline.show.progress import Progress
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import Commit, publish, write_file
-from cskd.store.format import VIEW_FIELDS, commit_file
+from cskd.store.format import UNIT_FIELDS, commit_file
 from cskd.store.seal import seal_cache
 from cskd.store.unit import content_hash, pack_unit
 from tests.caches import make_tiny_cache, make_tiny_data
@@ -87,7 +87,7 @@ def test_an_intact_cache_without_its_images_is_sound(cache: Cache) -> None:
 
 @pytest.mark.parametrize("wish", [{"images": True}, {"replay": 5}, {"again": 5}])
 def test_images_that_are_asked_for_and_absent_are_one_line_before_the_work(
-    cache: Cache, monkeypatch: pytest.MonkeyPatch, wish: dict[str, int]
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, wish: dict[str, Any]
 ) -> None:
     there = moved(cache)
     checked: list[int] = []
@@ -136,7 +136,7 @@ def test_a_shard_of_which_no_image_is_as_it_was_is_one_line_and_a_few_bad_images
 def test_a_disk_that_fails_is_given_up_after_a_few_images(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each takes three tries with a wait between: a shard of 4,096 would take an hour."""
     monkeypatch.setattr("cskd.pipeline.care.verify.LISTED", 2)
-    monkeypatch.setattr("cskd.dataset.shard_reader.WAIT", 0.0)
+    monkeypatch.setattr("cskd.dataset.shard_reader.RETRY_WAIT", 0.0)
     monkeypatch.setattr("cskd.dataset.shard_reader.pread", fail)
     report = verify(cache.root, images=True, quiet=True)
     assert len(report.errors) == 6 and report.images_read == 4
@@ -185,7 +185,7 @@ def test_files_of_one_unit_that_disagree_in_a_field_are_found(tmp_path: Path, fi
         files, contents = [], {name: dict(unit.fields) for name, unit in units.items()}
         contents[changed][field] = contents[changed].get(field, contents[changed]["label"]) + 1
         for name, unit in units.items():
-            names = {n: VIEW_FIELDS.get(n, (None, ("sample",)))[1] for n in contents[name]}
+            names = {n: UNIT_FIELDS.get(n, (None, ("sample",)))[1] for n in contents[name]}
             data = pack_unit(contents[name], unit.targets, {**names, **cache.codecs[name].dimensions}, {})
             files.append(write_file(cache.root, 0, 1, name, data, 0))
         targets = {name: unit.targets for name, unit in units.items()}
@@ -200,9 +200,9 @@ def test_of_an_unfinished_cache_the_next_step_is_said(tmp_path: Path) -> None:
     cache = make_tiny_cache(tmp_path, skip=[(1, 2)])
     report = verify(cache.root, replay=100, quiet=True)
     assert (report.missing, report.errors, report.replayed, report.sealed) == (1, [], 25, False)
-    console = Console(file=io.StringIO(), width=200)
-    render(report, console)
-    assert "missing: block 1, view 2; `cskd cache-teacher` with its config makes them" in console.file.getvalue()  # type: ignore[attr-defined]
+    out = io.StringIO()
+    render(report, Console(file=out, width=200))
+    assert "missing: block 1, view 2; `cskd cache-teacher` with its config makes them" in out.getvalue()
 
 
 def test_progress_of_a_replay_ends_at_the_views_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from cskd.codecs.base import BLEND_ONE
 from cskd.store.cache import Cache
-from cskd.store.format import VIEW_FIELDS
+from cskd.store.format import UNIT_FIELDS
 from cskd.teacher.arithmetic import unchanged
 from cskd.views.mix_pixels import _mix_batch, _mix_rows
 from cskd.views.mixing import CUTMIX, MIXUP, NONE
@@ -80,8 +80,8 @@ def test_the_documents_replay_is_what_the_teacher_saw_to_the_last_bit(cache: Cac
 
 def test_the_documents_tables_list_every_array(cache: Cache) -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", TEXT, re.MULTILINE))
-    assert rows.keys() == VIEW_FIELDS.keys() | cache.codecs["envelope"].fields.keys()
-    for name, (dtype, _) in VIEW_FIELDS.items():
+    assert rows.keys() == UNIT_FIELDS.keys() | cache.codecs["envelope"].fields.keys()
+    for name, (dtype, _) in UNIT_FIELDS.items():
         assert rows[name].startswith(np.dtype(dtype).name)
 
 

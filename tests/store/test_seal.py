@@ -17,7 +17,7 @@ from cskd.pipeline.look.inspect_cache import inspect
 from cskd.store.cache import Cache, create_cache, open_cache
 from cskd.store.commit import Commit, publish, read_commit
 from cskd.store.format import SEAL, commit_file
-from cskd.store.resolved import write_resolved
+from cskd.store.manifest import write_resolved
 from cskd.store.seal import read_seal, seal_cache, seal_facts
 from tests.caches import make_tiny_cache
 
@@ -71,7 +71,7 @@ def test_content_that_differs_from_what_was_sealed_is_found(cache: Cache) -> Non
 
 def test_a_cache_that_grows_keeps_the_seal_of_its_first_views(cache: Cache) -> None:
     grown = create_cache(cache.root, replace(cache.manifest, views=4), cache.inventory)
-    write_resolved(grown)
+    write_resolved(grown.root, grown.manifest)
     report = verify(grown.root, quiet=True)
     assert (report.errors, report.missing, report.sealed) == ([], 2, False)
     (cache.root / commit_file(0, 1)).unlink()

@@ -7,17 +7,20 @@ import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numcodecs.zstd
 import numpy as np
 import pytest
 import zarr
+from numpy.typing import NDArray
+from zarr.core.metadata.v3 import ArrayV3Metadata
 
 from cskd.errors import CacheError
 from cskd.store.cache import Cache, create_cache, first_difference, open_cache
 from cskd.store.commit import Commit, publish, read_commit
-from cskd.store.format import FORMAT, MANIFEST, MANIFEST_COPY, VIEW_FIELDS, commit_file
+from cskd.store.format import FORMAT, MANIFEST, MANIFEST_COPY, UNIT_FIELDS, commit_file
 from cskd.store.manifest import Manifest, begin_manifest, read_manifest, write_manifest
 from cskd.store.unit import content_hash, pack_unit, read_unit
 from tests.caches import make_tiny_cache
@@ -35,9 +38,14 @@ def unit_path(cache: Cache, block: int = 0, view: int = 0) -> Path:
 
 
 def test_the_same_arrays_give_the_same_bytes_and_come_back_as_they_were(tmp_path: Path) -> None:
-    fields = {"seed": np.arange(7, dtype=np.uint64), "label": np.arange(7, dtype=np.int32)}
-    targets = {"extra": np.arange(20, dtype=np.uint16), "empty": np.empty(0, np.uint16)}
-    names = {"seed": ("sample",), "label": ("sample",), "extra": ("segment",), "empty": ("segment",)}
+    fields: dict[str, NDArray[Any]] = {"seed": np.arange(7, dtype=np.uint64), "label": np.arange(7, dtype=np.int32)}
+    targets: dict[str, NDArray[Any]] = {"extra": np.arange(20, dtype=np.uint16), "empty": np.empty(0, np.uint16)}
+    names: dict[str, tuple[str, ...]] = {
+        "seed": ("sample",),
+        "label": ("sample",),
+        "extra": ("segment",),
+        "empty": ("segment",),
+    }
     data = pack_unit(fields, targets, names, {"codec": "x"})
     assert data == pack_unit(dict(reversed(fields.items())), targets, names, {"codec": "x"})
     path = tmp_path / "unit.zarr.zip"
@@ -53,10 +61,11 @@ def test_stock_zarr_opens_a_unit_and_sees_every_field_with_its_dimensions(cache:
     with zarr.storage.ZipStore(unit_path(cache), mode="r") as store:
         group = zarr.open_group(store, mode="r")
         assert group.attrs["format"] == FORMAT
-        for name, (dtype, dimensions) in VIEW_FIELDS.items():
+        for name, (dtype, dimensions) in UNIT_FIELDS.items():
             array = group[name]
             assert isinstance(array, zarr.Array)
             assert array.dtype == dtype
+            assert isinstance(array.metadata, ArrayV3Metadata)
             assert array.metadata.dimension_names == dimensions
 
 
@@ -169,7 +178,7 @@ def test_first_difference_is_the_dotted_name() -> None:
 
 def test_a_file_and_a_cache_without_inventory_are_named(tmp_path: Path) -> None:
     root = make_tiny_cache(tmp_path).root
-    with pytest.raises(CacheError, match=r"manifest\.json is a file, expected the folder of a cache"):
+    with pytest.raises(CacheError, match=r"manifest\.json is a file, expected a cache, made by"):
         open_cache(root / "manifest.json")
     shutil.rmtree(root / "inventory")
     with pytest.raises(CacheError, match=r"has lost its inventory folder.*cskd repair"):
@@ -203,7 +212,7 @@ def test_a_unit_reads_as_stock_zarr_reads_it_in_one_chunk_or_many(
     monkeypatch.setattr("cskd.store.unit.CHUNK_BYTES", chunk_bytes)
     unit = cache.read(0, 0, next(iter(cache.codecs)))
     targets = {**unit.targets, "empty": np.empty((0, 3), np.float16), "odd": np.arange(35, dtype=np.float32)}
-    names = {name: dimensions for name, (_, dimensions) in VIEW_FIELDS.items()}
+    names = {name: dimensions for name, (_, dimensions) in UNIT_FIELDS.items()}
     names |= {name: tuple("abc"[: array.ndim]) for name, array in targets.items()}
     path = tmp_path / "unit.zarr.zip"
     path.write_bytes(pack_unit(unit.fields, targets, names, {}))

@@ -15,11 +15,11 @@ from timm.utils.model_ema import ModelEmaV3
 import cskd.pipeline.training_run
 from cskd.config import Config, LossConfig, from_dict
 from cskd.errors import ConfigError
-from cskd.pipeline.evaluate import HeadScores, evaluate_checkpoint
+from cskd.pipeline.evaluate import HeadScores, evaluate_checkpoint, score_heads
 from cskd.pipeline.show.metrics import read_metrics
 from cskd.pipeline.train import train
-from cskd.student.average import average_notes, share_of_start
 from cskd.student.best import Best, score_asked, score_names
+from cskd.student.optim import average_notes, share_of_start
 from tests.pipeline.test_pipeline import cached_data, run_settings
 from tests.student.test_checkpoint import start
 
@@ -35,11 +35,10 @@ def settings(base: Path, output: Path, **changes: Any) -> Config:
 
 def scored(monkeypatch: pytest.MonkeyPatch, *scores: float) -> None:
     """Let the evaluations of a run give these to its live class head, counted from its first epoch on."""
-    real = cskd.pipeline.training_run.score_heads
     left = list(scores)
 
     def call(*args: Any) -> Any:
-        found, unreadable = real(*args)
+        found, unreadable = score_heads(*args)
         return found | {"class": HeadScores(left.pop(0), 100.0)}, unreadable
 
     monkeypatch.setattr(cskd.pipeline.training_run, "score_heads", call)

@@ -13,17 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cskd.config import Config
-from cskd.errors import ConfigError, StudentError, TeacherError
+from cskd.errors import ConfigError, NotFiniteError, StudentError, TeacherError
+from cskd.files.weights import first_not_finite
 from cskd.machine.ranks import Ranks
 from cskd.method.losses import DistillationLoss
 from cskd.pipeline.run_state import RunState
 from cskd.pipeline.show.metrics import read_metrics
 from cskd.pipeline.train import train
 from cskd.student.checkpoint import ResumeStates, TrainState, export, load_student
-from cskd.student.finite import NotFiniteError, first_not_finite
 from cskd.student.optim import Optimisation
 from tests.pipeline.test_pipeline import cached_data, config, run_settings
-from tests.student.test_checkpoint import NAMES, advance, start
+from tests.student.test_checkpoint import NAMES, advance, head_of, start
 
 NAN, INF = math.nan, math.inf
 
@@ -121,7 +121,7 @@ def test_weights_that_went_wrong_in_the_last_update_are_found_before_they_are_sa
         norm = real(self, loss, step)
         if step == 4:  # the last of an epoch
             with torch.no_grad():
-                self.student.backbone.head.weight[0, 0] = INF
+                self.student.backbone.get_parameter("head.weight")[0, 0] = INF
         return norm
 
     monkeypatch.setattr(Optimisation, "update", update)
@@ -137,9 +137,9 @@ def test_a_state_that_is_not_finite_is_never_written(tmp_path: Path, name: str) 
     states.save(*run, TrainState(1))
     student, optimisation = run
     assert optimisation.averaged is not None
-    parameter = student.backbone.head.weight
+    parameter = head_of(student)
     moment = optimisation.optimizer.state[parameter]["exp_avg"]
-    broken = {"weights": parameter, "average": optimisation.averaged.backbone.head.weight, "optimiser": moment}[name]
+    broken = {"weights": parameter, "average": head_of(optimisation.averaged), "optimiser": moment}[name]
     with torch.no_grad():
         broken[0, 0] = NAN
     with pytest.raises(NotFiniteError, match="not finite at step 2"):
@@ -153,7 +153,7 @@ def test_weights_that_are_not_finite_do_not_replace_an_export_that_is(tmp_path: 
     export(tmp_path, *run, settings, NAMES)
     before = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in tmp_path.iterdir()}
     with torch.no_grad():
-        run[0].backbone.head.weight[0, 0] = NAN
+        head_of(run[0])[0, 0] = NAN
     with pytest.raises(NotFiniteError, match="of the live weights is not finite"):
         export(tmp_path, *run, settings, NAMES)
     assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in tmp_path.iterdir()} == before
@@ -168,7 +168,7 @@ def test_a_state_that_is_not_finite_is_passed_over_as_a_damaged_one(
     with monkeypatch.context() as patch:
         patch.setattr("cskd.student.resume.first_not_finite", lambda _: None)
         with torch.no_grad():
-            run[0].backbone.head.weight[0, 0] = NAN
+            head_of(run[0])[0, 0] = NAN
         states.save(*run, TrainState(2))
     state = states.load(*start(seed=1))
     assert state is not None and state.step == 1
@@ -231,7 +231,17 @@ def test_all_ranks_stop_at_the_step_at_which_one_of_them_does() -> None:
         state.check(3, *start())
 
 
-def test_logits_of_a_live_teacher_that_are_no_numbers_stop_the_run(cached: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float8_e4m3fn, torch.bfloat16, torch.float64])
+def test_numbers_of_every_width_are_looked_at(dtype: torch.dtype) -> None:
+    good, bad = torch.tensor([1.0, 2.0]).to(dtype), torch.tensor([1.0, math.nan]).to(dtype)
+    whole = torch.tensor([1, 2])
+    assert first_not_finite({"a": good, "b": whole}) is None
+    assert first_not_finite({"a": good, "b": bad}) == "b"
+
+
+def test_logits_of_a_live_teacher_that_are_no_numbers_stop_the_run(
+    cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As the codecs refuse them in stage 1: an argmax of NaN would be a class like any other."""
     from cskd.loading.targets import LiveTargets
 
@@ -241,6 +251,7 @@ def test_logits_of_a_live_teacher_that_are_no_numbers_stop_the_run(cached: Path,
         def in_batches(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return torch.full((len(x), 5, 1, 1), NAN), torch.zeros(len(x), 5)
 
+    monkeypatch.setattr("cskd.loading.targets.mixed_pixels", lambda batch, device: torch.zeros(2, 3, 8, 8))
     targets = LiveTargets(Broken(), config(cached).loss, 3)  # type: ignore[arg-type]
     with pytest.raises(TeacherError, match="the teacher's logits hold NaN"):
-        targets._logits(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+        targets.of({}, 0, torch.device("cpu"))

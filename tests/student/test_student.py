@@ -1,6 +1,9 @@
 """The student's heads, patch logits and starting weights; its optimiser."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
 from unittest.mock import patch
 
 import pytest
@@ -8,16 +11,19 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch import Tensor
 
 from cskd.config import LossConfig, StudentConfig, TrainConfig
+from cskd.config.schema import Method
 from cskd.errors import ConfigError, StudentError
 from cskd.method.losses import DistillationLoss, HardTargets, MixedLabels
 from cskd.student import StudentOutput, build_student, eval_heads
+from cskd.student.model import Student
 from cskd.student.optim import Optimisation, reseed_step, scaled_lr
 
 DEIT, PLAIN = "deit_tiny_distilled_patch16_224", "vit_tiny_patch16_224"
-TINY = {"patch_size": 4, "depth": 2, "embed_dim": 48, "num_heads": 3}
-KINDS = {
+TINY: dict[str, Any] = {"patch_size": 4, "depth": 2, "embed_dim": 48, "num_heads": 3}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "distilled": (DEIT, {}),
     "plain": (PLAIN, {}),
     "registers": (PLAIN, {"reg_tokens": 4, "no_embed_class": True}),
@@ -25,7 +31,14 @@ KINDS = {
 }
 
 
-def build(model=DEIT, classes=7, size=32, drop_path=0.0, init=None, **kwargs):
+def build(
+    model: str = DEIT,
+    classes: int = 7,
+    size: int | tuple[int, int] = 32,
+    drop_path: float = 0.0,
+    init: Path | None = None,
+    **kwargs: Any,
+) -> Student:
     torch.manual_seed(0)
     config = StudentConfig(model, TINY | kwargs, drop_path=drop_path, init=None if init is None else str(init))
     student = build_student(config, classes, size)
@@ -36,18 +49,18 @@ def build(model=DEIT, classes=7, size=32, drop_path=0.0, init=None, **kwargs):
     return student.eval()
 
 
-def images(h=32, w=32, n=3):
+def images(h: int = 32, w: int = 32, n: int = 3) -> Tensor:
     return torch.randn(n, 3, h, w, generator=torch.Generator().manual_seed(1))
 
 
-def patch_head(student):
+def patch_head(student: Student) -> Any:
     return student.backbone.head_dist if student.distilled else student.backbone.head
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("grid", [(8, 8), (4, 4), (2, 4), (1, 1), (3, 5)])
 @torch.no_grad()
-def test_patch_logits_are_the_pooled_logits_of_the_single_patches(kind, grid):
+def test_patch_logits_are_the_pooled_logits_of_the_single_patches(kind: str, grid: tuple[int, int]) -> None:
     model, kwargs = KINDS[kind]
     student = build(model, **kwargs)
     tokens = student.backbone.forward_features(images())[:, student.backbone.num_prefix_tokens :]
@@ -61,13 +74,13 @@ def test_patch_logits_are_the_pooled_logits_of_the_single_patches(kind, grid):
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_class_and_distillation_logits_are_timms(kind):
+def test_class_and_distillation_logits_are_timms(kind: str) -> None:
     model, kwargs = KINDS[kind]
     student = build(model, **kwargs)
     output = student(images())
     assert output.patch_logits is None
     if student.distilled:
-        vit = student.backbone.train()
+        vit: Any = student.backbone.train()
         vit.set_distilled_training(True)
         assert all(torch.equal(a, b) for a, b in zip(output[:2], vit(images()), strict=True))
         assert torch.equal(eval_heads(output)["class+distillation"], vit.eval()(images()))
@@ -77,9 +90,9 @@ def test_class_and_distillation_logits_are_timms(kind):
 
 
 @torch.no_grad()
-def test_a_norm_before_the_head_is_applied_after_pooling_and_said():
+def test_a_norm_before_the_head_is_applied_after_pooling_and_said() -> None:
     student = build(PLAIN, global_pool="avg")
-    vit = student.backbone
+    vit: Any = student.backbone
     torch.nn.init.normal_(vit.fc_norm.weight)
     [note] = student.notes
     assert "norm before its head" in note
@@ -90,7 +103,7 @@ def test_a_norm_before_the_head_is_applied_after_pooling_and_said():
 
 
 @torch.no_grad()
-def test_rows_and_columns_of_a_grid_that_is_not_square_stay_apart():
+def test_rows_and_columns_of_a_grid_that_is_not_square_stay_apart() -> None:
     student = build(size=(32, 48))
     assert student.patch_grid == (8, 12)
     x = images(32, 48)
@@ -101,7 +114,7 @@ def test_rows_and_columns_of_a_grid_that_is_not_square_stay_apart():
 
 
 @torch.no_grad()
-def test_a_dynamic_model_takes_its_grid_from_the_image():
+def test_a_dynamic_model_takes_its_grid_from_the_image() -> None:
     student = build(dynamic_img_size=True)
     tokens = student.backbone.forward_features(images(24, 48))[:, 2:].reshape(3, 6, 12, 48)
     got = student(images(24, 48), (3, 4)).patch_logits
@@ -109,7 +122,7 @@ def test_a_dynamic_model_takes_its_grid_from_the_image():
     torch.testing.assert_close(got[:, :, 0, 0], want, rtol=0, atol=1e-5)
 
 
-def test_a_teacher_grid_finer_than_the_patches_is_refused():
+def test_a_teacher_grid_finer_than_the_patches_is_refused() -> None:
     student = build(patch_size=8)
     with pytest.raises(StudentError, match=r"4 x 4 patches, too few for the teacher's grid of 7 x 2.*grid: \[4, 2\]"):
         student.check_grid((7, 2))
@@ -133,13 +146,15 @@ def test_a_teacher_grid_finer_than_the_patches_is_refused():
         (DEIT, {"embed_dim": 50}, "can't be built"),
     ],
 )
-def test_a_model_that_can_not_be_taught_is_refused_with_the_reason(model, kwargs, message):
+def test_a_model_that_can_not_be_taught_is_refused_with_the_reason(
+    model: str, kwargs: dict[str, Any], message: str
+) -> None:
     with pytest.raises(StudentError, match=message):
         build_student(StudentConfig(model, kwargs), 7, 32)
 
 
 @torch.no_grad()
-def test_logits_are_float32_under_bf16_autocast():
+def test_logits_are_float32_under_bf16_autocast() -> None:
     student = build()
     with torch.autocast("cpu", torch.bfloat16):
         output = student(images(), (4, 4))
@@ -149,7 +164,7 @@ def test_logits_are_float32_under_bf16_autocast():
 
 
 @torch.no_grad()
-def test_attention_that_is_not_fused_gives_the_same_logits():
+def test_attention_that_is_not_fused_gives_the_same_logits() -> None:
     student = build()
     outputs, calls = [], []
     kernel = F.scaled_dot_product_attention
@@ -164,7 +179,7 @@ def test_attention_that_is_not_fused_gives_the_same_logits():
 
 
 @torch.no_grad()
-def test_the_student_compiles_to_one_graph():
+def test_the_student_compiles_to_one_graph() -> None:
     student = build()
     compiled = torch.compile(student, fullgraph=True, backend="eager")
     for grid in (None, (4, 4)):
@@ -174,20 +189,23 @@ def test_the_student_compiles_to_one_graph():
 
 @pytest.mark.parametrize("model", [DEIT, PLAIN])
 @pytest.mark.parametrize("method", ["none", "none of both heads", "deit-hard", "cskd-hard"])
-def test_every_parameter_learns(model, method):
+def test_every_parameter_learns(model: str, method: str) -> None:
     """But those of the distillation head, where the class head is trained alone."""
-    method, _, both = method.partition(" of ")
-    student, loss = build(model), DistillationLoss(LossConfig(method, baseline_head="mean" if both else "class"))
+    name, _, both = method.partition(" of ")
+    student, loss = (
+        build(model),
+        DistillationLoss(LossConfig(cast(Method, name), baseline_head="mean" if both else "class")),
+    )
     output = student.train()(images(), (4, 4) if loss.uses_patches else None)
     label = torch.tensor([0, 1, 2])
     targets = HardTargets(label, torch.randint(7, (3, 4, 4)))
     loss(output, MixedLabels(label, label, torch.ones(3)), targets)[0].backward()
     idle = [n for n, p in student.named_parameters() if p.grad is None or not p.grad.any()]
-    alone = model == DEIT and method == "none" and not both
+    alone = model == DEIT and name == "none" and not both
     assert idle == (["backbone.head_dist.weight", "backbone.head_dist.bias"] if alone else [])
 
 
-def test_averages_are_of_logits_and_labelled():
+def test_averages_are_of_logits_and_labelled() -> None:
     cls, dist, patch = torch.randn(2, 5), torch.randn(2, 5), torch.randn(2, 5, 3, 3)
     heads = eval_heads(StudentOutput(cls, dist, patch))
     mean = patch.mean((2, 3))
@@ -211,7 +229,7 @@ def test_averages_are_of_logits_and_labelled():
         (("class", "distillation", "patches"), ["class", "distillation", "patches", "class+distillation", "all"]),
     ],
 )
-def test_no_average_holds_a_head_that_was_not_trained(trained, names):
+def test_no_average_holds_a_head_that_was_not_trained(trained: tuple[str, ...], names: list[str]) -> None:
     output = StudentOutput(torch.randn(2, 5), torch.randn(2, 5), torch.randn(2, 5, 3, 3))
     heads, single = eval_heads(output, trained), eval_heads(output)
     assert list(heads) == names
@@ -225,7 +243,7 @@ def test_no_average_holds_a_head_that_was_not_trained(trained, names):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", ["safetensors", "bare.pth", "model.pth", "ema.pth"])
-def test_a_checkpoint_of_the_same_model_is_taken_as_it_is(tmp_path, kind, form):
+def test_a_checkpoint_of_the_same_model_is_taken_as_it_is(tmp_path: Path, kind: str, form: str) -> None:
     model, kwargs = KINDS[kind]
     source = build(model, **kwargs).backbone.state_dict()
     path = tmp_path / f"w.{form}"
@@ -244,7 +262,7 @@ def test_a_checkpoint_of_the_same_model_is_taken_as_it_is(tmp_path, kind, form):
     assert all(torch.equal(v, source[k]) for k, v in student.backbone.state_dict().items())
 
 
-def test_a_checkpoint_of_another_resolution_and_other_classes_is_adapted(tmp_path):
+def test_a_checkpoint_of_another_resolution_and_other_classes_is_adapted(tmp_path: Path) -> None:
     source = build(classes=9, size=64).backbone
     save_file(source.state_dict(), tmp_path / "w.safetensors")
     student = build(init=tmp_path / "w.safetensors")
@@ -257,7 +275,7 @@ def test_a_checkpoint_of_another_resolution_and_other_classes_is_adapted(tmp_pat
         assert same == (name != "pos_embed" and not name.startswith("head")), name
 
 
-def test_a_checkpoint_of_other_patches_says_that_its_patch_embedding_was_resampled(tmp_path):
+def test_a_checkpoint_of_other_patches_says_that_its_patch_embedding_was_resampled(tmp_path: Path) -> None:
     source = build().backbone
     own = source.patch_embed.proj.weight.shape[-1]
     save_file(source.state_dict(), tmp_path / "w.safetensors")
@@ -265,7 +283,7 @@ def test_a_checkpoint_of_other_patches_says_that_its_patch_embedding_was_resampl
     assert f"from {own} x {own} to {2 * own} x {2 * own} pixels" in student.notes[1]
 
 
-def test_the_config_beside_a_checkpoint_tells_a_grid_that_is_not_square(tmp_path):
+def test_the_config_beside_a_checkpoint_tells_a_grid_that_is_not_square(tmp_path: Path) -> None:
     source = build(size=(16, 64)).backbone  # 4 x 16 patches: 64, as many as 8 x 8
     save_file(source.state_dict(), tmp_path / "model.safetensors")
     assert build(init=tmp_path).notes == []  # taken for 8 x 8
@@ -286,7 +304,9 @@ def test_the_config_beside_a_checkpoint_tells_a_grid_that_is_not_square(tmp_path
         (lambda s: s.clear(), "more than tensors or none"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_is_refused_with_the_reason(tmp_path, change, message):
+def test_a_checkpoint_that_does_not_fit_is_refused_with_the_reason(
+    tmp_path: Path, change: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
     state = dict(build().backbone.state_dict())
     change(state)
     torch.save(state, tmp_path / "w.pth")
@@ -295,11 +315,11 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_the_reason(tmp_path, cha
 
 
 class Evil:
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[str]]:
         return print, ("code of a checkpoint was run",)
 
 
-def test_garbage_and_pickled_code_are_refused(tmp_path, capsys):
+def test_garbage_and_pickled_code_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"garbage")
     (tmp_path / "b.pth").write_bytes(b"garbage")
     torch.save({"model": Evil()}, tmp_path / "c.pth")
@@ -318,7 +338,7 @@ def test_garbage_and_pickled_code_are_refused(tmp_path, capsys):
 RECIPE = TrainConfig(epochs=20, global_batch=64, warmup_epochs=2.5, lr=1e-3, warmup_lr=1e-6, min_lr=1e-5)
 
 
-def test_the_learning_rate_is_a_function_of_the_step():
+def test_the_learning_rate_is_a_function_of_the_step() -> None:
     optimisation = Optimisation(build(), RECIPE, steps_per_epoch=10)
     rates = [optimisation.set_lr(step) for step in range(200)]
     for step in (0, 7, 24):
@@ -330,12 +350,12 @@ def test_the_learning_rate_is_a_function_of_the_step():
     assert [again.set_lr(step) for step in (150, 3, 25)] == [rates[150], rates[3], rates[25]]
 
 
-def test_the_learning_rate_scales_with_the_batch_where_asked():
+def test_the_learning_rate_scales_with_the_batch_where_asked() -> None:
     assert scaled_lr(RECIPE) == 1e-3
     assert scaled_lr(TrainConfig(lr=5e-4, lr_batch=512, global_batch=1024)) == 1e-3
 
 
-def test_weight_decay_skips_biases_norms_tokens_and_positions():
+def test_weight_decay_skips_biases_norms_tokens_and_positions() -> None:
     student = build()
     groups = Optimisation(student, RECIPE, 10).optimizer.param_groups
     decayed = {id(p) for g in groups if g["weight_decay"] == 0.05 for p in g["params"]}
@@ -345,33 +365,34 @@ def test_weight_decay_skips_biases_norms_tokens_and_positions():
 
 
 @pytest.mark.parametrize("warmup", [True, False])
-def test_averaged_weights_follow_the_live_ones(warmup):
+def test_averaged_weights_follow_the_live_ones(warmup: bool) -> None:
     student = build()
     optimisation = Optimisation(student, TrainConfig(ema=0.9, ema_warmup=warmup, warmup_epochs=0, lr=1e-2), 10)
     assert Optimisation(student, RECIPE, 10).averaged is None
-    average = None
+    average: Tensor | None = None
     for step in range(4):
         optimisation.update(student(images()).cls_logits.square().mean(), step)
-        live = student.backbone.head.weight.detach().clone()
+        live = student.backbone.get_parameter("head.weight").detach().clone()
         decay = min(0.9, 1 - (step + 1) ** (-2 / 3)) if warmup else 0.9
+        assert optimisation.averaged is not None
         average = live if average is None else decay * average + (1 - decay) * live
         torch.testing.assert_close(optimisation.averaged.backbone.head.weight, average)
-    assert not torch.allclose(average, live, atol=1e-4)
+    assert average is not None and not torch.allclose(average, live, atol=1e-4)
 
 
-def test_gradients_are_clipped_to_the_norm():
+def test_gradients_are_clipped_to_the_norm() -> None:
     student = build()
     optimisation = Optimisation(student, TrainConfig(clip_grad=0.5, opt="sgd", warmup_epochs=0), 10)
     norm = optimisation.update(100 * student(images()).cls_logits.square().mean(), 0)
-    assert norm > 5
+    assert norm is not None and norm > 5
     clipped = torch.linalg.vector_norm(
         torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
     )
     assert clipped.item() == pytest.approx(0.5, rel=1e-4)
 
 
-def test_a_step_of_a_rank_has_its_own_random_numbers():
-    def draw(*where):
+def test_a_step_of_a_rank_has_its_own_random_numbers() -> None:
+    def draw(*where: int) -> float:
         reseed_step(*where)
         return torch.rand(()).item()
 
@@ -386,12 +407,13 @@ def test_a_step_of_a_rank_has_its_own_random_numbers():
         ({"epochs": 5, "warmup_epochs": 5}, "warmup_epochs is 5, expected"),
     ],
 )
-def test_an_optimiser_or_warm_up_that_can_not_be_is_refused(change, message):
+def test_an_optimiser_or_warm_up_that_can_not_be_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Optimisation(build(), TrainConfig(**change), 10)
 
 
-def test_drop_path_is_the_configs():
+def test_drop_path_is_the_configs() -> None:
     rates = [getattr(b.drop_path1, "drop_prob", 0.0) for b in build(drop_path=0.2).backbone.blocks]
     assert rates == pytest.approx([0.0, 0.2])
-    assert timm.create_model(DEIT, **TINY).blocks[1].drop_path1.__class__.__name__ == "Identity"  # timm's default is 0
+    plain: Any = timm.create_model(DEIT, **TINY)
+    assert plain.blocks[1].drop_path1.__class__.__name__ == "Identity"  # timm's default is 0

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import cskd.teacher.lanes
+from cskd.codecs.base import Arrays
 from cskd.codecs.envelope import EnvelopeCodec
 from cskd.errors import CodecError
 from cskd.files.claims import Claims
@@ -44,7 +46,7 @@ def one_at_a_time(made: Cache, root: Path, base: Path) -> Cache:
     teacher = load_teacher(c.teacher, inventory.classes, CPU, c.recipe.size)
     maker = ChunkMaker(ViewMaker(inventory, c.recipe), inventory.id)
     for block in range(cache.blocks):
-        first, stop = cache.block_range(block)
+        first, stop = cache.inventory.block_range(block)
         order = quads(stop - first, c.recipe, inventory.id, block, 0)
         for view in range(cache.views):
             unit = UnitBuilder(inventory, c.recipe, cache.codecs, view, first, order)
@@ -137,7 +139,7 @@ def test_an_error_of_a_lane_stops_the_stage_with_its_own_line(
 ) -> None:
     encode, count = EnvelopeCodec.encode, iter(range(1000))
 
-    def failing(*arguments):
+    def failing(*arguments: Any) -> Arrays:
         if next(count) == batch:
             raise CodecError("dense logits of sample 3 of the batch hold nan")
         return encode(*arguments)
@@ -203,7 +205,7 @@ def test_an_interrupt_in_a_pass_leaves_whole_units_only(
 ) -> None:
     encode, count = EnvelopeCodec.encode, iter(range(1000))
 
-    def interrupted(*arguments):
+    def interrupted(*arguments: Any) -> Arrays:
         if next(count) == 25:
             raise KeyboardInterrupt
         return encode(*arguments)

@@ -19,8 +19,7 @@ from cskd.pipeline.measure_precision import first_views, measure_precision
 from cskd.store.cache import Cache, open_cache
 from cskd.store.manifest import read_manifest, write_manifest
 from cskd.teacher.arithmetic import BLENDS, Precision, in_words, unchanged
-from cskd.teacher.forwards import teacher_images
-from cskd.teacher.model import load_teacher
+from cskd.teacher.model import load_teacher, teacher_images
 from cskd.teacher.precision import arithmetic, is_reference, measure
 from cskd.views.maker import ViewMaker
 from tests.caches import make_tiny_cache, make_tiny_data
@@ -149,8 +148,9 @@ def test_a_manifest_of_somebody_elses_is_refused_for_facts_that_can_not_be(tmp_p
     root = make_tiny_cache(tmp_path, n=5, views=1).root
     manifest = read_manifest(root)
     for name, value in (("precision", facts), ("notes", 5), ("notes", [5])):
+        wrong: dict[str, Any] = {name: value}
         with pytest.raises(CacheError, match=name):
-            write_manifest(root, dataclasses.replace(manifest, **{name: value}))
+            write_manifest(root, dataclasses.replace(manifest, **wrong))
             read_manifest(root)
     write_manifest(root, dataclasses.replace(manifest, precision=unchanged().facts, notes=["one"]))
     assert inspect(root).teacher.notes == ["one"]

@@ -17,9 +17,8 @@ from torch._dynamo.exc import TorchDynamoException
 
 from cskd.config import TeacherConfig
 from cskd.errors import TeacherError
-from cskd.teacher.forwards import teacher_images
-from cskd.teacher.model import Prepare, Preprocess
-from cskd.teacher.probe import compare_probe, probe_images
+from cskd.teacher.fingerprint import compare_probe, probe_images
+from cskd.teacher.model import Prepare, Preprocess, teacher_images
 from tests.teachers import NAMES, load, pixels, tiny_teacher
 
 
@@ -28,8 +27,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TeacherConfig:
     return tiny_teacher(tmp_path_factory.mktemp("tiny"))
 
 
-def plain(config: TeacherConfig) -> nn.Module:
-    model: nn.Module = timm.create_model("resnet18", **config.kwargs)
+def plain(config: TeacherConfig) -> Any:  # what its parts are is timm's
+    model = timm.create_model("resnet18", **config.kwargs)
     model.load_state_dict(safetensors.torch.load_file(str(config.weights)))
     return model.eval()
 

@@ -93,7 +93,7 @@ def test_every_usual_form_of_checkpoint_gives_the_same_network(tmp_path: Path, f
 
 
 def test_the_hash_covers_parameters_buffers_and_names() -> None:
-    model = trained()
+    model: Any = trained()
     before = weights_sha256(model)
     assert weights_sha256(trained()) == before
     model.bn1.running_mean[0] += 1e-6
@@ -165,6 +165,7 @@ def test_unknown_models_and_kwargs_are_named() -> None:
 def test_an_own_file_is_imported_by_its_content(tmp_path: Path) -> None:
     where = own_file(tmp_path)
     built = build(TeacherConfig(model=where, kwargs={"width": 6}))
+    assert isinstance(built.model, nn.Sequential) and isinstance(built.model[0], nn.Conv2d)
     assert built.model[0].out_channels == 6
     assert built.source["model"] == "build" and built.source["kwargs"] == {"width": 6}
     assert str(tmp_path) not in str(built.source)  # a moved file is the same teacher

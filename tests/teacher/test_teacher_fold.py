@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import timm
@@ -20,7 +21,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TeacherConfig:
     return tiny_teacher(tmp_path_factory.mktemp("tiny"))
 
 
-def uneven(model: nn.Module) -> nn.Module:
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def uneven(model: Network) -> Network:
     """Eval mode, with batch statistics and affine parameters that are not those of a fresh network."""
     torch.manual_seed(0)
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
@@ -30,6 +34,7 @@ def uneven(model: nn.Module) -> nn.Module:
             (norm.weight, 0.5, 2),
             (norm.bias, -1, 1),
         ):
+            assert values is not None
             nn.init.uniform_(values, low, high)
     return model.eval().requires_grad_(False)
 
@@ -55,8 +60,9 @@ class Twice(nn.Module):
         self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        return (self.norm(y) + y).mean((2, 3))
+        y: Tensor = self.conv(x)
+        z: Tensor = self.norm(y)
+        return (z + y).mean((2, 3))
 
 
 def test_a_convolution_that_is_read_elsewhere_too_is_refused() -> None:

@@ -66,7 +66,8 @@ def test_a_same_convolution_reads_the_same_pixels(
 @torch.no_grad()
 def test_in_bf16_it_is_as_close_as_autocast() -> None:
     torch.manual_seed(0)
-    model, x = timm.create_model("regnety_002", num_classes=10).eval(), torch.randn(4, 3, 64, 64)
+    model: Any = timm.create_model("regnety_002", num_classes=10).eval()
+    x = torch.randn(4, 3, 64, 64)
     fold_norms(model, x)
     exact = model.forward_features(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -91,7 +92,8 @@ class Awkward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.act(self.twice(self.twice(self.act(self.watched(x)))))
-        return self.own(self.plain(self.mirrored(y)))
+        z: Tensor = self.own(self.plain(self.mirrored(y)))
+        return z
 
 
 @torch.no_grad()
@@ -115,8 +117,9 @@ class Branching(nn.Module):
         self.conv, self.act = nn.Conv2d(3, 4, 1), nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        return self.act(y) + y
+        y: Tensor = self.conv(x)
+        z: Tensor = self.act(y)
+        return z + y
 
 
 @torch.no_grad()
@@ -186,7 +189,8 @@ class OwnPrecision(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x)
         with torch.autocast("cpu", enabled=False):
-            return self.last(self.second(y.float()).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            z: Tensor = self.last(self.second(y.float()).permute(0, 2, 3, 1))
+            return z.permute(0, 3, 1, 2)
 
 
 @torch.no_grad()

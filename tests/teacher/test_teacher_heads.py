@@ -5,7 +5,7 @@ Weights are random, biases and running statistics of norms too: fresh networks h
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import timm
@@ -14,14 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cskd.errors import TeacherError
+from cskd.teacher.fingerprint import probe_images
 from cskd.teacher.heads import Head, find_head, full_precision, keep_classes
-from cskd.teacher.probe import probe_images
 
 CPU = torch.device("cpu")
 K = 10
 
 
-def stir(model: nn.Module) -> nn.Module:
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def stir(model: Network) -> Network:
     """Move everything that initialisation leaves at 0 or 1."""
     g = torch.Generator().manual_seed(0)
     for name, p in model.named_parameters():
@@ -41,7 +44,7 @@ def images(size: int, n: int = 2) -> Tensor:
     return (torch.from_numpy(probe_images(size)[2 : 2 + n]).permute(0, 3, 1, 2).float() - 127.0) / 60.0
 
 
-def build(name: str, **kwargs: Any) -> nn.Module:
+def build(name: str, **kwargs: Any) -> Any:  # what its parts are is timm's
     torch.manual_seed(0)  # weights that explode for one seed in a hundred would hide a difference, or make one
     return stir(timm.create_model(name, num_classes=K, **kwargs))
 
@@ -153,7 +156,7 @@ class Own(nn.Module):
         super().__init__()
         self.body = nn.Conv2d(3, 8, 3, 4, 1)
         self.after = after or nn.Identity()
-        self.score: nn.Module = nn.Conv2d(hidden, K, 1) if conv else nn.Linear(hidden, K)
+        self.score = nn.Conv2d(hidden, K, 1) if conv else nn.Linear(hidden, K)
         if conv:
             self.classifier = self.score
         self.conv = conv
@@ -163,7 +166,8 @@ class Own(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.after(self.forward_features(x).mean((2, 3)))
-        return self.score(z[:, :, None, None]).flatten(1) if self.conv else self.score(z)
+        y: Tensor = self.score(z[:, :, None, None]).flatten(1) if self.conv else self.score(z)
+        return y
 
 
 @pytest.mark.parametrize("conv", [False, True])
@@ -173,6 +177,7 @@ def test_an_own_network_is_dense_through_its_last_linear_layer(conv: bool) -> No
         head = find_head(model, x, "exact")
         features = model.forward_features(x)
         dense_BKhw, global_BK = head.dense(features)
+        assert model.score.bias is not None
         weight, bias = model.score.weight.reshape(K, 8), model.score.bias
         expected = torch.einsum("bchw,kc->bkhw", features, weight) + bias[:, None, None]
     torch.testing.assert_close(dense_BKhw, expected)
@@ -211,7 +216,8 @@ class Liar(Own):
     """Its forward_head is not what forward does."""
 
     def forward_head(self, features: Tensor) -> Tensor:
-        return self.score(features.mean((2, 3))) + 0.01
+        y: Tensor = self.score(features.mean((2, 3)))
+        return y + 0.01
 
 
 def test_a_forward_head_that_is_not_the_model_s_is_refused() -> None:
@@ -223,6 +229,7 @@ class OwnDense(Own):
     fault = ""
 
     def forward_dense(self, x: Tensor) -> Any:
+        assert self.score.bias is not None
         features = self.forward_features(x)
         dense = torch.einsum("bchw,kc->bkhw", features, self.score.weight) + self.score.bias[:, None, None]
         if self.fault == "cells":
@@ -250,7 +257,7 @@ def test_a_network_s_own_forward_dense_is_used() -> None:
 )
 def test_an_own_forward_dense_is_held_to_its_promise(fault: str, reason: str) -> None:
     model = stir(OwnDense())
-    model.fault = fault  # type: ignore[assignment]
+    model.fault = fault
     with torch.no_grad():
         with pytest.raises(TeacherError, match=reason):
             find_head(model, images(32), "exact")
@@ -285,6 +292,7 @@ def test_no_autocast_reaches_the_classifier() -> None:
 
 def test_logits_that_are_not_finite_are_refused() -> None:
     model = stir(Own())
+    assert model.score.bias is not None
     model.score.bias.data[3] = float("nan")
     with torch.no_grad(), pytest.raises(TeacherError, match="not finite"):
         find_head(model, images(32), "exact")

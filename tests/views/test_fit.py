@@ -41,7 +41,8 @@ def test_pixels_that_no_patch_covers_are_refused_with_the_sizes_that_fit() -> No
         student((32, 36))
     with pytest.raises(StudentError, match=r"recipe.size to 16, another"):
         student(8)
-    for kwargs in ({"dynamic_img_size": True}, {"dynamic_img_pad": True}):  # each alone breaks at the first image
+    alone: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"dynamic_img_pad": True})
+    for kwargs in alone:  # each alone breaks at the first image
         with pytest.raises(StudentError, match="dynamic_img_size: true, dynamic_img_pad: true"):
             student(200, **kwargs)
     with pytest.raises(StudentError) as refused:

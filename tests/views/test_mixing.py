@@ -47,19 +47,19 @@ def timms(recipe: RecipeConfig) -> Drawn:
 )
 def test_modes_lambdas_and_boxes_are_timms(recipe: RecipeConfig) -> None:
     a, b = ours(recipe), timms(recipe)
-    assert_same_counts(*([mode for mode, _, _ in drawn] for drawn in (a, b)), "modes")
+    assert_same_counts([mode for mode, _, _ in a], [mode for mode, _, _ in b], "modes")
     for kind, name in ((MIXUP, "mixup"), (CUTMIX, "cutmix")):
         if getattr(recipe, name) == 0:
             assert not any(m == kind for m, _, _ in a)
             continue
-        lambdas = [[lam for m, lam, _ in drawn if m == kind] for drawn in (a, b)]
-        assert_same_distribution(*lambdas, f"lambda of {name}")
+        of_a, of_b = ([lam for m, lam, _ in drawn if m == kind] for drawn in (a, b))
+        assert_same_distribution(of_a, of_b, f"lambda of {name}")
     if recipe.cutmix:
         boxes = [np.array([box for m, _, box in drawn if m == CUTMIX]) for drawn in (a, b)]
         for i, edge in enumerate(("top", "bottom", "left", "right")):
             assert_same_distribution(boxes[0][:, i], boxes[1][:, i], edge)
         areas = [(box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2]) for box in boxes]
-        assert_same_distribution(*areas, "area")
+        assert_same_distribution(areas[0], areas[1], "area")
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 4, 7, 41])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -19,7 +20,7 @@ from cskd.config.rand_string import RandSettings, parse_rand_string
 from cskd.errors import ConfigError
 from cskd.views import geometry
 from cskd.views.ops import apply_op
-from cskd.views.randaugment import OPERATIONS, Op, argument_of, draw_jitter, draw_randaugment
+from cskd.views.randaugment import TIMM_OPERATIONS, Op, argument_of, draw_jitter, draw_randaugment
 from cskd.views.recipe import sample_params
 from tests.distributions import assert_same_counts, assert_same_distribution
 
@@ -28,7 +29,7 @@ DRAWS = 20_000
 FILL = (124, 116, 104)  # of ImageNet's mean
 SLIDES = ("ShearX", "ShearY", "TranslateX", "TranslateY")
 SIGNED = {"Rotate": 30.0, "ShearX": 0.3, "ShearY": 0.3, "TranslateX": 0.45, "TranslateY": 0.45}
-TIMM_FUNCTION = {
+TIMM_FUNCTION: dict[str, Callable[..., Image.Image]] = {
     "AutoContrast": timm_ops.auto_contrast,
     "Equalize": timm_ops.equalize,
     "Invert": timm_ops.invert,
@@ -68,7 +69,7 @@ def test_a_string_means_what_timm_reads_in_it(text: str) -> None:
     assert ours.layers == timms.num_layers
     for op in timms.ops:
         assert (ours.prob, ours.magnitude, ours.magnitude_std) == (op.prob, op.magnitude, op.magnitude_std)
-    assert [ours_of(op.name) for op in timms.ops] == list(OPERATIONS)
+    assert [ours_of(op.name) for op in timms.ops] == list(TIMM_OPERATIONS)
     assert ours.increasing == any(op.name.endswith("Increasing") for op in timms.ops)
 
 
@@ -123,20 +124,27 @@ def note(name: str, before: tuple[Op, ...], *arguments: float, **_: object) -> t
     return (*before, Op(name, arguments[0] if arguments else None))
 
 
+def strength(op: Op) -> float:
+    assert op.argument is not None
+    return op.argument
+
+
 def test_operations_are_as_frequent_as_timms(our_draws: list[tuple[Op, ...]], timm_draws: list[tuple[Op, ...]]) -> None:
     assert_same_counts([len(ops) for ops in our_draws], [len(ops) for ops in timm_draws], "operations a view")
     ours, timms = ([op.name for ops in draws for op in ops] for draws in (our_draws, timm_draws))
-    assert set(ours) == set(OPERATIONS)
+    assert set(ours) == set(TIMM_OPERATIONS)
     assert_same_counts(ours, timms, "operation")
     pairs = [Counter(tuple(op.name for op in ops) for ops in our_draws if len(ops) == 2)]
     assert len(pairs[0]) == 15 * 15  # with replacement, and in both orders
 
 
-@pytest.mark.parametrize("name", [n for n in OPERATIONS if argument_of(n, 9.0, False, True) is not None])
+@pytest.mark.parametrize("name", [n for n in TIMM_OPERATIONS if argument_of(n, 9.0, False, True) is not None])
 def test_operations_are_as_strong_as_timms(
     name: str, our_draws: list[tuple[Op, ...]], timm_draws: list[tuple[Op, ...]]
 ) -> None:
-    ours, timms = ([op.argument for ops in draws for op in ops if op.name == name] for draws in (our_draws, timm_draws))
+    ours, timms = (
+        [strength(op) for ops in draws for op in ops if op.name == name] for draws in (our_draws, timm_draws)
+    )
     assert_same_distribution(ours, timms, name)
 
 
@@ -210,7 +218,7 @@ def images() -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", TIMM_OPERATIONS)
 def test_pixels_are_timms(name: str, images: dict[str, np.ndarray]) -> None:
     """Exactly, but for the four slides: one level at most, in fewer than 1 in 100 pixels."""
     for negative in (False, True):
@@ -223,7 +231,7 @@ def test_pixels_are_timms(name: str, images: dict[str, np.ndarray]) -> None:
                 before = image.copy()
                 ours = apply_op(image, Op(name, argument), FILL)
                 assert np.array_equal(image, before), f"{name} wrote on its input"
-                assert (ours.dtype, ours.shape) == (np.uint8, image.shape)
+                assert (ours.dtype, ours.shape) == (np.dtype(np.uint8), image.shape)
                 assert ours.flags.c_contiguous and ours.flags.writeable
                 wrong = abs(ours - timms)
                 if name not in SLIDES:
@@ -256,7 +264,7 @@ def test_jitter_is_torchvisions_in_strength_and_order() -> None:
     assert len(orders) == 6
     assert min(orders.values()) > 880 and max(orders.values()) < 1120
     for name in ("Brightness", "Contrast", "Color"):
-        factors = [op.argument for ops in drawn for op in ops if op.name == name]
+        factors = [strength(op) for ops in drawn for op in ops if op.name == name]
         assert_same_distribution(factors, np.linspace(0.7, 1.3, 6000), name)
     assert draw_jitter(7, 0.0) == ()
 
@@ -338,7 +346,7 @@ def numpy_slide(image: np.ndarray, shift: np.ndarray, axis: int, fill: tuple[int
     out += p2 - p0
     out *= t
     out += p1
-    result = np.clip(out.astype(np.int16), 0, 255).astype(np.uint8).reshape(image.shape)
+    result: np.ndarray = np.clip(out.astype(np.int16), 0, 255).astype(np.uint8).reshape(image.shape)
     fill_rims(result if axis == 1 else result.swapaxes(0, 1), shift, fill)
     return result
 

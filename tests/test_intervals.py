@@ -7,7 +7,7 @@ import math
 import pytest
 from scipy import stats
 
-from cskd.pipeline.statistics import paired_difference, spread, t_quantile
+from cskd.pipeline.intervals import paired_difference, spread, t_quantile
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 8, 9, 30, 101])

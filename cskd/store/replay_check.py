@@ -10,13 +10,13 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from cskd.dataset.inventory import evenly
 from cskd.errors import CacheError, CskdError, ImageError, ReplayError
 from cskd.seeds import hash64, permutation
 from cskd.store.cache import Cache
 from cskd.store.format import Unit
-from cskd.views.digest import check_view, pixel_crc
+from cskd.views.digest import changed_versions, check_view, pixel_crc
 from cskd.views.maker import ViewMaker
-from cskd.views.versions import changed_versions
 
 GOLDEN = 256  # views replayed when versions have changed: each of DeiT's fifteen ops is in 17 of them on average
 
@@ -25,9 +25,7 @@ def golden_rows(cache: Cache, count: int) -> Iterator[tuple[int, int, Unit, NDAr
     """About `count` of a cache's views, spread over its units: (block, view, unit, rows of it), the same every time."""
     missing = set(cache.missing())
     made = [(b, v) for b in range(cache.blocks) for v in range(cache.views) if (b, v) not in missing]
-    chosen = (
-        [made[i] for i in np.unique(np.linspace(0, len(made) - 1, min(count, len(made))).astype(int))] if made else []
-    )
+    chosen = [made[i] for i in evenly(len(made), count)]
     codec = next(iter(cache.codecs))
     for left, (block, view) in zip(range(len(chosen), 0, -1), chosen, strict=True):
         unit = cache.read(block, view, codec)
@@ -43,7 +41,7 @@ def replay_golden(cache: Cache, count: int) -> Iterator[str | None]:
     """
     maker, recorded = ViewMaker(cache.inventory, cache.recipe), cache.recorded()
     for block, view, unit, rows in golden_rows(cache, count):
-        first = cache.block_range(block)[0]
+        first = cache.inventory.block_range(block)[0]
         for row in rows.tolist():
             sample = first + int(unit.position[row])
             fields = {name: array[row] for name, array in unit.fields.items()}
@@ -57,14 +55,14 @@ def replay_golden(cache: Cache, count: int) -> Iterator[str | None]:
                 yield None
 
 
-def check_versions(cache: Cache) -> str | None:
-    """Replay golden samples where libraries have changed since the cache was made; says so, or None where none has.
+def check_versions(cache: Cache) -> list[str]:
+    """Replay golden samples where libraries have changed since the cache was made; a note that says so.
 
     Raises:  CacheError for the first view that differs.
     """
     changed = changed_versions(dict(cache.manifest.versions or {}))
     if not changed:
-        return None
+        return []
     count = 0
     try:
         for reason in replay_golden(cache, GOLDEN):
@@ -73,4 +71,4 @@ def check_versions(cache: Cache) -> str | None:
                 raise ReplayError(reason)
     except CskdError as e:
         raise CacheError(f"{cache.root}: golden samples, replayed since {changed}: {e}") from None
-    return f"since the cache was made: {changed}; {count} golden views replay exactly"
+    return [f"since the cache was made: {changed}; {count} golden views replay exactly"]
