@@ -19,7 +19,7 @@ import platform
 import sys
 import tarfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,13 +30,13 @@ import PIL
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.on_device import make_views, pixel_crcs, plan_views
 from cskd.config import RecipeConfig
 from cskd.dataset.images import decode
 from cskd.seeds import mix64
 from cskd.views.digest import pixel_crc, view_digest
 from cskd.views.mix_pixels import mix_pixels
 from cskd.views.mixing import pair_params
-from cskd.views.on_device import make_views, pixel_crcs, plan_views
 from cskd.views.ops import apply
 from cskd.views.recipe import describe, sample_params
 
@@ -49,7 +49,8 @@ class Clock:
     """Seconds by name, of wall or CPU time; waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, Counter[str]()
+        self.device = device
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
@@ -87,7 +88,9 @@ def compare(images: list[Image], views: int, batch: int, device: torch.device, m
         numbers = range(first, min(first + batch, views))
         own = [images[n % len(images)] for n in numbers]
         seeds = [mix64(n) for n in numbers]
-        params = [sample_params(seed, *image.shape[:2], DEIT) for seed, image in zip(seeds, own, strict=True)]
+        params = [
+            sample_params(seed, image.shape[0], image.shape[1], DEIT) for seed, image in zip(seeds, own, strict=True)
+        ]
         operations.update(op.name for p in params for op in p.ops)
         operations.update("erase" for p in params for _ in p.erasures)
         begun = time.process_time()

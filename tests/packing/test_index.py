@@ -68,7 +68,9 @@ def test_labels_come_from_cls_or_json_and_names_from_a_file_or_numbers(tmp_path:
 
 def test_a_label_that_no_codec_can_hold_is_refused_where_numbers_would_be_its_name(tmp_path: Path) -> None:
     tar(tmp_path / "x.tar", {"a/0.jpg": b"", "a/0.cls": b"65535"})
-    with pytest.raises(DataError, match="the largest label is 65535, expected one below 65535; mend the shards' labels"):
+    with pytest.raises(
+        DataError, match="the largest label is 65535, expected one below 65535; mend the shards' labels"
+    ):
         index(tmp_path)
 
 

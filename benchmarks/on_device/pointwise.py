@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cskd.views import colour
-from cskd.views.on_device.buffer import Slot, Writer
+from benchmarks.on_device.buffer import Slot, Writer
+from cskd.views import Image, colour
 from cskd.views.randaugment import Op
 
 # Shapes: B views of a batch, n of them with an operation of this kind, S pixels of a side, C 3 channels
 
 _LEVELS = np.arange(256, dtype=np.uint8)
-_BY_ARGUMENT: Mapping[str, Callable[[float], colour.Image]] = {
+_BY_ARGUMENT: Mapping[str, Callable[[float], Image]] = {
     "Posterize": lambda bits: colour.posterize(_LEVELS, int(bits)),
     "Solarize": lambda threshold: colour.solarize(_LEVELS, int(threshold)),
     "SolarizeAdd": lambda add: colour.solarize_add(_LEVELS, int(add)),

@@ -1,4 +1,4 @@
-"""Views of a batch made where they are used: `ops.apply` by torch operations, the same bytes on every device.
+"""A prototype: views of a batch made where they are used, `ops.apply` by torch operations, the same bytes on every device.
 
     plan = plan_views(params, shapes)             on the host, in a worker: decides everything
     views = make_views(images, plan.to(device))   uint8 [B, S, S, 3]
@@ -37,13 +37,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from benchmarks.on_device.buffer import Writer
+from benchmarks.on_device.checksum import pixel_crcs
+from benchmarks.on_device.moving import SLIDES, TURNS, Slides, Turns
+from benchmarks.on_device.noise import Erasures
+from benchmarks.on_device.pointwise import BLENDS, TABLES, Blends, Tables
+from benchmarks.on_device.resizing import Bucket, Source, buckets
 from cskd.views.geometry import Fill
-from cskd.views.on_device.buffer import Writer
-from cskd.views.on_device.checksum import pixel_crcs
-from cskd.views.on_device.moving import SLIDES, TURNS, Slides, Turns
-from cskd.views.on_device.noise import Erasures
-from cskd.views.on_device.pointwise import BLENDS, TABLES, Blends, Tables
-from cskd.views.on_device.resizing import Bucket, Source, buckets
 from cskd.views.ops import fill_colour
 from cskd.views.randaugment import Op
 from cskd.views.recipe import ViewParams

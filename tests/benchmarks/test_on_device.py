@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.on_device import make_views, pixel_crcs, plan_views, resizing
 from cskd.config import RecipeConfig
 from cskd.views.digest import pixel_crc
 from cskd.views.mix_pixels import _mix_batch, mix_pixels
 from cskd.views.mixing import pair_params
-from cskd.views.on_device import make_views, pixel_crcs, plan_views, resizing
 from cskd.views.ops import apply
-from cskd.views.randaugment import OPERATIONS, Op, argument_of
+from cskd.views.randaugment import TIMM_OPERATIONS, Op, argument_of
 from cskd.views.recipe import Box, ViewParams, describe, sample_params
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -62,7 +62,7 @@ def assert_same(images: Sequence[np.ndarray], params: Sequence[ViewParams], devi
 
 
 def every_operation() -> Iterator[Op]:
-    for name in OPERATIONS:
+    for name in TIMM_OPERATIONS:
         arguments = {
             argument_of(name, magnitude, negative, increasing)
             for magnitude in (0.0, 0.37, 5.0, 9.0, 10.0)
@@ -88,14 +88,14 @@ def test_every_operation_at_every_strength(size: int, device: str) -> None:
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_recipes_on_images_of_all_shapes(recipe: RecipeConfig, device: str) -> None:
     images = [image(*shape, seed) for seed in range(8) for shape in SHAPES]
-    params = [sample_params(seed, *pixels.shape[:2], recipe) for seed, pixels in enumerate(images)]
+    params = [sample_params(seed, pixels.shape[0], pixels.shape[1], recipe) for seed, pixels in enumerate(images)]
     assert_same(images, params, device)
 
 
 def test_full_size_views() -> None:
     recipe = RecipeConfig(size=224, randaugment=f"{RAND}-p1", erase=1.0)
     images = [image(375 - 9 * i, 500 - 31 * i, i) for i in range(12)]
-    assert_same(images, [sample_params(i, *pixels.shape[:2], recipe) for i, pixels in enumerate(images)])
+    assert_same(images, [sample_params(i, pixels.shape[0], pixels.shape[1], recipe) for i, pixels in enumerate(images)])
 
 
 @pytest.mark.parametrize("size", [32, 224])
@@ -124,7 +124,8 @@ def test_no_weight_is_near_to_being_rounded_otherwise(size: int) -> None:
 def test_products_in_float64_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     images = [image(90, 70), image(20, 300), image(3000, 5)]  # the last has too many weights a pixel for float32
     params = [
-        ViewParams(32, Box(0, 0, *pixels.shape[:2]), 0, flip) for pixels, flip in zip(images, (0, 1, 0), strict=True)
+        ViewParams(32, Box(0, 0, pixels.shape[0], pixels.shape[1]), 0, flip)
+        for pixels, flip in zip(images, (False, True, False), strict=True)
     ]
     assert resizing._exact_dtype(377, torch.device("cpu")) == torch.float64
     views = assert_same(images, params)
@@ -133,7 +134,7 @@ def test_products_in_float64_give_the_same(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_products_that_may_be_tf32_are_done_in_float64() -> None:
-    matmul: Any = torch.backends.mkldnn.matmul
+    matmul: Any = vars(torch.backends)["mkldnn"].matmul
     assert resizing._exact_dtype(11, torch.device("cpu")) == torch.float32
     before = matmul.fp32_precision
     try:
@@ -158,7 +159,9 @@ def test_buckets_hold_every_view_once_and_little_padding() -> None:
 
 def test_views_of_one_image_share_it_and_a_plan_can_be_copied() -> None:
     images, which = [image(60, 50), image(40, 90)], [1, 0, 0, 1, 1]
-    params = [sample_params(seed, *images[i].shape[:2], RECIPES["strong"]) for seed, i in enumerate(which)]
+    params = [
+        sample_params(seed, images[i].shape[0], images[i].shape[1], RECIPES["strong"]) for seed, i in enumerate(which)
+    ]
     plan = copy.deepcopy(plan_views(params, [i.shape[:2] for i in images], which))
     pixels = torch.cat([torch.from_numpy(i).view(-1, 3) for i in images])
     expected = [apply(images[i], p) for i, p in zip(which, params, strict=True)]
@@ -170,7 +173,7 @@ def test_views_of_one_image_share_it_and_a_plan_can_be_copied() -> None:
 def test_mixed_pixels_are_those_of_the_cpu(device: str) -> None:
     recipe = RecipeConfig(size=32, randaugment=RAND, mixup=0.8, cutmix=1.0)
     images = [image(50 + i, 70 - i, i) for i in range(24)]
-    params = [sample_params(i, *pixels.shape[:2], recipe) for i, pixels in enumerate(images)]
+    params = [sample_params(i, pixels.shape[0], pixels.shape[1], recipe) for i, pixels in enumerate(images)]
     views = assert_same(images, params, device)
     mode, lam, box = zip(*(pair_params(i // 2, i // 2 + 99, recipe) for i in range(24)), strict=True)
     fields = [torch.arange(24) ^ 1, torch.tensor(mode, dtype=torch.uint8), torch.tensor(lam), torch.tensor(box)]
@@ -207,7 +210,7 @@ def test_only_operations_that_are_the_same_on_cuda_are_used_and_few_of_them() ->
 def test_what_can_not_be_planned_is_refused() -> None:
     crop = Box(0, 0, 8, 8)
     for params, text in [
-        ([ViewParams(8, crop, 0, False), ViewParams(9, crop, 0, False)], r"sizes of views are \[8, 9\]"),
+        ([ViewParams(8, crop, 0, False), ViewParams(9, crop, 0, False)], r"views have sizes \[8, 9\]"),
         ([ViewParams(8, crop, 0, False, (Op("Blur", 1.0),))] * 2, "operation 'Blur' is not known"),
         ([ViewParams(8, crop, 0, False, (Op("Rotate", None),))] * 2, "operation Rotate has no argument"),
         ([ViewParams(9, crop, 4, False)] * 2, "padded crop is 8 x 8 pixels"),
