@@ -14,7 +14,8 @@ import torch
 from cskd.views import Image
 
 _LEVELS = np.arange(256, dtype=np.uint8)
-_LUMA = np.array([19595, 38470, 7471], np.float32) / 65536  # ITU-R 601-2; sums are of 24 bits: exact in float32
+LUMA_65536 = 19595, 38470, 7471  # ITU-R 601-2, of red, green, blue
+_LUMA = np.array(LUMA_65536, np.float32) / 65536  # sums are of 24 bits: exact in float32
 
 
 def auto_contrast(image_HWC: Image) -> Image:
