@@ -84,8 +84,8 @@ def test_a_page_gets_its_tables_between_the_markers(tmp_path: Path) -> None:
 
 def test_figures_are_drawn(tmp_path: Path) -> None:
     lines = tmp_path / "tally.jsonl"
-    more = row("cskd-linear", 0, 52.0, "few-views3", views=3)
-    lines.write_text("".join(json.dumps(r) + "\n" for r in [*tally(), more]))
+    more = [row("cskd-linear", 0, 50.0 + n, f"few-views{n}", views=n) for n in (1, 3)]
+    lines.write_text("".join(json.dumps(r) + "\n" for r in [*tally(), *more]))
     figures.main(["--tally", str(lines), "--out", str(tmp_path)])
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["few_curve.png", "views.png"]
 
