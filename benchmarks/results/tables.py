@@ -20,7 +20,7 @@ from benchmarks.results.students import METHODS, all_runs
 from benchmarks.results.sweep import TALLY, read_tally
 from cskd.pipeline.intervals import Difference, paired_difference
 
-REFERENCES = ("none", "deit-hard")  # that every method is compared with
+REFERENCES = ("none", "deit-hard", "cskd-linear")  # that every method is compared with
 Row = dict[str, Any]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -45,6 +46,17 @@ def no_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (cskd.pipeline.cache_teacher, cskd.pipeline.online):
         monkeypatch.setattr(module, "load_teacher", refuse)
+
+
+def test_no_training_images_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    settings = Config()
+    settings = dataclasses.replace(
+        settings, cache=dataclasses.replace(settings.cache, path=str(tmp_path / "new" / "cache"))
+    )
+    before = tmp_path.stat().st_mtime_ns
+    with pytest.raises(ConfigError, match=r"data\.train is empty"):
+        cache_teacher(settings, quiet=True)
+    assert (list(tmp_path.iterdir()), tmp_path.stat().st_mtime_ns) == ([], before)
 
 
 FAULTS: list[tuple[type[CskdError], str, dict[str, dict[str, Any]]]] = [
