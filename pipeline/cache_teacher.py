@@ -22,8 +22,8 @@ from rich.console import Console
 from cskd.config import Config, to_dict
 from cskd.dataset.inventory import Inventory
 from cskd.errors import CacheError, ConfigError
+from cskd.loading.feed import fed
 from cskd.loading.stage1 import ChunkMaker
-from cskd.loading.stream import Stream
 from cskd.machine.devices import pick_device
 from cskd.machine.threads import Threads, begun_with, choose_threads, computing_with
 from cskd.pipeline.clean_check import clean_check
@@ -95,7 +95,7 @@ def _cache_teacher(config: Config, threads: Threads, quiet: bool) -> CacheReport
     ):
         while passes := missing_passes(cache):
             maker_of_chunks, tasks = ChunkMaker(maker, inventory.id), line.tasks(passes)
-            results = iter(Stream(maker_of_chunks, tasks, config.cache.workers, pin_memory=device.type == "cuda"))
+            results = fed(maker_of_chunks, tasks, device, config.cache.workers)
             before, by_others = line.units, total - views_left(cache) - line.images
             for chunk in results:
                 line.feed(chunk)

@@ -20,10 +20,10 @@ from cskd.errors import CacheError, ConfigError
 from cskd.files.durable import put
 from cskd.files.scratch import new_scratch
 from cskd.files.writer import Writer
+from cskd.loading.feed import fed
 from cskd.loading.plan import PlanSpec
 from cskd.loading.sources import Batch, TargetSource, ViewSource
 from cskd.loading.stage2 import BatchMaker, EvalTask, eval_tasks
-from cskd.loading.stream import Stream
 from cskd.loading.targets import CachedTargets
 from cskd.loading.tasks import RunTasks
 from cskd.machine.devices import arithmetic, pick_device, uses_bf16
@@ -141,8 +141,7 @@ class TrainingRun:
         clean = ViewMaker(self.val, self.views.recipe) if self.val else None
         recorded = self.views.recorded() if self.verify_replay else None
         maker = BatchMaker(views, clean, settings.eval_crop_pct, recorded)
-        pin = self.device.type == "cuda"
-        return tasks, iter(Stream(maker, tasks, settings.workers, settings.prefetch, pin_memory=pin))
+        return tasks, fed(maker, tasks, self.device, settings.workers, settings.prefetch)
 
     def pools(self, seconds: dict[str, float], read_seconds: float) -> list[Pool]:
         """Who did what for how long."""

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +15,11 @@ from multiprocessing import forkserver
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from cskd.errors import CskdError, ReadError
-from cskd.loading.shared import mapped_slots, use_slots
+from cskd.loading.shared import SharedBatch, mapped_slots, use_slots
 
 T = TypeVar("T")
 T_contra = TypeVar("T_contra", contravariant=True)
@@ -57,7 +59,9 @@ class Stream(Generic[T, R]):
     """`worker(task)` for every task, in order. Tasks are drawn lazily, a few ahead of the result that is read.
 
     workers: processes (0 = in this one); prefetch: results a worker keeps ready; start: 'forkserver' by default, since a
-    forked copy of a process with threads can hang.
+    forked copy of a process with threads can hang. lend_to: None, results are the reader's own; a device: each is
+    a SharedBatch, or has one as its field `batch`, in its worker's own buffer, page-locked for that device. It may be written
+    again from when the result `workers` places after it is asked for; the stream then waits for the marks in its `reads`.
     """
 
     def __init__(
@@ -66,16 +70,16 @@ class Stream(Generic[T, R]):
         tasks: Iterable[T],
         workers: int,
         prefetch: int = 4,
-        pin_memory: bool = False,
+        lend_to: torch.device | None = None,
         start: str = "forkserver",
     ) -> None:
         self._worker, self._tasks = worker, tasks
-        self._workers, self._prefetch, self._pin, self._start = workers, prefetch, pin_memory, start
+        self._workers, self._prefetch, self._lend_to, self._start = workers, prefetch, lend_to, start
 
     def __iter__(self) -> Iterator[R]:
         if self._workers:
             _start_deaf_to_interrupts()
-        with mapped_slots() as stream:
+        with mapped_slots(self._lend_to) as stream:
             yield from self._results(stream)
 
     def _results(self, stream: int) -> Iterator[R]:
@@ -86,13 +90,18 @@ class Stream(Generic[T, R]):
             num_workers=self._workers,
             prefetch_factor=self._prefetch if self._workers else None,
             multiprocessing_context=self._start if self._workers else None,
-            pin_memory=self._pin,
             collate_fn=_as_it_is,
             worker_init_fn=partial(_begin_worker, stream, self._prefetch) if self._workers else None,
         )
         results = iter(loader)
+        lent, lends = deque[SharedBatch](), self._lend_to is not None and self._workers > 0
         try:
             while True:
+                # A result that is taken hands out the task that is `prefetch` tasks on for its worker, whose buffer held
+                # what that worker sent before this result: `workers` places back.
+                while lends and len(lent) >= self._workers:
+                    for mark in lent.popleft().reads:
+                        mark.synchronize()
                 try:
                     result = next(results)
                 except StopIteration:
@@ -106,14 +115,14 @@ class Stream(Generic[T, R]):
                     ) from e
                 if isinstance(result, _Failure):
                     raise result.error
+                if lends:
+                    lent.append(result if isinstance(result, SharedBatch) else result.batch)
                 yield result
         finally:
-            if (pinning := getattr(results, "_pin_memory_thread_done_event", None)) is not None:
-                pinning.set()  # else it may be asking a worker that is gone
             for worker in getattr(results, "_workers", ()):  # torch gives each five seconds to finish what nobody reads
                 worker.terminate()
             if (shut_down := getattr(results, "_shutdown_workers", None)) is not None:
-                shut_down()  # now, not when it is collected: the pinning thread must not receive what is no longer mapped
+                shut_down()  # now, not when it is collected
 
 
 def _begin_worker(stream: int, prefetch: int, worker: int) -> None:
