@@ -301,6 +301,8 @@ class TrainConfig(Section):
     """Write the metrics for TensorBoard, too."""
     prefetch: Annotated[int, Ge(1), Le(1024), Unit("batches")] = 4
     """Batches that each worker keeps ready."""
+    augment: Literal["host", "device"] = "host"
+    """Where decoded images become views: in the workers, or on `train.device`, cuda or cpu. The views are the same bytes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

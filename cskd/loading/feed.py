@@ -66,7 +66,7 @@ class Feed(Generic[R]):
         self,
         results: Iterable[Any],
         side: SideStream,
-        make: Callable[[DeviceBatch], DeviceBatch] | None = None,
+        make: Callable[[DeviceBatch, SideStream], DeviceBatch] | None = None,
         move: Callable[[SharedBatch, torch.device], DeviceBatch] = on_device,
     ) -> None:
         self._results, self._side, self._make, self._move = results, side, make, move
@@ -100,7 +100,7 @@ class Feed(Generic[R]):
                 moved = self._move(batch, self._side.device)
             finally:
                 batch.reads.append(self._side.mark())
-            made = moved if self._make is None else self._make(moved)
+            made = moved if self._make is None else self._make(moved, self._side)
         made.ready = self._side.mark()
         return made if result is batch else replace(result, batch=made)
 
@@ -115,7 +115,7 @@ def fed(
     device: torch.device,
     workers: int,
     prefetch: int = 4,
-    make: Callable[[DeviceBatch], DeviceBatch] | None = None,
+    make: Callable[[DeviceBatch, SideStream], DeviceBatch] | None = None,
 ) -> Iterator[Any]:
     """The results of a stream where they are needed: on a GPU, one ahead of those that are worked on; else, without `make`, as
     they come. See `Stream` and `Feed`."""

@@ -155,7 +155,7 @@ def _start_deaf_to_interrupts() -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         return
-    forkserver.set_forkserver_preload(["cskd.loading.stage1", "cskd.loading.stage2"])
+    forkserver.set_forkserver_preload(["cskd.loading.stage1", "cskd.loading.raw_batches"])
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by what is started now
     try:
         forkserver.ensure_running()

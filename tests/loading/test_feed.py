@@ -142,7 +142,7 @@ def test_spare_room_keeps_a_buffer_where_sizes_differ(monkeypatch: pytest.Monkey
     assert len(batches[3].buffer) == 1152 and batches[3].slot is not None and len(batches[3].slot.buffer) == 1296
 
 
-def in_order(say: list[str]) -> tuple[Iterator[SharedBatch], Callable[[DeviceBatch], DeviceBatch]]:
+def in_order(say: list[str]) -> tuple[Iterator[SharedBatch], Callable[[DeviceBatch, SideStream], DeviceBatch]]:
     """Three batches and an error, and what makes a device batch of one; both say what they do."""
 
     def results() -> Iterator[SharedBatch]:
@@ -150,7 +150,7 @@ def in_order(say: list[str]) -> tuple[Iterator[SharedBatch], Callable[[DeviceBat
             yield Filler()(task)
         raise CskdError("the fourth is broken")
 
-    def make(batch: DeviceBatch) -> DeviceBatch:
+    def make(batch: DeviceBatch, side: SideStream) -> DeviceBatch:
         task = int(batch["numbers"][0])
         say.append(f"make {task}")
         batch.check = lambda: say.append(f"check {task}")
@@ -169,7 +169,7 @@ def test_the_next_batch_is_launched_before_one_is_handed_on_and_an_error_waits_f
 
 
 def test_a_batch_that_is_found_wrong_is_not_handed_on() -> None:
-    def make(batch: DeviceBatch) -> DeviceBatch:
+    def make(batch: DeviceBatch, side: SideStream) -> DeviceBatch:
         def check() -> None:
             if int(batch["numbers"][0]) == 1:
                 raise ReplayError("view 1 is another")
@@ -179,7 +179,7 @@ def test_a_batch_that_is_found_wrong_is_not_handed_on() -> None:
 
     used = []
     with pytest.raises(ReplayError, match="view 1 is another"):
-        for batch in Feed[DeviceBatch](map(Filler(), range(3)), SideStream(CPU), make):
+        for batch in Feed[DeviceBatch]((Filler()(task) for task in range(3)), SideStream(CPU), make):
             used.append(int(batch["numbers"][0]))
     assert used == [0]
 
