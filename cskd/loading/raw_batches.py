@@ -39,6 +39,7 @@ from cskd.views.recipe import Box, ViewParams, sample_params
 _MOST_PIXELS = 1 << 22  # of a decoded image
 _TIMES, _LEAST = 4, 1 << 26  # times the views' bytes that a batch's decoded images may take, and what they always may
 _SPARE = 0.125  # of a buffer: the sum of the sizes of some hundred images of ImageNet differs by less
+_CHECKED = ("sample", "view", "seed", "mode", "lam", "box", "digest")  # what `check_rows` reads
 _AGREEING, _SIDE = 16, 2048  # views that are made both ways before a run, and the most pixels of an image's side there
 
 
@@ -79,7 +80,7 @@ class RawBatchMaker(BatchMaker):
         for view, part in zip(made, parts[len(sent) :], strict=True):
             part[...] = view
         batch["seconds"].numpy()[...] = decoding, time.perf_counter() - begun - decoding
-        batch.about = Making(plan.shape, plan.buckets, plan.steps, rows)
+        batch.about = Making(plan.shape, plan.buckets, plan.steps, {name: rows[name].copy() for name in _CHECKED})
         return batch
 
     def _sent(self, shapes: list[tuple[int, int]], views: int) -> list[int]:

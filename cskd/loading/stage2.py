@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from cskd.errors import ImageError
 from cskd.loading.epoch_table import EpochTable, open_table
 from cskd.loading.shared import SharedBatch
-from cskd.loading.sources import Batch
 from cskd.views.digest import Recorded, check_view, pixel_crc, view_digests
 from cskd.views.maker import ViewMaker, clean_view
 from cskd.views.mixing import NONE, own_share
@@ -51,10 +50,10 @@ class BatchMaker:
         self.train, self.val, self.crop_pct, self.recorded = train, val, crop_pct, recorded
         self._table: tuple[Path, EpochTable] | None = None
 
-    def __call__(self, task: TrainTask | EvalTask) -> Batch:
+    def __call__(self, task: TrainTask | EvalTask) -> SharedBatch:
         return self._train_batch(task) if isinstance(task, TrainTask) else self._eval_batch(task)
 
-    def _train_batch(self, task: TrainTask) -> Batch:
+    def _train_batch(self, task: TrainTask) -> SharedBatch:
         if self._table is None or self._table[0] != task.table:
             self._table = (task.table, open_table(task.table))
         table = self._table[1]
@@ -109,7 +108,7 @@ class BatchMaker:
         wanted = {name: rows[name] for name in targets}
         return columns | {name: a.astype(np.int64) if a.dtype == np.uint16 else a for name, a in wanted.items()}
 
-    def _eval_batch(self, task: EvalTask) -> Batch:
+    def _eval_batch(self, task: EvalTask) -> SharedBatch:
         assert self.val is not None
         n, size = task.stop - task.start, self.val.recipe.size
         batch = SharedBatch.empty({"pixels": (np.uint8, (n, size, size, 3)), "label": (np.int64, (n,))})
