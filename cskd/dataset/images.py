@@ -74,7 +74,7 @@ def decoded_size(data: bytes) -> tuple[int, int]:
     return height, width
 
 
-def _plain_jpeg(data: bytes, max_pixels: int, buffer: NDArray[np.uint8] | None) -> NDArray[np.uint8] | None:
+def _plain_jpeg(data: bytes, max_pixels: int, buffer: NDArray[np.uint8] | None = None) -> NDArray[np.uint8] | None:
     """A colour or grey JPEG in which libjpeg finds nothing odd; None leaves the verdict, and its words, to Pillow. Raises
     ImageError as `refuse_bombs`.
 
