@@ -38,6 +38,7 @@ from cskd.config import LossConfig, RecipeConfig, StudentConfig, TrainConfig
 from cskd.dataset.images import decode
 from cskd.dataset.inventory import open_inventory
 from cskd.errors import CskdError
+from cskd.machine.arithmetic import computing_in
 from cskd.machine.devices import autocast, pick_device
 from cskd.method.losses import DistillationLoss, HardTargets, MixedLabels
 from cskd.pipeline.pack import pack_data
@@ -146,11 +147,11 @@ def batches(folder: Path, shared: Path) -> dict[str, Any]:
     mode = torch.tensor([0, 1, 1, 2] * (n // 4), dtype=torch.uint8)
     mixing = torch.arange(n) ^ 1, mode, torch.full((n,), 20000), torch.tensor([[10, 100, 20, 120]] * n)
     pixels = torch.randint(0, 256, (n, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    for name, changes in (("float32", {}), ("fastest", {"autocast": "auto", "fold": True})):
+    for name, changes in (("float32", {}), ("fastest", {"precision": "auto", "fold": True})):
         config = teacher_config("mobilenetv2_100", facts, weights, folder / "full", folder / "none", "cpu", changes)
         teacher = load_teacher(config.teacher, classes, CPU, 224)
         codec, clock = get_codec("envelope", teacher.classes, teacher.grid), Clock()
-        backbone = torch.autocast("cpu", torch.bfloat16, enabled=teacher.bf16)(teacher.backbone)
+        backbone = computing_in(teacher.precision, CPU)(teacher.backbone)
         with threads_of_a_lane(CPU, reentrant=True), torch.no_grad():
             for _ in range(WARM + 9):
                 clock.begin()
