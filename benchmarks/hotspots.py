@@ -2,7 +2,7 @@
 
     python -m benchmarks.hotspots [view] [batch] [step]
 
-    view    one view of DeiT's full recipe from the original images and from copies with short side 256: reading, decoding,
+    view    one view of DeiT's full recipe from the original images and from copies with short side 256, as JPEG and raw: reading, decoding,
             each operation (as often as it is drawn), digest
     batch   one view in a lane of stage 1, MobileNetV2: mixing, preparing, network, classifier, envelope; float32, and the
             fastest setting (bf16, folded)
@@ -75,8 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
     result: dict[str, Any] = {"benchmark": "hotspots"}
     try:
         with tempfile.TemporaryDirectory() as folder:
-            for side, name in ((None, "full"), (256, "short")):
-                pack_data(source, Path(folder) / name, short_side=side, quiet=True)
+            for name, side in (("full", None), ("short", 256), ("raw", 256)):
+                pack_data(source, Path(folder) / name, short_side=side, raw=name == "raw", quiet=True)
             for name in options.parts or parts:
                 result[name] = parts[name](Path(folder), shared)
     except CskdError as e:
@@ -112,7 +112,7 @@ def views(folder: Path, shared: Path) -> dict[str, Any]:
     """us a view of each part, averaged over 500 images."""
     recipe, found = RecipeConfig(**DEIT), {}
     torch.set_num_threads(1)
-    for name in ("full", "short"):
+    for name in ("full", "short", "raw"):
         inventory = open_inventory(folder / name)
         maker, clock = ViewMaker(inventory, recipe), Clock()
         seeds = view_seeds(recipe.seed, inventory.id, inventory.key_hash, 0).tolist()
