@@ -31,13 +31,15 @@ import tempfile
 import time
 import traceback
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # that nothing imported below begins CUDA before the fork
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic kernels ask for; the default on Hopper is larger
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # what deterministic kernels ask for; the default on Hopper is larger
 
 MOST_TABLE = 7800  # characters
 
@@ -102,7 +104,9 @@ def main(arguments: list[str] | None = None) -> int:
         return work(next(s for s in SECTIONS if s.name == options.section), options)
     begun = time.monotonic()
     with contextlib.ExitStack() as stack:
-        options.work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+        options.work = options.work or Path(
+            stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        )
         options.work.mkdir(parents=True, exist_ok=True)
         first = len(rows_of(options.out))
         for module in ("stage1", "stage2", "checks"):  # once, for all processes
@@ -157,8 +161,10 @@ def work(section: Section, options: argparse.Namespace) -> int:
     os.write(2, f"--- {section.name}\n".encode())
     import torch
 
-    if torch.cuda._is_in_bad_fork() and not options.section:  # type: ignore[no-untyped-call]  # something did begin CUDA: start afresh
-        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", "--section", section.name, *passed_on(options)])
+    if torch.cuda._is_in_bad_fork() and not options.section:  # something did begin CUDA: start afresh
+        os.execv(
+            sys.executable, [sys.executable, "-m", "benchmarks.gpu", "--section", section.name, *passed_on(options)]
+        )
     from benchmarks.gpu.bench import begin
 
     bench = begin(options.out, options.work, options.tiny, options.device)
@@ -205,7 +211,7 @@ def machine() -> str:
         device = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         device = "no GPU"
-    today = datetime.now(timezone.utc).date()
+    today = datetime.now(UTC).date()
     return f"{device}, torch {torch.__version__}, CUDA {torch.version.cuda}, {os.cpu_count()} cores, {today}"
 
 

@@ -332,12 +332,12 @@ def seconds_of(job: Callable[[], object], calls: int, device: torch.device, warm
             job()
         return (time.perf_counter() - clock) / calls
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()  # type: ignore[no-untyped-call]
+    begin.record()
     for _ in range(calls):
         job()
-    end.record()  # type: ignore[no-untyped-call]
-    end.synchronize()  # type: ignore[no-untyped-call]
-    return float(begin.elapsed_time(end)) / 1e3 / calls  # type: ignore[no-untyped-call]
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3 / calls
 
 
 def peak_mib(device: torch.device) -> float:

@@ -81,7 +81,12 @@ def _against_cpu(bench: Bench) -> None:
     )
     views = first_views(maker, 64, 2)
     found = measure(there, here, views)
-    bench.say("float32 cells: device against CPU", 100 * (found.share or 0.0), "%", f"{found.views} views, by blend {found.differ}")
+    bench.say(
+        "float32 cells: device against CPU",
+        100 * (found.share or 0.0),
+        "%",
+        f"{found.views} views, by blend {found.differ}",
+    )
 
 
 def _recomputed(bench: Bench, config: Config, device: str) -> None:
@@ -101,7 +106,9 @@ def weights(bench: Bench) -> None:
         shas: dict[str, str] = {}
         for name in ("cached", "cached again", "online"):
             bench.attempt(f"{name}{words}", lambda name=name: shas.update({name: _trained(bench, name)}))  # type: ignore[misc]
-        equal = {name: "same" if shas.get(name) == shas.get("cached") else "DIFFER" for name in ("cached again", "online")}
+        equal = {
+            name: "same" if shas.get(name) == shas.get("cached") else "DIFFER" for name in ("cached again", "online")
+        }
         for name, word in equal.items():
             bench.say(f"weights cached and {name}{words}", word, note=f"{shas.get('cached')} {shas.get(name)}")
 
@@ -118,9 +125,9 @@ def _trained(bench: Bench, name: str) -> str:
 def syncs(bench: Bench) -> None:
     """Lines of ours below which the host waits for the device, in steps of both stages."""
     config = _config(bench, "bf16+fold", "syncs", max_steps=16)
-    for name, job, spine in (
-        ("stage 1", lambda: _cached(config), stage1_spine),
-        ("stage 2", lambda: stage2_spine.train(config, quiet=True), stage2_spine),
+    for name, job in (
+        ("stage 1", lambda: _cached(config)),
+        ("stage 2", lambda: stage2_spine.train(config, quiet=True)),
     ):
         bench.attempt(name, lambda name=name, job=job: _count_syncs(bench, name, job))  # type: ignore[misc]
 
@@ -131,7 +138,11 @@ def _count_syncs(bench: Bench, name: str, job: Any) -> None:
 
     def note(message: Any, *_: Any, **__: Any) -> None:
         if "called a synchronizing" in str(message):
-            ours = [f for f in traceback.extract_stack() if f.filename.startswith(str(ROOT)) and "benchmarks" not in f.filename]
+            ours = [
+                f
+                for f in traceback.extract_stack()
+                if f.filename.startswith(str(ROOT)) and "benchmarks" not in f.filename
+            ]
             if ours:
                 seen[f"{Path(ours[-1].filename).relative_to(ROOT)}:{ours[-1].lineno}"] += 1
 
@@ -147,14 +158,23 @@ def _count_syncs(bench: Bench, name: str, job: Any) -> None:
         job()
     if cuda:
         torch.cuda.set_sync_debug_mode("default")
-    bench.say(f"{name} host waits", sum(seen.values()), "in 8 steps", ", ".join(f"{line} x{n}" for line, n in seen.most_common(12)))
+    bench.say(
+        f"{name} host waits",
+        sum(seen.values()),
+        "in 8 steps",
+        ", ".join(f"{line} x{n}" for line, n in seen.most_common(12)),
+    )
 
 
 def out_of_memory(bench: Bench) -> None:
     """What a user reads where memory runs out: this process may have little of the device's."""
     s = bench.sizes
     config = _config(bench, "bf16+fold", "oom")
-    config = replace(config, teacher=replace(config.teacher, batch=4096), student=replace(config.student, model=s.students["base"].model))
+    config = replace(
+        config,
+        teacher=replace(config.teacher, batch=4096),
+        student=replace(config.student, model=s.students["base"].model),
+    )
     config = replace(config, train=replace(config.train, global_batch=s.check))
     cached = _config(bench, "bf16+fold", "before oom")
     _cached(cached)
@@ -165,4 +185,6 @@ def out_of_memory(bench: Bench) -> None:
             ("stage 1", lambda: _cached(config)),
             ("stage 2", lambda: stage2_spine.train(replace(config, cache=cached.cache), quiet=True)),
         ):
-            bench.attempt(f"{name} says", lambda name=name, job=job: bench.say(f"{name} says", "nothing", note=f"{job()}"[:200]))  # type: ignore[misc]
+            bench.attempt(
+                f"{name} says", lambda name=name, job=job: bench.say(f"{name} says", "nothing", note=f"{job()}"[:200])
+            )  # type: ignore[misc]

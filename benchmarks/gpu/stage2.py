@@ -16,7 +16,7 @@ from timm.task import TokenDistillationTask
 from timm.utils.model_ema import ModelEmaV3
 
 import cskd.pipeline.train as spine
-from benchmarks.gpu.bench import HAS_DEVICE_AUGMENT, VIEWS, Bench, Enough, Watch, peak_mib, release, teacher_keys
+from benchmarks.gpu.bench import HAS_DEVICE_AUGMENT, Bench, Enough, Watch, peak_mib, release, teacher_keys
 from benchmarks.gpu.stage1 import stage2_cache
 from cskd.config import Config
 from cskd.dataset.inventory import open_inventory
@@ -29,8 +29,7 @@ from cskd.pipeline.online import UNREADABLE_FILE
 from cskd.pipeline.training_run import open_run
 from cskd.student import build_student
 from cskd.student.optim import Optimisation
-from cskd.teacher.build import build_model
-from cskd.teacher.build import load_weights
+from cskd.teacher.build import build_model, load_weights
 from cskd.views.mix_pixels import InputMaker
 
 WORKERS_NEVER_STOP = 1.25  # steps of a run over those that are timed: the workers are busy until the clock stops
@@ -107,7 +106,12 @@ def bare(bench: Bench, student: str, method: str, **train: Any) -> float:
             clock = time.perf_counter()
     loss.item()
     ms = 1e3 * (time.perf_counter() - clock) / run.steps
-    bench.say(f"{student} bare {method}{' compiled' * config.train.compile}", ms, "ms/step", f"{1e3 * run.batch / ms:,.0f} views/s")
+    bench.say(
+        f"{student} bare {method}{' compiled' * config.train.compile}",
+        ms,
+        "ms/step",
+        f"{1e3 * run.batch / ms:,.0f} views/s",
+    )
     return ms
 
 
@@ -153,14 +157,14 @@ def timm_kd(bench: Bench) -> None:
     model.set_distilled_training(True)
     teacher = build_model(s.teacher, {"num_classes": s.classes})
     load_weights(teacher, bench.weights(s.teacher))
-    teacher = teacher.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    teacher = teacher.to(device).to(memory_format=torch.channels_last)
     task: Any = TokenDistillationTask(
         model, teacher, SoftTargetCrossEntropy(), distill_type="hard", device=device, verbose=False
     )
     task.train()
-    fused = {"fused": True} if device.type == "cuda" else {}
+    fused: dict[str, Any] = {"fused": True} if device.type == "cuda" else {}
     optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, **fused)
-    average = ModelEmaV3(model, decay=config.train.ema, use_warmup=False)
+    average = ModelEmaV3(model, decay=config.train.ema or 0.0, use_warmup=False)
     try:
         with computing_with(choose_threads(None, "train.threads", s.workers).count):
             threads = choose_threads(None, "train.threads", s.workers)
@@ -187,5 +191,10 @@ def timm_kd(bench: Bench) -> None:
             ms = 1e3 * (time.perf_counter() - clock) / run.steps
     finally:
         stop_ranks()
-    bench.say("tiny online by timm", ms, "ms/step", f"{1e3 * run.batch / ms:,.0f} views/s; {peak_mib(device):,.0f} MiB; no terms of patches")
+    bench.say(
+        "tiny online by timm",
+        ms,
+        "ms/step",
+        f"{1e3 * run.batch / ms:,.0f} views/s; {peak_mib(device):,.0f} MiB; no terms of patches",
+    )
     release()

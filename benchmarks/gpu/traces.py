@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import cskd.pipeline.cache_teacher as stage1_spine
@@ -36,8 +35,10 @@ class Trace:
             self._say()
 
     def _say(self) -> None:
-        wanted = DeviceType.CUDA if self.cuda else DeviceType.CPU
-        events: list[Any] = [e for e in self.profile.events() or [] if e.device_type == wanted and not annotation(e)]
+        wanted = "CUDA" if self.cuda else "CPU"
+        events: list[Any] = [
+            e for e in self.profile.events() or [] if e.device_type.name == wanted and not annotation(e)
+        ]
         spans = [(e.time_range.start, e.time_range.end) for e in events]
         busy, gaps, whole = busy_and_gaps(spans)
         self.bench.say(
@@ -54,7 +55,12 @@ class Trace:
             spent[event.name] = total + end - start, count + 1
         top = sorted(spent.items(), key=lambda item: -item[1][0])[:TOP]
         for i, (name, (total, count)) in enumerate(top, 1):
-            self.bench.say(f"{self.name} kernel {i}", 100 * total / max(1e-9, whole), "%", f"{total / 1e3:.2f} ms, {count} x {name[:90]}")
+            self.bench.say(
+                f"{self.name} kernel {i}",
+                100 * total / max(1e-9, whole),
+                "%",
+                f"{total / 1e3:.2f} ms, {count} x {name[:90]}",
+            )
 
 
 def annotation(event: Any) -> bool:
