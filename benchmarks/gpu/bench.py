@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -99,13 +100,15 @@ class Bench:
             rows.write(json.dumps(row) + "\n")
         print(line_of(row), flush=True)
 
-    def attempt(self, name: str, job: Callable[[], object]) -> None:
-        """A part whose failure is a figure like others, so that the next one runs."""
+    def attempt(self, name: str, job: Callable[..., object], *arguments: Any, **more: Any) -> Any:
+        """A part whose failure is a figure like others, so that the next one runs. Returns what it returns, else None."""
         try:
-            job()
+            return job(*arguments, **more)
         except Exception as e:
             self.say(name, "FAILED", note=f"{type(e).__name__}: {' '.join(str(e).split())[:300]}")
-        release()
+        finally:
+            release()
+        return None
 
     def data(self, images: int) -> Path:
         """Packed shards of so many images: a few JPEGs under many keys, in shards that are links to one file."""
@@ -242,11 +245,12 @@ def computing(arithmetic: str, device: torch.device) -> AbstractContextManager[A
     precision = arithmetic.split("+")[0]
     precision = "float32" if precision == "tf32" and device.type == "cpu" else precision
     if HAS_PRECISION:
-        from cskd.machine.arithmetic import computing_in
-
-        context: AbstractContextManager[Any] = computing_in(precision, device)
-        return context
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+        context = importlib.import_module("cskd.machine.arithmetic").computing_in(precision, device)
+    elif precision == "float32":
+        context = importlib.import_module("cskd.teacher.heads").full_precision(device)
+    else:
+        context = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    return cast("AbstractContextManager[Any]", context)
 
 
 class Enough(Exception):  # noqa: N818  # not an error

@@ -32,12 +32,12 @@ REPLAYED = 128  # views of `recompute`
 def hashes(bench: Bench) -> None:
     """Stage 1 twice in each arithmetic: one content, and the share of cells that differs from IEEE's float32."""
     for arithmetic in ARITHMETICS[:-1]:
-        bench.attempt(arithmetic, lambda arithmetic=arithmetic: _twice(bench, arithmetic))  # type: ignore[misc]
-    bench.attempt("GPU against CPU", lambda: _against_cpu(bench))
+        bench.attempt(arithmetic, _twice, bench, arithmetic)
+    bench.attempt("GPU against CPU", _against_cpu, bench)
 
 
 def hashes_compiled(bench: Bench) -> None:
-    bench.attempt(ARITHMETICS[-1], lambda: _twice(bench, ARITHMETICS[-1]))
+    bench.attempt(ARITHMETICS[-1], _twice, bench, ARITHMETICS[-1])
 
 
 def _config(bench: Bench, arithmetic: str, cache: str, **train: Any) -> Config:
@@ -72,7 +72,7 @@ def _against_cpu(bench: Bench) -> None:
     """Hard targets of the float32 cache on the device and on the CPU; by `recompute`, and forward against forward."""
     config = _config(bench, "float32", "float32 a")
     for device in dict.fromkeys((str(bench.device), "cpu")):
-        bench.attempt(f"recompute on {device}", lambda device=device: _recomputed(bench, config, device))  # type: ignore[misc]
+        bench.attempt(f"recompute on {device}", _recomputed, bench, config, device)
     inventory = open_inventory(Path(config.data.train))
     maker = ViewMaker(inventory, config.recipe)
     there, here = (
@@ -103,14 +103,13 @@ def weights(bench: Bench) -> None:
     """Cached against online: the weights after some steps. Twice cached shows what the student's own kernels change."""
     for words, deterministic in (("", False), (", deterministic kernels", True)):
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
-        shas: dict[str, str] = {}
-        for name in ("cached", "cached again", "online"):
-            bench.attempt(f"{name}{words}", lambda name=name: shas.update({name: _trained(bench, name)}))  # type: ignore[misc]
-        equal = {
-            name: "same" if shas.get(name) == shas.get("cached") else "DIFFER" for name in ("cached again", "online")
-        }
-        for name, word in equal.items():
-            bench.say(f"weights cached and {name}{words}", word, note=f"{shas.get('cached')} {shas.get(name)}")
+        cached, again, online = (
+            bench.attempt(f"{name}{words}", _trained, bench, name) for name in ("cached", "cached again", "online")
+        )
+        for name, sha in (("cached again", again), ("online", online)):
+            if cached and sha:
+                same = "same" if sha == cached else "DIFFER"
+                bench.say(f"cached and {name}{words}", same, note=f"{cached} {sha}")
 
 
 def _trained(bench: Bench, name: str) -> str:
@@ -125,11 +124,8 @@ def _trained(bench: Bench, name: str) -> str:
 def syncs(bench: Bench) -> None:
     """Lines of ours below which the host waits for the device, in steps of both stages."""
     config = _config(bench, "bf16+fold", "syncs", max_steps=16)
-    for name, job in (
-        ("stage 1", lambda: _cached(config)),
-        ("stage 2", lambda: stage2_spine.train(config, quiet=True)),
-    ):
-        bench.attempt(name, lambda name=name, job=job: _count_syncs(bench, name, job))  # type: ignore[misc]
+    bench.attempt("stage 1", _count_syncs, bench, "stage 1", lambda: _cached(config))
+    bench.attempt("stage 2", _count_syncs, bench, "stage 2", lambda: stage2_spine.train(config, quiet=True))
 
 
 def _count_syncs(bench: Bench, name: str, job: Any) -> None:
@@ -169,22 +165,12 @@ def _count_syncs(bench: Bench, name: str, job: Any) -> None:
 def out_of_memory(bench: Bench) -> None:
     """What a user reads where memory runs out: this process may have little of the device's."""
     s = bench.sizes
-    config = _config(bench, "bf16+fold", "oom")
-    config = replace(
-        config,
-        teacher=replace(config.teacher, batch=4096),
-        student=replace(config.student, model=s.students["base"].model),
-    )
-    config = replace(config, train=replace(config.train, global_batch=s.check))
-    cached = _config(bench, "bf16+fold", "before oom")
+    cached, config = (_config(bench, "bf16+fold", name) for name in ("before", "without memory"))
     _cached(cached)
+    large = replace(config.student, model=s.students["base"].model)
+    config = replace(config, teacher=replace(config.teacher, batch=4096), student=large)
     if bench.device.type == "cuda":
         release()
         torch.cuda.set_per_process_memory_fraction(0.02)
-        for name, job in (
-            ("stage 1", lambda: _cached(config)),
-            ("stage 2", lambda: stage2_spine.train(replace(config, cache=cached.cache), quiet=True)),
-        ):
-            bench.attempt(
-                f"{name} says", lambda name=name, job=job: bench.say(f"{name} says", "nothing", note=f"{job()}"[:200])
-            )  # type: ignore[misc]
+    bench.attempt("stage 1", _cached, config)
+    bench.attempt("stage 2", stage2_spine.train, replace(config, cache=cached.cache), quiet=True)

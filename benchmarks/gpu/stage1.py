@@ -11,7 +11,6 @@ import cskd.pipeline.cache_teacher as spine
 from benchmarks.gpu.bench import Bench, Watch, computing, peak_mib, release, seconds_of, teacher_keys
 from cskd.teacher.build import build_model
 from cskd.teacher.fold import fold_norms
-from cskd.teacher.heads import full_precision
 
 
 def bare(bench: Bench, model: str, arithmetic: str, own_bf16: bool = False) -> float:
@@ -26,7 +25,7 @@ def bare(bench: Bench, model: str, arithmetic: str, own_bf16: bool = False) -> f
     x = torch.randn(s.teacher_batch, 3, s.pixels, s.pixels, device=bench.device)
     x = x.contiguous(memory_format=torch.channels_last)
     if "fold" in arithmetic:
-        with torch.no_grad(), full_precision(bench.device):
+        with torch.no_grad(), computing("float32", bench.device):
             fold_norms(net, x[:2])
     if own_bf16:
         net, x = net.bfloat16(), x.bfloat16()
@@ -55,9 +54,11 @@ def stage1(bench: Bench, model: str, arithmetic: str, images: int, cache: str = 
 def compare(bench: Bench, model: str, arithmetic: str, images: int, goal: float = 0.95, cache: str = "") -> None:
     """Both, and their ratio."""
     if bench.device.type == "cpu" and arithmetic.startswith("tf32"):
-        return bench.say(arithmetic, "not here", note="needs CUDA")
+        bench.say(arithmetic, "not here", note="needs CUDA")
+        return
     if teacher_keys(arithmetic) is None:
-        return bench.say(arithmetic, "not here", note="this version has no teacher.precision")
+        bench.say(arithmetic, "not here", note="this version has no teacher.precision")
+        return
 
     def both() -> None:
         alone = bare(bench, model, arithmetic)
@@ -66,7 +67,7 @@ def compare(bench: Bench, model: str, arithmetic: str, images: int, goal: float 
         rate = stage1(bench, model, arithmetic, images, cache)
         bench.say(f"{arithmetic} stage 1 / bare", rate / alone, "", f"goal >= {goal}")
 
-    return bench.attempt(arithmetic, both)
+    bench.attempt(arithmetic, both)
 
 
 def regnety_best(bench: Bench) -> None:

@@ -50,7 +50,7 @@ def timed(bench: Bench, student: str, config: Config, online: bool, each: Callab
     run = bench.sizes.students[student]
     watch = Watch(run.warm, run.steps, each)
     spine.Progress = watch  # type: ignore[assignment, attr-defined]  # the names that the stage looks up
-    spine.timed_start = watch.timed_start  # type: ignore[assignment, attr-defined]
+    spine.timed_start = watch.timed_start  # type: ignore[attr-defined]
     if online:  # every image can be decoded: said as an earlier start of the run would
         about = {"inventory": open_inventory(Path(config.data.train)).id, "samples": {}}
         Path(config.train.output).mkdir(parents=True)
@@ -67,20 +67,20 @@ def side(bench: Bench, student: str, name: str, method: str, online: bool = Fals
     run = bench.sizes.students[student]
     begun = time.perf_counter()
     watch = timed(bench, student, step_config(bench, student, method, online, **train), online)
-    loader = watch.loader_rate * bench.sizes.workers * run.batch / max(1, watch.points[0][1])
+    loader = watch.loader_rate * bench.sizes.workers
     bound = "loader" if watch.wait_share > 0.1 else "device or host"
     teacher = f"teacher launched in {watch.teacher_ms:.0f} ms; " if online else ""
     bench.say(
-        f"{student} {name}",
+        name,
         1e3 * watch.seconds,
         "ms/step",
-        f"{run.batch / watch.seconds:,.0f} views/s; bound by {bound}: waits {100 * watch.wait_share:.0f} % for batches, the workers "
-        f"can {loader:,.0f} views/s; {teacher}{peak_mib(bench.device):,.0f} MiB; {time.perf_counter() - begun:.0f} s in all",
+        f"{run.batch / watch.seconds:,.0f} views/s; bound by {bound}: waits {100 * watch.wait_share:.0f} % for batches, the "
+        f"workers can {loader:,.0f} views/s; {teacher}{peak_mib(bench.device):,.0f} MiB; {time.perf_counter() - begun:.0f} s in all",
     )
     return 1e3 * watch.seconds
 
 
-def bare(bench: Bench, student: str, method: str, **train: Any) -> float:
+def bare(bench: Bench, student: str, name: str, method: str, **train: Any) -> float:
     """Milliseconds per step of the same student, loss and optimiser, on a batch that lies on the device."""
     run, device = bench.sizes.students[student], bench.device
     config = step_config(bench, student, method, **train)
@@ -106,36 +106,28 @@ def bare(bench: Bench, student: str, method: str, **train: Any) -> float:
             clock = time.perf_counter()
     loss.item()
     ms = 1e3 * (time.perf_counter() - clock) / run.steps
-    bench.say(
-        f"{student} bare {method}{' compiled' * config.train.compile}",
-        ms,
-        "ms/step",
-        f"{1e3 * run.batch / ms:,.0f} views/s",
-    )
+    bench.say(name, ms, "ms/step", f"{1e3 * run.batch / ms:,.0f} views/s; {peak_mib(device):,.0f} MiB")
     return ms
 
 
-def sides(bench: Bench, student: str, online: bool, compile: bool = False) -> None:
+def sides(bench: Bench, student: str, online: bool, compiled: bool = False) -> None:
     """All sides of a student, and the ratios of those that came through."""
-    bench.attempt("cache", lambda: stage2_cache(bench))
+    bench.attempt("cache", stage2_cache, bench)
     ms: dict[str, float] = {}
-    word, train = " compiled" * compile, {"compile": compile}
-    jobs: dict[str, Callable[[], float]] = {
-        "bare cskd-hard": lambda: bare(bench, student, "cskd-hard", **train),
-        "supervised": lambda: side(bench, student, f"supervised{word}", "none", **train),
-        "cached": lambda: side(bench, student, f"cached{word}", "cskd-hard", **train),
-        "online": lambda: side(bench, student, f"online{word}", "cskd-hard", online=True, **train),
-        "bare none": lambda: bare(bench, student, "none", **train),
-        "cached, views on the device": lambda: side(
-            bench, student, f"cached, views on the device{word}", "cskd-hard", augment="device", **train
-        ),
-    }
-    left_out = set() if online else {"online"}
-    left_out |= {"bare none"} if compile else set()
-    left_out |= set() if HAS_DEVICE_AUGMENT else {"cached, views on the device"}
-    for name, job in jobs.items():
-        if name not in left_out:
-            bench.attempt(f"{student} {name}{word}", lambda name=name, job=job: ms.update({name: job()}))  # type: ignore[misc]
+    jobs: tuple[tuple[str, Callable[..., float], str, dict[str, Any]], ...] = (
+        ("bare cskd-hard", bare, "cskd-hard", {}),
+        ("supervised", side, "none", {}),
+        ("cached", side, "cskd-hard", {}),
+        ("online", side, "cskd-hard", {"online": True}),
+        ("bare none", bare, "none", {}),
+        ("cached, views on the device", side, "cskd-hard", {"augment": "device"}),
+    )
+    for name, run, method, more in jobs:
+        if name in left_out(online, compiled):
+            continue
+        more = {**more, "compile": compiled}
+        found = bench.attempt(name, run, bench, student, name, method, **more)
+        ms |= {} if found is None else {name: found}
     for a, b, goal in (
         ("cached", "supervised", "goal <= 1.02"),
         ("cached", "bare cskd-hard", ""),
@@ -145,12 +137,19 @@ def sides(bench: Bench, student: str, online: bool, compile: bool = False) -> No
         ("cached, views on the device", "bare cskd-hard", ""),
     ):
         if a in ms and b in ms:
-            bench.say(f"{student} {a} / {b}{word}", ms[a] / ms[b], "", goal)
+            bench.say(f"{a} / {b}", ms[a] / ms[b], "", goal)
+
+
+def left_out(online: bool, compiled: bool) -> set[str]:
+    """Sides that are not asked for, or that this version does not have."""
+    names = {"online"} if not online else set()
+    names |= {"bare none"} if compiled else set()
+    return names | (set() if HAS_DEVICE_AUGMENT else {"cached, views on the device"})
 
 
 def timm_kd(bench: Bench) -> None:
     """timm's TokenDistillationTask, hard, with its teacher under autocast, on our loader: the online step that timm offers."""
-    bench.attempt("cache", lambda: stage2_cache(bench))
+    bench.attempt("cache", stage2_cache, bench)
     s, device, run = bench.sizes, bench.device, bench.sizes.students["tiny"]
     config = step_config(bench, "tiny", "none")
     model: Any = timm.create_model(run.model, num_classes=s.classes, img_size=s.pixels, **s.student_kwargs).to(device)
@@ -192,7 +191,7 @@ def timm_kd(bench: Bench) -> None:
     finally:
         stop_ranks()
     bench.say(
-        "tiny online by timm",
+        "online by timm, tiny",
         ms,
         "ms/step",
         f"{1e3 * run.batch / ms:,.0f} views/s; {peak_mib(device):,.0f} MiB; no terms of patches",
