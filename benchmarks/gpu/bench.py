@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from cskd.config import Config, TeacherConfig, TrainConfig, from_dict
 from cskd.dataset.inventory import Sample, open_inventory, write_inventory
+from cskd.loading.stream import _start_deaf_to_interrupts
 from cskd.machine.devices import pick_device
 from cskd.pipeline.pack import pack_data
 from cskd.teacher.build import build_model
@@ -76,7 +77,7 @@ FULL = Sizes(
 )  # fmt: skip
 TINY = Sizes(
     pixels=64, classes=10, jpeg=(80, 60), distinct=8, teacher="resnet10t", light="mobilenetv2_050", small="resnet10t",
-    teacher_batch=8, few=64, many=64, check=32, workers=2, calls=2, gigabyte=1 << 16, matrix=64, seconds=0.1,
+    teacher_batch=8, few=128, many=64, check=32, workers=2, calls=2, gigabyte=1 << 16, matrix=64, seconds=0.1,
     students={name: StudentRun("deit_tiny_distilled_patch16_224", 8, 1, 2) for name in ("tiny", "small", "base")},
     student_kwargs={"depth": 1},
 )  # fmt: skip
@@ -226,7 +227,9 @@ def line_of(row: dict[str, Any]) -> str:
     """A row of gpu.jsonl for people."""
     value = row["value"]
     shown = value if isinstance(value, str) else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
-    return f"{row['section'] + ' ' + row['name']:<48} {shown:>10} {row['unit']}  {row['note']}".rstrip()
+    return " ".join(
+        filter(None, (f"{row['section']} {row['name']}:", shown, row["unit"], row["note"] and f"({row['note']})"))
+    )
 
 
 def teacher_keys(arithmetic: str) -> dict[str, Any] | None:
@@ -315,8 +318,8 @@ class Watch:
         self.teacher_ms = 1e3 * spent["teacher"] / self._steps
 
     def second_half(self) -> float:
-        """Units per second of the second half, without the last point, which waits for what is left."""
-        return second_half(self.points[:-1] if len(self.points) > 4 else self.points)
+        """Units per second of the second half; of a long run without the last point, which waits for the last commit."""
+        return second_half(self.points[:-1] if len(self.points) > 12 else self.points)
 
 
 def second_half(points: list[tuple[float, int]]) -> float:
@@ -360,5 +363,6 @@ def release() -> None:
 
 
 def begin(out: Path, work: Path, tiny: bool, device: str) -> Bench:
-    """In the process of a section: the device is touched here first."""
+    """In the process of a section: the device is touched here first. The server of workers starts beside what comes next."""
+    _start_deaf_to_interrupts()
     return Bench(out, work, TINY if tiny else FULL, pick_device(device))
