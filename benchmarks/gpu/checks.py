@@ -1,4 +1,4 @@
-"""What only a device can show: the same bits twice, cached against online, the share of cells that an arithmetic changes."""
+"""What only a device can show: the same bits twice, cached against online, the cells that an arithmetic changes."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _recomputed(bench: Bench, config: Config, device: str) -> None:
 
 
 def weights(bench: Bench) -> None:
-    """Cached against online: the weights after some steps. Twice cached shows what the student's own kernels change."""
+    """Cached against online: the weights after some steps. Twice cached shows what the student's kernels change."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what deterministic kernels ask for
     for words, deterministic in (("", False), (", deterministic kernels", True)):
         torch.use_deterministic_algorithms(deterministic, warn_only=True)

@@ -35,14 +35,14 @@ def test_figures_are_printed_and_written_at_once_and_a_table_ends_the_run(tmp_pa
     assert float(str(found["light", "bf16+fold stage 1 / bare"])) > 0
     assert "FAILED" not in found.values()
     table = said[said.rindex(" in all") :]
-    assert all(f"{section} {name}:" in table for section, name in found)
+    assert all(f"{section} {name}:" in table for section, name in found if name != "section took")
 
 
 @pytest.mark.slow
 def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
     _, rows = run(tmp_path, "--budget", "1500", seconds=1600)
     failed = [row for row in rows if row["value"] in ("FAILED", "not run") or "stopped" in str(row["note"])]
-    assert {row["note"] for row in failed} <= {"RuntimeError: no tf32 in this version on cpu"}
+    assert all(str(row["note"]).startswith("RuntimeError: no ") for row in failed), failed
     assert {row["section"] for row in rows} == {section.name for section in main.SECTIONS}
 
 
