@@ -1,20 +1,22 @@
-"""Every figure that only a GPU can give: speed over its ceilings, and checks. Needs no data: it makes images and weights.
+"""Every figure that only a GPU can give: speed over its ceilings, and checks. Needs no data.
 
     python -m benchmarks.gpu [speed|check] [--out FOLDER] [--only NAME ...] [--budget SECONDS] [--list] [--tiny]
 
-Each section runs in a forked process with a limit of its own: one that hangs, crashes or runs out of memory loses only what
-it had left. A figure is printed, and appended to FOLDER/gpu.jsonl, when it is known; errors go to FOLDER/gpu.log. A table of
-all is printed last (under 8,000 characters). Without `speed` or `check` it runs both, in the order of worth; what the budget
-leaves no time for is named in the table as not run. `--tiny` goes through all of it in small sizes, on a CPU too.
+Each section runs in a forked process with a limit of its own: one that hangs, crashes or runs out of memory loses only
+what it had left. A figure is printed, and appended to FOLDER/gpu.jsonl, when it is known; errors go to FOLDER/gpu.log. A
+table of all is printed last (under 8,000 characters). Without `speed` or `check` it runs both, in the order of worth; what
+the budget leaves no time for is named in the table as not run. Images and weights are made. `--tiny` goes through all of
+it in small sizes, on a CPU too.
 
 On a machine with Python 3.12, torch 2.11 and no network, from the root of a checkout with the wheels in .whl/, 6 MB:
 
-    python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target /tmp/site .whl/*.whl &&
-    PYTHONPATH=/tmp/site PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 python3 -m benchmarks.gpu --out "$OUT" --budget 340
+    mount -o remount,size=48G /dev/shm
+    python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target .site .whl/*.whl &&
+    PYTHONPATH=.site PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 python3 -m benchmarks.gpu --out "$OUT" --budget 340
 
-The wheels are those of annotated-types, braceexpand, donfig, google-crc32c, numcodecs, simplejpeg, timm, webdataset and zarr, for
-CPython 3.12 and manylinux on x86-64; numpy, pillow, pyyaml, rich, safetensors, torchvision and typer must be installed.
-Not run on the compiled sides unless there is time: torch.compile takes a minute each.
+The wheels are those of annotated-types, braceexpand, donfig, google-crc32c, msgspec, numcodecs, simplejpeg, timm, webdataset
+and zarr, for CPython 3.12 on x86-64; numpy, pillow, pyyaml, rich, safetensors, torchvision and typer must be installed.
+/dev/shm must hold 10 GB. The compiled sides come last: torch.compile takes up to a minute each.
 """
 
 from __future__ import annotations
@@ -37,9 +39,6 @@ from typing import Any
 
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # that nothing imported below begins CUDA before the fork
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-os.environ.setdefault(
-    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-)  # what deterministic kernels ask for; the default on Hopper is larger
 
 MOST_TABLE = 7800  # characters
 
@@ -111,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
         first = len(rows_of(options.out))
         for module in ("stage1", "stage2", "checks"):  # once, for all processes
             importlib.import_module(f"benchmarks.gpu.{module}")
-        print(f"imported after {time.monotonic() - begun:.1f} s", flush=True)
+        print(f"{machine()}; imported after {time.monotonic() - begun:.1f} s", flush=True)
         for section in chosen:
             left = options.budget - (time.monotonic() - begun)
             if left < min(15.0, section.limit):
@@ -126,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def in_process(section: Section, options: argparse.Namespace, limit: float) -> str:
-    """Run a section in a fork of this process, which has imported everything and begun no CUDA. Returns how it ended."""
+    """Run a section in a fork of this process, which has imported all and begun no CUDA. Returns how it ended."""
     sys.stdout.flush()
     child = os.fork()
     if not child:
@@ -212,16 +211,21 @@ def machine() -> str:
     except (OSError, subprocess.SubprocessError, IndexError):
         device = "no GPU"
     today = datetime.now(UTC).date()
-    return f"{device}, torch {torch.__version__}, CUDA {torch.version.cuda}, {os.cpu_count()} cores, {today}"
+    shm = os.statvfs("/dev/shm")
+    return (
+        f"{device}, torch {torch.__version__}, CUDA {torch.version.cuda}, {os.cpu_count()} cores, "
+        f"/dev/shm {shm.f_blocks * shm.f_frsize / 2**30:.0f} GiB, {today}"
+    )
 
 
 def table(about: str, rows: list[dict[str, Any]], seconds: float) -> str:
-    """All figures; notes are cut to what fits."""
+    """All figures, a line each, with as much of their notes as there is room for."""
     from benchmarks.gpu.bench import line_of
 
+    rows = [row for row in rows if row["name"] != "section took" or row["note"]]
     head = f"\n{about}; {seconds:.0f} s in all"
-    for most in (200, 120, 80, 60, 40, 20, 0):
-        text = "\n".join([head, *(line_of({**row, "note": str(row["note"])[:most]}) for row in rows)])
+    for most in (300, 200, 150, 100, 80, 60, 50, 40, 30, 20, 10, 0):
+        text = "\n".join([head, *(line_of({**row, "note": row["note"][:most]}) for row in rows)])
         if len(text) <= MOST_TABLE:
             break
     return text[:MOST_TABLE]

@@ -1,4 +1,4 @@
-"""What the sections of `benchmarks.gpu` share: sizes, made data and weights, configs, clocks, and where figures go."""
+"""What the sections of `benchmarks.gpu` share: sizes, made data and weights, configs, clocks, where figures go."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from cskd.config import Config, TeacherConfig, TrainConfig, from_dict
 from cskd.dataset.inventory import Sample, open_inventory, write_inventory
+from cskd.loading.stream import _start_deaf_to_interrupts
 from cskd.machine.devices import pick_device
 from cskd.pipeline.pack import pack_data
 from cskd.teacher.build import build_model
@@ -76,7 +77,7 @@ FULL = Sizes(
 )  # fmt: skip
 TINY = Sizes(
     pixels=64, classes=10, jpeg=(80, 60), distinct=8, teacher="resnet10t", light="mobilenetv2_050", small="resnet10t",
-    teacher_batch=8, few=64, many=64, check=32, workers=2, calls=2, gigabyte=1 << 16, matrix=64, seconds=0.1,
+    teacher_batch=8, few=128, many=64, check=32, workers=2, calls=2, gigabyte=1 << 16, matrix=64, seconds=0.1,
     students={name: StudentRun("deit_tiny_distilled_patch16_224", 8, 1, 2) for name in ("tiny", "small", "base")},
     student_kwargs={"depth": 1},
 )  # fmt: skip
@@ -101,7 +102,7 @@ class Bench:
         print(line_of(row), flush=True)
 
     def attempt(self, name: str, job: Callable[..., object], *arguments: Any, **more: Any) -> Any:
-        """A part whose failure is a figure like others, so that the next one runs. Returns what it returns, else None."""
+        """A part whose failure is a figure like others: the next one runs. Returns what the part does, else None."""
         try:
             return job(*arguments, **more)
         except Exception as e:
@@ -153,7 +154,7 @@ class Bench:
             path.write_bytes(out.getvalue())
 
     def weights(self, model: str) -> Path:
-        """Random weights, the same every time. No branch starts at zero, and batch norms know the statistics of noise, so that
+        """Random weights, the same every time. No branch starts at zero, and batch norms know the statistics of noise:
         the arithmetic matters as in a trained network."""
         path = self.work / f"{model}.safetensors"
         if not path.exists():
@@ -182,7 +183,7 @@ class Bench:
         method: str = "cskd-hard",
         **train: Any,
     ) -> Config:
-        """Of both stages: ImageNet's recipe, as configs/imagenet_deit_tiny.yaml has it. Every config has an output of its own."""
+        """Of both stages: ImageNet's recipe, as configs/imagenet_deit_tiny.yaml has it. Each has an output of its own."""
         s, self.runs = self.sizes, self.runs + 1
         student = student or s.students["tiny"]
         return from_dict(
@@ -226,11 +227,13 @@ def line_of(row: dict[str, Any]) -> str:
     """A row of gpu.jsonl for people."""
     value = row["value"]
     shown = value if isinstance(value, str) else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
-    return f"{row['section'] + ' ' + row['name']:<48} {shown:>10} {row['unit']}  {row['note']}".rstrip()
+    return " ".join(
+        filter(None, (f"{row['section']} {row['name']}:", shown, row["unit"], row["note"] and f"({row['note']})"))
+    )
 
 
 def teacher_keys(arithmetic: str) -> dict[str, Any] | None:
-    """The keys of `teacher` for 'bf16', 'bf16+fold', 'bf16+fold+compile', ...; None where this version has no such arithmetic."""
+    """The keys of `teacher` for 'bf16', 'bf16+fold', 'bf16+fold+compile', ...; None where this version has none."""
     precision, *more = arithmetic.split("+")
     keys: dict[str, Any] = dict.fromkeys(more, True)
     if HAS_PRECISION:
@@ -258,10 +261,10 @@ class Enough(Exception):  # noqa: N818  # not an error
 
 
 class Watch:
-    """Stands where a stage has its progress line. Notes when how much was done, and in stage 2 what the loop waited for.
+    """Stands where a stage has its progress line. Notes when how much was done; in stage 2 what the loop waited for.
 
-    warm, steps: of stage 2, where the first is waited for and the last one ends the run. each: called with the number of
-    every step.
+    warm, steps: of stage 2, where the first is waited for and the last one ends the run. each: called with every step's
+    number.
     """
 
     def __init__(self, warm: int = 0, steps: int = 0, each: Callable[[int], None] | None = None) -> None:
@@ -315,8 +318,8 @@ class Watch:
         self.teacher_ms = 1e3 * spent["teacher"] / self._steps
 
     def second_half(self) -> float:
-        """Units per second of the second half, without the last point, which waits for what is left."""
-        return second_half(self.points[:-1] if len(self.points) > 4 else self.points)
+        """Units per second of the second half; of a long run without the last point, after the last commit."""
+        return second_half(self.points[:-1] if len(self.points) > 12 else self.points)
 
 
 def second_half(points: list[tuple[float, int]]) -> float:
@@ -360,5 +363,6 @@ def release() -> None:
 
 
 def begin(out: Path, work: Path, tiny: bool, device: str) -> Bench:
-    """In the process of a section: the device is touched here first."""
+    """In the process of a section: the device is touched here first; the server of workers starts meanwhile."""
+    _start_deaf_to_interrupts()
     return Bench(out, work, TINY if tiny else FULL, pick_device(device))

@@ -1,11 +1,13 @@
-"""What only a device can show: the same bits twice, cached against online, the share of cells that an arithmetic changes."""
+"""What only a device can show: the same bits twice, cached against online, the cells that an arithmetic changes."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,7 +102,8 @@ def _recomputed(bench: Bench, config: Config, device: str) -> None:
 
 
 def weights(bench: Bench) -> None:
-    """Cached against online: the weights after some steps. Twice cached shows what the student's own kernels change."""
+    """Cached against online: the weights after some steps. Twice cached shows what the student's kernels change."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what deterministic kernels ask for
     for words, deterministic in (("", False), (", deterministic kernels", True)):
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
         cached, again, online = (
@@ -123,12 +126,12 @@ def _trained(bench: Bench, name: str) -> str:
 
 def syncs(bench: Bench) -> None:
     """Lines of ours below which the host waits for the device, in steps of both stages."""
-    config = _config(bench, "bf16+fold", "syncs", max_steps=16)
-    bench.attempt("stage 1", _count_syncs, bench, "stage 1", lambda: _cached(config))
-    bench.attempt("stage 2", _count_syncs, bench, "stage 2", lambda: stage2_spine.train(config, quiet=True))
+    config = _config(bench, "bf16+fold", "syncs", max_steps=16, global_batch=bench.sizes.check // 16)  # one epoch
+    bench.attempt("stage 1", _count_syncs, bench, "stage 1", lambda: _cached(config), (1, 3))
+    bench.attempt("stage 2", _count_syncs, bench, "stage 2", lambda: stage2_spine.train(config, quiet=True), (4, 12))
 
 
-def _count_syncs(bench: Bench, name: str, job: Any) -> None:
+def _count_syncs(bench: Bench, name: str, job: Callable[[], object], between: tuple[int, int]) -> None:
     seen: Counter[str] = Counter()
     cuda = bench.device.type == "cuda"
 
@@ -137,14 +140,14 @@ def _count_syncs(bench: Bench, name: str, job: Any) -> None:
             ours = [
                 f
                 for f in traceback.extract_stack()
-                if f.filename.startswith(str(ROOT)) and "benchmarks" not in f.filename
+                if f.filename.startswith(str(ROOT)) and not f.filename.startswith(str(ROOT / "benchmarks"))
             ]
             if ours:
                 seen[f"{Path(ours[-1].filename).relative_to(ROOT)}:{ours[-1].lineno}"] += 1
 
     def each(step: int) -> None:
-        if cuda and step in (4, 12):
-            torch.cuda.set_sync_debug_mode("warn" if step == 4 else "default")
+        if cuda and step in between:
+            torch.cuda.set_sync_debug_mode("warn" if step == between[0] else "default")
 
     watch = Watch(each=each)
     stage1_spine.Progress = stage2_spine.Progress = watch  # type: ignore[assignment, attr-defined]
@@ -157,20 +160,21 @@ def _count_syncs(bench: Bench, name: str, job: Any) -> None:
     bench.say(
         f"{name} host waits",
         sum(seen.values()),
-        "in 8 steps",
+        f"in {between[1] - between[0]} steps",
         ", ".join(f"{line} x{n}" for line, n in seen.most_common(12)),
     )
 
 
 def out_of_memory(bench: Bench) -> None:
     """What a user reads where memory runs out: this process may have little of the device's."""
-    s = bench.sizes
+    if bench.device.type != "cuda":
+        bench.say("out of memory", "not here", note="needs CUDA")
+        return
     cached, config = (_config(bench, "bf16+fold", name) for name in ("before", "without memory"))
     _cached(cached)
-    large = replace(config.student, model=s.students["base"].model)
+    large = replace(config.student, model=bench.sizes.students["base"].model)
     config = replace(config, teacher=replace(config.teacher, batch=4096), student=large)
-    if bench.device.type == "cuda":
-        release()
-        torch.cuda.set_per_process_memory_fraction(0.02)
+    release()
+    torch.cuda.set_per_process_memory_fraction(0.02)
     bench.attempt("stage 1", _cached, config)
     bench.attempt("stage 2", stage2_spine.train, replace(config, cache=cached.cache), quiet=True)

@@ -1,4 +1,4 @@
-"""Stage 2: a training step from the cache over a plain supervised one, and over the same step on a batch on the device."""
+"""Stage 2: a training step from the cache over a plain supervised one, and over the same step without a loader."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ def side(bench: Bench, student: str, name: str, method: str, online: bool = Fals
     begun = time.perf_counter()
     watch = timed(bench, student, step_config(bench, student, method, online, **train), online)
     loader = watch.loader_rate * bench.sizes.workers
-    bound = "loader" if watch.wait_share > 0.1 else "device or host"
+    bound = "loader-bound" if watch.wait_share > 0.1 else "device or host"
     teacher = f"teacher launched in {watch.teacher_ms:.0f} ms; " if online else ""
     bench.say(
         name,
         1e3 * watch.seconds,
         "ms/step",
-        f"{run.batch / watch.seconds:,.0f} views/s; bound by {bound}: waits {100 * watch.wait_share:.0f} % for batches, the "
-        f"workers can {loader:,.0f} views/s; {teacher}{peak_mib(bench.device):,.0f} MiB; {time.perf_counter() - begun:.0f} s in all",
+        f"{bound}, waits {100 * watch.wait_share:.0f} %; {run.batch / watch.seconds:,.0f} views/s; "
+        f"workers can {loader:,.0f}; {peak_mib(bench.device):,.0f} MiB; {teacher}{time.perf_counter() - begun:.0f} s in all",
     )
     return 1e3 * watch.seconds
 
@@ -148,7 +148,7 @@ def left_out(online: bool, compiled: bool) -> set[str]:
 
 
 def timm_kd(bench: Bench) -> None:
-    """timm's TokenDistillationTask, hard, with its teacher under autocast, on our loader: the online step that timm offers."""
+    """timm's TokenDistillationTask, hard, with its teacher under autocast, on our loader: timm's online step."""
     bench.attempt("cache", stage2_cache, bench)
     s, device, run = bench.sizes, bench.device, bench.sizes.students["tiny"]
     config = step_config(bench, "tiny", "none")

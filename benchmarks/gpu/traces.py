@@ -18,7 +18,7 @@ STEPS = 3  # that are traced
 
 
 class Trace:
-    """Profiles from the end of one update of a loop to the end of another; only what the device does, where there is one."""
+    """Profiles from the end of one update of a loop to the end of another; of the device, where there is one."""
 
     def __init__(self, bench: Bench, name: str, first: int, stop: int) -> None:
         self.bench, self.name, self.first, self.stop = bench, name, first, stop
@@ -69,7 +69,7 @@ def annotation(event: Any) -> bool:
 
 
 def busy_and_gaps(spans: Iterable[tuple[float, float]]) -> tuple[float, list[float], float]:
-    """Time in which at least one span is under way, the gaps between, and the time from the first begin to the last end."""
+    """Time in which at least one span is under way, the gaps, and the time from the first begin to the last end."""
     busy, gaps, begun, end = 0.0, [], None, 0.0
     for start, stop in sorted(spans):
         if begun is None:
@@ -94,5 +94,6 @@ def trace_stage1(bench: Bench) -> None:
     s, keys = bench.sizes, teacher_keys("bf16+fold")
     assert keys is not None
     chunks = s.few // 2 // s.teacher_batch
-    stage1_spine.Progress = Watch(each=Trace(bench, "stage 1", chunks // 2, chunks // 2 + min(5, chunks // 3)))  # type: ignore[assignment, attr-defined]
+    trace = Trace(bench, "stage 1", chunks // 2, chunks // 2 + min(5, chunks // 3))
+    stage1_spine.Progress = Watch(each=trace)  # type: ignore[assignment, attr-defined]
     stage1_spine.cache_teacher(bench.config(s.teacher, s.few // 2, keys, "trace"), quiet=True)
