@@ -49,6 +49,8 @@ _NOTED = {
     "train.best": "earlier epochs don't count for it",
     "train.eval_every": "other epochs count for the best",
     "train.compile": "results round otherwise",
+    "train.micro_batch": "sums round otherwise, and drop path draws otherwise",
+    "train.grad_checkpointing": "results may round otherwise",
     "student.init": "it is read at the start of a run only, so nothing changes",
     "val": "scores before are of other images",
     "ranks": "the same views are fed; drop path draws otherwise, and sums round otherwise",

@@ -21,6 +21,7 @@ from cskd.loading.stream import Stream
 from cskd.machine.devices import arithmetic, autocast, pick_device, uses_bf16
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import choose_threads, computing_with
+from cskd.pipeline.out_of_memory import Probe, explained, nothing_to_lower
 from cskd.pipeline.show.progress import Progress
 from cskd.student import Student, eval_heads
 from cskd.student.checkpoint import load_student
@@ -73,7 +74,7 @@ def score_heads(
         model.eval()
     for _ in range(count):
         batch = next(batches)
-        label = batch["label"].to(inputs.device)
+        label = batch["label"].to(inputs.device, non_blocking=True)
         pixels = inputs.clean(batch)
         for prefix, model in models.items():
             with autocast(autocast_setting, inputs.device):
@@ -83,7 +84,8 @@ def score_heads(
                 odd = (~logits.isfinite().all(1)).sum()
                 both = torch.stack([top[:, 0].sum(), top.any(1).sum(), odd]).double()
                 hits[prefix + head] = hits.get(prefix + head, torch.zeros_like(both)) + both
-        seen += torch.stack([seen.new_tensor(len(label)), (label == UNREADABLE_LABEL).sum().double()])
+        seen[0] += len(label)
+        seen[1] += (label == UNREADABLE_LABEL).sum()
     for model in models.values():
         model.train()
     images, unreadable = ranks.sum(seen).tolist()
@@ -119,7 +121,8 @@ def evaluate_checkpoint(
     student, facts = load_student(checkpoint)
     if facts["label_names"] != val.classes:
         raise DataError(f"{checkpoint} was trained on other classes than {data} has; pack it with the same --classes")
-    student.to(device)
+    with explained(device, nothing_to_lower("--device")):
+        student.to(device)
     if device.type == "cpu" and uses_bf16(autocast_setting, device):
         student.unfuse_attention()
     maker = ViewMaker(val, RecipeConfig(size=student.image_size[0]))
@@ -130,7 +133,12 @@ def evaluate_checkpoint(
     # tf32 rounds the inputs of a convolution to 10 bits, which float32 should not mean here
     exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     progress_bar = Progress("eval", total=len(val), unit="images", quiet=quiet)
-    with computing_with(threads.count), exact, progress_bar as progress:
+
+    def advise(probe: Probe) -> str:
+        fits = probe([batch >> i for i in range(1, batch.bit_length())], lambda rows: _forward(student, rows, device))
+        return f" with {batch:,} images at once; set --batch {f'{fits}, which fit' if fits else 'to less'}"
+
+    with computing_with(threads.count), exact, explained(device, advise), progress_bar as progress:
         heads, unreadable = score_heads(
             {"": student},
             _counted(stream, progress),
@@ -151,6 +159,11 @@ def evaluate_checkpoint(
         size=list(student.image_size),
         crop_pct=crop_pct,
     )
+
+
+@torch.no_grad()
+def _forward(student: Student, rows: int, device: torch.device) -> None:
+    student.eval()(torch.zeros(rows, 3, *student.image_size, device=device), (1, 1))
 
 
 def render(report: EvalReport, console: Console) -> None:

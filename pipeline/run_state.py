@@ -39,6 +39,8 @@ class RunState:
         self.changes: list[dict[str, Any]] = []  # key, old, new, step: of resumes
         self.notes: list[str] = []  # of restoring
         self._losses = torch.zeros(1 + len(terms), device=device)  # this rank's sums over the epoch so far
+        self._none = torch.zeros((), device=device)  # of a term that a method does not have
+        self._shown_loss = torch.full((1,), math.nan, pin_memory=device.type == "cuda")  # what a line shows next
         self._counted, self._seconds, self._clock = 0, 0.0, time.perf_counter()
         self._forwards, self._forwards_before = 0, teacher_images()  # by earlier processes; of this one before it began
         self._recent: list[Tensor] = []  # losses of the steps since they were last looked at
@@ -104,7 +106,7 @@ class RunState:
 
     def add(self, loss: Tensor, terms: dict[str, Tensor], step: int) -> None:
         """The loss of one step on this rank; `step` updates are done with it. NotFiniteError where it is time to look."""
-        values = (loss.detach(), *(terms.get(name, self._losses.new_zeros(())) for name in self.terms))
+        values = (loss.detach(), *(terms.get(name, self._none) for name in self.terms))
         self._losses += torch.stack(values)
         self._counted, self.step = self._counted + 1, step
         self._recent.append(values[0])
@@ -144,8 +146,12 @@ class RunState:
         return self._forwards + self.ranks.total(teacher_images() - self._forwards_before, self._losses.device)
 
     def mean_loss(self) -> str:
-        """Of this rank's epoch so far, for a line of progress."""
-        return f"{float(self._losses[0]) / max(1, self._counted):.3f}"
+        """Of this rank's epoch so far, for a line of progress; of a CUDA device what it had computed by the line before, since to
+        wait for the newest would leave it without work."""
+        behind = self._losses.device.type == "cuda" and not math.isnan(self._shown_loss.item())
+        shown = self._shown_loss.item() if behind else 0.0
+        self._shown_loss.copy_(self._losses[:1] / max(1, self._counted), non_blocking=behind)
+        return f"{shown if behind else self._shown_loss.item():.3f}"
 
     def row(self) -> dict[str, float]:
         """Means of the epoch so far over steps and ranks: 'loss' and one a term. All ranks ask together."""

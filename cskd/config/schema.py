@@ -244,6 +244,12 @@ class TrainConfig(Section):
     """Length of the schedule."""
     global_batch: Annotated[int, Ge(1), Le(1 << 24), Unit("views")] = 1024
     """Views of one step over all ranks; each rank has an even number."""
+    micro_batch: Annotated[int | None, Ge(2), MultipleOf(2), Unit("views")] = None
+    """Views of one forward and backward; a step adds up the gradients of as many as its batch has. Takes less memory and gives
+    the same step up to rounding; divides the batch of a rank. null = all of them at once."""
+    grad_checkpointing: bool = False
+    """Keep only the input of each block of the student and compute the rest again in the backward pass: the same gradients, a
+    fraction of the memory, about a third more time."""
     views: Annotated[int, Ge(0), Unit("views per image")] = 0
     """Use the first so many views of the cache; 0 = all, which must be finished. Without a cache 0 = as many as the run needs,
     so that no view is used twice."""

@@ -78,19 +78,23 @@ class Optimisation:
         self._schedule.step_update(step)
         return self.lr
 
+    def accumulate(self, loss: Tensor) -> None:
+        """Add the gradients of a loss to those of the next update."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
     def update(self, loss: Tensor, step: int) -> Tensor | None:
-        """One update from a loss.
+        """One update from a loss, and from those that were accumulated since the last one.
 
         Args:    loss a scalar with its graph; step global, from 0.
         Returns: the gradients' norm before clipping, a scalar on the device; None without `train.clip_grad`.
         """
         self.set_lr(step)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        self.accumulate(loss)
         norm = None
         if self.clip_grad is not None:
             norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.clip_grad)
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # here: the next forward has the memory
         if self._ema is not None:
             self._ema.update(self.student, step=step + 1)
         return norm
@@ -101,9 +105,12 @@ def scaled_lr(config: TrainConfig) -> float:
     return config.lr if config.lr_batch is None else config.lr * config.global_batch / config.lr_batch
 
 
-def reseed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch's generators for one step of one rank, so that drop path is a function of (seed, step, rank)."""
-    torch.manual_seed(hash64("step", seed, step, rank))
+def reseed_step(seed: int, step: int, part: int) -> None:
+    """Seed torch's generators for one micro-batch, so that drop path is a function of (seed, step, part).
+
+    part: its number among the micro-batches of the global batch, those of rank 0 first; without micro-batches the rank.
+    """
+    torch.manual_seed(hash64("step", seed, step, part))
 
 
 def share_of_start(decay: float, warmup: bool, updates: int) -> float:
