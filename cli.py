@@ -110,13 +110,16 @@ def pack(
     short_side: Annotated[
         int | None, typer.Option(min=1, help="Re-encode images whose short side is larger, pixels.")
     ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Store pixels as they are (PPM): nothing is left to decode, more to read.")
+    ] = False,
     split: Split = None,
     json_: Json = False,
 ) -> None:
     """A folder of class folders (or a tar of one) to shuffled webdataset shards with an inventory."""
     from cskd.pipeline.pack import pack_data, render
 
-    report = pack_data(src, out, classes, seed, shard_size, block, limit, short_side, split, quiet=json_)
+    report = pack_data(src, out, classes, seed, shard_size, block, limit, short_side, raw, split, quiet=json_)
     _print(report, json_, render)
 
 

@@ -22,6 +22,7 @@ from cskd.errors import ConfigError
 Method = Literal["none", "deit-hard", "deit-soft", "cskd-hard", "cskd-soft"]
 Decay = Literal["linear", "quadratic", "cosine", "local", "global"]
 Autocast = Literal["auto", "none", "bf16"]
+Precision = Literal["auto", "float32", "tf32", "bf16", "fp16", "float64"]
 
 
 def rising(pair: list[float]) -> bool:
@@ -88,12 +89,11 @@ class TeacherConfig(Section):
     """`per_cell`: apply a head that is not linear to every cell all the same."""
     grid: Annotated[list[Annotated[int, Ge(1), Le(1024)]] | None, Len(2, 2), Unit("cells")] = None
     """[h, w]: pool the teacher's map to this; null = the teacher's own."""
-    autocast: Autocast = "none"
-    """Arithmetic of the backbone only; classifier and codecs always run in float32."""
+    precision: Precision = "float32"
+    """Arithmetic of the backbone; pooling, classifier and codecs run in float32 (in float64 with `float64`). `float32` is
+    IEEE's on every device; `tf32`: CUDA devices only; `auto`: bf16 where the device gains by it. Part of the fingerprint."""
     fold: bool = False
     """Put batch norms into the convolutions before them, and on a CPU activations, too: the same up to rounding."""
-    dtype: Literal["float32", "float64"] = "float32"
-    """Type of weights and arithmetic; logits are always float32."""
     channels_last: bool = True
     """Memory layout of the teacher's tensors."""
     compile: bool = False
@@ -106,11 +106,6 @@ class TeacherConfig(Section):
     """Refuse a teacher below this top-1; null = clearly above chance, about twice."""
     check: Literal["refuse", "note"] = "refuse"
     """Whether what that check finds against the teacher stops stage 1, or is noted."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dtype != "float32" and self.autocast != "none":
-            raise ConfigError(f"teacher.dtype is {self.dtype!r}, expected float32 with an autocast")
 
 
 @dataclass(frozen=True)
