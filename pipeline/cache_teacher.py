@@ -99,7 +99,7 @@ def _fill(
     start: float,
 ) -> CacheReport:
     """Check the teacher, open or begin the cache, and make what it lacks."""
-    quiet = notes.quiet
+    quiet, device = notes.quiet, teacher.device
     notes.add([*ahead.images, *teacher.notes, *ahead.notes, *ahead.on_grid(teacher.grid)])
     notes.say()
     cache = _open_or_create(config, inventory, teacher, maker, ahead.images, notes)
@@ -113,8 +113,7 @@ def _fill(
     ):
         while passes := missing_passes(cache):
             maker_of_chunks, tasks = ChunkMaker(maker, inventory.id), line.tasks(passes)
-            pin = teacher.device.type == "cuda"
-            results = iter(Stream(maker_of_chunks, tasks, config.cache.workers, pin_memory=pin))
+            results = iter(Stream(maker_of_chunks, tasks, config.cache.workers, pin_memory=device.type == "cuda"))
             before, by_others = line.units, total - views_left(cache) - line.images
             for chunk in results:
                 line.feed(chunk)

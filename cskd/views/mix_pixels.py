@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -29,19 +28,8 @@ def mix_pixels(views_BHWC: Tensor, partner_B: Tensor, mode_B: Tensor, lam_B: Ten
 
 def normalise(pixels_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """float32 RGB in 0..255 to (x / 255 - mean) / std; mean and std of RGB in [0, 1]."""
-    scale_C11, shift_C11 = _linear_on(tuple(mean), tuple(std), pixels_BCHW.device, pixels_BCHW.dtype)
-    return pixels_BCHW * scale_C11 + shift_C11
-
-
-@functools.lru_cache(maxsize=64)
-def _linear_on(
-    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """`_linear` on a device, [C, 1, 1] each, made once: a transfer of numbers waits for all that the device has to do."""
-    scale_C11, shift_C11 = (
-        torch.tensor(values, dtype=dtype, device=device)[:, None, None] for values in _linear(mean, std)
-    )
-    return scale_C11, shift_C11
+    scale_C, shift_C = (pixels_BCHW.new_tensor(values)[:, None, None] for values in _linear(mean, std))
+    return pixels_BCHW * scale_C + shift_C
 
 
 def _linear(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
