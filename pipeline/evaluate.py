@@ -18,6 +18,7 @@ from cskd.errors import DataError, NotFiniteError
 from cskd.loading.sources import Batch
 from cskd.loading.stage2 import UNREADABLE_LABEL, BatchMaker, eval_tasks
 from cskd.loading.stream import Stream
+from cskd.machine.arithmetic import float32_products
 from cskd.machine.devices import arithmetic, autocast, pick_device, uses_bf16
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import choose_threads, computing_with
@@ -47,7 +48,7 @@ class EvalReport:
     unreadable: int  # of them; wrong for every head
     heads: dict[str, HeadScores]  # NAME.untrained: of a head that the run did not train
     score: str  # which of them is the student's: what timm computes from these weights
-    arithmetic: str  # of the student's forward: float32 or bf16
+    arithmetic: str  # of the student's forward: float32, bf16 or fp16
     device: str
     size: list[int]  # height, width of what the student sees, pixels
     crop_pct: float  # share of the short side
@@ -130,8 +131,8 @@ def evaluate_checkpoint(
     crop_pct = crop_pct or facts["pretrained_cfg"]["crop_pct"]
     stream = iter(Stream(BatchMaker(maker, maker, crop_pct), tasks, workers))
     threads = choose_threads(workers=workers)
-    # tf32 rounds the inputs of a convolution to 10 bits, which float32 should not mean here
-    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    # tf32 rounds the inputs of a product to 10 bits, which float32 should not mean here
+    exact = float32_products(False, device)
     progress_bar = Progress("eval", total=len(val), unit="images", quiet=quiet)
 
     def advise(probe: Probe) -> str:

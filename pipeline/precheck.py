@@ -26,6 +26,7 @@ from cskd.errors import CacheError, ConfigError, CskdError, DataError, ImageErro
 from cskd.loading.plan import PlanSpec
 from cskd.loading.sources import LiveViews
 from cskd.loading.targets import codec_for
+from cskd.machine.devices import half
 from cskd.method.losses import DistillationLoss
 from cskd.store.format import MANIFEST
 from cskd.store.manifest import read_manifest
@@ -135,6 +136,14 @@ def micro_batch_of(settings: TrainConfig, ranks: int = 1) -> int:
             f"{settings.global_batch} on {ranks} rank(s); use {near}, or null for all of them at once"
         )
     return asked
+
+
+def half_notes(autocast: str, device: torch.device) -> list[str]:
+    """What a user should know of training in fp16."""
+    if half(autocast, device) != "fp16":
+        return []
+    why = f"train.autocast auto is fp16: {device} has no bf16" if autocast == "auto" else "train.autocast is fp16"
+    return [f"{why}; the loss is scaled, and steps whose gradients overflow are left out: skipped_steps in the metrics"]
 
 
 def even_divisors(batch: int) -> list[int]:

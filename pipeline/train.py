@@ -19,6 +19,7 @@ from rich.console import Console
 
 from cskd.config import Config
 from cskd.errors import NotFiniteError
+from cskd.machine.arithmetic import float32_products
 from cskd.machine.devices import pick_device
 from cskd.machine.ranks import start_ranks, stop_ranks
 from cskd.machine.threads import choose_threads, computing_with
@@ -65,7 +66,7 @@ def train(config: Config, verify_replay: bool = True, online: bool = False, quie
             run = open_run(config, ranks, verify_replay, online, quiet, threads, writer)
             update = TrainStep(run)
             try:
-                with explained(device, update.advice):
+                with explained(device, update.advice), float32_products(config.train.tf32, device):
                     return _train(run, update, quiet)
             except NotFiniteError as e:
                 raise stopped(e, run.state, run.states, config.train.lr, config.train.clip_grad) from e
@@ -98,7 +99,7 @@ def _train(run: TrainingRun, update: TrainStep, quiet: bool) -> TrainReport:
                 loss, terms = update(batch, epoch, step, seconds)
                 clock = time.perf_counter()
                 step += 1
-                state.add(loss, terms, step)
+                state.add(loss, terms, step, run.optimisation.skipped)
                 seconds["student"] += time.perf_counter() - clock
                 progress.update(step * plan.global_batch, loss=state.mean_loss)
                 if config.train.save_every and step % config.train.save_every == 0 and step < end:

@@ -41,7 +41,7 @@ from cskd.pipeline.conflicts import (
 )
 from cskd.pipeline.evaluate import score_heads
 from cskd.pipeline.online import open_baseline, open_online
-from cskd.pipeline.precheck import micro_batch_of, open_val, student_notes, view_notes, with_best
+from cskd.pipeline.precheck import half_notes, micro_batch_of, open_val, student_notes, view_notes, with_best
 from cskd.pipeline.run_state import PROGRESS, RunState, named_bests
 from cskd.pipeline.show.progress import Notes, Pool
 from cskd.store.cache import open_cache
@@ -209,7 +209,7 @@ def open_run(
     student = build_student(config.student, len(views.inventory.classes), views.recipe.size).to(device)
     student.taught_by(config.loss)
     notes.add([*student.notes, *student_notes(student, views.grid, config.loss), *view_notes(config, views.recipe)])
-    notes.add(as_before)
+    notes.add([*as_before, *half_notes(settings.autocast, device)])
     if device.type == "cpu" and uses_bf16(settings.autocast, device):
         student.unfuse_attention()
     if settings.grad_checkpointing:
@@ -222,7 +222,7 @@ def open_run(
     loaded = states.load(student, optimisation)
     ranks.refuse_differing(loaded.step if loaded else 0, device)
     stop = min(settings.epochs * plan.steps, settings.max_steps or 1 << 62)
-    state = RunState(ranks, device, TERMS, len(views.inventory.classes))
+    state = RunState(ranks, device, TERMS, len(views.inventory.classes), optimisation.scaler is not None)
     if loaded:
         begun = {name: value for name, value in loaded.info.items() if name != PROGRESS}
         notes.add(loaded.warnings)
