@@ -172,7 +172,8 @@ def evaluate(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     autocast: Annotated[
-        Literal["none", "bf16", "auto"], typer.Option(help="none: float32; auto: bf16 where the device gains by it.")
+        Literal["none", "bf16", "fp16", "auto"],
+        typer.Option(help="none: float32; auto: bf16, or fp16, where the device gains by it."),
     ] = "none",
     json_: Json = False,
 ) -> None:

@@ -48,6 +48,10 @@ class NotFiniteError(StudentError):
         self.what, self.step = what, step
 
 
+class OutOfMemoryError(CskdError):
+    """A device, or the machine, has too little memory for a batch. The text says what fits, and which keys make it less."""
+
+
 class CodecError(CskdError):
     """Teacher outputs that a codec can't hold, or stored arrays that are not this codec's."""
 

@@ -28,8 +28,9 @@ from cskd.machine.devices import pick_device
 from cskd.machine.threads import Threads, begun_with, choose_threads, computing_with
 from cskd.pipeline.clean_check import clean_check
 from cskd.pipeline.measure_precision import measure_precision
+from cskd.pipeline.out_of_memory import Probe, explained, nothing_to_lower
 from cskd.pipeline.outputs import refuse_cache_output
-from cskd.pipeline.precheck import look_ahead, need_training_images, training_images
+from cskd.pipeline.precheck import Ahead, look_ahead, need_training_images, training_images
 from cskd.pipeline.show.progress import Notes, Progress, bound_by, duration, print_lines
 from cskd.pipeline.unit_line import missing_passes, unit_line, views_left
 from cskd.store.cache import Cache, create_cache
@@ -81,7 +82,24 @@ def _cache_teacher(config: Config, threads: Threads, quiet: bool) -> CacheReport
     device = pick_device(config.cache.device)
     maker, notes = ViewMaker(inventory, config.recipe), Notes(quiet)
     ahead = look_ahead(config, maker)
-    teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
+    with explained(device, nothing_to_lower("cache.device")):
+        teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
+    with explained(device, lambda probe: batch_advice(teacher, config, probe)):
+        return _fill(config, inventory, teacher, maker, ahead, threads, notes, start)
+
+
+def _fill(
+    config: Config,
+    inventory: Inventory,
+    teacher: Teacher,
+    maker: ViewMaker,
+    ahead: Ahead,
+    threads: Threads,
+    notes: Notes,
+    start: float,
+) -> CacheReport:
+    """Check the teacher, open or begin the cache, and make what it lacks."""
+    quiet, device = notes.quiet, teacher.device
     notes.add([*ahead.images, *teacher.notes, *ahead.notes, *ahead.on_grid(teacher.grid)])
     notes.say()
     cache = _open_or_create(config, inventory, teacher, maker, ahead.images, notes)
@@ -116,6 +134,24 @@ def _cache_teacher(config: Config, threads: Threads, quiet: bool) -> CacheReport
         content_root=seal_cache(cache, config.cache.max_quarantine).content_root,
         bound_by=bound_by(line.pools, line.seconds, line.images, "views") if line.images else "nothing was missing",
         notes=notes.all,
+    )
+
+
+def batch_advice(teacher: Teacher, config: Config, probe: Probe) -> str:
+    """After a forward that there was no memory for: the teacher.batch that there is memory for, and what setting it means."""
+    batch = teacher.batch
+
+    def forward(rows: int) -> None:
+        size = teacher.image_size
+        replace(teacher, batch=rows).in_batches(torch.zeros(rows, 3, size, size, device=teacher.device))
+
+    halves = [(batch >> i) // 4 * 4 for i in range(1, batch.bit_length()) if batch >> i >= 4]
+    fits = None if teacher.fingerprint.compile else probe(halves, forward)
+    begun = (Path(config.cache.path) / MANIFEST).exists()
+    again = f": the cache was begun with {batch}, another one needs another cache.path" if begun else ""
+    return (
+        f" with teacher.batch {batch}{f', {fits:,} fit' if fits else ''}; set "
+        f"{f'teacher.batch={fits}' if fits else 'a smaller teacher.batch'}, which is part of the fingerprint{again}"
     )
 
 

@@ -41,7 +41,7 @@ from cskd.pipeline.conflicts import (
 )
 from cskd.pipeline.evaluate import score_heads
 from cskd.pipeline.online import open_baseline, open_online
-from cskd.pipeline.precheck import open_val, student_notes, view_notes, with_best
+from cskd.pipeline.precheck import half_notes, micro_batch_of, open_val, student_notes, view_notes, with_best
 from cskd.pipeline.run_state import PROGRESS, RunState, named_bests
 from cskd.pipeline.show.progress import Notes, Pool
 from cskd.store.cache import open_cache
@@ -77,6 +77,7 @@ class TrainingRun:
     state: RunState
     step: int  # updates done by earlier runs
     stop: int  # updates in all
+    micro_batch: int  # views of one forward and backward on this rank
     verify_replay: bool  # check every view against the digest in the cache
     notes: list[str]
     writer: Writer | None = None  # of the output folder; None on all ranks but the first
@@ -96,7 +97,7 @@ class TrainingRun:
         if self.val is None:
             return []
         share = len(self.val) // self.ranks.count  # every rank has a batch: the scores are summed by all together
-        batch = max(1, min(self.plan.global_batch // self.ranks.count, share))
+        batch = max(1, min(self.micro_batch, share))
         return eval_tasks(len(self.val), batch, self.ranks.rank, self.ranks.count)
 
     @property
@@ -208,17 +209,20 @@ def open_run(
     student = build_student(config.student, len(views.inventory.classes), views.recipe.size).to(device)
     student.taught_by(config.loss)
     notes.add([*student.notes, *student_notes(student, views.grid, config.loss), *view_notes(config, views.recipe)])
-    notes.add(as_before)
+    notes.add([*as_before, *half_notes(settings.autocast, device)])
     if device.type == "cpu" and uses_bf16(settings.autocast, device):
         student.unfuse_attention()
+    if settings.grad_checkpointing:
+        student.checkpoint_gradients()
     plan = PlanSpec.over(views, settings, ranks.count)
+    micro_batch = micro_batch_of(settings, ranks.count)
     optimisation = Optimisation(student, settings, plan.steps)
     config = with_best(config, student)
     identity = run_identity(config, views, plan.views, ranks.count, online, device, val)
     loaded = states.load(student, optimisation)
     ranks.refuse_differing(loaded.step if loaded else 0, device)
     stop = min(settings.epochs * plan.steps, settings.max_steps or 1 << 62)
-    state = RunState(ranks, device, TERMS, len(views.inventory.classes))
+    state = RunState(ranks, device, TERMS, len(views.inventory.classes), optimisation.scaler is not None)
     if loaded:
         begun = {name: value for name, value in loaded.info.items() if name != PROGRESS}
         notes.add(loaded.warnings)
@@ -255,6 +259,7 @@ def open_run(
         state=state,
         step=loaded.step if loaded else 0,
         stop=stop,
+        micro_batch=micro_batch,
         verify_replay=verify_replay,
         notes=notes.all,
         writer=writer,

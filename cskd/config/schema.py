@@ -21,7 +21,7 @@ from cskd.errors import ConfigError
 
 Method = Literal["none", "deit-hard", "deit-soft", "cskd-hard", "cskd-soft"]
 Decay = Literal["linear", "quadratic", "cosine", "local", "global"]
-Autocast = Literal["auto", "none", "bf16"]
+Autocast = Literal["auto", "none", "bf16", "fp16"]
 Precision = Literal["auto", "float32", "tf32", "bf16", "fp16", "float64"]
 
 
@@ -239,6 +239,12 @@ class TrainConfig(Section):
     """Length of the schedule."""
     global_batch: Annotated[int, Ge(1), Le(1 << 24), Unit("views")] = 1024
     """Views of one step over all ranks; each rank has an even number."""
+    micro_batch: Annotated[int | None, Ge(2), MultipleOf(2), Unit("views")] = None
+    """Views of one forward and backward; a step adds up the gradients of as many as its batch has. Takes less memory and gives
+    the same step up to rounding; divides the batch of a rank. null = all of them at once."""
+    grad_checkpointing: bool = False
+    """Keep only the input of each block of the student and compute the rest again in the backward pass: the same gradients, a
+    fraction of the memory, about a third more time."""
     views: Annotated[int, Ge(0), Unit("views per image")] = 0
     """Use the first so many views of the cache; 0 = all, which must be finished. Without a cache 0 = as many as the run needs,
     so that no view is used twice."""
@@ -271,7 +277,11 @@ class TrainConfig(Section):
     best: str | None = None
     """Score by which the best weights are kept, such as `top1.class`; null = only for `export: best`."""
     autocast: Autocast = "auto"
-    """Arithmetic of the student; `auto`: bf16 where the device gains by it."""
+    """Arithmetic of the student; `auto`: bf16 where the device gains by it, fp16 on GPUs that have no bf16. With fp16 the loss is
+    scaled, and steps whose gradients overflow are skipped."""
+    tf32: bool = True
+    """Products of float32 numbers on a CUDA device, in convolutions and matrix products, from inputs with 10 bits of mantissa;
+    false: float32 as IEEE defines it. Nothing that autocast computes in bf16 or fp16 depends on it."""
     compile: bool = False
     """Run the student through torch.compile."""
     workers: Annotated[int, Ge(0), Le(1024), Unit("processes")] = 2

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from cskd.errors import ConfigError
+from cskd.machine.devices import HALF as HALF
 from cskd.machine.devices import uses_bf16
-
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def precision_here(precision: str, device: torch.device, key: str) -> str:
@@ -35,14 +34,18 @@ def computing_in(precision: str, device: torch.device) -> Iterator[None]:
     """Run what follows in bf16 or fp16 by autocast, else as its tensors are; products of float32 in TF32 if `tf32`, else in
     IEEE's float32 (on CUDA devices torch's default for convolutions is TF32). One thread at a time on CUDA devices."""
     half = HALF.get(precision)
-    tf32 = tf32_products(precision == "tf32") if device.type == "cuda" else contextlib.nullcontext()
-    with torch.autocast(device.type, half, enabled=half is not None), tf32:
+    with torch.autocast(device.type, half, enabled=half is not None), float32_products(precision == "tf32", device):
         yield
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Float32 in IEEE's float32: no autocast, and no TF32 in convolutions and matrix products of CUDA devices."""
     return computing_in("float32", device)
+
+
+def float32_products(tf32: bool, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """`tf32_products` on CUDA devices; others have no such choice."""
+    return tf32_products(tf32) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

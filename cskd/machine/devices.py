@@ -1,13 +1,17 @@
-"""Which device to use, and where bf16 autocast is a gain."""
+"""Which device to use, and where autocast in bf16 or fp16 is a gain."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+from typing import Any
 
 import torch
 
 from cskd.errors import ConfigError
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_FP16 = 7, 0  # compute capability of the first CUDA devices with fast products of fp16
 
 
 def pick_device(name: str) -> torch.device:
@@ -52,8 +56,19 @@ def keep_freed_memory() -> bool:
 
 
 def autocast(setting: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """bf16 autocast where `uses_bf16`, else nothing."""
-    return torch.autocast(device.type, torch.bfloat16) if uses_bf16(setting, device) else contextlib.nullcontext()
+    """Autocast in what `half` says, else nothing."""
+    kind = half(setting, device)
+    return contextlib.nullcontext() if kind == "none" else torch.autocast(device.type, HALF[kind])
+
+
+def half(setting: str, device: torch.device) -> str:
+    """What a config's 'autocast' means here: 'bf16', 'fp16' or 'none'. 'auto' is bf16 where `uses_bf16`, else fp16 on CUDA
+    devices that gain by it."""
+    if setting != "auto":
+        return setting
+    if uses_bf16(setting, device):
+        return "bf16"
+    return "fp16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FP16 else "none"
 
 
 def uses_bf16(setting: str, device: torch.device) -> bool:
@@ -66,10 +81,14 @@ def uses_bf16(setting: str, device: torch.device) -> bool:
 
 
 def arithmetic(setting: str, device: torch.device) -> str:
-    """The arithmetic of a student's forward under a config's 'autocast', for reports: 'bf16' or 'float32'."""
-    if uses_bf16(setting, device):
-        return "bf16"
-    return "float32, convolutions tf32" if device.type == "cuda" and torch.backends.cudnn.allow_tf32 else "float32"
+    """The arithmetic of a student's forward under a config's 'autocast', for reports: 'bf16', 'fp16', 'float32', or 'float32' with
+    what is tf32 at present."""
+    if (kind := half(setting, device)) != "none":
+        return kind
+    backends: Any = torch.backends
+    tf32 = {"convolutions": backends.cudnn.conv, "matrix products": backends.cuda.matmul}
+    rounded = [what for what, backend in tf32.items() if backend.fp32_precision == "tf32"]
+    return f"float32, {' and '.join(rounded)} tf32" if rounded and device.type == "cuda" else "float32"
 
 
 def cpu_has_bf16() -> bool:

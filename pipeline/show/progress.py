@@ -128,7 +128,7 @@ class Notes:
 
     def __init__(self, quiet: bool = False) -> None:
         self.all: list[str] = []
-        self._quiet, self._said = quiet, 0
+        self.quiet, self._said = quiet, 0
 
     def add(self, notes: Iterable[str]) -> None:
         """Those of them that are new."""
@@ -136,7 +136,7 @@ class Notes:
 
     def say(self) -> None:
         """Before long work: print what was not said yet."""
-        say(self.all[self._said :], self._quiet)
+        say(self.all[self._said :], self.quiet)
         self._said = len(self.all)
 
 
