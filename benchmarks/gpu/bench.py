@@ -26,6 +26,7 @@ from cskd.pipeline.pack import pack_data
 from cskd.teacher.build import build_model
 
 RECIPE = {"randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25, "mixup": 0.8, "cutmix": 1.0}
+QUIET_BRANCH = 0.2  # of the norm that ends a branch; at 1 rounding grows from block to block and the network is chaos
 VIEWS = 3  # of a cache, as many as the repeats of training
 HAS_PRECISION = "precision" in {f.name for f in fields(TeacherConfig)}
 HAS_DEVICE_AUGMENT = "augment" in {f.name for f in fields(TrainConfig)}
@@ -162,7 +163,8 @@ class Bench:
             net = build_model(model, {"num_classes": self.sizes.classes}).to(self.device).train()
             for module in net.modules():
                 if isinstance(module, torch.nn.BatchNorm2d):
-                    torch.nn.init.ones_(module.weight)
+                    with torch.no_grad():
+                        module.weight.clamp_(min=QUIET_BRANCH)
                     module.momentum = None  # the mean of all batches
             with torch.no_grad():
                 for _ in range(2):
