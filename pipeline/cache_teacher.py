@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,11 +25,11 @@ from cskd.dataset.inventory import Inventory
 from cskd.errors import CacheError, ConfigError
 from cskd.loading.stage1 import ChunkMaker
 from cskd.loading.stream import Stream
-from cskd.machine.devices import pick_device
+from cskd.machine.launch import launched
 from cskd.machine.threads import Threads, begun_with, choose_threads, computing_with
 from cskd.pipeline.clean_check import clean_check
 from cskd.pipeline.measure_precision import measure_precision
-from cskd.pipeline.outputs import refuse_cache_output
+from cskd.pipeline.outputs import device_of, refuse_cache_output
 from cskd.pipeline.precheck import look_ahead, need_training_images, training_images
 from cskd.pipeline.show.progress import Notes, Progress, bound_by, duration, print_lines
 from cskd.pipeline.unit_line import missing_passes, unit_line, views_left
@@ -78,8 +79,12 @@ def _cache_teacher(config: Config, threads: Threads, quiet: bool) -> CacheReport
     need_training_images(config)
     refuse_cache_output(config)
     inventory = training_images(config)
-    device = pick_device(config.cache.device)
+    quiet = (
+        quiet or launched().rank > 0
+    )  # of several processes the first one speaks for all, since it counts what all make
+    device, moved = device_of(config, "cache")
     maker, notes = ViewMaker(inventory, config.recipe), Notes(quiet)
+    notes.add(moved)
     ahead = look_ahead(config, maker)
     teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
     notes.add([*ahead.images, *teacher.notes, *ahead.notes, *ahead.on_grid(teacher.grid)])
@@ -132,7 +137,7 @@ def _open_or_create(
         precision = measure_precision(teacher, maker, config.teacher)
         manifest = replace(
             manifest,
-            config=to_dict(config),
+            config=_without_devices(config),
             data=str(Path(config.data.train).resolve()),
             clean_top1=check.top1,
             clean_images=check.images,
@@ -152,6 +157,14 @@ def _open_or_create(
     if difference:
         raise CacheError(f"{root}: the teacher no longer gives the outputs the cache was begun with ({difference})")
     return cache
+
+
+def _without_devices(config: Config) -> dict[str, Any]:
+    """The config as a manifest records it: which device of which machine is no part of a cache, and may be missing elsewhere."""
+    recorded = to_dict(config)
+    for section in ("cache", "train"):
+        recorded[section]["device"] = "auto"
+    return recorded
 
 
 def _use_threads(threads: Threads, cache: Cache, teacher: Teacher, config: Config) -> list[str]:

@@ -20,14 +20,15 @@ from rich.console import Console
 from cskd.config import Config
 from cskd.errors import NotFiniteError
 from cskd.loading.targets import mixed_labels
-from cskd.machine.devices import autocast, pick_device
-from cskd.machine.ranks import start_ranks, stop_ranks
+from cskd.machine.devices import autocast
+from cskd.machine.launch import launched
+from cskd.machine.ranks import running_ranks
 from cskd.machine.threads import choose_threads, computing_with
 from cskd.method.losses import DistillationLoss
-from cskd.pipeline.outputs import sole_run
+from cskd.pipeline.outputs import device_of, sole_run
 from cskd.pipeline.run_state import stopped
 from cskd.pipeline.show.metrics import MetricsLog
-from cskd.pipeline.show.progress import Progress, bound_by, print_lines, timed_start
+from cskd.pipeline.show.progress import Progress, bound_by, print_lines, say, timed_start
 from cskd.pipeline.training_run import TrainingRun, open_run
 from cskd.student.optim import reseed_step
 from cskd.teacher.model import teacher_images
@@ -57,19 +58,20 @@ def train(config: Config, verify_replay: bool = True, online: bool = False, quie
 
     verify_replay: check every view against the digest in the cache. online: no cache, the teacher runs at every step.
     """
-    ranks = start_ranks(config.train.device)
-    quiet = quiet or not ranks.first
+    device, notes = device_of(config, "train")
+    quiet = quiet or launched().rank > 0
+    say(notes, quiet)
     threads = choose_threads(config.train.threads, "train.threads", config.train.workers)
-    try:
-        folder = sole_run(config, ranks, pick_device(config.train.device), quiet)
-        with computing_with(threads.count), folder as writer:
-            run = open_run(config, ranks, verify_replay, online, quiet, threads, writer)
-            try:
-                return _train(run, quiet)
-            except NotFiniteError as e:
-                raise stopped(e, run.state, run.states, config.train.lr, config.train.clip_grad) from e
-    finally:
-        stop_ranks()
+    with (
+        running_ranks(device) as ranks,
+        sole_run(config, ranks, device, quiet) as writer,
+        computing_with(threads.count),
+    ):
+        run = open_run(config, ranks, device, verify_replay, online, quiet, threads, writer)
+        try:
+            return _train(run, quiet)
+        except NotFiniteError as e:
+            raise stopped(e, run.state, run.states, config.train.lr, config.train.clip_grad) from e
 
 
 def _train(run: TrainingRun, quiet: bool) -> TrainReport:

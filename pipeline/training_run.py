@@ -26,7 +26,7 @@ from cskd.loading.stage2 import BatchMaker, EvalTask, eval_tasks
 from cskd.loading.stream import Stream
 from cskd.loading.targets import CachedTargets
 from cskd.loading.tasks import RunTasks
-from cskd.machine.devices import arithmetic, pick_device, uses_bf16
+from cskd.machine.devices import arithmetic, uses_bf16
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import Threads, begun_with
 from cskd.pipeline.conflicts import (
@@ -191,6 +191,7 @@ class TrainingRun:
 def open_run(
     config: Config,
     ranks: Ranks,
+    device: torch.device,
     verify_replay: bool,
     online: bool,
     quiet: bool,
@@ -198,7 +199,7 @@ def open_run(
     writer: Writer | None,
 ) -> TrainingRun:
     """Views, targets, student, plan and optimiser of a config, and where an earlier run of it stopped."""
-    output, device, notes = Path(config.train.output), pick_device(config.train.device), Notes(quiet)
+    output, notes = Path(config.train.output), Notes(quiet)
     states = ResumeStates(output / "resume", keep=config.train.keep)
     config, as_before = as_begun(config, next(iter(states.infos().values()), None))
     settings = config.train

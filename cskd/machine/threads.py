@@ -21,6 +21,7 @@ from pathlib import Path
 
 from cskd.errors import counted
 from cskd.machine.cores import Cores, affinity, usable_cores
+from cskd.machine.launch import launched
 
 # GOMP_SPINCOUNT is for GNU's OpenMP, in torch's wheels for Linux; KMP_BLOCKTIME, in ms, for LLVM's and Intel's.
 WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "0"}
@@ -125,12 +126,9 @@ def computing_with(count: int) -> Iterator[None]:
 
 
 def _share(cores: Cores) -> int:
-    """The cores of one of the ranks that torchrun started here. Where each was given CPUs of its own, those, if they are fewer
-    than its part of what torchrun has."""
-    try:
-        ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    except ValueError:
-        ranks = 1
+    """The cores of one of the processes that torchrun or srun started here. Where each was given CPUs of its own, those, if they are fewer
+    than its part of what their parent has."""
+    ranks = launched().local_count
     if ranks == 1:
         return cores.count
     whole = replace(cores, allowed=max(cores.allowed, affinity(os.getppid()) or 0))
