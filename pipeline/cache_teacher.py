@@ -23,6 +23,7 @@ from rich.console import Console
 from cskd.config import Config, to_dict
 from cskd.dataset.inventory import Inventory
 from cskd.errors import CacheError, ConfigError
+from cskd.loading.need import PREFETCH, refuse_little_memory
 from cskd.loading.stage1 import ChunkMaker
 from cskd.loading.stream import Stream
 from cskd.machine.launch import launched
@@ -67,12 +68,16 @@ class CacheReport:
 
 def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
     """Make, finish or extend the cache of a config. Raises CskdError; whatever was committed stays."""
-    threads = choose_threads(config.cache.threads, "cache.threads", config.cache.workers)
+    device, moved = device_of(config, "cache")
+    gpu = device.type == "cuda"
+    threads = choose_threads(config.cache.threads, "cache.threads", config.cache.workers, gpu=gpu)
     with computing_with(threads.count):
-        return _cache_teacher(config, threads, quiet)
+        return _cache_teacher(config, device, moved, threads, quiet)
 
 
-def _cache_teacher(config: Config, threads: Threads, quiet: bool) -> CacheReport:
+def _cache_teacher(
+    config: Config, device: torch.device, moved: list[str], threads: Threads, quiet: bool
+) -> CacheReport:
     start = time.perf_counter()
     if not config.cache.path:
         raise ConfigError("cache.path is empty; say where the cache goes, for example --set cache.path=caches/mine")
@@ -82,10 +87,12 @@ def _cache_teacher(config: Config, threads: Threads, quiet: bool) -> CacheReport
     quiet = (
         quiet or launched().rank > 0
     )  # of several processes the first one speaks for all, since it counts what all make
-    device, moved = device_of(config, "cache")
     maker, notes = ViewMaker(inventory, config.recipe), Notes(quiet)
     notes.add(moved)
     ahead = look_ahead(config, maker)
+    chunk_bytes = config.teacher.batch * min(config.recipe.mix_group, config.cache.views) * 3 * config.recipe.size**2
+    gpu = device.type == "cuda"
+    refuse_little_memory("cache", threads.workers, PREFETCH, chunk_bytes, launched().local_count, pinned=gpu)
     teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
     notes.add([*ahead.images, *teacher.notes, *ahead.notes, *ahead.on_grid(teacher.grid)])
     notes.say()
@@ -95,12 +102,12 @@ def _cache_teacher(config: Config, threads: Threads, quiet: bool) -> CacheReport
 
     total = cache.inventory.n * cache.views
     with (
-        unit_line(cache, teacher, config) as line,
+        unit_line(cache, teacher, config, threads.workers) as line,
         Progress("cache-teacher", total, "views", start=total - views_left(cache), quiet=quiet) as progress,
     ):
         while passes := missing_passes(cache):
             maker_of_chunks, tasks = ChunkMaker(maker, inventory.id), line.tasks(passes)
-            results = iter(Stream(maker_of_chunks, tasks, config.cache.workers, pin_memory=device.type == "cuda"))
+            results = iter(Stream(maker_of_chunks, tasks, threads.workers, pin_memory=gpu))
             before, by_others = line.units, total - views_left(cache) - line.images
             for chunk in results:
                 line.feed(chunk)
@@ -119,7 +126,9 @@ def _cache_teacher(config: Config, threads: Threads, quiet: bool) -> CacheReport
         clean_data=cache.manifest.clean_data,
         quarantined=int(cache.quarantined().sum()),
         content_root=seal_cache(cache, config.cache.max_quarantine).content_root,
-        bound_by=bound_by(line.pools, line.seconds, line.images, "views") if line.images else "nothing was missing",
+        bound_by=bound_by(line.pools, line.seconds, line.images, "views", cores=threads.workers > 0)
+        if line.images
+        else "nothing was missing",
         notes=notes.all,
     )
 

@@ -61,7 +61,8 @@ def train(config: Config, verify_replay: bool = True, online: bool = False, quie
     device, notes = device_of(config, "train")
     quiet = quiet or launched().rank > 0
     say(notes, quiet)
-    threads = choose_threads(config.train.threads, "train.threads", config.train.workers)
+    gpu = device.type == "cuda"
+    threads = choose_threads(config.train.threads, "train.threads", config.train.workers, gpu=gpu)
     with (
         running_ranks(device) as ranks,
         sole_run(config, ranks, device, quiet) as writer,
@@ -143,7 +144,13 @@ def _train(run: TrainingRun, quiet: bool) -> TrainReport:
         top1={name.removeprefix("top1."): top1 for name, top1 in last.items() if name.startswith("top1.")},
         score=run.score,
         arithmetic=run.arithmetic,
-        bound_by=bound_by(run.pools(seconds, tasks.read_seconds), time.perf_counter() - start_clock, images),
+        bound_by=bound_by(
+            run.pools(seconds, tasks.read_seconds),
+            time.perf_counter() - start_clock,
+            images,
+            cores=run.workers > 0,
+            queued=device.type == "cuda",
+        ),
         notes=run.notes,
         weights=weights,
     )

@@ -20,6 +20,7 @@ from cskd.errors import CacheError, ConfigError
 from cskd.files.durable import put
 from cskd.files.scratch import new_scratch
 from cskd.files.writer import Writer
+from cskd.loading.need import prefetch_of, refuse_little_memory
 from cskd.loading.plan import PlanSpec
 from cskd.loading.sources import Batch, TargetSource, ViewSource
 from cskd.loading.stage2 import BatchMaker, EvalTask, eval_tasks
@@ -27,6 +28,7 @@ from cskd.loading.stream import Stream
 from cskd.loading.targets import CachedTargets
 from cskd.loading.tasks import RunTasks
 from cskd.machine.devices import arithmetic, uses_bf16
+from cskd.machine.launch import launched
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import Threads, begun_with
 from cskd.pipeline.conflicts import (
@@ -77,6 +79,7 @@ class TrainingRun:
     state: RunState
     step: int  # updates done by earlier runs
     stop: int  # updates in all
+    workers: int  # of the loader
     verify_replay: bool  # check every view against the digest in the cache
     notes: list[str]
     writer: Writer | None = None  # of the output folder; None on all ranks but the first
@@ -132,7 +135,7 @@ class TrainingRun:
             targets=self.targets.spec,
             evaluate=lambda epoch: self.eval_tasks if self.evaluates(epoch) else [],
             scratch=new_scratch(self.output, self.ranks.rank),
-            ahead=settings.workers * settings.prefetch,
+            ahead=self.workers * prefetch_of(self.workers, settings.prefetch),
             start=self.step,
             stop=self.stop,
             rank=self.ranks.rank,
@@ -142,14 +145,13 @@ class TrainingRun:
         recorded = self.views.recorded() if self.verify_replay else None
         maker = BatchMaker(views, clean, settings.eval_crop_pct, recorded)
         pin = self.device.type == "cuda"
-        return tasks, iter(Stream(maker, tasks, settings.workers, settings.prefetch, pin_memory=pin))
+        return tasks, iter(Stream(maker, tasks, self.workers, settings.prefetch, pin_memory=pin))
 
     def pools(self, seconds: dict[str, float], read_seconds: float) -> list[Pool]:
         """Who did what for how long."""
         loader, live = ("decode", "augment"), ("teacher",) if self.targets.runs_teacher else ()
         here = (*live, "student", "evaluate")
-        workers = self.config.train.workers
-        apart = [Pool.of(workers, seconds, *loader), Pool.of(1, seconds, *here)] if workers else []
+        apart = [Pool.of(self.workers, seconds, *loader), Pool.of(1, seconds, *here)] if self.workers else []
         return [*(apart or [Pool.of(1, seconds, *loader, *here)]), Pool(1, {"read": read_seconds})]
 
     def save(self, step: int) -> None:
@@ -213,6 +215,8 @@ def open_run(
     if device.type == "cpu" and uses_bf16(settings.autocast, device):
         student.unfuse_attention()
     plan = PlanSpec.over(views, settings, ranks.count)
+    batch, gpu = plan.global_batch // ranks.count * 3 * views.recipe.size**2, device.type == "cuda"
+    refuse_little_memory("train", threads.workers, settings.prefetch, batch, launched().local_count, pinned=gpu)
     optimisation = Optimisation(student, settings, plan.steps)
     config = with_best(config, student)
     identity = run_identity(config, views, plan.views, ranks.count, online, device, val)
@@ -256,6 +260,7 @@ def open_run(
         state=state,
         step=loaded.step if loaded else 0,
         stop=stop,
+        workers=threads.workers,
         verify_replay=verify_replay,
         notes=notes.all,
         writer=writer,

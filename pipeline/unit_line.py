@@ -35,13 +35,13 @@ from cskd.views.mixing import quads
 
 
 @contextlib.contextmanager
-def unit_line(cache: Cache, teacher: Teacher, config: Config) -> Iterator[UnitLine]:
-    """A line with its claims and threads; at the end what they are at is waited for, and what still waits is dropped."""
+def unit_line(cache: Cache, teacher: Teacher, config: Config, workers: int) -> Iterator[UnitLine]:
+    """A line with its claims and threads, which so many loader workers feed; at the end what they are at is waited for, and what still waits is dropped."""
     writer = ThreadPoolExecutor(1, "write")
     with Claims(cache.root) as claims, contextlib.ExitStack() as stack:
         stack.callback(writer.shutdown, cancel_futures=True)
         lanes = stack.enter_context(Lanes(teacher.device, teacher.reentrant))
-        yield UnitLine(cache, teacher, config, claims, lanes, writer)
+        yield UnitLine(cache, teacher, config, workers, claims, lanes, writer)
 
 
 def missing_passes(cache: Cache) -> list[tuple[int, tuple[int, ...]]]:
@@ -97,13 +97,20 @@ class UnitLine:
     """From chunks to commits: batches are with the lanes, whole passes with the writer, and results are taken in order."""
 
     def __init__(
-        self, cache: Cache, teacher: Teacher, config: Config, claims: Claims, lanes: Lanes, writer: ThreadPoolExecutor
+        self,
+        cache: Cache,
+        teacher: Teacher,
+        config: Config,
+        workers: int,
+        claims: Claims,
+        lanes: Lanes,
+        writer: ThreadPoolExecutor,
     ) -> None:
         self.images = self.units = 0  # whose targets are in, and committed
         self.unreadable = 0  # of the images
         self._first_chunk = self._last_commit = 0.0  # when it came, when it was done
         self._seconds: defaultdict[str, float] = defaultdict(float)  # of each part, summed over all who do it
-        self._cache, self._teacher, self._config = cache, teacher, config
+        self._cache, self._teacher, self._config, self._workers = cache, teacher, config, workers
         self._claims, self._lanes, self._writer = claims, lanes, writer
         self._claimed: deque[tuple[_Pass, Path]] = deque()  # passes whose chunks are still to come
         self._underway: deque[_Encoding] = deque()
@@ -118,7 +125,7 @@ class UnitLine:
     def pools(self) -> list[Pool]:
         """Who did what for how long."""
         return [
-            Pool.of(max(1, self._config.cache.workers), self._seconds, "decode", "augment"),
+            Pool.of(max(1, self._workers), self._seconds, "decode", "augment"),
             Pool.of(self._lanes.count, self._seconds, "teacher", "encode"),
             Pool.of(1, self._seconds, "write"),
         ]
