@@ -39,6 +39,10 @@ class StudentError(CskdError):
     """The student can't be built, or does not fit the cached teacher grid or classes."""
 
 
+class RankError(CskdError):
+    """Another rank of the run failed, so that this one can't go on."""
+
+
 class NotFiniteError(StudentError):
     """A loss, weights or logits hold NaN or an infinity. `what` says which, `step` since which update where that is known;
     the message adds what to do."""

@@ -70,7 +70,7 @@ def score_heads(
     Raises:  NotFiniteError on every rank for logits with NaN or an infinity.
     """
     hits: dict[str, Tensor] = {}
-    seen = torch.zeros(2, dtype=torch.float64, device=inputs.device)  # images, and those that are unreadable
+    seen = torch.zeros(2, dtype=torch.int64, device=inputs.device)  # images, and those that are unreadable
     for model in models.values():
         model.eval()
     for _ in range(count):
@@ -83,7 +83,7 @@ def score_heads(
             for head, logits in eval_heads(out, model.trained).items():
                 top = logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None]
                 odd = (~logits.isfinite().all(1)).sum()
-                both = torch.stack([top[:, 0].sum(), top.any(1).sum(), odd]).double()
+                both = torch.stack([top[:, 0].sum(), top.any(1).sum(), odd])
                 hits[prefix + head] = hits.get(prefix + head, torch.zeros_like(both)) + both
         seen[0] += len(label)
         seen[1] += (label == UNREADABLE_LABEL).sum()
@@ -95,11 +95,11 @@ def score_heads(
         first, five, odd = ranks.sum(sums).tolist()
         if odd:
             raise NotFiniteError(
-                f"{odd:.0f} of {images:.0f} images get logits from '{name}' that are not finite",
+                f"{odd} of {images} images get logits from '{name}' that are not finite",
                 "the weights have diverged; evaluate earlier ones",
             )
         scores[name] = HeadScores(100 * first / images, 100 * five / images)
-    return scores, int(unreadable)
+    return scores, unreadable
 
 
 def evaluate_checkpoint(

@@ -20,14 +20,14 @@ from rich.console import Console
 from cskd.config import Config
 from cskd.errors import NotFiniteError
 from cskd.machine.arithmetic import float32_products
-from cskd.machine.devices import pick_device
-from cskd.machine.ranks import start_ranks, stop_ranks
+from cskd.machine.launch import launched
+from cskd.machine.ranks import running_ranks
 from cskd.machine.threads import choose_threads, computing_with
 from cskd.pipeline.out_of_memory import explained, nothing_to_lower
-from cskd.pipeline.outputs import sole_run
+from cskd.pipeline.outputs import device_of, sole_run
 from cskd.pipeline.run_state import stopped
 from cskd.pipeline.show.metrics import MetricsLog
-from cskd.pipeline.show.progress import Progress, bound_by, print_lines, timed_start
+from cskd.pipeline.show.progress import Progress, bound_by, print_lines, say, timed_start
 from cskd.pipeline.train_step import TrainStep
 from cskd.pipeline.training_run import TrainingRun, open_run
 from cskd.teacher.model import teacher_images
@@ -56,22 +56,24 @@ def train(config: Config, verify_replay: bool = True, online: bool = False, quie
 
     verify_replay: check every view against the digest in the cache. online: no cache, the teacher runs at every step.
     """
-    ranks = start_ranks(config.train.device)
-    quiet = quiet or not ranks.first
-    threads = choose_threads(config.train.threads, "train.threads", config.train.workers)
-    try:
-        device = pick_device(config.train.device)
-        folder = sole_run(config, ranks, device, quiet)
-        with computing_with(threads.count), folder as writer, explained(device, nothing_to_lower("train.device")):
-            run = open_run(config, ranks, verify_replay, online, quiet, threads, writer)
-            update = TrainStep(run)
-            try:
-                with explained(device, update.advice), float32_products(config.train.tf32, device):
-                    return _train(run, update, quiet)
-            except NotFiniteError as e:
-                raise stopped(e, run.state, run.states, config.train.lr, config.train.clip_grad) from e
-    finally:
-        stop_ranks()
+    device, notes = device_of(config, "train")
+    quiet = quiet or launched().rank > 0
+    say(notes, quiet)
+    gpu = device.type == "cuda"
+    threads = choose_threads(config.train.threads, "train.threads", config.train.workers, gpu=gpu)
+    with (
+        running_ranks(device) as ranks,
+        sole_run(config, ranks, device, quiet) as writer,
+        computing_with(threads.count),
+        explained(device, nothing_to_lower("train.device")),
+    ):
+        run = open_run(config, ranks, device, verify_replay, online, quiet, threads, writer)
+        update = TrainStep(run)
+        try:
+            with explained(device, update.advice), float32_products(config.train.tf32, device):
+                return _train(run, update, quiet)
+        except NotFiniteError as e:
+            raise stopped(e, run.state, run.states, config.train.lr, config.train.clip_grad) from e
 
 
 def _train(run: TrainingRun, update: TrainStep, quiet: bool) -> TrainReport:
@@ -133,7 +135,13 @@ def _train(run: TrainingRun, update: TrainStep, quiet: bool) -> TrainReport:
         top1={name.removeprefix("top1."): top1 for name, top1 in last.items() if name.startswith("top1.")},
         score=run.score,
         arithmetic=run.arithmetic,
-        bound_by=bound_by(run.pools(seconds, tasks.read_seconds), time.perf_counter() - start_clock, images),
+        bound_by=bound_by(
+            run.pools(seconds, tasks.read_seconds),
+            time.perf_counter() - start_clock,
+            images,
+            cores=run.workers > 0,
+            queued=device.type == "cuda",
+        ),
         notes=run.notes,
         weights=weights,
     )

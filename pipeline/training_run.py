@@ -20,13 +20,15 @@ from cskd.errors import CacheError, ConfigError
 from cskd.files.durable import put
 from cskd.files.scratch import new_scratch
 from cskd.files.writer import Writer
+from cskd.loading.need import prefetch_of, refuse_little_memory
 from cskd.loading.plan import PlanSpec
 from cskd.loading.sources import Batch, TargetSource, ViewSource
 from cskd.loading.stage2 import BatchMaker, EvalTask, eval_tasks
 from cskd.loading.stream import Stream
 from cskd.loading.targets import CachedTargets
 from cskd.loading.tasks import RunTasks
-from cskd.machine.devices import arithmetic, pick_device, uses_bf16
+from cskd.machine.devices import arithmetic, uses_bf16
+from cskd.machine.launch import launched
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import Threads, begun_with
 from cskd.pipeline.conflicts import (
@@ -78,6 +80,7 @@ class TrainingRun:
     step: int  # updates done by earlier runs
     stop: int  # updates in all
     micro_batch: int  # views of one forward and backward on this rank
+    workers: int  # of the loader
     verify_replay: bool  # check every view against the digest in the cache
     notes: list[str]
     writer: Writer | None = None  # of the output folder; None on all ranks but the first
@@ -133,7 +136,7 @@ class TrainingRun:
             targets=self.targets.spec,
             evaluate=lambda epoch: self.eval_tasks if self.evaluates(epoch) else [],
             scratch=new_scratch(self.output, self.ranks.rank),
-            ahead=settings.workers * settings.prefetch,
+            ahead=self.workers * prefetch_of(self.workers, settings.prefetch),
             start=self.step,
             stop=self.stop,
             rank=self.ranks.rank,
@@ -143,14 +146,13 @@ class TrainingRun:
         recorded = self.views.recorded() if self.verify_replay else None
         maker = BatchMaker(views, clean, settings.eval_crop_pct, recorded)
         pin = self.device.type == "cuda"
-        return tasks, iter(Stream(maker, tasks, settings.workers, settings.prefetch, pin_memory=pin))
+        return tasks, iter(Stream(maker, tasks, self.workers, settings.prefetch, pin_memory=pin))
 
     def pools(self, seconds: dict[str, float], read_seconds: float) -> list[Pool]:
         """Who did what for how long."""
         loader, live = ("decode", "augment"), ("teacher",) if self.targets.runs_teacher else ()
         here = (*live, "student", "evaluate")
-        workers = self.config.train.workers
-        apart = [Pool.of(workers, seconds, *loader), Pool.of(1, seconds, *here)] if workers else []
+        apart = [Pool.of(self.workers, seconds, *loader), Pool.of(1, seconds, *here)] if self.workers else []
         return [*(apart or [Pool.of(1, seconds, *loader, *here)]), Pool(1, {"read": read_seconds})]
 
     def save(self, step: int) -> None:
@@ -192,6 +194,7 @@ class TrainingRun:
 def open_run(
     config: Config,
     ranks: Ranks,
+    device: torch.device,
     verify_replay: bool,
     online: bool,
     quiet: bool,
@@ -199,7 +202,7 @@ def open_run(
     writer: Writer | None,
 ) -> TrainingRun:
     """Views, targets, student, plan and optimiser of a config, and where an earlier run of it stopped."""
-    output, device, notes = Path(config.train.output), pick_device(config.train.device), Notes(quiet)
+    output, notes = Path(config.train.output), Notes(quiet)
     states = ResumeStates(output / "resume", keep=config.train.keep)
     config, as_before = as_begun(config, next(iter(states.infos().values()), None))
     settings = config.train
@@ -216,6 +219,8 @@ def open_run(
         student.checkpoint_gradients()
     plan = PlanSpec.over(views, settings, ranks.count)
     micro_batch = micro_batch_of(settings, ranks.count)
+    batch, gpu = plan.global_batch // ranks.count * 3 * views.recipe.size**2, device.type == "cuda"
+    refuse_little_memory("train", threads.workers, settings.prefetch, batch, launched().local_count, pinned=gpu)
     optimisation = Optimisation(student, settings, plan.steps)
     config = with_best(config, student)
     identity = run_identity(config, views, plan.views, ranks.count, online, device, val)
@@ -260,6 +265,7 @@ def open_run(
         step=loaded.step if loaded else 0,
         stop=stop,
         micro_batch=micro_batch,
+        workers=threads.workers,
         verify_replay=verify_replay,
         notes=notes.all,
         writer=writer,

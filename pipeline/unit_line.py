@@ -36,14 +36,15 @@ from cskd.views.mixing import quads
 
 
 @contextlib.contextmanager
-def unit_line(cache: Cache, teacher: Teacher, config: Config) -> Iterator[UnitLine]:
-    """A line with its claims and threads; at the end what they are at is waited for, and what still waits is dropped."""
+def unit_line(cache: Cache, teacher: Teacher, config: Config, workers: int) -> Iterator[UnitLine]:
+    """A line with its claims and threads, which so many loader workers feed; at the end what they are at is waited for, and
+    what still waits is dropped."""
     writers = writers_of(usable_cores().count)
     writer = ThreadPoolExecutor(writers, "write")
     with Claims(cache.root) as claims, contextlib.ExitStack() as stack:
         stack.callback(writer.shutdown, cancel_futures=True)
         lanes = stack.enter_context(Lanes(teacher.device, teacher.reentrant))
-        yield UnitLine(cache, teacher, config, claims, lanes, writer, writers)
+        yield UnitLine(cache, teacher, config, workers, claims, lanes, writer, writers)
 
 
 def writers_of(cores: int) -> int:
@@ -109,6 +110,7 @@ class UnitLine:
         cache: Cache,
         teacher: Teacher,
         config: Config,
+        workers: int,
         claims: Claims,
         lanes: Lanes,
         writer: ThreadPoolExecutor,
@@ -118,7 +120,7 @@ class UnitLine:
         self.unreadable = 0  # of the images
         self._first_chunk = self._last_commit = 0.0  # when it came, when it was done
         self._seconds: defaultdict[str, float] = defaultdict(float)  # of each part, summed over all who do it
-        self._cache, self._teacher, self._config = cache, teacher, config
+        self._cache, self._teacher, self._config, self._workers = cache, teacher, config, workers
         self._claims, self._lanes, self._writer, self._writers = claims, lanes, writer, writers
         self._claimed: deque[tuple[_Pass, Path]] = deque()  # passes whose chunks are still to come
         self._underway: deque[_Encoding] = deque()
@@ -133,7 +135,7 @@ class UnitLine:
     def pools(self) -> list[Pool]:
         """Who did what for how long."""
         return [
-            Pool.of(max(1, self._config.cache.workers), self._seconds, "decode", "augment"),
+            Pool.of(max(1, self._workers), self._seconds, "decode", "augment"),
             Pool.of(self._lanes.count, self._seconds, "teacher", "encode"),
             Pool.of(self._writers, self._seconds, "write"),
         ]

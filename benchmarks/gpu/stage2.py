@@ -22,7 +22,7 @@ from cskd.config import Config
 from cskd.dataset.inventory import open_inventory
 from cskd.loading.targets import mixed_labels
 from cskd.machine.devices import autocast
-from cskd.machine.ranks import start_ranks, stop_ranks
+from cskd.machine.ranks import Ranks
 from cskd.machine.threads import choose_threads, computing_with
 from cskd.method.losses import DistillationLoss, HardTargets, MixedLabels
 from cskd.pipeline.online import UNREADABLE_FILE
@@ -164,32 +164,29 @@ def timm_kd(bench: Bench) -> None:
     fused: dict[str, Any] = {"fused": True} if device.type == "cuda" else {}
     optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, **fused)
     average = ModelEmaV3(model, decay=config.train.ema or 0.0, use_warmup=False)
-    try:
-        with computing_with(choose_threads(None, "train.threads", s.workers).count):
-            threads = choose_threads(None, "train.threads", s.workers)
-            opened = open_run(config, start_ranks(config.train.device), True, False, True, threads, None)
-            tasks, batches = opened.batches()
-            inputs, clock = InputMaker(opened.student.mean, opened.student.std, device), 0.0
-            with tasks:
-                for step in range(run.warm + run.steps):
-                    batch = next(batches)
-                    pixels, labels = inputs.mixed(batch), mixed_labels(batch, device)
-                    target = torch.full((run.batch, s.classes), 0.1 / s.classes, device=device)
-                    target.scatter_add_(1, labels.label[:, None], 0.9 * labels.lam[:, None])
-                    target.scatter_add_(1, labels.partner[:, None], 0.9 * (1 - labels.lam)[:, None])
-                    with autocast("bf16", device):
-                        loss = task(pixels, target)["loss"]
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    average.update(model, step=step)
-                    if step + 1 == run.warm:
-                        loss.item()
-                        clock = time.perf_counter()
-                loss.item()
-            ms = 1e3 * (time.perf_counter() - clock) / run.steps
-    finally:
-        stop_ranks()
+    with computing_with(choose_threads(None, "train.threads", s.workers).count):
+        threads = choose_threads(None, "train.threads", s.workers)
+        opened = open_run(config, Ranks(), device, True, False, True, threads, None)
+        tasks, batches = opened.batches()
+        inputs, clock = InputMaker(opened.student.mean, opened.student.std, device), 0.0
+        with tasks:
+            for step in range(run.warm + run.steps):
+                batch = next(batches)
+                pixels, labels = inputs.mixed(batch), mixed_labels(batch, device)
+                target = torch.full((run.batch, s.classes), 0.1 / s.classes, device=device)
+                target.scatter_add_(1, labels.label[:, None], 0.9 * labels.lam[:, None])
+                target.scatter_add_(1, labels.partner[:, None], 0.9 * (1 - labels.lam)[:, None])
+                with autocast("bf16", device):
+                    loss = task(pixels, target)["loss"]
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                average.update(model, step=step)
+                if step + 1 == run.warm:
+                    loss.item()
+                    clock = time.perf_counter()
+            loss.item()
+        ms = 1e3 * (time.perf_counter() - clock) / run.steps
     bench.say(
         "online by timm, tiny",
         ms,

@@ -171,8 +171,8 @@ class CacheConfig(Section):
     """How the teacher's outputs are kept: `envelope`, `int8`, `topk10`, `topk:K`."""
     max_quarantine: Share = 0.001
     """Unreadable images beyond this share stop stage 1."""
-    workers: Annotated[int, Ge(0), Le(1024), Unit("processes")] = 2
-    """Processes that decode and augment; 0 = the main process does."""
+    workers: Annotated[int | None, Ge(0), Le(1024), Unit("processes")] = None
+    """Processes that decode and augment; 0 = the main process does; null = chosen from the cores."""
     threads: Annotated[int | None, Ge(1), Le(1024), Unit("threads")] = None
     """Threads of arithmetic, here lanes of the teacher on a CPU; null = chosen from the cores."""
     device: str = "auto"
@@ -284,8 +284,8 @@ class TrainConfig(Section):
     false: float32 as IEEE defines it. Nothing that autocast computes in bf16 or fp16 depends on it."""
     compile: bool = False
     """Run the student through torch.compile."""
-    workers: Annotated[int, Ge(0), Le(1024), Unit("processes")] = 2
-    """Processes that decode and augment; 0 = the main process does."""
+    workers: Annotated[int | None, Ge(0), Le(1024), Unit("processes")] = None
+    """Processes that decode and augment; 0 = the main process does; null = chosen from the cores."""
     threads: Annotated[int | None, Ge(1), Le(1024), Unit("threads")] = None
     """Threads of arithmetic in the main process; null = chosen from the cores."""
     device: str = "auto"
@@ -305,7 +305,7 @@ class TrainConfig(Section):
     tensorboard: bool = False
     """Write the metrics for TensorBoard, too."""
     prefetch: Annotated[int, Ge(1), Le(1024), Unit("batches")] = 4
-    """Batches that each worker keeps ready."""
+    """Batches that each worker keeps ready; fewer where all workers together would have more than 32, but then 2."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

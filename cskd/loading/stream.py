@@ -17,6 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from torch.utils.data import DataLoader, Dataset
 
 from cskd.errors import CskdError, ReadError
+from cskd.loading.need import PREFETCH, prefetch_of
 from cskd.loading.shared import mapped_slots, use_slots
 
 T = TypeVar("T")
@@ -56,7 +57,7 @@ def _as_it_is(result: Any) -> Any:
 class Stream(Generic[T, R]):
     """`worker(task)` for every task, in order. Tasks are drawn lazily, a few ahead of the result that is read.
 
-    workers: processes (0 = in this one); prefetch: results a worker keeps ready; start: 'forkserver' by default, since a
+    workers: processes (0 = in this one); prefetch: results a worker keeps ready (see `prefetch_of`); start: 'forkserver' by default, since a
     forked copy of a process with threads can hang.
     """
 
@@ -65,12 +66,17 @@ class Stream(Generic[T, R]):
         worker: Worker[T, R],
         tasks: Iterable[T],
         workers: int,
-        prefetch: int = 4,
+        prefetch: int = PREFETCH,
         pin_memory: bool = False,
         start: str = "forkserver",
     ) -> None:
         self._worker, self._tasks = worker, tasks
-        self._workers, self._prefetch, self._pin, self._start = workers, prefetch, pin_memory, start
+        self._workers, self._prefetch, self._pin, self._start = (
+            workers,
+            prefetch_of(workers, prefetch),
+            pin_memory,
+            start,
+        )
 
     def __iter__(self) -> Iterator[R]:
         if self._workers:

@@ -77,7 +77,7 @@ def probe_images(size: int) -> NDArray[np.uint8]:
 
 def project(logits: Tensor, purpose: str) -> list[list[float]]:
     """[B, ...] -> B lists of `PROJECTIONS` seeded random projections, each of the scale of one logit."""
-    flat = logits.flatten(1).double().cpu().numpy()
+    flat = logits.flatten(1).cpu().double().numpy()  # MPS has no float64
     n = flat.shape[1]
     seeds = mix64_array(np.arange(n * PROJECTIONS, dtype=np.uint64))
     signs = np.where(uniform_array(seeds, purpose) < 0.5, -1.0, 1.0).reshape(n, PROJECTIONS)

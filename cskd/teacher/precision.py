@@ -31,8 +31,8 @@ def measure(teacher: Teacher, plain: Teacher | None, views_BCHW: Tensor) -> Prec
         return Precision(teacher.precision, teacher.head_precision, None, 0)
     differing, cells = dict.fromkeys(BLENDS, 0), 0
     for part in torch.split(views_BCHW, teacher.batch if teacher.fingerprint.compile else ROWS):
-        mine = _logits(teacher, part)
-        its = [x.to(teacher.device) for x in _logits(plain, part)]
+        mine, its = _logits(teacher, part), _logits(plain, part)
+        its = (its[0].to(teacher.device), its[1].to(teacher.device))
         cells += its[0][:, 0].numel()
         for blend in BLENDS:
             a, b = (hard_targets(*logits, quantise_blend(blend)) for logits in (mine, its))
