@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shlex
 import signal
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -24,6 +24,7 @@ from typer.core import TyperGroup
 import cskd
 from cskd.errors import CskdError, printable
 from cskd.files.paths import local_path
+from cskd.machine.launch import command_line, launched
 
 _leaving = threading.Lock()  # never given back
 
@@ -110,13 +111,16 @@ def pack(
     short_side: Annotated[
         int | None, typer.Option(min=1, help="Re-encode images whose short side is larger, pixels.")
     ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Store pixels as they are (PPM): nothing is left to decode, more to read.")
+    ] = False,
     split: Split = None,
     json_: Json = False,
 ) -> None:
     """A folder of class folders (or a tar of one) to shuffled webdataset shards with an inventory."""
     from cskd.pipeline.pack import pack_data, render
 
-    report = pack_data(src, out, classes, seed, shard_size, block, limit, short_side, split, quiet=json_)
+    report = pack_data(src, out, classes, seed, shard_size, block, limit, short_side, raw, split, quiet=json_)
     _print(report, json_, render)
 
 
@@ -169,7 +173,8 @@ def evaluate(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     autocast: Annotated[
-        Literal["none", "bf16", "auto"], typer.Option(help="none: float32; auto: bf16 where the device gains by it.")
+        Literal["none", "bf16", "fp16", "auto"],
+        typer.Option(help="none: float32; auto: bf16, or fp16, where the device gains by it."),
     ] = "none",
     json_: Json = False,
 ) -> None:
@@ -251,7 +256,7 @@ def doctor(json_: Json = False) -> None:
 def _print(report: Any, as_json: bool, render: Any) -> None:
     import dataclasses
 
-    if int(os.environ.get("RANK", "0")) != 0:
+    if launched().rank != 0:
         return
     if as_json:
         print(json.dumps(report.facts if hasattr(report, "facts") else dataclasses.asdict(report)))
@@ -334,7 +339,24 @@ def _leave(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def _say_how_to_go_on() -> None:
-    print(f"\ninterrupted; go on with: {shlex.join(['cskd', *sys.argv[1:]])}", file=sys.stderr, flush=True)
+    """One line, by the first of several ranks."""
+    if launched().rank == 0:
+        print(f"\ninterrupted; go on with: {command_line(sys.argv[1:])}", file=sys.stderr, flush=True)
+
+
+def _leave_ranks(code: object) -> None:
+    """End here where this is a rank that others wait for, or that waits for others: it has said what it had to say."""
+    if (ranks := sys.modules.get("cskd.machine.ranks")) is not None:
+        ranks.leave(code if isinstance(code, int) else 1)
+
+
+def _debugged(error: Exception) -> None:
+    """With --debug, raise it again; in a rank, show it and leave."""
+    if "--debug" in sys.argv:
+        if "cskd.machine.ranks" in sys.modules:
+            traceback.print_exception(error)
+            _leave_ranks(1)
+        raise error
 
 
 def main() -> None:
@@ -344,8 +366,7 @@ def main() -> None:
         with _interrupts():
             code = app(standalone_mode=False) or 0
     except (CskdError, OSError) as e:
-        if "--debug" in sys.argv:
-            raise
+        _debugged(e)
         print(f"cskd: {printable(str(e) if isinstance(e, CskdError) else _os_error(e))}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
@@ -356,6 +377,7 @@ def main() -> None:
         code = _usage_or_bug(e)
     if code in (130, 143):
         _say_how_to_go_on()
+    _leave_ranks(code)
     sys.exit(code if isinstance(code, int) else 1)
 
 
@@ -375,8 +397,7 @@ def _usage_or_bug(error: Exception) -> int:
         return int(error.exit_code)
     if type(error).__name__ in ("Exit", "Abort"):
         return 130 if type(error).__name__ == "Abort" else int(getattr(error, "exit_code", 0))
-    if "--debug" in sys.argv:
-        raise error
+    _debugged(error)
     text = printable(" ".join(str(error).split()))
     print(f"cskd: unexpected {type(error).__name__}: {text}; run `cskd --debug ...` for the traceback", file=sys.stderr)
     return 1

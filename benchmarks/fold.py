@@ -50,13 +50,13 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     keep_freed_memory()
-    arithmetic = ["none"] + (["bf16"] if uses_bf16("auto", torch.device("cpu")) else [])
+    arithmetic = ["float32"] + (["bf16"] if uses_bf16("auto", torch.device("cpu")) else [])
     rows = [
         {"model": model, **row} for model in args.models.split(",") for row in compare(model, arithmetic, args.rounds)
     ]
     print(f"{'model':18} {'arithmetic':10} {'side':13} {'ms/image':>8} {'of plain':>8} {'start s':>8}")
     for row in rows:
-        print("{model:18} {autocast:10} {side:13} {ms:8.2f} {ratio:8.2f} {start:8.1f}".format(**row))
+        print("{model:18} {precision:10} {side:13} {ms:8.2f} {ratio:8.2f} {start:8.1f}".format(**row))
     print(json.dumps({"torch": torch.__version__, "threads": args.threads, "rows": rows}))
     return 0
 
@@ -73,7 +73,7 @@ def compare(model: str, arithmetic: list[str], rounds: int) -> list[dict[str, ob
     median = {key: statistics.median(side.seconds) for key, side in timed.items()}
     return [
         {
-            "autocast": a,
+            "precision": a,
             "side": side,
             "ms": 1000 * median[a, side] / BATCH,
             "ratio": median[a, side] / median["none", "plain"],
@@ -83,10 +83,10 @@ def compare(model: str, arithmetic: list[str], rounds: int) -> list[dict[str, ob
     ]
 
 
-def begin(model: str, autocast: str, side: str, pixels: torch.Tensor) -> Timed:
+def begin(model: str, precision: str, side: str, pixels: torch.Tensor) -> Timed:
     """Load the teacher of a side and run it once."""
     begun = time.perf_counter()
-    config = from_dict({"teacher": {"model": model, "batch": BATCH, "autocast": autocast, **SIDES[side]}}).teacher
+    config = from_dict({"teacher": {"model": model, "batch": BATCH, "precision": precision, **SIDES[side]}}).teacher
     unfused = mock.patch("cskd.teacher.model._fusable", return_value=False)
     torch.manual_seed(0)
     if side == "fold+fuse":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.hotspots [view] [batch] [step]
 
-    view    one view of DeiT's full recipe from the original images and from copies with short side 256: reading, decoding,
+    view    one view of DeiT's full recipe from the original images and from copies with short side 256, as JPEG and raw: reading, decoding,
             each operation (as often as it is drawn), digest
     batch   one view in a lane of stage 1, MobileNetV2: mixing, preparing, network, classifier, envelope; float32, and the
             fastest setting (bf16, folded)
@@ -38,6 +38,7 @@ from cskd.config import LossConfig, RecipeConfig, StudentConfig, TrainConfig
 from cskd.dataset.images import decode
 from cskd.dataset.inventory import open_inventory
 from cskd.errors import CskdError
+from cskd.machine.arithmetic import computing_in
 from cskd.machine.devices import autocast, pick_device
 from cskd.method.losses import DistillationLoss, HardTargets, MixedLabels
 from cskd.pipeline.pack import pack_data
@@ -74,8 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
     result: dict[str, Any] = {"benchmark": "hotspots"}
     try:
         with tempfile.TemporaryDirectory() as folder:
-            for side, name in ((None, "full"), (256, "short")):
-                pack_data(source, Path(folder) / name, short_side=side, quiet=True)
+            for name, side in (("full", None), ("short", 256), ("raw", 256)):
+                pack_data(source, Path(folder) / name, short_side=side, raw=name == "raw", quiet=True)
             for name in options.parts or parts:
                 result[name] = parts[name](Path(folder), shared)
     except CskdError as e:
@@ -111,7 +112,7 @@ def views(folder: Path, shared: Path) -> dict[str, Any]:
     """us a view of each part, averaged over 500 images."""
     recipe, found = RecipeConfig(**DEIT), {}
     torch.set_num_threads(1)
-    for name in ("full", "short"):
+    for name in ("full", "short", "raw"):
         inventory = open_inventory(folder / name)
         maker, clock = ViewMaker(inventory, recipe), Clock()
         seeds = view_seeds(recipe.seed, inventory.id, inventory.key_hash, 0).tolist()
@@ -146,11 +147,11 @@ def batches(folder: Path, shared: Path) -> dict[str, Any]:
     mode = torch.tensor([0, 1, 1, 2] * (n // 4), dtype=torch.uint8)
     mixing = torch.arange(n) ^ 1, mode, torch.full((n,), 20000), torch.tensor([[10, 100, 20, 120]] * n)
     pixels = torch.randint(0, 256, (n, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    for name, changes in (("float32", {}), ("fastest", {"autocast": "auto", "fold": True})):
+    for name, changes in (("float32", {}), ("fastest", {"precision": "auto", "fold": True})):
         config = teacher_config("mobilenetv2_100", facts, weights, folder / "full", folder / "none", "cpu", changes)
         teacher = load_teacher(config.teacher, classes, CPU, 224)
         codec, clock = get_codec("envelope", teacher.classes, teacher.grid), Clock()
-        backbone = torch.autocast("cpu", torch.bfloat16, enabled=teacher.bf16)(teacher.backbone)
+        backbone = computing_in(teacher.precision, CPU)(teacher.backbone)
         with threads_of_a_lane(CPU, reentrant=True), torch.no_grad():
             for _ in range(WARM + 9):
                 clock.begin()

@@ -105,7 +105,7 @@ def config(data: Path, folder: Path, name: str, method: str, decay: str, epochs:
                 "weights": str(data / "teachers" / "cifar10_resnet56.safetensors"),
                 "mean": [0.4914, 0.4822, 0.4465],
                 "std": [0.2023, 0.1994, 0.2010],
-                "dtype": "float64",
+                "precision": "float64",
             },
             "recipe": {"size": 32, "crop": "padded", **DEIT},
             "cache": {"path": str(folder / "cache"), "views": 6, "device": "cpu"},

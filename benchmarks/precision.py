@@ -30,12 +30,13 @@ from cskd.teacher.precision import measure
 from cskd.views.maker import ViewMaker
 
 ROOT = Path(__file__).resolve().parent.parent
-PLAIN: dict[str, Any] = {"autocast": "none", "fold": False, "compile": False, "dtype": "float32"}
+PLAIN: dict[str, Any] = {"precision": "float32", "fold": False, "compile": False}
 ROWS: dict[str, dict[str, Any]] = {
-    "bf16 backbone": {"autocast": "bf16"},
-    "bf16 backbone, folded": {"autocast": "bf16", "fold": True},
+    "bf16 backbone": {"precision": "bf16"},
+    "bf16 backbone, folded": {"precision": "bf16", "fold": True},
     "float32, folded": {"fold": True},
-    "float64": {"dtype": "float64"},
+    "fp16 backbone": {"precision": "fp16"},
+    "float64": {"precision": "float64"},
 }
 
 

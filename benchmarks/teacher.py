@@ -9,9 +9,9 @@ four. Stage 1 is the real `cache_teacher`, from the first images that reach it t
 digests, mixing, dense logits, envelope, files); start-up and the clean check are not counted, and the first chunk of 16 in a
 pass (of 6 with RegNetY) was decoded in it. It runs with three settings:
 
-    float32  teacher.autocast: none                         over the fastest bare float32
-    bf16     teacher.autocast: bf16                         over the fastest bare bf16
-    fastest  teacher.autocast: auto, teacher.fold: true     over the fastest bare one of all: `ratio_*`
+    float32  teacher.precision: float32                        over the fastest bare float32
+    bf16     teacher.precision: bf16                        over the fastest bare bf16
+    fastest  teacher.precision: auto, teacher.fold: true    over the fastest bare one of all: `ratio_*`
 
 Each round runs every side once, in turns. A ratio is that of medians. About 6 minutes on 2 cores.
 Needs $CSKD_DATA (else `shared` beside the checkout). Prints the machine, a table, and one JSON line last.
@@ -44,9 +44,9 @@ from cskd.teacher.build import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS: dict[str, dict[str, Any]] = {
-    "float32": {"autocast": "none"},
-    "bf16": {"autocast": "bf16"},
-    "fastest": {"autocast": "auto", "fold": True},
+    "float32": {"precision": "float32"},
+    "bf16": {"precision": "bf16"},
+    "fastest": {"precision": "auto", "fold": True},
 }
 MODELS: dict[str, dict[str, Any]] = {
     "mobilenetv2_100": {"kwargs": {"pad_type": "same"}, "batch": 32, "images": 500, "views": 12, "bare": 5},

@@ -238,7 +238,7 @@ def _config(side: dict[str, Any], shared: Path) -> Any:
     regnet = {"model": TEACHER, "weights": str(folder / "teacher.safetensors")}
     # The cached side's teacher does not run: a small one makes the cache. Both end in 7x7 cells of 1,000 classes.
     teacher = (regnet if online else mobilenet) | {"check_images": 8, "min_top1": 0.0}
-    teacher |= {"autocast": "bf16", "fold": True} if fast else {}
+    teacher |= {"precision": "bf16", "fold": True} if fast else {}
     return from_dict(
         {
             "data": {"train": str(folder / "data")},

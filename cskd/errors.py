@@ -39,6 +39,10 @@ class StudentError(CskdError):
     """The student can't be built, or does not fit the cached teacher grid or classes."""
 
 
+class RankError(CskdError):
+    """Another rank of the run failed, so that this one can't go on."""
+
+
 class NotFiniteError(StudentError):
     """A loss, weights or logits hold NaN or an infinity. `what` says which, `step` since which update where that is known;
     the message adds what to do."""
@@ -46,6 +50,10 @@ class NotFiniteError(StudentError):
     def __init__(self, what: str, advice: str, step: int | None = None) -> None:
         super().__init__(f"{what}{'' if step is None else f' at step {step}'}; {advice}")
         self.what, self.step = what, step
+
+
+class OutOfMemoryError(CskdError):
+    """A device, or the machine, has too little memory for a batch. The text says what fits, and which keys make it less."""
 
 
 class CodecError(CskdError):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,13 +24,15 @@ from cskd.config import Config, to_dict
 from cskd.dataset.inventory import Inventory
 from cskd.errors import CacheError, ConfigError
 from cskd.loading.feed import fed
+from cskd.loading.need import PREFETCH, refuse_little_memory
 from cskd.loading.stage1 import ChunkMaker
-from cskd.machine.devices import pick_device
+from cskd.machine.launch import launched
 from cskd.machine.threads import Threads, begun_with, choose_threads, computing_with
 from cskd.pipeline.clean_check import clean_check
 from cskd.pipeline.measure_precision import measure_precision
-from cskd.pipeline.outputs import refuse_cache_output
-from cskd.pipeline.precheck import look_ahead, need_training_images, training_images
+from cskd.pipeline.out_of_memory import Probe, explained, nothing_to_lower
+from cskd.pipeline.outputs import device_of, refuse_cache_output
+from cskd.pipeline.precheck import Ahead, look_ahead, need_training_images, training_images
 from cskd.pipeline.show.progress import Notes, Progress, bound_by, duration, print_lines
 from cskd.pipeline.unit_line import missing_passes, unit_line, views_left
 from cskd.store.cache import Cache, create_cache
@@ -66,22 +69,49 @@ class CacheReport:
 
 def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
     """Make, finish or extend the cache of a config. Raises CskdError; whatever was committed stays."""
-    threads = choose_threads(config.cache.threads, "cache.threads", config.cache.workers)
+    device, moved = device_of(config, "cache")
+    gpu = device.type == "cuda"
+    threads = choose_threads(config.cache.threads, "cache.threads", config.cache.workers, gpu=gpu)
     with computing_with(threads.count):
-        return _cache_teacher(config, threads, quiet)
+        return _cache_teacher(config, device, moved, threads, quiet)
 
 
-def _cache_teacher(config: Config, threads: Threads, quiet: bool) -> CacheReport:
+def _cache_teacher(
+    config: Config, device: torch.device, moved: list[str], threads: Threads, quiet: bool
+) -> CacheReport:
     start = time.perf_counter()
     if not config.cache.path:
         raise ConfigError("cache.path is empty; say where the cache goes, for example --set cache.path=caches/mine")
     need_training_images(config)
     refuse_cache_output(config)
     inventory = training_images(config)
-    device = pick_device(config.cache.device)
+    quiet = (
+        quiet or launched().rank > 0
+    )  # of several processes the first one speaks for all, since it counts what all make
     maker, notes = ViewMaker(inventory, config.recipe), Notes(quiet)
+    notes.add(moved)
     ahead = look_ahead(config, maker)
-    teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
+    chunk_bytes = config.teacher.batch * min(config.recipe.mix_group, config.cache.views) * 3 * config.recipe.size**2
+    gpu = device.type == "cuda"
+    refuse_little_memory("cache", threads.workers, PREFETCH, chunk_bytes, launched().local_count, pinned=gpu)
+    with explained(device, nothing_to_lower("cache.device")):
+        teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
+    with explained(device, lambda probe: batch_advice(teacher, config, probe)):
+        return _fill(config, inventory, teacher, maker, ahead, threads, notes, start)
+
+
+def _fill(
+    config: Config,
+    inventory: Inventory,
+    teacher: Teacher,
+    maker: ViewMaker,
+    ahead: Ahead,
+    threads: Threads,
+    notes: Notes,
+    start: float,
+) -> CacheReport:
+    """Check the teacher, open or begin the cache, and make what it lacks."""
+    quiet = notes.quiet
     notes.add([*ahead.images, *teacher.notes, *ahead.notes, *ahead.on_grid(teacher.grid)])
     notes.say()
     cache = _open_or_create(config, inventory, teacher, maker, ahead.images, notes)
@@ -90,12 +120,12 @@ def _cache_teacher(config: Config, threads: Threads, quiet: bool) -> CacheReport
 
     total = cache.inventory.n * cache.views
     with (
-        unit_line(cache, teacher, config) as line,
+        unit_line(cache, teacher, config, threads.workers) as line,
         Progress("cache-teacher", total, "views", start=total - views_left(cache), quiet=quiet) as progress,
     ):
         while passes := missing_passes(cache):
             maker_of_chunks, tasks = ChunkMaker(maker, inventory.id), line.tasks(passes)
-            results = fed(maker_of_chunks, tasks, device, config.cache.workers)
+            results = fed(maker_of_chunks, tasks, teacher.device, threads.workers)
             before, by_others = line.units, total - views_left(cache) - line.images
             for chunk in results:
                 line.feed(chunk)
@@ -114,8 +144,28 @@ def _cache_teacher(config: Config, threads: Threads, quiet: bool) -> CacheReport
         clean_data=cache.manifest.clean_data,
         quarantined=int(cache.quarantined().sum()),
         content_root=seal_cache(cache, config.cache.max_quarantine).content_root,
-        bound_by=bound_by(line.pools, line.seconds, line.images, "views") if line.images else "nothing was missing",
+        bound_by=bound_by(line.pools, line.seconds, line.images, "views", cores=threads.workers > 0)
+        if line.images
+        else "nothing was missing",
         notes=notes.all,
+    )
+
+
+def batch_advice(teacher: Teacher, config: Config, probe: Probe) -> str:
+    """After a forward that there was no memory for: the teacher.batch that there is memory for, and what setting it means."""
+    batch = teacher.batch
+
+    def forward(rows: int) -> None:
+        size = teacher.image_size
+        replace(teacher, batch=rows).in_batches(torch.zeros(rows, 3, size, size, device=teacher.device))
+
+    halves = [(batch >> i) // 4 * 4 for i in range(1, batch.bit_length()) if batch >> i >= 4]
+    fits = None if teacher.fingerprint.compile else probe(halves, forward)
+    begun = (Path(config.cache.path) / MANIFEST).exists()
+    again = f": the cache was begun with {batch}, another one needs another cache.path" if begun else ""
+    return (
+        f" with teacher.batch {batch}{f', {fits:,} fit' if fits else ''}; set "
+        f"{f'teacher.batch={fits}' if fits else 'a smaller teacher.batch'}, which is part of the fingerprint{again}"
     )
 
 
@@ -132,7 +182,7 @@ def _open_or_create(
         precision = measure_precision(teacher, maker, config.teacher)
         manifest = replace(
             manifest,
-            config=to_dict(config),
+            config=_without_devices(config),
             data=str(Path(config.data.train).resolve()),
             clean_top1=check.top1,
             clean_images=check.images,
@@ -152,6 +202,14 @@ def _open_or_create(
     if difference:
         raise CacheError(f"{root}: the teacher no longer gives the outputs the cache was begun with ({difference})")
     return cache
+
+
+def _without_devices(config: Config) -> dict[str, Any]:
+    """The config as a manifest records it: which device of which machine is no part of a cache, and may be missing elsewhere."""
+    recorded = to_dict(config)
+    for section in ("cache", "train"):
+        recorded[section]["device"] = "auto"
+    return recorded
 
 
 def _use_threads(threads: Threads, cache: Cache, teacher: Teacher, config: Config) -> list[str]:

@@ -18,7 +18,7 @@ from cskd.files.folders import MARKER, mark
 from cskd.files.read import refuse_links
 from cskd.files.writer import LOCK
 from cskd.loading.sources import ViewSource
-from cskd.machine.devices import uses_bf16
+from cskd.machine.devices import half
 from cskd.store.cache import Cache, differences, first_difference
 from cskd.store.format import RESOLVED
 from cskd.student.checkpoint import MODEL, MODEL_BEST, MODEL_EMA, MODEL_LAST
@@ -49,6 +49,9 @@ _NOTED = {
     "train.best": "earlier epochs don't count for it",
     "train.eval_every": "other epochs count for the best",
     "train.compile": "results round otherwise",
+    "train.tf32": "results round otherwise on a CUDA device",
+    "train.micro_batch": "sums round otherwise, and drop path draws otherwise",
+    "train.grad_checkpointing": "results may round otherwise",
     "student.init": "it is read at the start of a run only, so nothing changes",
     "val": "scores before are of other images",
     "ranks": "the same views are fed; drop path draws otherwise, and sums round otherwise",
@@ -139,7 +142,7 @@ def run_identity(
     train = {k: v for k, v in to_dict(config.train).items() if k not in (*_FREE, "views")}
     if config.train.best is not None:
         train["eval_every"] = config.train.eval_every
-    train["autocast"] = "bf16" if uses_bf16(config.train.autocast, device) else "none"
+    train["autocast"] = half(config.train.autocast, device)
     facts = {
         "cache": source.fingerprint,
         "views": views,

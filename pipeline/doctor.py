@@ -175,7 +175,7 @@ def _devices() -> Iterator[Check]:
         value = f"{facts.name}, {facts.total_memory / GB:.0f} GB, {'bf16' if bf16 else 'no bf16'}"
         yield _row(f"GPU {i}", value, bf16, "autocast stays off with autocast: auto; training takes longer")
     if torch.backends.mps.is_available():
-        yield Check("GPU", "Apple MPS, experimental: the CPU gives the reference outputs")
+        yield Check("GPU", "Apple MPS, used where device: mps says so; nobody has run it yet, and auto is the CPU")
     elif torch.cuda.device_count() == 0:
         advice = "enough for the demo and CIFAR-sized runs; ImageNet takes a GPU with a driver that torch finds"
         yield Check("GPU", "none", "warn", advice)

@@ -18,9 +18,11 @@ from cskd.errors import DataError, NotFiniteError
 from cskd.loading.feed import fed
 from cskd.loading.sources import Batch
 from cskd.loading.stage2 import UNREADABLE_LABEL, BatchMaker, eval_tasks
+from cskd.machine.arithmetic import float32_products
 from cskd.machine.devices import arithmetic, autocast, pick_device, uses_bf16
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import choose_threads, computing_with
+from cskd.pipeline.out_of_memory import Probe, explained, nothing_to_lower
 from cskd.pipeline.show.progress import Progress
 from cskd.student import Student, eval_heads
 from cskd.student.checkpoint import load_student
@@ -46,7 +48,7 @@ class EvalReport:
     unreadable: int  # of them; wrong for every head
     heads: dict[str, HeadScores]  # NAME.untrained: of a head that the run did not train
     score: str  # which of them is the student's: what timm computes from these weights
-    arithmetic: str  # of the student's forward: float32 or bf16
+    arithmetic: str  # of the student's forward: float32, bf16 or fp16
     device: str
     size: list[int]  # height, width of what the student sees, pixels
     crop_pct: float  # share of the short side
@@ -68,12 +70,12 @@ def score_heads(
     Raises:  NotFiniteError on every rank for logits with NaN or an infinity.
     """
     hits: dict[str, Tensor] = {}
-    seen = torch.zeros(2, dtype=torch.float64, device=inputs.device)  # images, and those that are unreadable
+    seen = torch.zeros(2, dtype=torch.int64, device=inputs.device)  # images, and those that are unreadable
     for model in models.values():
         model.eval()
     for _ in range(count):
         batch = next(batches)
-        label = batch["label"].to(inputs.device)
+        label = batch["label"].to(inputs.device, non_blocking=True)
         pixels = inputs.clean(batch)
         for prefix, model in models.items():
             with autocast(autocast_setting, inputs.device):
@@ -81,9 +83,10 @@ def score_heads(
             for head, logits in eval_heads(out, model.trained).items():
                 top = logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None]
                 odd = (~logits.isfinite().all(1)).sum()
-                both = torch.stack([top[:, 0].sum(), top.any(1).sum(), odd]).double()
+                both = torch.stack([top[:, 0].sum(), top.any(1).sum(), odd])
                 hits[prefix + head] = hits.get(prefix + head, torch.zeros_like(both)) + both
-        seen += torch.stack([seen.new_tensor(len(label)), (label == UNREADABLE_LABEL).sum().double()])
+        seen[0] += len(label)
+        seen[1] += (label == UNREADABLE_LABEL).sum()
     for model in models.values():
         model.train()
     images, unreadable = ranks.sum(seen).tolist()
@@ -92,11 +95,11 @@ def score_heads(
         first, five, odd = ranks.sum(sums).tolist()
         if odd:
             raise NotFiniteError(
-                f"{odd:.0f} of {images:.0f} images get logits from '{name}' that are not finite",
+                f"{odd} of {images} images get logits from '{name}' that are not finite",
                 "the weights have diverged; evaluate earlier ones",
             )
         scores[name] = HeadScores(100 * first / images, 100 * five / images)
-    return scores, int(unreadable)
+    return scores, unreadable
 
 
 def evaluate_checkpoint(
@@ -119,7 +122,8 @@ def evaluate_checkpoint(
     student, facts = load_student(checkpoint)
     if facts["label_names"] != val.classes:
         raise DataError(f"{checkpoint} was trained on other classes than {data} has; pack it with the same --classes")
-    student.to(device)
+    with explained(device, nothing_to_lower("--device")):
+        student.to(device)
     if device.type == "cpu" and uses_bf16(autocast_setting, device):
         student.unfuse_attention()
     maker = ViewMaker(val, RecipeConfig(size=student.image_size[0]))
@@ -127,10 +131,15 @@ def evaluate_checkpoint(
     crop_pct = crop_pct or facts["pretrained_cfg"]["crop_pct"]
     stream = fed(BatchMaker(maker, maker, crop_pct), tasks, device, workers)
     threads = choose_threads(workers=workers)
-    # tf32 rounds the inputs of a convolution to 10 bits, which float32 should not mean here
-    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    # tf32 rounds the inputs of a product to 10 bits, which float32 should not mean here
+    exact = float32_products(False, device)
     progress_bar = Progress("eval", total=len(val), unit="images", quiet=quiet)
-    with computing_with(threads.count), exact, progress_bar as progress:
+
+    def advise(probe: Probe) -> str:
+        fits = probe([batch >> i for i in range(1, batch.bit_length())], lambda rows: _forward(student, rows, device))
+        return f" with {batch:,} images at once; set --batch {f'{fits}, which fit' if fits else 'to less'}"
+
+    with computing_with(threads.count), exact, explained(device, advise), progress_bar as progress:
         heads, unreadable = score_heads(
             {"": student},
             _counted(stream, progress),
@@ -151,6 +160,11 @@ def evaluate_checkpoint(
         size=list(student.image_size),
         crop_pct=crop_pct,
     )
+
+
+@torch.no_grad()
+def _forward(student: Student, rows: int, device: torch.device) -> None:
+    student.eval()(torch.zeros(rows, 3, *student.image_size, device=device), (1, 1))
 
 
 def render(report: EvalReport, console: Console) -> None:

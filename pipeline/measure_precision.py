@@ -29,7 +29,7 @@ def measure_precision(teacher: Teacher, maker: ViewMaker, config: TeacherConfig)
     """
     if is_reference(teacher):
         return unchanged()
-    as_built = replace(config, autocast="none", fold=False, compile=False, dtype="float32")
+    as_built = replace(config, precision="float32", fold=False, compile=False)
     plain = load_teacher(as_built, maker.inventory.classes, teacher.device, maker.recipe.size)
     same = plain.fingerprint.weights_sha256 == teacher.fingerprint.weights_sha256  # not where they are random
     return measure(teacher, plain if same else None, first_views(maker, VIEWS, BLOCKS))

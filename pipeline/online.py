@@ -22,6 +22,7 @@ from cskd.loading.sources import LiveViews
 from cskd.loading.stream import Stream
 from cskd.loading.targets import LiveTargets, NoTargets
 from cskd.machine.ranks import Ranks
+from cskd.machine.threads import choose_threads
 from cskd.pipeline.clean_check import clean_check
 from cskd.pipeline.measure_precision import measure_precision
 from cskd.pipeline.precheck import look_ahead, training_images
@@ -131,8 +132,9 @@ def _find_unreadable(maker: ViewMaker, config: Config, quiet: bool) -> None:
     every = np.arange(len(inventory))
     tasks = [every[i : i + _STEP] for i in range(0, len(every), _STEP)]
     bad: dict[int, str] = {}
+    workers = choose_threads(workers=config.train.workers, gpu=True).workers  # the main process only waits for them
     with Progress("check images", len(every), quiet=quiet) as progress:
-        for n, found in enumerate(Stream(_Check(maker), tasks, config.train.workers), 1):
+        for n, found in enumerate(Stream(_Check(maker), tasks, workers), 1):
             bad |= found
             progress.update(min(n * _STEP, len(every)))
     for first, stop in zip(inventory.blocks[:-1].tolist(), inventory.blocks[1:].tolist(), strict=True):

@@ -20,14 +20,35 @@ from cskd.files.folders import refuse_output
 from cskd.files.paths import local_path
 from cskd.files.scratch import clear_scratch
 from cskd.files.writer import LOCK, Writer, by, sole_writer
+from cskd.machine.devices import pick_device
 from cskd.machine.ranks import Ranks
 from cskd.pipeline.conflicts import RUN_NAMES, refuse_foreign
 from cskd.pipeline.precheck import check_output
 from cskd.pipeline.show.progress import say
 from cskd.store.format import OWN_NAMES
+from cskd.store.manifest import read_manifest
 
 FIRST_SPEAKS = 3.0  # seconds: torchrun ends all ranks once one has ended, and the first one knows why
 _PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def device_of(config: Config, section: str) -> tuple[torch.device, list[str]]:
+    """Where a stage runs, by `device` of its section, and notes. Raises ConfigError as `pick_device`.
+
+    Older caches recorded the device of the machine that began them, and a config made of that record has it. It says nothing of
+    this machine: where it is not here, it stands for auto.
+    """
+    name, key, root = getattr(config, section).device, f"{section}.device", Path(config.cache.path)
+    try:
+        return pick_device(name, key), []
+    except ConfigError:
+        recorded = None
+        with contextlib.suppress(CacheError):
+            recorded = read_manifest(root).config.get(section, {}).get("device") if config.cache.path else None
+        if recorded != name:
+            raise
+        device = pick_device("auto", key)
+        return device, [f"{key} {name}, which is recorded in {root}, can't be used here: this runs on {device}"]
 
 
 def refuse_cache_output(config: Config) -> None:

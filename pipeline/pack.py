@@ -41,6 +41,7 @@ def pack_data(
     block: int = 8192,
     limit: int | None = None,
     short_side: int | None = None,
+    raw: bool = False,
     split: str | None = None,
     quiet: bool = False,
 ) -> PackReport:
@@ -70,6 +71,7 @@ def pack_data(
             block=block,
             limit=limit,
             short_side=short_side,
+            raw=raw,
             split=split,
             progress=show,
             tell=tell,

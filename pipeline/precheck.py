@@ -26,6 +26,7 @@ from cskd.errors import CacheError, ConfigError, CskdError, DataError, ImageErro
 from cskd.loading.plan import PlanSpec
 from cskd.loading.sources import LiveViews
 from cskd.loading.targets import codec_for
+from cskd.machine.devices import half
 from cskd.method.losses import DistillationLoss
 from cskd.store.format import MANIFEST
 from cskd.store.manifest import read_manifest
@@ -123,6 +124,33 @@ def with_best(config: Config, student: Student) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(train, best=best))
 
 
+def micro_batch_of(settings: TrainConfig, ranks: int = 1) -> int:
+    """Views of one forward and backward of a rank. ConfigError where they don't divide its batch, with the nearest that do."""
+    share, asked = settings.global_batch // ranks, settings.micro_batch
+    if asked is None:
+        return share
+    if share % asked:
+        near = max((n for n in even_divisors(share) if n <= asked), default=2)
+        raise ConfigError(
+            f"train.micro_batch is {asked}, expected a divisor of the {share} views that a rank has of train.global_batch "
+            f"{settings.global_batch} on {ranks} rank(s); use {near}, or null for all of them at once"
+        )
+    return asked
+
+
+def half_notes(autocast: str, device: torch.device) -> list[str]:
+    """What a user should know of training in fp16."""
+    if half(autocast, device) != "fp16":
+        return []
+    why = f"train.autocast auto is fp16: {device} has no bf16" if autocast == "auto" else "train.autocast is fp16"
+    return [f"{why}; the loss is scaled, and steps whose gradients overflow are left out: skipped_steps in the metrics"]
+
+
+def even_divisors(batch: int) -> list[int]:
+    """The micro-batches that a rank's batch can be made of, descending: even, so that a mixed pair stays together."""
+    return [n for n in range(batch, 1, -1) if batch % n == 0 and n % 2 == 0]
+
+
 def view_notes(config: Config, recipe: RecipeConfig) -> list[str]:
     """What a user should know of the views a student trains on and those it is evaluated on."""
     return evaluation_notes(config.train.eval_crop_pct, recipe) if config.data.val else []
@@ -157,6 +185,8 @@ def _stage2(config: Config, inventory: Inventory, online: bool) -> Student | Non
         student = build_student(config.student, len(inventory.classes), size)
     student.to("meta")
     student.taught_by(config.loss)
+    if config.train.grad_checkpointing:
+        student.checkpoint_gradients()
     with_best(config, student)
     Optimisation(student, dataclasses.replace(config.train, ema=None), plan.steps)
     try:

@@ -26,22 +26,32 @@ from cskd.teacher.model import teacher_images
 
 PROGRESS = "progress"  # its key in `info` of a state, next to the run's identity
 _CHECK_STEPS = 50  # between looks at the losses where a look costs: a transfer from the device, or a sum over ranks
+_MOST_SKIPS = 30  # updates in a row whose gradients overflow: the loss scale has fallen from 2^16 far below 1
 _UNSOUND = 2.0  # times the loss of a student that knows nothing: a run beyond it diverges
 
 
 class RunState:
-    """terms: names of the loss's terms, of which the epoch's means are logged; classes: of the data set."""
+    """terms: names of the loss's terms, of which the epoch's means are logged; classes: of the data set; scaled: the loss is, for
+    fp16, so that updates may be left out."""
 
-    def __init__(self, ranks: Ranks, device: torch.device, terms: Sequence[str], classes: int) -> None:
+    def __init__(
+        self, ranks: Ranks, device: torch.device, terms: Sequence[str], classes: int, scaled: bool = False
+    ) -> None:
+        self._scaled = scaled
         self.ranks, self.terms, self.classes = ranks, terms, classes
         self.best: Best | None = None  # of whole epochs
         self.shown: Best | None = None  # of an epoch that `max_steps` cut, too: what is exported
         self.changes: list[dict[str, Any]] = []  # key, old, new, step: of resumes
         self.notes: list[str] = []  # of restoring
         self._losses = torch.zeros(1 + len(terms), device=device)  # this rank's sums over the epoch so far
+        self._none = torch.zeros((), device=device)  # of a term that a method does not have
+        self._shown_loss = torch.full((1,), math.nan, pin_memory=device.type == "cuda")  # what a line shows next
         self._counted, self._seconds, self._clock = 0, 0.0, time.perf_counter()
         self._forwards, self._forwards_before = 0, teacher_images()  # by earlier processes; of this one before it began
+        self._skipped = torch.zeros((), device=device)  # updates of the epoch so far that fp16 left out
+        self._skips_in_row = 0
         self._recent: list[Tensor] = []  # losses of the steps since they were last looked at
+        self._recent_skips: list[Tensor] = []  # whether their updates were left out; empty where that can't be
         self._first: float | None = None  # loss of the run's first step, mean over ranks
         self.resumed: int | None = None  # the state that this process went on from
         self.saved: int | None = None  # the newest state
@@ -74,6 +84,7 @@ class RunState:
             same = len(rows) == self.ranks.count
             self._losses.copy_(torch.tensor(rows[self.ranks.rank] if same else _mean(rows)))
             self._counted, self._seconds = steps, float(record["seconds"])
+            self._skipped.fill_(int(record.get("skipped", 0)))
 
     def change(self, changes: Sequence[tuple[str, Any, Any]], step: int, finished: bool = False) -> None:
         """What may change when a run is resumed did, at `step`. Scores from before may not be compared with those after."""
@@ -102,10 +113,18 @@ class RunState:
         """An epoch begins, or goes on in this process."""
         self._clock = time.perf_counter()
 
-    def add(self, loss: Tensor, terms: dict[str, Tensor], step: int) -> None:
-        """The loss of one step on this rank; `step` updates are done with it. NotFiniteError where it is time to look."""
-        values = (loss.detach(), *(terms.get(name, self._losses.new_zeros(())) for name in self.terms))
-        self._losses += torch.stack(values)
+    def add(self, loss: Tensor, terms: dict[str, Tensor], step: int, skipped: Tensor | None = None) -> None:
+        """The loss of one step on this rank; `step` updates are done with it. NotFiniteError where it is time to look.
+
+        skipped: whether the update was left out, the same on all ranks, see `Optimisation`: then its loss counts in no mean.
+        """
+        values = (loss.detach(), *(terms.get(name, self._none) for name in self.terms))
+        sums = torch.stack(values)
+        if skipped is not None:
+            sums = torch.where(skipped > 0, 0.0, sums)
+            self._skipped += skipped
+            self._recent_skips.append(skipped)
+        self._losses += sums
         self._counted, self.step = self._counted + 1, step
         self._recent.append(values[0])
         if len(self._recent) >= self._every:
@@ -125,11 +144,20 @@ class RunState:
         if not self._recent:
             return
         losses = (self.ranks.sum(torch.stack(self._recent)) / self.ranks.count).tolist()
+        skips = torch.stack(self._recent_skips).tolist() if self._recent_skips else [0.0] * len(losses)
         self._recent.clear()
-        for n, loss in enumerate(losses, step - len(losses) + 1):
+        self._recent_skips.clear()
+        for n, (loss, skipped) in enumerate(zip(losses, skips, strict=True), step - len(losses) + 1):
+            self._skips_in_row = self._skips_in_row + 1 if skipped else 0
+            if self._skips_in_row > _MOST_SKIPS:
+                raise NotFiniteError(
+                    f"gradients overflow fp16 in {self._skips_in_row} steps in a row, the last", _RESUME, n
+                )
+            if skipped and not math.isfinite(loss):
+                continue  # overflowed in the forward pass: no weight has changed
             if not math.isfinite(loss):
                 raise NotFiniteError(f"the loss is {loss}", _RESUME, n)
-            if n == 1:
+            if n == 1 or (self._scaled and self._first is None):
                 self._first = loss
             if n - 1 == self.saved and self._sound(loss):
                 self.good = self.saved
@@ -144,13 +172,21 @@ class RunState:
         return self._forwards + self.ranks.total(teacher_images() - self._forwards_before, self._losses.device)
 
     def mean_loss(self) -> str:
-        """Of this rank's epoch so far, for a line of progress."""
-        return f"{float(self._losses[0]) / max(1, self._counted):.3f}"
+        """Of this rank's epoch so far, for a line of progress; of a CUDA device what it had computed by the line before, since to
+        wait for the newest would leave it without work."""
+        behind = self._losses.device.type == "cuda" and not math.isnan(self._shown_loss.item())
+        shown = self._shown_loss.item() if behind else 0.0
+        taken = (self._counted - self._skipped).clamp(min=1)
+        self._shown_loss.copy_(self._losses[:1] / taken, non_blocking=behind)
+        return f"{shown if behind else self._shown_loss.item():.3f}"
 
     def row(self) -> dict[str, float]:
-        """Means of the epoch so far over steps and ranks: 'loss' and one a term. All ranks ask together."""
-        means = (self.ranks.sum(self._losses.clone()) / self.ranks.count / max(1, self._counted)).tolist()
-        return dict(zip(("loss", *(f"loss_{name}" for name in self.terms)), means, strict=True))
+        """Means of the epoch so far over steps and ranks: 'loss' and one a term; in fp16 over the steps that were not left out,
+        and how many were. All ranks ask together."""
+        skipped = int(self._skipped)
+        means = (self.ranks.sum(self._losses.clone()) / self.ranks.count / max(1, self._counted - skipped)).tolist()
+        row = dict(zip(("loss", *(f"loss_{name}" for name in self.terms)), means, strict=True))
+        return row | ({"skipped_steps": skipped} if self._scaled else {})
 
     @property
     def seconds(self) -> float:
@@ -162,6 +198,7 @@ class RunState:
         if scored:
             self.best = self.shown
         self._losses.zero_()
+        self._skipped.zero_()
         self._counted, self._seconds, self._clock = 0, 0.0, time.perf_counter()
 
     def record(self) -> dict[str, Any]:
@@ -171,6 +208,7 @@ class RunState:
         return {
             "losses": self.ranks.sum(rows).tolist(),
             "counted": self._counted,
+            **({"skipped": int(self._skipped)} if self._scaled else {}),
             "seconds": self.seconds if self._counted else 0.0,
             "teacher_forwards": self.teacher_forwards,
             "first_loss": self._first,

@@ -19,19 +19,18 @@ from rich.console import Console
 
 from cskd.config import Config
 from cskd.errors import NotFiniteError
-from cskd.loading.targets import mixed_labels
-from cskd.machine.devices import autocast, pick_device
-from cskd.machine.ranks import start_ranks, stop_ranks
+from cskd.machine.arithmetic import float32_products
+from cskd.machine.launch import launched
+from cskd.machine.ranks import running_ranks
 from cskd.machine.threads import choose_threads, computing_with
-from cskd.method.losses import DistillationLoss
-from cskd.pipeline.outputs import sole_run
+from cskd.pipeline.out_of_memory import explained, nothing_to_lower
+from cskd.pipeline.outputs import device_of, sole_run
 from cskd.pipeline.run_state import stopped
 from cskd.pipeline.show.metrics import MetricsLog
-from cskd.pipeline.show.progress import Progress, bound_by, print_lines, timed_start
+from cskd.pipeline.show.progress import Progress, bound_by, print_lines, say, timed_start
+from cskd.pipeline.train_step import TrainStep
 from cskd.pipeline.training_run import TrainingRun, open_run
-from cskd.student.optim import reseed_step
 from cskd.teacher.model import teacher_images
-from cskd.views.mix_pixels import InputMaker
 
 
 @dataclass(frozen=True)
@@ -57,27 +56,29 @@ def train(config: Config, verify_replay: bool = True, online: bool = False, quie
 
     verify_replay: check every view against the digest in the cache. online: no cache, the teacher runs at every step.
     """
-    ranks = start_ranks(config.train.device)
-    quiet = quiet or not ranks.first
-    threads = choose_threads(config.train.threads, "train.threads", config.train.workers)
-    try:
-        folder = sole_run(config, ranks, pick_device(config.train.device), quiet)
-        with computing_with(threads.count), folder as writer:
-            run = open_run(config, ranks, verify_replay, online, quiet, threads, writer)
-            try:
-                return _train(run, quiet)
-            except NotFiniteError as e:
-                raise stopped(e, run.state, run.states, config.train.lr, config.train.clip_grad) from e
-    finally:
-        stop_ranks()
+    device, notes = device_of(config, "train")
+    quiet = quiet or launched().rank > 0
+    say(notes, quiet)
+    gpu = device.type == "cuda"
+    threads = choose_threads(config.train.threads, "train.threads", config.train.workers, gpu=gpu)
+    with (
+        running_ranks(device) as ranks,
+        sole_run(config, ranks, device, quiet) as writer,
+        computing_with(threads.count),
+        explained(device, nothing_to_lower("train.device")),
+    ):
+        run = open_run(config, ranks, device, verify_replay, online, quiet, threads, writer)
+        update = TrainStep(run)
+        try:
+            with explained(device, update.advice), float32_products(config.train.tf32, device):
+                return _train(run, update, quiet)
+        except NotFiniteError as e:
+            raise stopped(e, run.state, run.states, config.train.lr, config.train.clip_grad) from e
 
 
-def _train(run: TrainingRun, quiet: bool) -> TrainReport:
+def _train(run: TrainingRun, update: TrainStep, quiet: bool) -> TrainReport:
     config, plan, device, ranks, state = run.config, run.plan, run.device, run.ranks, run.state
     start_clock, forwards_before, step = time.perf_counter(), teacher_images(), run.step
-    criterion = DistillationLoss(config.loss)
-    inputs = InputMaker(run.student.mean, run.student.std, device)
-    net = run.network()
     seconds = dict.fromkeys(("start", "decode", "augment", "teacher", "student", "evaluate"), 0.0)
     tasks, batches = run.batches()
     batches = timed_start(batches, seconds)
@@ -97,17 +98,10 @@ def _train(run: TrainingRun, quiet: bool) -> TrainReport:
                 batch = next(batches)
                 for part, spent in zip(("decode", "augment"), batch["seconds"].tolist(), strict=True):
                     seconds[part] += spent
+                loss, terms = update(batch, epoch, step, seconds)
                 clock = time.perf_counter()
-                targets = run.targets.of(batch, epoch, device)
-                seconds["teacher"] += time.perf_counter() - clock
-                clock = time.perf_counter()
-                reseed_step(config.train.seed, step, ranks.rank)
-                with autocast(config.train.autocast, device):
-                    out = net(inputs.mixed(batch), run.views.grid if criterion.uses_patches else None)
-                loss, terms = criterion(out, mixed_labels(batch, device), targets)
-                run.optimisation.update(loss, step)
                 step += 1
-                state.add(loss, terms, step)
+                state.add(loss, terms, step, run.optimisation.skipped)
                 seconds["student"] += time.perf_counter() - clock
                 progress.update(step * plan.global_batch, loss=state.mean_loss)
                 if config.train.save_every and step % config.train.save_every == 0 and step < end:
@@ -121,7 +115,7 @@ def _train(run: TrainingRun, quiet: bool) -> TrainReport:
             state.shown = state.best
             if run.evaluates(epoch):
                 clock = time.perf_counter()
-                row |= run.evaluate(batches, inputs, step)
+                row |= run.evaluate(batches, update.inputs, step)
                 seconds["evaluate"] += time.perf_counter() - clock
             tasks.retire(epoch)
             log.add(row | {"seconds": state.seconds, "teacher_forwards": state.teacher_forwards})
@@ -141,7 +135,13 @@ def _train(run: TrainingRun, quiet: bool) -> TrainReport:
         top1={name.removeprefix("top1."): top1 for name, top1 in last.items() if name.startswith("top1.")},
         score=run.score,
         arithmetic=run.arithmetic,
-        bound_by=bound_by(run.pools(seconds, tasks.read_seconds), time.perf_counter() - start_clock, images),
+        bound_by=bound_by(
+            run.pools(seconds, tasks.read_seconds),
+            time.perf_counter() - start_clock,
+            images,
+            cores=run.workers > 0,
+            queued=device.type == "cuda",
+        ),
         notes=run.notes,
         weights=weights,
     )

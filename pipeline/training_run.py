@@ -21,13 +21,15 @@ from cskd.files.durable import put
 from cskd.files.scratch import new_scratch
 from cskd.files.writer import Writer
 from cskd.loading.feed import fed
+from cskd.loading.need import prefetch_of, refuse_little_memory
 from cskd.loading.plan import PlanSpec
-from cskd.loading.raw_batches import DeviceViews, RawBatchMaker, refuse_device_views
+from cskd.loading.raw_batches import DeviceViews, RawBatchMaker, raw_bytes, refuse_device_views
 from cskd.loading.sources import Batch, TargetSource, ViewSource
 from cskd.loading.stage2 import BatchMaker, EvalTask, eval_tasks
 from cskd.loading.targets import CachedTargets
 from cskd.loading.tasks import RunTasks
-from cskd.machine.devices import arithmetic, pick_device, uses_bf16
+from cskd.machine.devices import arithmetic, uses_bf16
+from cskd.machine.launch import launched
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import Threads, begun_with
 from cskd.pipeline.conflicts import (
@@ -42,7 +44,7 @@ from cskd.pipeline.conflicts import (
 )
 from cskd.pipeline.evaluate import score_heads
 from cskd.pipeline.online import open_baseline, open_online
-from cskd.pipeline.precheck import open_val, student_notes, view_notes, with_best
+from cskd.pipeline.precheck import half_notes, micro_batch_of, open_val, student_notes, view_notes, with_best
 from cskd.pipeline.run_state import PROGRESS, RunState, named_bests
 from cskd.pipeline.show.progress import Notes, Pool
 from cskd.store.cache import open_cache
@@ -78,6 +80,8 @@ class TrainingRun:
     state: RunState
     step: int  # updates done by earlier runs
     stop: int  # updates in all
+    micro_batch: int  # views of one forward and backward on this rank
+    workers: int  # of the loader
     verify_replay: bool  # check every view against the digest in the cache
     notes: list[str]
     writer: Writer | None = None  # of the output folder; None on all ranks but the first
@@ -97,7 +101,7 @@ class TrainingRun:
         if self.val is None:
             return []
         share = len(self.val) // self.ranks.count  # every rank has a batch: the scores are summed by all together
-        batch = max(1, min(self.plan.global_batch // self.ranks.count, share))
+        batch = max(1, min(self.micro_batch, share))
         return eval_tasks(len(self.val), batch, self.ranks.rank, self.ranks.count)
 
     @property
@@ -133,7 +137,7 @@ class TrainingRun:
             targets=self.targets.spec,
             evaluate=lambda epoch: self.eval_tasks if self.evaluates(epoch) else [],
             scratch=new_scratch(self.output, self.ranks.rank),
-            ahead=settings.workers * settings.prefetch,
+            ahead=self.workers * prefetch_of(self.workers, settings.prefetch),
             start=self.step,
             stop=self.stop,
             rank=self.ranks.rank,
@@ -144,14 +148,13 @@ class TrainingRun:
         there = settings.augment == "device"
         maker = (RawBatchMaker if there else BatchMaker)(views, clean, settings.eval_crop_pct, recorded)
         make = DeviceViews(views, recorded) if there else None
-        return tasks, fed(maker, tasks, self.device, settings.workers, settings.prefetch, make)
+        return tasks, fed(maker, tasks, self.device, self.workers, settings.prefetch, make)
 
     def pools(self, seconds: dict[str, float], read_seconds: float) -> list[Pool]:
         """Who did what for how long."""
         loader, live = ("decode", "augment"), ("teacher",) if self.targets.runs_teacher else ()
         here = (*live, "student", "evaluate")
-        workers = self.config.train.workers
-        apart = [Pool.of(workers, seconds, *loader), Pool.of(1, seconds, *here)] if workers else []
+        apart = [Pool.of(self.workers, seconds, *loader), Pool.of(1, seconds, *here)] if self.workers else []
         return [*(apart or [Pool.of(1, seconds, *loader, *here)]), Pool(1, {"read": read_seconds})]
 
     def save(self, step: int) -> None:
@@ -193,6 +196,7 @@ class TrainingRun:
 def open_run(
     config: Config,
     ranks: Ranks,
+    device: torch.device,
     verify_replay: bool,
     online: bool,
     quiet: bool,
@@ -200,29 +204,34 @@ def open_run(
     writer: Writer | None,
 ) -> TrainingRun:
     """Views, targets, student, plan and optimiser of a config, and where an earlier run of it stopped."""
-    output, device, notes = Path(config.train.output), pick_device(config.train.device), Notes(quiet)
+    output, notes = Path(config.train.output), Notes(quiet)
     states = ResumeStates(output / "resume", keep=config.train.keep)
     config, as_before = as_begun(config, next(iter(states.infos().values()), None))
     settings = config.train
     views, targets = _open_views(config, device, ranks, verify_replay, online, quiet, notes)
-    if settings.augment == "device":
-        refuse_device_views(views, device)
+    pixels = refuse_device_views(views, device) if settings.augment == "device" else 0
     val = open_val(config, views.inventory.classes, ranks.count)
     torch.manual_seed(settings.seed)
     student = build_student(config.student, len(views.inventory.classes), views.recipe.size).to(device)
     student.taught_by(config.loss)
     notes.add([*student.notes, *student_notes(student, views.grid, config.loss), *view_notes(config, views.recipe)])
-    notes.add(as_before)
+    notes.add([*as_before, *half_notes(settings.autocast, device)])
     if device.type == "cpu" and uses_bf16(settings.autocast, device):
         student.unfuse_attention()
+    if settings.grad_checkpointing:
+        student.checkpoint_gradients()
     plan = PlanSpec.over(views, settings, ranks.count)
+    micro_batch = micro_batch_of(settings, ranks.count)
+    share, side, gpu = plan.global_batch // ranks.count, views.recipe.size, device.type == "cuda"
+    batch = raw_bytes(share, settings.repeats, side, pixels) if pixels else share * 3 * side**2
+    refuse_little_memory("train", threads.workers, settings.prefetch, batch, launched().local_count, pinned=gpu)
     optimisation = Optimisation(student, settings, plan.steps)
     config = with_best(config, student)
     identity = run_identity(config, views, plan.views, ranks.count, online, device, val)
     loaded = states.load(student, optimisation)
     ranks.refuse_differing(loaded.step if loaded else 0, device)
     stop = min(settings.epochs * plan.steps, settings.max_steps or 1 << 62)
-    state = RunState(ranks, device, TERMS, len(views.inventory.classes))
+    state = RunState(ranks, device, TERMS, len(views.inventory.classes), optimisation.scaler is not None)
     if loaded:
         begun = {name: value for name, value in loaded.info.items() if name != PROGRESS}
         notes.add(loaded.warnings)
@@ -259,6 +268,8 @@ def open_run(
         state=state,
         step=loaded.step if loaded else 0,
         stop=stop,
+        micro_batch=micro_batch,
+        workers=threads.workers,
         verify_replay=verify_replay,
         notes=notes.all,
         writer=writer,

@@ -25,6 +25,7 @@ from cskd.config import Config
 from cskd.files.claims import Claims
 from cskd.loading.feed import DeviceBatch
 from cskd.loading.stage1 import Chunk, ChunkViews, chunks
+from cskd.machine.cores import usable_cores
 from cskd.machine.side_stream import to_device
 from cskd.pipeline.show.progress import Pool
 from cskd.store.cache import Cache
@@ -37,13 +38,21 @@ from cskd.views.mixing import quads
 
 
 @contextlib.contextmanager
-def unit_line(cache: Cache, teacher: Teacher, config: Config) -> Iterator[UnitLine]:
-    """A line with its claims and threads; at the end what they are at is waited for, and what still waits is dropped."""
-    writer = ThreadPoolExecutor(1, "write")
+def unit_line(cache: Cache, teacher: Teacher, config: Config, workers: int) -> Iterator[UnitLine]:
+    """A line with its claims and threads, which so many loader workers feed; at the end what they are at is waited for, and
+    what still waits is dropped."""
+    writers = writers_of(usable_cores().count)
+    writer = ThreadPoolExecutor(writers, "write")
     with Claims(cache.root) as claims, contextlib.ExitStack() as stack:
         stack.callback(writer.shutdown, cancel_futures=True)
         lanes = stack.enter_context(Lanes(teacher.device, teacher.reentrant))
-        yield UnitLine(cache, teacher, config, claims, lanes, writer)
+        yield UnitLine(cache, teacher, config, workers, claims, lanes, writer, writers)
+
+
+def writers_of(cores: int) -> int:
+    """Threads that compress and commit, each a pass at a time. One keeps up with a CPU's teacher; a GPU's fills several with
+    whole maps, which are a hundred times as large as envelopes."""
+    return max(1, min(4, cores // 4))
 
 
 def missing_passes(cache: Cache) -> list[tuple[int, tuple[int, ...]]]:
@@ -99,14 +108,22 @@ class UnitLine:
     """From chunks to commits: batches are with the lanes, whole passes with the writer, and results are taken in order."""
 
     def __init__(
-        self, cache: Cache, teacher: Teacher, config: Config, claims: Claims, lanes: Lanes, writer: ThreadPoolExecutor
+        self,
+        cache: Cache,
+        teacher: Teacher,
+        config: Config,
+        workers: int,
+        claims: Claims,
+        lanes: Lanes,
+        writer: ThreadPoolExecutor,
+        writers: int,
     ) -> None:
         self.images = self.units = 0  # whose targets are in, and committed
         self.unreadable = 0  # of the images
         self._first_chunk = self._last_commit = 0.0  # when it came, when it was done
         self._seconds: defaultdict[str, float] = defaultdict(float)  # of each part, summed over all who do it
-        self._cache, self._teacher, self._config = cache, teacher, config
-        self._claims, self._lanes, self._writer = claims, lanes, writer
+        self._cache, self._teacher, self._config, self._workers = cache, teacher, config, workers
+        self._claims, self._lanes, self._writer, self._writers = claims, lanes, writer, writers
         self._claimed: deque[tuple[_Pass, Path]] = deque()  # passes whose chunks are still to come
         self._underway: deque[_Encoding] = deque()
         self._writing: deque[Future[tuple[int, float]]] = deque()
@@ -120,9 +137,9 @@ class UnitLine:
     def pools(self) -> list[Pool]:
         """Who did what for how long."""
         return [
-            Pool.of(max(1, self._config.cache.workers), self._seconds, "decode", "augment"),
+            Pool.of(max(1, self._workers), self._seconds, "decode", "augment"),
             Pool.of(self._lanes.count, self._seconds, "teacher", "encode"),
-            Pool.of(1, self._seconds, "write"),
+            Pool.of(self._writers, self._seconds, "write"),
         ]
 
     def tasks(self, passes: list[tuple[int, tuple[int, ...]]]) -> Iterator[Chunk]:
@@ -167,7 +184,7 @@ class UnitLine:
             self._claimed.popleft()
         while len(self._underway) > self._lanes.room:
             self._collect()
-        while self._writing and (self._writing[0].done() or len(self._writing) > 1):
+        while self._writing and (self._writing[0].done() or len(self._writing) > self._writers):
             self._committed()
 
     def drain(self) -> None:

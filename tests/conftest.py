@@ -13,6 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # Set before anything imports torch: exact comparisons and small tensors gain nothing by more threads, and subprocesses
 # started by tests inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A config without a device means the CPU here, on a machine with a GPU too: hashes, lanes and threads that tests expect are
+# a CPU's. CSKD_TEST_DEVICE=cuda shows the GPU to those that need one.
+if os.environ.get("CSKD_TEST_DEVICE") != "cuda":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download weights fails at once
 
 # The same examples in every run, and no failure because a machine is busy.

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.hostile.base import Base, Case, bomb, bound, picture, read_index, read_pack, sparse, tar, write
-from cskd.packing.payloads import payloads
+from cskd.packing.payloads import Remake, payloads
 from cskd.packing.sources import open_source
 
 BLOCK = 512
@@ -240,7 +240,7 @@ def folder_cases() -> list[Case]:
 
     def read_all(work: Path) -> None:
         source = open_source(work / "src", None, work, 0, None)
-        for _ in payloads(source.listing, np.arange(30), None, 95, 2):
+        for _ in payloads(source.listing, np.arange(30), Remake(), 2):
             pass
 
     def left_by_a_pack(work: Path) -> None:

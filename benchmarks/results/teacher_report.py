@@ -40,6 +40,7 @@ from cskd.codecs.envelope import EnvelopeCodec
 from cskd.config import Config, RecipeConfig, load_config
 from cskd.dataset.inventory import Inventory, open_inventory
 from cskd.errors import ConfigError, CskdError, DataError, ImageError, TeacherError
+from cskd.machine.arithmetic import full_precision
 from cskd.machine.devices import pick_device
 from cskd.method.ckf import hard_targets
 from cskd.pipeline.clean_check import spread
@@ -47,7 +48,6 @@ from cskd.pipeline.measure_precision import first_views
 from cskd.store.cache import Cache, open_cache
 from cskd.store.format import MANIFEST
 from cskd.teacher.clean import clean_image
-from cskd.teacher.heads import full_precision
 from cskd.teacher.model import Teacher, load_teacher
 from cskd.views.maker import ViewMaker
 

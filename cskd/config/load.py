@@ -56,10 +56,28 @@ def from_dict(raw: dict[str, Any]) -> Config:
         check_depth(raw)
     except ValueError as e:
         raise ConfigError(f"the config is {e}; flatten it") from None
+    raw = _in_todays_words(raw)
     given = frozenset(f"{s}.{key}" for s, section in raw.items() if isinstance(section, dict) for key in section)
     config = _build(Config, _expand(raw), "")
     assert isinstance(config, Config)
     return dataclasses.replace(_with_local_paths(config), given=given)
+
+
+def _in_todays_words(raw: dict[str, Any]) -> dict[str, Any]:
+    """A config of an older version, as caches keep it: `teacher.autocast` and `teacher.dtype` are `teacher.precision` now."""
+    teacher = raw.get("teacher")
+    old = {"autocast", "dtype"} & teacher.keys() if isinstance(teacher, dict) else set()
+    if not isinstance(teacher, dict) or not old:
+        return raw
+    autocast, dtype = teacher.get("autocast", "none"), teacher.get("dtype", "float32")
+    precision = dtype if autocast == "none" else autocast if dtype == "float32" else None
+    if "precision" in teacher or precision not in ("float32", "float64", "bf16", "auto"):
+        key = min(old)
+        raise ConfigError(
+            f"teacher.{key} is {_short(teacher[key])}: arithmetic is set by teacher.precision now; set that alone"
+        )
+    kept = {key: value for key, value in teacher.items() if key not in old}
+    return {**raw, "teacher": {**kept, "precision": precision}}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

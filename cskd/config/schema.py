@@ -21,7 +21,8 @@ from cskd.errors import ConfigError
 
 Method = Literal["none", "deit-hard", "deit-soft", "cskd-hard", "cskd-soft"]
 Decay = Literal["linear", "quadratic", "cosine", "local", "global"]
-Autocast = Literal["auto", "none", "bf16"]
+Autocast = Literal["auto", "none", "bf16", "fp16"]
+Precision = Literal["auto", "float32", "tf32", "bf16", "fp16", "float64"]
 
 
 def rising(pair: list[float]) -> bool:
@@ -88,12 +89,11 @@ class TeacherConfig(Section):
     """`per_cell`: apply a head that is not linear to every cell all the same."""
     grid: Annotated[list[Annotated[int, Ge(1), Le(1024)]] | None, Len(2, 2), Unit("cells")] = None
     """[h, w]: pool the teacher's map to this; null = the teacher's own."""
-    autocast: Autocast = "none"
-    """Arithmetic of the backbone only; classifier and codecs always run in float32."""
+    precision: Precision = "float32"
+    """Arithmetic of the backbone; pooling, classifier and codecs run in float32 (in float64 with `float64`). `float32` is
+    IEEE's on every device; `tf32`: CUDA devices only; `auto`: bf16 where the device gains by it. Part of the fingerprint."""
     fold: bool = False
     """Put batch norms into the convolutions before them, and on a CPU activations, too: the same up to rounding."""
-    dtype: Literal["float32", "float64"] = "float32"
-    """Type of weights and arithmetic; logits are always float32."""
     channels_last: bool = True
     """Memory layout of the teacher's tensors."""
     compile: bool = False
@@ -106,11 +106,6 @@ class TeacherConfig(Section):
     """Refuse a teacher below this top-1; null = clearly above chance, about twice."""
     check: Literal["refuse", "note"] = "refuse"
     """Whether what that check finds against the teacher stops stage 1, or is noted."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dtype != "float32" and self.autocast != "none":
-            raise ConfigError(f"teacher.dtype is {self.dtype!r}, expected float32 with an autocast")
 
 
 @dataclass(frozen=True)
@@ -176,8 +171,8 @@ class CacheConfig(Section):
     """How the teacher's outputs are kept: `envelope`, `int8`, `topk10`, `topk:K`."""
     max_quarantine: Share = 0.001
     """Unreadable images beyond this share stop stage 1."""
-    workers: Annotated[int, Ge(0), Le(1024), Unit("processes")] = 2
-    """Processes that decode and augment; 0 = the main process does."""
+    workers: Annotated[int | None, Ge(0), Le(1024), Unit("processes")] = None
+    """Processes that decode and augment; 0 = the main process does; null = chosen from the cores."""
     threads: Annotated[int | None, Ge(1), Le(1024), Unit("threads")] = None
     """Threads of arithmetic, here lanes of the teacher on a CPU; null = chosen from the cores."""
     device: str = "auto"
@@ -244,6 +239,12 @@ class TrainConfig(Section):
     """Length of the schedule."""
     global_batch: Annotated[int, Ge(1), Le(1 << 24), Unit("views")] = 1024
     """Views of one step over all ranks; each rank has an even number."""
+    micro_batch: Annotated[int | None, Ge(2), MultipleOf(2), Unit("views")] = None
+    """Views of one forward and backward; a step adds up the gradients of as many as its batch has. Takes less memory and gives
+    the same step up to rounding; divides the batch of a rank. null = all of them at once."""
+    grad_checkpointing: bool = False
+    """Keep only the input of each block of the student and compute the rest again in the backward pass: the same gradients, a
+    fraction of the memory, about a third more time."""
     views: Annotated[int, Ge(0), Unit("views per image")] = 0
     """Use the first so many views of the cache; 0 = all, which must be finished. Without a cache 0 = as many as the run needs,
     so that no view is used twice."""
@@ -276,11 +277,15 @@ class TrainConfig(Section):
     best: str | None = None
     """Score by which the best weights are kept, such as `top1.class`; null = only for `export: best`."""
     autocast: Autocast = "auto"
-    """Arithmetic of the student; `auto`: bf16 where the device gains by it."""
+    """Arithmetic of the student; `auto`: bf16 where the device gains by it, fp16 on GPUs that have no bf16. With fp16 the loss is
+    scaled, and steps whose gradients overflow are skipped."""
+    tf32: bool = True
+    """Products of float32 numbers on a CUDA device, in convolutions and matrix products, from inputs with 10 bits of mantissa;
+    false: float32 as IEEE defines it. Nothing that autocast computes in bf16 or fp16 depends on it."""
     compile: bool = False
     """Run the student through torch.compile."""
-    workers: Annotated[int, Ge(0), Le(1024), Unit("processes")] = 2
-    """Processes that decode and augment; 0 = the main process does."""
+    workers: Annotated[int | None, Ge(0), Le(1024), Unit("processes")] = None
+    """Processes that decode and augment; 0 = the main process does; null = chosen from the cores."""
     threads: Annotated[int | None, Ge(1), Le(1024), Unit("threads")] = None
     """Threads of arithmetic in the main process; null = chosen from the cores."""
     device: str = "auto"
@@ -300,7 +305,7 @@ class TrainConfig(Section):
     tensorboard: bool = False
     """Write the metrics for TensorBoard, too."""
     prefetch: Annotated[int, Ge(1), Le(1024), Unit("batches")] = 4
-    """Batches that each worker keeps ready."""
+    """Batches that each worker keeps ready; fewer where all workers together would have more than 32, but then 2."""
     augment: Literal["host", "device"] = "host"
     """Where decoded images become views: in the workers, or on `train.device`, cuda or cpu. The views are the same bytes."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ POLICY = {
     "animation": "first frame",
     "truncated": "refused",
 }
+_PPM = re.compile(rb"P6\n([1-9]\d{0,7}) ([1-9]\d{0,7})\n255\n")
 _MODES = frozenset(["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr"])
 _MODES_16 = frozenset(["I", "I;16", "I;16L", "I;16B", "I;16N"])
 
@@ -45,7 +47,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, buffer: NDArray[np.uint8] 
     Returns: RGB, uint8 [H, W, 3], writable.
     Raises:  ImageError with the reason (the same text every time) for anything that can't be decoded as a whole.
     """
-    plain = _plain_jpeg(data, max_pixels, buffer)
+    jpeg = data.startswith(b"\xff\xd8\xff")
+    plain = _plain_jpeg(data, max_pixels, buffer) if jpeg else _plain_ppm(data, max_pixels)
     if plain is not None:
         return plain
     with _opened(data, max_pixels) as image:
@@ -81,8 +84,6 @@ def _plain_jpeg(data: bytes, max_pixels: int, buffer: NDArray[np.uint8] | None =
     The same libjpeg-turbo algorithms and so Pillow's pixels, without Pillow's detour over four bytes per pixel: 0.98 ms
     instead of 1.19 for an image of ImageNet, on one core.
     """
-    if not data.startswith(b"\xff\xd8\xff"):
-        return None
     refuse_bombs(data)
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
@@ -93,6 +94,22 @@ def _plain_jpeg(data: bytes, max_pixels: int, buffer: NDArray[np.uint8] | None =
     except ValueError:
         return None
     return pixels
+
+
+def as_ppm(pixels: NDArray[np.uint8]) -> bytes:
+    """RGB, uint8 [H, W, 3], as a binary PPM: a line of text, then the pixels."""
+    return b"P6\n%d %d\n255\n%b" % (pixels.shape[1], pixels.shape[0], np.ascontiguousarray(pixels).tobytes())
+
+
+def _plain_ppm(data: bytes, max_pixels: int) -> NDArray[np.uint8] | None:
+    """A PPM as `as_ppm` writes it: its pixels, copied. None: of another form, for Pillow."""
+    head = _PPM.match(data)
+    if head is None:
+        return None
+    width, height = int(head[1]), int(head[2])
+    if width * height > max_pixels or len(data) != head.end() + 3 * width * height:
+        return None
+    return np.frombuffer(data, np.uint8, offset=head.end()).reshape(height, width, 3).copy()
 
 
 def image_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

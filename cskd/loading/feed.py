@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cskd.errors import CskdError
+from cskd.loading.need import PREFETCH
 from cskd.loading.shared import SharedBatch, tensors_of
 from cskd.loading.stream import Stream, Worker
 from cskd.machine.side_stream import Mark, SideStream, enter
@@ -114,7 +115,7 @@ def fed(
     tasks: Iterable[Any],
     device: torch.device,
     workers: int,
-    prefetch: int = 4,
+    prefetch: int = PREFETCH,
     make: Callable[[DeviceBatch, SideStream], DeviceBatch] | None = None,
 ) -> Iterator[Any]:
     """The results of a stream where they are needed: on a GPU, one ahead of those that are worked on; else, without `make`, as

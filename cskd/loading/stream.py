@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from cskd.errors import CskdError, ReadError
+from cskd.loading.need import PREFETCH, prefetch_of
 from cskd.loading.shared import SharedBatch, mapped_slots, use_slots
 
 T = TypeVar("T")
@@ -58,10 +59,11 @@ def _as_it_is(result: Any) -> Any:
 class Stream(Generic[T, R]):
     """`worker(task)` for every task, in order. Tasks are drawn lazily, a few ahead of the result that is read.
 
-    workers: processes (0 = in this one); prefetch: results a worker keeps ready; start: 'forkserver' by default, since a
-    forked copy of a process with threads can hang. lend_to: None, results are the reader's own; a device: each is
-    a SharedBatch, or has one as its field `batch`, in its worker's own buffer, page-locked for that device. It may be written
-    again from when the result `workers` places after it is asked for; the stream then waits for the marks in its `reads`.
+    workers: processes (0 = in this one); prefetch: results a worker keeps ready (see `prefetch_of`); start: 'forkserver' by
+    default, since a forked copy of a process with threads can hang. lend_to: None, results are the reader's own; a device:
+    each is a SharedBatch, or has one as its field `batch`, in its worker's own buffer, page-locked for that device. It may be
+    written again from when the result `workers` places after it is asked for; the stream then waits for the marks in its
+    `reads`.
     """
 
     def __init__(
@@ -69,12 +71,12 @@ class Stream(Generic[T, R]):
         worker: Worker[T, R],
         tasks: Iterable[T],
         workers: int,
-        prefetch: int = 4,
+        prefetch: int = PREFETCH,
         lend_to: torch.device | None = None,
         start: str = "forkserver",
     ) -> None:
-        self._worker, self._tasks = worker, tasks
-        self._workers, self._prefetch, self._lend_to, self._start = workers, prefetch, lend_to, start
+        self._worker, self._tasks, self._workers = worker, tasks, workers
+        self._prefetch, self._lend_to, self._start = prefetch_of(workers, prefetch), lend_to, start
 
     def __iter__(self) -> Iterator[R]:
         if self._workers:

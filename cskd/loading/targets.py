@@ -85,7 +85,7 @@ class LiveTargets:
             return None
         dense_BKhw, global_BK = self._teacher.in_batches(mixed_pixels(batch, device))
         if not bool(dense_BKhw.isfinite().all() & global_BK.isfinite().all()):  # codecs refuse the same in stage 1
-            raise TeacherError("the teacher's logits hold NaN or an infinity; check its weights and teacher.autocast")
+            raise TeacherError("the teacher's logits hold NaN or an infinity; check its weights and teacher.precision")
         blend = self.spec(epoch).blend
         if self._kind == "soft":
             return SoftTargets(global_BK, dense_BKhw, blend)

@@ -1,37 +1,68 @@
-"""Which device to use, and where bf16 autocast is a gain."""
+"""Which device to use, and where autocast in bf16 or fp16 is a gain."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+from typing import Any
 
 import torch
 
 from cskd.errors import ConfigError
+from cskd.machine.launch import Launch, launched
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_FP16 = 7, 0  # compute capability of the first CUDA devices with fast products of fp16
 
 
-def pick_device(name: str) -> torch.device:
-    """'auto' (CUDA, then Apple's MPS, then the CPU) or a torch device name. ConfigError when it is not there.
+def pick_device(name: str, key: str = "device") -> torch.device:
+    """'auto' (CUDA, else the CPU) or a torch device name, with an index on CUDA, where it becomes the current device.
 
+    Of the processes that torchrun or srun started on this machine each gets a GPU of its own: 'auto' and 'cuda' are the one of
+    its local rank, or the only one that it sees, where each was given one. MPS is used where it is named: nobody has run it yet.
     Where it is the CPU, the process keeps the memory it frees from now on.
+
+    Raises:  ConfigError naming the config's `key` when it is not there, or is one GPU for several processes.
     """
-    device = _named_device(name)
+    device = _named_device(name, key)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what a library allocates without naming a device, and `compile`, follow it
     if device.type == "cpu":
         keep_freed_memory()
     return device
 
 
-def _named_device(name: str) -> torch.device:
+def _named_device(name: str, key: str) -> torch.device:
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    launch = launched()
     try:
         device = torch.device(name)
+        if device.type == "cuda" and torch.cuda.is_available():
+            seen = torch.cuda.device_count()
+            if device.index is None:
+                device = torch.device("cuda", _gpu_of(launch, seen, key))
+            elif launch.local_count > 1 and seen > 1:
+                raise ConfigError(
+                    f"{key} is {name}, one GPU for the {launch.local_count} processes that {launch.by} started here; set {key} "
+                    "to auto, which gives each its own"
+                )
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise ConfigError(f"device {name!r} is not usable here ({str(e).splitlines()[0]}); use auto or cpu") from None
+        raise ConfigError(f"{key} {name!r} is not usable here ({str(e).splitlines()[0]}); use auto or cpu") from None
     return device
+
+
+def _gpu_of(launch: Launch, seen: int, key: str) -> int:
+    """Which of the GPUs that this process sees is its own."""
+    if launch.count == 1:
+        return torch.cuda.current_device()
+    if seen > 1 and launch.local >= seen:
+        raise ConfigError(
+            f"{key}: {launch.by} started {launch.local_count} processes here, which see {seen} GPUs; start at most {seen} per "
+            f"machine, or set {key}=cpu"
+        )
+    return launch.local if seen > 1 else 0
 
 
 def keep_freed_memory() -> bool:
@@ -52,8 +83,19 @@ def keep_freed_memory() -> bool:
 
 
 def autocast(setting: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """bf16 autocast where `uses_bf16`, else nothing."""
-    return torch.autocast(device.type, torch.bfloat16) if uses_bf16(setting, device) else contextlib.nullcontext()
+    """Autocast in what `half` says, else nothing."""
+    kind = half(setting, device)
+    return contextlib.nullcontext() if kind == "none" else torch.autocast(device.type, HALF[kind])
+
+
+def half(setting: str, device: torch.device) -> str:
+    """What a config's 'autocast' means here: 'bf16', 'fp16' or 'none'. 'auto' is bf16 where `uses_bf16`, else fp16 on CUDA
+    devices that gain by it."""
+    if setting != "auto":
+        return setting
+    if uses_bf16(setting, device):
+        return "bf16"
+    return "fp16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FP16 else "none"
 
 
 def uses_bf16(setting: str, device: torch.device) -> bool:
@@ -66,10 +108,14 @@ def uses_bf16(setting: str, device: torch.device) -> bool:
 
 
 def arithmetic(setting: str, device: torch.device) -> str:
-    """The arithmetic of a student's forward under a config's 'autocast', for reports: 'bf16' or 'float32'."""
-    if uses_bf16(setting, device):
-        return "bf16"
-    return "float32, convolutions tf32" if device.type == "cuda" and torch.backends.cudnn.allow_tf32 else "float32"
+    """The arithmetic of a student's forward under a config's 'autocast', for reports: 'bf16', 'fp16', 'float32', or 'float32' with
+    what is tf32 at present."""
+    if (kind := half(setting, device)) != "none":
+        return kind
+    backends: Any = torch.backends
+    tf32 = {"convolutions": backends.cudnn.conv, "matrix products": backends.cuda.matmul}
+    rounded = [what for what, backend in tf32.items() if backend.fp32_precision == "tf32"]
+    return f"float32, {' and '.join(rounded)} tf32" if rounded and device.type == "cuda" else "float32"
 
 
 def cpu_has_bf16() -> bool:

@@ -21,12 +21,15 @@ from pathlib import Path
 
 from cskd.errors import counted
 from cskd.machine.cores import Cores, affinity, usable_cores
+from cskd.machine.launch import launched
 
 # GOMP_SPINCOUNT is for GNU's OpenMP, in torch's wheels for Linux; KMP_BLOCKTIME, in ms, for LLVM's and Intel's.
 WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "0"}
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # by which a user says how many threads
 MOST_THREADS = 1024
 MOST_PER_CORE = 4  # a resumed run keeps its number of threads up to here
+FEWEST_WORKERS = 2  # one makes views while the other waits for the disk or hands over a batch, even on two cores
+MOST_WORKERS = 32  # that are chosen: each holds whole batches in shared memory
 _SHARE = 4  # loader workers are left at most one core in so many: a view costs a fraction of a student's step
 
 
@@ -68,16 +71,28 @@ def waiting() -> str:
     return "waiting as set: " + " ".join(f"{name}={value[:20]}" for name, value in found.items())
 
 
-def choose_threads(asked: int | None = None, key: str = "", workers: int = 0, cores: Cores | None = None) -> Threads:
+def choose_threads(
+    asked: int | None = None, key: str = "", workers: int | None = 0, cores: Cores | None = None, gpu: bool = False
+) -> Threads:
     """Threads for the main process: what the config's `key` asks for, else the user's OMP_NUM_THREADS, else this rank's share
-    of the cores, less one for each of its loader workers, which may have a quarter of them."""
+    of the cores, less one for each of its loader workers, which may have a quarter of them.
+
+    workers: None has them chosen, too (`chosen_workers`). gpu: the main process only feeds one.
+    """
     cores = cores or usable_cores()
     share = _share(cores)
+    workers = chosen_workers(share, gpu) if workers is None else workers
     if asked is not None:
         return Threads(asked, cores, share, workers, key)
     if (user := users_count()) is not None:
         return Threads(user[1], cores, share, workers, user[0])
     return Threads(share - min(workers, share // _SHARE), cores, share, workers)
+
+
+def chosen_workers(share: int, gpu: bool) -> int:
+    """Loader workers on so many cores. For a GPU all cores but the main process's, since views are all that the CPU makes, up
+    to MOST_WORKERS; for a student or teacher on the CPU the quarter that `choose_threads` leaves them. At least FEWEST_WORKERS."""
+    return max(FEWEST_WORKERS, min(MOST_WORKERS, share - 1) if gpu else share // _SHARE)
 
 
 def users_count() -> tuple[str, int] | None:
@@ -125,12 +140,9 @@ def computing_with(count: int) -> Iterator[None]:
 
 
 def _share(cores: Cores) -> int:
-    """The cores of one of the ranks that torchrun started here. Where each was given CPUs of its own, those, if they are fewer
-    than its part of what torchrun has."""
-    try:
-        ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    except ValueError:
-        ranks = 1
+    """The cores of one of the processes that torchrun or srun started here. Where each was given CPUs of its own, those, if they are fewer
+    than its part of what their parent has."""
+    ranks = launched().local_count
     if ranks == 1:
         return cores.count
     whole = replace(cores, allowed=max(cores.allowed, affinity(os.getppid()) or 0))

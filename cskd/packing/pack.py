@@ -23,7 +23,7 @@ from cskd.files.paths import local_path
 from cskd.files.writer import sole_writer
 from cskd.machine.cores import usable_cores
 from cskd.packing.names import CLASSES_FILE, classes_held
-from cskd.packing.payloads import Payload, payloads
+from cskd.packing.payloads import Payload, Remake, payloads
 from cskd.packing.sources import PackProgress, Source, open_source
 from cskd.packing.tars import MAX_SPOOL
 from cskd.seeds import U64, hash64, mix64_array
@@ -44,6 +44,7 @@ def pack(
     limit: int | None = None,
     short_side: int | None = None,
     quality: int = 90,
+    raw: bool = False,
     workers: int | None = None,
     max_spool: int = MAX_SPOOL,
     split: str | None = None,
@@ -55,8 +56,8 @@ def pack(
     The order depends on (seed, key) only, so a folder, a tar and a tar.gz of it give the same inventory id.
 
     Args:    src, classes, max_spool, split: see `open_source`. shard_size: images per shard (fewer where they pass 1 GB).
-             block: images per block, about. limit: only the first so many of the shuffled images. short_side, quality:
-             see `shrink`. workers: threads that read, or processes that re-encode (default: the CPUs, at least 2, at
+             block: images per block, about. limit: only the first so many of the shuffled images. short_side, quality,
+             raw: see `Remake`. workers: threads that read, or processes that re-encode (default: the CPUs, at least 2, at
              most 8). progress: called with (images done, images in all), the latter 0 while the source is being listed.
              tell: called with the notes on how the source was read, before images are.
     Returns: the inventory; its notes say what was passed over. The same data set in `out` already: nothing is written.
@@ -73,7 +74,9 @@ def pack(
         raise DataError(f"{out} is the source; pack into another folder, or use 'cskd index' for shards as they are")
     refuse_output(out, "data", "OUT", inputs={"SRC": src}, names=(INVENTORY_FOLDER, WORK))
     options = {"seed": seed, "shard_size": shard_size, "block": block, "limit": limit}
-    options |= {"short_side": short_side, "quality": quality if short_side is not None else None}
+    options |= {"short_side": short_side, "quality": quality if short_side is not None and not raw else None}
+    options |= {"raw": True} if raw else {}
+    remake = Remake(short_side, quality, raw)
     asked = {"split": split} if split else {}
     workers = workers or min(8, max(2, usable_cores().count))
     try:
@@ -88,7 +91,7 @@ def pack(
             source.notes += classes_held(source.classes, {source.label(int(i)) for i in order})
             if tell:
                 tell(source.notes)
-            with closing(payloads(source.listing, order, short_side, quality, workers)) as stream:
+            with closing(payloads(source.listing, order, remake, workers)) as stream:
                 images = _counted(stream, len(order), progress)
                 if (out / INVENTORY_FOLDER / HEADER).is_file():
                     return _confirm(open_inventory(out), source, len(order), images, options)
@@ -109,19 +112,20 @@ def _write(source: Source, images: Iterator[tuple[int, Payload]], work: Path, ma
     from cskd.store.shard_writer import ShardWriter  # here: webdataset takes seconds to import
 
     shards, inventory = ShardWriter(work, made["shard_size"]), InventoryWriter(work / INVENTORY_FOLDER)
-    resized = bad = 0
+    anew = bad = 0
     try:
         for i, payload in images:
             key, label = source.listing.key(i), source.label(i)
-            extension = "jpg" if payload.resized else source.listing.extension(i)
+            extension = payload.extension or source.listing.extension(i)
             shard, offset = shards.add(key, extension, payload.data, label)
             crc = google_crc32c.value(payload.data)
             inventory.add(Sample(key, label, crc, shard, offset, len(payload.data)))
-            resized += payload.resized
+            anew += payload.extension is not None
             bad += payload.bad
         notes = list(source.notes)
-        if made["short_side"] is not None:
-            notes.append(f"{resized} images re-encoded to a short side of {made['short_side']} pixels")
+        if made["short_side"] is not None or "raw" in made:
+            side = f" to a short side of {made['short_side']} pixels" if made["short_side"] else ""
+            notes.append(f"{anew} images re-encoded{side}{' as raw pixels' if 'raw' in made else ''}")
         if bad:
             notes.append(f"{bad} images can't be decoded and stay as they are; stage 1 will quarantine them")
         inventory.finish(source.classes, shards.close(), made["block"], made, notes)
@@ -149,7 +153,7 @@ def _confirm(
     def refuse(difference: str) -> DataError:
         return DataError(f"{old.root} holds the data set {old.id[:12]}, {difference}; pack into another folder")
 
-    for name, value in options.items():
+    for name, value in {"raw": None, **options}.items():
         if old.made.get(name) != value:
             raise refuse(f"made with {name} = {old.made.get(name)}, asked for {value}")
     if old.n != n:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cskd.dataset.images import decode, image_size
+from cskd.dataset.images import as_ppm, decode, image_size
 from cskd.errors import DataError, ImageError
 from cskd.packing.places import Place, place_size, read_place
 from cskd.packing.sources import Listing
@@ -25,31 +25,44 @@ TASK_BYTES = 1 << 25  # of a task's images that are held; what is beyond is read
 
 
 class Payload(NamedTuple):
-    """An encoded image; `resized`: it is a new JPEG; `bad`: it should have been, but can't be decoded."""
+    """An encoded image; `extension`: of one that was made anew, else None; `bad`: it should have been, but can't be decoded."""
 
     data: bytes
-    resized: bool = False
+    extension: str | None = None
     bad: bool = False
 
 
+class Remake(NamedTuple):
+    """How images are encoded anew: those whose short side is larger (pixels; None: of any size) as JPEGs of this quality, or,
+    `raw`, all of them as PPM."""
+
+    short_side: int | None = None
+    quality: int = 90
+    raw: bool = False
+
+    @property
+    def none(self) -> bool:
+        """Whether all images stay as they are."""
+        return self.short_side is None and not self.raw
+
+
 def payloads(
-    listing: Listing, order: NDArray[np.int64], short_side: int | None, quality: int, workers: int
+    listing: Listing, order: NDArray[np.int64], remake: Remake, workers: int
 ) -> Generator[tuple[int, Payload], None, None]:
     """(i, payload of image i) for each i of `order`, in that order, whatever the number of workers.
 
-    Args:    short_side: images whose short side is larger (pixels) are re-encoded; None: all stay as they are.
     Raises:  DataError for a file that can't be read.
     """
-    job = partial(_read_all, short_side=short_side, quality=quality)
+    job = partial(_read_all, remake=remake)
     waiting: deque[tuple[list[int], Future[list[Payload]]]] = deque()
 
     def finished(chunk: list[int], result: Future[list[Payload]]) -> Iterator[tuple[int, Payload]]:
         ready = result.result()
         yield from zip(chunk, ready, strict=False)
         for i in chunk[len(ready) :]:
-            yield i, _payload(listing.place(i), short_side, quality)
+            yield i, _payload(listing.place(i), remake)
 
-    pool = _pool(workers, processes=short_side is not None)
+    pool = _pool(workers, processes=not remake.none)
     try:
         for start in range(0, len(order), CHUNK):
             chunk = order[start : start + CHUNK].tolist()
@@ -64,35 +77,42 @@ def payloads(
         pool.shutdown(cancel_futures=True)
 
 
-def shrink(data: bytes, short_side: int, quality: int) -> Payload:
-    """Re-encode an image to that short side if its own is larger: bicubic with antialiasing, RGB JPEG with chroma at half
-    the resolution (4:2:0, which decodes in three quarters of the time of 4:4:4), no metadata. Pixels are those of `cskd.dataset.images.decode`. What can't be decoded stays as it is."""
+def made_anew(data: bytes, remake: Remake) -> Payload:
+    """Re-encode an image to a short side if its own is larger: bicubic with antialiasing, no metadata; RGB JPEG with chroma at
+    half the resolution (4:2:0, which decodes in three quarters of the time of 4:4:4), or PPM, which has nothing to decode.
+    Pixels are those of `cskd.dataset.images.decode`. What can't be decoded stays as it is."""
+    side = remake.short_side
     try:
-        if min(image_size(data)) <= short_side:
+        fits = side is None or min(image_size(data)) <= side
+        if fits and not remake.raw:
             return Payload(data)
         pixels = Image.fromarray(decode(data))
     except ImageError:
         return Payload(data, bad=True)
-    scale = short_side / min(pixels.size)
-    width, height = (max(short_side, round(side * scale)) for side in pixels.size)
+    if side is not None and not fits:
+        scale = side / min(pixels.size)
+        width, height = (max(side, round(length * scale)) for length in pixels.size)
+        pixels = pixels.resize((width, height), Image.Resampling.BICUBIC)
+    if remake.raw:
+        return Payload(as_ppm(np.asarray(pixels)), "ppm")
     out = io.BytesIO()
-    pixels.resize((width, height), Image.Resampling.BICUBIC).save(out, "JPEG", quality=quality, subsampling=2)
-    return Payload(out.getvalue(), resized=True)
+    pixels.save(out, "JPEG", quality=remake.quality, subsampling=2)
+    return Payload(out.getvalue(), "jpg")
 
 
-def _read_all(places: list[Place], short_side: int | None, quality: int) -> list[Payload]:
+def _read_all(places: list[Place], remake: Remake) -> list[Payload]:
     """Payloads of the first of these images, up to TASK_BYTES: a task of 256 MB images would fill the memory."""
     done: list[Payload] = []
     for place in places:
         if sum(len(payload.data) for payload in done) + place_size(place) > TASK_BYTES:
             break
-        done.append(_payload(place, short_side, quality))
+        done.append(_payload(place, remake))
     return done
 
 
-def _payload(place: Place, short_side: int | None, quality: int) -> Payload:
+def _payload(place: Place, remake: Remake) -> Payload:
     data = read_place(place)
-    return Payload(data) if short_side is None else shrink(data, short_side, quality)
+    return Payload(data) if remake.none else made_anew(data, remake)
 
 
 def _pool(workers: int, processes: bool) -> Executor:

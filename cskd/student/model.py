@@ -157,6 +157,17 @@ class Student(nn.Module):
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False  # type: ignore[assignment]  # timm declares it
 
+    def checkpoint_gradients(self) -> None:
+        """Keep only the inputs of the blocks for the backward pass, which computes the rest again with the same random draws.
+        StudentError where timm's model does not offer it."""
+        try:
+            self.backbone.set_grad_checkpointing()
+        except (AttributeError, AssertionError, NotImplementedError) as e:
+            raise StudentError(
+                f"train.grad_checkpointing is on, and {self.config.model} does not offer it ({str(e)[:120] or type(e).__name__}); "
+                "set it to false, or take another model"
+            ) from None
+
     def _grid_at(self, image_size: Grid) -> Grid:
         embed = self.backbone.patch_embed
         rows, cols = embed.dynamic_feat_size(image_size) if self.backbone.dynamic_img_size else embed.grid_size

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cskd.config.schema import TrainConfig
 from cskd.errors import ConfigError
+from cskd.machine.devices import half
 from cskd.seeds import hash64
 from cskd.student.model import Student
 
@@ -30,6 +31,10 @@ class Optimisation:
     ones at the first update, then decay * average + (1 - decay) * live. With `train.ema_warmup` the decay of update n is
     1 - n ** (-2/3) until that reaches `train.ema` (timm's ModelEmaV3); without it is `train.ema` from the second on, as
     in DeiT. Weight decay skips biases, norms, tokens and position embeddings, as timm's models ask for.
+
+    In fp16 gradients below 6e-8 would be 0: `scaler` multiplies the loss, and divides the gradients before they are clipped and
+    used. An update whose gradients are not finite is left out and the scale halved; `skipped` says of the latest update
+    whether it was, a float32 scalar on the device (None without a scaler).
 
     Raises: ConfigError for an optimiser timm doesn't know, or a warm-up that is longer than the training.
     """
@@ -61,6 +66,9 @@ class Optimisation:
             updates_per_epoch=steps_per_epoch,
             **warm_up,
         )
+        fp16 = half(config.autocast, device) == "fp16"
+        self.scaler = torch.amp.GradScaler(device.type) if fp16 else None
+        self.skipped: Tensor | None = None
         self._ema = None if config.ema is None else ModelEmaV3(student, decay=config.ema, use_warmup=config.ema_warmup)
 
     @property
@@ -78,19 +86,30 @@ class Optimisation:
         self._schedule.step_update(step)
         return self.lr
 
+    def accumulate(self, loss: Tensor) -> None:
+        """Add the gradients of a loss to those of the next update."""
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+
     def update(self, loss: Tensor, step: int) -> Tensor | None:
-        """One update from a loss.
+        """One update from a loss, and from those that were accumulated since the last one.
 
         Args:    loss a scalar with its graph; step global, from 0.
         Returns: the gradients' norm before clipping, a scalar on the device; None without `train.clip_grad`.
         """
         self.set_lr(step)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        self.accumulate(loss)
         norm = None
         if self.clip_grad is not None:
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer)
             norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.clip_grad)
-        self.optimizer.step()
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            (self.skipped,) = self.scaler._found_inf_per_device(self.optimizer).values()  # `update` forgets it
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)  # here: the next forward has the memory
         if self._ema is not None:
             self._ema.update(self.student, step=step + 1)
         return norm
@@ -101,9 +120,12 @@ def scaled_lr(config: TrainConfig) -> float:
     return config.lr if config.lr_batch is None else config.lr * config.global_batch / config.lr_batch
 
 
-def reseed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch's generators for one step of one rank, so that drop path is a function of (seed, step, rank)."""
-    torch.manual_seed(hash64("step", seed, step, rank))
+def reseed_step(seed: int, step: int, part: int) -> None:
+    """Seed torch's generators for one micro-batch, so that drop path is a function of (seed, step, part).
+
+    part: its number among the micro-batches of the global batch, those of rank 0 first; without micro-batches the rank.
+    """
+    torch.manual_seed(hash64("step", seed, step, part))
 
 
 def share_of_start(decay: float, warmup: bool, updates: int) -> float:

@@ -71,6 +71,8 @@ class ResumeStates:
             "groups": groups,
             "numbers": numbers,
         }
+        if optimisation.scaler is not None:
+            body["scaler"] = optimisation.scaler.state_dict()
         metadata = {"cskd": json.dumps(body, sort_keys=True)}
         metadata["sha256"] = digest(tensors, metadata["cskd"])
         path = self.folder / f"step-{state.step:08d}.safetensors"
@@ -264,6 +266,7 @@ def _restore(path: Path, student: Student, optimisation: Optimisation, tensors: 
         found = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
         if found:
             state[i] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in found.items()}  # not the file's memory
+    scaler = _scaler_state(path, body.get("scaler")) if optimisation.scaler is not None else None
     live = optimisation.optimizer.state_dict()
     for i, (group, saved_group) in enumerate(zip(live["param_groups"], body["groups"], strict=True)):
         for key, value in saved_group["values"].items():
@@ -279,8 +282,25 @@ def _restore(path: Path, student: Student, optimisation: Optimisation, tensors: 
         optimisation.optimizer.load_state_dict({"state": state, "param_groups": live["param_groups"]})
     except (ValueError, KeyError, RuntimeError) as e:
         raise StudentError(f"{path} does not fit the optimiser ({e}); restore train.opt as it was") from e
+    if optimisation.scaler is not None and scaler is not None:
+        optimisation.scaler.load_state_dict(scaler)
     for part, module in parts.items():
         module.load_state_dict({k.removeprefix(f"{part}/"): v for k, v in tensors.items() if k.startswith(f"{part}/")})
+
+
+def _scaler_state(path: Path, state: Any) -> dict[str, Any] | None:
+    """The loss scale of a state; None where it has none, which leaves that of a new run. StudentError for one that is none."""
+    if state is None:
+        return None
+    own = torch.amp.GradScaler("cpu").state_dict()
+    sound = isinstance(state, dict) and state.keys() == own.keys()
+    if (
+        not sound
+        or not all(type(v) is type(own[k]) and 0 <= v < 2.0**128 for k, v in state.items())
+        or not state["scale"]
+    ):
+        raise StudentError(f"{path} has the loss scale {str(state)[:80]}, expected {own}; remove the state")
+    return dict(state)
 
 
 def _size(shapes: dict[str, torch.Size], name: str) -> str:

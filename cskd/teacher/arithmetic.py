@@ -18,8 +18,8 @@ BLENDS = (1.0, 0.5, 0.0)  # each cell's own logits, half of the image's, the ima
 class Precision:
     """The arithmetic of a teacher, and what it changes."""
 
-    backbone: str  # float32, tf32, bf16 or float64
-    head: str  # of pooling and classifier: float32 or float64
+    backbone: str  # float32, tf32, bf16, fp16 or float64
+    head: str  # of pooling and classifier: float32, float64, or tf32 of a model's own `forward_dense`
     differ: dict[str, float] | None  # blend -> share of hard targets that differ from REFERENCE; None: not measured
     views: int  # it was measured on
 

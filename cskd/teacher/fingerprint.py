@@ -34,8 +34,8 @@ class Fingerprint:
     interpolation: str
     input_size: int  # pixels of the network's input
     image_size: int  # of the views
-    dtype: str
-    autocast: str  # what came of it: bf16 or none
+    precision: str  # of the backbone, as it runs: float32 (IEEE's), tf32, bf16, fp16 or float64
+    device: str  # kind of device: cpu, cuda, mps. Another one gives other last bits
     channels_last: bool
     compile: bool
     batch: int  # rows of a forward
@@ -54,9 +54,14 @@ class Fingerprint:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """As JSON, for the identity of a cache. `fold` is absent where it is off, as in caches older than it."""
-        facts = {name: value for name, value in vars(self).items() if name not in ("source", "fold")}
-        return dict(json.loads(json.dumps({**self.source, **facts, **({"fold": True} if self.fold else {})})))
+        """As JSON, for the identity of a cache, in the words of the first caches: the precision in two keys, and no key for
+        what is new since then where it is as it was: `fold` where it is off, `device` where it is the CPU."""
+        facts = {k: v for k, v in vars(self).items() if k not in ("source", "fold", "precision", "device")}
+        facts["dtype"] = "float64" if self.precision == "float64" else "float32"
+        facts["autocast"] = "none" if self.precision in ("float32", "float64") else self.precision
+        newer: dict[str, Any] = {"fold": True} if self.fold else {}
+        newer |= {"device": self.device} if self.device != "cpu" else {}
+        return dict(json.loads(json.dumps({**self.source, **facts, **newer})))
 
 
 def probe_images(size: int) -> NDArray[np.uint8]:
@@ -72,7 +77,7 @@ def probe_images(size: int) -> NDArray[np.uint8]:
 
 def project(logits: Tensor, purpose: str) -> list[list[float]]:
     """[B, ...] -> B lists of `PROJECTIONS` seeded random projections, each of the scale of one logit."""
-    flat = logits.flatten(1).double().cpu().numpy()
+    flat = logits.flatten(1).cpu().double().numpy()  # MPS has no float64
     n = flat.shape[1]
     seeds = mix64_array(np.arange(n * PROJECTIONS, dtype=np.uint64))
     signs = np.where(uniform_array(seeds, purpose) < 0.5, -1.0, 1.0).reshape(n, PROJECTIONS)
@@ -86,7 +91,7 @@ def compare_probe(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
     moves the logits by 160 % of it, another input size by 45 % or more, ImageNet's mean for 0.5 by 10 to 20 %, bf16 by
     8 %, another number of threads by 0.001 %.
     """
-    tolerance = 0.02 if a.get("autocast") == b.get("autocast") == "none" else 0.15
+    tolerance = 0.02 if {a.get("autocast"), b.get("autocast")} <= {"none", "tf32"} else 0.15
     for name in ("global", "dense"):
         x, y = (np.asarray(p.get(name, []), dtype=np.float64) for p in (a, b))
         if x.shape != y.shape or x.size == 0:

@@ -75,20 +75,25 @@ def _pairs(model: nn.Module, x: Tensor) -> tuple[list[tuple[nn.Conv2d, nn.BatchN
 
 
 def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """norm(convolution(x)) as one convolution; in float64."""
+    """norm(convolution(x)) as one convolution; in float64, on the CPU where the device, MPS, has none."""
     mean, var = norm.running_mean, norm.running_var
     assert mean is not None and var is not None  # `_pairs` took care of it
-    scale = (var.double() + norm.eps).rsqrt()
+
+    def wide(x: Tensor) -> Tensor:
+        return x.cpu().double() if x.device.type == "mps" else x.double()
+
+    scale = (wide(var) + norm.eps).rsqrt()
     if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    bias = -mean.double() if convolution.bias is None else convolution.bias.double() - mean.double()
+        scale = scale * wide(norm.weight)
+    bias = -wide(mean) if convolution.bias is None else wide(convolution.bias) - wide(mean)
     bias = bias * scale
     if norm.bias is not None:
-        bias = bias + norm.bias.double()
+        bias = bias + wide(norm.bias)
     weight = convolution.weight
-    folded = torch.empty_like(weight).copy_(weight.double() * scale.reshape(-1, 1, 1, 1))  # its memory format is kept
+    # Its memory format is kept; float32 before it goes back to the device.
+    folded = torch.empty_like(weight).copy_((wide(weight) * scale.reshape(-1, 1, 1, 1)).to(weight.dtype))
     convolution.weight = nn.Parameter(folded, requires_grad=False)
-    convolution.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
+    convolution.bias = nn.Parameter(bias.to(weight.dtype).to(weight.device), requires_grad=False)
 
 
 def _rest(norm: nn.Module) -> nn.Module:

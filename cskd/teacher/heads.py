@@ -11,7 +11,7 @@ large differences between cells, a norm or hidden layer after the pooling, or an
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,19 +55,6 @@ class Head:
         """The global logits of `dense` alone."""
         logits: Tensor = self.apply(features)[1] if self.kind == "forward_dense" else self.apply(features)
         return logits
-
-
-@contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Float32 arithmetic in float32: no autocast, and no TF32 in convolutions and matrix products of CUDA devices."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        if device.type == "cuda":
-            backends: Any = torch.backends
-            for backend in (backends.cudnn.conv, backends.cuda.matmul):
-                stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
-                backend.fp32_precision = "ieee"
-        yield
 
 
 def dense_of(apply: Callable[[Tensor], Tensor], features: Tensor, nhwc: bool) -> Tensor:

@@ -1,7 +1,7 @@
 """The teacher: a CNN whose dense and global logits are cached, or taken online. Sections 3 and 4 of arXiv 2307.08500.
 
-Only the backbone may be autocast or compiled. Pooling and classifier run in float32, or in float64 throughout: bf16 logits give ties in
-1.3 % of the cells (measured on 2 CPU cores with MobileNetV2 and 224 pixel images).
+Only the backbone may run in less than float32, or compiled. Pooling and classifier run in float32, or in float64 throughout: bf16
+logits give ties in 1.3 % of the cells (measured on 2 CPU cores with MobileNetV2 and 224 pixel images).
 """
 
 # Shapes: B batch, K classes, h w the teacher's grid, H W pixels
@@ -20,13 +20,13 @@ from torch import Tensor
 
 from cskd.config import TeacherConfig
 from cskd.errors import TeacherError, one_line
-from cskd.machine.devices import uses_bf16
+from cskd.machine.arithmetic import HALF, computing_in, full_precision, precision_here
 from cskd.teacher.build import build, weights_sha256
 from cskd.teacher.class_map import class_map
 from cskd.teacher.fingerprint import Fingerprint, probe_images, project
 from cskd.teacher.fold import fold_norms
 from cskd.teacher.fuse import fuse_activations
-from cskd.teacher.heads import Head, find_head, full_precision, keep_classes
+from cskd.teacher.heads import Head, find_head, keep_classes
 from cskd.teacher.lanes import threads_of_a_lane
 from cskd.views.fit import teacher_notes
 
@@ -94,8 +94,7 @@ class Teacher:
     device: torch.device
     image_size: int  # pixels of the recipe's views
     batch: int  # images of a forward of `in_batches`; part of the fingerprint
-    bf16: bool  # the backbone is autocast
-    dtype: torch.dtype  # of weights and arithmetic
+    precision: str  # of the backbone: float32 (IEEE's), tf32, bf16, fp16, float64
     head: Head
     backbone: Callable[[Tensor], Tensor]  # network input -> feature map; compiled where asked for, for whole batches
     prepare: Prepare
@@ -106,6 +105,17 @@ class Teacher:
     fingerprint: Fingerprint
     notes: list[str]  # what a user should know, one line each
     reentrant: bool  # forwards may run in several threads at once: not those of the user's own code, nor compiled ones
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and input."""
+        return torch.float64 if self.precision == "float64" else torch.float32
+
+    @property
+    def head_precision(self) -> str:
+        """Of pooling and classifier. The model's own `forward_dense` is all of one arithmetic."""
+        whole = self.precision == "float64" or self.head.kind == "forward_dense"
+        return self.precision if whole else "float32"
 
     # no_grad, not inference_mode: online distillation saves these outputs for the student's backward pass, which
     # inference tensors refuse.
@@ -141,7 +151,7 @@ class Teacher:
 
     def _forward(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         features = self._features(self.backbone, pixels_BCHW)
-        with full_precision(self.device):
+        with computing_in(self.head_precision, self.device):
             dense_BKhw, global_BK = self.head.dense(features)
             if self.rows is not None:
                 dense_BKhw, global_BK = dense_BKhw[:, self.rows], global_BK[:, self.rows]
@@ -153,7 +163,7 @@ class Teacher:
     def forward_global(self, pixels_BCHW: Tensor) -> Tensor:
         """The global logits of `forward_dense` alone, never compiled: float32 [B, K]."""
         features = self._features(self.head.backbone, pixels_BCHW)
-        with full_precision(self.device):
+        with computing_in(self.head_precision, self.device):
             global_BK = self.head.pooled(features)
         return (global_BK if self.rows is None else global_BK[:, self.rows]).float()
 
@@ -162,7 +172,7 @@ class Teacher:
         with threads_of_a_lane(self.device, self.reentrant):
             dense_BKhw, global_BK = self.forward_dense(_probe_pixels(self.image_size))
         return {
-            "autocast": self.fingerprint.autocast,
+            "autocast": self.fingerprint.facts["autocast"],
             "global": project(global_BK, "probe global"),
             "dense": project(dense_BKhw, "probe dense"),
         }
@@ -170,7 +180,7 @@ class Teacher:
     def _features(self, backbone: Callable[[Tensor], Tensor], pixels_BCHW: Tensor) -> Tensor:
         _count(len(pixels_BCHW))
         x = self.prepare(pixels_BCHW).to(self.dtype)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+        with computing_in(self.precision, self.device):
             return backbone(x).to(self.dtype)
 
 
@@ -184,7 +194,8 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
     model, notes = built.model, built.notes
     weights = weights_sha256(model)
     preprocess = _preprocess(config, built.stated, image_size, notes)
-    prepare, bf16 = Prepare(preprocess, device, config.channels_last), uses_bf16(config.autocast, device)
+    prepare = Prepare(preprocess, device, config.channels_last)
+    precision = precision_here(config.precision, device, "teacher.precision")
     model = model.to(device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -203,16 +214,16 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
         rows = None if indices is None else torch.from_numpy(indices).to(device)
         if rows is not None and keep_classes(model, head, features, rows):
             rows = None
-    if head.kind == "forward_dense" and bf16:
+    if head.kind == "forward_dense" and precision in HALF:
         raise TeacherError(
-            "the teacher's own forward_dense would run its classifier in bf16; set teacher.autocast: none, or offer "
-            "forward_features and forward_head instead"
+            f"the teacher's own forward_dense would run its classifier in {precision}; set teacher.precision: float32, or "
+            "offer forward_features and forward_head instead"
         )
-    dtype = torch.float64 if config.dtype == "float64" else torch.float32
-    model.to(dtype)  # verified in float32 first; a head's closures see the same modules
-    if config.fold and device.type == "cpu" and _fusable(config, head):
+    if precision == "float64":
+        model.double()  # verified in float32 first; a head's closures see the same modules
+    if config.fold and device.type == "cpu" and _fusable(config, precision, head):
         with torch.no_grad(), full_precision(device):
-            fused = fuse_activations(model, head, x, torch.bfloat16 if bf16 else torch.float32)
+            fused = fuse_activations(model, head, x, HALF.get(precision, torch.float32))
         if fused:
             notes.append(f"{fused} convolutions run in oneDNN, with the activations after them")
     own_grid = (dense_BKhw.shape[2], dense_BKhw.shape[3])
@@ -232,8 +243,8 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
         interpolation=preprocess.interpolation,
         input_size=preprocess.size,
         image_size=image_size,
-        dtype=config.dtype,
-        autocast="bf16" if bf16 else "none",
+        precision=precision,
+        device=device.type,
         channels_last=config.channels_last,
         compile=config.compile,
         batch=config.batch,
@@ -251,8 +262,7 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
         device=device,
         image_size=image_size,
         batch=config.batch,
-        bf16=bf16,
-        dtype=dtype,
+        precision=precision,
         head=head,
         backbone=_compiled(backbone) if config.compile else backbone,
         prepare=prepare,
@@ -266,9 +276,14 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
     )
 
 
-def _fusable(config: TeacherConfig, head: Head) -> bool:
+def _fusable(config: TeacherConfig, precision: str, head: Head) -> bool:
     """Whether the backbone runs as it is, in float32 or bf16, and channels_last."""
-    return config.dtype == "float32" and config.channels_last and not config.compile and head.kind != "forward_dense"
+    return (
+        precision in ("float32", "bf16")
+        and config.channels_last
+        and not config.compile
+        and head.kind != "forward_dense"
+    )
 
 
 def _compiled(backbone: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -4,36 +4,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from cskd.codecs.base import quantise_blend
 from cskd.method.ckf import hard_targets
 from cskd.teacher.arithmetic import BLENDS, REFERENCE, Precision
-from cskd.teacher.heads import full_precision
 from cskd.teacher.lanes import threads_of_a_lane
 from cskd.teacher.model import Teacher
 
 ROWS = 4  # views in one forward: many classes on a fine grid fill the memory
 
 
-def arithmetic(teacher: Teacher) -> str:
-    """What the backbone computes in."""
-    if teacher.bf16:
-        return "bf16"
-    if teacher.dtype == torch.float32 and teacher.device.type == "cuda":
-        backends: Any = torch.backends
-        precisions = {backend.fp32_precision for backend in (backends.cudnn.conv, backends.cuda.matmul)}
-        return "tf32" if "tf32" in precisions else "float32"
-    return str(teacher.dtype).removeprefix("torch.")
-
-
 def is_reference(teacher: Teacher) -> bool:
     """Whether the teacher runs as REFERENCE does."""
     changed = teacher.fingerprint.compile or teacher.fingerprint.fold
-    return arithmetic(teacher) == REFERENCE and not changed
+    return teacher.precision == REFERENCE and not changed
 
 
 def measure(teacher: Teacher, plain: Teacher | None, views_BCHW: Tensor) -> Precision:
@@ -41,20 +27,18 @@ def measure(teacher: Teacher, plain: Teacher | None, views_BCHW: Tensor) -> Prec
 
     Args:    plain None: there is none to compare with; views_BCHW float32, RGB in 0..255, as `forward_dense` takes them.
     """
-    head = str(teacher.dtype).removeprefix("torch.")
     if plain is None:
-        return Precision(arithmetic(teacher), head, None, 0)
+        return Precision(teacher.precision, teacher.head_precision, None, 0)
     differing, cells = dict.fromkeys(BLENDS, 0), 0
     for part in torch.split(views_BCHW, teacher.batch if teacher.fingerprint.compile else ROWS):
-        mine = _logits(teacher, part)
-        with full_precision(plain.device):
-            its = _logits(plain, part)
+        mine, its = _logits(teacher, part), _logits(plain, part)
+        its = (its[0].to(teacher.device), its[1].to(teacher.device))
         cells += its[0][:, 0].numel()
         for blend in BLENDS:
             a, b = (hard_targets(*logits, quantise_blend(blend)) for logits in (mine, its))
             differing[blend] += int((a != b).sum())
     shares = {f"{blend:g}": count / max(1, cells) for blend, count in differing.items()}
-    return Precision(arithmetic(teacher), head, shares, len(views_BCHW))
+    return Precision(teacher.precision, teacher.head_precision, shares, len(views_BCHW))
 
 
 def _logits(teacher: Teacher, views_BCHW: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -128,7 +129,7 @@ class Notes:
 
     def __init__(self, quiet: bool = False) -> None:
         self.all: list[str] = []
-        self._quiet, self._said = quiet, 0
+        self.quiet, self._said = quiet, 0
 
     def add(self, notes: Iterable[str]) -> None:
         """Those of them that are new."""
@@ -136,7 +137,7 @@ class Notes:
 
     def say(self) -> None:
         """Before long work: print what was not said yet."""
-        say(self.all[self._said :], self._quiet)
+        say(self.all[self._said :], self.quiet)
         self._said = len(self.all)
 
 
@@ -158,13 +159,24 @@ class Pool:
         return sum(self.seconds.values()) / self.workers
 
 
-def bound_by(pools: Sequence[Pool], elapsed: float, units: int, unit: str = "images") -> str:
+def bound_by(
+    pools: Sequence[Pool],
+    elapsed: float,
+    units: int,
+    unit: str = "images",
+    *,
+    cores: bool = False,
+    queued: bool = False,
+) -> str:
     """Which part of the work holds up the rest, in one line, and how many units per second each part alone would do.
 
     The pools work side by side, so that the busiest one decides; of its parts the longest is named.
 
     bound_by([Pool(2, {"decode": 0.8, "augment": 0.4}), Pool(1, {"teacher": 1.2, "encode": 0.1})], 1.5, 600)
     -> 'bound by teacher (busy 1.3 s of 1.5 s): teacher 500 images/s · decode 1,500 images/s · augment 3,000 images/s · ...'
+
+    cores: say too how many the first pool, the loader, needs to keep up with the busiest other one. queued: that one's seconds
+    are those in which its work was handed to a device, all of them only where the device holds the work up.
     """
     parts = [(s / pool.workers, name) for pool in pools for name, s in pool.seconds.items() if s > 0]
     if not parts:
@@ -172,7 +184,11 @@ def bound_by(pools: Sequence[Pool], elapsed: float, units: int, unit: str = "ima
     pool = max(pools, key=lambda p: p.busy)
     longest = max(pool.seconds, key=lambda name: pool.seconds[name])
     each = " · ".join(f"{name} {_rate(units, s, unit)}" for s, name in sorted(parts, reverse=True))
-    return f"bound by {longest} (busy {duration(pool.busy)} of {duration(elapsed)}): {each}"
+    line = f"bound by {longest} (busy {duration(pool.busy)} of {duration(elapsed)}): {each}"
+    if not cores or len(pools) < 2 or not (rest := max(p.busy for p in pools[1:])):
+        return line
+    needed, at_most = sum(pools[0].seconds.values()) / rest, " at most" if queued and pool is pools[0] else ""
+    return f"{line}; to keep up, the loader needs {max(1, math.ceil(needed))} cores{at_most}, it had {pools[0].workers} workers"
 
 
 def timed_start(results: Iterator[T], seconds: dict[str, float]) -> Iterator[T]:

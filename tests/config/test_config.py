@@ -255,3 +255,19 @@ def test_whatever_the_values_the_answer_is_a_config_that_reads_back_or_a_refusal
         assert "\n" not in str(e)
     else:
         assert to_dict(from_dict(yaml.safe_load(to_yaml(config)))) == to_dict(config)
+
+
+def test_the_two_keys_of_older_configs_that_are_one_now_are_read() -> None:
+    for old, now in (
+        ({"autocast": "none", "dtype": "float32"}, "float32"),
+        ({"autocast": "bf16"}, "bf16"),
+        ({"autocast": "auto", "dtype": "float32"}, "auto"),
+        ({"dtype": "float64"}, "float64"),
+    ):
+        config = from_dict({"teacher": {"model": "resnet18", **old}})
+        assert config.teacher.precision == now and {"teacher.model", "teacher.precision"} == config.given
+    for wrong in ({"autocast": "bf16", "dtype": "float64"}, {"autocast": "fp8"}, {"dtype": "fp16"}, {"autocast": [1]}):
+        with pytest.raises(ConfigError, match=r"teacher\.(autocast|dtype) is .*teacher\.precision now"):
+            from_dict({"teacher": wrong})
+    with pytest.raises(ConfigError, match=r"teacher\.autocast is .*set that alone"):
+        from_dict({"teacher": {"precision": "bf16", "autocast": "bf16"}})

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from cskd.dataset.images import MAX_PIXELS, POLICY, _plain_jpeg, decode, decoder_versions, image_size
+from cskd.dataset.images import MAX_PIXELS, POLICY, _plain_jpeg, as_ppm, decode, decoder_versions, image_size
 from cskd.errors import ImageError
 
 RAMP = np.arange(24 * 32, dtype=np.uint8).reshape(24, 32)
@@ -222,3 +222,17 @@ def test_policy_and_versions_can_be_recorded() -> None:
     versions = decoder_versions()
     assert versions["pillow"][0].isdigit() and versions["jpeg"] != "none"
     assert all(isinstance(value, str) and value for value in {**versions, **POLICY}.values())
+
+
+def test_a_ppm_of_ours_is_read_without_pillow_and_any_other_by_it() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    data = as_ppm(pixels)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels)
+    found = decode(data)
+    assert np.array_equal(found, pixels) and found.flags.writeable
+    assert np.array_equal(decode(data.replace(b"P6\n", b"P6\n# a comment\n")), pixels)
+    assert np.array_equal(decode(data + b"\0\0"), pixels)  # Pillow takes what it needs
+    with pytest.raises(ImageError):
+        decode(data[:-1])
+    with pytest.raises(ImageError, match="7 x 5 pixels"):
+        decode(data, max_pixels=34)

@@ -23,7 +23,7 @@ from cskd.dataset.images import decode
 from cskd.errors import ConfigError, CskdError, DataError, ImageError, TeacherError, printable
 from cskd.files.read import parse_json, read_file
 from cskd.packing.pack import pack
-from cskd.packing.payloads import payloads
+from cskd.packing.payloads import Remake, payloads
 from cskd.packing.sources import open_source
 from cskd.packing.tars import decompressed, members
 from cskd.pipeline.care.gc import gc
@@ -142,11 +142,11 @@ def test_large_images_are_read_when_their_turn_comes(tmp_path: Path, monkeypatch
         (tmp_path / "src" / "ab"[i % 2] / f"{i:02d}.png").write_bytes(bytes(1000 + i))
     source = open_source(tmp_path / "src", None, tmp_path, 0, None)
     order = np.argsort(source.listing.size, kind="stable")
-    whole = [payload.data for _, payload in payloads(source.listing, order, None, 95, 2)]
+    whole = [payload.data for _, payload in payloads(source.listing, order, Remake(), 2)]
     monkeypatch.setattr(cskd.packing.payloads, "TASK_BYTES", 3500)
     places = [source.listing.place(int(i)) for i in order]
-    assert len(cskd.packing.payloads._read_all(places, None, 95)) == 3
-    assert [payload.data for _, payload in payloads(source.listing, order, None, 95, 2)] == whole
+    assert len(cskd.packing.payloads._read_all(places, Remake())) == 3
+    assert [payload.data for _, payload in payloads(source.listing, order, Remake(), 2)] == whole
 
 
 def test_a_pack_removes_nothing_that_is_not_its_own(tmp_path: Path) -> None:

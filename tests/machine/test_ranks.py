@@ -15,6 +15,7 @@ import torch
 
 from cskd.config import to_yaml
 from cskd.errors import StudentError
+from cskd.files.writer import sole_writer
 from cskd.machine.ranks import Ranks
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.show.metrics import read_metrics
@@ -99,6 +100,20 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_says_so(base: Path, one:
     for mixed, alone in zip(read_metrics(base / "two of three"), read_metrics(base / "one"), strict=True):
         assert mixed["step"] == alone["step"]
         assert mixed["loss"] == pytest.approx(alone["loss"], rel=0.05)
+
+
+def test_ranks_are_all_refused_a_folder_that_another_run_writes_to(base: Path) -> None:
+    output = base / "taken"
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "cli.py")]
+    command = [*run, "train", str(base / "c.yaml"), "--set", f"train.output={output}", "--set", "train.workers=0"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with sole_writer(output, "wait"):
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
+        said = [line for line in done.stderr.splitlines() if line.startswith("cskd:")]
+        assert done.returncode == 1 and len(said) == 2, done.stderr
+        assert f"cskd: {output} is being written to by process {os.getpid()} on " in said[0]
+        assert said[1].startswith("cskd: rank 1") and (said[0][6:] in said[1] or "see its line" in said[1])
+    assert not output.exists()
 
 
 @pytest.mark.parametrize(("steps", "agree"), [((5, 5), True), ((5, 3), False), ((0, 5), False)])

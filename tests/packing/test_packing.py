@@ -193,6 +193,26 @@ def test_short_side_re_encodes_larger_images_only_whatever_the_workers(tmp_path:
         assert [name for name in shard.getnames() if name.startswith("a/5")] == ["a/5.jpg", "a/5.cls"]
 
 
+def test_raw_stores_the_pixels_that_decoding_gives_and_says_so(tmp_path: Path) -> None:
+    files = {f"a/{i}.png": photo(60 + i, 90, i) for i in range(4)} | {"b/small.jpg": photo(40, 30), "b/bad.png": b"no"}
+    src = folder(tmp_path / "src", files)
+    whole, short = pack(src, tmp_path / "whole", raw=True), pack(src, tmp_path / "short", raw=True, short_side=48)
+    read = {key: data for key, (_, data) in contents(whole).items()}
+    assert read["b/bad"] == b"no"
+    for name, data in files.items():
+        if name != "b/bad.png":
+            assert np.array_equal(decode(read[name.partition(".")[0]]), decode(data))
+    sizes = {key: image_size(data) for key, (_, data) in contents(short).items() if key != "b/bad"}
+    assert sizes["b/small"] == (40, 30) and sizes["a/0"] == (48, 72)
+    assert short.notes[0] == "5 images re-encoded to a short side of 48 pixels as raw pixels"
+    assert whole.notes[0] == "5 images re-encoded as raw pixels"
+    with tarfile.open(whole.shard_path(0)) as shard:
+        assert [name for name in shard.getnames() if name.startswith("a/1")] == ["a/1.ppm", "a/1.cls"]
+    assert pack(src, tmp_path / "whole", raw=True).id == whole.id  # nothing is written
+    with pytest.raises(DataError, match="made with raw = True, asked for None"):
+        pack(src, tmp_path / "whole")
+
+
 def test_shards_are_cut_at_a_number_of_bytes_too(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import cskd.store.shard_writer as writer
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from cskd.config import Config, from_dict
 from cskd.dataset.inventory import open_inventory
 from cskd.errors import DataError, TeacherError
-from cskd.machine.ranks import start_ranks
+from cskd.machine.ranks import Ranks
 from cskd.packing.pack import pack
 from cskd.pipeline import cache_teacher as stage1
 from cskd.pipeline.cache_teacher import cache_teacher
@@ -328,10 +328,10 @@ def test_training_with_the_teacher_beside_it_is_checked_the_same_way(base: Path,
     settings = config(base, val="val", kwargs={"order": timm_order()})
     settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, output=str(tmp_path / "run")))
     with pytest.raises(TeacherError, match=r"teacher\.classes: timm"):
-        open_online(settings, torch.device("cpu"), start_ranks("cpu"), True, Notes(quiet=True))
+        open_online(settings, torch.device("cpu"), Ranks(), True, Notes(quiet=True))
     teacher = dataclasses.replace(settings.teacher, classes="timm")
     settings, notes = dataclasses.replace(settings, teacher=teacher), Notes(quiet=True)
-    open_online(settings, torch.device("cpu"), start_ranks("cpu"), True, notes)
+    open_online(settings, torch.device("cpu"), Ranks(), True, notes)
     assert any("100.0 % on 40 clean images of data.val" in note for note in notes.all)
 
 

@@ -29,7 +29,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(base: Path, name: str = "run", **sections: dict[str, Any]) -> Config:
-    teacher = {"model": f"{base / 'net.py'}:build", "batch": 8, "min_top1": 0.0, "dtype": "float64"}
+    teacher = {"model": f"{base / 'net.py'}:build", "batch": 8, "min_top1": 0.0, "precision": "float64"}
     recipe = {"size": 32, **DEIT}
     train = {"repeats": 3, "epochs": 4} | sections.pop("train", {})
     return config(base, name, teacher=teacher, recipe=recipe, train=train, **sections)

@@ -79,7 +79,7 @@ def test_in_batches_pads_every_forward_to_the_batch_and_returns_the_images_alone
 
 
 def test_the_classifier_stays_in_float32_under_any_autocast(tiny: TeacherConfig) -> None:
-    exact, half = load(tiny), load(tiny, autocast="bf16")
+    exact, half = load(tiny), load(tiny, precision="bf16")
     x = pixels()
     dense_BKhw, global_BK = half.forward_dense(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -179,7 +179,7 @@ def test_an_own_forward_dense_is_pooled_mapped_and_never_autocast(tmp_path: Path
     torch.testing.assert_close(pooled, global_BK[:, [4, 1]])
     torch.testing.assert_close(dense, dense_BKhw[:, [4, 1]].reshape(3, 2, 2, 2, 2, 2).mean((3, 5)))
     with pytest.raises(TeacherError, match="forward_dense would run its classifier in bf16"):
-        load(config, autocast="bf16")
+        load(config, precision="bf16")
 
 
 def test_a_grid_of_one_cell_is_noted(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_the_fingerprint_is_stable_plain_data(tiny: TeacherConfig) -> None:
         ({"std": [0.5, 0.5, 0.5]}, "std"),
         ({"interpolation": "bilinear"}, "interpolation"),
         ({"input_size": 128}, "input_size"),
-        ({"autocast": "bf16"}, "autocast"),
+        ({"precision": "bf16"}, "autocast"),
         ({"channels_last": False}, "channels_last"),
         ({"batch": 32}, "batch"),
         ({"dense": "per_cell"}, "dense"),
@@ -233,7 +233,7 @@ def test_auto_autocast_is_on_where_the_processor_has_bf16_and_the_outcome_is_rec
     tiny: TeacherConfig, monkeypatch: pytest.MonkeyPatch, has: bool, recorded: str
 ) -> None:
     monkeypatch.setattr("cskd.machine.devices.cpu_has_bf16", lambda: has)
-    assert load(tiny, autocast="auto").fingerprint.autocast == recorded
+    assert load(tiny, precision="auto").fingerprint.facts["autocast"] == recorded
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def test_a_probe_takes_threads_and_bf16_for_noise(tiny: TeacherConfig) -> None:
     finally:
         torch.set_num_threads(threads)
     assert compare_probe(probe, load(tiny, channels_last=False).probe()) is None
-    assert compare_probe(probe, load(tiny, autocast="bf16").probe()) is None
+    assert compare_probe(probe, load(tiny, precision="bf16").probe()) is None
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_probe_with_another_padding_is_found_with_the_same_weights(sample_data
     names = [str(i) for i in range(1000)]
     right, wrong, half = (
         load(config, names, 96, input_size=96, **changes)
-        for changes in ({}, {"kwargs": {"pad_type": ""}}, {"autocast": "bf16"})
+        for changes in ({}, {"kwargs": {"pad_type": ""}}, {"precision": "bf16"})
     )
     assert right.fingerprint.weights_sha256 == wrong.fingerprint.weights_sha256
     difference = compare_probe(right.probe(), wrong.probe())

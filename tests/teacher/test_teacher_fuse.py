@@ -232,7 +232,7 @@ def test_an_input_of_another_size_is_refused() -> None:
 def test_only_a_folded_teacher_on_the_cpu_is_fused(tmp_path: Path) -> None:
     tiny: TeacherConfig = tiny_teacher(tmp_path)
     plain, folded = load(tiny), load(tiny, fold=True)
-    exact = load(tiny, fold=True, dtype="float64")
+    exact = load(tiny, fold=True, precision="float64")
     said = [any("convolutions run in oneDNN" in note for note in t.notes) for t in (plain, folded, exact)]
     assert said == [False, True, False]
     for a, b in zip(plain.forward_dense(pixels()), folded.forward_dense(pixels()), strict=True):

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cskd.errors import TeacherError
+from cskd.machine.arithmetic import full_precision
 from cskd.teacher.fingerprint import probe_images
-from cskd.teacher.heads import Head, find_head, full_precision, keep_classes
+from cskd.teacher.heads import Head, find_head, keep_classes
 
 CPU = torch.device("cpu")
 K = 10

@@ -1,0 +1,370 @@
+"""What the sections of `benchmarks.gpu` share: sizes, made data and weights, configs, clocks, where figures go."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from cskd.config import Config, TeacherConfig, TrainConfig, from_dict
+from cskd.dataset.inventory import Sample, open_inventory, write_inventory
+from cskd.loading.stream import _start_deaf_to_interrupts
+from cskd.machine.devices import pick_device
+from cskd.pipeline.pack import pack_data
+from cskd.teacher.build import build_model
+
+RECIPE = {"randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25, "mixup": 0.8, "cutmix": 1.0}
+QUIET_BRANCH = 0.2  # of the norm that ends a branch; at 1 rounding grows from block to block and the network is chaos
+VIEWS = 3  # of a cache, as many as the repeats of training
+HAS_PRECISION = "precision" in {f.name for f in fields(TeacherConfig)}
+HAS_DEVICE_AUGMENT = "augment" in {f.name for f in fields(TrainConfig)}
+
+
+@dataclass(frozen=True)
+class StudentRun:
+    """A student, views per step, and steps before and while the clock runs."""
+
+    model: str
+    batch: int
+    warm: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything: FULL for a GPU with 16 cores, TINY to see every section run on a CPU."""
+
+    pixels: int
+    classes: int
+    jpeg: tuple[int, int]  # width, height
+    distinct: int  # JPEGs that are made; all images are these
+    teacher: str
+    light: str  # a teacher that the loader holds up
+    small: str  # of the checks
+    teacher_batch: int
+    few: int  # images of stage 1 with the teacher
+    many: int  # images of stage 1 with the light teacher, and of stage 2: no epoch ends while the clock runs
+    check: int  # images of the checks
+    workers: int
+    calls: int  # timed calls of a forward or kernel
+    gigabyte: int  # bytes of the copies
+    matrix: int
+    seconds: float  # of a loop that has no natural end
+    students: dict[str, StudentRun]
+    student_kwargs: dict[str, Any]
+
+
+FULL = Sizes(
+    pixels=224, classes=1000, jpeg=(500, 375), distinct=64, teacher="regnety_160", light="mobilenetv2_100", small="resnet18",
+    teacher_batch=256, few=12288, many=49152, check=256, workers=16, calls=20, gigabyte=1 << 30, matrix=8192, seconds=3.0,
+    students={
+        "tiny": StudentRun("deit_tiny_distilled_patch16_224", 1024, 8, 32),
+        "small": StudentRun("deit_small_distilled_patch16_224", 512, 9, 32),
+        "base": StudentRun("deit_base_distilled_patch16_224", 256, 9, 20),
+    },
+    student_kwargs={},
+)  # fmt: skip
+TINY = Sizes(
+    pixels=64, classes=10, jpeg=(80, 60), distinct=8, teacher="resnet10t", light="mobilenetv2_050", small="resnet10t",
+    teacher_batch=8, few=128, many=64, check=32, workers=2, calls=2, gigabyte=1 << 16, matrix=64, seconds=0.1,
+    students={name: StudentRun("deit_tiny_distilled_patch16_224", 8, 1, 2) for name in ("tiny", "small", "base")},
+    student_kwargs={"depth": 1},
+)  # fmt: skip
+
+
+@dataclass
+class Bench:
+    """One run of the benchmark: where it writes, how much it does, on which device."""
+
+    out: Path
+    work: Path
+    sizes: Sizes
+    device: torch.device
+    section: str = ""
+    runs: int = field(default=0)
+
+    def say(self, name: str, value: float | str, unit: str = "", note: str = "") -> None:
+        """A figure, or words: a line on the terminal and a row of gpu.jsonl, both at once."""
+        row = {"section": self.section, "name": name, "value": value, "unit": unit, "note": note}
+        with (self.out / "gpu.jsonl").open("a") as rows:
+            rows.write(json.dumps(row) + "\n")
+        print(line_of(row), flush=True)
+
+    def attempt(self, name: str, job: Callable[..., object], *arguments: Any, **more: Any) -> Any:
+        """A part whose failure is a figure like others: the next one runs. Returns what the part does, else None."""
+        try:
+            return job(*arguments, **more)
+        except Exception as e:
+            self.say(name, "FAILED", note=f"{type(e).__name__}: {' '.join(str(e).split())[:300]}")
+        finally:
+            release()
+        return None
+
+    def data(self, images: int) -> Path:
+        """Packed shards of so many images: a few JPEGs under many keys, in shards that are links to one file."""
+        folder, once = self.work / f"data {images}", self.work / "distinct"
+        if (folder / "inventory").is_dir():
+            return folder
+        if not (once / "inventory").is_dir():
+            self._jpegs(self.work / "jpegs")
+            pack_data(self.work / "jpegs", once, quiet=True)
+        source = open_inventory(once)
+        folder.mkdir(exist_ok=True)
+        per_shard = min(4096, images // 2)
+        shards = [source.shards[0]._replace(name=f"part-{i:03d}.tar") for i in range(-(-images // per_shard))]
+        for shard in shards:
+            (folder / shard.name).unlink(missing_ok=True)
+            os.link(once / source.shards[0].name, folder / shard.name)
+        columns = [column.tolist() for column in (source.crc32c, source.offset, source.size)]
+        rows = list(zip(*columns, strict=True))
+        write_inventory(
+            folder,
+            (
+                Sample(f"{i:06d}", i % self.sizes.classes, crc, i // per_shard, offset, size)
+                for i in range(images)
+                for crc, offset, size in [rows[i % len(rows)]]
+            ),
+            classes=[f"class {k:04d}" for k in range(self.sizes.classes)],
+            shards=shards,
+            block=per_shard,
+        )
+        return folder
+
+    def _jpegs(self, folder: Path) -> None:
+        """Smooth colours under noise: at 500 x 375 and quality 90 about 100 kB each, as ImageNet's are."""
+        rng, (width, height) = np.random.default_rng(0), self.sizes.jpeg
+        for i in range(self.sizes.distinct):
+            smooth = Image.fromarray(rng.integers(0, 255, (24, 32, 3), np.uint8)).resize((width, height))
+            noisy = np.asarray(smooth).astype(float) + rng.normal(0, 12, (height, width, 3))
+            out = io.BytesIO()
+            Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
+            path = folder / f"class {i % 2}" / f"{i:03d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(out.getvalue())
+
+    def weights(self, model: str) -> Path:
+        """Random weights, the same every time. No branch starts at zero, and batch norms know the statistics of noise:
+        the arithmetic matters as in a trained network."""
+        path = self.work / f"{model}.safetensors"
+        if not path.exists():
+            torch.manual_seed(0)
+            net = build_model(model, {"num_classes": self.sizes.classes}).to(self.device).train()
+            for module in net.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    with torch.no_grad():
+                        module.weight.clamp_(min=QUIET_BRANCH)
+                    module.momentum = None  # the mean of all batches
+            with torch.no_grad():
+                for _ in range(2):
+                    coarse = torch.randn(32, 3, 14, 14, device=self.device)
+                    noise = torch.randn(32, 3, self.sizes.pixels, self.sizes.pixels, device=self.device)
+                    net(torch.nn.functional.interpolate(coarse, noise.shape[-2:], mode="bilinear") + 0.3 * noise)
+            save_file({name: t.cpu().contiguous() for name, t in net.state_dict().items()}, f"{path}.partial")
+            os.rename(f"{path}.partial", path)
+        return path
+
+    def config(
+        self,
+        model: str,
+        images: int,
+        teacher: dict[str, Any],
+        cache: str,
+        student: StudentRun | None = None,
+        method: str = "cskd-hard",
+        **train: Any,
+    ) -> Config:
+        """Of both stages: ImageNet's recipe, as configs/imagenet_deit_tiny.yaml has it. Each has an output of its own."""
+        s, self.runs = self.sizes, self.runs + 1
+        student = student or s.students["tiny"]
+        return from_dict(
+            {
+                "data": {"train": str(self.data(images))},
+                "teacher": {
+                    "model": model,
+                    "weights": str(self.weights(model)),
+                    "kwargs": {"num_classes": s.classes},
+                    "input_size": s.pixels,
+                    "batch": s.teacher_batch,
+                    "check_images": 8,
+                    "min_top1": 0.0,
+                    **teacher,
+                },
+                "recipe": {"size": s.pixels, **RECIPE},
+                "cache": {
+                    "path": str(self.work / f"cache {cache}"),
+                    "views": VIEWS,
+                    "workers": s.workers,
+                    "device": str(self.device),
+                },
+                "student": {"model": student.model, "kwargs": s.student_kwargs},
+                "loss": {"method": method},
+                "train": {
+                    "output": str(self.work / f"run {self.section} {self.runs}"),
+                    "global_batch": student.batch,
+                    "repeats": 3,
+                    "ema": 0.99996,
+                    "ema_warmup": False,
+                    "workers": s.workers,
+                    "prefetch": 2,
+                    "device": str(self.device),
+                    **train,
+                },
+            }
+        )
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """A row of gpu.jsonl for people."""
+    value = row["value"]
+    shown = value if isinstance(value, str) else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
+    return " ".join(
+        filter(None, (f"{row['section']} {row['name']}:", shown, row["unit"], row["note"] and f"({row['note']})"))
+    )
+
+
+def teacher_keys(arithmetic: str) -> dict[str, Any] | None:
+    """The keys of `teacher` for 'bf16', 'bf16+fold', 'bf16+fold+compile', ...; None where this version has none."""
+    precision, *more = arithmetic.split("+")
+    keys: dict[str, Any] = dict.fromkeys(more, True)
+    if HAS_PRECISION:
+        return {"precision": precision, **keys}
+    if precision not in ("tf32", "bf16"):
+        return None
+    return {"autocast": "bf16", **keys} if precision == "bf16" else keys  # torch's default is TF32 in convolutions
+
+
+def computing(arithmetic: str, device: torch.device) -> AbstractContextManager[Any]:
+    """What the library computes a backbone in, for a network that runs by itself."""
+    precision = arithmetic.split("+")[0]
+    precision = "float32" if precision == "tf32" and device.type == "cpu" else precision
+    if HAS_PRECISION:
+        context = importlib.import_module("cskd.machine.arithmetic").computing_in(precision, device)
+    elif precision == "float32":
+        context = importlib.import_module("cskd.teacher.heads").full_precision(device)
+    else:
+        context = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    return cast("AbstractContextManager[Any]", context)
+
+
+class Enough(Exception):  # noqa: N818  # not an error
+    """Raised out of a training loop whose steps are timed: the rest of the run says nothing."""
+
+
+class Watch:
+    """Stands where a stage has its progress line. Notes when how much was done; in stage 2 what the loop waited for.
+
+    warm, steps: of stage 2, where the first is waited for and the last one ends the run. each: called with every step's
+    number.
+    """
+
+    def __init__(self, warm: int = 0, steps: int = 0, each: Callable[[int], None] | None = None) -> None:
+        self.points: list[tuple[float, int]] = []
+        self.waited = self.seconds = self.wait_share = self.loader_rate = self.teacher_ms = 0.0
+        self._warm, self._steps, self._each, self._seen = warm, steps, each, 0
+        self._parts: dict[str, float] = {}
+        self._before: dict[str, float] = {}
+
+    def __call__(self, *_: object, **__: object) -> Watch:
+        return self
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, done: int, loss: Callable[[], str] | None = None) -> None:
+        """After every chunk of stage 1, every step of stage 2."""
+        self._seen += 1
+        if self._each:
+            self._each(self._seen)
+        if loss and self._seen in (self._warm, self._warm + self._steps):
+            loss()  # waits for the device
+        self.points.append((time.perf_counter(), done))
+        if loss and self._seen == self._warm:
+            self.waited, self._before = 0.0, dict(self._parts)
+        if loss and self._steps and self._seen == self._warm + self._steps:
+            self._finish()
+            raise Enough
+
+    def timed_start(self, results: Iterator[Any], seconds: dict[str, float]) -> Iterator[Any]:
+        """In place of the loop's own: the time that the loop waits for each batch."""
+        self._parts = seconds
+        while True:
+            clock = time.perf_counter()
+            try:
+                result = next(results)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - clock
+            yield result
+
+    def _finish(self) -> None:
+        (begun, before), (end, after) = self.points[self._warm - 1], self.points[-1]
+        spent = {name: value - self._before[name] for name, value in self._parts.items()}
+        self.seconds = (end - begun) / self._steps
+        self.wait_share = self.waited / (end - begun)
+        self.loader_rate = (after - before) / max(1e-9, spent["decode"] + spent["augment"])  # of one worker
+        self.teacher_ms = 1e3 * spent["teacher"] / self._steps
+
+    def second_half(self) -> float:
+        """Units per second of the second half; of a long run without the last point, after the last commit."""
+        return second_half(self.points[:-1] if len(self.points) > 12 else self.points)
+
+
+def second_half(points: list[tuple[float, int]]) -> float:
+    """Units per second, from the first point with half of the work done to the last."""
+    half = next(i for i, (_, done) in enumerate(points) if 2 * done >= points[-1][1])
+    (begun, before), (end, after) = points[min(half, max(0, len(points) - 2))], points[-1]
+    return (after - before) / max(1e-9, end - begun)
+
+
+def seconds_of(job: Callable[[], object], calls: int, device: torch.device, warm: int = 5) -> float:
+    """Seconds per call on the device, by its own clock; the first calls are not counted."""
+    for _ in range(warm):
+        job()
+    if device.type != "cuda":
+        clock = time.perf_counter()
+        for _ in range(calls):
+            job()
+        return (time.perf_counter() - clock) / calls
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(calls):
+        job()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3 / calls
+
+
+def peak_mib(device: torch.device) -> float:
+    """Peak MiB of tensors on the device since `release`."""
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
+
+
+def release() -> None:
+    """Give back what earlier parts held on the device: their sizes must not count in the next one's."""
+    import gc
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def begin(out: Path, work: Path, tiny: bool, device: str) -> Bench:
+    """In the process of a section: the device is touched here first; the server of workers starts meanwhile."""
+    _start_deaf_to_interrupts()
+    return Bench(out, work, TINY if tiny else FULL, pick_device(device))

@@ -1,0 +1,84 @@
+"""What this machine can do at most: products, copies, and views per second of its cores."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import torch
+
+from benchmarks.gpu.bench import RECIPE, VIEWS, Bench, second_half, seconds_of
+from cskd.config import RecipeConfig
+from cskd.dataset.inventory import open_inventory
+from cskd.loading.stream import Stream
+from cskd.seeds import mix64
+from cskd.views.maker import ViewMaker
+
+
+class MakeViews:
+    """In a worker: VIEWS views of each image of a task, decoded once, as both stages make them. Returns how many."""
+
+    def __init__(self, maker: ViewMaker) -> None:
+        self.maker = maker
+
+    def __call__(self, task: range) -> int:
+        for sample in task:
+            image = self.maker.image(sample)
+            for view in range(VIEWS):
+                self.maker.view(image, mix64(VIEWS * sample + view))
+        return VIEWS * len(task)
+
+
+def ceilings(bench: Bench) -> None:
+    """Products and copies of the device, then views of the cores."""
+    bench.attempt("device", _device, bench)
+    bench.attempt("views", _views, bench)
+
+
+def _device(bench: Bench) -> None:
+    s, device = bench.sizes, bench.device
+    operations = 2 * s.matrix**3
+    for name, dtype, tf32 in (
+        ("bf16", torch.bfloat16, False),
+        ("fp16", torch.float16, False),
+        ("tf32", torch.float32, True),
+        ("float32", torch.float32, False),
+    ):
+        x = torch.randn(s.matrix, s.matrix, device=device, dtype=dtype)
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        calls = max(2, s.calls // 4) if name == "float32" else s.calls
+        seconds = seconds_of(lambda x=x: x @ x, calls, device)  # type: ignore[misc]
+        bench.say(f"{name} matmul {s.matrix}", operations / seconds / 1e12, "TFLOP/s")
+    torch.set_float32_matmul_precision("highest")
+    source = torch.zeros(s.gigabyte, dtype=torch.uint8, device=device)
+    copy = torch.empty_like(source)
+    seconds = seconds_of(lambda: copy.copy_(source), s.calls, device)
+    bench.say("copy on the device", 2 * s.gigabyte / seconds / 1e9, "GB/s", "read and written")
+    host = torch.zeros(s.gigabyte // 4, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    part = copy[: len(host)]
+    seconds = seconds_of(lambda: part.copy_(host, non_blocking=True), s.calls, device)
+    bench.say("host to device, pinned", len(host) / seconds / 1e9, "GB/s")
+    pageable = torch.zeros_like(host, pin_memory=False)
+    seconds = seconds_of(lambda: part.copy_(pageable), max(2, s.calls // 4), device, warm=1)
+    bench.say("host to device, pageable", len(host) / seconds / 1e9, "GB/s")
+
+
+def _views(bench: Bench) -> None:
+    s = bench.sizes
+    inventory = open_inventory(bench.data(s.few))
+    make = MakeViews(ViewMaker(inventory, RecipeConfig(size=s.pixels, **RECIPE)))  # type: ignore[arg-type]
+    torch.set_num_threads(1)
+    done, begun = 0, time.perf_counter()
+    while (spent := time.perf_counter() - begun) < s.seconds:
+        done += make(range(done // VIEWS % s.few, done // VIEWS % s.few + 1))
+    one = done / spent
+    bench.say("decode and augment, one core", one, "views/s", f"{VIEWS} views per decoded image of {s.jpeg}")
+    cores = min(s.workers, os.cpu_count() or 1)
+    per_task = max(1, int(one * s.seconds / 8) // VIEWS)
+    tasks = [range(i * per_task % (s.few // 2), i * per_task % (s.few // 2) + per_task) for i in range(16 * cores)]
+    points, made = [(time.perf_counter(), 0)], 0
+    for count in Stream(make, tasks, cores):
+        made += count
+        points.append((time.perf_counter(), made))
+    rate = second_half(points)
+    bench.say(f"decode and augment, {cores} processes", rate, "views/s", f"{rate / one:.1f} times one core")

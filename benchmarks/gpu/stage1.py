@@ -1,0 +1,103 @@
+"""Stage 1 over the bare forward of the same network: `cache_teacher` on JPEGs, and the network alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+import cskd.pipeline.cache_teacher as spine
+from benchmarks.gpu.bench import Bench, Watch, computing, peak_mib, release, seconds_of, teacher_keys
+from cskd.teacher.build import build_model
+from cskd.teacher.fold import fold_norms
+
+
+def bare(bench: Bench, model: str, arithmetic: str, own_bf16: bool = False) -> float:
+    """Images per second of the network's plain forward in an arithmetic, the batch on the device.
+
+    own_bf16: weights and input in bf16, in place of autocast.
+    """
+    s = bench.sizes
+    net = build_model(model, {"num_classes": s.classes})
+    net.load_state_dict(load_file(bench.weights(model)))
+    net = net.to(bench.device).eval().to(memory_format=torch.channels_last)
+    x = torch.randn(s.teacher_batch, 3, s.pixels, s.pixels, device=bench.device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    if "fold" in arithmetic:
+        with torch.no_grad(), computing("float32", bench.device):
+            fold_norms(net, x[:2])
+    if own_bf16:
+        net, x = net.bfloat16(), x.bfloat16()
+    run: Any = torch.compile(net, dynamic=False) if "compile" in arithmetic else net
+    with torch.no_grad(), computing("tf32" if own_bf16 else arithmetic, bench.device):
+        return s.teacher_batch / seconds_of(lambda: run(x), s.calls, bench.device)
+
+
+def stage1(bench: Bench, model: str, arithmetic: str, images: int, cache: str = "") -> float:
+    """Views per second of the second half of stage 1's loop; says what it is bound by, and its peak on the device."""
+    watch, keys = Watch(), teacher_keys(arithmetic)
+    assert keys is not None
+    spine.Progress = watch  # type: ignore[assignment, attr-defined]  # the name that the stage looks up
+    report = spine.cache_teacher(bench.config(model, images, keys, cache or f"{model} {arithmetic}"), quiet=True)
+    rate, whole = watch.second_half(), report.images / report.loop_seconds
+    bench.say(
+        f"{arithmetic} stage 1",
+        rate,
+        "views/s",
+        f"{peak_mib(bench.device):,.0f} MiB; {report.bound_by}; {whole:,.0f} over all {report.images:,} in "
+        f"{report.loop_seconds:.1f} s, {report.seconds:.0f} s with start",
+    )
+    return rate
+
+
+def compare(bench: Bench, model: str, arithmetic: str, images: int, goal: float = 0.95, cache: str = "") -> None:
+    """Both, and their ratio."""
+    if bench.device.type == "cpu" and arithmetic.startswith("tf32"):
+        bench.say(arithmetic, "not here", note="needs CUDA")
+        return
+    if teacher_keys(arithmetic) is None:
+        bench.say(arithmetic, "not here", note="this version has no teacher.precision")
+        return
+
+    def both() -> None:
+        alone = bare(bench, model, arithmetic)
+        bench.say(f"{arithmetic} bare forward", alone, "images/s", f"{peak_mib(bench.device):,.0f} MiB")
+        release()
+        rate = stage1(bench, model, arithmetic, images, cache)
+        bench.say(f"{arithmetic} stage 1 / bare", rate / alone, "", f"goal >= {goal}")
+
+    bench.attempt(arithmetic, both)
+
+
+def regnety_best(bench: Bench) -> None:
+    """The fastest that is not compiled: goal 3,500 views/s."""
+    compare(bench, bench.sizes.teacher, "bf16+fold", bench.sizes.few)
+
+    def own() -> None:
+        rate = bare(bench, bench.sizes.teacher, "bf16+fold", own_bf16=True)
+        bench.say("bf16+fold bare, weights in bf16", rate, "images/s")
+
+    bench.attempt("bf16+fold bare, weights in bf16", own)
+
+
+def regnety_others(bench: Bench) -> None:
+    """The other arithmetics, slower ones on fewer images."""
+    for arithmetic, share in (("bf16", 3), ("tf32", 4), ("fp16", 3), ("float32", 8)):
+        compare(bench, bench.sizes.teacher, arithmetic, bench.sizes.few // share)
+
+
+def regnety_compiled(bench: Bench) -> None:
+    compare(bench, bench.sizes.teacher, "bf16+fold+compile", bench.sizes.few)
+
+
+def light(bench: Bench) -> None:
+    """A network that the loader holds up. What it caches is what stage 2 trains on."""
+    compare(bench, bench.sizes.light, "bf16+fold", bench.sizes.many, cache="stage 2")
+    compare(bench, bench.sizes.light, "bf16", bench.sizes.few // 2)
+
+
+def stage2_cache(bench: Bench) -> None:
+    """That cache, made now where the section that times it made none."""
+    if not (bench.work / "cache stage 2" / "sealed.json").exists():
+        stage1(bench, bench.sizes.light, "bf16+fold", bench.sizes.many, "stage 2")

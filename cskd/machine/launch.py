@@ -1,0 +1,56 @@
+"""Who started this process, and as which of how many: torchrun, srun, or nobody. No torch is loaded by importing it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+_AGENT_PORT = 29400  # torchrun's own default of --rdzv-endpoint
+
+
+@dataclass(frozen=True)
+class Launch:
+    """rank of count processes; local: its number among the local_count on this machine; by: torchrun, srun, or '' (alone)."""
+
+    rank: int = 0
+    count: int = 1
+    local: int = 0
+    local_count: int = 1
+    by: str = ""
+
+
+def launched(environ: Mapping[str, str] = os.environ) -> Launch:
+    """What the environment says. torchrun inside a step of srun counts as torchrun.
+
+    Only a step's own variables tell srun: a batch script that asked for several tasks is itself one process.
+    """
+
+    def number(name: str, default: int) -> int:
+        value = environ.get(name, "")
+        return int(value) if value.isascii() and value.isdigit() else default
+
+    if "WORLD_SIZE" in environ or "LOCAL_WORLD_SIZE" in environ:
+        count = max(1, number("WORLD_SIZE", 1))
+        local_count = max(1, number("LOCAL_WORLD_SIZE", 1))
+        return Launch(number("RANK", 0), count, number("LOCAL_RANK", 0), local_count, "torchrun")
+    if (count := number("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        here = re.sub(r"\(x\d+\)", "", environ.get("SLURM_STEP_TASKS_PER_NODE", "1")).split(",")  # '4(x2),3'
+        local_count = max(int(n) if n.isascii() and n.isdigit() else 1 for n in here)
+        return Launch(number("SLURM_PROCID", 0), count, number("SLURM_LOCALID", 0), local_count, "srun")
+    return Launch()
+
+
+def command_line(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> str:
+    """The line that starts `cskd ARGUMENTS` again as it was started: under torchrun with as many ranks."""
+    command, launch = ["cskd", *arguments], launched(environ)
+    if launch.by != "torchrun":
+        return shlex.join(command)
+    run = ["torchrun", "--nproc-per-node", str(launch.local_count), "--no-python"]
+    if (machines := environ.get("GROUP_WORLD_SIZE", "1")) == "1":
+        return shlex.join([*run, *command])
+    where = f"{environ.get('MASTER_ADDR', 'HOST')}:{_AGENT_PORT}"
+    run[1:1] = ["--nnodes", machines, "--rdzv-backend", "c10d", "--rdzv-endpoint", where]
+    return f"{shlex.join([*run, *command])} (on each of the {machines} machines)"

@@ -1,0 +1,129 @@
+"""Forward and backward of one rank's share of a step, micro-batch by micro-batch, up to the update.
+
+A step is a sum over micro-batches in fixed order. All terms of the loss are means over rows and all micro-batches have as many,
+so that the mean of their losses is the loss of the batch. Random draws inside the student belong to the micro-batch: it does not
+matter which rank computes it.
+
+Shapes: B views of a rank's batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from cskd.loading.sources import Batch
+from cskd.loading.targets import mixed_labels
+from cskd.machine.devices import autocast
+from cskd.method.losses import DistillationLoss
+from cskd.pipeline.out_of_memory import Probe
+from cskd.pipeline.precheck import even_divisors
+from cskd.pipeline.training_run import TrainingRun
+from cskd.student.optim import reseed_step
+from cskd.views.mix_pixels import InputMaker
+
+
+class TrainStep:
+    """The steps of a run. `inputs` is what an evaluation makes its images with, too."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        self.run, self.criterion = run, DistillationLoss(run.config.loss)
+        self.inputs = InputMaker(run.student.mean, run.student.std, run.device)
+        self._net = run.network()
+        self._latest: tuple[Batch, int, int] | None = None  # what `advice` tries a part of
+
+    def __call__(
+        self, batch: Batch, epoch: int, step: int, seconds: dict[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One update from a batch; `step` from 0. seconds: those of 'teacher' and 'student' are added to.
+
+        Returns: the loss of the batch on this rank and its terms, detached scalars.
+        """
+        self._latest = batch, epoch, step
+        run = self.run
+        parts = micro_batches(batch, run.micro_batch, run.device)
+        first, count = run.ranks.rank * len(parts), len(parts)
+        losses, all_terms = [], []
+        for i, part in enumerate(parts):
+            apart = isinstance(self._net, DistributedDataParallel) and i + 1 < count
+            with self._net.no_sync() if apart else contextlib.nullcontext():  # type: ignore[operator]
+                loss, terms = self._loss(self._net, part, epoch, step, first + i, seconds)
+                clock = time.perf_counter()
+                loss = loss / count if count > 1 else loss
+                if i + 1 < count:
+                    run.optimisation.accumulate(loss)
+                else:
+                    run.optimisation.update(loss, step)
+                seconds["student"] += time.perf_counter() - clock
+            losses.append(loss.detach())
+            all_terms.append(terms)
+        if count == 1:
+            return losses[0], all_terms[0]
+        return torch.stack(losses).sum(), {
+            name: torch.stack([t[name] for t in all_terms]).mean() for name in all_terms[0]
+        }
+
+    def _loss(
+        self, net: torch.nn.Module, part: Batch, epoch: int, step: int, number: int, seconds: dict[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and terms of a micro-batch; number: its place among those of the global batch."""
+        run, clock = self.run, time.perf_counter()
+        targets = run.targets.of(part, epoch, run.device)
+        seconds["teacher"] += time.perf_counter() - clock
+        clock = time.perf_counter()
+        reseed_step(run.config.train.seed, step, number)
+        with autocast(run.config.train.autocast, run.device):
+            out = net(self.inputs.mixed(part), run.views.grid if self.criterion.uses_patches else None)
+        loss_and_terms = self.criterion(out, mixed_labels(part, run.device), targets)
+        seconds["student"] += time.perf_counter() - clock
+        return loss_and_terms
+
+    def advice(self, probe: Probe) -> str:
+        """After a step that there was no memory for: the micro-batch that there is memory for, and the keys to set."""
+        run, settings = self.run, self.run.config.train
+        rows = run.micro_batch
+        run.optimisation.optimizer.zero_grad(set_to_none=True)
+        fits = probe(_halves(run.plan.global_batch // run.ranks.count, rows), self._attempt)
+        keys = [f"train.micro_batch={fits}" if fits else "a smaller train.micro_batch"] if rows > 2 else []
+        keys += [] if settings.grad_checkpointing else ["train.grad_checkpointing=true"]
+        keys += ["a smaller teacher.batch"] if run.targets.runs_teacher else []
+        what = f", {fits:,} fit" if fits else ""
+        return f" with {rows:,} views at once{what}; set {', or '.join([*keys, 'a smaller train.global_batch'])}"
+
+    def _attempt(self, rows: int) -> None:
+        """Forward and backward of the first `rows` views of the latest batch, on this rank alone; nothing is updated."""
+        if self._latest is None:
+            raise RuntimeError("no batch came yet")
+        batch, epoch, step = self._latest
+        try:
+            part = micro_batches(batch, rows, self.run.device)[0]
+            loss, _ = self._loss(self.run.student, part, epoch, step, 0, dict.fromkeys(("teacher", "student"), 0.0))
+            loss.backward()  # type: ignore[no-untyped-call]
+        finally:
+            self.run.optimisation.optimizer.zero_grad(set_to_none=True)
+
+
+def micro_batches(batch: Batch, rows: int, device: torch.device) -> list[Batch]:
+    """A batch in parts of `rows` views, in order; `rows` is even and divides it, so that both views of a mixed pair are in one."""
+    whole = len(batch["label"])
+    if rows == whole:
+        return [batch]
+    # The partner's row as a transfer from pinned memory: the difference, made on the host, would be one that waits.
+    partner = batch["partner"].to(device, non_blocking=True)
+    parts = range(0, whole, rows)
+    return [
+        {name: t[i : i + rows] for name, t in batch.items()} | {"partner": partner[i : i + rows] - i} for i in parts
+    ]
+
+
+def _halves(batch: int, rows: int) -> Iterator[int]:
+    """Micro-batches of a rank's batch below `rows`, each at most half of the one before."""
+    for n in even_divisors(batch):
+        if n <= rows // 2:
+            yield n
+            rows = n

@@ -1,0 +1,79 @@
+"""benchmarks/gpu gives what figures it can: a part that fails or hangs loses only its own."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu.bench import second_half
+from benchmarks.gpu.traces import busy_and_gaps
+
+ROOT = Path(__file__).resolve().parents[2]
+main = importlib.import_module("benchmarks.gpu.__main__")
+
+
+def run(folder: Path, *arguments: str, seconds: int) -> tuple[str, list[dict[str, object]]]:
+    """What the benchmark prints and writes, in small sizes on the CPU."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--device", "cpu", "--out", str(folder), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, [json.loads(line) for line in (folder / "gpu.jsonl").read_text().splitlines()]
+
+
+def test_figures_are_printed_and_written_at_once_and_a_table_ends_the_run(tmp_path: Path) -> None:
+    said, rows = run(tmp_path, "--only", "views", "light", "--budget", "60", seconds=120)
+    found = {(row["section"], row["name"]): row["value"] for row in rows}
+    assert found["views", "views that differ"] == 0
+    assert float(str(found["light", "bf16+fold stage 1 / bare"])) > 0
+    assert "FAILED" not in found.values()
+    table = said[said.rindex(" in all") :]
+    assert all(f"{section} {name}:" in table for section, name in found if name != "section took")
+
+
+@pytest.mark.slow
+def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
+    _, rows = run(tmp_path, "--budget", "1500", seconds=1600)
+    failed = [row for row in rows if row["value"] in ("FAILED", "not run") or "stopped" in str(row["note"])]
+    assert all(str(row["note"]).startswith("RuntimeError: no ") for row in failed), failed
+    assert {row["section"] for row in rows} == {section.name for section in main.SECTIONS}
+
+
+def test_a_section_that_hangs_is_ended_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(*_: object) -> int:
+        child = subprocess.Popen(["sleep", "60"])
+        (tmp_path / "child").write_text(str(child.pid))
+        time.sleep(60)
+        return 0
+
+    monkeypatch.setattr(main, "work", hang)
+    assert main.in_process(main.SECTIONS[0], argparse.Namespace(), 1.0) == "stopped after 1 s"
+    state = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_how_a_crash_ended_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "work", lambda *_: os._exit(7))
+    assert main.in_process(main.SECTIONS[0], argparse.Namespace(), 5.0) == "exit 7, see gpu.log"
+
+
+def test_the_table_shortens_notes_not_figures() -> None:
+    rows = [{"section": "tiny", "name": f"f{i}", "value": 1.0, "unit": "ms", "note": "n" * 300} for i in range(150)]
+    table = main.table("a GPU", rows, 1.0)
+    assert len(table) <= main.MOST_TABLE
+    assert all(f"tiny f{i}: 1 ms" in table for i in range(150))
+
+
+def test_the_rate_is_that_of_the_second_half() -> None:
+    assert second_half([(0.0, 0), (10.0, 50), (11.0, 75), (12.0, 100)]) == 25
+
+
+def test_time_in_which_kernels_overlap_counts_once() -> None:
+    assert busy_and_gaps([(0, 4), (2, 6), (3, 5), (8, 10)]) == (8, [2], 10)
