@@ -30,13 +30,13 @@ import PIL
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.on_device import make_views, pixel_crcs, plan_views
 from cskd.config import RecipeConfig
 from cskd.dataset.images import decode
 from cskd.seeds import mix64
 from cskd.views.digest import pixel_crc, view_digest
 from cskd.views.mix_pixels import mix_pixels
 from cskd.views.mixing import pair_params
+from cskd.views.on_device import make_views, pixel_crcs, plan_views
 from cskd.views.ops import apply
 from cskd.views.recipe import describe, sample_params
 

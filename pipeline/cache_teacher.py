@@ -23,9 +23,9 @@ from rich.console import Console
 from cskd.config import Config, to_dict
 from cskd.dataset.inventory import Inventory
 from cskd.errors import CacheError, ConfigError
+from cskd.loading.feed import fed
 from cskd.loading.need import PREFETCH, refuse_little_memory
 from cskd.loading.stage1 import ChunkMaker
-from cskd.loading.stream import Stream
 from cskd.machine.launch import launched
 from cskd.machine.threads import Threads, begun_with, choose_threads, computing_with
 from cskd.pipeline.clean_check import clean_check
@@ -111,7 +111,7 @@ def _fill(
     start: float,
 ) -> CacheReport:
     """Check the teacher, open or begin the cache, and make what it lacks."""
-    quiet, gpu = notes.quiet, teacher.device.type == "cuda"
+    quiet = notes.quiet
     notes.add([*ahead.images, *teacher.notes, *ahead.notes, *ahead.on_grid(teacher.grid)])
     notes.say()
     cache = _open_or_create(config, inventory, teacher, maker, ahead.images, notes)
@@ -125,7 +125,7 @@ def _fill(
     ):
         while passes := missing_passes(cache):
             maker_of_chunks, tasks = ChunkMaker(maker, inventory.id), line.tasks(passes)
-            results = iter(Stream(maker_of_chunks, tasks, threads.workers, pin_memory=gpu))
+            results = fed(maker_of_chunks, tasks, teacher.device, threads.workers)
             before, by_others = line.units, total - views_left(cache) - line.images
             for chunk in results:
                 line.feed(chunk)

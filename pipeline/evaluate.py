@@ -15,9 +15,9 @@ from torch import Tensor
 from cskd.config import RecipeConfig
 from cskd.dataset.inventory import open_inventory
 from cskd.errors import DataError, NotFiniteError
+from cskd.loading.feed import fed
 from cskd.loading.sources import Batch
 from cskd.loading.stage2 import UNREADABLE_LABEL, BatchMaker, eval_tasks
-from cskd.loading.stream import Stream
 from cskd.machine.arithmetic import float32_products
 from cskd.machine.devices import arithmetic, autocast, pick_device, uses_bf16
 from cskd.machine.ranks import Ranks
@@ -129,7 +129,7 @@ def evaluate_checkpoint(
     maker = ViewMaker(val, RecipeConfig(size=student.image_size[0]))
     tasks = eval_tasks(len(val), batch)
     crop_pct = crop_pct or facts["pretrained_cfg"]["crop_pct"]
-    stream = iter(Stream(BatchMaker(maker, maker, crop_pct), tasks, workers))
+    stream = fed(BatchMaker(maker, maker, crop_pct), tasks, device, workers)
     threads = choose_threads(workers=workers)
     # tf32 rounds the inputs of a product to 10 bits, which float32 should not mean here
     exact = float32_products(False, device)

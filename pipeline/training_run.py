@@ -20,11 +20,12 @@ from cskd.errors import CacheError, ConfigError
 from cskd.files.durable import put
 from cskd.files.scratch import new_scratch
 from cskd.files.writer import Writer
+from cskd.loading.feed import fed
 from cskd.loading.need import prefetch_of, refuse_little_memory
 from cskd.loading.plan import PlanSpec
+from cskd.loading.raw_batches import DeviceViews, RawBatchMaker, refuse_device_views
 from cskd.loading.sources import Batch, TargetSource, ViewSource
 from cskd.loading.stage2 import BatchMaker, EvalTask, eval_tasks
-from cskd.loading.stream import Stream
 from cskd.loading.targets import CachedTargets
 from cskd.loading.tasks import RunTasks
 from cskd.machine.devices import arithmetic, uses_bf16
@@ -144,9 +145,10 @@ class TrainingRun:
         views = ViewMaker(self.views.inventory, self.views.recipe)
         clean = ViewMaker(self.val, self.views.recipe) if self.val else None
         recorded = self.views.recorded() if self.verify_replay else None
-        maker = BatchMaker(views, clean, settings.eval_crop_pct, recorded)
-        pin = self.device.type == "cuda"
-        return tasks, iter(Stream(maker, tasks, self.workers, settings.prefetch, pin_memory=pin))
+        there = settings.augment == "device"
+        maker = (RawBatchMaker if there else BatchMaker)(views, clean, settings.eval_crop_pct, recorded)
+        make = DeviceViews(views, recorded) if there else None
+        return tasks, fed(maker, tasks, self.device, self.workers, settings.prefetch, make)
 
     def pools(self, seconds: dict[str, float], read_seconds: float) -> list[Pool]:
         """Who did what for how long."""
@@ -207,6 +209,8 @@ def open_run(
     config, as_before = as_begun(config, next(iter(states.infos().values()), None))
     settings = config.train
     views, targets = _open_views(config, device, ranks, verify_replay, online, quiet, notes)
+    if settings.augment == "device":
+        refuse_device_views(views, device)
     val = open_val(config, views.inventory.classes, ranks.count)
     torch.manual_seed(settings.seed)
     student = build_student(config.student, len(views.inventory.classes), views.recipe.size).to(device)

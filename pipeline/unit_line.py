@@ -23,8 +23,10 @@ from numpy.typing import NDArray
 from cskd.codecs import Arrays
 from cskd.config import Config
 from cskd.files.claims import Claims
+from cskd.loading.feed import DeviceBatch
 from cskd.loading.stage1 import Chunk, ChunkViews, chunks
 from cskd.machine.cores import usable_cores
+from cskd.machine.side_stream import to_device
 from cskd.pipeline.show.progress import Pool
 from cskd.store.cache import Cache
 from cskd.store.seal import refuse_too_many
@@ -174,7 +176,7 @@ class UnitLine:
         for v, unit in enumerate(work.units):
             unit.drop(np.array(list(bad), np.int64))
             mixing = tuple(torch.from_numpy(field) for field in unit.mixing_rows(position))
-            targets = self._lanes.submit(self._targets, chunk.pixels[v], mixing, good)
+            targets = self._lanes.submit(self._targets, chunk, v, mixing, good)
             crc = chunk.crc[v][good]
             self._underway.append(_Encoding(work, claim, unit, len(position), position[good], crc, targets))
         work.begun += len(position)
@@ -193,10 +195,10 @@ class UnitLine:
             self._committed()
 
     def _targets(
-        self, views_BHWC: torch.Tensor, mixing: tuple[torch.Tensor, ...], good: NDArray[np.int64]
+        self, chunk: ChunkViews, view: int, mixing: tuple[torch.Tensor, ...], good: NDArray[np.int64]
     ) -> tuple[dict[str, Arrays], float, float]:
-        """In a lane: mix a chunk as the student's input is mixed, run the teacher on it, padded to a fixed size, and encode
-        the rows `good`.
+        """In a lane: mix a view of a chunk as the student's input is mixed, run the teacher on it, padded to a fixed size, and
+        encode the rows `good`.
 
         Returns: arrays by codec, and the seconds of teacher and encoding.
         """
@@ -204,8 +206,10 @@ class UnitLine:
             dense_BKhw, global_BK = (torch.zeros(0, self._teacher.classes, *grid) for grid in (self._teacher.grid, ()))
             return {name: codec.encode(dense_BKhw, global_BK) for name, codec in self._cache.codecs.items()}, 0.0, 0.0
         begun, device = time.perf_counter(), self._teacher.device
-        inputs = [t.to(device, non_blocking=True) for t in (views_BHWC, *mixing)]
-        keep = torch.from_numpy(good).to(device)
+        if isinstance(chunk.batch, DeviceBatch):
+            chunk.batch.enter()
+        inputs = [to_device(t, device) for t in (chunk.pixels[view], *mixing)]
+        keep = to_device(torch.from_numpy(good), device)
         with self._lanes.launching():
             pixels = mix_pixels(*inputs)
             dense_BKhw, global_BK = self._teacher.in_batches(pixels)

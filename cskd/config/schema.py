@@ -306,6 +306,8 @@ class TrainConfig(Section):
     """Write the metrics for TensorBoard, too."""
     prefetch: Annotated[int, Ge(1), Le(1024), Unit("batches")] = 4
     """Batches that each worker keeps ready; fewer where all workers together would have more than 32, but then 2."""
+    augment: Literal["host", "device"] = "host"
+    """Where decoded images become views: in the workers, or on `train.device`, cuda or cpu. The views are the same bytes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

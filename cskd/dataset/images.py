@@ -39,21 +39,44 @@ _MODES = frozenset(["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "C
 _MODES_16 = frozenset(["I", "I;16", "I;16L", "I;16B", "I;16N"])
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+def decode(data: bytes, max_pixels: int = MAX_PIXELS, buffer: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
     """Decode one encoded image by `POLICY`.
 
-    Args:    data: a JPEG, PNG, WebP, BMP, PPM, TIFF or GIF; max_pixels: of width * height, checked before decoding.
+    Args:    data: a JPEG, PNG, WebP, BMP, PPM, TIFF or GIF; max_pixels: of width * height, checked before decoding;
+             buffer: where the pixels of a plain JPEG go, if they have room there.
     Returns: RGB, uint8 [H, W, 3], writable.
     Raises:  ImageError with the reason (the same text every time) for anything that can't be decoded as a whole.
     """
-    plain = _plain_jpeg(data, max_pixels) if data.startswith(b"\xff\xd8\xff") else _plain_ppm(data, max_pixels)
+    plain = _plain_jpeg(data, max_pixels, buffer) if data.startswith(b"\xff\xd8\xff") else _plain_ppm(data, max_pixels)
     if plain is not None:
         return plain
     with _opened(data, max_pixels) as image:
         return _to_rgb(image)
 
 
-def _plain_jpeg(data: bytes, max_pixels: int) -> NDArray[np.uint8] | None:
+def decode_into(data: bytes, out_HWC: NDArray[np.uint8]) -> None:
+    """`decode` into memory of `decoded_size`: uint8 [H, W, 3], contiguous. Raises ImageError for another size, too."""
+    image = decode(data, buffer=out_HWC)
+    if image.shape != out_HWC.shape:
+        sizes = [" x ".join(map(str, pixels.shape[:2])) for pixels in (image, out_HWC)]
+        raise ImageError(f"decodes to {sizes[0]} pixels, its header says {sizes[1]}; replace the file")
+    if not np.may_share_memory(image, out_HWC):
+        out_HWC[...] = image
+
+
+def decoded_size(data: bytes) -> tuple[int, int]:
+    """Height and width of what `decode` gives, by the header alone. Raises ImageError where `decode` would for the header."""
+    if data.startswith(b"\xff\xd8\xff"):
+        refuse_bombs(data)
+        with contextlib.suppress(ValueError):
+            height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+            if space in ("YCbCr", "Gray") and height * width <= MAX_PIXELS:
+                return height, width
+    width, height = image_size(data)
+    return height, width
+
+
+def _plain_jpeg(data: bytes, max_pixels: int, buffer: NDArray[np.uint8] | None) -> NDArray[np.uint8] | None:
     """A colour or grey JPEG in which libjpeg finds nothing odd; None leaves the verdict, and its words, to Pillow. Raises
     ImageError as `refuse_bombs`.
 
@@ -65,7 +88,8 @@ def _plain_jpeg(data: bytes, max_pixels: int) -> NDArray[np.uint8] | None:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
         if space not in ("YCbCr", "Gray") or width * height > max_pixels:
             return None
-        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", strict=True)  # a mere warning is an error here
+        # A mere warning is an error here.
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer, strict=True)
     except ValueError:
         return None
     return pixels

@@ -4,7 +4,7 @@ A tensor on its way out of a worker costs a shared-memory file, a descriptor han
 from the system: 107 us for a view of 224 pixels, measured on a virtual machine. A batch of a dozen tensors that is one
 buffer pays for one file, and a worker that writes its buffers in turn pays for new pages once. The main process keeps what
 it has mapped of them, and a descriptor of each, until the stream ends: a buffer is sent once, and from then on only its
-number.
+number. Where it lends them, to be read by a GPU, they are page-locked once and no copy is made in between.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from __future__ import annotations
 import itertools
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from cskd.machine.side_stream import Mark
 
 _ALIGN = 64  # bytes: a cache line, and enough for every dtype
 
@@ -30,17 +33,19 @@ SlotName = tuple[int, int, int]  # stream, worker, number
 class SharedBatch(dict[str, Tensor]):
     """Named tensors that are views of one buffer, uint8 [bytes], in shared memory where a worker makes them.
 
-    It travels, and is pinned, as that buffer. Whoever receives it gets a copy of its own (4 us a view).
+    It travels as that buffer. Whoever receives it gets a copy of its own (4 us a view), or is lent the worker's buffer: see
+    `Stream`. about: small plain data that travels with it. reads: marks after which a reader of a lent buffer is done with it.
     """
 
-    def __init__(self, buffer: Tensor, layout: Layout, slot: _Slot | None = None) -> None:
-        self.buffer, self.layout, self.slot = buffer, layout, slot
-        super().__init__((name, _view(buffer, *place)) for name, place in layout)
+    def __init__(self, buffer: Tensor, layout: Layout, slot: _Slot | None = None, about: Any = None) -> None:
+        self.buffer, self.layout, self.slot, self.about = buffer, layout, slot, about
+        self.reads: list[Mark] = []
+        super().__init__(tensors_of(buffer, layout))
 
     @classmethod
-    def empty(cls, specs: Mapping[str, tuple[Any, tuple[int, ...]]]) -> SharedBatch:
+    def empty(cls, specs: Mapping[str, tuple[Any, tuple[int, ...]]], spare: float = 0.0) -> SharedBatch:
         """Tensors of given dtypes and shapes, not initialised. specs: name -> (numpy dtype, shape). In a worker: once a
-        task."""
+        task. spare: share by which a new buffer is larger, where sizes differ from task to task."""
         layout: list[tuple[str, Span]] = []
         end = 0
         for name, (dtype, shape) in specs.items():
@@ -48,19 +53,15 @@ class SharedBatch(dict[str, Tensor]):
             end += -(-int(np.prod(shape)) * np.dtype(dtype).itemsize // _ALIGN) * _ALIGN
         if _slots is None:
             return cls(torch.empty(end, dtype=torch.uint8), tuple(layout))
-        slot = _slots.take(end)
+        slot = _slots.take(end, spare)
         return cls(slot.buffer[:end], tuple(layout), slot)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _copied, (self.buffer, self.layout)
-
-    def pin_memory(self) -> SharedBatch:
-        """A copy in memory from which a GPU can read by itself; what DataLoader calls."""
-        return SharedBatch(self.buffer.pin_memory(), self.layout)
+        return _copied, (self.buffer, self.layout, self.about)
 
 
-def _copied(buffer: Tensor, layout: Layout) -> SharedBatch:
-    return SharedBatch(buffer.clone(), layout)
+def _copied(buffer: Tensor, layout: Layout, about: Any) -> SharedBatch:
+    return SharedBatch(buffer.clone(), layout, about=about)
 
 
 class _Slot:
@@ -99,10 +100,10 @@ class _Slots:
         self._slots = [_Slot((stream, worker, number)) for number in range(slots)]
         self._next = 0
 
-    def take(self, size: int) -> _Slot:
+    def take(self, size: int, spare: float = 0.0) -> _Slot:
         slot = self._slots[self._next]
         if len(slot.buffer) < size:
-            slot.grow(size)
+            slot.grow(size + int(size * spare))
         self._next = (self._next + 1) % len(self._slots)
         return slot
 
@@ -120,20 +121,65 @@ def use_slots(stream: int, worker: int, prefetch: int) -> None:
     _slots = _Slots(stream, worker, prefetch + 1)
 
 
+@dataclass
+class _Mapped:
+    """The buffers of a stream's workers, in the main process. lend_to: the device that reads them where they are, or None."""
+
+    lend_to: torch.device | None
+    buffers: dict[SlotName, Tensor] = field(default_factory=dict)
+    locked: set[SlotName] = field(default_factory=set)
+
+    def put(self, name: SlotName, buffer: Tensor) -> None:
+        """A new buffer; the one that it replaces is read by nobody any more."""
+        self._drop(name)
+        self.buffers[name] = buffer
+        if self.lend_to is not None and self.lend_to.type == "cuda" and _page_lock(buffer, self.lend_to):
+            self.locked.add(name)
+
+    def close(self) -> None:
+        if self.locked:
+            with suppress(RuntimeError):  # a device that has failed reads nothing any more
+                torch.cuda.synchronize(self.lend_to)
+        for name in list(self.buffers):
+            self._drop(name)
+
+    def _drop(self, name: SlotName) -> None:
+        buffer = self.buffers.pop(name, None)
+        if buffer is not None and name in self.locked:
+            self.locked.remove(name)
+            _cuda().cudaHostUnregister(buffer.data_ptr())
+
+
+def _page_lock(buffer: Tensor, device: torch.device) -> bool:
+    """Let a GPU read shared memory by itself. Where the system refuses, it stays as it is: batches are copied once more."""
+    with torch.cuda.device(device):
+        if int(_cuda().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, _PORTABLE)) == 0:
+            return True
+        with suppress(RuntimeError):  # CUDA keeps the error for whoever asks next: a launch, which forgets it
+            torch.zeros(1, device=device)
+        return False
+
+
+def _cuda() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for all devices of the process
+
 _streams = itertools.count()
-# In the main process, by whichever thread receives: stream -> what was sent.
-_mapped: dict[int, dict[SlotName, Tensor]] = {}
+# In the main process, by whichever thread receives: what was sent, by stream.
+_mapped: dict[int, _Mapped] = {}
 
 
 @contextmanager
-def mapped_slots() -> Iterator[int]:
+def mapped_slots(lend_to: torch.device | None = None) -> Iterator[int]:
     """In the main process: the number of a new stream, whose workers' buffers are let go of in the end."""
     stream = next(_streams)
-    _mapped[stream] = {}
+    _mapped[stream] = _Mapped(lend_to)
     try:
         yield stream
     finally:
-        del _mapped[stream]
+        _mapped.pop(stream).close()
 
 
 def _sent(batch: SharedBatch) -> tuple[Any, ...]:
@@ -142,18 +188,24 @@ def _sent(batch: SharedBatch) -> tuple[Any, ...]:
     if slot is None:
         return batch.__reduce__()
     buffer, slot.sent = None if slot.sent else slot.buffer, True
-    return _received, (slot.name, buffer, len(batch.buffer), batch.layout)
+    return _received, (slot.name, buffer, len(batch.buffer), batch.layout, batch.about)
 
 
 # Not in `__reduce__`: a copy within the worker is not sent.
 ForkingPickler.register(SharedBatch, _sent)
 
 
-def _received(name: SlotName, buffer: Tensor | None, size: int, layout: Layout) -> SharedBatch:
-    slots = _mapped[name[0]]
+def _received(name: SlotName, buffer: Tensor | None, size: int, layout: Layout, about: Any) -> SharedBatch:
+    mapped = _mapped[name[0]]
     if buffer is not None:
-        slots[name] = buffer
-    return _copied(slots[name][:size], layout)
+        mapped.put(name, buffer)
+    filled = mapped.buffers[name][:size]
+    return _copied(filled, layout, about) if mapped.lend_to is None else SharedBatch(filled, layout, about=about)
+
+
+def tensors_of(buffer: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """The tensors that a buffer, uint8 [bytes] on any device, holds: views of it."""
+    return {name: _view(buffer, *place) for name, place in layout}
 
 
 def _view(buffer: Tensor, dtype: str, shape: tuple[int, ...], first: int) -> Tensor:

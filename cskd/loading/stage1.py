@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from cskd.errors import ImageError
+from cskd.loading.feed import DeviceBatch
 from cskd.loading.shared import SharedBatch
 from cskd.seeds import view_seeds
 from cskd.views.digest import pixel_crc
@@ -31,7 +32,7 @@ class ChunkViews:
     """One result: pixels uint8 [V, n, H, W, 3] (zeros where bad), crc int64 [V, n], bad: row -> reason; seconds it took."""
 
     task: Chunk
-    batch: SharedBatch  # of the pixels alone
+    batch: SharedBatch | DeviceBatch  # of the pixels alone
     crc: NDArray[np.int64]
     bad: dict[int, str]
     decode_seconds: float = 0.0
@@ -40,10 +41,6 @@ class ChunkViews:
     @property
     def pixels(self) -> torch.Tensor:
         return self.batch["pixels"]
-
-    def pin_memory(self) -> ChunkViews:
-        """The same in page-locked memory, from which a GPU copies while it computes; called by torch's DataLoader."""
-        return replace(self, batch=self.batch.pin_memory())
 
 
 class ChunkMaker:

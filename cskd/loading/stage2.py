@@ -6,6 +6,7 @@ Evaluation batches come out of the same workers, so that one pool serves the who
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,7 @@ from numpy.typing import NDArray
 from cskd.errors import ImageError
 from cskd.loading.epoch_table import EpochTable, open_table
 from cskd.loading.shared import SharedBatch
-from cskd.loading.sources import Batch
-from cskd.views.digest import Recorded, check_view, pixel_crc, view_digest
+from cskd.views.digest import Recorded, check_view, pixel_crc, view_digests
 from cskd.views.maker import ViewMaker, clean_view
 from cskd.views.mixing import NONE, own_share
 
@@ -50,25 +50,26 @@ class BatchMaker:
         self.train, self.val, self.crop_pct, self.recorded = train, val, crop_pct, recorded
         self._table: tuple[Path, EpochTable] | None = None
 
-    def __call__(self, task: TrainTask | EvalTask) -> Batch:
+    def __call__(self, task: TrainTask | EvalTask) -> SharedBatch:
         return self._train_batch(task) if isinstance(task, TrainTask) else self._eval_batch(task)
 
-    def _train_batch(self, task: TrainTask) -> Batch:
+    def _train_batch(self, task: TrainTask) -> SharedBatch:
         if self._table is None or self._table[0] != task.table:
             self._table = (task.table, open_table(task.table))
         table = self._table[1]
         # Plain arrays: an element of a memory-mapped one takes ten times as long.
         rows = {name: np.asarray(column[task.start : task.stop]) for name, column in table.columns.items()}
-        columns = self._columns(rows, table.targets)
-        n, size = task.stop - task.start, self.train.recipe.size
-        specs: dict[str, tuple[Any, tuple[int, ...]]] = {"pixels": (np.uint8, (n, size, size, 3))}
-        batch = SharedBatch.empty(specs | {name: (a.dtype, a.shape) for name, a in columns.items()})
-        for name, array in columns.items():
-            batch[name].numpy()[...] = array
+        return self._with_views(rows, self._columns(rows, table.targets))
+
+    def _with_views(self, rows: dict[str, NDArray[Any]], columns: dict[str, NDArray[Any]]) -> SharedBatch:
+        """The batch of these rows: its pixels and its other columns."""
+        size = self.train.recipe.size
+        batch = filled({"pixels": (np.uint8, (len(rows["sample"]), size, size, 3))}, columns)
         begun = time.perf_counter()
         decoding = self._views(rows["sample"], rows["seed"], batch["pixels"].numpy())
         if self.recorded is not None:
-            self._check(rows, batch["pixels"].numpy(), self.recorded)
+            crcs = [pixel_crc(view) for view in batch["pixels"].numpy()]
+            check_rows(self.train, self.recorded, rows, crcs)
         batch["seconds"].numpy()[...] = decoding, time.perf_counter() - begun - decoding
         return batch
 
@@ -86,19 +87,6 @@ class BatchMaker:
                 decoding += time.perf_counter() - clock
             pixels[row] = self.train.view(image, s)
         return decoding
-
-    def _check(self, rows: dict[str, NDArray[Any]], pixels: NDArray[np.uint8], recorded: Recorded) -> None:
-        """Refuse views that are not those of the cache. Raises ReplayError."""
-        inventory, recipe = self.train.inventory, self.train.recipe
-        partner = rows["sample"][_mates(len(pixels))]
-        partner_hash = np.where(rows["mode"] != NONE, inventory.key_hash[partner], 0).tolist()
-        mode, lam, box, digest = (rows[name].tolist() for name in ("mode", "lam", "box", "digest"))
-        for i, view_pixels in enumerate(pixels):
-            crc = pixel_crc(view_pixels)
-            if view_digest(crc, mode[i], lam[i], box[i], partner_hash[i]) != digest[i]:
-                fields = {name: rows[name][i] for name in ("seed", "mode", "lam", "box", "digest")}
-                sample, view = int(rows["sample"][i]), int(rows["view"][i])
-                check_view(inventory, recipe, recorded, sample, view, fields, int(partner[i]), crc)  # says what changed
 
     def _columns(self, rows: dict[str, NDArray[Any]], targets: list[str]) -> dict[str, NDArray[Any]]:
         """All of a batch but its pixels, in the dtypes the training step reads."""
@@ -120,7 +108,7 @@ class BatchMaker:
         wanted = {name: rows[name] for name in targets}
         return columns | {name: a.astype(np.int64) if a.dtype == np.uint16 else a for name, a in wanted.items()}
 
-    def _eval_batch(self, task: EvalTask) -> Batch:
+    def _eval_batch(self, task: EvalTask) -> SharedBatch:
         assert self.val is not None
         n, size = task.stop - task.start, self.val.recipe.size
         batch = SharedBatch.empty({"pixels": (np.uint8, (n, size, size, 3)), "label": (np.int64, (n,))})
@@ -132,6 +120,32 @@ class BatchMaker:
             except ImageError:
                 pixels[row], label[row] = 0, UNREADABLE_LABEL
         return batch
+
+
+def filled(specs: dict[str, tuple[Any, tuple[int, ...]]], columns: dict[str, NDArray[Any]], **more: Any) -> SharedBatch:
+    """A batch of the tensors of `specs`, not initialised, and of the columns. more: for `SharedBatch.empty`."""
+    batch = SharedBatch.empty(specs | {name: (a.dtype, a.shape) for name, a in columns.items()}, **more)
+    for name, array in columns.items():
+        batch[name].numpy()[...] = array
+    return batch
+
+
+def check_rows(
+    maker: ViewMaker, recorded: Recorded, rows: dict[str, NDArray[Any]], crcs: Sequence[int] | NDArray[np.int64]
+) -> None:
+    """Refuse views that are not those of the cache.
+
+    Args:    rows 'sample', 'view', 'seed', 'mode', 'lam', 'box' and 'digest' of an epoch table, N of each; crcs, the
+             `pixel_crc` found for each.
+    Raises:  ReplayError for the first one that differs.
+    """
+    partner = rows["sample"][_mates(len(crcs))]
+    partner_hash = np.where(rows["mode"] != NONE, maker.inventory.key_hash[partner], np.uint64(0))
+    found = view_digests(crcs, rows["mode"], rows["lam"], rows["box"], partner_hash)
+    for i in np.flatnonzero(found != rows["digest"]).tolist():
+        fields = {name: rows[name][i] for name in ("seed", "mode", "lam", "box", "digest")}
+        sample, view = int(rows["sample"][i]), int(rows["view"][i])
+        check_view(maker.inventory, maker.recipe, recorded, sample, view, fields, int(partner[i]), int(crcs[i]))
 
 
 def _mates(n: int) -> NDArray[np.int64]:

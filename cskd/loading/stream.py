@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +15,12 @@ from multiprocessing import forkserver
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from cskd.errors import CskdError, ReadError
 from cskd.loading.need import PREFETCH, prefetch_of
-from cskd.loading.shared import mapped_slots, use_slots
+from cskd.loading.shared import SharedBatch, mapped_slots, use_slots
 
 T = TypeVar("T")
 T_contra = TypeVar("T_contra", contravariant=True)
@@ -57,8 +59,10 @@ def _as_it_is(result: Any) -> Any:
 class Stream(Generic[T, R]):
     """`worker(task)` for every task, in order. Tasks are drawn lazily, a few ahead of the result that is read.
 
-    workers: processes (0 = in this one); prefetch: results a worker keeps ready (see `prefetch_of`); start: 'forkserver' by default, since a
-    forked copy of a process with threads can hang.
+    workers: processes (0 = in this one); prefetch: results a worker keeps ready (see `prefetch_of`); start: 'forkserver' by
+    default, since a forked copy of a process with threads can hang. lend_to: None, results are the reader's own; a device: each
+    is a SharedBatch, or has one as its field `batch`, in its worker's own buffer, page-locked for that device. It may be written
+    again from when the result `workers` places after it is asked for; the stream then waits for the marks in its `reads`.
     """
 
     def __init__(
@@ -67,21 +71,17 @@ class Stream(Generic[T, R]):
         tasks: Iterable[T],
         workers: int,
         prefetch: int = PREFETCH,
-        pin_memory: bool = False,
+        lend_to: torch.device | None = None,
         start: str = "forkserver",
     ) -> None:
         self._worker, self._tasks = worker, tasks
-        self._workers, self._prefetch, self._pin, self._start = (
-            workers,
-            prefetch_of(workers, prefetch),
-            pin_memory,
-            start,
-        )
+        self._workers, self._prefetch = workers, prefetch_of(workers, prefetch)
+        self._lend_to, self._start = lend_to, start
 
     def __iter__(self) -> Iterator[R]:
         if self._workers:
             _start_deaf_to_interrupts()
-        with mapped_slots() as stream:
+        with mapped_slots(self._lend_to) as stream:
             yield from self._results(stream)
 
     def _results(self, stream: int) -> Iterator[R]:
@@ -92,13 +92,18 @@ class Stream(Generic[T, R]):
             num_workers=self._workers,
             prefetch_factor=self._prefetch if self._workers else None,
             multiprocessing_context=self._start if self._workers else None,
-            pin_memory=self._pin,
             collate_fn=_as_it_is,
             worker_init_fn=partial(_begin_worker, stream, self._prefetch) if self._workers else None,
         )
         results = iter(loader)
+        lent, lends = deque[SharedBatch](), self._lend_to is not None and self._workers > 0
         try:
             while True:
+                # A result that is taken hands out the task that is `prefetch` tasks on for its worker, whose buffer held
+                # what that worker sent before this result: `workers` places back.
+                while lends and len(lent) >= self._workers:
+                    for mark in lent.popleft().reads:
+                        mark.synchronize()
                 try:
                     result = next(results)
                 except StopIteration:
@@ -112,14 +117,14 @@ class Stream(Generic[T, R]):
                     ) from e
                 if isinstance(result, _Failure):
                     raise result.error
+                if lends:
+                    lent.append(result if isinstance(result, SharedBatch) else result.batch)
                 yield result
         finally:
-            if (pinning := getattr(results, "_pin_memory_thread_done_event", None)) is not None:
-                pinning.set()  # else it may be asking a worker that is gone
             for worker in getattr(results, "_workers", ()):  # torch gives each five seconds to finish what nobody reads
                 worker.terminate()
             if (shut_down := getattr(results, "_shutdown_workers", None)) is not None:
-                shut_down()  # now, not when it is collected: the pinning thread must not receive what is no longer mapped
+                shut_down()  # now, not when it is collected
 
 
 def _begin_worker(stream: int, prefetch: int, worker: int) -> None:
@@ -152,7 +157,7 @@ def _start_deaf_to_interrupts() -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         return
-    forkserver.set_forkserver_preload(["cskd.loading.stage1", "cskd.loading.stage2"])
+    forkserver.set_forkserver_preload(["cskd.loading.stage1", "cskd.loading.raw_batches"])
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by what is started now
     try:
         forkserver.ensure_running()

@@ -21,6 +21,8 @@ from cskd.views.mixing import NONE, drawn_fields
 from cskd.views.recipe import RECIPE_CODE_VERSION
 
 _FIELDS = {"seed": "seed", "mode": "mixing mode", "lam": "lambda", "box": "box", "partner": "partner"}  # in messages
+# What a digest is of, 25 bytes.
+_RAW = np.dtype([("pixels", "<u4"), ("mode", "u1"), ("lam", "<u4"), ("box", "<u2", (4,)), ("partner", "<u8")])
 # Libraries whose version can change a pixel or a logit.
 _LIBRARIES = ("torch", "torchvision", "timm", "pillow", "numpy", "zarr", "numcodecs")
 
@@ -42,6 +44,21 @@ def view_digest(pixels: int, mode: int, lam: int, box: Sequence[int] | NDArray[n
     """crc32c over pixel digest, mixing mode, lambda (1/65536), box and partner's key hash (0 where unmixed)."""
     raw = struct.pack("<IBI4HQ", pixels, mode, lam, *(int(v) for v in box), partner_hash)
     return int(google_crc32c.value(raw))
+
+
+def view_digests(
+    pixels: Sequence[int] | NDArray[Any],
+    mode: NDArray[np.uint8],
+    lam: NDArray[np.uint16],
+    box: NDArray[np.uint16],
+    partner_hash: NDArray[np.uint64],
+) -> NDArray[np.uint32]:
+    """`view_digest` of N views: uint32 [N]. Args: its, N of each, box [N, 4]."""
+    raw = np.zeros(len(mode), _RAW)
+    for name, values in zip(_RAW.names or (), (pixels, mode, lam, box, partner_hash), strict=True):
+        raw[name] = values
+    row, every = _RAW.itemsize, raw.tobytes()
+    return np.array([google_crc32c.value(every[i : i + row]) for i in range(0, len(every), row)], np.uint32)
 
 
 def check_view(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -28,8 +29,24 @@ def mix_pixels(views_BHWC: Tensor, partner_B: Tensor, mode_B: Tensor, lam_B: Ten
 
 def normalise(pixels_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """float32 RGB in 0..255 to (x / 255 - mean) / std; mean and std of RGB in [0, 1]."""
-    scale_C, shift_C = (pixels_BCHW.new_tensor(values)[:, None, None] for values in _linear(mean, std))
+    scale_C, shift_C = _constants(tuple(mean), tuple(std), pixels_BCHW.dtype, pixels_BCHW.device)
     return pixels_BCHW * scale_C + shift_C
+
+
+# Copies that are waited for, made once a device: any stream of it may use them.
+@functools.lru_cache(maxsize=64)
+def _constants(
+    mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Scale and shift of `normalise`, [C, 1, 1] each."""
+    scale, shift = (torch.tensor(values, dtype=dtype)[:, None, None].to(device) for values in _linear(mean, std))
+    return scale, shift
+
+
+@functools.lru_cache(maxsize=64)
+def _counting(n: int, device: torch.device) -> Tensor:
+    """0 .. n-1: int64 [n]."""
+    return torch.arange(n).to(device)
 
 
 def _linear(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
@@ -44,8 +61,7 @@ def _mix_batch(views_BHWC: Tensor, partner_B: Tensor, mode_B: Tensor, lam_B: Ten
     height, width = pixels.shape[-2:]
     lam = torch.where(mode_B == MIXUP, lam_B, ONE).to(torch.float32)[:, None, None, None] / ONE
     mixed = torch.where((mode_B == MIXUP)[:, None, None, None], pixels * lam + other * (1.0 - lam), pixels)
-    rows = torch.arange(height, device=pixels.device)
-    columns = torch.arange(width, device=pixels.device)
+    rows, columns = _counting(height, pixels.device), _counting(width, pixels.device)
     in_rows = (rows >= box_B4[:, 0:1]) & (rows < box_B4[:, 1:2])  # [B, H]
     in_columns = (columns >= box_B4[:, 2:3]) & (columns < box_B4[:, 3:4])  # [B, W]
     cut = (mode_B == CUTMIX)[:, None, None] & in_rows[:, :, None] & in_columns[:, None, :]

@@ -32,6 +32,7 @@ TIMM_OPERATIONS = (
     "TranslateY",
 )
 _SIGNED = {"Rotate": 30.0, "ShearX": 0.3, "ShearY": 0.3, "TranslateX": 0.45, "TranslateY": 0.45}  # at magnitude 10
+_JITTER = ("Brightness", "Contrast", "Color")
 _ENHANCED = ("Color", "Contrast", "Brightness", "Sharpness")
 
 
@@ -46,6 +47,13 @@ class Op(NamedTuple):
 
     name: str
     argument: float | None
+
+
+def operations_of(randaugment: str | None, color_jitter: float) -> tuple[str, ...]:
+    """The names of all operations that views of a recipe may have."""
+    if randaugment is not None:
+        return TIMM_OPERATIONS
+    return _JITTER if color_jitter else ()
 
 
 def draw_randaugment(seed: int, settings: RandSettings) -> tuple[Op, ...]:
@@ -97,7 +105,7 @@ def draw_jitter(seed: int, strength: float) -> tuple[Op, ...]:
     if strength == 0.0:
         return ()
     low, high = max(0.0, 1.0 - strength), 1.0 + strength
-    names = ["Brightness", "Contrast", "Color"]
+    names = list(_JITTER)
     order = Draws(seed, "jitter.order")
     for last in (2, 1):  # Fisher and Yates
         other = order.integer(last + 1)

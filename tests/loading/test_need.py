@@ -70,5 +70,5 @@ def test_a_stream_takes_what_was_computed(tmp_path: Path) -> None:
     for _ in range(40):
         next(stream)
     (mapped,) = shared._mapped.values()
-    assert sum(map(len, mapped.values())) == shared_bytes(2, 3, 1 << 20)
+    assert sum(map(len, mapped.buffers.values())) == shared_bytes(2, 3, 1 << 20)
     stream.close()  # type: ignore[attr-defined]

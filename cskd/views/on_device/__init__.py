@@ -1,4 +1,4 @@
-"""A prototype: views of a batch made where they are used, `ops.apply` by torch operations, the same bytes on every device.
+"""Views of a batch made where they are used: `ops.apply` by torch operations, the same bytes on every device.
 
     plan = plan_views(params, shapes)             on the host, in a worker: decides everything
     views = make_views(images, plan.to(device))   uint8 [B, S, S, 3]
@@ -37,18 +37,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from benchmarks.on_device.buffer import Writer
-from benchmarks.on_device.checksum import pixel_crcs
-from benchmarks.on_device.moving import SLIDES, TURNS, Slides, Turns
-from benchmarks.on_device.noise import Erasures
-from benchmarks.on_device.pointwise import BLENDS, TABLES, Blends, Tables
-from benchmarks.on_device.resizing import Bucket, Source, buckets
 from cskd.views.geometry import Fill
+from cskd.views.on_device.buffer import Writer
+from cskd.views.on_device.checksum import pixel_crcs
+from cskd.views.on_device.moving import SLIDES, TURNS, Slides, Turns
+from cskd.views.on_device.noise import Erasures
+from cskd.views.on_device.pointwise import BLENDS, TABLES, Blends, Tables
+from cskd.views.on_device.resizing import Bucket, Source, buckets
 from cskd.views.ops import fill_colour
 from cskd.views.randaugment import Op
 from cskd.views.recipe import ViewParams
 
-__all__ = ["Plan", "make_views", "pixel_crcs", "plan_views"]
+__all__ = ["OPERATIONS", "Bucket", "Plan", "Step", "make_views", "pixel_crcs", "plan_views"]
+
+OPERATIONS = frozenset((*TABLES, *BLENDS, *SLIDES, *TURNS))  # what can be made here
 
 
 class Step(Protocol):
@@ -118,10 +120,9 @@ def _operations(writer: Writer, ops: list[tuple[int, Op]], fills: Sequence[Fill]
         (SLIDES, Slides.put, (fills, size)),
         (TURNS, Turns.put, (fills, size)),
     ]
-    known = {name for names, _, _ in makers for name in names}
     for _, op in ops:
-        if op.name not in known:
-            raise ValueError(f"operation '{op.name}' is not known, expected one of randaugment.OPERATIONS")
+        if op.name not in OPERATIONS:
+            raise ValueError(f"operation '{op.name}' is not known, expected one of randaugment.TIMM_OPERATIONS")
         if op.argument is None and op.name not in ("AutoContrast", "Equalize", "Invert"):
             raise ValueError(f"operation {op.name} has no argument, expected a number")
     groups = [(put, [pair for pair in ops if pair[1].name in names], more) for names, put, more in makers]

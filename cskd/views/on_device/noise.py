@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.on_device.buffer import Slot, Writer
 from cskd.seeds import GAMMA, MULTIPLIERS
 from cskd.views.erasing import Erasure, noise_tables
+from cskd.views.on_device.buffer import Slot, Writer
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.on_device.buffer import Slot, Writer
+from cskd.views.on_device.buffer import Slot, Writer
 from cskd.views.recipe import ViewParams
 
 # Shapes: n views of a bucket, H W its largest crop, S pixels of a view, K weights of a pixel, P pixels of all images

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.on_device.buffer import Slot, Writer
 from cskd.views.geometry import Fill
+from cskd.views.on_device.buffer import Slot, Writer
 from cskd.views.randaugment import Op
 
 # Shapes: B views of a batch, n of them with an operation of this kind, S pixels of a side, L lines (S, too)

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.on_device import make_views, pixel_crcs, plan_views, resizing
 from cskd.config import RecipeConfig
 from cskd.views.digest import pixel_crc
 from cskd.views.mix_pixels import _mix_batch, mix_pixels
 from cskd.views.mixing import pair_params
+from cskd.views.on_device import make_views, pixel_crcs, plan_views, resizing
 from cskd.views.ops import apply
 from cskd.views.randaugment import TIMM_OPERATIONS, Op, argument_of
 from cskd.views.recipe import Box, ViewParams, describe, sample_params
