@@ -239,11 +239,19 @@ def gc(
 
 
 @app.command()
-def doctor(json_: Json = False) -> None:
+def doctor(
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="CONFIG", parser=_path("CONFIG"), help="YAML config of the run to look at it for."),
+    ] = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
     """Versions, decoder, cores, threads, disk and GPU of this machine; exit code 1 when something is broken."""
+    from cskd.config import load_config
     from cskd.pipeline.doctor import doctor, render
 
-    report = doctor()
+    report = doctor(load_config(config, set_) if config else None)
     _print(report, json_, render)
     if not report.ok:
         raise typer.Exit(1)

@@ -29,7 +29,7 @@ class Shm:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, total: float, free: float) -> None:
         usage = SimpleNamespace(total=int(total * BATCH), free=int(free * BATCH))
-        monkeypatch.setattr(need.shutil, "disk_usage", lambda path: usage)
+        monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
 
 
 def test_too_little_shared_memory_is_one_line_with_what_fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

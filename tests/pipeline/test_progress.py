@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from cskd.config import Config
 from cskd.pipeline import doctor as doctor_module
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.doctor import doctor, render
@@ -223,7 +224,7 @@ def test_doctor_warns_of_a_slow_checksum_and_of_a_disk_without_hard_links(monkey
 
 
 def test_doctor_reports_a_broken_installation_instead_of_failing_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> list[doctor_module.Check]:
+    def broken(config: Config) -> list[doctor_module.Check]:
         raise ImportError("libcudart.so: no such file [1]")
 
     monkeypatch.setitem(doctor_module.PROBES, "torch", broken)
