@@ -260,7 +260,7 @@ def doctor(
 def _print(report: Any, as_json: bool, render: Any) -> None:
     import dataclasses
 
-    if launched().rank != 0:
+    if not launched().speaks:
         return
     if as_json:
         print(json.dumps(report.facts if hasattr(report, "facts") else dataclasses.asdict(report)))
@@ -344,7 +344,7 @@ def _leave(signum: int, frame: FrameType | None) -> NoReturn:
 
 def _say_how_to_go_on() -> None:
     """One line, by the first of several ranks."""
-    if launched().rank == 0:
+    if launched().speaks:
         print(f"\ninterrupted; go on with: {command_line(sys.argv[1:])}", file=sys.stderr, flush=True)
 
 
