@@ -23,7 +23,7 @@ from cskd.files.writer import Writer
 from cskd.loading.feed import fed
 from cskd.loading.need import prefetch_of, refuse_little_memory
 from cskd.loading.plan import PlanSpec
-from cskd.loading.raw_batches import DeviceViews, RawBatchMaker, refuse_device_views
+from cskd.loading.raw_batches import DeviceViews, RawBatchMaker, expected_bytes, refuse_device_views
 from cskd.loading.sources import Batch, TargetSource, ViewSource
 from cskd.loading.stage2 import BatchMaker, EvalTask, eval_tasks
 from cskd.loading.targets import CachedTargets
@@ -223,8 +223,10 @@ def open_run(
         student.checkpoint_gradients()
     plan = PlanSpec.over(views, settings, ranks.count)
     micro_batch = micro_batch_of(settings, ranks.count)
-    batch, gpu = plan.global_batch // ranks.count * 3 * views.recipe.size**2, device.type == "cuda"
-    refuse_little_memory("train", threads.workers, settings.prefetch, batch, launched().local_count, pinned=gpu)
+    rows = plan.global_batch // ranks.count
+    there = settings.augment == "device"
+    batch = expected_bytes(views, rows, settings.repeats) if there else rows * 3 * views.recipe.size**2
+    refuse_little_memory("train", threads.workers, settings.prefetch, batch, launched().local_count)
     optimisation = Optimisation(student, settings, plan.steps)
     config = with_best(config, student)
     identity = run_identity(config, views, plan.views, ranks.count, online, device, val)

@@ -11,6 +11,7 @@ where that is more, and none has more than 4 million pixels.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from cskd.dataset.images import decode, decode_into, decoded_size
 from cskd.dataset.inventory import evenly
-from cskd.errors import ReplayError
+from cskd.errors import ImageError, ReplayError
 from cskd.loading.feed import DeviceBatch
 from cskd.loading.shared import SharedBatch
 from cskd.loading.sources import ViewSource
@@ -115,6 +116,18 @@ class RawBatchMaker(BatchMaker):
             places[row] = len(sent) + len(made)
             made.append(self.train.view(pixels, seeds[row]))
         return places, params, made
+
+
+def expected_bytes(source: ViewSource, views: int, repeats: int) -> int:
+    """About the bytes of the images of a batch of so many views, by the headers of some; views of an image come together."""
+    reader = ViewMaker(source.inventory, source.recipe)
+    pixels = []
+    for sample in evenly(len(source.inventory), _AGREEING).tolist():
+        with contextlib.suppress(ImageError):
+            height, width = decoded_size(reader.encoded(sample))
+            pixels.append(min(height * width, _MOST_PIXELS))
+    room = max(_LEAST, _TIMES * views * 3 * source.recipe.size**2)
+    return min(room, 3 * -(-views // repeats) * max(pixels, default=0))
 
 
 class DeviceViews:

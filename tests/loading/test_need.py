@@ -10,7 +10,7 @@ import pytest
 
 from cskd.errors import ConfigError
 from cskd.loading import need
-from cskd.loading.need import pinned_bytes, prefetch_of, refuse_little_memory, shared_bytes
+from cskd.loading.need import prefetch_of, refuse_little_memory, shared_bytes
 from cskd.loading.shared import SharedBatch
 from cskd.loading.stream import Stream
 
@@ -21,7 +21,6 @@ def test_batches_ready_are_bounded_over_all_workers_and_are_two_of_each_at_least
     assert [prefetch_of(w, 4) for w in (0, 1, 2, 8, 9, 16, 64)] == [4, 4, 4, 4, 3, 2, 2]
     assert prefetch_of(16, 1) == 1 and prefetch_of(2, 100) == 16
     assert shared_bytes(16, 4, BATCH) == 16 * 3 * BATCH
-    assert pinned_bytes(16, 4, BATCH) == 16 * 2 * 2**28
 
 
 class Shm:
@@ -34,26 +33,19 @@ class Shm:
 
 def test_too_little_shared_memory_is_one_line_with_what_fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     Shm(monkeypatch, 48, 48)
-    refuse_little_memory("train", 16, 4, BATCH, 1, False, tmp_path)
+    refuse_little_memory("train", 16, 4, BATCH, 1, tmp_path)
     Shm(monkeypatch, 48, 47)
     with pytest.raises(ConfigError, match=r"expected 7.40 \(16 workers x 3 batches of 154 MB\).* --shm-size=8g.*") as e:
-        refuse_little_memory("train", 16, 4, BATCH, 1, False, tmp_path)
+        refuse_little_memory("train", 16, 4, BATCH, 1, tmp_path)
     assert str(e.value).endswith("or set train.workers=16 and train.prefetch=1")
-    refuse_little_memory("train", 16, 1, BATCH, 1, False, tmp_path)  # and that does fit
+    refuse_little_memory("train", 16, 1, BATCH, 1, tmp_path)  # and that does fit
     Shm(monkeypatch, 48, 48)
     with pytest.raises(ConfigError, match=r"--shm-size=60g, or set train.workers=3 and train.prefetch=1"):
-        refuse_little_memory("train", 16, 4, BATCH, 8, False, tmp_path)
+        refuse_little_memory("train", 16, 4, BATCH, 8, tmp_path)
     Shm(monkeypatch, 0.5, 0.5)
     with pytest.raises(ConfigError, match=r"or set cache.workers=0$"):
-        refuse_little_memory("cache", 2, 4, BATCH, 1, False, tmp_path)
-    refuse_little_memory("cache", 0, 4, BATCH, 1, False, tmp_path)
-
-
-def test_page_locked_copies_are_counted_against_the_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(need, "_memory", lambda: 100 * BATCH)
-    refuse_little_memory("train", 16, 4, BATCH, 1, False, Path("/nowhere"))
-    with pytest.raises(ConfigError, match=r"take 16.0 GB with their page-locked copies .* has 15.4; set train.workers"):
-        refuse_little_memory("train", 16, 4, BATCH, 1, True, Path("/nowhere"))
+        refuse_little_memory("cache", 2, 4, BATCH, 1, tmp_path)
+    refuse_little_memory("cache", 0, 4, BATCH, 1, tmp_path)
 
 
 class Maker:

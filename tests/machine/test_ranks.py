@@ -18,6 +18,7 @@ from cskd.errors import StudentError
 from cskd.files.writer import sole_writer
 from cskd.machine.ranks import Ranks
 from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.care.verify import verify
 from cskd.pipeline.show.metrics import read_metrics
 from tests.caches import make_tiny_data
 from tests.pipeline.test_pipeline import TEACHER, config
@@ -114,6 +115,18 @@ def test_ranks_are_all_refused_a_folder_that_another_run_writes_to(base: Path) -
         assert f"cskd: {output} is being written to by process {os.getpid()} on " in said[0]
         assert said[1].startswith("cskd: rank 1") and (said[0][6:] in said[1] or "see its line" in said[1])
     assert not output.exists()
+
+
+def test_stage_1_under_torchrun_shares_the_work_and_reports_once(base: Path) -> None:
+    """Without a process group: through claims alone."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "cli.py")]
+    cache = base / "shared cache"
+    command = [*run, "cache-teacher", str(base / "c.yaml"), "--set", f"cache.path={cache}", "--json"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["content_root"] == verify(base / "cache", quiet=True).content_root
+    assert verify(cache, quiet=True).sound
 
 
 @pytest.mark.parametrize(("steps", "agree"), [((5, 5), True), ((5, 3), False), ((0, 5), False)])
