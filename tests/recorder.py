@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-import cskd.pipeline.train
+import cskd.pipeline.train_step
 from cskd import cli
 from cskd.views.mix_pixels import InputMaker
 
@@ -23,5 +23,5 @@ class Recorder(InputMaker):
 
 
 if __name__ == "__main__":
-    cskd.pipeline.train.InputMaker = Recorder  # type: ignore[attr-defined]  # the name that the stage looks up
+    cskd.pipeline.train_step.InputMaker = Recorder  # type: ignore[attr-defined]  # the name that the stage looks up
     cli.main()
