@@ -50,8 +50,6 @@ def device_of(config: Config, section: str) -> tuple[torch.device, list[str]]:
             raise
         device = pick_device("auto", key)
         notes.append(f"{key} {name}, which is recorded in {root}, can't be used here: this runs on {device}")
-    if device.type == "mps" and config.teacher.dtype == "float64":
-        raise ConfigError(f"{key} is mps, which has no float64 for teacher.dtype; set one of them otherwise")
     return device, notes
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-import cskd.pipeline.train
+import cskd.pipeline.train_step
 import cskd.pipeline.training_run
 import cskd.pipeline.unit_line
 from cskd.errors import ConfigError
@@ -292,7 +292,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(torch.get_num_threads())
         reseed_step(*arguments)
 
-    monkeypatch.setattr(cskd.pipeline.train, "reseed_step", recording)
+    monkeypatch.setattr(cskd.pipeline.train_step, "reseed_step", recording)
     return seen
 
 
