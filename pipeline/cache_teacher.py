@@ -92,7 +92,8 @@ def _cache_teacher(
     notes.add(moved)
     ahead = look_ahead(config, maker)
     chunk_bytes = config.teacher.batch * min(config.recipe.mix_group, config.cache.views) * 3 * config.recipe.size**2
-    refuse_little_memory("cache", threads.workers, PREFETCH, chunk_bytes, launched().local_count)
+    gpu = device.type == "cuda"
+    refuse_little_memory("cache", threads.workers, PREFETCH, chunk_bytes, launched().local_count, pinned=gpu)
     with explained(device, nothing_to_lower("cache.device")):
         teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
     with explained(device, lambda probe: batch_advice(teacher, config, probe)):

@@ -23,7 +23,7 @@ from cskd.files.writer import Writer
 from cskd.loading.feed import fed
 from cskd.loading.need import prefetch_of, refuse_little_memory
 from cskd.loading.plan import PlanSpec
-from cskd.loading.raw_batches import DeviceViews, RawBatchMaker, expected_bytes, refuse_device_views
+from cskd.loading.raw_batches import DeviceViews, RawBatchMaker, raw_bytes, refuse_device_views
 from cskd.loading.sources import Batch, TargetSource, ViewSource
 from cskd.loading.stage2 import BatchMaker, EvalTask, eval_tasks
 from cskd.loading.targets import CachedTargets
@@ -209,8 +209,7 @@ def open_run(
     config, as_before = as_begun(config, next(iter(states.infos().values()), None))
     settings = config.train
     views, targets = _open_views(config, device, ranks, verify_replay, online, quiet, notes)
-    if settings.augment == "device":
-        refuse_device_views(views, device)
+    pixels = refuse_device_views(views, device) if settings.augment == "device" else 0
     val = open_val(config, views.inventory.classes, ranks.count)
     torch.manual_seed(settings.seed)
     student = build_student(config.student, len(views.inventory.classes), views.recipe.size).to(device)
@@ -223,10 +222,9 @@ def open_run(
         student.checkpoint_gradients()
     plan = PlanSpec.over(views, settings, ranks.count)
     micro_batch = micro_batch_of(settings, ranks.count)
-    rows = plan.global_batch // ranks.count
-    there = settings.augment == "device"
-    batch = expected_bytes(views, rows, settings.repeats) if there else rows * 3 * views.recipe.size**2
-    refuse_little_memory("train", threads.workers, settings.prefetch, batch, launched().local_count)
+    share, side, gpu = plan.global_batch // ranks.count, views.recipe.size, device.type == "cuda"
+    batch = raw_bytes(share, settings.repeats, side, pixels) if pixels else share * 3 * side**2
+    refuse_little_memory("train", threads.workers, settings.prefetch, batch, launched().local_count, pinned=gpu)
     optimisation = Optimisation(student, settings, plan.steps)
     config = with_best(config, student)
     identity = run_identity(config, views, plan.views, ranks.count, online, device, val)

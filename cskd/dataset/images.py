@@ -47,7 +47,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, buffer: NDArray[np.uint8] 
     Returns: RGB, uint8 [H, W, 3], writable.
     Raises:  ImageError with the reason (the same text every time) for anything that can't be decoded as a whole.
     """
-    plain = _plain_jpeg(data, max_pixels, buffer) if data.startswith(b"\xff\xd8\xff") else _plain_ppm(data, max_pixels)
+    jpeg = data.startswith(b"\xff\xd8\xff")
+    plain = _plain_jpeg(data, max_pixels, buffer) if jpeg else _plain_ppm(data, max_pixels)
     if plain is not None:
         return plain
     with _opened(data, max_pixels) as image:
@@ -76,7 +77,7 @@ def decoded_size(data: bytes) -> tuple[int, int]:
     return height, width
 
 
-def _plain_jpeg(data: bytes, max_pixels: int, buffer: NDArray[np.uint8] | None) -> NDArray[np.uint8] | None:
+def _plain_jpeg(data: bytes, max_pixels: int, buffer: NDArray[np.uint8] | None = None) -> NDArray[np.uint8] | None:
     """A colour or grey JPEG in which libjpeg finds nothing odd; None leaves the verdict, and its words, to Pillow. Raises
     ImageError as `refuse_bombs`.
 

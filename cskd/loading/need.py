@@ -1,12 +1,13 @@
 """What the batches under way take of memory: known from the config, and looked at before the first one is made.
 
 A worker writes its batches into `prefetch` + 1 shared buffers (`loading/shared.py`), which lie in /dev/shm. It is a file system of its own
-with a size of its own, 64 MB in a container of Docker; where it is full, a worker dies of SIGBUS. For a GPU these same buffers are
-page-locked: there are no copies of them.
+with a size of its own, 64 MB in a container of Docker; where it is full, a worker dies of SIGBUS. For a GPU
+the main process page-locks them (`loading/shared.py`), so that the system can't move them elsewhere.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -32,10 +33,10 @@ def shared_bytes(workers: int, prefetch: int, batch: int) -> int:
 
 
 def refuse_little_memory(
-    section: str, workers: int, prefetch: int, batch: int, local_count: int, shm: Path = SHM
+    section: str, workers: int, prefetch: int, batch: int, local_count: int, pinned: bool, shm: Path = SHM
 ) -> None:
-    """ConfigError where the batches under way can't fit into the shared memory that is free, or all local processes' into all of
-    it. section: of the config, whose keys mend it; batch: bytes of the pixels of one."""
+    """ConfigError where the batches under way can't fit: in the shared memory that is free, all local processes' in all of it,
+    and page-locked in the machine's memory. section: of the config, whose keys mend it; batch: bytes of one."""
     if not workers:
         return
     shared = shared_bytes(workers, prefetch, batch)
@@ -54,3 +55,18 @@ def refuse_little_memory(
                 f"{shm} has room for {room / GB:.2f} GB of batches, expected {shared / GB:.2f} ({each}); in a container start it "
                 f"with --shm-size={least}g, or set {keys}"
             )
+    if pinned and (memory := _memory()) is not None:
+        need = local_count * shared
+        if need > memory:
+            raise ConfigError(
+                f"batches under way take {need / GB:.1f} GB of page-locked memory ({each}, {local_count} local processes), the "
+                f"machine has {memory / GB:.1f}; set {section}.workers lower than {workers}"
+            )
+
+
+def _memory() -> int | None:
+    """Bytes of memory of this machine; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None

@@ -11,7 +11,6 @@ where that is more, and none has more than 4 million pixels.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from cskd.dataset.images import decode, decode_into, decoded_size
 from cskd.dataset.inventory import evenly
-from cskd.errors import ImageError, ReplayError
+from cskd.errors import ReplayError
 from cskd.loading.feed import DeviceBatch
 from cskd.loading.shared import SharedBatch
 from cskd.loading.sources import ViewSource
@@ -40,6 +39,7 @@ from cskd.views.recipe import Box, ViewParams, sample_params
 _MOST_PIXELS = 1 << 22  # of a decoded image
 _TIMES, _LEAST = 4, 1 << 26  # times the views' bytes that a batch's decoded images may take, and what they always may
 _SPARE = 0.125  # of a buffer: the sum of the sizes of some hundred images of ImageNet differs by less
+_PLAN = 12_000  # bytes of the plan of a view, at most: counted on DeiT's recipe
 _CHECKED = ("sample", "view", "seed", "mode", "lam", "box", "digest")  # what `check_rows` reads
 _AGREEING, _SIDE = 16, 2048  # views that are made both ways before a run, and the most pixels of an image's side there
 
@@ -86,7 +86,7 @@ class RawBatchMaker(BatchMaker):
 
     def _sent(self, shapes: list[tuple[int, int]], views: int) -> list[int]:
         """Which images are sent as they are: the small ones, as many as there is room for."""
-        room = max(_LEAST, _TIMES * views * 3 * self.train.recipe.size**2)
+        room = _room(views, self.train.recipe.size)
         by_size = sorted(range(len(shapes)), key=lambda i: (shapes[i][0] * shapes[i][1], i))
         pixels = [shapes[i][0] * shapes[i][1] for i in by_size]
         fitting = (np.cumsum(pixels) * 3 <= room) & (np.array(pixels) <= _MOST_PIXELS)
@@ -116,18 +116,6 @@ class RawBatchMaker(BatchMaker):
             places[row] = len(sent) + len(made)
             made.append(self.train.view(pixels, seeds[row]))
         return places, params, made
-
-
-def expected_bytes(source: ViewSource, views: int, repeats: int) -> int:
-    """About the bytes of the images of a batch of so many views, by the headers of some; views of an image come together."""
-    reader = ViewMaker(source.inventory, source.recipe)
-    pixels = []
-    for sample in evenly(len(source.inventory), _AGREEING).tolist():
-        with contextlib.suppress(ImageError):
-            height, width = decoded_size(reader.encoded(sample))
-            pixels.append(min(height * width, _MOST_PIXELS))
-    room = max(_LEAST, _TIMES * views * 3 * source.recipe.size**2)
-    return min(room, 3 * -(-views // repeats) * max(pixels, default=0))
 
 
 class DeviceViews:
@@ -166,12 +154,28 @@ class DeviceViews:
             raise ReplayError(f"made on the device, not on the host: set train.augment: host ({e})") from None
 
 
-def refuse_device_views(source: ViewSource, device: torch.device) -> None:
-    """ConfigError where `device` does not make some of the source's views as the host does, or can't."""
+def _room(views: int, size: int) -> int:
+    """Bytes that the decoded images of a batch may take."""
+    return max(_LEAST, _TIMES * views * 3 * size**2)
+
+
+def raw_bytes(views: int, repeats: int, size: int, pixels: int) -> int:
+    """About how many bytes a batch has whose views the device makes; pixels: of an image, in the mean."""
+    return int((1 + _SPARE) * (min(views // repeats * 3 * pixels, _room(views, size)) + views * _PLAN))
+
+
+def refuse_device_views(source: ViewSource, device: torch.device) -> int:
+    """ConfigError where `device` does not make some of the source's views as the host does, or can't. Returns: pixels of an
+    image, the mean of those that were looked at."""
     refuse_recipe(source.recipe, device)
     maker, good = ViewMaker(source.inventory, source.recipe), np.flatnonzero(~source.quarantined())
     samples = good[evenly(len(good), _AGREEING)]
     hashes = source.inventory.key_hash[samples]
     seeds = view_seeds(source.recipe.seed, source.inventory.id, hashes, 0).tolist()
-    images = [np.ascontiguousarray(maker.image(i)[:_SIDE, :_SIDE]) for i in samples.tolist()]
+    images, pixels = list[Image](), 0
+    for sample in samples.tolist():
+        image = maker.image(sample)
+        pixels += image.shape[0] * image.shape[1]
+        images.append(np.ascontiguousarray(image[:_SIDE, :_SIDE]))
     refuse_difference(images, seeds, source.recipe, device)
+    return pixels // len(images)

@@ -60,9 +60,10 @@ class Stream(Generic[T, R]):
     """`worker(task)` for every task, in order. Tasks are drawn lazily, a few ahead of the result that is read.
 
     workers: processes (0 = in this one); prefetch: results a worker keeps ready (see `prefetch_of`); start: 'forkserver' by
-    default, since a forked copy of a process with threads can hang. lend_to: None, results are the reader's own; a device: each
-    is a SharedBatch, or has one as its field `batch`, in its worker's own buffer, page-locked for that device. It may be written
-    again from when the result `workers` places after it is asked for; the stream then waits for the marks in its `reads`.
+    default, since a forked copy of a process with threads can hang. lend_to: None, results are the reader's own; a device:
+    each is a SharedBatch, or has one as its field `batch`, in its worker's own buffer, page-locked for that device. It may be
+    written again from when the result `workers` places after it is asked for; the stream then waits for the marks in its
+    `reads`.
     """
 
     def __init__(
@@ -74,9 +75,8 @@ class Stream(Generic[T, R]):
         lend_to: torch.device | None = None,
         start: str = "forkserver",
     ) -> None:
-        self._worker, self._tasks = worker, tasks
-        self._workers, self._prefetch = workers, prefetch_of(workers, prefetch)
-        self._lend_to, self._start = lend_to, start
+        self._worker, self._tasks, self._workers = worker, tasks, workers
+        self._prefetch, self._lend_to, self._start = prefetch_of(workers, prefetch), lend_to, start
 
     def __iter__(self) -> Iterator[R]:
         if self._workers:

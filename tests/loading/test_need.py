@@ -33,19 +33,26 @@ class Shm:
 
 def test_too_little_shared_memory_is_one_line_with_what_fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     Shm(monkeypatch, 48, 48)
-    refuse_little_memory("train", 16, 4, BATCH, 1, tmp_path)
+    refuse_little_memory("train", 16, 4, BATCH, 1, False, tmp_path)
     Shm(monkeypatch, 48, 47)
     with pytest.raises(ConfigError, match=r"expected 7.40 \(16 workers x 3 batches of 154 MB\).* --shm-size=8g.*") as e:
-        refuse_little_memory("train", 16, 4, BATCH, 1, tmp_path)
+        refuse_little_memory("train", 16, 4, BATCH, 1, False, tmp_path)
     assert str(e.value).endswith("or set train.workers=16 and train.prefetch=1")
-    refuse_little_memory("train", 16, 1, BATCH, 1, tmp_path)  # and that does fit
+    refuse_little_memory("train", 16, 1, BATCH, 1, False, tmp_path)  # and that does fit
     Shm(monkeypatch, 48, 48)
     with pytest.raises(ConfigError, match=r"--shm-size=60g, or set train.workers=3 and train.prefetch=1"):
-        refuse_little_memory("train", 16, 4, BATCH, 8, tmp_path)
+        refuse_little_memory("train", 16, 4, BATCH, 8, False, tmp_path)
     Shm(monkeypatch, 0.5, 0.5)
     with pytest.raises(ConfigError, match=r"or set cache.workers=0$"):
-        refuse_little_memory("cache", 2, 4, BATCH, 1, tmp_path)
-    refuse_little_memory("cache", 0, 4, BATCH, 1, tmp_path)
+        refuse_little_memory("cache", 2, 4, BATCH, 1, False, tmp_path)
+    refuse_little_memory("cache", 0, 4, BATCH, 1, False, tmp_path)
+
+
+def test_page_locked_batches_are_counted_against_the_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(need, "_memory", lambda: 47 * BATCH)
+    refuse_little_memory("train", 16, 4, BATCH, 1, False, Path("/nowhere"))
+    with pytest.raises(ConfigError, match=r"take 7.4 GB of page-locked memory .* has 7.2; set train.workers"):
+        refuse_little_memory("train", 16, 4, BATCH, 1, True, Path("/nowhere"))
 
 
 class Maker:
