@@ -243,11 +243,19 @@ def gc(
 
 
 @app.command()
-def doctor(json_: Json = False) -> None:
+def doctor(
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="CONFIG", parser=_path("CONFIG"), help="YAML config of the run to look at it for."),
+    ] = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
     """Versions, decoder, cores, threads, disk and GPU of this machine; exit code 1 when something is broken."""
+    from cskd.config import load_config
     from cskd.pipeline.doctor import doctor, render
 
-    report = doctor()
+    report = doctor(load_config(config, set_) if config else None)
     _print(report, json_, render)
     if not report.ok:
         raise typer.Exit(1)
@@ -256,7 +264,7 @@ def doctor(json_: Json = False) -> None:
 def _print(report: Any, as_json: bool, render: Any) -> None:
     import dataclasses
 
-    if launched().rank != 0:
+    if not launched().speaks:
         return
     if as_json:
         print(json.dumps(report.facts if hasattr(report, "facts") else dataclasses.asdict(report)))
@@ -340,7 +348,7 @@ def _leave(signum: int, frame: FrameType | None) -> NoReturn:
 
 def _say_how_to_go_on() -> None:
     """One line, by the first of several ranks."""
-    if launched().rank == 0:
+    if launched().speaks:
         print(f"\ninterrupted; go on with: {command_line(sys.argv[1:])}", file=sys.stderr, flush=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import multiprocessing
 import os
 import platform
@@ -10,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,12 +20,16 @@ from rich.table import Table
 from rich.text import Text
 
 import cskd
-from cskd.config import TrainConfig
+from cskd.config import Config
 from cskd.files.durable import hard_link_error
 from cskd.files.scratch import GB
+from cskd.loading.need import shared_bytes
 from cskd.machine.cores import usable_cores
-from cskd.machine.threads import WAITING, choose_threads, users_count
+from cskd.machine.launch import launched
+from cskd.machine.threads import WAITING, Threads, choose_threads, users_count
 
+DEIT_TINY = "deit_tiny_distilled_patch16_224"
+MOST_IMAGES = 256  # of a step that is measured: enough to fill a GPU
 SECONDS = 0.4  # that each speed is measured for
 BUSY = 0.5  # processes that want to run, per core: more than the doctor itself on two cores
 SLOWER = 0.8  # of one thread's speed: less than that is not noise
@@ -60,12 +65,14 @@ class DoctorReport:
     checks: list[Check]
 
 
-def doctor() -> DoctorReport:
-    """Look at this machine; nothing is changed but a temporary file in the current folder."""
+def doctor(config: Config | None = None) -> DoctorReport:
+    """Look at this machine; nothing is changed but a temporary file in the current folder. config: of the run that it is for; None:
+    DeiT-Ti with the defaults."""
+    config = config or Config()
     checks: list[Check] = []
     for name, probe in PROBES.items():
         try:
-            checks += probe()
+            checks += probe(config)
         except (ImportError, OSError, RuntimeError) as e:  # a broken installation is what a doctor is for
             text = " ".join(str(e).split())
             checks.append(Check(name, f"{type(e).__name__}: {text}", "fail", "install cskd again in a new environment"))
@@ -89,7 +96,7 @@ def _row(name: str, value: str, good: bool, advice: str) -> Check:
     return Check(name, value) if good else Check(name, value, "warn", advice)
 
 
-def _versions() -> Iterator[Check]:
+def _versions(config: Config) -> Iterator[Check]:
     yield Check("cskd", cskd.__version__)
     yield Check("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     for name in (*PACKAGES, *OPTIONAL):
@@ -101,7 +108,7 @@ def _versions() -> Iterator[Check]:
             yield Check(name, "not installed", "fail" if needed else "ok", advice)
 
 
-def _decoder() -> Iterator[Check]:
+def _decoder(config: Config) -> Iterator[Check]:
     """Two decoders may differ in a pixel's last bit; the digest of each view finds that, but can't mend it."""
     from PIL import features
 
@@ -114,7 +121,7 @@ def _decoder() -> Iterator[Check]:
         yield Check("JPEG decoder", f"libjpeg {found}" if found else "none", "warn" if found else "fail", advice)
 
 
-def _checksum() -> Iterator[Check]:
+def _checksum(config: Config) -> Iterator[Check]:
     import google_crc32c
 
     fast = google_crc32c.implementation == "c"
@@ -122,7 +129,7 @@ def _checksum() -> Iterator[Check]:
     yield _row("crc32c", "C, uses the CPU's instruction" if fast else google_crc32c.implementation, fast, advice)
 
 
-def _processes() -> Iterator[Check]:
+def _processes(config: Config) -> Iterator[Check]:
     cores, machine = usable_cores(), os.cpu_count() or 1
     yield Check("CPU cores", f"{cores}" if cores.count == machine else f"{cores}, the machine has {machine}")
     if cores.quota is not None:
@@ -134,17 +141,31 @@ def _processes() -> Iterator[Check]:
     yield _row("start methods", ", ".join(methods), "forkserver" in methods, slow)
 
 
-def _storage() -> Iterator[Check]:
+def _storage(config: Config) -> Iterator[Check]:
     yield _free("disk, current folder", Path.cwd(), 10 * GB, "caches of ImageNet need about 0.3 GB a view")
     yield _free("disk, temporary files", Path(tempfile.gettempdir()), 1 * GB, "set TMPDIR to a larger disk")
     yield _hard_links(Path.cwd())
     shm = Path("/dev/shm")
     if shm.is_dir():
-        advice = "workers hand batches over in it; in a container: docker run --shm-size=8g, else fewer workers"
-        yield _free("shared memory", shm, 1 * GB, advice)
+        batch = config.train.global_batch // launched().local_count * 3 * config.recipe.size**2
+        workers = _loader_threads(config).workers
+        need = shared_bytes(workers, config.train.prefetch, batch)
+        advice = (
+            f"{workers} workers hand batches over in {need / GB:.1f} GB of it (train.workers, prefetch, global_batch); in a "
+            f"container: docker run --shm-size={-(-need // 10**9)}g, else fewer workers"
+        )
+        yield _free("shared memory", shm, need, advice)
     if sys.platform == "linux":
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         yield Check("memory", f"{memory / GB:.1f} GB")
+
+
+def _loader_threads(config: Config) -> Threads:
+    """The threads and workers that `cskd train` would have here."""
+    import torch
+
+    gpu = torch.cuda.is_available() and not config.train.device.startswith("cpu")
+    return choose_threads(config.train.threads, "train.threads", config.train.workers, gpu=gpu)
 
 
 def _free(name: str, path: Path, enough: float, advice: str) -> Check:
@@ -163,7 +184,7 @@ def _hard_links(folder: Path) -> Check:
     return _row("hard links", f"no: {error.strerror}" if error else "yes", error is None, advice)
 
 
-def _devices() -> Iterator[Check]:
+def _devices(config: Config) -> Iterator[Check]:
     import torch
 
     from cskd.machine.devices import cpu_has_bf16
@@ -181,11 +202,11 @@ def _devices() -> Iterator[Check]:
         yield Check("GPU", "none", "warn", advice)
 
 
-def _threads() -> Iterator[Check]:
+def _threads(config: Config) -> Iterator[Check]:
     """The threads that a run would compute with, and what they gain and their way of waiting costs right now."""
     from cskd.machine.speed import steps_elsewhere, steps_per_second
 
-    threads = choose_threads(workers=TrainConfig().workers)
+    threads = _loader_threads(config)
     user = users_count()
     name = user[0] if user else ""
     advice = f"threads beyond the cores wait for each other: unset {name}, or set it to {threads.share} at most"
@@ -207,7 +228,32 @@ def _threads() -> Iterator[Check]:
     yield _row("speed", value, several >= SLOWER * one, advice)
 
 
-PROBES: dict[str, Callable[[], Iterator[Check]]] = {
+def _loader(config: Config) -> Iterator[Check]:
+    """Where there is a GPU: whether the cores make views as fast as it takes them."""
+    import torch
+
+    from cskd.machine.devices import pick_device
+    from cskd.pipeline.loader_speed import images_per_second, views_per_second
+
+    if not torch.cuda.is_available():
+        return
+    student = config.student if config.student.model else replace(config.student, model=DEIT_TINY)
+    threads, device, size = _loader_threads(config), pick_device("auto"), config.recipe.size
+    batch = min(config.train.global_batch, MOST_IMAGES)
+    taken = images_per_second(student, size, batch, config.train.autocast, device, SECONDS)
+    made = views_per_second(config.recipe, SECONDS)
+    yield loader_row(student.model, taken, made, threads.share)
+
+
+def loader_row(model: str, taken: float, made: float, cores: int) -> Check:
+    """That of images per second that a GPU takes, against the views per second that each core makes."""
+    needed = math.ceil(taken / made)
+    value = f"the GPU takes {taken:,.0f} images/s of {model}, a core makes {made:,.0f} views/s: {needed} cores, here are {cores}"
+    advice = "training waits for views: more cores for each GPU, a machine with fewer GPUs, or a larger student"
+    return _row("loader", value, cores >= needed, advice)
+
+
+PROBES: dict[str, Callable[[Config], Iterator[Check]]] = {
     "versions": _versions,
     "JPEG decoder": _decoder,
     "crc32c": _checksum,
@@ -215,4 +261,5 @@ PROBES: dict[str, Callable[[], Iterator[Check]]] = {
     "storage": _storage,
     "torch": _devices,
     "threads": _threads,
+    "loader": _loader,
 }

@@ -39,8 +39,9 @@ def device_of(config: Config, section: str) -> tuple[torch.device, list[str]]:
     this machine: where it is not here, it stands for auto.
     """
     name, key, root = getattr(config, section).device, f"{section}.device", Path(config.cache.path)
+    notes: list[str] = []
     try:
-        return pick_device(name, key), []
+        device = pick_device(name, key)
     except ConfigError:
         recorded = None
         with contextlib.suppress(CacheError):
@@ -48,7 +49,8 @@ def device_of(config: Config, section: str) -> tuple[torch.device, list[str]]:
         if recorded != name:
             raise
         device = pick_device("auto", key)
-        return device, [f"{key} {name}, which is recorded in {root}, can't be used here: this runs on {device}"]
+        notes.append(f"{key} {name}, which is recorded in {root}, can't be used here: this runs on {device}")
+    return device, notes
 
 
 def refuse_cache_output(config: Config) -> None:

@@ -57,7 +57,7 @@ def train(config: Config, verify_replay: bool = True, online: bool = False, quie
     verify_replay: check every view against the digest in the cache. online: no cache, the teacher runs at every step.
     """
     device, notes = device_of(config, "train")
-    quiet = quiet or launched().rank > 0
+    quiet = quiet or not launched().speaks
     say(notes, quiet)
     gpu = device.type == "cuda"
     threads = choose_threads(config.train.threads, "train.threads", config.train.workers, gpu=gpu)

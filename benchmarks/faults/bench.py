@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 import cskd.pipeline.cache_teacher
-import cskd.pipeline.train
+import cskd.pipeline.train_step
 from benchmarks.children import in_child
 from benchmarks.tiny_teacher import TINY_TEACHER
 from cskd.config import Config, from_dict
@@ -105,13 +105,13 @@ class Bench:
         kill_after: seconds; kill_at: the step before which it dies.
         """
 
-        def strike(seed: int, step: int, rank: int) -> None:
+        def strike(seed: int, step: int, part: int) -> None:
             if step == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-            reseed_step(seed, step, rank)
+            reseed_step(seed, step, part)
 
         def weights() -> list[Any]:
-            setattr(cskd.pipeline.train, "reseed_step", strike)  # noqa: B010
+            setattr(cskd.pipeline.train_step, "reseed_step", strike)  # noqa: B010
             report = train(self.config(self.cache, run), quiet=True)
             model = (Path(report.output) / "model.safetensors").read_bytes()
             return [hashlib.sha256(model).hexdigest(), report.notes]

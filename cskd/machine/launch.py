@@ -21,6 +21,11 @@ class Launch:
     local_count: int = 1
     by: str = ""
 
+    @property
+    def speaks(self) -> bool:
+        """Whether this process reports: of torchrun's ranks the first one. Tasks of srun may each do something else."""
+        return self.rank == 0 or self.by != "torchrun"
+
 
 def launched(environ: Mapping[str, str] = os.environ) -> Launch:
     """What the environment says. torchrun inside a step of srun counts as torchrun.

@@ -92,9 +92,17 @@ def running_ranks(device: torch.device) -> Iterator[Ranks]:
     if not dist.is_initialized():
         # Rank 0 may look at every image while the others wait; a rank that dies ends them all, by torchrun.
         cuda = device.type == "cuda"
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", timeout=timedelta(hours=12), device_id=device if cuda else None
-        )
+        try:
+            dist.init_process_group(
+                "nccl" if cuda else "gloo", timeout=timedelta(hours=12), device_id=device if cuda else None
+            )
+        except dist.DistBackendError as e:
+            if "Duplicate GPU" not in str(e):
+                raise
+            raise ConfigError(
+                f"rank {launch.rank} was given the GPU {device}, which another rank has, too; expected one for each of the "
+                f"{launch.local_count} ranks started here: see CUDA_VISIBLE_DEVICES, and start fewer (--nproc-per-node)"
+            ) from None
     ranks, words = Ranks(dist.get_rank(), launch.count, launch.local), _Words(dist.get_rank())
     words.watch()
     try:

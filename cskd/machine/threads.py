@@ -75,7 +75,7 @@ def choose_threads(
     asked: int | None = None, key: str = "", workers: int | None = 0, cores: Cores | None = None, gpu: bool = False
 ) -> Threads:
     """Threads for the main process: what the config's `key` asks for, else the user's OMP_NUM_THREADS, else this rank's share
-    of the cores, less one for each of its loader workers, which may have a quarter of them.
+    of the cores, less one for each of its loader workers, which may have a quarter of them, and for a GPU all but one.
 
     workers: None has them chosen, too (`chosen_workers`). gpu: the main process only feeds one.
     """
@@ -86,7 +86,8 @@ def choose_threads(
         return Threads(asked, cores, share, workers, key)
     if (user := users_count()) is not None:
         return Threads(user[1], cores, share, workers, user[0])
-    return Threads(share - min(workers, share // _SHARE), cores, share, workers)
+    left = max(1, share - workers) if gpu else share - min(workers, share // _SHARE)
+    return Threads(left, cores, share, workers)
 
 
 def chosen_workers(share: int, gpu: bool) -> int:

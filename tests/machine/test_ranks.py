@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cskd.config import to_yaml
 from cskd.errors import StudentError
 from cskd.files.writer import sole_writer
 from cskd.machine.ranks import Ranks
 from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.care.verify import verify
 from cskd.pipeline.show.metrics import read_metrics
 from tests.caches import make_tiny_data
 from tests.pipeline.test_pipeline import TEACHER, config
@@ -38,14 +40,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def feed(base: Path, name: str, ranks: int, workers: int, *steps: int, output: str = "") -> Steps:
+def feed(
+    base: Path, name: str, ranks: int, workers: int, *steps: int, output: str = "", more: tuple[str, ...] = ()
+) -> Steps:
     """Run `cskd train` once for each of `steps` (0: to the end), and what its ranks were fed, joined by global step.
 
-    output: of the run, where it is not `name`.
+    output: of the run, where it is not `name`; more: other keys of the config.
     """
     record = base / f"record {name}"
     record.mkdir()
-    sets = [f"train.output={base / (output or name)}", f"train.workers={workers}"]
+    sets = [f"train.output={base / (output or name)}", f"train.workers={workers}", *more]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     for stop in steps or (0,):
         settings = [word for s in (*sets, f"train.max_steps={stop}") for word in ("--set", s)]
@@ -114,6 +118,27 @@ def test_ranks_are_all_refused_a_folder_that_another_run_writes_to(base: Path) -
         assert f"cskd: {output} is being written to by process {os.getpid()} on " in said[0]
         assert said[1].startswith("cskd: rank 1") and (said[0][6:] in said[1] or "see its line" in said[1])
     assert not output.exists()
+
+
+def test_stage_1_under_torchrun_shares_the_work_and_reports_once(base: Path) -> None:
+    """Without a process group: through claims alone."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "cli.py")]
+    cache = base / "shared cache"
+    command = [*run, "cache-teacher", str(base / "c.yaml"), "--set", f"cache.path={cache}", "--json"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["content_root"] == verify(base / "cache", quiet=True).content_root
+    assert verify(cache, quiet=True).sound
+
+
+def test_micro_batches_draw_the_same_whichever_rank_has_them(base: Path) -> None:
+    """Two ranks with one micro-batch each, and one with both: with drop path, so that other draws would be other weights."""
+    more = ("train.micro_batch=4", "train.opt=sgd", "train.autocast=none", "train.repeats=1")
+    for name, ranks in (("one of micro", 1), ("two of micro", 2)):
+        feed(base, name, ranks, 0, 4, more=more)
+    one, two = (load_file(base / name / "model.safetensors") for name in ("one of micro", "two of micro"))
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-6
 
 
 @pytest.mark.parametrize(("steps", "agree"), [((5, 5), True), ((5, 3), False), ((0, 5), False)])

@@ -10,8 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from cskd.errors import ConfigError
 from cskd.machine.launch import Launch, command_line, launched
+from cskd.machine.ranks import running_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # The command line with one command of its own. Leaving the group takes longer than anyone waits, as NCCL's may.
@@ -112,6 +116,23 @@ def test_ranks_that_finish_leave_in_good_order(tmp_path: Path) -> None:
     process = torchrun(tmp_path, "fine")
     _, err = process.communicate(timeout=100)
     assert process.returncode == 0 and not lines(err), err
+
+
+def test_two_ranks_on_one_gpu_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(backend: str, **about: object) -> None:
+        assert (backend, about["device_id"]) == ("nccl", torch.device("cuda:0"))
+        raise dist.DistBackendError(
+            "NCCL error ... Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 18000"
+        )
+
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "init_process_group", refuse)
+    with (
+        pytest.raises(ConfigError, match="rank 1 was given the GPU cuda:0, which another rank has"),
+        running_ranks(torch.device("cuda:0")),
+    ):
+        pass
 
 
 def test_the_environment_tells_torchrun_srun_and_a_process_alone() -> None:

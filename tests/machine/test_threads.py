@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-import cskd.pipeline.train
+import cskd.pipeline.train_step
 import cskd.pipeline.training_run
 import cskd.pipeline.unit_line
 from cskd.errors import ConfigError
@@ -64,6 +64,23 @@ V1_DOCKER = "32 31 0:29 /docker/0af MNT/cpu rw master:12 - cgroup cgroup rw,cpu"
 
 def v1(folder: str, quota: int, period: int = 100_000) -> dict[str, str]:
     return {f"{folder}/cpu.cfs_quota_us": f"{quota}\n", f"{folder}/cpu.cfs_period_us": f"{period}\n"}
+
+
+@pytest.mark.parametrize(
+    ("cores", "gpu", "workers", "threads"),
+    [(1, False, 2, 1), (2, False, 2, 2), (16, False, 4, 12), (2, True, 2, 1), (16, True, 15, 1), (192, True, 32, 160)],
+)
+def test_workers_are_chosen_from_the_cores_and_for_a_gpu_get_all_but_one(
+    monkeypatch: pytest.MonkeyPatch, cores: int, gpu: bool, workers: int, threads: int
+) -> None:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    chosen = choose_threads(workers=None, cores=Cores(cores), gpu=gpu)
+    assert (chosen.workers, chosen.count) == (workers, threads)
+    assert choose_threads(workers=0, cores=Cores(cores), gpu=gpu).workers == 0
+    if cores == 192:  # each of eight ranks has an eighth of them
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+        assert choose_threads(workers=None, cores=Cores(cores), gpu=gpu).workers == 23
 
 
 @pytest.mark.parametrize(
@@ -275,7 +292,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(torch.get_num_threads())
         reseed_step(*arguments)
 
-    monkeypatch.setattr(cskd.pipeline.train, "reseed_step", recording)
+    monkeypatch.setattr(cskd.pipeline.train_step, "reseed_step", recording)
     return seen
 
 

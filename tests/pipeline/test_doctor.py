@@ -8,21 +8,25 @@ import re
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import cskd.machine.speed
 import cskd.pipeline.doctor
 from cskd import cli
+from cskd.config import Config, RecipeConfig, StudentConfig, TrainConfig
 from cskd.machine.cores import Cores
-from cskd.pipeline.doctor import OPTIONAL, PACKAGES, Check, doctor
+from cskd.pipeline.doctor import OPTIONAL, PACKAGES, Check, doctor, loader_row
+from cskd.pipeline.loader_speed import images_per_second, views_per_second
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def probes(monkeypatch: pytest.MonkeyPatch, *checks: Check) -> None:
-    monkeypatch.setattr(cskd.pipeline.doctor, "PROBES", {"made up": lambda: iter(checks)})
+    monkeypatch.setattr(cskd.pipeline.doctor, "PROBES", {"made up": lambda config: iter(checks)})
 
 
 def exit_code(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
@@ -60,7 +64,7 @@ def test_a_missing_optional_package_is_ok_and_a_missing_required_one_is_a_failur
         return "1.0"
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    rows = {check.name: check for check in cskd.pipeline.doctor._versions()}
+    rows = {check.name: check for check in cskd.pipeline.doctor._versions(Config())}
     assert (rows["timm"].state, rows["timm"].advice) == ("fail", "pip install timm")
     assert rows["tensorboard"].state == rows["scikit-learn"].state == "ok"
     assert "only for cskd demo" in rows["scikit-learn"].advice
@@ -89,7 +93,9 @@ def rows_with(
     monkeypatch.setattr("os.getloadavg", lambda: (0.1, 0.1, 0.1))
     monkeypatch.setattr(cskd.machine.speed, "steps_per_second", lambda threads, seconds: speeds[threads])
     monkeypatch.setattr(cskd.machine.speed, "steps_elsewhere", lambda *_, **__: 7.0)
-    return {c.name: c for probe in (cskd.pipeline.doctor._processes, cskd.pipeline.doctor._threads) for c in probe()}
+    return {
+        c.name: c for probe in (cskd.pipeline.doctor._processes, cskd.pipeline.doctor._threads) for c in probe(Config())
+    }
 
 
 def test_cores_threads_and_their_speed_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +124,35 @@ def test_the_speed_is_that_of_a_real_network_here_and_in_a_process_with_other_se
     assert cskd.machine.speed.steps_per_second(1, 0.01) > 0
     assert (cskd.machine.speed.steps_elsewhere(1, 0.01, {"OMP_WAIT_POLICY": "active"}) or 0) > 0
     assert cskd.machine.speed.steps_elsewhere(0, 0.01, {}) is None
+
+
+def test_the_loader_row_says_how_many_cores_the_gpu_needs() -> None:
+    enough, few = loader_row("deit", 3000.0, 200.0, 16), loader_row("deit", 3000.0, 190.0, 15)
+    assert enough == Check(
+        "loader", "the GPU takes 3,000 images/s of deit, a core makes 200 views/s: 15 cores, here are 16"
+    )
+    assert few.state == "warn" and "16 cores, here are 15" in few.value
+
+
+def test_both_rates_are_measured_on_the_real_loader_and_a_real_student() -> None:
+    tiny = StudentConfig(model="deit_tiny_distilled_patch16_224", kwargs={"depth": 1, "embed_dim": 24, "num_heads": 2})
+    assert images_per_second(tiny, 32, 4, "none", torch.device("cpu"), 0.01) > 0
+    assert 2000 > views_per_second(RecipeConfig(randaugment="rand-m9-mstd0.5-inc1"), 0.2) > 5
+
+
+def test_shared_memory_is_asked_for_as_the_config_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("shared memory is elsewhere here")
+    usage = SimpleNamespace(total=64 << 20, free=64 << 20, used=0)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    found = []
+    for batch in (64, 1024):
+        config = Config(train=TrainConfig(workers=4, global_batch=batch), recipe=RecipeConfig(size=32))
+        found += [row for row in cskd.pipeline.doctor._storage(config) if row.name == "shared memory"]
+    assert [row.state for row in found] == ["ok", "ok"] and 4 * 5 * 1024 * 3 * 32**2 < 64 << 20
+    config = Config(train=TrainConfig(workers=4))
+    (row,) = [row for row in cskd.pipeline.doctor._storage(config) if row.name == "shared memory"]
+    assert row.state == "warn" and "4 workers hand batches over in 3.1 GB" in row.advice and "=4g" in row.advice
 
 
 def test_the_doctor_itself_looks_at_everything_and_finds_this_installation_sound(

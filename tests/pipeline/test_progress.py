@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from cskd.config import Config
 from cskd.pipeline import doctor as doctor_module
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.doctor import doctor, render
@@ -144,6 +145,22 @@ def test_bound_by_names_the_longest_part_of_the_busiest_pool_and_the_speed_of_ea
     assert bound_by([], 0.0, 0) == bound_by([Pool(1, {"write": 0.0})], 0.0, 0) == "bound by nothing: no time was spent"
 
 
+def test_bound_by_says_how_many_cores_the_loader_needs_to_keep_up() -> None:
+    loader, device, reader = (
+        Pool(4, {"decode": 6.0, "augment": 14.0}),
+        Pool(1, {"student": 2.0}),
+        Pool(1, {"read": 0.1}),
+    )
+    line = bound_by([loader, device, reader], 6.0, 100, cores=True)
+    assert line.startswith("bound by augment ") and line.endswith("the loader needs 10 cores, it had 4 workers")
+    # What is handed to a device takes no longer than its work, so that this is the most.
+    queued = bound_by([loader, device, reader], 6.0, 100, cores=True, queued=True)
+    assert queued.endswith("the loader needs 10 cores at most, it had 4 workers")
+    slow = Pool(1, {"student": 6.0})  # here the device holds the work up, and is seen at work all the time
+    assert bound_by([loader, slow], 6.0, 100, cores=True, queued=True).endswith("needs 4 cores, it had 4 workers")
+    assert "cores" not in bound_by([loader, device], 6.0, 100)
+
+
 def test_bound_by_counts_together_what_the_same_workers_do() -> None:
     """Neither part of the loader takes as long as the student, but its two processes do both."""
     loader, main = Pool(2, {"decode": 1.6, "augment": 1.4}), Pool(1, {"student": 1.2})
@@ -223,7 +240,7 @@ def test_doctor_warns_of_a_slow_checksum_and_of_a_disk_without_hard_links(monkey
 
 
 def test_doctor_reports_a_broken_installation_instead_of_failing_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> list[doctor_module.Check]:
+    def broken(config: Config) -> list[doctor_module.Check]:
         raise ImportError("libcudart.so: no such file [1]")
 
     monkeypatch.setitem(doctor_module.PROBES, "torch", broken)
