@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from cskd.config import Config, TeacherConfig, TrainConfig, from_dict
+from cskd.config import Config, TeacherConfig, from_dict
 from cskd.dataset.inventory import Sample, open_inventory, write_inventory
 from cskd.loading.stream import _start_deaf_to_interrupts
 from cskd.machine.devices import pick_device
@@ -29,7 +29,6 @@ RECIPE = {"randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25, "mixup": 0.8, "c
 QUIET_BRANCH = 0.2  # of the norm that ends a branch; at 1 rounding grows from block to block and the network is chaos
 VIEWS = 3  # of a cache, as many as the repeats of training
 HAS_PRECISION = "precision" in {f.name for f in fields(TeacherConfig)}
-HAS_DEVICE_AUGMENT = "augment" in {f.name for f in fields(TrainConfig)}
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Sizes:
 
 FULL = Sizes(
     pixels=224, classes=1000, jpeg=(500, 375), distinct=64, teacher="regnety_160", light="mobilenetv2_100", small="resnet18",
-    teacher_batch=256, few=12288, many=49152, check=256, workers=16, calls=20, gigabyte=1 << 30, matrix=8192, seconds=3.0,
+    teacher_batch=256, few=12288, many=20480, check=256, workers=16, calls=20, gigabyte=1 << 30, matrix=8192, seconds=3.0,
     students={
         "tiny": StudentRun("deit_tiny_distilled_patch16_224", 1024, 8, 32),
         "small": StudentRun("deit_small_distilled_patch16_224", 512, 9, 32),
