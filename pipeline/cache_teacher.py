@@ -27,7 +27,7 @@ from cskd.loading.feed import fed
 from cskd.loading.need import PREFETCH, refuse_little_memory
 from cskd.loading.stage1 import ChunkMaker
 from cskd.machine.launch import launched
-from cskd.machine.threads import Threads, begun_with, choose_threads, computing_with
+from cskd.machine.threads import Threads, begun_with, brief_turns, choose_threads, computing_with
 from cskd.pipeline.clean_check import clean_check
 from cskd.pipeline.measure_precision import measure_precision
 from cskd.pipeline.out_of_memory import Probe, explained, nothing_to_lower
@@ -72,7 +72,7 @@ def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
     device, moved = device_of(config, "cache")
     gpu = device.type == "cuda"
     threads = choose_threads(config.cache.threads, "cache.threads", config.cache.workers, gpu=gpu)
-    with computing_with(threads.count):
+    with computing_with(threads.count), brief_turns(gpu):
         return _cache_teacher(config, device, moved, threads, quiet)
 
 

@@ -22,7 +22,7 @@ from cskd.errors import NotFiniteError
 from cskd.machine.arithmetic import float32_products
 from cskd.machine.launch import launched
 from cskd.machine.ranks import running_ranks
-from cskd.machine.threads import choose_threads, computing_with
+from cskd.machine.threads import brief_turns, choose_threads, computing_with
 from cskd.pipeline.out_of_memory import explained, nothing_to_lower
 from cskd.pipeline.outputs import device_of, sole_run
 from cskd.pipeline.run_state import stopped
@@ -65,6 +65,7 @@ def train(config: Config, verify_replay: bool = True, online: bool = False, quie
         running_ranks(device) as ranks,
         sole_run(config, ranks, device, quiet) as writer,
         computing_with(threads.count),
+        brief_turns(gpu),
         explained(device, nothing_to_lower("train.device")),
     ):
         run = open_run(config, ranks, device, verify_replay, online, quiet, threads, writer)

@@ -67,9 +67,9 @@ class Sizes:
 
 FULL = Sizes(
     pixels=224, classes=1000, jpeg=(500, 375), distinct=64, teacher="regnety_160", light="mobilenetv2_100", small="resnet18",
-    teacher_batch=256, few=12288, many=20480, check=256, workers=16, calls=20, gigabyte=1 << 30, matrix=8192, seconds=3.0,
+    teacher_batch=256, few=12288, many=26624, check=256, workers=16, calls=20, gigabyte=1 << 30, matrix=8192, seconds=3.0,
     students={
-        "tiny": StudentRun("deit_tiny_distilled_patch16_224", 1024, 8, 32),
+        "tiny": StudentRun("deit_tiny_distilled_patch16_224", 1024, 6, 14),
         "small": StudentRun("deit_small_distilled_patch16_224", 512, 9, 32),
         "base": StudentRun("deit_base_distilled_patch16_224", 256, 9, 20),
     },

@@ -115,11 +115,11 @@ def sides(bench: Bench, student: str, compiled: bool = False) -> None:
     bench.attempt("cache", stage2_cache, bench)
     ms: dict[str, float] = {}
     jobs: tuple[tuple[str, Callable[..., float], str, dict[str, Any]], ...] = (
-        ("bare cskd-hard", bare, "cskd-hard", {}),
-        ("cached", side, "cskd-hard", {}),
         ("cached, views on the device", side, "cskd-hard", {"augment": "device"}),
         ("supervised, views on the device", side, "none", {"augment": "device"}),
+        ("cached", side, "cskd-hard", {}),
         ("supervised", side, "none", {}),
+        ("bare cskd-hard", bare, "cskd-hard", {}),
         *(() if compiled else (("bare none", bare, "none", {}),)),
     )
     for name, run, method, more in jobs:

@@ -19,7 +19,16 @@ from cskd.errors import ConfigError
 from cskd.machine import cores as cores_module
 from cskd.machine import threads as threads_module
 from cskd.machine.cores import Cores, usable_cores
-from cskd.machine.threads import WAITING, Threads, begun_with, choose_threads, computing_with, wait_passively
+from cskd.machine.threads import (
+    TURN,
+    WAITING,
+    Threads,
+    begun_with,
+    brief_turns,
+    choose_threads,
+    computing_with,
+    wait_passively,
+)
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.conflicts import refuse_other_run, run_identity
 from cskd.pipeline.evaluate import evaluate_checkpoint
@@ -440,3 +449,12 @@ def test_next_to_busy_processes_training_is_faster_than_with_threads_that_spin()
 def test_cores_of_this_machine_are_read_without_an_error() -> None:
     assert 1 <= usable_cores().count <= (os.cpu_count() or 1)
     assert cores_module.affinity(2**22 + 1) is None  # no such process
+
+
+def test_turns_are_brief_on_a_gpu_alone_and_then_as_before() -> None:
+    before = sys.getswitchinterval()
+    with brief_turns(gpu=True):
+        assert sys.getswitchinterval() == pytest.approx(TURN)
+    with brief_turns(gpu=False):
+        assert sys.getswitchinterval() == before
+    assert sys.getswitchinterval() == before
