@@ -194,7 +194,8 @@ def _devices(config: Config) -> Iterator[Check]:
         facts = torch.cuda.get_device_properties(i)
         bf16 = facts.major >= 8 or bool(torch.version.hip)  # natively; is_bf16_supported also counts emulation
         value = f"{facts.name}, {facts.total_memory / GB:.0f} GB, {'bf16' if bf16 else 'no bf16'}"
-        yield _row(f"GPU {i}", value, bf16, "autocast stays off with autocast: auto; training takes longer")
+        advice = "train.autocast: auto is fp16 here where the GPU gains by it, else float32, which takes longer"
+        yield _row(f"GPU {i}", value, bf16, advice)
     if torch.backends.mps.is_available():
         yield Check("GPU", "Apple MPS, used where device: mps says so; nobody has run it yet, and auto is the CPU")
     elif torch.cuda.device_count() == 0:
