@@ -41,7 +41,6 @@ def step_config(bench: Bench, student: str, method: str, online: bool = False, *
     run = s.students[student]
     stop = min(int((run.warm + run.steps) * WORKERS_NEVER_STOP), s.many // run.batch)
     model, keys = (s.teacher if online else s.light), teacher_keys("bf16+fold")
-    assert keys is not None
     return bench.config(model, s.many, keys, "stage 2", run, method, **{"max_steps": stop, **train})
 
 
