@@ -241,7 +241,12 @@ def _loader(config: Config) -> Iterator[Check]:
     student = config.student if config.student.model else replace(config.student, model=DEIT_TINY)
     threads, device, size = _loader_threads(config), pick_device("auto"), config.recipe.size
     batch = min(config.train.global_batch, MOST_IMAGES)
-    taken = images_per_second(student, size, batch, config.train.autocast, device, SECONDS)
+    try:
+        taken = images_per_second(student, size, batch, config.train.autocast, device, SECONDS)
+    except torch.OutOfMemoryError:
+        value = f"not measured: there is no memory for {batch} images of {student.model} on {device}"
+        yield Check("loader", value, "warn", "end what else holds its memory; else set train.micro_batch for a run")
+        return
     made = views_per_second(config.recipe, SECONDS)
     yield loader_row(student.model, taken, made, threads.share)
 

@@ -273,6 +273,18 @@ def test_every_way_to_say_it_is_known(error: Exception) -> None:
         raise error
 
 
+@pytest.mark.parametrize("error", [MemoryError("Unable to allocate 2 GiB"), RuntimeError("can't allocate memory")])
+def test_memory_of_the_machine_that_ends_is_not_said_to_be_the_gpus(error: Exception) -> None:
+    """As in a loader worker: a smaller micro-batch would not help."""
+    cuda = torch.device("cuda", 0)
+    with (
+        pytest.raises(OutOfMemoryError, match="on the machine, not on cuda:0; use fewer loader workers") as caught,
+        explained(cuda, lambda _: "; set a smaller train.micro_batch"),
+    ):
+        raise error
+    assert "micro_batch" not in str(caught.value)
+
+
 def test_the_allocator_of_the_cpu_says_it_so_and_no_smaller_batch_is_tried() -> None:
     tried: list[int] = []
     with (
