@@ -284,13 +284,14 @@ def _timm(side: dict[str, Any]) -> dict[str, Any]:
     from timm.optim import create_optimizer_v2
     from timm.task import ClassificationTask, TokenDistillationTask
 
-    from cskd.machine.devices import autocast, pick_device, uses_bf16
+    from cskd.machine.arithmetic import autocast, half
+    from cskd.machine.devices import pick_device
     from cskd.teacher.build import build_model
 
     device = pick_device(side["device"])
     cuda = device.type == "cuda"
     torch.manual_seed(0)
-    if not cuda and uses_bf16(_autocast(side), device):
+    if not cuda and half(_autocast(side), device) == "bf16":
         timm.layers.set_fused_attn(False)  # on a CPU faster in bf16, as for our side
     model: Any = timm.create_model(side["student"], num_classes=1000).to(device)
     criterion = SoftTargetCrossEntropy()

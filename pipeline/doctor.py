@@ -187,7 +187,7 @@ def _hard_links(folder: Path) -> Check:
 def _devices(config: Config) -> Iterator[Check]:
     import torch
 
-    from cskd.machine.devices import cpu_has_bf16
+    from cskd.machine.arithmetic import cpu_has_bf16
 
     yield Check("processor", "bf16" if cpu_has_bf16() else "no AVX512-BF16, no AMX: autocast: auto is float32 on it")
     for i in range(torch.cuda.device_count()):

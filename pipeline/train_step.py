@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cskd.loading.sources import Batch
 from cskd.loading.targets import mixed_labels
-from cskd.machine.devices import autocast
+from cskd.machine.arithmetic import autocast
 from cskd.method.losses import DistillationLoss
 from cskd.pipeline.out_of_memory import Probe
 from cskd.pipeline.precheck import even_divisors

@@ -28,7 +28,7 @@ from cskd.loading.sources import Batch, TargetSource, ViewSource
 from cskd.loading.stage2 import BatchMaker, EvalTask, eval_tasks
 from cskd.loading.targets import CachedTargets
 from cskd.loading.tasks import RunTasks
-from cskd.machine.devices import arithmetic, uses_bf16
+from cskd.machine.arithmetic import arithmetic, half
 from cskd.machine.launch import launched
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import Threads, begun_with
@@ -216,7 +216,7 @@ def open_run(
     student.taught_by(config.loss)
     notes.add([*student.notes, *student_notes(student, views.grid, config.loss), *view_notes(config, views.recipe)])
     notes.add([*as_before, *half_notes(settings.autocast, device)])
-    if device.type == "cpu" and uses_bf16(settings.autocast, device):
+    if device.type == "cpu" and half(settings.autocast, device) == "bf16":
         student.unfuse_attention()
     if settings.grad_checkpointing:
         student.checkpoint_gradients()

@@ -21,7 +21,7 @@ from benchmarks.gpu.stage1 import stage2_cache
 from cskd.config import Config
 from cskd.dataset.inventory import open_inventory
 from cskd.loading.targets import mixed_labels
-from cskd.machine.devices import autocast
+from cskd.machine.arithmetic import autocast
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import choose_threads, computing_with
 from cskd.method.losses import DistillationLoss, HardTargets, MixedLabels
