@@ -59,7 +59,8 @@ class Section:
 
 
 SECTIONS = (
-    Section("ceilings", "speed", 50, "ceilings:ceilings"),
+    Section("ceilings", "speed", 30, "ceilings:ceilings"),
+    Section("loader", "speed", 40, "ceilings:loader"),
     Section("regnety", "speed", 70, "stage1:regnety_best"),
     Section("light", "speed", 90, "stage1:light"),
     Section("tiny", "speed", 90, "stage2:sides", ("tiny",)),

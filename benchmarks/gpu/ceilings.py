@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -30,12 +33,7 @@ class MakeViews:
 
 
 def ceilings(bench: Bench) -> None:
-    """Products and copies of the device, then views of the cores."""
-    bench.attempt("device", _device, bench)
-    bench.attempt("views", _views, bench)
-
-
-def _device(bench: Bench) -> None:
+    """Products and copies of the device."""
     s, device = bench.sizes, bench.device
     operations = 2 * s.matrix**3
     for name, dtype, tf32 in (
@@ -63,7 +61,8 @@ def _device(bench: Bench) -> None:
     bench.say("host to device, pageable", len(host) / seconds / 1e9, "GB/s")
 
 
-def _views(bench: Bench) -> None:
+def loader(bench: Bench) -> None:
+    """Views of the cores: of one, of all by processes, and by threads of one process."""
     s = bench.sizes
     inventory = open_inventory(bench.data(s.few))
     make = MakeViews(ViewMaker(inventory, RecipeConfig(size=s.pixels, **RECIPE)))  # type: ignore[arg-type]
@@ -76,9 +75,17 @@ def _views(bench: Bench) -> None:
     cores = min(s.workers, os.cpu_count() or 1)
     per_task = max(1, int(one * s.seconds / 8) // VIEWS)
     tasks = [range(i * per_task % (s.few // 2), i * per_task % (s.few // 2) + per_task) for i in range(16 * cores)]
-    points, made = [(time.perf_counter(), 0)], 0
-    for count in Stream(make, tasks, cores):
-        made += count
-        points.append((time.perf_counter(), made))
-    rate = second_half(points)
-    bench.say(f"decode and augment, {cores} processes", rate, "views/s", f"{rate / one:.1f} times one core")
+    with ThreadPoolExecutor(cores) as threads:
+        for name in ("processes", "threads"):
+            points, made = [(time.perf_counter(), 0)], 0
+            for count in Stream(make, tasks, cores) if name == "processes" else threads.map(make, tasks):
+                made += count
+                points.append((time.perf_counter(), made))
+            rate, python = second_half(points), platform.python_version() + ("" if locked() else ", free-threaded")
+            words = f"{rate / one:.2f} times one core, Python {python}"
+            bench.say(f"decode and augment, {cores} {name}", rate, "views/s", words)
+
+
+def locked() -> bool:
+    """Whether threads of this Python take turns."""
+    return bool(getattr(sys, "_is_gil_enabled", lambda: True)())

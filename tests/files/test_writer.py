@@ -147,5 +147,8 @@ def test_training_into_a_folder_that_is_written_to_is_refused_at_once_on_all_ran
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
     lines = [line for line in done.stderr.splitlines() if line.startswith("cskd: ")]
     assert done.returncode == 1 and f"cskd: {tmp_path / 'out'} is being written to by process {holder.pid}" in lines[0]
-    assert len(lines) == 1 or lines[1:] == ["cskd: rank 1: the first rank was refused train.output; see its line"]
+    # The second rank may be ended before it can speak.
+    assert len(lines) == 1 or (
+        lines[1].startswith("cskd: rank 1") and (lines[0][6:] in lines[1] or "see its line" in lines[1])
+    )
     assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK]

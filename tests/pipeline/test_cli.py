@@ -178,7 +178,7 @@ def test_an_interrupt_prints_the_line_that_resumes(
 ) -> None:
     import cskd.pipeline.doctor
 
-    def interrupted() -> None:
+    def interrupted(*_: object) -> None:
         raise raised
 
     monkeypatch.setattr(cskd.pipeline.doctor, "doctor", interrupted)
