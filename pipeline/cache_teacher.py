@@ -119,7 +119,7 @@ def _fill(
 
     total = cache.inventory.n * cache.views
     with (
-        unit_line(cache, teacher, config, threads.workers) as line,
+        unit_line(cache, teacher, config, threads) as line,
         Progress("cache-teacher", total, "views", start=total - views_left(cache), quiet=quiet) as progress,
     ):
         while passes := missing_passes(cache):

@@ -127,11 +127,11 @@ def test_a_resumed_run_may_take_another_micro_batch_and_says_so(cached: Path, tm
 def test_a_mixed_pair_is_in_one_micro_batch_with_its_partners_row() -> None:
     row = torch.arange(8)
     batch = {"label": row, "partner": row ^ 1, "pixels": row[:, None], "seconds": torch.zeros(2)}
-    parts = micro_batches(batch, 4, CPU)
+    parts = micro_batches(batch, 4)
     assert [part["label"].tolist() for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     for part in parts:
         assert part["pixels"][part["partner"]][:, 0].tolist() == (part["label"] ^ 1).tolist()
-    assert micro_batches(batch, 8, CPU)[0] is batch
+    assert micro_batches(batch, 8)[0] is batch
 
 
 @pytest.mark.parametrize(("micro", "use"), [(6, 4), (16, 8), (14, 8)])
