@@ -154,6 +154,11 @@ class TrainingRun:
         """Who did what for how long."""
         loader, live = ("decode", "augment"), ("teacher",) if self.targets.runs_teacher else ()
         here = (*live, "student", "evaluate")
+        if (
+            live and self.device.type == "cuda"
+        ):  # to read the teacher's logits waits for the student's work before them, too
+            both = "teacher and student"
+            seconds, here = seconds | {both: seconds["teacher"] + seconds["student"]}, (both, "evaluate")
         apart = [Pool.of(self.workers, seconds, *loader), Pool.of(1, seconds, *here)] if self.workers else []
         return [*(apart or [Pool.of(1, seconds, *loader, *here)]), Pool(1, {"read": read_seconds})]
 

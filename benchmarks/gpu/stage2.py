@@ -68,7 +68,11 @@ def side(bench: Bench, student: str, name: str, method: str, online: bool = Fals
     watch = timed(bench, student, step_config(bench, student, method, online, **train), online)
     loader = watch.loader_rate * bench.sizes.workers
     bound = "loader-bound" if watch.wait_share > 0.1 else "device or host"
-    teacher = f"teacher launched in {watch.teacher_ms:.0f} ms; " if online else ""
+    teacher = (
+        f"its logits are there, and what was launched before them done, after {watch.teacher_ms:.0f} ms; "
+        if online
+        else ""
+    )
     bench.say(
         name,
         1e3 * watch.seconds,
