@@ -20,7 +20,8 @@ from unittest import mock
 import torch
 
 from cskd.config import from_dict
-from cskd.machine.devices import keep_freed_memory, uses_bf16
+from cskd.machine.arithmetic import half
+from cskd.machine.devices import keep_freed_memory
 from cskd.teacher.model import Teacher, load_teacher
 
 SIDES: dict[str, dict[str, bool]] = {
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     keep_freed_memory()
-    arithmetic = ["float32"] + (["bf16"] if uses_bf16("auto", torch.device("cpu")) else [])
+    arithmetic = ["float32"] + (["bf16"] if half("auto", torch.device("cpu")) == "bf16" else [])
     rows = [
         {"model": model, **row} for model in args.models.split(",") for row in compare(model, arithmetic, args.rounds)
     ]

@@ -38,8 +38,8 @@ from cskd.config import LossConfig, RecipeConfig, StudentConfig, TrainConfig
 from cskd.dataset.images import decode
 from cskd.dataset.inventory import open_inventory
 from cskd.errors import CskdError
-from cskd.machine.arithmetic import computing_in
-from cskd.machine.devices import autocast, pick_device
+from cskd.machine.arithmetic import autocast, computing_in
+from cskd.machine.devices import pick_device
 from cskd.method.losses import DistillationLoss, HardTargets, MixedLabels
 from cskd.pipeline.pack import pack_data
 from cskd.seeds import view_seeds

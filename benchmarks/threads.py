@@ -136,7 +136,7 @@ def take_turns(threads: int, bf16: bool) -> None:
     import torch.nn.functional as F
 
     from cskd.config import StudentConfig
-    from cskd.machine.devices import autocast
+    from cskd.machine.arithmetic import autocast
     from cskd.student import build_student
 
     torch.set_num_threads(threads)

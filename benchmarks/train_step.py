@@ -192,6 +192,14 @@ def warm(device: str) -> int:
     return 20 if device == "cuda" else WARM
 
 
+def wait_for_device() -> None:
+    """Until a GPU has done all that was launched. The loss in a line of progress is an earlier one, which is not waited for."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 class Stopwatch:
     """Stands where `cskd.pipeline.train` has its progress line, and takes the time of the steps in between."""
 
@@ -211,11 +219,11 @@ class Stopwatch:
     def update(self, done: int, loss: Any) -> None:
         """After every step."""
         self._seen += 1
+        if self._seen in (self._warm, self._warm + self._steps):
+            wait_for_device()
         if self._seen == self._warm:
-            loss()  # waits for the device
             self._begun = time.perf_counter()
         if self._seen == self._warm + self._steps:
-            loss()
             self._seconds, self._peak = time.perf_counter() - self._begun, peak_mib()
 
     def found(self) -> dict[str, Any]:
@@ -276,13 +284,14 @@ def _timm(side: dict[str, Any]) -> dict[str, Any]:
     from timm.optim import create_optimizer_v2
     from timm.task import ClassificationTask, TokenDistillationTask
 
-    from cskd.machine.devices import autocast, pick_device, uses_bf16
+    from cskd.machine.arithmetic import autocast, half
+    from cskd.machine.devices import pick_device
     from cskd.teacher.build import build_model
 
     device = pick_device(side["device"])
     cuda = device.type == "cuda"
     torch.manual_seed(0)
-    if not cuda and uses_bf16(_autocast(side), device):
+    if not cuda and half(_autocast(side), device) == "bf16":
         timm.layers.set_fused_attn(False)  # on a CPU faster in bf16, as for our side
     model: Any = timm.create_model(side["student"], num_classes=1000).to(device)
     criterion = SoftTargetCrossEntropy()

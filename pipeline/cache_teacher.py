@@ -85,9 +85,8 @@ def _cache_teacher(
     need_training_images(config)
     refuse_cache_output(config)
     inventory = training_images(config)
-    quiet = (
-        quiet or launched().rank > 0
-    )  # of several processes the first one speaks for all, since it counts what all make
+    # Of several processes the first one speaks for all, since it counts what all make.
+    quiet = quiet or launched().rank > 0
     maker, notes = ViewMaker(inventory, config.recipe), Notes(quiet)
     notes.add(moved)
     ahead = look_ahead(config, maker)
@@ -120,7 +119,7 @@ def _fill(
 
     total = cache.inventory.n * cache.views
     with (
-        unit_line(cache, teacher, config, threads.workers) as line,
+        unit_line(cache, teacher, config, threads) as line,
         Progress("cache-teacher", total, "views", start=total - views_left(cache), quiet=quiet) as progress,
     ):
         while passes := missing_passes(cache):

@@ -18,7 +18,7 @@ from cskd.files.folders import MARKER, mark
 from cskd.files.read import refuse_links
 from cskd.files.writer import LOCK
 from cskd.loading.sources import ViewSource
-from cskd.machine.devices import half
+from cskd.machine.arithmetic import half
 from cskd.store.cache import Cache, differences, first_difference
 from cskd.store.format import RESOLVED
 from cskd.student.checkpoint import MODEL, MODEL_BEST, MODEL_EMA, MODEL_LAST

@@ -187,14 +187,15 @@ def _hard_links(folder: Path) -> Check:
 def _devices(config: Config) -> Iterator[Check]:
     import torch
 
-    from cskd.machine.devices import cpu_has_bf16
+    from cskd.machine.arithmetic import cpu_has_bf16
 
     yield Check("processor", "bf16" if cpu_has_bf16() else "no AVX512-BF16, no AMX: autocast: auto is float32 on it")
     for i in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(i)
         bf16 = facts.major >= 8 or bool(torch.version.hip)  # natively; is_bf16_supported also counts emulation
         value = f"{facts.name}, {facts.total_memory / GB:.0f} GB, {'bf16' if bf16 else 'no bf16'}"
-        yield _row(f"GPU {i}", value, bf16, "autocast stays off with autocast: auto; training takes longer")
+        advice = "train.autocast: auto is fp16 here where the GPU gains by it, else float32, which takes longer"
+        yield _row(f"GPU {i}", value, bf16, advice)
     if torch.backends.mps.is_available():
         yield Check("GPU", "Apple MPS, used where device: mps says so; nobody has run it yet, and auto is the CPU")
     elif torch.cuda.device_count() == 0:
@@ -240,7 +241,12 @@ def _loader(config: Config) -> Iterator[Check]:
     student = config.student if config.student.model else replace(config.student, model=DEIT_TINY)
     threads, device, size = _loader_threads(config), pick_device("auto"), config.recipe.size
     batch = min(config.train.global_batch, MOST_IMAGES)
-    taken = images_per_second(student, size, batch, config.train.autocast, device, SECONDS)
+    try:
+        taken = images_per_second(student, size, batch, config.train.autocast, device, SECONDS)
+    except torch.OutOfMemoryError:
+        value = f"not measured: there is no memory for {batch} images of {student.model} on {device}"
+        yield Check("loader", value, "warn", "end what else holds its memory; else set train.micro_batch for a run")
+        return
     made = views_per_second(config.recipe, SECONDS)
     yield loader_row(student.model, taken, made, threads.share)
 

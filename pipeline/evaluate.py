@@ -18,8 +18,8 @@ from cskd.errors import DataError, NotFiniteError
 from cskd.loading.feed import fed
 from cskd.loading.sources import Batch
 from cskd.loading.stage2 import UNREADABLE_LABEL, BatchMaker, eval_tasks
-from cskd.machine.arithmetic import float32_products
-from cskd.machine.devices import arithmetic, autocast, pick_device, uses_bf16
+from cskd.machine.arithmetic import arithmetic, autocast, float32_products, half
+from cskd.machine.devices import pick_device
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import choose_threads, computing_with
 from cskd.pipeline.out_of_memory import Probe, explained, nothing_to_lower
@@ -124,7 +124,7 @@ def evaluate_checkpoint(
         raise DataError(f"{checkpoint} was trained on other classes than {data} has; pack it with the same --classes")
     with explained(device, nothing_to_lower("--device")):
         student.to(device)
-    if device.type == "cpu" and uses_bf16(autocast_setting, device):
+    if device.type == "cpu" and half(autocast_setting, device) == "bf16":
         student.unfuse_attention()
     maker = ViewMaker(val, RecipeConfig(size=student.image_size[0]))
     tasks = eval_tasks(len(val), batch)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from cskd.config import RecipeConfig, StudentConfig
 from cskd.dataset.images import decode
-from cskd.machine.devices import autocast
+from cskd.machine.arithmetic import autocast
 from cskd.seeds import mix64_array
 from cskd.student import build_student
 from cskd.views.digest import pixel_crc

@@ -15,8 +15,9 @@ import torch
 
 from cskd.errors import OutOfMemoryError
 
-# What drivers, libraries of products and torch's allocator for CPUs say; allocators of devices have a type of their own.
-_TEXTS = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
+# What torch's allocator for CPUs says; and drivers and libraries of products. Allocators of devices have a type of their own.
+_OF_THE_MACHINE = ("can't allocate memory", "not enough memory")
+_TEXTS = (*_OF_THE_MACHINE, "out of memory", "STATUS_ALLOC_FAILED")
 PATIENCE = 10.0  # seconds after which no smaller batch is begun
 
 Attempt = Callable[[int], object]
@@ -29,19 +30,28 @@ def is_out_of_memory(error: BaseException) -> bool:
     return known or (isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS))
 
 
+def _of_the_machine(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or any(text in str(error) for text in _OF_THE_MACHINE)
+
+
 @contextlib.contextmanager
 def explained(device: torch.device, advise: Callable[[Probe], str]) -> Iterator[None]:
     """Turn what torch raises in this block where memory ends into an OutOfMemoryError of one line.
 
     advise: the rest of that line, asked for after the tensors of the functions that were called in the block are let go. It
     gets a function that tries batches of descending sizes, and gives the first that there is memory for; None where there is none,
-    where trying took too long, and on a CPU, where a try would take as long as the work and may end the process.
+    where trying took too long, and on a CPU, where a try would take as long as the work and may end the process. It is not asked
+    where the machine's own memory ended, as in a loader worker, while the work is on another device.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e):
             raise
+        if device.type != "cpu" and _of_the_machine(e):
+            raise OutOfMemoryError(
+                f"out of memory on the machine, not on {device}; use fewer loader workers, or end what else holds its memory"
+            ) from e
         on_device, where = isinstance(e, torch.OutOfMemoryError), memory_of(device)
         _let_go(e, device)
         told = advise(lambda sizes, attempt: _largest(sizes, attempt, device) if on_device else None)

@@ -26,7 +26,7 @@ from cskd.errors import CacheError, ConfigError, CskdError, DataError, ImageErro
 from cskd.loading.plan import PlanSpec
 from cskd.loading.sources import LiveViews
 from cskd.loading.targets import codec_for
-from cskd.machine.devices import half
+from cskd.machine.arithmetic import half
 from cskd.method.losses import DistillationLoss
 from cskd.store.format import MANIFEST
 from cskd.store.manifest import read_manifest

@@ -66,12 +66,14 @@ def train(config: Config, verify_replay: bool = True, online: bool = False, quie
         sole_run(config, ranks, device, quiet) as writer,
         computing_with(threads.count),
         brief_turns(gpu),
+        # Around `open_run`, too: it tries views on the device in the arithmetic that will make them.
+        float32_products(config.train.tf32, device),
         explained(device, nothing_to_lower("train.device")),
     ):
         run = open_run(config, ranks, device, verify_replay, online, quiet, threads, writer)
         update = TrainStep(run)
         try:
-            with explained(device, update.advice), float32_products(config.train.tf32, device):
+            with explained(device, update.advice):
                 return _train(run, update, quiet)
         except NotFiniteError as e:
             raise stopped(e, run.state, run.states, config.train.lr, config.train.clip_grad) from e

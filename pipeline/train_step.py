@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cskd.loading.sources import Batch
 from cskd.loading.targets import mixed_labels
-from cskd.machine.devices import autocast
+from cskd.machine.arithmetic import autocast
 from cskd.method.losses import DistillationLoss
 from cskd.pipeline.out_of_memory import Probe
 from cskd.pipeline.precheck import even_divisors
@@ -46,7 +46,7 @@ class TrainStep:
         """
         self._latest = batch, epoch, step
         run = self.run
-        parts = micro_batches(batch, run.micro_batch, run.device)
+        parts = micro_batches(batch, run.micro_batch)
         first, count = run.ranks.rank * len(parts), len(parts)
         losses, all_terms = [], []
         for i, part in enumerate(parts):
@@ -101,24 +101,20 @@ class TrainStep:
             raise RuntimeError("no batch came yet")
         batch, epoch, step = self._latest
         try:
-            part = micro_batches(batch, rows, self.run.device)[0]
+            part = micro_batches(batch, rows)[0]
             loss, _ = self._loss(self.run.student, part, epoch, step, 0, dict.fromkeys(("teacher", "student"), 0.0))
             loss.backward()  # type: ignore[no-untyped-call]
         finally:
             self.run.optimisation.optimizer.zero_grad(set_to_none=True)
 
 
-def micro_batches(batch: Batch, rows: int, device: torch.device) -> list[Batch]:
+def micro_batches(batch: Batch, rows: int) -> list[Batch]:
     """A batch in parts of `rows` views, in order; `rows` is even and divides it, so that both views of a mixed pair are in one."""
     whole = len(batch["label"])
     if rows == whole:
         return [batch]
-    # The partner's row as a transfer from pinned memory: the difference, made on the host, would be one that waits.
-    partner = batch["partner"].to(device, non_blocking=True)
-    parts = range(0, whole, rows)
-    return [
-        {name: t[i : i + rows] for name, t in batch.items()} | {"partner": partner[i : i + rows] - i} for i in parts
-    ]
+    parts = [{name: t[i : i + rows] for name, t in batch.items()} for i in range(0, whole, rows)]
+    return [part | {"partner": part["partner"] - i * rows} for i, part in enumerate(parts)]
 
 
 def _halves(batch: int, rows: int) -> Iterator[int]:

@@ -28,7 +28,7 @@ from cskd.loading.sources import Batch, TargetSource, ViewSource
 from cskd.loading.stage2 import BatchMaker, EvalTask, eval_tasks
 from cskd.loading.targets import CachedTargets
 from cskd.loading.tasks import RunTasks
-from cskd.machine.devices import arithmetic, uses_bf16
+from cskd.machine.arithmetic import arithmetic, half
 from cskd.machine.launch import launched
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import Threads, begun_with
@@ -154,6 +154,11 @@ class TrainingRun:
         """Who did what for how long."""
         loader, live = ("decode", "augment"), ("teacher",) if self.targets.runs_teacher else ()
         here = (*live, "student", "evaluate")
+        if (
+            live and self.device.type == "cuda"
+        ):  # to read the teacher's logits waits for the student's work before them, too
+            both = "teacher and student"
+            seconds, here = seconds | {both: seconds["teacher"] + seconds["student"]}, (both, "evaluate")
         apart = [Pool.of(self.workers, seconds, *loader), Pool.of(1, seconds, *here)] if self.workers else []
         return [*(apart or [Pool.of(1, seconds, *loader, *here)]), Pool(1, {"read": read_seconds})]
 
@@ -216,7 +221,7 @@ def open_run(
     student.taught_by(config.loss)
     notes.add([*student.notes, *student_notes(student, views.grid, config.loss), *view_notes(config, views.recipe)])
     notes.add([*as_before, *half_notes(settings.autocast, device)])
-    if device.type == "cpu" and uses_bf16(settings.autocast, device):
+    if device.type == "cpu" and half(settings.autocast, device) == "bf16":
         student.unfuse_attention()
     if settings.grad_checkpointing:
         student.checkpoint_gradients()

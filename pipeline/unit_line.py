@@ -25,8 +25,8 @@ from cskd.config import Config
 from cskd.files.claims import Claims
 from cskd.loading.feed import DeviceBatch
 from cskd.loading.stage1 import Chunk, ChunkViews, chunks
-from cskd.machine.cores import usable_cores
 from cskd.machine.side_stream import to_device
+from cskd.machine.threads import Threads
 from cskd.pipeline.show.progress import Pool
 from cskd.store.cache import Cache
 from cskd.store.seal import refuse_too_many
@@ -38,15 +38,14 @@ from cskd.views.mixing import quads
 
 
 @contextlib.contextmanager
-def unit_line(cache: Cache, teacher: Teacher, config: Config, workers: int) -> Iterator[UnitLine]:
-    """A line with its claims and threads, which so many loader workers feed; at the end what they are at is waited for, and
-    what still waits is dropped."""
-    writers = writers_of(usable_cores().count)
+def unit_line(cache: Cache, teacher: Teacher, config: Config, threads: Threads) -> Iterator[UnitLine]:
+    """A line with its claims and threads; at the end what they are at is waited for, and what still waits is dropped."""
+    writers = writers_of(threads.share)
     writer = ThreadPoolExecutor(writers, "write")
     with Claims(cache.root) as claims, contextlib.ExitStack() as stack:
         stack.callback(writer.shutdown, cancel_futures=True)
         lanes = stack.enter_context(Lanes(teacher.device, teacher.reentrant))
-        yield UnitLine(cache, teacher, config, workers, claims, lanes, writer, writers)
+        yield UnitLine(cache, teacher, config, threads.workers, claims, lanes, writer, writers)
 
 
 def writers_of(cores: int) -> int:

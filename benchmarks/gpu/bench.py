@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from cskd.config import Config, TeacherConfig, from_dict
+from benchmarks.train_step import wait_for_device
+from cskd.config import Config, from_dict
 from cskd.dataset.inventory import Sample, open_inventory, write_inventory
 from cskd.loading.stream import _start_deaf_to_interrupts
+from cskd.machine.arithmetic import computing_in
 from cskd.machine.devices import pick_device
 from cskd.pipeline.pack import pack_data
 from cskd.teacher.build import build_model
@@ -28,7 +29,6 @@ from cskd.teacher.build import build_model
 RECIPE = {"randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25, "mixup": 0.8, "cutmix": 1.0}
 QUIET_BRANCH = 0.2  # of the norm that ends a branch; at 1 rounding grows from block to block and the network is chaos
 VIEWS = 3  # of a cache, as many as the repeats of training
-HAS_PRECISION = "precision" in {f.name for f in fields(TeacherConfig)}
 
 
 @dataclass(frozen=True)
@@ -233,28 +233,16 @@ def line_of(row: dict[str, Any]) -> str:
     )
 
 
-def teacher_keys(arithmetic: str) -> dict[str, Any] | None:
-    """The keys of `teacher` for 'bf16', 'bf16+fold', 'bf16+fold+compile', ...; None where this version has none."""
+def teacher_keys(arithmetic: str) -> dict[str, Any]:
+    """The keys of `teacher` for 'bf16', 'bf16+fold', 'bf16+fold+compile', ..."""
     precision, *more = arithmetic.split("+")
-    keys: dict[str, Any] = dict.fromkeys(more, True)
-    if HAS_PRECISION:
-        return {"precision": precision, **keys}
-    if precision not in ("tf32", "bf16"):
-        return None
-    return {"autocast": "bf16", **keys} if precision == "bf16" else keys  # torch's default is TF32 in convolutions
+    return {"precision": precision, **dict.fromkeys(more, True)}
 
 
-def computing(arithmetic: str, device: torch.device) -> AbstractContextManager[Any]:
+def computing(arithmetic: str, device: torch.device) -> AbstractContextManager[None]:
     """What the library computes a backbone in, for a network that runs by itself."""
     precision = arithmetic.split("+")[0]
-    precision = "float32" if precision == "tf32" and device.type == "cpu" else precision
-    if HAS_PRECISION:
-        context = importlib.import_module("cskd.machine.arithmetic").computing_in(precision, device)
-    elif precision == "float32":
-        context = importlib.import_module("cskd.teacher.heads").full_precision(device)
-    else:
-        context = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-    return cast("AbstractContextManager[Any]", context)
+    return computing_in("float32" if precision == "tf32" and device.type == "cpu" else precision, device)
 
 
 class Enough(Exception):  # noqa: N818  # not an error
@@ -290,7 +278,7 @@ class Watch:
         if self._each:
             self._each(self._seen)
         if loss and self._seen in (self._warm, self._warm + self._steps):
-            loss()  # waits for the device
+            wait_for_device()
         self.points.append((time.perf_counter(), done))
         if loss and self._seen == self._warm:
             self.waited, self._before = 0.0, dict(self._parts)

@@ -43,10 +43,9 @@ def hashes_compiled(bench: Bench) -> None:
 
 
 def _config(bench: Bench, arithmetic: str, cache: str, **train: Any) -> Config:
-    s = bench.sizes
-    keys = teacher_keys(arithmetic)
-    if keys is None or (arithmetic == "tf32" and bench.device.type == "cpu"):
-        raise RuntimeError(f"no {arithmetic} in this version on {bench.device.type}")
+    s, keys = bench.sizes, teacher_keys(arithmetic)
+    if arithmetic == "tf32" and bench.device.type == "cpu":
+        raise RuntimeError(f"no {arithmetic} on {bench.device.type}")
     run = StudentRun(s.students["tiny"].model, min(128, s.check // 2), 0, 0)
     return bench.config(s.small, s.check, {**keys, "batch": min(64, s.check)}, cache, run, **train)
 

@@ -21,7 +21,7 @@ from benchmarks.gpu.stage1 import stage2_cache
 from cskd.config import Config
 from cskd.dataset.inventory import open_inventory
 from cskd.loading.targets import mixed_labels
-from cskd.machine.devices import autocast
+from cskd.machine.arithmetic import autocast
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import choose_threads, computing_with
 from cskd.method.losses import DistillationLoss, HardTargets, MixedLabels
@@ -41,7 +41,6 @@ def step_config(bench: Bench, student: str, method: str, online: bool = False, *
     run = s.students[student]
     stop = min(int((run.warm + run.steps) * WORKERS_NEVER_STOP), s.many // run.batch)
     model, keys = (s.teacher if online else s.light), teacher_keys("bf16+fold")
-    assert keys is not None
     return bench.config(model, s.many, keys, "stage 2", run, method, **{"max_steps": stop, **train})
 
 
@@ -69,7 +68,11 @@ def side(bench: Bench, student: str, name: str, method: str, online: bool = Fals
     watch = timed(bench, student, step_config(bench, student, method, online, **train), online)
     loader = watch.loader_rate * bench.sizes.workers
     bound = "loader-bound" if watch.wait_share > 0.1 else "device or host"
-    teacher = f"teacher launched in {watch.teacher_ms:.0f} ms; " if online else ""
+    teacher = (
+        f"its logits are there, and what was launched before them done, after {watch.teacher_ms:.0f} ms; "
+        if online
+        else ""
+    )
     bench.say(
         name,
         1e3 * watch.seconds,

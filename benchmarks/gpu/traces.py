@@ -92,7 +92,6 @@ def trace_stage2(bench: Bench) -> None:
 def trace_stage1(bench: Bench) -> None:
     """Chunks from the middle of the loop: at three views of 256 images each, five are a second at 3,800 views/s."""
     s, keys = bench.sizes, teacher_keys("bf16+fold")
-    assert keys is not None
     chunks = s.few // 2 // s.teacher_batch
     trace = Trace(bench, "stage 1", chunks // 2, chunks // 2 + min(5, chunks // 3))
     stage1_spine.Progress = Watch(each=trace)  # type: ignore[assignment, attr-defined]

@@ -34,7 +34,8 @@ from cskd.errors import ConfigError, CskdError
 from cskd.files.durable import put
 from cskd.files.folders import mark, refuse_output
 from cskd.files.writer import sole_writer
-from cskd.machine.devices import autocast, pick_device
+from cskd.machine.arithmetic import autocast
+from cskd.machine.devices import pick_device
 from cskd.machine.threads import choose_threads, computing_with
 from cskd.pipeline.show.progress import Progress
 from cskd.seeds import hash64

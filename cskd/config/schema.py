@@ -305,7 +305,7 @@ class TrainConfig(Section):
     tensorboard: bool = False
     """Write the metrics for TensorBoard, too."""
     prefetch: Annotated[int, Ge(1), Le(1024), Unit("batches")] = 4
-    """Batches that each worker keeps ready; fewer where all workers together would have more than 32, but then 2."""
+    """Batches that each worker keeps ready; where all workers together would have more than 32, fewer, but 2 of each at least."""
     augment: Literal["host", "device"] = "host"
     """Where decoded images become views: in the workers, or on `train.device`, cuda or cpu. The views are the same bytes."""
 

@@ -1,8 +1,8 @@
 """What the batches under way take of memory: known from the config, and looked at before the first one is made.
 
-A worker writes its batches into `prefetch` + 1 shared buffers (`loading/shared.py`), which lie in /dev/shm. It is a file system of its own
-with a size of its own, 64 MB in a container of Docker; where it is full, a worker dies of SIGBUS. For a GPU
-the main process page-locks them (`loading/shared.py`), so that the system can't move them elsewhere.
+A worker writes its batches into `prefetch` + 1 shared buffers (`loading/shared.py`), which lie in /dev/shm. That is a file
+system with a size of its own, 64 MB in a container of Docker; where it is full, a worker dies of SIGBUS. For a GPU the main
+process page-locks the buffers, so that the system can't move them elsewhere.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from pathlib import Path
 from cskd.errors import ConfigError, counted
 
 PREFETCH = 4  # results that a worker keeps ready, where nobody says how many
-MOST_AHEAD = (
-    32  # results of all workers together: more only fill memory, since one that is late is waited for all the same
-)
+# Results of all workers together: more only fill memory, since one that is late is waited for all the same.
+MOST_AHEAD = 32
 SHM = Path("/dev/shm")
 GB = 1e9
 
@@ -45,15 +44,15 @@ def refuse_little_memory(
         usage = shutil.disk_usage(shm)
         room = min(usage.free, usage.total // local_count)
         if shared > room:
-            fewer = next((n for n in range(workers, 0, -1) if shared_bytes(n, 1, batch) <= room), 0)
-            fits = max(1, min(prefetch, room // (fewer * batch) - 1)) if fewer else 0
-            keys = f"{section}.workers={fewer}" + (
-                f" and train.prefetch={fits}" if section == "train" and fewer else ""
-            )
-            least = -(-local_count * shared // 10**9)
+            least = 1 if section == "train" else prefetch  # stage 1 has no key for it
+            fewer = next((n for n in range(workers, 0, -1) if shared_bytes(n, least, batch) <= room), 0)
+            keys = f"{section}.workers={fewer}"
+            if section == "train" and fewer:
+                keys += f" and train.prefetch={max(1, min(prefetch, room // (fewer * batch) - 1))}"
+            size = -(-local_count * shared // 10**9)
             raise ConfigError(
                 f"{shm} has room for {room / GB:.2f} GB of batches, expected {shared / GB:.2f} ({each}); in a container start it "
-                f"with --shm-size={least}g, or set {keys}"
+                f"with --shm-size={size}g, or set {keys}"
             )
     if pinned and (memory := _memory()) is not None:
         need = local_count * shared

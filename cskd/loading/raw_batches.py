@@ -100,8 +100,8 @@ class RawBatchMaker(BatchMaker):
         sent: list[int],
         encoded: list[bytes],
     ) -> tuple[list[int], list[ViewParams], list[Image]]:
-        """Of each view: its image among those that are sent, behind which come the views that are made here; and its
-        parameters. Then those views."""
+        """Of each view: the number of its image among those that are sent, after which the views that are made here
+        are counted; and its parameters. Then those views."""
         size, place = self.train.recipe.size, {i: n for n, i in enumerate(sent)}
         whole = ViewParams(size, Box(0, 0, size, size), 0, False)
         places, params, made = [0] * len(image), [whole] * len(image), list[Image]()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections import deque
@@ -17,6 +16,7 @@ from cskd.loading.epoch_table import build_table, table_bounds
 from cskd.loading.plan import PlanSpec, epoch_plan, rank_share
 from cskd.loading.sources import TargetSpec, ViewSource
 from cskd.loading.stage2 import EvalTask, TrainTask
+from cskd.machine.launch import launched
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class RunTasks:
         share = self.plan.global_batch // self.plan.ranks
         left = (self.stop - self.start) * share - rows
         size = sum(path.stat().st_size for path in table.iterdir()) / max(1, rows) * min(3 * longest, left)
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks that share the disk
+        here = launched().local_count  # ranks that share the disk
         refuse_small(table, here * size, "the tables of the targets to come")
 
     def _end(self, epoch: int) -> int:

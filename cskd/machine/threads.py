@@ -146,7 +146,7 @@ def brief_turns(gpu: bool) -> Iterator[None]:
     """On a GPU, have a thread that launches get the interpreter back at once, for the whole process.
 
     Every launch lets go of it, and a thread that computes in Python would keep it for 5 ms each time: 246 launches a second, and
-    35,700 with turns of 0.5 ms (a core of an AMD EPYC; nothing beside it: 331,000).
+    35,700 with turns of 0.5 ms (a core of an AMD EPYC; with nothing else to do: 331,000).
     """
     before = sys.getswitchinterval()
     sys.setswitchinterval(min(before, TURN) if gpu else before)

@@ -112,7 +112,7 @@ def _write(source: Source, images: Iterator[tuple[int, Payload]], work: Path, ma
     from cskd.store.shard_writer import ShardWriter  # here: webdataset takes seconds to import
 
     shards, inventory = ShardWriter(work, made["shard_size"]), InventoryWriter(work / INVENTORY_FOLDER)
-    anew = bad = 0
+    again = bad = 0
     try:
         for i, payload in images:
             key, label = source.listing.key(i), source.label(i)
@@ -120,12 +120,12 @@ def _write(source: Source, images: Iterator[tuple[int, Payload]], work: Path, ma
             shard, offset = shards.add(key, extension, payload.data, label)
             crc = google_crc32c.value(payload.data)
             inventory.add(Sample(key, label, crc, shard, offset, len(payload.data)))
-            anew += payload.extension is not None
+            again += payload.extension is not None
             bad += payload.bad
         notes = list(source.notes)
         if made["short_side"] is not None or "raw" in made:
             side = f" to a short side of {made['short_side']} pixels" if made["short_side"] else ""
-            notes.append(f"{anew} images re-encoded{side}{' as raw pixels' if 'raw' in made else ''}")
+            notes.append(f"{again} images re-encoded{side}{' as raw pixels' if 'raw' in made else ''}")
         if bad:
             notes.append(f"{bad} images can't be decoded and stay as they are; stage 1 will quarantine them")
         inventory.finish(source.classes, shards.close(), made["block"], made, notes)

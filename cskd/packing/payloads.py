@@ -25,7 +25,7 @@ TASK_BYTES = 1 << 25  # of a task's images that are held; what is beyond is read
 
 
 class Payload(NamedTuple):
-    """An encoded image; `extension`: of one that was made anew, else None; `bad`: it should have been, but can't be decoded."""
+    """An encoded image; `extension`: of one that was encoded again, else None; `bad`: it should have been, but can't be decoded."""
 
     data: bytes
     extension: str | None = None
@@ -33,7 +33,7 @@ class Payload(NamedTuple):
 
 
 class Remake(NamedTuple):
-    """How images are encoded anew: those whose short side is larger (pixels; None: of any size) as JPEGs of this quality, or,
+    """How images are encoded again: those whose short side is larger (pixels; None: of any size) as JPEGs of this quality, or,
     `raw`, all of them as PPM."""
 
     short_side: int | None = None
@@ -77,7 +77,7 @@ def payloads(
         pool.shutdown(cancel_futures=True)
 
 
-def made_anew(data: bytes, remake: Remake) -> Payload:
+def encoded_again(data: bytes, remake: Remake) -> Payload:
     """Re-encode an image to a short side if its own is larger: bicubic with antialiasing, no metadata; RGB JPEG with chroma at
     half the resolution (4:2:0, which decodes in three quarters of the time of 4:4:4), or PPM, which has nothing to decode.
     Pixels are those of `cskd.dataset.images.decode`. What can't be decoded stays as it is."""
@@ -112,7 +112,7 @@ def _read_all(places: list[Place], remake: Remake) -> list[Payload]:
 
 def _payload(place: Place, remake: Remake) -> Payload:
     data = read_place(place)
-    return Payload(data) if remake.none else made_anew(data, remake)
+    return Payload(data) if remake.none else encoded_again(data, remake)
 
 
 def _pool(workers: int, processes: bool) -> Executor:

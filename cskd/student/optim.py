@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cskd.config.schema import TrainConfig
 from cskd.errors import ConfigError
-from cskd.machine.devices import half
+from cskd.machine.arithmetic import half
 from cskd.seeds import hash64
 from cskd.student.model import Student
 

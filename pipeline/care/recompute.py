@@ -63,7 +63,10 @@ def recompute(cache: Cache, count: int, device: str, quiet: bool) -> Recomputed:
     Raises:  TeacherError where it can't be built; CacheError where it is not the cache's, naming the field.
     """
     teacher = load_teacher(
-        from_dict(dict(cache.manifest.config)).teacher, cache.classes, pick_device(device), cache.recipe.size
+        from_dict({"teacher": cache.manifest.config["teacher"]}).teacher,
+        cache.classes,
+        pick_device(device),
+        cache.recipe.size,
     )
     # On another kind of device it is the same teacher up to rounding: how far that goes is what is measured here.
     there = {**cache.identity.teacher, "device": teacher.fingerprint.device}

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu.bench import second_half
+from benchmarks.gpu.bench import Enough, Watch, second_half
 from benchmarks.gpu.traces import busy_and_gaps
+from tests.benchmarks.test_benchmark_train_step import Gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 main = importlib.import_module("benchmarks.gpu.__main__")
@@ -69,6 +70,15 @@ def test_the_table_shortens_notes_not_figures() -> None:
     table = main.table("a GPU", rows, 1.0)
     assert len(table) <= main.MOST_TABLE
     assert all(f"tiny f{i}: 1 ms" in table for i in range(150))
+
+
+def test_the_clock_of_a_step_stops_when_the_device_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch, gpu, each = Watch(warm=2, steps=3), Gpu(monkeypatch), iter(range(9))
+    results = watch.timed_start(each, dict.fromkeys(("decode", "augment", "teacher"), 0.0))
+    with pytest.raises(Enough):
+        for gpu.step in results:
+            watch.update(gpu.step, lambda: "0.000")
+    assert gpu.waits == [1, 4]
 
 
 def test_the_rate_is_that_of_the_second_half() -> None:

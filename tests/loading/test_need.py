@@ -48,6 +48,14 @@ def test_too_little_shared_memory_is_one_line_with_what_fits(monkeypatch: pytest
     refuse_little_memory("cache", 0, 4, BATCH, 1, False, tmp_path)
 
 
+def test_what_stage_1_is_told_to_set_does_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It keeps as many chunks ready as it does, whatever its workers."""
+    Shm(monkeypatch, 18, 18)
+    with pytest.raises(ConfigError, match=r"or set cache.workers=3$"):
+        refuse_little_memory("cache", 8, 4, BATCH, 1, False, tmp_path)
+    refuse_little_memory("cache", 3, 4, BATCH, 1, False, tmp_path)
+
+
 def test_page_locked_batches_are_counted_against_the_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(need, "_memory", lambda: 47 * BATCH)
     refuse_little_memory("train", 16, 4, BATCH, 1, False, Path("/nowhere"))

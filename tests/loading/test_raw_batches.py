@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,28 @@ def test_an_operation_that_differs_is_named_before_the_first_step(
     monkeypatch.setattr(agreement, "apply", other)
     with pytest.raises(ConfigError, match=f"operation {name} gives .* other bytes on cpu .* set train.augment: host"):
         run(made, augment="device", output=str(tmp_path / "out"))
+
+
+def test_views_are_tried_in_the_arithmetic_that_will_make_them(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With TF32 products a GPU makes them in float64, without in float32."""
+    around, seen = list[bool](), list[list[bool]]()
+
+    @contextlib.contextmanager
+    def noted(tf32: bool, device: torch.device) -> Iterator[None]:
+        around.append(tf32)
+        yield
+        around.pop()
+
+    def tried(*_: Any) -> int:
+        seen.append(around.copy())
+        return 1000
+
+    monkeypatch.setattr("cskd.pipeline.train.float32_products", noted)
+    monkeypatch.setattr("cskd.pipeline.training_run.refuse_device_views", tried)
+    run(made, augment="device", output=str(tmp_path / "out"), max_steps=1)
+    assert seen == [[True]] and not around
 
 
 def test_what_a_device_can_not_make_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

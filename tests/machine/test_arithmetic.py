@@ -70,7 +70,7 @@ def test_halves_are_autocast_and_nothing_around_reaches_the_others() -> None:
 
 def test_a_word_is_what_the_device_has_or_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     for has in (True, False):
-        monkeypatch.setattr("cskd.machine.devices.cpu_has_bf16", lambda has=has: has)
+        monkeypatch.setattr("cskd.machine.arithmetic.cpu_has_bf16", lambda has=has: has)
         assert precision_here("auto", CPU, "k") == ("bf16" if has else "float32")
     assert precision_here("tf32", CUDA, "k") == "tf32"
     with pytest.raises(ConfigError, match=r"teacher.precision is tf32 on cpu, expected a CUDA device; set .* float32"):

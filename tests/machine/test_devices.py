@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from cskd.errors import ConfigError
-from cskd.machine.devices import autocast, keep_freed_memory, pick_device, uses_bf16
+from cskd.machine.arithmetic import autocast, half
+from cskd.machine.devices import keep_freed_memory, pick_device
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GLIBC = platform.libc_ver()[0] == "glibc"
@@ -109,8 +110,8 @@ def test_on_the_cpu_a_process_asks_the_system_for_the_memory_of_a_batch_once() -
 
 @pytest.mark.parametrize("has", [False, True])
 def test_auto_is_bf16_on_processors_that_compute_in_it(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
-    monkeypatch.setattr("cskd.machine.devices.cpu_has_bf16", lambda: has)
+    monkeypatch.setattr("cskd.machine.arithmetic.cpu_has_bf16", lambda: has)
     cpu = torch.device("cpu")
-    assert [uses_bf16(setting, cpu) for setting in ("auto", "bf16", "none")] == [has, True, False]
+    assert [half(setting, cpu) == "bf16" for setting in ("auto", "bf16", "none")] == [has, True, False]
     with autocast("auto", cpu):
         assert torch.is_autocast_enabled("cpu") == has

@@ -252,7 +252,7 @@ def test_old_runs_whose_loss_is_the_same_go_on(
 
 
 def test_an_evaluation_says_what_it_was_computed_in(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cskd.machine.devices.cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("cskd.machine.arithmetic.cpu_has_bf16", lambda: True)
     seen: list[bool] = []
     real = torch.nn.Linear.forward
 

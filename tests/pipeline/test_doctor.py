@@ -19,7 +19,7 @@ import cskd.pipeline.doctor
 from cskd import cli
 from cskd.config import Config, RecipeConfig, StudentConfig, TrainConfig
 from cskd.machine.cores import Cores
-from cskd.pipeline.doctor import OPTIONAL, PACKAGES, Check, doctor, loader_row
+from cskd.pipeline.doctor import OPTIONAL, PACKAGES, PROBES, Check, doctor, loader_row
 from cskd.pipeline.loader_speed import images_per_second, views_per_second
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -132,6 +132,17 @@ def test_the_loader_row_says_how_many_cores_the_gpu_needs() -> None:
         "loader", "the GPU takes 3,000 images/s of deit, a core makes 200 views/s: 15 cores, here are 16"
     )
     assert few.state == "warn" and "16 cores, here are 15" in few.value
+
+
+def test_a_gpu_that_others_fill_is_no_broken_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("cskd.machine.devices.pick_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr("cskd.pipeline.loader_speed.images_per_second", full)
+    (row,) = PROBES["loader"](Config())
+    assert row.state == "warn" and row.value.startswith("not measured: there is no memory for 256 images of deit_tiny")
 
 
 def test_both_rates_are_measured_on_the_real_loader_and_a_real_student() -> None:

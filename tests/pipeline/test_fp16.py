@@ -16,8 +16,7 @@ from torch import Tensor
 
 from cskd.config import Config, TrainConfig
 from cskd.errors import ConfigError, NotFiniteError, StudentError
-from cskd.machine.arithmetic import float32_products
-from cskd.machine.devices import arithmetic, half
+from cskd.machine.arithmetic import arithmetic, float32_products, half
 from cskd.machine.ranks import Ranks
 from cskd.pipeline.evaluate import evaluate_checkpoint
 from cskd.pipeline.precheck import half_notes
@@ -196,7 +195,7 @@ def test_the_report_says_which_products_are_tf32(monkeypatch: pytest.MonkeyPatch
 
     conv, matmul = SimpleNamespace(fp32_precision="tf32"), SimpleNamespace(fp32_precision="tf32")
     fake = SimpleNamespace(cudnn=SimpleNamespace(conv=conv), cuda=SimpleNamespace(matmul=matmul))
-    monkeypatch.setattr("cskd.machine.devices.torch.backends", fake)
+    monkeypatch.setattr("cskd.machine.arithmetic.torch.backends", fake)
     assert arithmetic("none", GPU) == "float32, convolutions and matrix products tf32"
     assert arithmetic("none", CPU) == "float32"
     matmul.fp32_precision = "none"

@@ -127,11 +127,11 @@ def test_a_resumed_run_may_take_another_micro_batch_and_says_so(cached: Path, tm
 def test_a_mixed_pair_is_in_one_micro_batch_with_its_partners_row() -> None:
     row = torch.arange(8)
     batch = {"label": row, "partner": row ^ 1, "pixels": row[:, None], "seconds": torch.zeros(2)}
-    parts = micro_batches(batch, 4, CPU)
+    parts = micro_batches(batch, 4)
     assert [part["label"].tolist() for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     for part in parts:
         assert part["pixels"][part["partner"]][:, 0].tolist() == (part["label"] ^ 1).tolist()
-    assert micro_batches(batch, 8, CPU)[0] is batch
+    assert micro_batches(batch, 8)[0] is batch
 
 
 @pytest.mark.parametrize(("micro", "use"), [(6, 4), (16, 8), (14, 8)])
@@ -271,6 +271,18 @@ def test_every_way_to_say_it_is_known(error: Exception) -> None:
         explained(CPU, lambda _: ", and more"),
     ):
         raise error
+
+
+@pytest.mark.parametrize("error", [MemoryError("Unable to allocate 2 GiB"), RuntimeError("can't allocate memory")])
+def test_memory_of_the_machine_that_ends_is_not_said_to_be_the_gpus(error: Exception) -> None:
+    """As in a loader worker: a smaller micro-batch would not help."""
+    cuda = torch.device("cuda", 0)
+    with (
+        pytest.raises(OutOfMemoryError, match="on the machine, not on cuda:0; use fewer loader workers") as caught,
+        explained(cuda, lambda _: "; set a smaller train.micro_batch"),
+    ):
+        raise error
+    assert "micro_batch" not in str(caught.value)
 
 
 def test_the_allocator_of_the_cpu_says_it_so_and_no_smaller_batch_is_tried() -> None:

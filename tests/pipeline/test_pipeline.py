@@ -328,7 +328,7 @@ def test_a_run_is_not_resumed_in_another_precision(cached: Path, monkeypatch: py
     unfused = []
     monkeypatch.setattr("cskd.student.model.Student.unfuse_attention", lambda _: unfused.append(True))
     for has in (False, True):
-        monkeypatch.setattr("cskd.machine.devices.cpu_has_bf16", lambda has=has: has)
+        monkeypatch.setattr("cskd.machine.arithmetic.cpu_has_bf16", lambda has=has: has)
         train(config(cached, f"precision {has}", train=changes), quiet=True)
         assert len(unfused) == has
     with pytest.raises(

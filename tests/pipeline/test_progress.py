@@ -9,9 +9,11 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from cskd.config import Config
@@ -20,6 +22,7 @@ from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.doctor import doctor, render
 from cskd.pipeline.show.progress import Pool, Progress, bound_by, duration
 from cskd.pipeline.train import train
+from cskd.pipeline.training_run import TrainingRun
 from tests.caches import make_tiny_data
 from tests.pipeline.test_pipeline import TEACHER, config
 
@@ -143,6 +146,17 @@ def test_bound_by_names_the_longest_part_of_the_busiest_pool_and_the_speed_of_ea
         "encode 6,000 images/s · write 12,000 images/s"
     )
     assert bound_by([], 0.0, 0) == bound_by([Pool(1, {"write": 0.0})], 0.0, 0) == "bound by nothing: no time was spent"
+
+
+def test_what_a_gpu_does_for_teacher_and_student_is_one_part_of_an_online_run() -> None:
+    """The check of the logits waits for both, so that the seconds of each say nothing."""
+    seconds = {"decode": 1.0, "augment": 2.0, "teacher": 5.0, "student": 0.5, "evaluate": 1.0}
+    parts = {}
+    for device in ("cpu", "cuda"):
+        run: Any = SimpleNamespace(workers=2, targets=SimpleNamespace(runs_teacher=True), device=torch.device(device))
+        parts[device] = [dict(pool.seconds) for pool in TrainingRun.pools(run, seconds, 0.0)][1]
+    assert parts["cpu"] == {"teacher": 5.0, "student": 0.5, "evaluate": 1.0}
+    assert parts["cuda"] == {"teacher and student": 5.5, "evaluate": 1.0}
 
 
 def test_bound_by_says_how_many_cores_the_loader_needs_to_keep_up() -> None:

@@ -232,7 +232,7 @@ def test_impossible_preprocessing_is_refused(tiny: TeacherConfig, changes: dict[
 def test_auto_autocast_is_on_where_the_processor_has_bf16_and_the_outcome_is_recorded(
     tiny: TeacherConfig, monkeypatch: pytest.MonkeyPatch, has: bool, recorded: str
 ) -> None:
-    monkeypatch.setattr("cskd.machine.devices.cpu_has_bf16", lambda: has)
+    monkeypatch.setattr("cskd.machine.arithmetic.cpu_has_bf16", lambda: has)
     assert load(tiny, precision="auto").fingerprint.facts["autocast"] == recorded
 
 

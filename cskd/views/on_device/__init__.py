@@ -73,7 +73,7 @@ class Plan:
     words: Tensor
 
     def to(self, device: torch.device | str) -> Plan:
-        """The plan with its buffer on a device; the copy of pinned memory runs beside the host."""
+        """The plan with its buffer on a device; the copy of pinned memory runs while the host goes on."""
         return replace(self, words=self.words.to(device, non_blocking=True))
 
 
