@@ -61,6 +61,7 @@ class Section:
 SECTIONS = (
     Section("ceilings", "speed", 30, "ceilings:ceilings"),
     Section("loader", "speed", 40, "ceilings:loader"),
+    Section("writer", "speed", 30, "ceilings:writer"),
     Section("regnety", "speed", 70, "stage1:regnety_best"),
     Section("light", "speed", 90, "stage1:light"),
     Section("tiny", "speed", 90, "stage2:sides", ("tiny",)),

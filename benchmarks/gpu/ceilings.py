@@ -8,13 +8,18 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 
 from benchmarks.gpu.bench import RECIPE, VIEWS, Bench, second_half, seconds_of
+from cskd.codecs import get_codec
 from cskd.config import RecipeConfig
 from cskd.dataset.inventory import open_inventory
 from cskd.loading.stream import Stream
+from cskd.pipeline.unit_line import writers_of
 from cskd.seeds import mix64
+from cskd.store.format import UNIT_FIELDS
+from cskd.store.unit import content_hash, pack_unit
 from cskd.views.maker import ViewMaker
 
 
@@ -84,6 +89,34 @@ def loader(bench: Bench) -> None:
             rate, python = second_half(points), platform.python_version() + ("" if locked() else ", free-threaded")
             words = f"{rate / one:.2f} times one core, Python {python}"
             bench.say(f"decode and augment, {cores} {name}", rate, "views/s", words)
+
+
+def writer(bench: Bench) -> None:
+    """Whole maps in int8 to the bytes of a unit's file and its content hash, by one thread and by as many as commit in stage 1."""
+    s, grid = bench.sizes, (7, 7)
+    rows = max(8, 256 * s.classes // 1000)
+    torch.manual_seed(0)
+    codec = get_codec("int8", s.classes, grid)
+    logits = torch.randn(rows, s.classes, 1, 1) + 0.5 * torch.randn(rows, s.classes, *grid)
+    targets = codec.encode(logits, logits.mean((2, 3)))
+    fields = {
+        name: np.zeros((rows, *(() if name != "box" else (4,))), dtype) for name, (dtype, _) in UNIT_FIELDS.items()
+    }
+    names = {name: dimensions for name, (_, dimensions) in UNIT_FIELDS.items()} | codec.dimensions
+
+    def write(_: int) -> None:
+        pack_unit(fields, targets, names, {})
+        content_hash(fields, {"int8": targets})
+
+    write(0)
+    for count in dict.fromkeys((1, max(2, writers_of(min(s.workers, os.cpu_count() or 1))))):
+        units, begun = 4 * count, time.perf_counter()
+        with ThreadPoolExecutor(count) as threads:
+            list(threads.map(write, range(units)))
+        rate = units * rows / (time.perf_counter() - begun)
+        bench.say(
+            f"int8 units written by {count} thread{'s' * (count > 1)}", rate, "views/s", f"{s.classes} classes, 7 x 7"
+        )
 
 
 def locked() -> bool:
