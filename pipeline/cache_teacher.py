@@ -85,8 +85,8 @@ def _cache_teacher(
     need_training_images(config)
     refuse_cache_output(config)
     inventory = training_images(config)
-    # Of several processes the first one speaks for all, since it counts what all make.
-    quiet = quiet or launched().rank > 0
+    # Of the ranks of torchrun the first one speaks for all, since it counts what all make.
+    quiet = quiet or not launched().speaks
     maker, notes = ViewMaker(inventory, config.recipe), Notes(quiet)
     notes.add(moved)
     ahead = look_ahead(config, maker)
