@@ -43,9 +43,16 @@ def _named_device(name: str, key: str) -> torch.device:
                     "to auto, which gives each its own"
                 )
         torch.empty(1, device=device)
+        if device.type == "meta":
+            raise RuntimeError("its tensors hold no numbers")
     except (RuntimeError, AssertionError) as e:
-        raise ConfigError(f"{key} {name!r} is not usable here ({str(e).splitlines()[0]}); use auto or cpu") from None
+        raise ConfigError(f"{key} {name!r} is not usable here ({_first_sentence(e)}); use auto or cpu") from None
     return device
+
+
+def _first_sentence(error: Exception) -> str:
+    """Of a text of torch's, which may fill a screen."""
+    return str(error).split("\n")[0].split(". ")[0][:120]
 
 
 def _gpu_of(launch: Launch, seen: int, key: str) -> int:

@@ -79,10 +79,9 @@ def running_ranks(device: torch.device) -> Iterator[Ranks]:
     launch = launched()
     if launch.by == "srun":
         raise ConfigError(
-            f"srun started {launch.count} processes of cskd train, which don't know each other as ranks; expected one per "
-            "machine, torchrun, which starts the ranks: srun --ntasks-per-node 1 torchrun --nnodes $SLURM_NNODES "
-            f"--nproc-per-node {launch.local_count} --rdzv-backend c10d --rdzv-endpoint HOST:29400 --rdzv-id $SLURM_JOB_ID "
-            "--no-python cskd train CONFIG, where HOST is the first machine"
+            f"srun started {launch.count} processes of cskd train, expected one torchrun per machine: srun --ntasks-per-node 1 "
+            f"torchrun --nnodes $SLURM_NNODES --nproc-per-node {launch.local_count} --rdzv-backend c10d --rdzv-endpoint "
+            "HOST:29400 --rdzv-id $SLURM_JOB_ID --no-python cskd train CONFIG (HOST: the first)"
         )
     if launch.count == 1:
         yield Ranks()

@@ -22,6 +22,7 @@ from cskd.files.read import refuse_links
 from cskd.seeds import view_seeds
 from cskd.store.commit import Commit, again, publish, read_commit, record_names, write_file
 from cskd.store.format import INVENTORY, MANIFEST, OWN_NAMES, UNIT_FIELDS, Unit, commit_file, record_name
+from cskd.store.identity import Identity
 from cskd.store.manifest import Manifest, begin_manifest, complete_manifest, read_manifest, write_manifest
 from cskd.store.unit import content_hash, pack_unit, read_unit
 from cskd.views.digest import Recorded
@@ -234,7 +235,7 @@ def create_cache(root: Path, manifest: Manifest, inventory: Inventory) -> Cache:
         complete_manifest(root)
         difference = first_difference(cache.identity.facts, manifest.identity.facts)
         if difference:
-            field, old, new = difference
+            field, old, new = first_difference(*map(_by_config_keys, (cache.identity, manifest.identity))) or difference
             raise CacheError(
                 f"{root} was made with {field} = {_short(old)}, this config has {_short(new)}; "
                 f"set {field} back, or cache into another folder (--set cache.path=...)"
@@ -281,6 +282,15 @@ def differences(old: Any, new: Any, field: str = "") -> Iterator[tuple[str, Any,
 def first_difference(old: Any, new: Any) -> tuple[str, Any, Any] | None:
     """The first of `differences`; None when equal."""
     return next(differences(old, new), None)
+
+
+def _by_config_keys(identity: Identity) -> dict[str, Any]:
+    """The facts of an identity, those of the teacher's arithmetic by the keys that set them today."""
+    facts, teacher = identity.facts, dict(identity.teacher)
+    if {"autocast", "dtype"} <= teacher.keys():
+        autocast, dtype = teacher.pop("autocast"), teacher.pop("dtype")
+        teacher["precision"] = dtype if autocast == "none" else autocast
+    return {**facts, "teacher": teacher, "cache": {"device": teacher.pop("device", "cpu")}}
 
 
 def _short(value: Any) -> str:

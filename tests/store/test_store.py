@@ -198,6 +198,32 @@ def test_of_two_that_begin_a_cache_the_first_counts_and_the_other_is_refused(tmp
         create_cache(cache.root, other, cache.inventory)
 
 
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"autocast": "bf16"}, 'teacher.precision = "float32", this config has "bf16"; set teacher.precision back'),
+        ({"dtype": "float64"}, 'teacher.precision = "float32", this config has "float64"; set teacher.precision back'),
+        ({"device": "cuda"}, 'cache.device = "cpu", this config has "cuda"; set cache.device back'),
+        ({"batch": 8}, "teacher.batch = 4, this config has 8; set teacher.batch back"),
+    ],
+)
+def test_another_teacher_is_refused_by_the_key_that_sets_it_today(
+    tmp_path: Path, facts: dict[str, Any], said: str
+) -> None:
+    """Caches name the arithmetic by keys of older configs, which a config of today refuses next to today's."""
+    tiny = make_tiny_cache(tmp_path)
+
+    def manifest(**more: Any) -> Manifest:
+        teacher = {**tiny.identity.teacher, "autocast": "none", "dtype": "float32", "batch": 4, **more}
+        return replace(tiny.manifest, identity=replace(tiny.identity, teacher=teacher))
+
+    root = tmp_path / "other"
+    create_cache(root, manifest(), tiny.inventory)
+    with pytest.raises(CacheError) as error:
+        create_cache(root, manifest(**facts), tiny.inventory)
+    assert said in str(error.value)
+
+
 def test_a_death_between_the_two_copies_of_the_manifest_is_made_good(tmp_path: Path) -> None:
     cache = make_tiny_cache(tmp_path)
     (cache.root / MANIFEST_COPY).unlink()
