@@ -153,7 +153,11 @@ def _confirm(
     def refuse(difference: str) -> DataError:
         return DataError(f"{old.root} holds the data set {old.id[:12]}, {difference}; pack into another folder")
 
-    for name, value in {"raw": None, **options}.items():
+    if bool(old.made.get("raw")) != ("raw" in options):
+        raise refuse(
+            "made with --raw, asked for without" if "raw" in old.made else "made without --raw, asked for with it"
+        )
+    for name, value in options.items():
         if old.made.get(name) != value:
             raise refuse(f"made with {name} = {old.made.get(name)}, asked for {value}")
     if old.n != n:

@@ -209,8 +209,11 @@ def test_raw_stores_the_pixels_that_decoding_gives_and_says_so(tmp_path: Path) -
     with tarfile.open(whole.shard_path(0)) as shard:
         assert [name for name in shard.getnames() if name.startswith("a/1")] == ["a/1.ppm", "a/1.cls"]
     assert pack(src, tmp_path / "whole", raw=True).id == whole.id  # nothing is written
-    with pytest.raises(DataError, match="made with raw = True, asked for None"):
+    with pytest.raises(DataError, match="made with --raw, asked for without"):
         pack(src, tmp_path / "whole")
+    pack(src, tmp_path / "plain")
+    with pytest.raises(DataError, match="made without --raw, asked for with it"):
+        pack(src, tmp_path / "plain", raw=True)
 
 
 def test_shards_are_cut_at_a_number_of_bytes_too(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
