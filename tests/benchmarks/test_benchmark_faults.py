@@ -22,6 +22,7 @@ def run(*arguments: str, before: str = "") -> tuple[int, dict[str, int]]:
     return done.returncode, json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_nothing_goes_wrong_in_silence(tmp_path: Path) -> None:
     status, counts = run("--tally", str(tmp_path / "tally.json"))
     assert (status, counts["wrong"]) == (0, 0)
@@ -39,6 +40,7 @@ def test_counts_of_several_runs_are_added(tmp_path: Path) -> None:
     assert (counts["swaps"], counts["kills"], counts["wrong"]) == (17, 7, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "broken"),
     [

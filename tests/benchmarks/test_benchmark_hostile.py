@@ -32,7 +32,7 @@ def test_every_kind_of_mutated_input_is_read_or_refused() -> None:
     assert "Traceback" not in err
 
 
-@pytest.mark.slow  # the benchmark of faults reads a tenth of them in every run of the tests
+@pytest.mark.slow  # the test above reads mutated inputs in every run of the tests
 @pytest.mark.parametrize(
     ("only", "least"),
     [
@@ -64,6 +64,7 @@ def test_a_dozen_go_through_the_real_command_line(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_breaks_hangs_or_escapes_is_found() -> None:
     broken = "m.decode = lambda data: {}[0]"
     assert run("--count", "5", "--only", "image", "--no-curated", before=broken)[1]["hostile_failed"] == 5
