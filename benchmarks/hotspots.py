@@ -2,8 +2,8 @@
 
     python -m benchmarks.hotspots [view] [batch] [step]
 
-    view    one view of DeiT's full recipe from the original images and from copies with short side 256, as JPEG and raw: reading, decoding,
-            each operation (as often as it is drawn), digest
+    view    one view of DeiT's full recipe from the original images and from copies with short side 256, as JPEG and raw:
+            reading, decoding, each operation (as often as it is drawn), digest
     batch   one view in a lane of stage 1, MobileNetV2: mixing, preparing, network, classifier, envelope; float32, and the
             fastest setting (bf16, folded)
     step    torch's profile of a training step of DeiT-Ti on 16 images, forward, loss, backward and AdamW, in float32 and bf16
