@@ -37,10 +37,8 @@ from cskd.pipeline.conflicts import (
     changed_on_resume,
     own_output,
     refuse_conflicts,
-    refuse_other_code,
     refuse_other_run,
     run_identity,
-    usable_views,
 )
 from cskd.pipeline.evaluate import score_heads
 from cskd.pipeline.online import open_baseline, open_online
@@ -50,6 +48,7 @@ from cskd.pipeline.show.progress import Notes, Pool
 from cskd.store.cache import open_cache
 from cskd.store.format import RESOLVED
 from cskd.store.replay_check import check_versions
+from cskd.store.usable import refuse_other_code, usable_views
 from cskd.student import Student, build_student
 from cskd.student.best import Best, BestWeights
 from cskd.student.checkpoint import ResumeStates, TrainState, export, exported_prefix

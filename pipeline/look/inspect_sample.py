@@ -17,7 +17,8 @@ from PIL import Image
 
 from cskd.codecs import Arrays, Codec
 from cskd.codecs.base import BLEND_ONE, quantise_blend
-from cskd.errors import CacheError, CskdError, DataError
+from cskd.errors import CacheError, CskdError
+from cskd.loading.cached_views import CachedViews, Rows
 from cskd.pipeline.look.inspection import MixingFacts, SampleFacts
 from cskd.pipeline.look.pictures import (
     GAP,
@@ -35,23 +36,32 @@ from cskd.pipeline.look.pictures import (
 from cskd.pipeline.look.wordnet import readable
 from cskd.store.cache import Cache
 from cskd.teacher.arithmetic import BLENDS
-from cskd.views.digest import check_view, pixel_crc
-from cskd.views.mixing import CUTMIX, MIXUP, NONE, own_share
-
-MODES = {NONE: "unmixed", MIXUP: "mixup", CUTMIX: "cutmix"}
+from cskd.views.mixing import MODES, own_share
 
 
 @dataclass(frozen=True)
 class CachedView:
-    """One view of one sample, as its unit holds it. `fields` are its row of the unit; `partner` is a sample or None."""
+    """One view of one sample, as its unit holds it: the first of `rows`, mixed with the second where `partner`, a sample, is
+    not None."""
 
     sample: int
     key: str
     view: int
-    fields: dict[str, Any]
-    targets: dict[str, Arrays]  # of every codec, one sample each
+    rows: Rows
     partner: int | None
-    partner_fields: dict[str, Any]
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        return {name: array[0] for name, array in self.rows.fields.items()}
+
+    @property
+    def partner_fields(self) -> dict[str, Any]:
+        return {name: array[-1] for name, array in self.rows.fields.items()}
+
+    @property
+    def targets(self) -> dict[str, Arrays]:
+        """Of every codec, one sample each."""
+        return self.rows.targets
 
     @property
     def label(self) -> int:
@@ -67,46 +77,14 @@ class CachedView:
         return float(own_share(self.fields["mode"], self.fields["lam"]))
 
 
-def find_sample(cache: Cache, sample: str | int) -> int:
-    """The index of a sample given by its key, or by its number. Raises DataError when there is none."""
-    n = cache.inventory.n
-    if isinstance(sample, str):
-        try:
-            return cache.inventory.find(sample)
-        except DataError:
-            if not sample.isdecimal():
-                raise
-    if not 0 <= int(sample) < n:
-        raise DataError(f"no sample number {sample}, expected a key or a number in 0..{n - 1}")
-    return int(sample)
-
-
 def cached_view(cache: Cache, sample: int, view: int) -> CachedView:
     """One view of one sample with the targets of every codec.
 
     Raises:  CacheError when the unit is missing or damaged, or the sample is quarantined.
     """
-    if not 0 <= view < cache.views:
-        raise CacheError(f"view {view} is outside this cache's 0..{cache.views - 1}; give one of these with --view")
-    block = cache.inventory.block_of(sample)
-    first = cache.inventory.block_range(block)[0]
-    key = cache.inventory.key(sample)
-    targets: dict[str, Arrays] = {}
-    for name, codec in cache.codecs.items():
-        unit = cache.read(block, view, name)
-        row = int(np.searchsorted(unit.position, sample - first))
-        if row == len(unit.position) or unit.position[row] != sample - first:
-            commit = cache.commit_of(block, view)
-            reason = commit.quarantine[str(sample - first)] if commit else "unknown"
-            raise CacheError(f"sample '{key}' has no targets: it is quarantined ({reason})")
-        targets[name] = codec.take(unit.targets, np.array([row]))
-    fields = {name: array[row] for name, array in unit.fields.items()}
-    partner, partner_fields = None, {}
-    if fields["mode"] != NONE:
-        partner = first + int(fields["partner"])
-        partner_row = int(np.searchsorted(unit.position, fields["partner"]))
-        partner_fields = {name: array[partner_row] for name, array in unit.fields.items()}
-    return CachedView(sample, key, view, fields, targets, partner, partner_fields)
+    rows = CachedViews(cache).rows([sample], [view])
+    partner = int(rows.sample[rows.partner[0]]) if rows.partner[0] else None
+    return CachedView(sample, cache.inventory.key(sample), view, rows, partner)
 
 
 def replay(cache: Cache, cached: CachedView) -> NDArray[np.float32]:
@@ -116,25 +94,8 @@ def replay(cache: Cache, cached: CachedView) -> NDArray[np.float32]:
 
     Raises:  ReplayError when a digest differs; DataError when the image shards are missing or were changed.
     """
-    import torch
-
-    from cskd.views.maker import ViewMaker
-    from cskd.views.mix_pixels import mix_pixels
-
-    maker, recorded = ViewMaker(cache.inventory, cache.recipe), cache.recorded()
-    rows = [(cached.sample, cached.fields)]
-    if cached.partner is not None:
-        rows.append((cached.partner, cached.partner_fields))
-    pixels = []
-    for i, (sample, fields) in enumerate(rows):
-        pixels.append(maker.view(maker.image(sample), int(fields["seed"])))
-        partner = rows[-1 - i][0]
-        check_view(cache.inventory, cache.recipe, recorded, sample, cached.view, fields, partner, pixel_crc(pixels[i]))
-    tensors = (np.array([f[name] for _, f in rows], np.int64) for name in ("mode", "lam", "box"))
-    mode, lam, box = (torch.from_numpy(t) for t in tensors)
-    mate = torch.arange(len(rows)).flip(0)
-    mixed = mix_pixels(torch.from_numpy(np.stack(pixels)), mate, mode, lam, box)[0]
-    return mixed.permute(1, 2, 0).contiguous().numpy()
+    image_CHW = CachedViews(cache).replay(cached.rows).images[0]
+    return np.ascontiguousarray(image_CHW.permute(1, 2, 0).numpy())
 
 
 def cell_classes(cache: Cache, cached: CachedView, blend: float) -> NDArray[np.uint16]:
