@@ -22,7 +22,7 @@ import typer
 from typer.core import TyperGroup
 
 import cskd
-from cskd.errors import CskdError, printable
+from cskd.errors import CskdError, printable, refusal
 from cskd.files.paths import local_path
 from cskd.machine.launch import command_line, launched
 
@@ -375,7 +375,7 @@ def main() -> None:
             code = app(standalone_mode=False) or 0
     except (CskdError, OSError) as e:
         _debugged(e)
-        print(f"cskd: {printable(str(e) if isinstance(e, CskdError) else _os_error(e))}", file=sys.stderr)
+        print(f"cskd: {printable(str(e) if isinstance(e, CskdError) else refusal(e))}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         code = 130
@@ -387,15 +387,6 @@ def main() -> None:
         _say_how_to_go_on()
     _leave_ranks(code)
     sys.exit(code if isinstance(code, int) else 1)
-
-
-def _os_error(error: OSError) -> str:
-    """A refusal of the system in one line: a path that can't be made, a full disk, a closed pipe."""
-    where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name) or "the system"
-    return (
-        f"{where}: {error.strerror or ' '.join(str(error).split())}; expected a path that can be read and written and "
-        "room on its disk; mend that, or give another path, and run the same command again"
-    )
 
 
 def _usage_or_bug(error: Exception) -> int:

@@ -10,7 +10,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cskd.codecs.base import Arrays as Arrays
+    from cskd.codecs.base import Codec as Codec
+    from cskd.codecs.base import Field as Field
+    from cskd.config import LossConfig as LossConfig
     from cskd.errors import CskdError as CskdError
+    from cskd.library import CacheReport as CacheReport
+    from cskd.library import Inspection as Inspection
+    from cskd.library import TrainReport as TrainReport
+    from cskd.library import cache_teacher as cache_teacher
+    from cskd.library import inspect as inspect
+    from cskd.library import train as train
     from cskd.loading.replay_batch import ReplayBatch as ReplayBatch
     from cskd.loading.replay_batch import ReplaySample as ReplaySample
     from cskd.loading.replay_batch import SampleParameters as SampleParameters
@@ -18,18 +28,38 @@ if TYPE_CHECKING:
     from cskd.loading.replay_dataset import PlanSampler as PlanSampler
     from cskd.loading.replay_dataset import ReplayDataset as ReplayDataset
     from cskd.method.ckf import blend_schedule as blend_schedule
+    from cskd.method.losses import DistillationLoss as DistillationLoss
+    from cskd.method.losses import HardTargets as HardTargets
+    from cskd.method.losses import MixedLabels as MixedLabels
+    from cskd.method.losses import SoftTargets as SoftTargets
+    from cskd.method.losses import StudentOutput as StudentOutput
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "Arrays": "cskd.codecs.base",
+    "CacheReport": "cskd.library",
+    "Codec": "cskd.codecs.base",
     "CskdError": "cskd.errors",
+    "DistillationLoss": "cskd.method.losses",
+    "Field": "cskd.codecs.base",
+    "HardTargets": "cskd.method.losses",
+    "Inspection": "cskd.library",
+    "LossConfig": "cskd.config",
+    "MixedLabels": "cskd.method.losses",
     "PlanSampler": "cskd.loading.replay_dataset",
     "ReplayBatch": "cskd.loading.replay_batch",
     "ReplayDataset": "cskd.loading.replay_dataset",
     "ReplaySample": "cskd.loading.replay_batch",
     "SampleParameters": "cskd.loading.replay_batch",
+    "SoftTargets": "cskd.method.losses",
+    "StudentOutput": "cskd.method.losses",
     "Targets": "cskd.loading.replay_batch",
+    "TrainReport": "cskd.library",
     "blend_schedule": "cskd.method.ckf",
+    "cache_teacher": "cskd.library",
+    "inspect": "cskd.library",
+    "train": "cskd.library",
 }
 __all__ = sorted(_HOME)
 

@@ -78,6 +78,15 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
 
 
+def refusal(error: OSError) -> str:
+    """A refusal of the system in one line: a path that can't be made, a full disk, a closed pipe."""
+    where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name) or "the system"
+    return (
+        f"{where}: {error.strerror or ' '.join(str(error).split())}; expected a path that can be read and written and "
+        "room on its disk; mend that, or give another path, and run the same command again"
+    )
+
+
 def counted(n: int, noun: str) -> str:
     """'1 unit' or '1,024 units'."""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"

@@ -18,6 +18,7 @@ from cskd.files.read import refuse_links
 from cskd.files.writer import LOCK
 from cskd.loading.sources import ViewSource
 from cskd.machine.arithmetic import half
+from cskd.method.losses import own_terms
 from cskd.store.cache import Cache, differences
 from cskd.store.format import RESOLVED
 from cskd.student.checkpoint import MODEL, MODEL_BEST, MODEL_EMA, MODEL_LAST
@@ -120,6 +121,8 @@ def run_identity(
         "device": device.type,
         "val": val.id if val is not None else None,
     }
+    if own := own_terms(config.loss):
+        facts["term_code"] = {term.name: term.sha256 for term in own}
     return dict(json.loads(json.dumps(facts)))
 
 

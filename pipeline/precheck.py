@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cskd.codecs import get_codec
+from cskd.codecs import get_codec, known_own
 from cskd.config import Config, LossConfig, RecipeConfig, TrainConfig
 from cskd.dataset.inventory import Inventory, evenly, open_inventory
 from cskd.errors import CacheError, ConfigError, CskdError, DataError, ImageError, StudentError
@@ -166,7 +166,7 @@ def student_notes(student: Student, grid: tuple[int, int], loss: LossConfig) -> 
 
 def _stage2(config: Config, inventory: Inventory, online: bool) -> Student | None:
     """Open what `cskd train` will open, as far as there is no cache yet."""
-    codecs = {name: get_codec(name, len(inventory.classes), (1, 1)) for name in config.cache.codecs}
+    codecs = {name: get_codec(known_own(name), len(inventory.classes), (1, 1)) for name in config.cache.codecs}
     open_val(config, inventory.classes)
     if not config.student.model:
         return None

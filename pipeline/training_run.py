@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from cskd.codecs import known_own
 from cskd.config import Config, to_yaml
 from cskd.dataset.inventory import Inventory
 from cskd.errors import CacheError, ConfigError
@@ -32,6 +33,7 @@ from cskd.machine.arithmetic import arithmetic, half
 from cskd.machine.launch import launched
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import Threads, begun_with
+from cskd.method.losses import terms_of
 from cskd.pipeline.conflicts import (
     as_begun,
     changed_on_resume,
@@ -56,8 +58,6 @@ from cskd.student.heads import score_head
 from cskd.student.optim import Optimisation, average_notes
 from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import InputMaker
-
-TERMS = ("label", "dist", "patch")  # of the loss, as logged
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,9 @@ def open_run(
     loaded = states.load(student, optimisation)
     ranks.refuse_differing(loaded.step if loaded else 0, device)
     stop = min(settings.epochs * plan.steps, settings.max_steps or 1 << 62)
-    state = RunState(ranks, device, TERMS, len(views.inventory.classes), optimisation.scaler is not None)
+    state = RunState(
+        ranks, device, terms_of(config.loss), len(views.inventory.classes), optimisation.scaler is not None
+    )
     if loaded:
         begun = {name: value for name, value in loaded.info.items() if name != PROGRESS}
         notes.add(loaded.warnings)
@@ -304,6 +306,8 @@ def _open_views(
             f"no cache at {config.cache.path}; make it with `cskd cache-teacher CONFIG`, or train the baseline without a "
             "cache: --set cache.path="
         )
+    for name in config.cache.codecs:
+        known_own(name)
     cache = open_cache(config.cache.path, data=Path(config.data.train) if config.data.train else None)
     cache.inventory.check_shards()
     refuse_conflicts(config, cache)

@@ -9,6 +9,7 @@ import os
 import re
 import types
 import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,41 @@ _OF_TIMM = "local-dir:"  # one of its own ways to name a model
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML config, apply `section.key=value` overrides (values in YAML), expand `${NAME:-default}` in strings.
+def load_config(
+    config: str | os.PathLike[str] | Mapping[str, Any] | Config,
+    overrides: Sequence[str] | Mapping[str, Any] | None = None,
+) -> Config:
+    """The config of a YAML file, or of a nested dict; `${NAME:-default}` in its strings is expanded.
 
+    Args:    overrides, as `--set` has them: 'section.key=value' (values in YAML), or a dict {'section.key': value}.
     Raises:  ConfigError for a missing or malformed file, an unknown key, a wrong type, an unset variable.
     """
-    path = local_path(path, "CONFIG")
+    if isinstance(config, Config):
+        raw: Any = _written_keys(config) if overrides else None
+        if raw is None:
+            return config
+    elif isinstance(config, Mapping):
+        raw = _as_yaml_has_it(config)
+    elif isinstance(config, str | os.PathLike):
+        raw = _read(local_path(os.fspath(config), "CONFIG"))
+    else:
+        raise ConfigError(
+            f"the config is a {type(config).__name__}, expected the path of a YAML file, or a dict of sections"
+        )
+    if isinstance(overrides, str) or not isinstance(overrides, Mapping | Sequence | None):
+        raise ConfigError(f"overrides is {_short(overrides)}, expected a list of 'section.key=value', or a dict")
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            at, last = _section(raw, str(key), f"override {key}")
+            at[last] = _as_yaml_has_it(value)
+    else:
+        for override in overrides or []:
+            _override(raw, override)
+    return from_dict(raw)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The nested dict of a YAML file."""
     try:
         raw = read_yaml(read_file(path, MAX_BYTES).decode(), str(path))
     except FileNotFoundError:
@@ -44,10 +74,33 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         ) from None
     if not isinstance(raw, dict | None):
         raise ConfigError(f"{path} holds a {type(raw).__name__}, expected sections such as 'teacher:' and 'train:'")
-    raw = raw or {}
-    for override in overrides or []:
-        _override(raw, override)
-    return from_dict(raw)
+    return raw or {}
+
+
+def _as_yaml_has_it(value: Any, levels: int = 20) -> Any:
+    """A value out of Python in the types of YAML, copied: paths become texts, tuples lists, NumPy's numbers Python's."""
+    if isinstance(value, Mapping) and levels:
+        return {key: _as_yaml_has_it(v, levels - 1) for key, v in value.items()}
+    if isinstance(value, list | tuple) and levels:
+        return [_as_yaml_has_it(v, levels - 1) for v in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return value.item()
+    return value
+
+
+def _written_keys(config: Config) -> dict[str, Any]:
+    """The keys of a config that were written, or differ from the default."""
+    ours, defaults = to_dict(config), to_dict(Config())
+    return {
+        section: {
+            key: value
+            for key, value in keys.items()
+            if f"{section}.{key}" in config.given or value != defaults[section][key]
+        }
+        for section, keys in ours.items()
+    }
 
 
 def from_dict(raw: dict[str, Any]) -> Config:
@@ -105,9 +158,18 @@ def _with_local_paths(config: Config) -> Config:
 
 
 def _override(raw: dict[str, Any], text: str) -> None:
-    key, eq, value = text.partition("=")
+    key, eq, value = text.partition("=") if isinstance(text, str) else ("", "", "")
     if not eq or not key.strip():
         raise ConfigError(f"--set {text!r} is not KEY=VALUE, for example --set train.epochs=10")
+    at, last = _section(raw, key, f"--set {text}")
+    try:
+        at[last] = read_yaml(value, f"--set {key}")
+    except ConfigError:
+        raise ConfigError(f"--set {text}: {value!r} is not a YAML value; put it in quotes") from None
+
+
+def _section(raw: dict[str, Any], key: str, what: str) -> tuple[dict[str, Any], str]:
+    """The mapping that a dotted key is in, made where there is none, and its last part. what: the override, in words."""
     *sections, last = key.strip().split(".")
     at = raw
     for section in sections:
@@ -115,12 +177,9 @@ def _override(raw: dict[str, Any], text: str) -> None:
         if below is None:
             below = at[section] = {}
         if not isinstance(below, dict):
-            raise ConfigError(f"--set {text}: {section} holds a value, not keys")
+            raise ConfigError(f"{what}: {section} holds a value, not keys")
         at = below
-    try:
-        at[last] = read_yaml(value, f"--set {key}")
-    except ConfigError:
-        raise ConfigError(f"--set {text}: {value!r} is not a YAML value; put it in quotes") from None
+    return at, last
 
 
 def _expand(value: Any) -> Any:

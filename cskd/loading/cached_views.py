@@ -76,7 +76,7 @@ class CachedViews:
     """
 
     def __init__(self, cache: Cache, codecs: Sequence[str] | None = None, unit_bytes: int = UNIT_BYTES) -> None:
-        self.cache, self.codecs, self.unit_bytes = cache, tuple(codecs or cache.codecs), unit_bytes
+        self.cache, self.codecs, self.unit_bytes = cache, tuple(dict.fromkeys(codecs or cache.codecs)), unit_bytes
         for name in self.codecs:
             if name not in cache.codecs:
                 raise CacheError(

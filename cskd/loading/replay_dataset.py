@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset, Sampler
 
-from cskd.codecs import Codec
+from cskd.codecs import Codec, known_own
 from cskd.config import RecipeConfig
 from cskd.errors import ConfigError
 from cskd.loading.cached_views import UNIT_BYTES, CachedViews, Rows, find_sample
@@ -43,7 +43,7 @@ class ReplayDataset(Dataset[ReplaySample]):
     reads each once.
 
     Args:    cache, folder; data, folder of the image shards where they have moved; views, of the first so many only, 0 = all;
-             codecs, of these only, default all; mean, std of RGB in [0, 1], the default leaves pixels in [0, 1];
+             codecs, of these only, default all, your own by its place (path/to/file.py:Class); mean, std of RGB in [0, 1], the default leaves pixels in [0, 1];
              verify_replay, compare each view with the digest in the cache; unit_bytes, memory for units, per process.
     Raises:  CacheError where there is no such cache, it lacks units, or this version makes other views; DataError where image
              shards are missing. Items raise ReplayError, DataError and CacheError, and IndexError past the end.
@@ -61,6 +61,7 @@ class ReplayDataset(Dataset[ReplaySample]):
         verify_replay: bool = True,
         unit_bytes: int = UNIT_BYTES,
     ) -> None:
+        codecs = [known_own(text) for text in codecs] if codecs is not None else None
         opened = open_cache(cache, None if data is None else Path(data))
         opened.inventory.check_shards()
         refuse_other_code(opened)

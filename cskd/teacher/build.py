@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +16,10 @@ from torch import Tensor, nn
 
 from cskd.config import TeacherConfig
 from cskd.errors import TeacherError, one_line
-from cskd.files.read import read_file
+from cskd.files.own_code import OwnCode, entry_point_names, load_own, names_own_code
 from cskd.files.weights import READ_BY_TIMM, read_weights
+
+GROUP = "cskd.teachers"  # of entry points
 
 
 @dataclass
@@ -38,8 +38,9 @@ def build(config: TeacherConfig) -> Built:
     Raises:  TeacherError for an unknown name, a missing file or function, kwargs the constructor refuses, weights that
              can't be read or don't fit.
     """
-    own = ".py:" in config.model
-    built = _from_file(config) if own else _from_timm(config)
+    code = _own(config.model)
+    own = code is not None
+    built = _from_own(config, code) if code is not None else _from_timm(config)
     if config.weights is None:
         note = "the weights are those that build() gave" if own else "the weights are random: set teacher.weights"
         built.notes.append(note)
@@ -71,7 +72,7 @@ def build_model(name: str, kwargs: dict[str, Any], pretrained: bool = False) -> 
         )
     known = timm.list_models()
     if ":" not in name and name.partition(".")[0] not in known:
-        near = difflib.get_close_matches(name, known, n=1)
+        near = difflib.get_close_matches(name, [*known, *entry_point_names(GROUP)], n=1)
         hint = f"the nearest is {near[0]!r}" if near else "timm.list_models() lists them"
         raise TeacherError(f"teacher.model {name!r} is no timm model; {hint}; your own is path/to/file.py:build")
     try:
@@ -96,25 +97,16 @@ def _from_timm(config: TeacherConfig) -> Built:
     return Built(model, {"model": config.model, "kwargs": dict(config.kwargs)}, stated)
 
 
-def _from_file(config: TeacherConfig) -> Built:
-    """Import path/to/file.py under a name made of its hash, and call the function after the colon."""
-    where, _, function = config.model.rpartition(":")
-    path = Path(where).expanduser()
-    try:
-        digest = hashlib.sha256(read_file(path)).hexdigest()
-    except OSError as e:
-        raise TeacherError(f"teacher.model: {path} can't be read ({e.strerror}); give path/to/file.py:build") from None
-    name = f"cskd_teacher_{digest[:16]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None  # the name ends in .py
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and torch.compile look modules up by name
-    try:
-        spec.loader.exec_module(module)
-    except Exception as e:
-        del sys.modules[name]
-        raise TeacherError(f"teacher.model: importing {path} failed: {one_line(e)}") from None
-    maker = getattr(module, function, None)
+def _own(model: str) -> OwnCode | None:
+    """The code that `teacher.model` names by its place, or by an entry point that has no timm name."""
+    if names_own_code(model) or (model and ":" not in model and model.partition(".")[0] not in timm.list_models()):
+        return load_own(model, "teacher.model", GROUP, "a function that returns a torch.nn.Module", TeacherError)
+    return None
+
+
+def _from_own(config: TeacherConfig, code: OwnCode) -> Built:
+    """Call the user's function."""
+    path, function, maker = code.where.rpartition(":")[0], code.name, code.value
     if not callable(maker):
         raise TeacherError(f"teacher.model: {path} has no function {function!r}; it must return a torch.nn.Module")
     try:
@@ -126,7 +118,7 @@ def _from_file(config: TeacherConfig) -> Built:
     stated = dict(getattr(model, "pretrained_cfg", None) or {})
     if isinstance(stated.get("input_size"), tuple | list):
         stated["input_size"] = stated["input_size"][-1]
-    source = {"model": function, "file_sha256": digest, "kwargs": dict(config.kwargs)}
+    source = {"model": function, "file_sha256": code.sha256, "kwargs": dict(config.kwargs)}
     return Built(model, source, stated)
 
 
