@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cskd.loading.replay_batch import ReplaySample as ReplaySample
     from cskd.loading.replay_batch import SampleParameters as SampleParameters
     from cskd.loading.replay_batch import Targets as Targets
+    from cskd.loading.replay_batch import collate as collate
     from cskd.loading.replay_dataset import PlanSampler as PlanSampler
     from cskd.loading.replay_dataset import ReplayDataset as ReplayDataset
     from cskd.method.ckf import blend_schedule as blend_schedule
@@ -58,6 +59,7 @@ _HOME = {
     "TrainReport": "cskd.library",
     "blend_schedule": "cskd.method.ckf",
     "cache_teacher": "cskd.library",
+    "collate": "cskd.loading.replay_batch",
     "inspect": "cskd.library",
     "train": "cskd.library",
 }

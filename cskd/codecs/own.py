@@ -33,7 +33,7 @@ def register_codec(text: str) -> str:
 
     Raises:  CodecError where it can't be loaded, is no codec, or has the name of another one.
     """
-    own = load_own(text, _KEY, GROUP, "a subclass of cskd.Codec", CodecError)
+    own = load_own(text, _KEY, GROUP, "class", CodecError)
     if own is None:
         return text
     codec = _made(own, MAX_CLASSES, (1, 1))

@@ -43,7 +43,7 @@ def names_own_code(text: str) -> bool:
 def load_own(text: str, key: str, group: str, kind: str, error: type[CskdError] = CskdError) -> OwnCode | None:
     """Load what a text names: a place, or an entry point of `group`; None where it is neither.
 
-    Args:    key, of the config, and kind, what is expected, both for messages; error, the class of those.
+    Args:    key, of the config, and kind, 'function' or 'class', both for messages; error, the class of those.
     Raises:  `error` where there is no such file, module or name, or importing it fails.
     """
     if ".py:" in text:
@@ -61,7 +61,7 @@ def load_own(text: str, key: str, group: str, kind: str, error: type[CskdError] 
         return _entry_point(text, key, group, error)
     value = getattr(module, name, None)
     if value is None:
-        raise error(f"{key}: {where} has no {name!r}; it must be {kind}")
+        raise error(f"{key}: {where} has no {kind} {name!r}; give the name of one that is in it")
     place = f"{Path(where).expanduser().resolve()}:{name}" if ".py:" in text else text
     return OwnCode(value, name, f"{where}:{name}", place, _sha256(module))
 

@@ -184,7 +184,7 @@ def own_terms(config: LossConfig) -> list[OwnTerm]:
     """The terms of a user's own, loaded. Raises ConfigError where one can't be, or has the name of another one."""
     found: list[OwnTerm] = []
     for text in config.terms:
-        code = load_own(text, "loss.terms", "cskd.losses", "a function", ConfigError)
+        code = load_own(text, "loss.terms", "cskd.losses", "function", ConfigError)
         if code is None or not callable(code.value):
             what = "no entry point of cskd.losses" if code is None else f"a {type(code.value).__name__}"
             raise ConfigError(

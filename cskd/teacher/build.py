@@ -100,7 +100,7 @@ def _from_timm(config: TeacherConfig) -> Built:
 def _own(model: str) -> OwnCode | None:
     """The code that `teacher.model` names by its place, or by an entry point that has no timm name."""
     if names_own_code(model) or (model and ":" not in model and model.partition(".")[0] not in timm.list_models()):
-        return load_own(model, "teacher.model", GROUP, "a function that returns a torch.nn.Module", TeacherError)
+        return load_own(model, "teacher.model", GROUP, "function", TeacherError)
     return None
 
 
