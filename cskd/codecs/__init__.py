@@ -33,6 +33,6 @@ def get_codec(name: str, classes: int, grid: tuple[int, int]) -> Codec:
     if (own := own_codec(name, classes, grid)) is not None:
         return own
     raise CodecError(
-        f"unknown codec '{name[:80]}'; the known ones are envelope, int8 and topk:10 (any number of classes); say where your own "
-        f"is: path/to/file.py:Class in cache.codecs or in {VARIABLE}"
+        f"unknown codec '{name[:40]}', expected envelope, int8 or topk:10; for one of your own set "
+        f"{VARIABLE}=path/to/file.py:Class"
     )
