@@ -138,6 +138,24 @@ def index(
     _print(index_data(shards, classes, block, split, quiet=json_), json_, render)
 
 
+@app.command()
+def plan(
+    config: ConfigPath,
+    set_: Set = None,
+    students: Annotated[int, typer.Option(min=1, help="Students that will be trained from the cache.")] = 1,
+    images: Annotated[
+        int | None, typer.Option(min=4, help="Training images, where they are not packed yet; default: ImageNet's.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds that each stage is watched for.")] = 8.0,
+    json_: Json = False,
+) -> None:
+    """What a config will take on this machine, measured in about a minute, and whether a cache pays; caches nothing."""
+    from cskd.config import load_config
+    from cskd.pipeline.planning.plan import plan, render
+
+    _print(plan(load_config(config, set_), students, images, seconds, quiet=json_), json_, render)
+
+
 @app.command(name="cache-teacher")
 def cache_teacher(config: ConfigPath, set_: Set = None, json_: Json = False) -> None:
     """Stage 1: run the teacher once over every view. The same command resumes."""
