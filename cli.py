@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
+from typer.completion import completion_init, get_completion_script  # type: ignore[attr-defined]  # it imports both
 from typer.core import TyperGroup
 
 import cskd
@@ -28,6 +29,7 @@ from cskd.machine.launch import command_line, launched
 
 _leaving = threading.Lock()  # never given back
 
+COMPLETE = "_CSKD_COMPLETE"  # by which the script of `cskd completion` asks for what may come next
 GRACE = 20.0  # seconds a run that was interrupted has to end by itself
 
 app = typer.Typer(
@@ -38,6 +40,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Distil a CNN into a ViT from a teacher cache that is computed once (CSKD, arXiv 2307.08500).",
 )
+
+START, DATA, STAGES, CACHES, CONFIGS = "Begin", "Data", "Stages", "Caches", "Configs and shell"  # groups of --help
+
+
+def _command(group: str, example: str, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command of a group, with a line of its help that can be typed as it is."""
+    return app.command(name, rich_help_panel=group, epilog=f"Example: {example}")
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no progress.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; repeatable.")]
@@ -54,7 +64,9 @@ def _path(name: str) -> Callable[[str], Path]:
 
 ConfigPath = Annotated[
     Path,
-    typer.Argument(metavar="CONFIG", parser=_path("CONFIG"), help="YAML config; the shipped ones are in configs/."),
+    typer.Argument(
+        metavar="CONFIG", parser=_path("CONFIG"), help="YAML config; `cskd configs` lists those to begin from."
+    ),
 ]
 CachePath = Annotated[
     Path, typer.Argument(metavar="CACHE", parser=_path("CACHE"), help="Folder made by cskd cache-teacher.")
@@ -82,7 +94,7 @@ def options(
         raise typer.Exit
 
 
-@app.command()
+@_command(START, "cskd demo")
 def demo(
     out: Annotated[Path, typer.Argument(parser=_path("OUT"), help="Folder for everything it makes.")] = Path("demo"),
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of every student.")] = None,
@@ -94,7 +106,7 @@ def demo(
     _print(run_demo(out, epochs=epochs, quiet=json_), json_, render)
 
 
-@app.command()
+@_command(DATA, "cskd pack /data/imagenet/train data/imagenet/train")
 def pack(
     src: Annotated[
         Path,
@@ -124,7 +136,7 @@ def pack(
     _print(report, json_, render)
 
 
-@app.command()
+@_command(DATA, "cskd index /data/shards --classes names.txt")
 def index(
     shards: Annotated[Path, typer.Argument(parser=_path("SHARDS"), help="Folder of webdataset shards.")],
     classes: Classes = None,
@@ -138,7 +150,7 @@ def index(
     _print(index_data(shards, classes, block, split, quiet=json_), json_, render)
 
 
-@app.command()
+@_command(STAGES, "cskd plan my.yaml --students 4")
 def plan(
     config: ConfigPath,
     set_: Set = None,
@@ -156,7 +168,7 @@ def plan(
     _print(plan(load_config(config, set_), students, images, seconds, quiet=json_), json_, render)
 
 
-@app.command(name="cache-teacher")
+@_command(STAGES, "cskd cache-teacher my.yaml --set cache.device=cuda:1", name="cache-teacher")
 def cache_teacher(config: ConfigPath, set_: Set = None, json_: Json = False) -> None:
     """Stage 1: run the teacher once over every view. The same command resumes."""
     from cskd.config import load_config
@@ -165,7 +177,7 @@ def cache_teacher(config: ConfigPath, set_: Set = None, json_: Json = False) -> 
     _print(cache_teacher(load_config(config, set_), quiet=json_), json_, render)
 
 
-@app.command()
+@_command(STAGES, "cskd train my.yaml --set train.epochs=100")
 def train(
     config: ConfigPath,
     set_: Set = None,
@@ -180,7 +192,7 @@ def train(
     _print(train(load_config(config, set_), verify_replay=verify_replay, online=online, quiet=json_), json_, render)
 
 
-@app.command(name="eval")
+@_command(STAGES, "cskd eval runs/mine data/imagenet/val", name="eval")
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(parser=_path("CHECKPOINT"), help="Result folder of cskd train.")],
     data: Annotated[Path, typer.Argument(parser=_path("DATA"), help="Folder made by cskd pack.")],
@@ -203,7 +215,7 @@ def evaluate(
     _print(report, json_, render)
 
 
-@app.command()
+@_command(CACHES, "cskd inspect caches/mine --sample 0 --png map.png")
 def inspect(
     cache: CachePath,
     data: Data = None,
@@ -219,7 +231,7 @@ def inspect(
     _print(inspect(cache, data=data, sample=sample, view=view, blend=blend, png=png), json_, render)
 
 
-@app.command()
+@_command(CACHES, "cskd verify caches/mine --images --replay 100")
 def verify(
     cache: CachePath,
     data: Data = None,
@@ -238,7 +250,7 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command()
+@_command(CACHES, "cskd repair caches/mine")
 def repair(cache: CachePath, data: Data = None, json_: Json = False) -> None:
     """Withdraw what is damaged in a cache, and make only that again; exit code 0 when it is whole."""
     from cskd.pipeline.care.repair import render, repair
@@ -246,7 +258,7 @@ def repair(cache: CachePath, data: Data = None, json_: Json = False) -> None:
     _print(repair(cache, data=data, quiet=json_), json_, render)
 
 
-@app.command()
+@_command(CACHES, "cskd gc caches/mine --dry-run")
 def gc(
     cache: CachePath,
     older_than: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Leave younger files alone.")] = 3600.0,
@@ -260,7 +272,7 @@ def gc(
     _print(gc(cache, older_than=older_than, dry_run=dry_run, data=data), json_, render)
 
 
-@app.command()
+@_command(START, "cskd doctor my.yaml")
 def doctor(
     config: Annotated[
         Path | None,
@@ -277,6 +289,47 @@ def doctor(
     _print(report, json_, render)
     if not report.ok:
         raise typer.Exit(1)
+
+
+@_command(CONFIGS, "cskd config my.yaml --set train.epochs=100")
+def config(config: ConfigPath, set_: Set = None, json_: Json = False) -> None:
+    """Every value of a config with where it comes from: a default, a line of the file, or --set; YAML that can be used again."""
+    from cskd.config.origins import as_yaml, resolve
+
+    resolved = resolve(config, set_)
+    _print(resolved, json_, lambda report, console: print(as_yaml(report), end=""))
+
+
+@_command(CONFIGS, "cskd configs cifar10 > my.yaml")
+def configs(
+    name: Annotated[str | None, typer.Argument(help="Print that one; without it all are listed.")] = None,
+    copy: Annotated[bool, typer.Option("--copy", help="Write it to NAME.yaml in the current folder.")] = False,
+    json_: Json = False,
+) -> None:
+    """The configs that come with the program: a list, the text of one, or a copy of it to change."""
+    from cskd.config.shipped import as_text, copy_config, shipped, shipped_config
+
+    if copy:
+        print(copy_config(name, Path()))
+    elif name and not json_:
+        print(shipped_config(name).text, end="")
+    else:
+        _print(
+            shipped_config(name) if name else shipped(), json_, lambda report, console: print(as_text(report), end="")
+        )
+
+
+@_command(CONFIGS, "cskd completion bash > ~/.local/share/bash-completion/completions/cskd")
+def completion(
+    shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="The shell that completes.")],
+) -> None:
+    """The script that has a shell complete commands and options: to be sourced, or put where the shell looks for such."""
+    names = {
+        "prog_name": "cskd",
+        "complete_var": COMPLETE,
+        "shell": shell,
+    }  # no call of a shell, as `shell=` says elsewhere
+    print(get_completion_script(**names))
 
 
 def _print(report: Any, as_json: bool, render: Any) -> None:
@@ -388,6 +441,9 @@ def _debugged(error: Exception) -> None:
 def main() -> None:
     """Entry point of the `cskd` script."""
     code: object = 0
+    if COMPLETE in os.environ:
+        completion_init()
+        app(prog_name="cskd", complete_var=COMPLETE)  # answers, and ends the process
     try:
         with _interrupts():
             code = app(standalone_mode=False) or 0

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from cskd.config.schema import Config
-from cskd.config.yaml_text import MAX_BYTES, read_yaml
+from cskd.config.yaml_text import EXPECTED, MAX_BYTES, read_yaml
 from cskd.errors import ConfigError
 from cskd.files.paths import local_path, local_text
 from cskd.files.read import check_depth, read_file
@@ -24,6 +24,7 @@ PATHS = (
     *("data.train", "data.val", "teacher.model", "teacher.weights", "teacher.classes"),
     *("cache.path", "student.model", "student.init", "train.output"),
 )  # a model may be the path of a file
+NEWER = {"teacher.autocast": "teacher.precision", "teacher.dtype": "teacher.precision"}  # keys of older versions
 _OF_TIMM = "local-dir:"  # one of its own ways to name a model
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
@@ -34,20 +35,26 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:  ConfigError for a missing or malformed file, an unknown key, a wrong type, an unset variable.
     """
     path = local_path(path, "CONFIG")
-    try:
-        raw = read_yaml(read_file(path, MAX_BYTES).decode(), str(path))
-    except FileNotFoundError:
-        raise ConfigError(f"no config at {path}; give the path of a YAML file (some are in configs/)") from None
-    except (UnicodeDecodeError, OSError, ValueError) as e:  # ValueError: a zero byte in the path
-        raise ConfigError(
-            f"{path} is not readable YAML: {' '.join(str(e).split())}; expected a file such as those in configs/"
-        ) from None
+    raw = read_yaml(read_config(path), str(path))
     if not isinstance(raw, dict | None):
         raise ConfigError(f"{path} holds a {type(raw).__name__}, expected sections such as 'teacher:' and 'train:'")
     raw = raw or {}
     for override in overrides or []:
         _override(raw, override)
     return from_dict(raw)
+
+
+def read_config(path: str | Path) -> str:
+    """The text of a config. Raises ConfigError for a file that is missing, or is none of text."""
+    path = local_path(path, "CONFIG")
+    try:
+        return read_file(path, MAX_BYTES).decode()
+    except FileNotFoundError:
+        raise ConfigError(
+            f"no config at {path}; give the path of a YAML file; `cskd configs` lists those to begin from"
+        ) from None
+    except (UnicodeDecodeError, OSError, ValueError) as e:  # ValueError: a zero byte in the path
+        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(e).split())[:160]}; {EXPECTED}") from None
 
 
 def from_dict(raw: dict[str, Any]) -> Config:

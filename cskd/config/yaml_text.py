@@ -11,6 +11,7 @@ from cskd.errors import ConfigError
 MAX_BYTES = 1 << 19  # PyYAML reads about 100 kB a second; a list of 65,535 classes takes 450 kB
 MAX_YAML_VALUES = 100_000  # once every alias is written out
 MAX_YAML_DEPTH = 32
+EXPECTED = "expected a file such as those that `cskd configs` lists"
 
 
 def read_yaml(text: str, origin: str) -> Any:
@@ -32,9 +33,7 @@ def read_yaml(text: str, origin: str) -> Any:
     except ConfigError:
         raise
     except Exception as e:  # PyYAML's constructors raise ValueError, AttributeError and more for a bad date or number
-        raise ConfigError(
-            f"{origin} is not readable YAML: {' '.join(str(e).split())[:300]}; expected a file such as those in configs/"
-        ) from None
+        raise ConfigError(f"{origin} is not readable YAML: {' '.join(str(e).split())[:160]}; {EXPECTED}") from None
 
 
 def _size(node: yaml.Node, known: dict[int, int], depth: int, origin: str) -> int:
