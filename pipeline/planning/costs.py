@@ -107,18 +107,20 @@ def verdict(costs: Costs, work: Work, students: int) -> list[str]:
     if students >= costs.students:
         lines.append(f"it pays: {of} in {hours(own)} with stage 1, in {hours(live)} online")
     else:
-        more = f"it pays from {costs.students:,} students on"
+        more = f"it pays {_from(costs.students)}"
         lines.append(f"it does not pay for {of}: {hours(own)} with stage 1, {hours(live)} online; {more}")
     lines.append(
         f"stage 1 is paid for after {costs.epochs:,.1f} epochs of training, {work.epochs} of which make a student"
     )
     one = "against one forward of the teacher for all students, trained at the same time,"
     lines.append(
-        f"{one} it does not pay"
-        if costs.students_shared is None
-        else f"{one} it pays from {costs.students_shared:,} student(s) on"
+        f"{one} it does not pay" if costs.students_shared is None else f"{one} it pays {_from(costs.students_shared)}"
     )
     return lines
+
+
+def _from(students: int) -> str:
+    return "from the first student on" if students == 1 else f"from {students:,} students on"
 
 
 def hours(value: float) -> str:

@@ -114,9 +114,9 @@ def teacher_batch(teacher: Teacher, seconds: float) -> tuple[int, float]:
             smaller.in_batches(x)
             wait(teacher.device)
         took = time.perf_counter() - clock
-        if rows * 2 > teacher.batch or took * 2 > LONG_FORWARD * seconds:
+        if rows == teacher.batch or took * 2 > LONG_FORWARD * seconds:
             return rows, rows / took
-        rows *= 2
+        rows = min(2 * rows, teacher.batch)
 
 
 def step_batch(config: Config, size: int, device: torch.device, teacher_rate: float, seconds: float) -> int:

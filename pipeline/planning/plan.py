@@ -32,7 +32,7 @@ from cskd.pipeline.doctor import load_row, loader_row
 from cskd.pipeline.loader_speed import views_per_second
 from cskd.pipeline.out_of_memory import explained, nothing_to_lower
 from cskd.pipeline.outputs import device_of
-from cskd.pipeline.planning.costs import SHARED, Costs, Measured, Work, costs_of, hours, verdict
+from cskd.pipeline.planning.costs import SHARED, Costs, Measured, Work, costs_of, hours, live_view, verdict
 from cskd.pipeline.planning.measure import (
     CodecSize,
     Stage1,
@@ -176,7 +176,7 @@ def _plan(
             "stage 1": 1 / stage1.view,
             "student from the cache": 1 / stage2.cached,
             "student without a loader": taken,
-            "student online": 1 / (measured.teacher + measured.student),
+            "student online": 1 / live_view(measured, 1),
             "one core's views": core,
         },
         codecs=sizes,
@@ -215,12 +215,11 @@ def _disk(config: Config) -> Path:
 
 
 def _sample_size(config: Config, rows: int, rate: float, batch: int, seconds: float, data: DataFacts) -> int:
-    """Images of the sample: some passes of stage 1 in the time there is, and whole steps of the student; quads of four."""
+    """Images of the sample: two passes of stage 1 in the time there is, and whole steps of the student."""
     group, repeats = config.recipe.mix_group, config.train.repeats
-    passes = rate * seconds / 3 / group
+    passes = rate * seconds / 2 / group
     least = max(batch + 4 * repeats, 4 * rows, 4 * repeats * 4)
-    count = int(min(max(passes, least), max(MOST_IMAGES, least), data.images))
-    return max(4, count // 4 * 4)
+    return int(min(max(passes, least), max(MOST_IMAGES, least), data.images))
 
 
 def _small(config: Config, data: DataFacts, count: int, folder: Path) -> tuple[Config, float]:
