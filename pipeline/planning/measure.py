@@ -32,7 +32,7 @@ from cskd.pipeline.measure_precision import first_views
 from cskd.pipeline.outputs import sole_run
 from cskd.pipeline.precheck import even_divisors, micro_batch_of
 from cskd.pipeline.show.progress import bound_by
-from cskd.pipeline.train_step import TrainStep
+from cskd.pipeline.train_step import TrainStep, micro_batches
 from cskd.pipeline.training_run import TrainingRun, open_run
 from cskd.pipeline.unit_line import missing_passes, unit_line
 from cskd.store.cache import Cache, create_cache
@@ -48,6 +48,7 @@ SETTLED = 0.25  # share of a measurement that is over when it begins to count
 LEAST_BATCHES = 12  # of the teacher that one counts, whatever time they take
 LONG_FORWARD = 0.05  # share of the time there is that one forward may take
 LONG_STEP = 0.2  # and one step
+LEAST_VIEWS = 16  # of a step that is timed
 CODECS = ("envelope", "int8", "topk:10")  # whose sizes are told in addition to the config's
 SIZED = 256  # views whose targets are packed for that
 WRITE_BYTES = 1 << 26  # of the file that the disk is timed with
@@ -125,7 +126,7 @@ def step_batch(config: Config, size: int, device: torch.device, teacher_rate: fl
     if device.type != "cpu":
         return whole
     rate = images_per_second(config.student, size, min(8, whole), config.train.autocast, device, LONG_STEP)
-    most = LONG_STEP * seconds / (1 / rate + 1 / teacher_rate)
+    most = max(LEAST_VIEWS, LONG_STEP * seconds / (1 / rate + 1 / teacher_rate))
     return next((n for n in even_divisors(whole) if n <= most), min(even_divisors(whole), default=2))
 
 
@@ -221,10 +222,12 @@ def write_rate(folder: Path) -> float:
     return WRITE_BYTES / took
 
 
-def time_stage2(config: Config, device: torch.device, seconds: float, teacher: Callable[[], Teacher]) -> Stage2:
+def time_stage2(
+    config: Config, whole: int, device: torch.device, seconds: float, teacher: Callable[[], Teacher]
+) -> Stage2:
     """Steps of a student from the cache of a config, as `cskd train` does them; then without a loader, and of a live teacher.
 
-    teacher: asked for when the device has made its other steps.
+    whole: views of a step that the times are for, where those of `config` have fewer. teacher: asked for when the device has made its other steps.
     """
     began, gpu = time.perf_counter(), device.type == "cuda"
     threads = choose_threads(config.train.threads, "train.threads", config.train.workers, gpu=gpu)
@@ -241,7 +244,7 @@ def time_stage2(config: Config, device: torch.device, seconds: float, teacher: C
         run.state.begin()
         points: list[tuple[float, int]] = []
         loading = np.zeros(2)
-        start, step = 0.0, 0
+        start, step, once = 0.0, 0, 0.0
         with tasks, contextlib.closing(batches):  # type: ignore[type-var]  # a generator, all of them
             while step < 3 or points[-1][0] - points[0][0] < seconds:
                 batch = next(batches)
@@ -262,7 +265,13 @@ def time_stage2(config: Config, device: torch.device, seconds: float, teacher: C
             run.pools({**spent, "evaluate": 0.0}, tasks.read_seconds), elapsed, views, cores=run.workers > 0, queued=gpu
         )
         took, counted = _counted(points)
-        alone = _seconds_of(lambda: update(held, step // run.plan.steps, step, spent), device, seconds / 3)
+        batch_rows, epoch = run.plan.global_batch, step // run.plan.steps
+        alone = _seconds_of(lambda: update(held, epoch, step, spent), device, seconds / 3)
+        if whole > batch_rows:  # what a step costs whatever its size, as the optimiser, counts once in a whole one
+            half = micro_batches(held, max(2, batch_rows // 4 * 2))[0]
+            least = _seconds_of(lambda: update(half, epoch, step, spent), device, seconds / 6)
+            grows = max(0.0, (alone - least) / (batch_rows - len(half["label"])))
+            once = min(alone, max(0.0, alone - batch_rows * grows)) / batch_rows
         clock = time.perf_counter()
         run.export(step)
         run.save(step)
@@ -271,8 +280,8 @@ def time_stage2(config: Config, device: torch.device, seconds: float, teacher: C
         live = LiveTargets(teacher(), config.loss, config.train.epochs)
         forward = _seconds_of(lambda: live.of(held, 0, device), device, seconds / 3)
     return Stage2(
-        cached=took / counted,
-        student=alone / run.plan.global_batch,
+        cached=took / counted - once * (1 - run.plan.global_batch / whole),
+        student=alone / run.plan.global_batch - once * (1 - run.plan.global_batch / whole),
         teacher=forward / run.plan.global_batch,
         decode=loading[0] / views,
         augment=loading[1] / views,

@@ -153,7 +153,7 @@ def _plan(
     usable = stage1.views_done // config.train.repeats * config.train.repeats
     small = replace(small, train=small_train(small.train, batch, folder / "run", usable))
     with explained(student_device, nothing_to_lower("train.device")):
-        stage2 = time_stage2(small, student_device, seconds, live_teacher)
+        stage2 = time_stage2(small, config.train.global_batch, student_device, seconds, live_teacher)
 
     work = _work(config, data, teacher)
     measured = _measured(config, data, stage1, stage2, student_device, loaded, rate)
