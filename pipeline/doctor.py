@@ -147,7 +147,7 @@ def _storage(config: Config) -> Iterator[Check]:
     yield _hard_links(Path.cwd())
     shm = Path("/dev/shm")
     if shm.is_dir():
-        batch = config.train.global_batch // launched().local_count * 3 * config.recipe.size**2
+        batch = _batch_bytes(config)
         workers = _loader_threads(config).workers
         need = shared_bytes(workers, config.train.prefetch, batch)
         advice = (
@@ -158,6 +158,15 @@ def _storage(config: Config) -> Iterator[Check]:
     if sys.platform == "linux":
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         yield Check("memory", f"{memory / GB:.1f} GB")
+
+
+def _batch_bytes(config: Config) -> int:
+    """Bytes of a rank's batch in training; where the device makes the views, of images as large as ImageNet's."""
+    from cskd.loading.raw_batches import batch_bytes
+    from cskd.pipeline.loader_speed import PHOTO
+
+    share, sent = config.train.global_batch // launched().local_count, config.train.augment == "device"
+    return batch_bytes(share, config.train.repeats, config.recipe.size, math.prod(PHOTO) if sent else 0)
 
 
 def _loader_threads(config: Config) -> Threads:

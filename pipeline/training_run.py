@@ -23,7 +23,7 @@ from cskd.files.writer import Writer
 from cskd.loading.feed import fed
 from cskd.loading.need import prefetch_of, refuse_little_memory
 from cskd.loading.plan import PlanSpec
-from cskd.loading.raw_batches import DeviceViews, RawBatchMaker, raw_bytes, refuse_device_views
+from cskd.loading.raw_batches import DeviceViews, RawBatchMaker, batch_bytes, refuse_device_views
 from cskd.loading.sources import Batch, TargetSource, ViewSource
 from cskd.loading.stage2 import BatchMaker, EvalTask, eval_tasks
 from cskd.loading.targets import CachedTargets
@@ -227,9 +227,9 @@ def open_run(
         student.checkpoint_gradients()
     plan = PlanSpec.over(views, settings, ranks.count)
     micro_batch = micro_batch_of(settings, ranks.count)
-    share, side, gpu = plan.global_batch // ranks.count, views.recipe.size, device.type == "cuda"
-    batch = raw_bytes(share, settings.repeats, side, pixels) if pixels else share * 3 * side**2
-    refuse_little_memory("train", threads.workers, settings.prefetch, batch, launched().local_count, pinned=gpu)
+    batch = batch_bytes(plan.global_batch // ranks.count, settings.repeats, views.recipe.size, pixels)
+    pinned = device.type == "cuda"
+    refuse_little_memory("train", threads.workers, settings.prefetch, batch, launched().local_count, pinned)
     optimisation = Optimisation(student, settings, plan.steps)
     config = with_best(config, student)
     identity = run_identity(config, views, plan.views, ranks.count, online, device, val)

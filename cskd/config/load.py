@@ -10,11 +10,11 @@ import re
 import types
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
-from cskd.config.schema import Config
+from cskd.config.schema import Config, Precision
 from cskd.config.yaml_text import MAX_BYTES, read_yaml
 from cskd.errors import ConfigError
 from cskd.files.paths import local_path, local_text
@@ -74,7 +74,8 @@ def _in_todays_words(raw: dict[str, Any]) -> dict[str, Any]:
     if "precision" in teacher or precision not in ("float32", "float64", "bf16", "auto"):
         key = min(old)
         raise ConfigError(
-            f"teacher.{key} is {_short(teacher[key])}: arithmetic is set by teacher.precision now; set that alone"
+            f"teacher.{key} is {_short(teacher[key])}: arithmetic is set by teacher.precision now, one of "
+            f"{', '.join(get_args(Precision))}; set that alone"
         )
     kept = {key: value for key, value in teacher.items() if key not in old}
     return {**raw, "teacher": {**kept, "precision": precision}}

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +19,9 @@ import cskd.machine.speed
 import cskd.pipeline.doctor
 from cskd import cli
 from cskd.config import Config, RecipeConfig, StudentConfig, TrainConfig
+from cskd.loading.raw_batches import batch_bytes
 from cskd.machine.cores import Cores
-from cskd.pipeline.doctor import OPTIONAL, PACKAGES, PROBES, Check, doctor, loader_row
+from cskd.pipeline.doctor import OPTIONAL, PACKAGES, PROBES, Check, _batch_bytes, doctor, loader_row
 from cskd.pipeline.loader_speed import images_per_second, views_per_second
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -53,6 +55,14 @@ def test_only_what_is_broken_is_not_ok_and_warnings_are_counted_apart(
     assert exit_code(monkeypatch) == code
     shown = capsys.readouterr().out
     assert all(check.state in shown for check in checks)
+
+
+def test_shared_memory_is_sized_by_what_the_workers_send() -> None:
+    config = Config(train=TrainConfig(global_batch=1024, repeats=3))
+    assert _batch_bytes(config) == 1024 * 3 * 224**2
+    on_device = replace(config, train=replace(config.train, augment="device"))
+    assert _batch_bytes(on_device) == batch_bytes(1024, 3, 224, 375 * 500)
+    assert _batch_bytes(replace(on_device, train=replace(on_device.train, repeats=1))) > 3 * _batch_bytes(config)
 
 
 def test_a_missing_optional_package_is_ok_and_a_missing_required_one_is_a_failure(
