@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +21,7 @@ from rich.text import Text
 
 import cskd
 from cskd.config import Config
+from cskd.config.schema import Tracker
 from cskd.files.durable import hard_link_error
 from cskd.files.scratch import GB
 from cskd.loading.need import shared_bytes
@@ -41,7 +42,7 @@ PACKAGES = (
 OPTIONAL = {
     "scikit-learn": "cskd demo: pip install 'cskd[demo]'",
     "matplotlib": "cskd demo: pip install 'cskd[demo]'",
-    "tensorboard": "train.tensorboard: pip install 'cskd[tensorboard]'",
+    **{name: f"train.trackers: pip install 'cskd[{name}]'" for name in get_args(Tracker)},
 }
 
 

@@ -201,8 +201,9 @@ def _stage2(config: Config, inventory: Inventory, online: bool) -> Student | Non
 
 def check_output(settings: TrainConfig) -> None:
     """ConfigError where results can't be written; makes nothing."""
-    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ConfigError("train.tensorboard is on and tensorboard is not installed; run: pip install tensorboard")
+    for name in settings.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"train.trackers has {name}, which is not installed; run: pip install 'cskd[{name}]'")
     if not settings.output:
         return
     there = Path(settings.output)

@@ -12,12 +12,14 @@ The same command resumes. Launch: `cskd train configs/cifar10.yaml`, or on many 
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 
 from cskd.config import Config
+from cskd.config.load import to_dict
 from cskd.errors import NotFiniteError
 from cskd.machine.arithmetic import float32_products
 from cskd.machine.launch import launched
@@ -28,6 +30,7 @@ from cskd.pipeline.outputs import device_of, sole_run
 from cskd.pipeline.run_state import stopped
 from cskd.pipeline.show.metrics import MetricsLog
 from cskd.pipeline.show.progress import Progress, bound_by, print_lines, say, timed_start
+from cskd.pipeline.show.trackers import Trackers
 from cskd.pipeline.train_step import TrainStep
 from cskd.pipeline.training_run import TrainingRun, open_run
 from cskd.teacher.model import teacher_images
@@ -89,9 +92,16 @@ def _train(run: TrainingRun, update: TrainStep, quiet: bool) -> TrainReport:
     # A run that is finished has none, and keeps the row of an epoch that `max_steps` cut.
     epochs = range(step // plan.steps, -(-run.stop // plan.steps)) if step < run.stop else range(step, step)
 
+    folder, names = run.output if ranks.first else None, config.train.trackers if epochs else []
+
+    def tell(line: str) -> None:
+        run.notes.append(line)
+        say([line], quiet)
+
+    log = MetricsLog(folder, epochs.start)
     with (
         tasks,
-        MetricsLog(run.output if ranks.first else None, epochs.start, config.train.tensorboard) as log,
+        closing(Trackers(names, folder, epochs.start, to_dict(config), tell)) as trackers,
         Progress("train", run.stop * plan.global_batch, start=step * plan.global_batch, quiet=quiet) as progress,
     ):
         for epoch in epochs:
@@ -122,6 +132,7 @@ def _train(run: TrainingRun, update: TrainStep, quiet: bool) -> TrainReport:
                 seconds["evaluate"] += time.perf_counter() - clock
             tasks.retire(epoch)
             log.add(row | {"seconds": state.seconds, "teacher_forwards": state.teacher_forwards})
+            trackers.log(log.rows[-1])
             weights = run.export(step)
             if step % plan.steps == 0:  # an epoch that `max_steps` cut goes on when the run does
                 state.end(scored=run.scheduled(epoch))

@@ -64,8 +64,19 @@ def from_dict(raw: dict[str, Any]) -> Config:
 
 
 def _in_todays_words(raw: dict[str, Any]) -> dict[str, Any]:
-    """A config of an older version, as caches keep it: `teacher.autocast` and `teacher.dtype` are `teacher.precision` now."""
-    teacher = raw.get("teacher")
+    """A config of an older version, as caches keep it: `teacher.autocast` and `teacher.dtype` are `teacher.precision` now,
+    `train.tensorboard` is a name in `train.trackers`."""
+    teacher, train = raw.get("teacher"), raw.get("train")
+    if isinstance(train, dict) and "tensorboard" in train:
+        if "trackers" in train or not isinstance(train["tensorboard"], bool):
+            raise ConfigError(
+                f"train.tensorboard is {_short(train['tensorboard'])}: it is one of train.trackers now; set that alone, "
+                "for example train.trackers=[tensorboard]"
+            )
+        train = {key: value for key, value in train.items() if key != "tensorboard"} | (
+            {"trackers": ["tensorboard"]} if train["tensorboard"] else {}
+        )
+        raw = {**raw, "train": train}
     old = {"autocast", "dtype"} & teacher.keys() if isinstance(teacher, dict) else set()
     if not isinstance(teacher, dict) or not old:
         return raw

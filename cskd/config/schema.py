@@ -23,6 +23,7 @@ Method = Literal["none", "deit-hard", "deit-soft", "cskd-hard", "cskd-soft"]
 Decay = Literal["linear", "quadratic", "cosine", "local", "global"]
 Autocast = Literal["auto", "none", "bf16", "fp16"]
 Precision = Literal["auto", "float32", "tf32", "bf16", "fp16", "float64"]
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
 def rising(pair: list[float]) -> bool:
@@ -33,6 +34,11 @@ def rising(pair: list[float]) -> bool:
 def distinct(codecs: list[str]) -> bool:
     """each codec once (topk10 is topk:10)"""
     return len({name.replace(":", "") for name in codecs}) == len(codecs)
+
+
+def once(names: list[str]) -> bool:
+    """each once"""
+    return len(set(names)) == len(names)
 
 
 Probability = Annotated[float, Ge(0), Le(1), Unit("probability")]
@@ -302,8 +308,8 @@ class TrainConfig(Section):
     """Blocks within which quads are shuffled."""
     max_steps: Annotated[int, Ge(0), Unit("steps")] = 0
     """Stop after this many steps; 0 = train to the end."""
-    tensorboard: bool = False
-    """Write the metrics for TensorBoard, too."""
+    trackers: Annotated[list[Tracker], Predicate(once)] = field(default_factory=list[Tracker])
+    """Where the metrics go in addition: tensorboard, wandb, trackio, mlflow; one that fails never stops a run."""
     prefetch: Annotated[int, Ge(1), Le(1024), Unit("batches")] = 4
     """Batches that each worker keeps ready; where all workers together would have more than 32, fewer, but 2 of each at least."""
     augment: Literal["host", "device"] = "host"
