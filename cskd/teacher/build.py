@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cskd.config import TeacherConfig
 from cskd.errors import TeacherError, one_line
 from cskd.files.read import read_file
-from cskd.files.weights import READ_BY_TIMM, read_weights
+from cskd.files.weights import READ_BY_TIMM, misfit, read_weights
 
 
 @dataclass
@@ -131,39 +131,26 @@ def _from_file(config: TeacherConfig) -> Built:
 
 
 def load_weights(model: nn.Module, path: Path) -> list[str]:
-    """Load a .safetensors, .pt, .pth or .tar file into `model`, strictly; other float types are cast to the model's.
+    """Load a file of weights into `model`, strictly; other float types are cast to the model's.
 
-    Returns: notes: which part of a wrapped checkpoint was taken.
-    Raises:  TeacherError where the file can't be read, holds pickled objects, or does not fit the model.
+    Args:    path as `cskd.files.weights.read_weights` takes it.
+    Returns: notes: which part of a checkpoint was taken.
+    Raises:  TeacherError where the file can't be read, or does not fit the model.
     """
     path = path.expanduser()
-    if not path.is_file():
-        raise TeacherError(f"teacher.weights: no file at {path}; give a .safetensors or .pth file, or 'hub'")
     expected = model.state_dict()
     try:
-        weights, keys = read_weights(path, sum(t.nbytes for t in expected.values()))
+        weights = read_weights(path, expected)
     except ValueError as e:
-        raise TeacherError(f"teacher.weights: {path} {e}; save model.state_dict() as .safetensors, give that") from None
-    # Checkpoints older than PyTorch 0.4.1 lack this counter, which eval mode never reads.
-    missing = [k for k in expected if k not in weights and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in weights if k not in expected]
-    shapes = [
-        f"{k} {list(weights[k].shape)} for {list(v.shape)}"
-        for k, v in expected.items()
-        if k in weights and weights[k].shape != v.shape
-    ]
-    faults = [
-        f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if names
-    ]
-    if faults:
+        raise TeacherError(f"teacher.weights: {path} {e}; give a state dict, .safetensors or of torch.save") from None
+    if faults := misfit(weights.tensors, expected):
+        taken = f"{weights.taken}: " if weights.taken else ""
         raise TeacherError(
-            f"teacher.weights: {path} does not fit the model ({'; '.join(faults)}); check teacher.model and "
-            "teacher.kwargs, such as num_classes"
+            f"teacher.weights: {path} does not fit the model ({taken}{faults}); check teacher.model and teacher.kwargs, such "
+            "as num_classes"
         )
-    model.load_state_dict(weights, strict=False)  # only counters can be missing here
-    return [f"weights taken from {key!r} of {path.name}" for key in keys]
+    model.load_state_dict(weights.tensors, strict=False)  # only counters can be missing here
+    return weights.notes
 
 
 def weights_sha256(model: nn.Module) -> str:
