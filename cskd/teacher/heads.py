@@ -75,6 +75,11 @@ def convolved(layer: nn.Linear | nn.Conv2d, features: Tensor) -> Tensor:
     return F.conv2d(features.contiguous(memory_format=torch.channels_last), weight_KC11, layer.bias)
 
 
+def check_input(model: nn.Module, x: Tensor) -> None:
+    """TeacherError where the network can't take such an input."""
+    _run(model, x, "the model")
+
+
 def find_head(model: Any, x: Tensor, mode: Literal["exact", "per_cell"]) -> Head:
     """Work out how `model` makes logits from cells, and verify it.
 
@@ -85,7 +90,9 @@ def find_head(model: Any, x: Tensor, mode: Literal["exact", "per_cell"]) -> Head
     """
     logits_BK = _run(model, x, "the model")
     if not isinstance(logits_BK, Tensor) or logits_BK.ndim != 2 or len(logits_BK) != len(x):
-        raise TeacherError(f"the teacher's output is {_describe(logits_BK)}, expected logits [{len(x)}, classes]")
+        raise TeacherError(
+            f"the teacher's output is {_describe(logits_BK)}, expected logits [{len(x)}, classes]; let forward return them alone"
+        )
     if not bool(torch.isfinite(logits_BK).all()):
         raise TeacherError("the teacher's logits of synthetic images are not finite; check teacher.weights")
     if callable(getattr(model, "forward_dense", None)):
@@ -267,6 +274,19 @@ def _run(function: Callable[[Tensor], Any], x: Tensor, what: str) -> Any:
     try:
         return function(x)
     except Exception as e:
+        first = (
+            next((m for m in function.modules() if isinstance(m, nn.Conv2d)), None)
+            if isinstance(function, nn.Module)
+            else None
+        )
+        if first is not None and first.in_channels != x.shape[1]:
+            grey = (
+                ", or let build() return one that begins with x.mean(1, keepdim=True)" if first.in_channels == 1 else ""
+            )
+            raise TeacherError(
+                f"the teacher takes {first.in_channels} channel{'s' if first.in_channels > 1 else ''} and views have 3, R, G and B (grey "
+                f"images have three alike); build it for 3 (timm's in_chans){grey}"
+            ) from None
         raise TeacherError(
             f"{what} of the teacher fails on an input of shape {list(x.shape)} ({one_line(e)}); check "
             "teacher.input_size and teacher.kwargs"

@@ -59,7 +59,7 @@ def find_pooling(model: nn.Module, x: Tensor, logits_BK: Tensor) -> Pooling:
     if (at := _last(maps, logits_BK)) is not None and max(
         maps[at].cells
     ) > 1:  # the cells are classified before the pooling
-        return Pooling(_Backbone(model, len(maps) - at), lambda f: f.mean((2, 3)), logits_BK)
+        return Pooling(WatchedBackbone(model, len(maps) - at), lambda f: f.mean((2, 3)), logits_BK)
     chain: list[_Layer] = []
     wanted = logits_BK
     for layer in reversed(layers):
@@ -80,7 +80,7 @@ def find_pooling(model: nn.Module, x: Tensor, logits_BK: Tensor) -> Pooling:
             z = module(z.reshape(*z.shape[:2], *[1] * (ndim - 2)))
         return z.flatten(1)
 
-    return Pooling(_Backbone(model, len(maps) - at), head, vector_BC)
+    return Pooling(WatchedBackbone(model, len(maps) - at), head, vector_BC)
 
 
 _OFFER = "offer forward_features(x) -> [B, C, h, w] and forward_head(features) -> [B, K]"
@@ -173,7 +173,7 @@ class _Watch(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _Backbone:
+class WatchedBackbone:
     """Runs a network, and gives the map that the `back`-th function from the end took that takes one.
 
     Counted from the end, as what runs before the pooling may be replaced by something faster.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,24 @@ def test_an_own_file_is_imported_by_its_content(tmp_path: Path) -> None:
     assert str(tmp_path) not in str(built.source)  # a moved file is the same teacher
     edited = build(TeacherConfig(model=own_file(tmp_path, OWN + "\n# edited")))
     assert edited.source["file_sha256"] != built.source["file_sha256"]
+
+
+def test_an_own_file_may_import_its_neighbours_which_are_part_of_the_fingerprint(tmp_path: Path) -> None:
+    for folder, width in (("a", 4), ("b", 6)):
+        (tmp_path / folder / "blocks").mkdir(parents=True)
+        (tmp_path / folder / "blocks" / "__init__.py").write_text(f"WIDTH = {width}\n")
+        (tmp_path / folder / "own.py").write_text(
+            "from torch import nn\nfrom blocks import WIDTH\ndef build():\n    return nn.Conv2d(3, WIDTH, 1)\n"
+        )
+    path = list(sys.path)
+    built = [build(TeacherConfig(model=f"{tmp_path / folder / 'own.py'}:build")) for folder in "aba"]
+    assert [b.model.out_channels for b in built] == [4, 6, 4]  # of one name, and each its own
+    assert built[0].source == built[2].source and list(built[0].source["neighbours"]) == ["blocks/__init__.py"]
+    assert built[0].source["neighbours"] != built[1].source["neighbours"]
+    assert built[0].source["file_sha256"] == built[1].source["file_sha256"]
+    (tmp_path / "a" / "blocks" / "__init__.py").write_text("WIDTH = 2 * 4\n")
+    assert build(TeacherConfig(model=f"{tmp_path / 'a' / 'own.py'}:build")).source != built[0].source
+    assert sys.path == path and "blocks" not in sys.modules
 
 
 @pytest.mark.parametrize(
