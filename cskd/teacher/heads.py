@@ -300,7 +300,7 @@ def _differ(a: Any, b: Tensor) -> str:
 
 
 def _cut(layers: str) -> str:
-    return layers if len(layers) <= 90 else f"{layers[:43]} ... {layers[-42:]}"
+    return layers if len(layers) <= 90 else f"{layers[:66]} ... {layers[-19:]}"
 
 
 def _describe(value: object) -> str:

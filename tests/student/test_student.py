@@ -315,6 +315,27 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_the_reason(
         build(init=tmp_path / "w.pth")
 
 
+@pytest.mark.parametrize("form", ["MAE", "DINO", "Lightning"])
+def test_what_self_supervised_training_leaves_beside_the_vit_is_left_out(tmp_path: Path, form: str) -> None:
+    source = build(PLAIN).backbone.state_dict()
+    bare = {k: v for k, v in source.items() if not k.startswith("head")}
+    other = {k: v + 1 for k, v in bare.items()}
+    saved: dict[str, Any] = {
+        "MAE": {"model": bare | {"mask_token": torch.ones(1, 1, 48), "decoder_embed.weight": torch.ones(8, 48)}},
+        "DINO": {
+            "student": {f"module.backbone.{k}": v for k, v in other.items()},
+            "teacher": {f"backbone.{k}": v for k, v in bare.items()} | {"head.mlp.0.weight": torch.ones(8, 48)},
+        },
+        "Lightning": {"state_dict": {f"net.{k}": v for k, v in bare.items()}, "hyper_parameters": {}},
+    }
+    torch.save(saved[form], tmp_path / "w.ckpt")
+    student = build(PLAIN, init=tmp_path / "w.ckpt")
+    assert all(torch.equal(v, bare[k]) for k, v in student.backbone.state_dict().items() if k in bare)
+    assert {"MAE": "2 tensors of w.ckpt were left out", "DINO": "left out there: 1", "Lightning": "'state_dict.net'"}[
+        form
+    ] in " ".join(student.notes)
+
+
 class Evil:
     def __reduce__(self) -> tuple[Callable[..., None], tuple[str]]:
         return print, ("code of a checkpoint was run",)
