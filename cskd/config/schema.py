@@ -72,11 +72,11 @@ class TeacherConfig(Section):
     """The CNN whose outputs are cached."""
 
     model: str = ""
-    """A timm name, or `path/to/file.py:build`."""
+    """A timm name, `torchvision:NAME`, or `path/to/file.py:build`."""
     weights: str | None = None
-    """Path of .safetensors / .pt / .pth; `hub` = timm's pretrained weights; null = as built."""
+    """A file of weights, or `FILE:KEY` for those under a key of it; `hub` = timm's or torchvision's own; null = as built."""
     kwargs: dict[str, Any] = field(default_factory=dict)
-    """Arguments for `timm.create_model` or `build()`."""
+    """Arguments for timm's or torchvision's constructor, or for `build()`."""
     input_size: Annotated[int | None, Le(8192), Unit("pixels")] = None
     """Side of the square input; null = the model's own."""
     mean: Rgb = None
@@ -194,7 +194,7 @@ class StudentConfig(Section):
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments for `timm.create_model`."""
     init: str | None = None
-    """Checkpoint to start from; position embeddings are resized to this student's grid."""
+    """Checkpoint to start from, or `FILE:KEY`; position embeddings are resized to this student's grid."""
     mean: Rgb = None
     """Subtracted from the pixels; null = the model's own."""
     std: Rgb = None

@@ -170,10 +170,11 @@ def load_student(path: Path) -> tuple[Student, dict[str, Any]]:
     try:
         with torch.device("meta"):  # costs no memory: a few words in config.json can ask for any amount of it
             described = build_student(config, classes, size, trained=True)
-            expected = sum(t.nbytes for t in described.backbone.state_dict().values())
+            own = described.backbone.state_dict()
+        expected = sum(t.nbytes for t in own.values())
         if expected > 4 * weights.stat().st_size:  # float32 from 8 bits
             raise ValueError(f"the model it describes has {expected} bytes")
-        tensors, _ = read_weights(weights, expected)
+        tensors = read_weights(weights, own).tensors
         student = build_student(config, classes, size, trained=True)
         if odd := first_not_finite(tensors):
             raise ValueError(f"its {odd} is not finite")
