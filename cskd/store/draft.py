@@ -59,7 +59,8 @@ def write_draft(
         "about": np.frombuffer(json.dumps(about, sort_keys=True).encode(), np.uint8),
         "crc": np.concatenate([part.crc for part in parts]).astype(np.uint32),
     }
-    targets, dimensions = Arrays(), {"about": ("byte",), "crc": ("sample",)}
+    targets = Arrays()
+    dimensions: dict[str, tuple[str, ...]] = {"about": ("byte",), "crc": ("sample",)}
     for number, (name, codec) in enumerate(cache.codecs.items()):
         for field, array in codec.concat([part.targets[name] for part in parts]).items():
             targets[f"c{number}_{field}"] = array
