@@ -36,6 +36,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Distil a CNN into a ViT from a teacher cache that is computed once (CSKD, arXiv 2307.08500).",
 )
 

@@ -3,8 +3,8 @@
     plan      which units (one view of one block) are missing
     load      the teacher, checked on clean images before the first unit
     loop      augmented quads -> mixed on the device -> dense and global logits -> codecs, a few batches at once
-    commit    a unit at a time, while the teacher goes on; killing the process loses at most what was not committed of the
-              pass it was in and of the one before
+    commit    a unit at a time, while the teacher goes on; a pass that takes long is saved every `cache.save_seconds`, so that
+              killing the process loses that much work, and what the teacher and the writer were at
     seal      when all are there
 
 The same command resumes, and run several times at once it shares the work. Launch: `cskd cache-teacher configs/imagenet_sample.yaml`.
@@ -119,18 +119,18 @@ def _fill(
 
     total = cache.inventory.n * cache.views
     with (
-        unit_line(cache, teacher, config, threads) as line,
+        unit_line(cache, teacher, config, threads, quiet) as line,
         Progress("cache-teacher", total, "views", start=total - views_left(cache), quiet=quiet) as progress,
     ):
         while passes := missing_passes(cache):
             maker_of_chunks, tasks = ChunkMaker(maker, inventory.id), line.tasks(passes)
             results = fed(maker_of_chunks, tasks, teacher.device, threads.workers)
-            before, by_others = line.units, total - views_left(cache) - line.images
+            before, by_others = line.units, total - views_left(cache) - line.images - line.restored
             for chunk in results:
                 line.feed(chunk)
-                progress.update(by_others + line.images)
+                progress.update(by_others + line.images + line.restored)
             line.drain()
-            progress.update(by_others + line.images)
+            progress.update(by_others + line.images + line.restored)
             if line.units == before:
                 time.sleep(POLL_WAIT)  # others are making all that is missing
     return CacheReport(

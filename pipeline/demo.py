@@ -167,11 +167,21 @@ def _teach(out: Path, settings: Settings, processes: int, quiet: bool) -> dict[s
         Progress("students", len(configs), "students", quiet=quiet) as progress,
         ProcessPoolExecutor(min(processes, len(configs)), get_context("spawn")) as pool,
     ):
-        done = []
+        done = list[_Trained]()
+        progress.say(_training(configs, 0, processes))
         for trained in pool.map(_student, configs) if processes > 1 else map(_student, configs):
             done.append(trained)
             progress.update(len(done))
+            if more := _training(configs, len(done), processes):
+                progress.say(f"top-1 {trained.top1:.1f} %; {more}")
     return {name: done[i :: len(STUDENTS)] for i, name in enumerate(STUDENTS)}
+
+
+def _training(configs: list[Config], done: int, processes: int) -> str:
+    """Which students train after the first `done`, with number, method and seed; '' where all are done."""
+    now = list(enumerate(configs, 1))[done : done + processes]
+    each = "; ".join(f"{n} of {len(configs)}, {c.loss.method}, seed {c.train.seed}" for n, c in now)
+    return f"training {each}" if each else ""
 
 
 def _student(config: Config) -> _Trained:

@@ -177,6 +177,9 @@ class CacheConfig(Section):
     """How the teacher's outputs are kept: `envelope`, `int8`, `topk10`, `topk:K`."""
     max_quarantine: Share = 0.001
     """Unreadable images beyond this share stop stage 1."""
+    save_seconds: Annotated[float, Ge(0), Le(86_400), Unit("seconds")] = 30.0
+    """How often stage 1 saves what it has of a pass that takes longer: a kill loses that much work, and the teacher's batches
+    under way."""
     workers: Annotated[int | None, Ge(0), Le(1024), Unit("processes")] = None
     """Processes that decode and augment; 0 = the main process does; null = chosen from the cores."""
     threads: Annotated[int | None, Ge(1), Le(1024), Unit("threads")] = None

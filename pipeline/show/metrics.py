@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,18 @@ class MetricsLog:
         writer.writeheader()
         writer.writerows(self.rows)
         put(self.folder / "metrics.csv", table.getvalue().encode())
+
+
+def reached(rows: Sequence[Mapping[str, Any]], score: str) -> str:
+    """The top-1 of the last row that has one of the head `score`, and the best of all rows, in words; '' where none has.
+
+    rows: of a log, each with `epoch`, from 0. 'top-1 57.10 % after epoch 6 (class), best 57.32 % after epoch 4'
+    """
+    scored = [(row[f"top1.{score}"], row["epoch"] + 1) for row in rows if f"top1.{score}" in row]
+    if not scored:
+        return ""
+    (top1, epoch), (best, best_epoch) = scored[-1], max(scored, key=lambda at: at[0])
+    return f"top-1 {top1:.2f} % after epoch {epoch} ({score}), best {best:.2f} % after epoch {best_epoch}"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

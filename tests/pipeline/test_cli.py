@@ -18,6 +18,7 @@ import yaml
 from cskd import cli
 from cskd.config import to_yaml
 from cskd.pipeline.care.verify import verify
+from cskd.pipeline.show.metrics import read_metrics
 from cskd.store.cache import open_cache
 from cskd.store.format import commit_file
 from tests.caches import make_tiny_cache, make_tiny_data
@@ -170,6 +171,29 @@ def test_json_is_one_object_and_a_finished_run_still_says_its_top_1(made: Path, 
     scores = json.loads(run("eval", output, made / "val", "--workers", 0, "--autocast", "auto", "--json").out)
     assert scores["arithmetic"] == report["arithmetic"]
     assert scores["heads"]["class"]["top1"] == pytest.approx(report["top1"]["class"])
+
+
+def test_training_says_its_top_1_after_every_evaluation_and_at_the_end_where_its_files_are(
+    made: Path, run: Any
+) -> None:
+    output = made / "told"
+    sets = ("--set", f"train.output={output}", "--set", "train.eval_every=2")
+    told = run("train", made / "c.yaml", *sets)
+    head = "class+distillation"
+    rows = {row["epoch"] + 1: row[f"top1.{head}"] for row in read_metrics(output) if "score" in row}
+    best = max(rows, key=lambda epoch: rows[epoch])
+    lines = [line for line in told.err.splitlines() if line.startswith("train: top-1")]
+    assert list(rows) == [2, 3] and len(lines) == 2
+    assert lines[0] == f"train: top-1 {rows[2]:.2f} % after epoch 2 ({head}), best {rows[2]:.2f} % after epoch 2"
+    assert lines[1].removeprefix("train: ") in told.out and f"best {rows[best]:.2f} % after epoch {best}" in lines[1]
+    assert f"{output / 'model.safetensors'} (live), next to it" in told.out
+
+
+@pytest.mark.parametrize("command", ["", *(c.name or c.callback.__name__ for c in cli.app.registered_commands)])  # type: ignore[union-attr]
+def test_h_is_help_for_every_command(run: Any, command: str) -> None:
+    short, long = (run(*command.split(), option) for option in ("-h", "--help"))
+    assert (short.code, short.err) == (0, "") and "Usage" in short.out
+    assert short.out == long.out
 
 
 @pytest.mark.parametrize(("raised", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])

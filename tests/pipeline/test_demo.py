@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 import cskd.pipeline.demo
 from cskd.config import Config, to_dict
 from cskd.errors import ConfigError
-from cskd.pipeline.demo import STUDENTS, Settings, StudentResult, _config, render, run_demo, verdict
+from cskd.pipeline.demo import STUDENTS, Settings, StudentResult, _config, _training, render, run_demo, verdict
 from cskd.pipeline.demo_curve import Curve, draw_curves
 from cskd.pipeline.demo_data import POOL, digits
 from cskd.pipeline.intervals import paired_difference, spread
@@ -156,3 +156,9 @@ def test_curves_of_one_seed_and_one_evaluation_can_be_drawn(tmp_path: Path) -> N
     curves = {"none": Curve(np.array([1]), np.array([[10.0]])), "cskd": Curve(np.array([1]), np.array([[100.0]]))}
     draw_curves(tmp_path / "x.png", curves, 95.0, "title")
     assert (tmp_path / "x.png").stat().st_size > 5_000
+
+
+def test_the_demo_says_which_students_train(tmp_path: Path) -> None:
+    configs = [_config(tmp_path, name, seed, SMALL) for seed in range(2) for name in STUDENTS]
+    assert _training(configs, 2, 2) == "training 3 of 6, cskd-soft, seed 0; 4 of 6, none, seed 1"
+    assert _training(configs, 6, 2) == ""
