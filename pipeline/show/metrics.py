@@ -69,6 +69,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def _summary_writer(folder: Path, start_epoch: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as e:  # it is there, `precheck.check_output` has seen it
+    except ImportError as e:  # it is there, `outputs.refuse_run_output` has seen it
         raise ConfigError(f"train.tensorboard: {one_line(e)}; run: pip install --upgrade tensorboard") from None
     return SummaryWriter(str(folder / "tensorboard"), purge_step=start_epoch)
