@@ -261,6 +261,17 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def check(config: ConfigPath, set_: Set = None, json_: Json = False) -> None:
+    """All that both stages will ask of a config, before days of the teacher; exit code 1 when something is wrong."""
+    from cskd.pipeline.look.check_config import check_config, render
+
+    report = check_config(config, set_)
+    _print(report, json_, render)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
 def _print(report: Any, as_json: bool, render: Any) -> None:
     import dataclasses
 
