@@ -104,10 +104,15 @@ def shown(error: BaseException) -> str:
     return fitted(str(error))
 
 
-def one_line(error: Exception) -> str:
-    """An exception of anybody's as part of one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
+def one_line(error: BaseException, most: int = 160) -> str:
+    """An exception of anybody's as part of one line: its type, and at most `most` characters of its text.
+
+    Of one that another process raised, whose text is a whole traceback, the last line.
+    """
+    text = str(error).strip()
+    if "Traceback (most recent call last)" in text:
+        return shortened(printable(text.splitlines()[-1].strip()), most)
+    return f"{type(error).__name__}: {shortened(printable(' '.join(text.split())), most)}"
 
 
 def counted(n: int, noun: str) -> str:

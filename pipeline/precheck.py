@@ -23,6 +23,9 @@ from cskd.pipeline.run_state import PROGRESS
 from cskd.pipeline.setup import Setup, image_sizes, view_notes, with_best
 from cskd.store.cache import open_cache, refuse_other_identity
 from cskd.student.checkpoint import ResumeStates
+from cskd.student.optim import refuse_schedule
+from cskd.student.warm_start import checkpoint_file
+from cskd.teacher.build import weight_file
 from cskd.views.fit import image_notes, refuse_views
 
 Found = tuple[str, list[str]]  # what was found, and what a user should know of it
@@ -200,6 +203,22 @@ def _train_memory(setup: Setup) -> Found:
     return setup.refuse_train_memory(), []
 
 
+def _weight_file(setup: Setup) -> Found:
+    weights = setup.config.teacher.weights
+    return str(weights if weights in (None, "hub") else weight_file(Path(weights))), []
+
+
+def _init_file(setup: Setup) -> Found:
+    init = setup.config.student.init
+    return str(checkpoint_file(Path(init)) if init else None), []
+
+
+def _schedule(setup: Setup) -> Found:
+    refuse_schedule(setup.config.train)
+    train = setup.config.train
+    return f"{train.opt}, {train.epochs:,} epochs, {train.warmup_epochs:g} of them warm up", []
+
+
 def _student(setup: Setup) -> Found:
     student = setup.student
     rows, columns = student.patch_grid
@@ -257,22 +276,28 @@ CHECKS = (
     Check("cache.codecs", _codecs, "cache", ("data.train",)),
     Check("cache.device", _cache_device, "cache"),
     Check("cache.workers", _cache_memory, "cache", ("cache.device",)),
-    Check("teacher", _teacher, "cache", ("data.train", "cache.device")),
+    Check("teacher.weights", _weight_file, "cache"),
+    Check("teacher", _teacher, "cache", ("data.train", "cache.device", "teacher.weights")),
     Check("the cache", _begun_cache, "cache", ("its disk", "cache.codecs", "teacher")),
     Check("data.val", _val_images, "student", ("data.train",)),
     Check("loss", _loss, "student", ("cache.codecs",)),
     Check("train.output", _train_output, "student"),
     Check("train.device", _train_device, "machine"),
     Check("train.views", _plan, "student", ("data.train",)),
-    Check("student", _student, "student", ("data.train", "recipe")),
+    Check("student.init", _init_file, "student"),
+    Check("student", _student, "student", ("data.train", "recipe", "student.init")),
     Check("the grid", _grid, "student", ("teacher", "student")),
     Check("train.micro_batch", _micro_batch, "student"),
     Check("train.augment", _augment, "machine", ("train.device", "train.views")),
-    Check("train.workers", _train_memory, "machine", ("train.device", "train.augment")),
-    Check("train.opt", _optimiser, "student", ("student", "train.views")),
+    Check("train.workers", _train_memory, "machine", ("train.device",)),
+    Check("train.opt", _schedule, "student"),
+    Check("the optimiser", _optimiser, "student", ("student", "train.views", "train.opt")),
     Check("train.best", _best, "student", ("student",)),
     Check(
-        "the run", _run, "machine", ("teacher", "train.output", "train.device", "train.opt", "train.best", "data.val")
+        "the run",
+        _run,
+        "machine",
+        ("teacher", "train.output", "train.device", "the optimiser", "train.best", "data.val"),
     ),
 )
 _OF_TEACHER = ("teacher", "the cache", "the grid", "the run")

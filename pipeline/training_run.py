@@ -31,6 +31,7 @@ from cskd.loading.tasks import RunTasks
 from cskd.machine.arithmetic import arithmetic
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import Threads, begun_with
+from cskd.near import absent
 from cskd.pipeline.conflicts import (
     as_begun,
     changed_on_resume,
@@ -285,7 +286,7 @@ def _open_views(
         )
     if baseline and not Path(config.cache.path).exists():
         raise CacheError(
-            f"no cache at {config.cache.path}; make it with `cskd cache-teacher CONFIG`, or train the baseline without a "
+            f"no cache at {absent(config.cache.path)}; make it with `cskd cache-teacher CONFIG`, or train the baseline without a "
             "cache: --set cache.path="
         )
     cache = open_cached(config)

@@ -12,6 +12,7 @@ from torch import Tensor
 from cskd.errors import StudentError, one_line
 from cskd.files.read import parse_json, read_file
 from cskd.files.weights import first_not_finite, read_weights
+from cskd.near import absent
 from cskd.student.heads import multiplied, recorded_factors, recorded_heads
 
 PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
@@ -27,9 +28,7 @@ def start_from(vit: VisionTransformer, path: Path) -> list[str]:
     Returns: what was changed on the way, a line each.
     Raises:  StudentError when the file is missing, is no checkpoint, or is one of another model.
     """
-    path = path / "model.safetensors" if path.is_dir() else path
-    if not path.is_file():
-        raise StudentError(f"student.init {path} does not exist; give a .safetensors, a .pt or a run's folder")
+    path = checkpoint_file(path)
     own = vit.state_dict()
     try:
         state, _ = read_weights(path, sum(t.nbytes for t in own.values()))
@@ -66,6 +65,14 @@ def start_from(vit: VisionTransformer, path: Path) -> list[str]:
     _check(path, state, {k: v for k, v in own.items() if k not in fresh})
     vit.load_state_dict(state, strict=False)
     return notes
+
+
+def checkpoint_file(path: Path) -> Path:
+    """The file that `student.init` names, itself or as the folder of a run. StudentError where there is none."""
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise StudentError(f"student.init: no file {absent(file)}; give a .safetensors, a .pt or a run's folder")
+    return file
 
 
 def _as_trained(path: Path, state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.util
 import sys
@@ -20,6 +19,7 @@ from cskd.config import TeacherConfig
 from cskd.errors import TeacherError, one_line
 from cskd.files.read import read_file
 from cskd.files.weights import READ_BY_TIMM, read_weights
+from cskd.near import absent, did_you_mean
 
 
 @dataclass
@@ -71,8 +71,7 @@ def build_model(name: str, kwargs: dict[str, Any], pretrained: bool = False) -> 
         )
     known = timm.list_models()
     if ":" not in name and name.partition(".")[0] not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"the nearest is {near[0]!r}" if near else "timm.list_models() lists them"
+        hint = did_you_mean(name, known) or "timm.list_models() lists them"
         raise TeacherError(f"teacher.model {name!r} is no timm model; {hint}; your own is path/to/file.py:build")
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
@@ -103,7 +102,8 @@ def _from_file(config: TeacherConfig) -> Built:
     try:
         digest = hashlib.sha256(read_file(path)).hexdigest()
     except OSError as e:
-        raise TeacherError(f"teacher.model: {path} can't be read ({e.strerror}); give path/to/file.py:build") from None
+        said = f"no file {absent(path)}" if not path.exists() else f"{path} can't be read ({e.strerror})"
+        raise TeacherError(f"teacher.model: {said}; give path/to/file.py:build") from None
     name = f"cskd_teacher_{digest[:16]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # the name ends in .py
@@ -116,7 +116,10 @@ def _from_file(config: TeacherConfig) -> Built:
         raise TeacherError(f"teacher.model: importing {path} failed: {one_line(e)}") from None
     maker = getattr(module, function, None)
     if not callable(maker):
-        raise TeacherError(f"teacher.model: {path} has no function {function!r}; it must return a torch.nn.Module")
+        hint = did_you_mean(function, [name for name, one in vars(module).items() if callable(one)])
+        raise TeacherError(
+            f"teacher.model: {path} has no function {function!r}; {hint or 'it must return a torch.nn.Module'}"
+        )
     try:
         model = maker(**config.kwargs)
     except Exception as e:
@@ -136,9 +139,7 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
     Returns: notes: which part of a wrapped checkpoint was taken.
     Raises:  TeacherError where the file can't be read, holds pickled objects, or does not fit the model.
     """
-    path = path.expanduser()
-    if not path.is_file():
-        raise TeacherError(f"teacher.weights: no file at {path}; give a .safetensors or .pth file, or 'hub'")
+    path = weight_file(path)
     expected = model.state_dict()
     try:
         weights, keys = read_weights(path, sum(t.nbytes for t in expected.values()))
@@ -164,6 +165,14 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
         )
     model.load_state_dict(weights, strict=False)  # only counters can be missing here
     return [f"weights taken from {key!r} of {path.name}" for key in keys]
+
+
+def weight_file(path: Path) -> Path:
+    """The file that `teacher.weights` names. TeacherError where there is none."""
+    path = path.expanduser()
+    if not path.is_file():
+        raise TeacherError(f"teacher.weights: no file {absent(path)}; give a .safetensors or .pth file, or 'hub'")
+    return path
 
 
 def weights_sha256(model: nn.Module) -> str:

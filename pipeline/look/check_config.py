@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from cskd.config import read_config
@@ -81,15 +80,12 @@ def _report(rows: list[Row]) -> ConfigReport:
 
 
 def render(report: ConfigReport, console: Console) -> None:
-    """The report as a table, its notes below their lines."""
-    table = Table(box=None, pad_edge=False, show_header=False)
-    for _ in range(3):
-        table.add_column(overflow="fold")
+    """The report, a line each, however wide: it is read by grep, too."""
+    wide = max(len(row.name) for row in report.rows)
     for row in report.rows:
         mark = "-" if row.state == "open" else row.state
-        table.add_row(Text(mark, _STYLES[row.state]), Text(row.name), Text(printable(row.found)))
-        for note in row.notes:
-            table.add_row("", "", Text(f"note: {printable(note)}", "dim"))
-    console.print(table)
+        line = Text(f"{mark:<6} ", _STYLES[row.state]).append(f"{row.name:<{wide}} {printable(row.found)}", "default")
+        for text in (line, *(Text(f"{'':<{wide + 8}}note: {printable(note)}", "dim") for note in row.notes)):
+            console.print(text, soft_wrap=True, highlight=False)
     verdict = "nothing is wrong" if report.ok else f"{counted(report.wrong, 'line')} to mend"
     print_lines(console, f"{verdict}; relative paths are of {report.folder}")
