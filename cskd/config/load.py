@@ -216,7 +216,8 @@ def _build(cls: type[Any], raw: dict[str, Any], prefix: str, reading: _Reading) 
                 raise _unknown(key, known, prefix)
             # A text with nothing after its key is empty, as in `--set cache.path=`; null means something in other keys.
             value = "" if value is None and known[key] is str else value
-            values[key] = _check(known[key], _expand(value, prefix + key), prefix + key, reading)
+            value = value if dataclasses.is_dataclass(known[key]) else _expand(value, prefix + key)
+            values[key] = _check(known[key], value, prefix + key, reading)
         except ConfigError as e:
             reading.wrong.append(e)
     try:
