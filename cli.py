@@ -22,7 +22,7 @@ import typer
 from typer.core import TyperGroup
 
 import cskd
-from cskd.errors import CskdError, printable
+from cskd.errors import CskdError, fitted, one_line, printable
 from cskd.files.paths import local_path
 from cskd.machine.launch import command_line, launched
 
@@ -262,6 +262,17 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def check(config: ConfigPath, set_: Set = None, json_: Json = False) -> None:
+    """All that both stages will ask of a config, before days of the teacher; exit code 1 when something is wrong."""
+    from cskd.pipeline.look.check_config import check_config, render
+
+    report = check_config(config, set_)
+    _print(report, json_, render)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
 def _print(report: Any, as_json: bool, render: Any) -> None:
     import dataclasses
 
@@ -376,7 +387,7 @@ def main() -> None:
             code = app(standalone_mode=False) or 0
     except (CskdError, OSError) as e:
         _debugged(e)
-        print(f"cskd: {printable(str(e) if isinstance(e, CskdError) else _os_error(e))}", file=sys.stderr)
+        print(fitted(f"cskd: {e if isinstance(e, CskdError) else _os_error(e)}"), file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         code = 130
@@ -400,16 +411,29 @@ def _os_error(error: OSError) -> str:
 
 
 def _usage_or_bug(error: Exception) -> int:
-    """Click's own errors show themselves; anything else is ours, and is shown whole with --debug."""
+    """Click's own errors show themselves; anything else is ours: a line that names the file with the traceback."""
     if hasattr(error, "show") and hasattr(error, "exit_code"):
         error.show()
         return int(error.exit_code)
     if type(error).__name__ in ("Exit", "Abort"):
         return 130 if type(error).__name__ == "Abort" else int(getattr(error, "exit_code", 0))
     _debugged(error)
-    text = printable(" ".join(str(error).split()))
-    print(f"cskd: unexpected {type(error).__name__}: {text}; run `cskd --debug ...` for the traceback", file=sys.stderr)
+    print(fitted(f"cskd: unexpected {one_line(error, 100)}; {_logged(error)}"), file=sys.stderr)
     return 1
+
+
+def _logged(error: Exception) -> str:
+    """Where the traceback of a bug is, in words: a file of its own among the temporary ones."""
+    import tempfile
+
+    told = "".join(traceback.format_exception(error))
+    try:
+        number, name = tempfile.mkstemp(prefix="cskd-", suffix=".log")
+        with os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"cskd {cskd.__version__}, Python {sys.version}\n{command_line(sys.argv[1:])}\n\n{told}")
+    except OSError:
+        return "run `cskd --debug ...` for the traceback"
+    return f"the traceback is in {name}, please report it"
 
 
 if __name__ == "__main__":

@@ -72,10 +72,47 @@ class ReplayError(CskdError):
     """A replayed view is not, byte for byte, what the teacher saw."""
 
 
-def one_line(error: Exception) -> str:
-    """An exception of anybody's as part of one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
+MOST = 300  # characters of a line that says what went wrong
+_KEPT = 24  # characters of a long word that stay at each of its ends
+
+
+def fitted(text: str, most: int = MOST) -> str:
+    """A message in one line of at most `most` characters, with its beginning, the cause, and its end, the next step.
+
+    What is long gives way first: of paths, lists and quoted values the middle is left out, the longest first. Where that is not
+    enough, the middle of the whole is.
+    """
+    words = printable(" ".join(text.split())).split(" ")
+    while (over := sum(map(len, words)) + len(words) - 1 - most) > 0:
+        at = max(range(len(words)), key=lambda i: len(words[i]))
+        if len(words[at]) <= 2 * _KEPT:
+            break
+        words[at] = shortened(words[at], max(2 * _KEPT, len(words[at]) - over))
+    return shortened(" ".join(words), most)
+
+
+def shortened(text: str, most: int) -> str:
+    """A text without its middle, where it is longer."""
+    head = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:head]}...{text[len(text) - (most - 3 - head) :]}"
+
+
+def shown(error: BaseException) -> str:
+    """An error as the line that a user sees. Of an error of the system, which is no `CskdError`, with its path."""
+    if isinstance(error, OSError) and error.filename:
+        return fitted(f"{error.filename}: {error.strerror or error}")
+    return fitted(str(error))
+
+
+def one_line(error: BaseException, most: int = 160) -> str:
+    """An exception of anybody's as part of one line: its type, and at most `most` characters of its text.
+
+    Of one that another process raised, whose text is a whole traceback, the last line.
+    """
+    text = str(error).strip()
+    if "Traceback (most recent call last)" in text:
+        return shortened(printable(text.splitlines()[-1].strip()), most)
+    return f"{type(error).__name__}: {shortened(printable(' '.join(text.split())), most)}"
 
 
 def counted(n: int, noun: str) -> str:

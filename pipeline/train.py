@@ -27,8 +27,9 @@ from cskd.machine.launch import launched
 from cskd.machine.ranks import running_ranks
 from cskd.machine.threads import brief_turns, choose_threads, computing_with
 from cskd.pipeline.out_of_memory import explained, nothing_to_lower
-from cskd.pipeline.outputs import device_of, sole_run
+from cskd.pipeline.outputs import sole_run
 from cskd.pipeline.run_state import stopped
+from cskd.pipeline.setup import device_of
 from cskd.pipeline.show.metrics import MetricsLog, reached
 from cskd.pipeline.show.progress import Progress, bound_by, print_lines, say, timed_start
 from cskd.pipeline.show.trackers import Trackers

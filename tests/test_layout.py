@@ -33,7 +33,15 @@ DISTRIBUTIONS = {
     "importlinter": "import-linter",
     "sklearn": "scikit-learn",
 }
-PROGRAMS = {"furo", "mypy", "myst-parser", "pytest-xdist", "ruff", "sphinx", "types-pyyaml"}  # of the dev extra: run, never imported
+PROGRAMS = {
+    "furo",
+    "mypy",
+    "myst-parser",
+    "pytest-xdist",
+    "ruff",
+    "sphinx",
+    "types-pyyaml",
+}  # of the dev extra: run, never imported
 LONGEST = 550  # lines: the ceiling of a spine
 
 

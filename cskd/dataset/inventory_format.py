@@ -29,6 +29,7 @@ from cskd.dataset.inventory_checks import MEND, check_header
 from cskd.errors import DataError
 from cskd.files.durable import json_hash, sync
 from cskd.files.read import file_sha256, open_regular, parse_json, read_file
+from cskd.near import absent
 
 RESTORE_IT = f"restore it, or {MEND}"
 INVENTORY_FORMAT = "cskd inventory"
@@ -53,7 +54,9 @@ def read_header(path: Path) -> dict[str, Any]:
     try:
         header = parse_json(read_file(path / HEADER))
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"no inventory at {path}; make one with 'cskd pack' or 'cskd index'") from None
+        raise DataError(
+            f"no inventory at {absent(path) if not path.exists() else path}; make one with 'cskd pack' or 'cskd index'"
+        ) from None
     except (OSError, ValueError) as e:
         raise DataError(f"{path / HEADER} is not readable: {e}; {RESTORE_IT}") from None
     if not isinstance(header, dict) or header.get("format") != INVENTORY_FORMAT:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cskd.files.inert import Name, NoPickleError, Storage, Stored, Thing, read_pickle
 from cskd.files.read import open_regular, parse_json
+from cskd.near import absent
 
 FREE_WEIGHT_BYTES = 1 << 28  # any model's file may have these
 MAX_TIMES = 16  # the size of its model: weights, averaged weights and an optimiser's state are up to five
@@ -115,6 +116,16 @@ def find_file(path: Path) -> tuple[Path, str | None]:
     if not path.is_file():
         raise ValueError("does not exist" if not path.exists() else "is no regular file")
     return path, key
+
+
+def given_file(path: Path) -> Path:
+    """A path of weights as a config gives it. ValueError, in words that follow the key's name, where `find_file` finds none."""
+    path = path.expanduser()
+    try:
+        find_file(path)
+    except ValueError as e:
+        raise ValueError(f"no file {absent(path)}" if not path.exists() else f"{path} {e}") from None
+    return path
 
 
 def check_size(path: Path, length: int, model_bytes: int) -> None:

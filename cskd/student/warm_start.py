@@ -10,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor
 
 from cskd.errors import StudentError, one_line
+from cskd.files.checkpoint import given_file
 from cskd.files.read import parse_json, read_file
 from cskd.files.weights import first_not_finite, read_weights
 from cskd.student.heads import multiplied, recorded_factors, recorded_heads
@@ -27,7 +28,7 @@ def start_from(vit: VisionTransformer, path: Path) -> list[str]:
     Returns: what was taken and what was changed on the way, a line each.
     Raises:  StudentError when the file is missing, is no checkpoint, or is one of another model.
     """
-    path = path.expanduser()
+    path = checkpoint_file(path)
     own = vit.state_dict()
     try:
         weights = read_weights(path, own)
@@ -67,6 +68,14 @@ def start_from(vit: VisionTransformer, path: Path) -> list[str]:
     _check(path, state, {k: v for k, v in own.items() if k not in fresh})
     vit.load_state_dict(state, strict=False)
     return notes
+
+
+def checkpoint_file(path: Path) -> Path:
+    """The file that `student.init` names, itself or as the folder of a run. StudentError where there is none."""
+    try:
+        return given_file(path)
+    except ValueError as e:
+        raise StudentError(f"student.init: {e}; give a .safetensors, a .pt or a run's folder") from None
 
 
 def _as_trained(path: Path, state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:

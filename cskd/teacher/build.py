@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -20,8 +19,10 @@ from torch import Tensor, nn
 
 from cskd.config import TeacherConfig
 from cskd.errors import TeacherError, one_line
+from cskd.files.checkpoint import given_file
 from cskd.files.read import read_file
 from cskd.files.weights import READ_BY_TIMM, misfit, read_weights
+from cskd.near import absent, did_you_mean
 
 TORCHVISION = "torchvision:"
 
@@ -76,8 +77,7 @@ def build_model(name: str, kwargs: dict[str, Any], pretrained: bool = False) -> 
         )
     known = timm.list_models()
     if ":" not in name and name.partition(".")[0] not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"the nearest is {near[0]!r}" if near else "timm.list_models() lists them"
+        hint = did_you_mean(name, known) or "timm.list_models() lists them"
         raise TeacherError(
             f"teacher.model {name!r} is no timm model; {hint}; torchvision's are torchvision:NAME, your own is path/to/file.py:build"
         )
@@ -112,8 +112,7 @@ def _from_torchvision(config: TeacherConfig) -> Built:
     name, hub = config.model.removeprefix(TORCHVISION), config.weights == "hub"
     known = models.list_models(module=models)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"the nearest is {near[0]!r}" if near else "torchvision.models.list_models() lists them"
+        hint = did_you_mean(name, known) or "torchvision.models.list_models() lists them"
         raise TeacherError(f"teacher.model {config.model!r}: no classifier of torchvision has that name; {hint}")
     published = models.get_model_weights(name).DEFAULT
     # Two that would otherwise draw slow random weights, with a warning.
@@ -141,7 +140,8 @@ def _from_file(config: TeacherConfig) -> Built:
     try:
         digest = hashlib.sha256(read_file(path)).hexdigest()
     except OSError as e:
-        raise TeacherError(f"teacher.model: {path} can't be read ({e.strerror}); give path/to/file.py:build") from None
+        said = f"no file {absent(path)}" if not path.exists() else f"{path} can't be read ({e.strerror})"
+        raise TeacherError(f"teacher.model: {said}; give path/to/file.py:build") from None
     name = f"cskd_teacher_{digest[:16]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # the name ends in .py
@@ -155,7 +155,10 @@ def _from_file(config: TeacherConfig) -> Built:
             raise TeacherError(f"teacher.model: importing {path} failed: {one_line(e)}") from None
         maker = getattr(module, function, None)
         if not callable(maker):
-            raise TeacherError(f"teacher.model: {path} has no function {function!r}; it must return a torch.nn.Module")
+            hint = did_you_mean(function, [name for name, one in vars(module).items() if callable(one)])
+            raise TeacherError(
+                f"teacher.model: {path} has no function {function!r}; {hint or 'it must return a torch.nn.Module'}"
+            )
         try:
             model = maker(**config.kwargs)
         except Exception as e:
@@ -200,7 +203,7 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
     Returns: notes: which part of a checkpoint was taken.
     Raises:  TeacherError where the file can't be read, or does not fit the model.
     """
-    path = path.expanduser()
+    path = weight_file(path)
     expected = model.state_dict()
     try:
         weights = read_weights(path, expected)
@@ -214,6 +217,14 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
         )
     model.load_state_dict(weights.tensors, strict=False)  # only counters can be missing here
     return weights.notes
+
+
+def weight_file(path: Path) -> Path:
+    """The file that `teacher.weights` names. TeacherError where there is none."""
+    try:
+        return given_file(path)
+    except ValueError as e:
+        raise TeacherError(f"teacher.weights: {e}; give a .safetensors or .pth file, or 'hub'") from None
 
 
 def weights_sha256(model: nn.Module) -> str:
