@@ -170,7 +170,7 @@ class Lister:
 
     def archive(self, place: Place, shown: str, below: str = "") -> None:
         """All images of a tar or a zip, as if it were the folder `below` of the source; messages call it `shown`."""
-        zipped = place.size == WHOLE and (place.path.lower().endswith(".zip") or is_zip(Path(place.path)))
+        zipped = place.size == WHOLE and is_zip(Path(place.path))
         before = "", False, ""  # the last member: its path without extension, whether it is an image, its name
         number = self._file(place.path, shown, zipped)
         folders: set[str] = set()

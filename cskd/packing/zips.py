@@ -48,7 +48,9 @@ class _Entry(NamedTuple):
 
 
 def is_zip(path: Path) -> bool:
-    """Whether a file begins as a zip does."""
+    """Whether a file has a zip's name, or begins as one does."""
+    if path.suffix.lower() == ".zip":
+        return True
     with os.fdopen(open_regular(path), "rb") as file:
         return file.read(4) in (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
 
