@@ -19,6 +19,7 @@ from cskd.packing.places import WHOLE, Place, read_place
 from cskd.packing.tars import decompressed, members
 
 VAL_IMAGE = re.compile(r"ILSVRC2012_val_\d{8}\.(JPEG|jpg|jpeg)")
+TEST_IMAGE = re.compile(r"ILSVRC2012_test_\d{8}\.(JPEG|jpg|jpeg)")
 TRUTH = re.compile(r"(^|/)ILSVRC\d{4}_(clsloc_)?validation_ground_truth\.txt$")
 KITS = ("ILSVRC2012_devkit_t12", "ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12.tar", "ILSVRC/devkit", "devkit")
 SOLUTION = "LOC_val_solution.csv"
@@ -33,9 +34,14 @@ _MATRIX, _COMPRESSED, _STRUCT, _CHAR = 14, 15, 2, 4
 
 
 def beside(listing: Listing, src: Path) -> Path | None:
-    """The label file that belongs to ImageNet's validation images, where the source is those, in or above the source."""
-    folders = {listing.folders[folder] for folder in set(listing.folder)}
-    if len(folders) != 1 or not VAL_IMAGE.fullmatch(listing.name(0)):
+    """The label file that belongs to ImageNet's validation images, where the source is those, in or above the source.
+
+    Raises:  DataError where it is the test images, whose labels nobody has.
+    """
+    name = listing.name(0)
+    if len(set(listing.folder)) == 1 and TEST_IMAGE.fullmatch(name):
+        raise DataError(f"{src} holds ImageNet's test images ({name}), whose labels are not public; pack train or val")
+    if len(set(listing.folder)) != 1 or not VAL_IMAGE.fullmatch(name):
         return None
     src = src.absolute()
     for folder in [src, *src.parents][: _FOLDERS_ABOVE + 1]:

@@ -129,7 +129,8 @@ def _refuse_loose(tree: Tree) -> None:
         )
     raise DataError(
         f"{tree.source} holds {count} image(s) in no class folder, {first} for one, so that their labels are unknown; "
-        f"expected CLASS/{first}; sort them into class folders, or, if it is a class, give the folder above"
+        f"expected CLASS/{first}; sort them into class folders, give their labels with --labels, or, if it is a class, the "
+        "folder above"
     )
 
 
@@ -181,7 +182,7 @@ def _refuse_one(tree: Tree) -> None:
     if split_names({name}):
         raise DataError(
             f"{tree.source} holds {count} image(s) in no class folder, only in {folder}, so that their labels are unknown; "
-            f"expected {folder}/CLASS/NAME; sort them into class folders"
+            f"expected {folder}/CLASS/NAME; sort them into class folders, or give their labels with --labels"
         )
     raise DataError(
         f"{tree.source} holds one class, '{name}' with {count} image(s), expected two or more; give the folder above "
