@@ -122,7 +122,7 @@ def test_a_class_that_val_lacks_moves_no_other(kaggle: Path, download: Path, tmp
     """Of the three classes only n02119789, label 1, has images here."""
     part = folder(tmp_path / "val", {"ILSVRC2012_val_00000004.JPEG": b"v4"})
     for labels in (kaggle / "LOC_val_solution.csv", download / f"{KIT}.tar.gz"):
-        images, source = opened(part, tmp_path / "a", labels=labels)
+        _, source = opened(part, tmp_path / "a", labels=labels)
         assert (source.classes, source.label(0)) == (NAMES, 1)
     only = folder(tmp_path / "only", {"n03000684/x.JPEG": b"", "n02119789/y.JPEG": b""})
     _, source = opened(only, tmp_path / "b", classes=kaggle / "LOC_synset_mapping.txt")
@@ -150,17 +150,17 @@ def test_a_kit_that_is_none_is_refused_by_name(download: Path, tmp_path: Path) -
     with tarfile.open(download / f"{KIT}.tar.gz") as kit:
         kit.extractall(tmp_path, filter="data")
     data = tmp_path / KIT / "data"
-    for make, message in (
-        (lambda: tmp_path / "empty", "is no development kit of ImageNet: expected ILSVRC2012_validation_ground"),
-        (lambda: (data / "ILSVRC2012_validation_ground_truth.txt").write_text("1\n9\n") and data, "number 9 in line 2"),
-        (
-            lambda: (data / "ILSVRC2012_validation_ground_truth.txt").write_text("1\nx\n") and data,
-            "is damaged: invalid",
-        ),
-        (lambda: (data / "meta.mat").write_bytes(b"MATLAB") and data, "is damaged: meta.mat is no MATLAB file"),
+    truth = data / "ILSVRC2012_validation_ground_truth.txt"
+    for path, file, content, message in (
+        (tmp_path / "empty", None, b"", "is no development kit of ImageNet: expected ILSVRC2012_validation_ground"),
+        (data, truth, b"1\n9\n", "number 9 in line 2"),
+        (data, truth, b"1\nx\n", "is damaged: invalid literal"),
+        (data, data / "meta.mat", b"MATLAB", "is damaged: meta.mat is no MATLAB file"),
     ):
+        if file:
+            file.write_bytes(content)
         with pytest.raises(DataError, match=message) as caught:
-            read_kit(make(), tmp_path / "w")
+            read_kit(path, tmp_path / "w")
         assert len(str(caught.value).replace(str(tmp_path), "")) <= 300
     (tmp_path / "x.tar.gz").write_bytes(gzip.compress(bytes(300_000_000), 9))
     with pytest.raises(DataError, match="expected at most 200 from one"):
