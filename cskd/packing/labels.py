@@ -262,6 +262,8 @@ def _columns(head: Sequence[str], labels: Labels) -> tuple[int | None, int | Non
     path, label = column(head, PATHS), column(head, LABELS)
     if path is None and label is None and len(head) == 2:
         return None, None
+    if len(head) == 2 and path is None and label is not None:
+        path = 1 - label
     if path is not None and label in (None, path):
         others = [i for i in range(len(head)) if i != path and head[i].strip()]
         label = others[0] if len(others) == 1 else None

@@ -192,7 +192,7 @@ def _numbered_source(
 ) -> Source:
     numbers, names, more = numbered(values, known, classes)
     listing.label = array("i", numbers)
-    check_labels(Counter(numbers), named=len(names) > 1)
+    check_labels(Counter(numbers), named=bool(classes or known.names) or len(set(known.rows.values())) > 1)
     return Source(listing, names, None, _key_hashes(listing), notes + more)
 
 

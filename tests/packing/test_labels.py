@@ -173,7 +173,7 @@ def test_a_name_that_two_images_have_is_refused(tmp_path: Path) -> None:
     (tmp_path / "l.csv").write_text("0.jpg,1\n")
     with pytest.raises(DataError, match=r"'0.jpg' in l.csv may be a/0.jpg or b/0.jpg of data"):
         opened(src, tmp_path / "w", labels=tmp_path / "l.csv")
-    with pytest.raises(DataError, match="--labels .*gone.csv can't be read: No such file"):
+    with pytest.raises(DataError, match=r"--labels .*gone.csv can't be read: No such file"):
         opened(src, tmp_path / "w", labels=tmp_path / "gone.csv")
     (tmp_path / "l.csv").write_text("a/0.jpg,x\nb/0.jpg,y\n")
     (tmp_path / "c.txt").write_text("x\nz\n")
