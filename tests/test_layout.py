@@ -197,7 +197,7 @@ def test_what_the_code_imports_is_declared_and_what_is_declared_is_imported() ->
     used = {DISTRIBUTIONS.get(module, module) for module in third_party}
     extras = project()["project"]["optional-dependencies"]
     declared = distributions(project()["project"]["dependencies"])
-    assert used - declared - distributions(extras["demo"]) == set()
+    assert used - declared - distributions(extras["demo"] + extras["parquet"]) == set()
     assert declared - used == set()
 
 
@@ -209,7 +209,7 @@ def test_what_tests_benchmarks_and_documents_import_is_declared_for_development_
     third_party = modules - set(sys.stdlib_module_names) - {"cskd", "tests", "benchmarks"}
     used = {DISTRIBUTIONS.get(module, module) for module in third_party}
     extras = project()["project"]["optional-dependencies"]
-    declared = distributions(project()["project"]["dependencies"] + extras["demo"])
+    declared = distributions(project()["project"]["dependencies"] + extras["demo"] + extras["parquet"])
     dev = distributions(extras["dev"])
     assert used - declared - dev == set()
     assert dev - used - PROGRAMS == {"cskd"}

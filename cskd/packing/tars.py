@@ -32,7 +32,7 @@ _NO_TARS = [
     (b"BZh", "compressed with bzip2", f"{_DECOMPRESS} (bunzip2)"),
     (b"\xfd7zXZ", "compressed with xz", f"{_DECOMPRESS} (unxz)"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd", f"{_DECOMPRESS} (zstd -d)"),
-    (b"PAR1", "a parquet file", "write its images to class folders or webdataset shards first"),
+    (b"PAR1", "a parquet file", "give it, or its folder, to 'cskd pack'"),
     (b"\x89HDF", "an HDF5 file", "write its images to class folders or webdataset shards first"),
 ]
 
