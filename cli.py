@@ -100,7 +100,8 @@ def pack(
     src: Annotated[
         Path,
         typer.Argument(
-            parser=_path("SRC"), help="Folder of class folders, a tar or tar.gz of one, or webdataset shards."
+            parser=_path("SRC"),
+            help="Folder of class folders, a tar, tar.gz or zip of one, parquet files, or webdataset shards.",
         ),
     ],
     out: Annotated[Path, typer.Argument(parser=_path("OUT"), help="Folder for the shards and their inventory.")],
@@ -116,12 +117,20 @@ def pack(
         bool, typer.Option("--raw", help="Store pixels as they are (PPM): nothing is left to decode, more to read.")
     ] = False,
     split: Split = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            parser=_path("--labels"),
+            metavar="FILE",
+            help="CSV, TSV or JSONL of paths and labels, or ImageNet's devkit; of parquet: the label column.",
+        ),
+    ] = None,
     json_: Json = False,
 ) -> None:
-    """A folder of class folders (or a tar of one) to shuffled webdataset shards with an inventory."""
+    """A data set as it was downloaded to shuffled webdataset shards with an inventory."""
     from cskd.pipeline.pack import pack_data, render
 
-    report = pack_data(src, out, classes, seed, shard_size, block, limit, short_side, raw, split, quiet=json_)
+    report = pack_data(src, out, classes, seed, shard_size, block, limit, short_side, raw, split, labels, quiet=json_)
     _print(report, json_, render)
 
 

@@ -43,6 +43,7 @@ def pack_data(
     short_side: int | None = None,
     raw: bool = False,
     split: str | None = None,
+    labels: Path | None = None,
     quiet: bool = False,
 ) -> PackReport:
     """`cskd.packing.pack.pack` with progress; arguments as there."""
@@ -73,6 +74,7 @@ def pack_data(
             short_side=short_side,
             raw=raw,
             split=split,
+            labels=labels,
             progress=show,
             tell=tell,
         )

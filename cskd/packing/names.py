@@ -15,6 +15,7 @@ from cskd.packing.split_words import some
 IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif"])
 UNREAD_IMAGES = frozenset(["avif", "heic", "heif", "jxl", "jp2", "j2k", "jfif", "jpe", "psd", "svg"])
 CLASSES_FILE = "classes.txt"
+_SYNSET_LINE = re.compile(r"n\d{8}\s")  # of Kaggle's LOC_synset_mapping.txt
 _RESERVED = re.compile(r"__[^/]*__/")
 
 
@@ -119,11 +120,15 @@ def classes_held(names: Sequence[str], labels: Iterable[int]) -> list[str]:
 
 
 def class_file(path: Path) -> list[str]:
-    """The names in the file that `--classes` gives. Raises DataError where it is none."""
+    """The names in the file that `--classes` gives; of lines 'n01440764 tench, Tinca tinca' the synset.
+
+    Raises:  DataError where it is none.
+    """
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no file"
         raise DataError(f"{path} is {found}; expected a file of class names in label order; give it with --classes")
-    return read_classes(Place(str(path), 0, WHOLE), str(path))
+    names = read_classes(Place(str(path), 0, WHOLE), str(path))
+    return [name.split()[0] for name in names] if all(_SYNSET_LINE.match(name) for name in names) else names
 
 
 def read_classes(place: Place, origin: str) -> list[str]:

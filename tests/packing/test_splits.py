@@ -109,10 +109,10 @@ REFUSED: dict[str, tuple[dict[str, bytes], str]] = {
     ),
     "parquet": (
         files("data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"),
-        "src holds 2 .*parquet",
+        r"src holds 2 .*parquet|00000-of-00002.parquet can't be read as a table",
     ),
     "numpy": (files("x_train.npy", "README.md"), "src holds 1 .* x_train.npy: NumPy arrays, which are not read"),
-    "zips": (files("train.zip"), "src holds 1 .* train.zip: zip files, which are not read; unpack them"),
+    "zips": (files("train.zip"), r"train.zip has no end record of a zip|a zip in a tar; unpack the outer one"),
     "images that are not read": (files("a/0.heic", "b/1.heic"), "src holds 2 .* a/0.heic, a kind of image that is not"),
 }
 
