@@ -22,7 +22,7 @@ import typer
 from typer.core import TyperGroup
 
 import cskd
-from cskd.errors import CskdError, printable
+from cskd.errors import CskdError, limit_said, printable, said
 from cskd.files.paths import local_path
 from cskd.machine.launch import command_line, launched
 
@@ -126,16 +126,39 @@ def pack(
 
 @app.command()
 def index(
-    shards: Annotated[Path, typer.Argument(parser=_path("SHARDS"), help="Folder of webdataset shards.")],
+    shards: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SHARDS...",
+            parser=_path("SHARDS"),
+            help="webdataset shards: folders, .tar files, quoted globs, or names with {000..146}.",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(parser=_path("--out"), help="Folder for the inventory; by default that of the shards."),
+    ] = None,
     classes: Classes = None,
     block: Annotated[int, typer.Option(min=1, help="Images a block of whole shards: the unit of the cache.")] = 8192,
     split: Split = None,
+    label_key: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Where labels are: .id for NAME.id, else a key of NAME.json.")
+    ] = None,
+    key_prefix: Annotated[
+        Literal["none", "shard"],
+        typer.Option(help="shard: its name goes in front of each key, to tell equal ones apart."),
+    ] = "none",
+    allow_incomplete: Annotated[
+        bool, typer.Option("--allow-incomplete", help="Leave out samples without image or label.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """The inventory of existing webdataset shards, which stay as they are."""
     from cskd.pipeline.pack import index_data, render
 
-    _print(index_data(shards, classes, block, split, quiet=json_), json_, render)
+    prefix = None if key_prefix == "none" else key_prefix
+    report = index_data(shards, out, classes, block, split, label_key, prefix, allow_incomplete, quiet=json_)
+    _print(report, json_, render)
 
 
 @app.command(name="cache-teacher")
@@ -375,7 +398,7 @@ def main() -> None:
             code = app(standalone_mode=False) or 0
     except (CskdError, OSError) as e:
         _debugged(e)
-        print(f"cskd: {printable(str(e) if isinstance(e, CskdError) else _os_error(e))}", file=sys.stderr)
+        print(f"cskd: {printable(str(e) if isinstance(e, CskdError) else said(e))}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         code = 130
@@ -389,15 +412,6 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 1)
 
 
-def _os_error(error: OSError) -> str:
-    """A refusal of the system in one line: a path that can't be made, a full disk, a closed pipe."""
-    where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name) or "the system"
-    return (
-        f"{where}: {error.strerror or ' '.join(str(error).split())}; expected a path that can be read and written and "
-        "room on its disk; mend that, or give another path, and run the same command again"
-    )
-
-
 def _usage_or_bug(error: Exception) -> int:
     """Click's own errors show themselves; anything else is ours, and is shown whole with --debug."""
     if hasattr(error, "show") and hasattr(error, "exit_code"):
@@ -406,6 +420,9 @@ def _usage_or_bug(error: Exception) -> int:
     if type(error).__name__ in ("Exit", "Abort"):
         return 130 if type(error).__name__ == "Abort" else int(getattr(error, "exit_code", 0))
     _debugged(error)
+    if limit := limit_said(error):
+        print(f"cskd: {printable(limit)}", file=sys.stderr)
+        return 1
     text = printable(" ".join(str(error).split()))
     print(f"cskd: unexpected {type(error).__name__}: {text}; run `cskd --debug ...` for the traceback", file=sys.stderr)
     return 1
