@@ -216,29 +216,50 @@ def inspect(
     view: Annotated[int, typer.Option(help="Which view of it.")] = 0,
     blend: Annotated[float, typer.Option(help="1 = each cell's own logits, 0 = the whole image's.")] = 0.5,
     png: Annotated[Path | None, typer.Option(parser=_path("--png"), help="Write the sample's picture here.")] = None,
+    quarantined: Annotated[
+        bool, typer.Option("--quarantined", help="List all samples without targets, one a line: key, shard, reason.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """What a cache holds: a table, one sample as text, and its dense maps as a picture."""
     from cskd.pipeline.look.inspect_cache import inspect, render
+    from cskd.pipeline.look.quarantined import list_quarantined, render_list
 
-    _print(inspect(cache, data=data, sample=sample, view=view, blend=blend, png=png), json_, render)
+    if quarantined:
+        _print(list_quarantined(cache, data), json_, render_list)
+    else:
+        _print(inspect(cache, data=data, sample=sample, view=view, blend=blend, png=png), json_, render)
 
 
 @app.command()
 def verify(
-    cache: CachePath,
+    cache: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CACHE", parser=_path("CACHE"), help="Folder made by cskd cache-teacher, pack or index."
+        ),
+    ],
     data: Data = None,
-    images: Annotated[bool, typer.Option("--images", help="Read every image of the shards too.")] = False,
+    images: Annotated[
+        bool, typer.Option("--images", help="Read every image of the shards too; of a data folder, decode each.")
+    ] = False,
     replay: Annotated[int, typer.Option(min=0, metavar="N", help="Make N views again, compare their digests.")] = 0,
     recompute: Annotated[int, typer.Option(min=0, metavar="N", help="Run the teacher on N views again.")] = 0,
     device: Annotated[str, typer.Option(help="For --recompute: auto, cpu, cuda, ...")] = "auto",
     json_: Json = False,
 ) -> None:
-    """Read every byte of a cache and check it; exit code 1 names each unit that is missing or damaged."""
-    from cskd.pipeline.care.verify import render, verify
+    """Read every byte of a cache, or every image of a data folder; exit code 1 names what is missing or damaged."""
+    from cskd.pipeline.care import verify, verify_images
 
-    report = verify(cache, data=data, images=images, replay=replay, again=recompute, device=device, quiet=json_)
-    _print(report, json_, render)
+    report: Any
+    if verify_images.is_data(cache):
+        report = verify_images.verify_images(cache, images, data, bool(replay or recompute), quiet=json_)
+        _print(report, json_, verify_images.render)
+    else:
+        report = verify.verify(
+            cache, data=data, images=images, replay=replay, again=recompute, device=device, quiet=json_
+        )
+        _print(report, json_, verify.render)
     if not report.sound:
         raise typer.Exit(1)
 
