@@ -22,7 +22,7 @@ import typer
 from typer.core import TyperGroup
 
 import cskd
-from cskd.errors import CskdError, fitted, one_line, printable
+from cskd.errors import CskdError, fitted, limit_said, one_line, printable, said
 from cskd.files.paths import local_path
 from cskd.machine.launch import command_line, launched
 
@@ -136,16 +136,39 @@ def pack(
 
 @app.command()
 def index(
-    shards: Annotated[Path, typer.Argument(parser=_path("SHARDS"), help="Folder of webdataset shards.")],
+    shards: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SHARDS...",
+            parser=_path("SHARDS"),
+            help="webdataset shards: folders, .tar files, quoted globs, or names with {000..146}.",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(parser=_path("--out"), help="Folder for the inventory; by default that of the shards."),
+    ] = None,
     classes: Classes = None,
     block: Annotated[int, typer.Option(min=1, help="Images a block of whole shards: the unit of the cache.")] = 8192,
     split: Split = None,
+    label_key: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Where labels are: .id for NAME.id, else a key of NAME.json.")
+    ] = None,
+    key_prefix: Annotated[
+        Literal["none", "shard"],
+        typer.Option(help="shard: its name goes in front of each key, to tell equal ones apart."),
+    ] = "none",
+    allow_incomplete: Annotated[
+        bool, typer.Option("--allow-incomplete", help="Leave out samples without image or label.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """The inventory of existing webdataset shards, which stay as they are."""
     from cskd.pipeline.pack import index_data, render
 
-    _print(index_data(shards, classes, block, split, quiet=json_), json_, render)
+    prefix = None if key_prefix == "none" else key_prefix
+    report = index_data(shards, out, classes, block, split, label_key, prefix, allow_incomplete, quiet=json_)
+    _print(report, json_, render)
 
 
 @app.command(name="cache-teacher")
@@ -203,29 +226,50 @@ def inspect(
     view: Annotated[int, typer.Option(help="Which view of it.")] = 0,
     blend: Annotated[float, typer.Option(help="1 = each cell's own logits, 0 = the whole image's.")] = 0.5,
     png: Annotated[Path | None, typer.Option(parser=_path("--png"), help="Write the sample's picture here.")] = None,
+    quarantined: Annotated[
+        bool, typer.Option("--quarantined", help="List all samples without targets, one a line: key, shard, reason.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """What a cache holds: a table, one sample as text, and its dense maps as a picture."""
     from cskd.pipeline.look.inspect_cache import inspect, render
+    from cskd.pipeline.look.quarantined import list_quarantined, render_list
 
-    _print(inspect(cache, data=data, sample=sample, view=view, blend=blend, png=png), json_, render)
+    if quarantined:
+        _print(list_quarantined(cache, data), json_, render_list)
+    else:
+        _print(inspect(cache, data=data, sample=sample, view=view, blend=blend, png=png), json_, render)
 
 
 @app.command()
 def verify(
-    cache: CachePath,
+    cache: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CACHE", parser=_path("CACHE"), help="Folder made by cskd cache-teacher, pack or index."
+        ),
+    ],
     data: Data = None,
-    images: Annotated[bool, typer.Option("--images", help="Read every image of the shards too.")] = False,
+    images: Annotated[
+        bool, typer.Option("--images", help="Read every image of the shards too; of a data folder, decode each.")
+    ] = False,
     replay: Annotated[int, typer.Option(min=0, metavar="N", help="Make N views again, compare their digests.")] = 0,
     recompute: Annotated[int, typer.Option(min=0, metavar="N", help="Run the teacher on N views again.")] = 0,
     device: Annotated[str, typer.Option(help="For --recompute: auto, cpu, cuda, ...")] = "auto",
     json_: Json = False,
 ) -> None:
-    """Read every byte of a cache and check it; exit code 1 names each unit that is missing or damaged."""
-    from cskd.pipeline.care.verify import render, verify
+    """Read every byte of a cache, or every image of a data folder; exit code 1 names what is missing or damaged."""
+    from cskd.pipeline.care import verify, verify_images
 
-    report = verify(cache, data=data, images=images, replay=replay, again=recompute, device=device, quiet=json_)
-    _print(report, json_, render)
+    report: Any
+    if verify_images.is_data(cache):
+        report = verify_images.verify_images(cache, images, data, bool(replay or recompute), quiet=json_)
+        _print(report, json_, verify_images.render)
+    else:
+        report = verify.verify(
+            cache, data=data, images=images, replay=replay, again=recompute, device=device, quiet=json_
+        )
+        _print(report, json_, verify.render)
     if not report.sound:
         raise typer.Exit(1)
 
@@ -396,7 +440,7 @@ def main() -> None:
             code = app(standalone_mode=False) or 0
     except (CskdError, OSError) as e:
         _debugged(e)
-        print(fitted(f"cskd: {e if isinstance(e, CskdError) else _os_error(e)}"), file=sys.stderr)
+        print(fitted(f"cskd: {e if isinstance(e, CskdError) else said(e)}"), file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         code = 130
@@ -410,15 +454,6 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 1)
 
 
-def _os_error(error: OSError) -> str:
-    """A refusal of the system in one line: a path that can't be made, a full disk, a closed pipe."""
-    where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name) or "the system"
-    return (
-        f"{where}: {error.strerror or ' '.join(str(error).split())}; expected a path that can be read and written and "
-        "room on its disk; mend that, or give another path, and run the same command again"
-    )
-
-
 def _usage_or_bug(error: Exception) -> int:
     """Click's own errors show themselves; anything else is ours: a line that names the file with the traceback."""
     if hasattr(error, "show") and hasattr(error, "exit_code"):
@@ -427,6 +462,9 @@ def _usage_or_bug(error: Exception) -> int:
     if type(error).__name__ in ("Exit", "Abort"):
         return 130 if type(error).__name__ == "Abort" else int(getattr(error, "exit_code", 0))
     _debugged(error)
+    if limit := limit_said(error):
+        print(fitted(f"cskd: {limit}"), file=sys.stderr)
+        return 1
     print(fitted(f"cskd: unexpected {one_line(error, 100)}; {_logged(error)}"), file=sys.stderr)
     return 1
 

@@ -37,6 +37,7 @@ def folder(root: Path, files: dict[str, bytes]) -> Path:
 
 
 def tar(path: Path, files: dict[str, bytes], mode: str = "w", **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, mode, **options) as out:  # type: ignore[call-overload]
         for name, data in files.items():
             info = tarfile.TarInfo(name)

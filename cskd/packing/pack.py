@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cskd.dataset.inventory import Inventory, InventoryWriter, Sample, open_inventory, publish_inventory
 from cskd.dataset.inventory_format import HEADER, INVENTORY_FOLDER
-from cskd.errors import DataError
+from cskd.errors import DataError, said
 from cskd.files.durable import put, sync
 from cskd.files.folders import refuse_output
 from cskd.files.paths import local_path
@@ -102,7 +102,7 @@ def pack(
     except FileExistsError as e:
         raise DataError(f"{e.filename} is a file, expected a folder; give another one") from e
     except OSError as e:
-        raise DataError(f"{e.filename or out}: {e.strerror or e}; mend that and run again") from e
+        raise DataError(said(e, out)) from e
 
 
 def shuffled(key_hashes: U64, seed: int) -> NDArray[np.int64]:

@@ -6,7 +6,7 @@ import os
 from typing import NamedTuple
 
 from cskd.dataset.inventory_checks import MAX_IMAGE_BYTES
-from cskd.errors import DataError
+from cskd.errors import DataError, why
 from cskd.files.read import open_regular, pread
 from cskd.packing.zips import read_zipped
 
@@ -47,7 +47,7 @@ def read_place(place: Place) -> bytes:
         finally:
             os.close(fd)
     except OSError as e:
-        raise DataError(f"{place.path} can't be read: {e.strerror}; check file and disk, then run again") from None
+        raise DataError(f"{place.path} can't be read: {why(e)}") from None
     if len(data) != size:
         raise DataError(
             f"{place.path} ended after {len(data)} of {size} bytes at {place.offset}; was it changed meanwhile?"

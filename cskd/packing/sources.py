@@ -20,10 +20,11 @@ from cskd.packing.label_files import find_labels
 from cskd.packing.labels import Labels, labels_of, numbered
 from cskd.packing.layout import Tree, check_keys, check_tree, class_prefix
 from cskd.packing.listing import Lister, Listing, PackProgress, Rest
-from cskd.packing.names import CLASSES_FILE, check_labels, class_file, class_labels, label_names, read_classes
+from cskd.packing.names import CLASSES_FILE, check_labels, class_file, class_labels, read_classes
 from cskd.packing.no_images import why_no_images
 from cskd.packing.places import WHOLE, Place
-from cskd.packing.shard_samples import is_shard, shard_samples, why_no_shard
+from cskd.packing.shard_labels import ShardLabels
+from cskd.packing.shard_samples import ShardSamples, is_shard, why_no_shard
 from cskd.packing.shard_sets import find_shards, is_pattern, missing_numbers
 from cskd.packing.split_words import KeySplit, chosen, roots_of, some
 from cskd.packing.spool import Spool
@@ -234,11 +235,11 @@ def _shard_source(
     split: str | None = None,
 ) -> Source:
     listing = Listing([str(shard) for shard in shards], [str(shard) for shard in shown], folders=[""])
-    keys = KeySplit(split)
+    keys, samples = KeySplit(split), ShardSamples(ShardLabels(classes, beside))
     empty = Tally()
     for number, shard in enumerate(shards):
         before = keys.seen
-        for key, extension, label, offset, size in shard_samples(shard, shown=shown[number]):
+        for key, extension, label, offset, size in samples.of(shard, shown[number]):
             if keys.takes(key):
                 listing.add(f"{key}.{extension}", 0, number, offset, size, label)
         if keys.seen == before:
@@ -246,10 +247,10 @@ def _shard_source(
         if progress:
             progress(len(listing), 0)
     check_keys(keys.folders, split, len(listing), shown)
-    hashes, labels = _key_hashes(listing), Counter(listing.label)
-    names, notes = label_names(classes, beside, labels)
-    check_labels(labels, named=classes is not None or beside.is_file())
-    return Source(listing, names, None, hashes, notes + empty.notes("shards without samples"))
+    hashes = _key_hashes(listing)
+    names, notes, relabel = samples.labels.finish(Counter(listing.label))
+    listing.label = array("i", [relabel[number] for number in listing.label])
+    return Source(listing, names, None, hashes, [*notes, *empty.notes("shards without samples"), *samples.notes()])
 
 
 def _key_hashes(listing: Listing) -> U64:
@@ -259,6 +260,6 @@ def _key_hashes(listing: Listing) -> U64:
         first, second = sorted(listing.origin(i) for i in pair)
         cure = "(the path without its extension; dots become '_'); rename or remove one"
         if listing.folders == [""]:
-            cure = "; keys must differ over all shards: make them again with the name of the shard in front of each key"
+            cure = "; keys must differ over all shards: 'cskd index --key-prefix shard' puts the shard's name in front of each"
         raise DataError(f"{first} and {second} have the same key '{listing.key(pair[0])}' {cure}".replace(" ;", ";"))
     return hashes

@@ -30,18 +30,18 @@ class Tally:
         """One more file (or hidden folder) of a source, counted by its extension."""
         self.add(path, file_kind(path))
 
-    def by_kind(self) -> str:
-        """'2 hidden, 1 .md'; the most frequent first."""
+    def by_kind(self, most: int = MOST_KINDS) -> str:
+        """'2 hidden, 1 .md'; the most frequent first, at most so many kinds."""
         kinds = sorted(self.kinds.items(), key=lambda item: (-item[1][0], item[0]))
-        more = f", {len(kinds) - MOST_KINDS} other kinds" if len(kinds) > MOST_KINDS else ""
-        return ", ".join(f"{count} {kind}" for kind, (count, _) in kinds[:MOST_KINDS]) + more
+        more = f", {len(kinds) - most} other kinds" if len(kinds) > most else ""
+        return ", ".join(f"{count} {kind}" for kind, (count, _) in kinds[:most]) + more
 
-    def notes(self, what: str) -> list[str]:
-        """A line for the user, or none."""
+    def notes(self, what: str, most: int = MOST_KINDS) -> list[str]:
+        """A line for the user with at most so many kinds, or none."""
         if not self.count:
             return []
         more = " ..." if self.count > 1 else ""
-        by_kind = f" ({self.by_kind()})" if any(self.kinds) else ""
+        by_kind = f" ({self.by_kind(most)})" if any(self.kinds) else ""
         return [f"{self.count} {what} passed over{by_kind}: {self.first}{more}"]
 
 
@@ -62,3 +62,8 @@ def file_kind(path: str) -> str:
 def is_compressed_tar(name: str) -> bool:
     """Whether a name says that the file is a compressed tar."""
     return _TAR.search(name) is not None
+
+
+def plain_tar_name(name: str) -> str:
+    """The name of a tar when it is not compressed: x.tar for x.tar, x.tar.gz and x.tgz."""
+    return _TAR.sub(".tar", name)

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from cskd.codecs import Arrays, Codec, get_codec
 from cskd.config import RecipeConfig
-from cskd.dataset.inventory import Inventory, copy_inventory, open_inventory
+from cskd.dataset.inventory import Inventory, open_inventory
+from cskd.dataset.inventory_format import copy_inventory
 from cskd.errors import CacheError
 from cskd.files.durable import make_folder
 from cskd.files.paths import local_path

@@ -17,8 +17,8 @@ from pathlib import Path
 from rich.console import Console
 
 from cskd.config import from_dict
-from cskd.dataset.inventory import copy_inventory, open_inventory
-from cskd.dataset.inventory_format import check_copy, read_header
+from cskd.dataset.inventory import open_inventory
+from cskd.dataset.inventory_format import check_copy, copy_inventory, read_header
 from cskd.errors import CacheError, CskdError, DataError, counted
 from cskd.files.durable import json_bytes, sync
 from cskd.files.read import read_file

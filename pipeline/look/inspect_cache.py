@@ -302,7 +302,8 @@ def _lines(facts: Inspection) -> Iterable[tuple[str, str]]:
             f"digests, {codec.bytes / 1e6:,.1f} MB in all; {hard}{', soft ones' if codec.soft else ''}",
         )
     bad = facts.quarantined
-    yield "quarantined", f"{bad.samples:,}" + "".join(f"; '{one.key}': {one.reason}" for one in bad.first)
+    more = "; all: --quarantined" if bad.samples > len(bad.first) else ""
+    yield "quarantined", f"{bad.samples:,}" + "".join(f"; '{one.key}': {one.reason}" for one in bad.first) + more
     if (segments := facts.segments_per_cell) is not None:
         yield "segments", f"{segments.mean:.2f} a cell, {segments.most} at most"
     for kind, agreement in facts.agreement.items():

@@ -160,8 +160,8 @@ WRONG: dict[str, tuple[dict[str, dict[str, bytes]], str]] = {
     "compressed": ({"0.tar.gz": {}, "1.tar.gz": {}}, r"2 compressed .*0.tar.gz for one; .*gunzip"),
     "compressed in part": ({"0.tar": shard("a", "b"), "1.tar.gz": {}}, r"1 compressed .*1.tar.gz for one; .*gunzip"),
     "label as text": (
-        {"0.tar": {"0.jpg": b"", "0.json": b'{"label": "3"}'}},
-        "sample '0' in .*0.tar has the label '3' as text in its .json, expected a number from 0; write the shards again",
+        {"0.tar": {"0.jpg": b"", "0.json": b'{"label": "3.5"}'}},
+        "sample '0' in .*0.tar has the label '3.5' as text in its .json label, expected a number from 0 or the name of a class",
     ),
     "no label": (
         {"0.tar": {"0.jpg": b"", "0.json": b'{"caption": "c", "url": "u"}'}},
@@ -169,7 +169,7 @@ WRONG: dict[str, tuple[dict[str, dict[str, bytes]], str]] = {
     ),
     "captions": (
         {"0.tar": {"0.jpg": b"", "0.txt": b"a cat"}},
-        r"sample '0' in .* has no class label .it has .txt.; add",
+        r"all 1 sample\(s\) are of the class 'a cat' \(.txt\), expected two",
     ),
     "tars of parts": (
         {"part1.tar": {"1.jpg": b""}, "part2.tar": {"2.jpg": b""}},
