@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 import cskd.pipeline.show.trackers as trackers
-from cskd.config import TrainConfig
+from cskd.config import Config, TrainConfig
 from cskd.config.load import from_dict
 from cskd.errors import ConfigError
-from cskd.pipeline.precheck import check_output
+from cskd.pipeline.outputs import refuse_run_output
 from cskd.pipeline.show.trackers import OPEN, Tracked, Trackers
 
 ROW = {"epoch": 3, "loss": 1.5, "top1.class": 60, "changed": "train.lr from 1 to 2"}
@@ -106,7 +106,7 @@ def test_a_rank_without_a_folder_has_no_tracker() -> None:
 def test_a_tracker_that_is_not_installed_or_unknown_is_refused_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"has mlflow, which is not installed; run: pip install 'cskd\[mlflow\]'"):
-        check_output(TrainConfig(trackers=["mlflow"]))
+        refuse_run_output(Config(train=TrainConfig(output="x", trackers=["mlflow"])))
     with pytest.raises(ConfigError, match=r"train\.trackers\[0\] is 'wandbb', expected .*did you mean 'wandb'"):
         from_dict({"train": {"trackers": ["wandbb"]}})
     with pytest.raises(ConfigError, match=r"train\.trackers is .*each once"):
