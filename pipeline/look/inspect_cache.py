@@ -10,6 +10,7 @@ Nothing in the cache is changed. Launch: `cskd inspect caches/imagenet_sample --
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -38,7 +39,7 @@ from cskd.pipeline.look.inspection import (
     UnitPlace,
     Unreadable,
 )
-from cskd.pipeline.outputs import refuse_png, save_png
+from cskd.pipeline.outputs import refuse_file, save_file
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import Commit
 from cskd.store.format import FORMAT, Unit
@@ -74,7 +75,7 @@ def inspect(
              What is wrong with single units is listed under `errors` instead.
     """
     if png is not None:
-        refuse_png(png)
+        refuse_file(png, "--png")
     opened = open_cache(cache, data)
     blend_of_codec = quantise_blend(blend)  # refuses before any work is done
     commits, errors = _commits(opened)
@@ -246,7 +247,9 @@ def _write_png(cache: Cache, commits: dict[tuple[int, int], Commit], sample: int
         first, stop = cache.inventory.block_range(commit.block)
         good = np.setdiff1d(np.arange(first, stop), [first + int(i) for i in commit.quarantine])
         picture = sheet(cache, good[evenly(len(good), SHEET_SAMPLES)].tolist(), view)
-    save_png(picture, path)
+    encoded = io.BytesIO()
+    picture.save(encoded, "PNG")
+    save_file(path, "--png", encoded.getvalue())
     return path
 
 
