@@ -193,12 +193,18 @@ def inspect(
     view: Annotated[int, typer.Option(help="Which view of it.")] = 0,
     blend: Annotated[float, typer.Option(help="1 = each cell's own logits, 0 = the whole image's.")] = 0.5,
     png: Annotated[Path | None, typer.Option(parser=_path("--png"), help="Write the sample's picture here.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(parser=_path("--html"), help="Write a page of many samples here, for a browser.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of the page.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of their choice.")] = 0,
     json_: Json = False,
 ) -> None:
-    """What a cache holds: a table, one sample as text, and its dense maps as a picture."""
+    """What a cache holds: a table, one sample as text or as a picture, or many as a page for a browser."""
     from cskd.pipeline.look.inspect_cache import inspect, render
 
-    _print(inspect(cache, data=data, sample=sample, view=view, blend=blend, png=png), json_, render)
+    shown = {"sample": sample, "view": view, "blend": blend, "png": png, "html": html, "samples": samples, "seed": seed}
+    _print(inspect(cache, data=data, **shown), json_, render)
 
 
 @app.command()
