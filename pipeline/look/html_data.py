@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cskd.codecs.base import BLEND_ONE
-from cskd.codecs.winners import Winners, winners
+from cskd.codecs.winners import winners
 from cskd.dataset.inventory import evenly
 from cskd.errors import CacheError, CskdError
 from cskd.method.ckf import blend_at
@@ -65,7 +65,9 @@ class _Page:
     shown: list[tuple[int, int]] = field(default_factory=list)
     classes: set[int] = field(default_factory=set)
     errors: dict[Unit2, str] = field(default_factory=dict)
-    images: dict[int, NDArray[np.uint8] | str] = field(default_factory=dict)  # decoded, or why not; of one block at a time
+    images: dict[int, NDArray[np.uint8] | str] = field(
+        default_factory=dict
+    )  # decoded, or why not; of one block at a time
 
 
 def page_data(

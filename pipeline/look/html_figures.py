@@ -59,7 +59,7 @@ class Figures:
         """JSON-able. shown: (label, teacher's class) of the views in the gallery, whose classes a large matrix shows first."""
         seen = np.flatnonzero(self._cells)
         shares = self._agree[:, seen] / np.maximum(1, self._cells[seen])
-        order = np.argsort(shares[0], kind="stable")
+        order = np.lexsort((-self._views[seen], shares[0]))  # of equal ones the most frequent first
         if len(order) > 2 * EXTREMES:
             order = np.concatenate([order[:EXTREMES], order[-EXTREMES:]])
         return {
@@ -82,13 +82,12 @@ class Figures:
         """The classes of a matrix and its counts [label, teacher's class, views], all other classes as one, -1."""
         classes = sorted({c for pair in self._pairs for c in pair} | {c for pair in shown for c in pair})
         if len(classes) > MATRIX:
-            ranked = Counter[int]()
-            for label, found in self._pairs:
-                if label != found:
-                    ranked.update({c: self._pairs[label, found] for c in (label, found)})
-            for label, found in shown:  # what has a picture comes first, mistakes before all
-                ranked.update({c: 1 << (40 if label != found else 20) for c in (label, found)})
-            classes = sorted(sorted(classes, key=lambda c: (-ranked[c], c))[:MATRIX])
+            # Both classes of a pair, mistakes that have a picture first, then the most frequent pairs.
+            pictured = Counter(shown)
+            pairs = sorted(
+                self._pairs, key=lambda p: (-(p in pictured and p[0] != p[1]), -pictured[p], -self._pairs[p], p)
+            )
+            classes = sorted(list(dict.fromkeys(c for pair in pairs for c in pair))[:MATRIX])
         known, counts = set(classes), Counter[tuple[int, int]]()
         for (label, found), n in self._pairs.items():
             counts[label if label in known else -1, found if found in known else -1] += n

@@ -54,9 +54,7 @@ def write_page(
     return PageFacts(str(path), len(page), len(data["samples"]), len(views), sum(view["src"] is None for view in views))
 
 
-def _about(
-    cache: Cache, commits: Mapping[tuple[int, int], Commit], found: Inspection, title: str
-) -> dict[str, Any]:
+def _about(cache: Cache, commits: Mapping[tuple[int, int], Commit], found: Inspection, title: str) -> dict[str, Any]:
     """What the overview shows next to the facts of `inspect`."""
     manifest, config = cache.manifest, from_dict({})
     decay, epochs = (_recorded(manifest.config, *key) for key in (("loss", "decay"), ("train", "epochs")))

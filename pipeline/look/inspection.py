@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-_OPTIONAL = frozenset(["segments_per_cell", "sample", "png", "html", "partner", "partner_label", "box"])  # not null but absent
+_OPTIONAL = frozenset(
+    ["segments_per_cell", "sample", "png", "html", "partner", "partner_label", "box"]
+)  # not null but absent
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ function drawRoles() {
   const texts = ["the teacher's class of the whole image", "the label, where the teacher says another", "the label of the mix partner"];
   $("roles").replaceChildren(
     ...texts.map((text, slot) => make("li", {}, make("i", { vars: { "--c": css(COLOURS[slot]) } }, letter(slot)), text)),
-    make("li", {}, ...[3, 4, 5, 6].map((slot) => make("i", { vars: { "--c": css(COLOURS[slot]) } }, letter(slot))), "other classes, per view"),
+    make("li", {}, ...[3, 4, 5, 6, 7, 8, 9, 10].map((slot) => make("i", { vars: { "--c": css(COLOURS[slot]) } }, letter(slot))), "other classes, per view"),
     make("li", {}, make("i", { vars: { "--c": css(COLOURS[OTHER]) } }), "the rest"));
 }
 
@@ -98,7 +98,7 @@ function drawMatrix() {
       const n = found.get(key) || 0;
       const here = shown.get(key) || 0;
       const text = `label ${nameOf(label)}, teacher ${nameOf(cls)}: ${counted(n, "view")}, ${here} on this page`;
-      const kind = label === cls && label >= 0 ? "good" : "bad";
+      const kind = label !== cls ? "bad" : label < 0 ? "both" : "good";
       const inside = here ? make("button", { type: "button", "data-pair": key, "aria-pressed": "false", "aria-label": text,
         on: { click: () => { setFilter("pair", state.pair === key ? "" : key); if (state.pair) toSection("samples"); } } }, short(n)) : n ? short(n) : "";
       return make("td", { class: n ? kind : "", title: text, vars: { "--heat": n ? (0.12 + 0.88 * Math.sqrt(n / sum)).toFixed(3) : 0 } }, inside);
@@ -152,8 +152,8 @@ function drawCharts() {
       columns(margins, margins.map((_, i) => (i === bins ? "∞" : i % 5 ? "" : (i / bins).toFixed(2).replace(/0$/, ""))), margins.map((n, i) => `${span(i)}: ${percent(n / cells)} of the cells`),
         (i) => css(ramp(i / bins))),
       [["margin", "cells", "share"], ...margins.map((n, i) => [span(i), number(n), percent(n / cells, 2)])]),
-    agreementChart(agreement, blends),
     bytesChart(),
+    agreementChart(agreement, blends),
   ];
   $("charts").replaceChildren(...figures);
 }

@@ -220,12 +220,17 @@ function paintReadout(classes) {
   const soft = view.entropy ? `; entropy ${view.entropy[pointed].toFixed(2)} nats` : "";
   const keeps = margin >= 1 ? "is taught the image's class at every blend"
     : `keeps the image's class up to blend ${margin.toFixed(3)}`;
-  const runs = runsOf(view, pointed).map(([c, from, to]) => make("span", {
+  const found = runsOf(view, pointed);
+  const at = (x) => percent(x / DATA.steps, 0);
+  const words = found.map(([c, from, to], i) => (found.length === 1 ? `${nameOf(c)} all the time`
+    : i === found.length - 1 ? `${nameOf(c)} from ${at(from)} of training on` : `${nameOf(c)} to ${at(to)}`));
+  const runs = found.map(([c, from, to]) => make("span", {
     title: nameOf(c), vars: { "--from": from / (DATA.steps + 1), "--to": to / (DATA.steps + 1), "--c": css(COLOURS[slotOf(facts, c)]) },
   }, letter(slotOf(facts, c))));
   readout.replaceChildren(
     make("p", {}, make("b", {}, nameOf(classes[pointed])), ` in row ${Math.floor(pointed / w) + 1}, column ${(pointed % w) + 1}; ${keeps}${soft}`),
-    make("div", { class: "runs", "aria-hidden": "true" }, ...runs, make("i", { vars: { "--at": state.step / DATA.steps } })));
+    make("div", { class: "runs", "aria-hidden": "true" }, ...runs, make("i", { vars: { "--at": state.step / DATA.steps } })),
+    make("small", {}, `Taught ${words.join(", ")}.`));
 }
 
 // Arrow keys inside the map.

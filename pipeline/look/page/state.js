@@ -33,7 +33,7 @@ const counted = (n, noun) => `${number(n)} ${noun}${n === 1 ? "" : "s"}`;
 // Key in the hash -> value at the start. A value of the start does not stand in the hash.
 const DEFAULTS = {
   class: "", teacher: "", mix: "", order: "", text: "", pair: "",
-  sample: "", view: "", decay: DATA.about.decay, step: 0, over: "classes", opacity: 60, theme: "",
+  sample: "", view: "", decay: DATA.about.decay, step: 0, over: "classes", opacity: 50, theme: "",
 };
 const state = { ...DEFAULTS };
 const OVERLAYS = { classes: "Classes", margin: "Margin", ...(DATA.soft ? { entropy: "Entropy" } : {}) };

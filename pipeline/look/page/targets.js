@@ -2,7 +2,8 @@
 
 const CELLS = DATA.grid[0] * DATA.grid[1];
 const COLOURS = [
-  [0, 114, 178], [0, 158, 115], [230, 159, 0], [204, 121, 167], [86, 180, 233], [213, 94, 0], [240, 228, 66], [150, 150, 150],
+  [0, 114, 178], [0, 158, 115], [230, 159, 0], [204, 121, 167], [86, 180, 233], [213, 94, 0], [240, 228, 66],
+  [88, 70, 170], [140, 86, 60], [130, 190, 90], [225, 90, 130], [150, 150, 150],
 ];
 const OTHER = COLOURS.length - 1;
 const CIVIDIS = [
@@ -55,7 +56,7 @@ function about(sample, view) {
 }
 
 const slotOf = (facts, c) => (facts.slots.has(c) ? facts.slots.get(c) : OTHER);
-const letter = (slot) => (slot === OTHER ? "" : "ABCDEFG"[slot]);
+const letter = (slot) => (slot === OTHER ? "" : "ABCDEFGHIJK"[slot]);
 const css = (colour) => `rgb(${colour[0]} ${colour[1]} ${colour[2]})`;
 
 function ramp(x) {
