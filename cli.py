@@ -203,8 +203,10 @@ def inspect(
     """What a cache holds: a table, one sample as text or as a picture, or many as a page for a browser."""
     from cskd.pipeline.look.inspect_cache import inspect, render
 
-    shown = {"sample": sample, "view": view, "blend": blend, "png": png, "html": html, "samples": samples, "seed": seed}
-    _print(inspect(cache, data=data, **shown), json_, render)
+    facts = inspect(
+        cache, data=data, sample=sample, view=view, blend=blend, png=png, html=html, samples=samples, seed=seed
+    )
+    _print(facts, json_, render)
 
 
 @app.command()

@@ -98,6 +98,7 @@ def page_data(
         raise CacheError(f"{cache.root} has no unit to show; `cskd verify {cache.root}` says what is wrong")
     figures = page.figures.facts(page.shown)
     page.classes |= set(figures["matrix"]["classes"]) | {row["c"] for row in figures["agreement"]}
+    page.classes |= {c for *pair, _ in figures["mistakes"] for c in pair}
     words = readable(cache.classes)
     return {
         "grid": list(cache.grid),

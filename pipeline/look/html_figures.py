@@ -19,6 +19,7 @@ from cskd.views.mixing import NONE, ONE
 
 BINS = 20  # of the margins
 MATRIX = 24  # classes that a confusion matrix shows
+MISTAKES = 14  # pairs of label and teacher's class that are listed
 EXTREMES = 12  # classes shown of those with the least agreement, and of those with the most
 
 
@@ -75,6 +76,7 @@ class Figures:
                 for i in order
             ],
             "right": sum(n for (label, found), n in self._pairs.items() if label == found),
+            "mistakes": [[*pair, n] for pair, n in self._pairs.most_common() if pair[0] != pair[1]][:MISTAKES],
             "matrix": self._matrix(shown),
         }
 

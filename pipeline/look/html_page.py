@@ -17,7 +17,7 @@ from typing import Any
 
 from cskd.config import from_dict
 from cskd.errors import printable
-from cskd.pipeline.look.html_data import DECAYS, command, page_data
+from cskd.pipeline.look.html_data import command, page_data
 from cskd.pipeline.look.inspection import Inspection, PageFacts
 from cskd.pipeline.outputs import PAGE_START, save_file
 from cskd.store.cache import Cache
@@ -25,6 +25,7 @@ from cskd.store.commit import Commit
 from cskd.teacher.arithmetic import in_words
 from cskd.views.digest import changed_versions
 
+MOVING = ("linear", "quadratic", "cosine")  # decays for which a slider over training shows something
 LISTED = 500  # quarantined samples
 SCRIPTS = ("state.js", "targets.js", "sample.js", "gallery.js", "charts.js", "main.js")  # one after the other, as one
 
@@ -67,7 +68,8 @@ def _about(cache: Cache, commits: Mapping[tuple[int, int], Commit], found: Inspe
     return {
         "title": title,
         "size": cache.recipe.size,
-        "decay": decay if decay in DECAYS else config.loss.decay,
+        "recorded": str(decay),
+        "decay": decay if decay in MOVING else config.loss.decay,
         "epochs": epochs if type(epochs) is int and epochs > 0 else config.train.epochs,
         "precision": in_words(found.teacher.precision) if found.teacher.precision else None,
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),

@@ -6,7 +6,7 @@ function terms(rows) {
 }
 
 function drawOverview() {
-  const { facts, about } = { facts: DATA.facts, about: DATA.about };
+  const { facts, about } = DATA;
   const { inventory, teacher, units } = facts;
   $("title").textContent = about.title;
   $("subtitle").textContent = `${number(DATA.samples.length)} of ${counted(inventory.samples, "sample")}, drawn with seed ${DATA.drawn.seed}; `
@@ -16,10 +16,9 @@ function drawOverview() {
   const views = DATA.samples.flatMap((s) => s.views);
   const without = views.filter((v) => !v.src);
   if (without.length) {
-    const reasons = new Map();
-    for (const v of without) reasons.set(v.error, (reasons.get(v.error) || 0) + 1);
+    const reasons = [...new Set(without.map((v) => v.error))];
     banner(`${number(without.length)} of ${number(views.length)} views are shown without a picture; their targets are.`, "bad",
-      [...reasons].slice(0, 5).map(([reason, n]) => (n > 1 ? `${reason} (${n} views)` : reason)));
+      [reasons[0], ...(reasons.length > 1 ? [`and ${counted(reasons.length - 1, "reason")} more: each sample says its own`] : [])]);
   }
   const errors = [...new Set([...facts.errors, ...DATA.errors])];
   if (errors.length) banner(`${counted(errors.length, "unit")} can't be read and ${errors.length === 1 ? "is" : "are"} left out.`, "bad", errors.slice(0, 8));
@@ -58,7 +57,7 @@ function drawOverview() {
       `${bytes(codec.target_bytes_per_view)} a view, ${bytes(codec.unit_bytes_per_view)} with seeds and digests; `
       + `${codec.exact_hard ? "exact hard targets" : "approximate hard targets"}${codec.soft ? ", soft ones" : ", no soft ones"}`]),
     ["Soft targets", DATA.soft ? `from ${DATA.soft}; its entropy can be drawn over the image` : "none: only int8 and topk hold logits"],
-    ["Decay", `${about.decay}, as this cache was begun with; ${number(about.epochs)} epochs`],
+    ["Begun with", `decay ${about.recorded}, ${number(about.epochs)} epochs`],
     ["Made with", about.versions],
   ]));
   if (about.quarantine.length) {
@@ -98,14 +97,25 @@ function drawMatrix() {
       const n = found.get(key) || 0;
       const here = shown.get(key) || 0;
       const text = `label ${nameOf(label)}, teacher ${nameOf(cls)}: ${counted(n, "view")}, ${here} on this page`;
+      const heat = n ? 0.12 + 0.88 * Math.sqrt(n / sum) : 0;
       const kind = label !== cls ? "bad" : label < 0 ? "both" : "good";
       const inside = here ? make("button", { type: "button", "data-pair": key, "aria-pressed": "false", "aria-label": text,
         on: { click: () => { setFilter("pair", state.pair === key ? "" : key); if (state.pair) toSection("samples"); } } }, short(n)) : n ? short(n) : "";
-      return make("td", { class: n ? kind : "", title: text, vars: { "--heat": n ? (0.12 + 0.88 * Math.sqrt(n / sum)).toFixed(3) : 0 } }, inside);
+      return make("td", { class: n ? `${kind}${heat > 0.6 ? " hot" : ""}` : "", title: text, vars: { "--heat": heat.toFixed(3) } }, inside);
     }));
   });
-  $("matrix").replaceChildren(make("table", { class: "matrix" }, make("caption", {}, "Views by label and by the teacher's class"),
+  const cell = Math.round(Math.min(52, Math.max(32, 640 / axis.length)));
+  $("matrix").replaceChildren(make("table", { class: "matrix", vars: { "--cell": `${cell}px` } }, make("caption", {}, "Views by label and by the teacher's class"),
     make("thead", {}, head), make("tbody", {}, ...rows)));
+  const most = DATA.figures.mistakes.length ? DATA.figures.mistakes[0][2] : 1;
+  $("mistakes").replaceChildren(...DATA.figures.mistakes.map(([label, cls, n]) => {
+    const key = `${label}:${cls}`;
+    const here = inMatrix.has(label) && inMatrix.has(cls) ? shown.get(key) || 0 : 0;
+    return make("button", { type: "button", class: "row", "data-pair": key, "aria-pressed": "false", disabled: !here,
+      title: `${counted(n, "view")}, ${here} on this page`, on: { click: () => { setFilter("pair", key); toSection("samples"); } } },
+    make("span", { class: "name" }, `${nameOf(label)} → ${nameOf(cls)}`),
+    make("span", { class: "lane" }, make("i", { class: "fill", vars: { "--v": n / most, "--c": "#d55e00" } })), make("span", { class: "value" }, number(n)));
+  }));
   $("confusion-note").textContent = `${counted(DATA.figures.views, "view")} of ${counted(DATA.figures.units, "unit")}. `
     + "A mixed view counts for the label that the teacher names, if that is one of its two, else for the one with the larger share. "
     + "A framed cell has views on this page: press it to see them."
@@ -115,23 +125,24 @@ function drawMatrix() {
 const short = (n) => (n < 1000 ? String(n) : n < 1e6 ? `${(n / 1000).toFixed(n < 1e4 ? 1 : 0)}k` : `${(n / 1e6).toFixed(1)}M`);
 
 function markMatrix() {
-  for (const button of $("matrix").querySelectorAll("[data-pair]")) {
+  for (const button of $("confusion").querySelectorAll("[data-pair]")) {
     button.setAttribute("aria-pressed", button.dataset.pair === state.pair ? "true" : "false");
   }
 }
 
 // A chart of horizontal or vertical bars, with its numbers as a table for those who don't see it.
-function chart(title, note, body, table) {
-  return make("figure", { class: "panel" }, make("h3", {}, title), make("p", { class: "note" }, note), body,
+function chart(title, note, body, table, kind = "") {
+  return make("figure", { class: `panel ${kind}` }, make("h3", {}, title), make("p", { class: "note" }, note), body,
     make("details", { class: "numbers" }, make("summary", {}, "Numbers"), make("div", { class: "scroll" }, make("table", {},
       make("thead", {}, make("tr", {}, ...table[0].map((cell) => make("th", {}, cell)))),
       make("tbody", {}, ...table.slice(1).map((row) => make("tr", {}, ...row.map((cell) => make("td", {}, String(cell))))))))));
 }
 
-function columns(values, labels, tips, colour = "var(--accent)") {
-  const most = Math.max(...values, 1);
+// Bars of values; what is above `most` is cut there, and its share written on it.
+function columns(values, labels, tips, colour = "var(--accent)", most = Math.max(...values, 1), total = 1) {
   return make("div", { class: "columns-chart", "aria-hidden": "true" }, ...values.map((value, i) => make("div", { class: "col", title: tips[i] },
-    make("span", { class: "fill", vars: { "--v": value / most, "--c": typeof colour === "function" ? colour(i) : colour } }),
+    value > most ? make("span", { class: "cut" }, percent(value / total, 0)) : null,
+    make("span", { class: "fill", vars: { "--v": Math.min(1, value / most) * (value > most ? 0.9 : 1), "--c": typeof colour === "function" ? colour(i) : colour } }),
     make("span", { class: "tick" }, labels[i]))));
 }
 
@@ -150,7 +161,7 @@ function drawCharts() {
       [["segments", "cells", "share"], ...segments.map(([k, n]) => [k, number(n), percent(n / cells, 2)])]),
     chart("Margins", `Blend up to which a cell keeps the image's class. ${percent(never / cells)} of the cells never leave it; those that leave at a small blend differ for most of training.`,
       columns(margins, margins.map((_, i) => (i === bins ? "∞" : i % 5 ? "" : (i / bins).toFixed(2).replace(/0$/, ""))), margins.map((n, i) => `${span(i)}: ${percent(n / cells)} of the cells`),
-        (i) => css(ramp(i / bins))),
+        (i) => css(ramp(i / bins)), Math.max(1, ...margins.slice(0, bins)) * 1.1, cells),
       [["margin", "cells", "share"], ...margins.map((n, i) => [span(i), number(n), percent(n / cells, 2)])]),
     bytesChart(),
     agreementChart(agreement, blends),
@@ -169,7 +180,8 @@ function agreementChart(agreement, blends) {
   const part = DATA.figures.classes_seen > agreement.length ? `, the ${agreement.length / 2} lowest and highest of ${number(DATA.figures.classes_seen)} classes` : "";
   return chart("Agreement with the label, by class", `Cells that are taught a label of their view at the start (bar) and at the end of training (line)${part}.`,
     make("div", { class: "rows" }, ...rows),
-    [["class", "views", ...blends.map((b) => `blend ${b}`)], ...agreement.map((row) => [fullName(row.c), number(row.n), ...row.shares.map((x) => percent(x, 2))])]);
+    [["class", "views", ...blends.map((b) => `blend ${b}`)], ...agreement.map((row) => [fullName(row.c), number(row.n), ...row.shares.map((x) => percent(x, 2))])],
+    rows.length > 14 ? "tall" : "");
 }
 
 function bytesChart() {

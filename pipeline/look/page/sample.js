@@ -68,6 +68,10 @@ function drawDetail() {
   paintDetail();
 }
 
+const SCALES = { // what both ends of the colours mean
+  margin: ["0: leaves the image's class at once", "1: never"], entropy: ["0 nats: sure", `${Math.log(DATA.classes).toFixed(1)}: knows nothing`],
+};
+
 function overlayTools() {
   const choose = (key) => { state.over = key; writeHash(); paint(); };
   const kinds = make("div", { class: "kinds", role: "group", "aria-label": "Drawn over the image" },
@@ -76,7 +80,7 @@ function overlayTools() {
     type: "range", min: 0, max: 100, step: 5, value: state.opacity, "aria-label": "Opacity of what is drawn over the image",
     on: { input: (event) => { state.opacity = +event.target.value; writeHash(); paint(); } },
   });
-  return make("figcaption", {}, kinds, make("label", { class: "opacity" }, "Opacity ", opacity));
+  return make("figcaption", {}, kinds, make("label", { class: "opacity" }, "Opacity ", opacity), make("span", { class: "scale" }));
 }
 
 function original(sample, view) {
@@ -174,6 +178,7 @@ function paintDetail() {
   for (const button of $("detail").querySelectorAll("[data-over]")) {
     button.setAttribute("aria-pressed", button.dataset.over === state.over ? "true" : "false");
   }
+  $("detail").querySelector(".scale").replaceChildren(...(SCALES[state.over] ? [SCALES[state.over][0], make("i"), SCALES[state.over][1]] : []));
   const x = (200 * state.step) / DATA.steps;
   opened.story.head.setAttribute("x1", x);
   opened.story.head.setAttribute("x2", x);
@@ -212,7 +217,10 @@ function point(cell) {
 function paintReadout(classes) {
   const { view, facts, readout } = opened;
   if (pointed === null) {
-    readout.replaceChildren(make("p", { class: "hint" }, "Point at a cell: its class, and its targets over all of training."));
+    const same = classes.filter((c) => c === view.teacher).length;
+    const kinds = new Set(classes).size;
+    readout.replaceChildren(make("p", {}, make("b", {}, `${same} of ${CELLS} cells`), ` are taught the image's class, ${nameOf(view.teacher)}; `
+      + `${kinds} ${kinds === 1 ? "class" : "classes"} in all.`), make("p", { class: "hint" }, "Point at a cell, or tap it, for its targets over all of training."));
     return;
   }
   const w = DATA.grid[1];
