@@ -10,6 +10,7 @@ import base64
 import hashlib
 import html
 import json
+import os
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -48,7 +49,7 @@ def write_page(
     for sample in data["samples"]:
         sample["command"] = command(found.cache, moved, sample["key"], sample["i"])
     facts = {key: value for key, value in found.facts.items() if key != "sample"}
-    title = Path(found.cache).resolve().name or found.cache
+    title = Path(os.path.abspath(found.cache)).name or found.cache
     page = page_of({**data, "facts": facts, "about": _about(cache, commits, found, title)}, f"{title} · cskd inspect")
     save_file(path, "--html", page)
     views = [view for sample in data["samples"] for view in sample["views"]]

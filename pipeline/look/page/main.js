@@ -113,6 +113,7 @@ function fromHash() {
 function start() {
   $("progress").max = DATA.steps;
   $("decay").append(...Object.keys(DATA.blends).map((decay) => make("option", { value: decay }, decay)));
+  if (matchMedia("(max-width: 900px)").matches) for (const one of document.querySelectorAll(".columns details")) one.open = false;
   drawOverview();
   drawRoles();
   fillFilters();
