@@ -28,7 +28,16 @@ from cskd.views.digest import changed_versions
 
 MOVING = ("linear", "quadratic", "cosine")  # decays for which a slider over training shows something
 LISTED = 500  # quarantined samples
-SCRIPTS = ("state.js", "targets.js", "sample.js", "gallery.js", "charts.js", "main.js")  # one after the other, as one
+SCRIPTS = (
+    "state.js",
+    "targets.js",
+    "sample.js",
+    "cells.js",
+    "gallery.js",
+    "overview.js",
+    "charts.js",
+    "main.js",
+)  # one after the other, as one
 
 
 def write_page(

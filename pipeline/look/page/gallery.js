@@ -18,7 +18,8 @@ function passes(sample, view) {
 }
 
 const ORDERS = {
-  certain: (a, b) => b.view.margin - a.view.margin, uncertain: (a, b) => a.view.margin - b.view.margin,
+  certain: (a, b) => b.view.margin - a.view.margin,
+  uncertain: (a, b) => a.view.margin - b.view.margin,
   differ: (a, b) => b.view.differ - a.view.differ,
 };
 
@@ -42,10 +43,13 @@ function drawGallery() {
   cards = all.map(({ sample, view }) => card(sample, chosen.sample === sample ? chosen.view : view));
   $("gallery").replaceChildren(...cards.map((one) => one.item));
   if (!cards.length) {
-    $("gallery").append(make("p", { class: "empty" }, "No sample matches. Clear a filter, or draw more samples with --samples."));
+    $("gallery").append(
+      make("p", { class: "empty" }, "No sample matches. Clear a filter, or draw more samples with --samples."),
+    );
   }
   const views = all.length ? DATA.samples.reduce((n, s) => n + s.views.filter((v) => passes(s, v)).length, 0) : 0;
-  $("count").textContent = `${counted(all.length, "sample")} of ${number(DATA.samples.length)}, ${counted(views, "view")}`;
+  $("count").textContent =
+    `${counted(all.length, "sample")} of ${number(DATA.samples.length)}, ${counted(views, "view")}`;
   markCurrent();
   paintCards();
 }
@@ -62,15 +66,21 @@ function fillCard(one) {
   const { sample, view, button, canvas } = one;
   const ok = right(view);
   const mixed = view.mode === "unmixed" ? "" : ` mixed with ${nameOf(view.partner.label)} by ${view.mode}`;
-  button.setAttribute("aria-label",
-    `${nameOf(sample.label)}, ${sample.key}, view ${view.v}${mixed}; the teacher says ${nameOf(view.teacher)}: ${ok ? "right" : "wrong"}`);
-  const tag = view.mode === "unmixed" ? null : make("span", { class: "tag" }, `${view.mode} ${view.share.toFixed(2)}`);
+  button.setAttribute(
+    "aria-label",
+    `${nameOf(sample.label)}, ${sample.key}, view ${view.v}${mixed}; the teacher says ${nameOf(view.teacher)}: ${ok ? "right" : "wrong"}`,
+  );
+  const tag =
+    view.mode === "unmixed" ? null : make("span", { class: "tag" }, `${view.mode} ${view.share.toFixed(2)}`);
   button.replaceChildren(
     make("span", { class: "thumb" }, picture(view, ""), canvas, tag),
     make("span", { class: "name" }, nameOf(sample.label)),
     make("span", { class: `verdict ${ok ? "ok" : "no"}` }, ok ? "✓ " : "✗ ", nameOf(view.teacher)),
-    make("span", { class: "dots", "aria-hidden": "true" },
-      ...sample.views.map((v) => make("i", { class: v === view ? "on" : "" }))),
+    make(
+      "span",
+      { class: "dots", "aria-hidden": "true" },
+      ...sample.views.map((v) => make("i", { class: v === view ? "on" : "" })),
+    ),
   );
 }
 
@@ -80,7 +90,11 @@ function picture(holder, alt) {
     const small = holder.size ? Math.max(...holder.size) <= 64 : DATA.about.size <= 64;
     return make("img", { src: holder.src, alt, class: small ? "small" : "", decoding: "async", draggable: "false" });
   }
-  return make("span", { class: "nothing", role: alt ? "img" : null, "aria-label": alt ? `${alt}: not there` : null }, "no picture");
+  return make(
+    "span",
+    { class: "nothing", role: alt ? "img" : null, "aria-label": alt ? `${alt}: not there` : null },
+    "no picture",
+  );
 }
 
 function paintCards() {
@@ -99,7 +113,10 @@ function paintCanvas(canvas, colours) {
 function current() {
   const sample = DATA.samples.find((s) => String(s.i) === state.sample);
   if (!sample) return matches()[0] || { sample: DATA.samples[0], view: DATA.samples[0].views[0] };
-  const view = sample.views.find((v) => String(v.v) === state.view) || sample.views.find((v) => passes(sample, v)) || sample.views[0];
+  const view =
+    sample.views.find((v) => String(v.v) === state.view) ||
+    sample.views.find((v) => passes(sample, v)) ||
+    sample.views[0];
   return { sample, view };
 }
 
@@ -119,16 +136,27 @@ function markCurrent() {
 function fillFilters() {
   const counts = new Map();
   for (const sample of DATA.samples) {
-    const classes = new Set([sample.label, ...sample.views.flatMap((v) => [v.teacher, ...(v.partner ? [v.partner.label] : [])])]);
+    const classes = new Set([
+      sample.label,
+      ...sample.views.flatMap((v) => [v.teacher, ...(v.partner ? [v.partner.label] : [])]),
+    ]);
     for (const c of classes) counts.set(c, (counts.get(c) || 0) + 1);
   }
   const options = [...counts].sort((a, b) => nameOf(a[0]).localeCompare(nameOf(b[0])));
-  $("f-class").replaceChildren(make("option", { value: "" }, "any class"),
-    ...options.map(([c, n]) => make("option", { value: c }, `${nameOf(c)} (${n})`)));
+  $("f-class").replaceChildren(
+    make("option", { value: "" }, "any class"),
+    ...options.map(([c, n]) => make("option", { value: c }, `${nameOf(c)} (${n})`)),
+  );
 }
 
 function showFilters() {
-  for (const [id, key] of Object.entries({ "f-class": "class", "f-right": "teacher", "f-mix": "mix", "f-order": "order", "f-text": "text" })) {
+  for (const [id, key] of Object.entries({
+    "f-class": "class",
+    "f-right": "teacher",
+    "f-mix": "mix",
+    "f-order": "order",
+    "f-text": "text",
+  })) {
     if ($(id).value !== state[key]) $(id).value = state[key];
     $(id).classList.toggle("set", state[key] !== "");
   }
@@ -145,7 +173,8 @@ function setFilter(key, value) {
   state[key] = value;
   const found = matches();
   const open = found.find(({ sample }) => String(sample.i) === state.sample);
-  if (state.sample && !open && found.length) Object.assign(state, { sample: String(found[0].sample.i), view: String(found[0].view.v) });
+  if (state.sample && !open && found.length)
+    Object.assign(state, { sample: String(found[0].sample.i), view: String(found[0].view.v) });
   else if (open && !passes(open.sample, current().view)) state.view = String(open.view.v);
   writeHash();
   showFilters();

@@ -21,20 +21,33 @@ function setDecay(decay) {
 function paint() {
   const blend = blendNow();
   const epoch = Math.min(Math.floor((state.step / DATA.steps) * DATA.about.epochs), DATA.about.epochs - 1);
-  const words = blend === DATA.one ? "each cell its own class" : blend === 0 ? "the image's class everywhere"
-    : `${percent(share(blend), 0)} the cell's own, ${percent(1 - share(blend), 0)} the image's`;
+  const words =
+    blend === DATA.one
+      ? "each cell its own class"
+      : blend === 0
+        ? "the image's class everywhere"
+        : `${percent(share(blend), 0)} the cell's own, ${percent(1 - share(blend), 0)} the image's`;
   $("progress").value = state.step;
-  $("progress").setAttribute("aria-valuetext", `${percent(state.step / DATA.steps, 0)} of training, blend ${share(blend).toFixed(3)}: ${words}`);
+  $("progress").setAttribute(
+    "aria-valuetext",
+    `${percent(state.step / DATA.steps, 0)} of training, blend ${share(blend).toFixed(3)}: ${words}`,
+  );
   $("progress").style.setProperty("--at", `${(100 * state.step) / DATA.steps}%`);
-  $("blend").replaceChildren(make("b", {}, `a = ${share(blend).toFixed(3)}`), make("span", {}, words),
-    make("small", {}, `epoch ${number(epoch)} of ${number(DATA.about.epochs)}`));
+  $("blend").replaceChildren(
+    make("b", {}, `a = ${share(blend).toFixed(3)}`),
+    make("span", {}, words),
+    make("small", {}, `epoch ${number(epoch)} of ${number(DATA.about.epochs)}`),
+  );
   paintCards();
   paintDetail();
 }
 
 function drawCurve() {
   const line = DATA.blends[state.decay].map((blend, x) => `${x},${(23 - 22 * share(blend)).toFixed(2)}`);
-  $("curve").replaceChildren(make("path", { class: "area", d: `M0,24L${line.join("L")}L200,24Z` }), make("path", { class: "line", d: `M${line.join("L")}` }));
+  $("curve").replaceChildren(
+    make("path", { class: "area", d: `M0,24L${line.join("L")}L200,24Z` }),
+    make("path", { class: "line", d: `M${line.join("L")}` }),
+  );
 }
 
 function play(on) {
@@ -78,11 +91,27 @@ function key(event) {
   const typing = target.matches("input, select, textarea");
   const cycle = (list, now) => list[(list.indexOf(now) + 1) % list.length];
   const actions = {
-    ArrowLeft: () => step(-1), ArrowRight: () => step(1),
-    ",": () => { play(false); setStep(state.step - 1); }, ".": () => { play(false); setStep(state.step + 1); },
+    ArrowLeft: () => step(-1),
+    ArrowRight: () => step(1),
+    ",": () => {
+      play(false);
+      setStep(state.step - 1);
+    },
+    ".": () => {
+      play(false);
+      setStep(state.step + 1);
+    },
     d: () => setDecay(cycle(Object.keys(DATA.blends), state.decay)),
-    m: () => { state.over = cycle(Object.keys(OVERLAYS), state.over); writeHash(); paint(); },
-    "/": () => { toSection("samples"); $("f-text").focus(); }, "?": () => $("help").showModal(),
+    m: () => {
+      state.over = cycle(Object.keys(OVERLAYS), state.over);
+      writeHash();
+      paint();
+    },
+    "/": () => {
+      toSection("samples");
+      $("f-text").focus();
+    },
+    "?": () => $("help").showModal(),
   };
   if (atSamples()) Object.assign(actions, { ArrowUp: () => stepView(-1), ArrowDown: () => stepView(1) });
   if (!target.matches("button, summary, a")) actions[" "] = () => play(!frame);
@@ -113,7 +142,8 @@ function fromHash() {
 function start() {
   $("progress").max = DATA.steps;
   $("decay").append(...Object.keys(DATA.blends).map((decay) => make("option", { value: decay }, decay)));
-  if (matchMedia("(max-width: 900px)").matches) for (const one of document.querySelectorAll(".columns details")) one.open = false;
+  if (matchMedia("(max-width: 900px)").matches)
+    for (const one of document.querySelectorAll(".columns details")) one.open = false;
   drawOverview();
   drawRoles();
   fillFilters();
@@ -121,7 +151,8 @@ function start() {
   drawCharts();
   fromHash();
   const filters = { "f-class": "class", "f-right": "teacher", "f-mix": "mix", "f-order": "order" };
-  for (const [id, name] of Object.entries(filters)) $(id).addEventListener("change", (event) => setFilter(name, event.target.value));
+  for (const [id, name] of Object.entries(filters))
+    $(id).addEventListener("change", (event) => setFilter(name, event.target.value));
   $("f-text").addEventListener("input", (event) => setFilter("text", event.target.value));
   $("f-pair").addEventListener("click", () => setFilter("pair", ""));
   $("f-clear").addEventListener("click", () => {
@@ -129,7 +160,10 @@ function start() {
     setFilter("pair", "");
   });
   $("filters").addEventListener("submit", (event) => event.preventDefault());
-  $("progress").addEventListener("input", (event) => { play(false); setStep(+event.target.value); });
+  $("progress").addEventListener("input", (event) => {
+    play(false);
+    setStep(+event.target.value);
+  });
   $("decay").addEventListener("change", (event) => setDecay(event.target.value));
   $("play").addEventListener("click", () => play(!frame));
   $("theme").addEventListener("click", () => {

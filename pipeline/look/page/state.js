@@ -26,26 +26,50 @@ const fullName = (c) => {
 };
 const number = (x) => x.toLocaleString("en-US");
 const percent = (x, digits = 1) => `${(100 * x).toFixed(digits)} %`;
-const bytes = (n) => (n >= 1e9 ? `${(n / 1e9).toFixed(2)} GB` : n >= 1e6 ? `${(n / 1e6).toFixed(1)} MB`
-  : n >= 1e4 ? `${(n / 1e3).toFixed(1)} kB` : `${number(Math.round(n))} bytes`);
+const bytes = (n) =>
+  n >= 1e9
+    ? `${(n / 1e9).toFixed(2)} GB`
+    : n >= 1e6
+      ? `${(n / 1e6).toFixed(1)} MB`
+      : n >= 1e4
+        ? `${(n / 1e3).toFixed(1)} kB`
+        : `${number(Math.round(n))} bytes`;
 const counted = (n, noun) => `${number(n)} ${noun}${n === 1 ? "" : "s"}`;
 
 // Key in the hash -> value at the start. A value of the start does not stand in the hash.
 const DEFAULTS = {
-  class: "", teacher: "", mix: "", order: "", text: "", pair: "",
-  sample: "", view: "", decay: DATA.about.decay, step: 0, over: "classes", opacity: 50, theme: "",
+  class: "",
+  teacher: "",
+  mix: "",
+  order: "",
+  text: "",
+  pair: "",
+  sample: "",
+  view: "",
+  decay: DATA.about.decay,
+  step: 0,
+  over: "classes",
+  opacity: 50,
+  theme: "",
 };
 const state = { ...DEFAULTS };
 const OVERLAYS = { classes: "Classes", margin: "Margin", ...(DATA.soft ? { entropy: "Entropy" } : {}) };
 
 // What a stranger's address may hold: anything else is left as it was at the start.
 const ALLOWED = {
-  class: (x) => /^\d+$/.test(x), teacher: (x) => ["right", "wrong"].includes(x),
+  class: (x) => /^\d+$/.test(x),
+  teacher: (x) => ["right", "wrong"].includes(x),
   mix: (x) => ["mixed", "unmixed", "mixup", "cutmix"].includes(x),
-  order: (x) => ["certain", "uncertain", "differ"].includes(x), text: (x) => x.length < 200,
-  pair: (x) => /^-?\d+:-?\d+$/.test(x), sample: (x) => /^\d+$/.test(x), view: (x) => /^\d+$/.test(x),
-  decay: (x) => x in DATA.blends, step: (x) => /^\d+$/.test(x) && +x <= DATA.steps,
-  over: (x) => x in OVERLAYS, opacity: (x) => /^\d+$/.test(x) && +x <= 100, theme: (x) => ["light", "dark"].includes(x),
+  order: (x) => ["certain", "uncertain", "differ"].includes(x),
+  text: (x) => x.length < 200,
+  pair: (x) => /^-?\d+:-?\d+$/.test(x),
+  sample: (x) => /^\d+$/.test(x),
+  view: (x) => /^\d+$/.test(x),
+  decay: (x) => x in DATA.blends,
+  step: (x) => /^\d+$/.test(x) && +x <= DATA.steps,
+  over: (x) => x in OVERLAYS,
+  opacity: (x) => /^\d+$/.test(x) && +x <= 100,
+  theme: (x) => ["light", "dark"].includes(x),
 };
 
 function readHash() {
