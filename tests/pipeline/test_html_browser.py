@@ -61,9 +61,13 @@ class Tab:
         self.complaints: list[str] = []
         self.page.on("console", lambda message: self._said(message.text))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("dialog", lambda dialog: self.complaints.append("dialog") or dialog.dismiss())
+        self.page.on("dialog", self._asked_something)
         self.page.on("request", lambda request: self._asked(request.url))
         self.page.goto(f"file://{path}{at}")
+
+    def _asked_something(self, dialog: Any) -> None:
+        self.complaints.append("dialog")
+        dialog.dismiss()
 
     def _said(self, text: str) -> None:
         if not text.startswith("Canvas2D: Multiple readback"):  # by a test, which reads pixels
