@@ -229,16 +229,24 @@ def inspect(
     quarantined: Annotated[
         bool, typer.Option("--quarantined", help="List all samples without targets, one a line: key, shard, reason.")
     ] = False,
+    html: Annotated[
+        Path | None, typer.Option(parser=_path("--html"), help="Write a page of many samples here, for a browser.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of the page.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of their choice.")] = 0,
     json_: Json = False,
 ) -> None:
-    """What a cache holds: a table, one sample as text, and its dense maps as a picture."""
+    """What a cache holds: a table, one sample as text or as a picture, or many as a page for a browser."""
     from cskd.pipeline.look.inspect_cache import inspect, render
     from cskd.pipeline.look.quarantined import list_quarantined, render_list
 
     if quarantined:
         _print(list_quarantined(cache, data), json_, render_list)
-    else:
-        _print(inspect(cache, data=data, sample=sample, view=view, blend=blend, png=png), json_, render)
+        return
+    facts = inspect(
+        cache, data=data, sample=sample, view=view, blend=blend, png=png, html=html, samples=samples, seed=seed
+    )
+    _print(facts, json_, render)
 
 
 @app.command()

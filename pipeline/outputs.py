@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from PIL.Image import Image
 
 from cskd.config import Config
 from cskd.config.load import PATHS
@@ -27,7 +26,9 @@ from cskd.pipeline.show.progress import say
 from cskd.store.format import OWN_NAMES
 
 FIRST_SPEAKS = 3.0  # seconds: torchrun ends all ranks once one has ended, and the first one knows why
-_PNG = b"\x89PNG\r\n\x1a\n"
+PAGE_START = b"<!doctype html>\n<!-- made by cskd inspect --html -->\n"
+# Loose files that commands write: what they are, and how each begins. Only one that begins so is replaced.
+FILES = {"--png": ("PNG", b"\x89PNG\r\n\x1a\n"), "--html": ("page of `cskd inspect`", PAGE_START)}
 
 
 def refuse_cache_output(config: Config) -> None:
@@ -102,23 +103,24 @@ def sole_run(config: Config, ranks: Ranks, device: torch.device, quiet: bool) ->
         yield writer
 
 
-def refuse_png(path: Path) -> None:
-    """PathError for a picture that would go into a folder of ours, or in the place of something else than a picture."""
-    refuse_output(local_path(path, "--png").parent, None, "--png")
+def refuse_file(path: Path, option: str) -> None:
+    """PathError for a file that `option` would write into a folder of ours, or in the place of a file of another kind."""
+    refuse_output(local_path(path, option).parent, None, option)
+    kind, start = FILES[option]
     if path.is_dir():
-        raise PathError(f"--png {path} is a folder, expected the path of a picture")
-    if path.exists() and (not path.is_file() or path.read_bytes()[: len(_PNG)] not in (_PNG, b"")):
-        raise PathError(f"--png {path} is there and is no PNG; give another path")
+        raise PathError(f"{option} {path} is a folder, expected the path of a {kind}")
+    if path.exists() and (not path.is_file() or path.read_bytes()[: len(start)] not in (start, b"")):
+        raise PathError(f"{option} {path} is there and is no {kind}; give another path")
 
 
-def save_png(picture: Image, path: Path) -> None:
-    """Put a picture in place, whole or not at all. DataError where it can't be written, PathError while another process is
-    at it."""
+def save_file(path: Path, option: str, content: bytes) -> None:
+    """Put what `option` asked for in place, whole or not at all. DataError where it can't be written, PathError while another
+    process is at it."""
     try:
         with sole_writer(path.parent, "give another path", name=f".{path.name}{LOCK}"):
-            put(path, lambda temp: picture.save(temp, "PNG"))
+            put(path, content)
     except OSError as e:
-        raise DataError(f"{path} can't be written: {e.strerror or e}; give another path with --png") from None
+        raise DataError(f"{path} can't be written: {e.strerror or e}; give another path with {option}") from None
 
 
 def refuse_without_links(root: Path) -> None:
