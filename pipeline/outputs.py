@@ -55,7 +55,7 @@ def refuse_run_output(config: Config) -> None:
         raise ConfigError(f"train.output {output}: {there} is {what}; set another, --set train.output=runs/x")
     refuse_output(output, "run", "train.output", inputs=_other_paths(config, "train.output"), names=RUN_NAMES)
     root = Path(config.cache.path)
-    if config.cache.path and root.resolve() in output.resolve().parents:
+    if config.cache.path and os.path.realpath(root) in map(str, Path(os.path.realpath(output)).parents):
         raise PathError(f"train.output {output} lies in cache.path {root}; give a folder outside of it")
     refuse_foreign(output)
 
@@ -126,7 +126,7 @@ def save_file(path: Path, option: str, content: bytes) -> None:
 def refuse_without_links(root: Path) -> None:
     """CacheError where the file system of `cache.path`, which need not be there yet, has no hard links; OSError where nothing
     can be written there."""
-    error = hard_link_error(next(path for path in (root, *root.resolve().parents) if path.exists()))
+    error = hard_link_error(next(path for path in (root, *Path(os.path.realpath(root)).parents) if path.exists()))
     if error is not None and error.errno in NO_LINKS:
         raise CacheError(
             f"cache.path {root}: its file system has no hard links ({error.strerror}), which let one of several writers win; "

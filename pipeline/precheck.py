@@ -269,9 +269,9 @@ def _images_of(images: int, classes: int) -> str:
 
 
 CHECKS = (
+    Check("cache.path", _cache_path, "cache"),  # before the data: no path of the config may be another one's
     Check("data.train", _train_images, "data"),
     Check("recipe", _views, "data", ("data.train",)),
-    Check("cache.path", _cache_path, "cache"),
     Check("its disk", _hard_links, "cache", ("cache.path", "data.train")),
     Check("cache.codecs", _codecs, "cache", ("data.train",)),
     Check("cache.device", _cache_device, "cache"),

@@ -19,7 +19,7 @@ import yaml
 
 from cskd.config.schema import Config, Precision
 from cskd.config.yaml_text import MAX_BYTES, Words, as_read, misread, read_yaml
-from cskd.errors import ConfigError, CskdError, PathError, shortened
+from cskd.errors import ConfigError, CskdError, PathError, shortened, why
 from cskd.files.paths import local_path, local_text
 from cskd.files.read import check_depth, read_file
 from cskd.near import absent, did_you_mean, nearest
@@ -28,7 +28,7 @@ PATHS = (
     *("data.train", "data.val", "teacher.model", "teacher.weights", "teacher.classes"),
     *("cache.path", "student.model", "student.init", "train.output"),
 )  # a model may be the path of a file
-_OLD = {"autocast", "dtype"}  # keys of a teacher in older versions
+_OLD = {"teacher": {"autocast", "dtype"}, "train": {"tensorboard"}}  # keys of older versions, by section
 _OF_TIMM = "local-dir:"  # one of its own ways to name a model
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
@@ -54,7 +54,9 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
         raw = read_yaml(read_file(path, MAX_BYTES).decode(), str(path), words)
     except FileNotFoundError:
         raise ConfigError(f"no config at {absent(path)}; give the path of a YAML file, as in configs/") from None
-    except (UnicodeDecodeError, OSError, ValueError) as e:  # ValueError: a zero byte in the path
+    except OSError as e:
+        raise ConfigError(f"{path} can't be read: {why(e)}") from None
+    except ValueError as e:  # of UTF-8, of YAML, or a zero byte in the path
         raise ConfigError(
             f"{path} is not readable YAML: {shortened(' '.join(str(e).split()), 120)}; expected a file such as those in configs/"
         ) from None
@@ -93,7 +95,8 @@ def _read(raw: dict[str, Any], words: Words) -> tuple[Config, list[CskdError]]:
         raw = _in_todays_words(raw)
     except ConfigError as e:
         wrong.append(e)
-        raw = {**raw, "teacher": {k: v for k, v in raw["teacher"].items() if k not in _OLD}}
+        old = {s: keys for s, keys in _OLD.items() if isinstance(raw.get(s), dict)}
+        raw |= {section: {k: v for k, v in raw[section].items() if k not in keys} for section, keys in old.items()}
     given = frozenset(f"{s}.{key}" for s, section in raw.items() if isinstance(section, dict) for key in section)
     config = _build(Config, raw, "", _Reading(words, wrong))
     assert isinstance(config, Config)
@@ -114,7 +117,7 @@ def _in_todays_words(raw: dict[str, Any]) -> dict[str, Any]:
             {"trackers": ["tensorboard"]} if train["tensorboard"] else {}
         )
         raw = {**raw, "train": train}
-    old = _OLD & teacher.keys() if isinstance(teacher, dict) else set()
+    old = _OLD["teacher"] & teacher.keys() if isinstance(teacher, dict) else set()
     if not isinstance(teacher, dict) or not old:
         return raw
     autocast, dtype = teacher.get("autocast", "none"), teacher.get("dtype", "float32")

@@ -69,6 +69,6 @@ def check_versions(cache: Cache) -> list[str]:
             count += 1
             if reason:
                 raise ReplayError(reason)
-    except CskdError as e:
+    except ReplayError as e:
         raise CacheError(f"{cache.root}: golden samples, replayed since {changed}: {e}") from None
     return [f"since the cache was made: {changed}; {count} golden views replay exactly"]

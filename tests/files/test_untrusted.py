@@ -91,7 +91,7 @@ def test_aliases_may_be_written_but_not_multiply() -> None:
     ],
 )
 def test_values_that_would_fill_the_memory_or_control_a_terminal_are_refused(raw: dict[str, dict[str, object]]) -> None:
-    with pytest.raises(CskdError, match=r"expected|nothing in it needs"):
+    with pytest.raises(CskdError, match=r"expected|nothing in the config needs"):
         from_dict(raw)
 
 

@@ -139,7 +139,8 @@ def test_what_a_damaged_unit_advises_brings_it_back_into_stage_1(tmp_path: Path,
         unit.write_bytes(unit.read_bytes()[:100])
     sets = ("--set", f"cache.path={cache.root}", "--set", f"train.output={tmp_path / 'run'}")
     result = run("train", made / "c.yaml", *sets)
-    result.refused("damaged", f"remove {record} and run the same `cskd cache-teacher` command again")
+    advice = f"remove {record.relative_to(cache.root)} of the cache and run the same `cskd cache-teacher` command again"
+    result.refused("damaged", advice)
     record.unlink()
     assert open_cache(cache.root).missing() == [(0, 0)]
 
@@ -279,7 +280,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data"
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("kind", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_stage_1_that_is_interrupted_drops_its_unit_at_once_and_resumes(
     large: Path, tmp_path: Path, kind: signal.Signals
 ) -> None:

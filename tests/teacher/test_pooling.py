@@ -131,7 +131,7 @@ def test_a_name_of_torchvision_is_enough() -> None:
     dense_BKhw, global_BK = teacher.forward_dense(pixels())
     torch.testing.assert_close(dense_BKhw.mean((2, 3)), global_BK, rtol=1e-4, atol=1e-5)
     for changes, reason in (
-        ({"model": "torchvision:resnet5O"}, "nearest is 'resnet50'"),
+        ({"model": "torchvision:resnet5O"}, "did you mean 'resnet50'"),
         ({"kwargs": {"width": 3}}, "can't be built with teacher.kwargs .*width"),
         ({"compile": True}, "offer forward_features"),
     ):
