@@ -52,7 +52,7 @@ def absent(path: str | Path) -> str:
         names = os.listdir(there) if there != tried else []
     except OSError:
         names = []
-    hint = did_you_mean(tried.relative_to(there).parts[0], names) if names else ""
+    hint = did_you_mean(tried.relative_to(there).parts[0], names, 0.75) if names else ""
     return f"{said}; {hint.rstrip('?')} (in {there})" if hint else said
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cskd.dataset.inventory import evenly
-from cskd.errors import CacheError, CskdError, ImageError, ReplayError
+from cskd.errors import CacheError, ImageError, ReplayError
 from cskd.seeds import hash64, permutation
 from cskd.store.cache import Cache
 from cskd.store.format import Unit

@@ -79,7 +79,7 @@ def build_model(name: str, kwargs: dict[str, Any], pretrained: bool = False) -> 
     if ":" not in name and name.partition(".")[0] not in known:
         hint = did_you_mean(name, known) or "timm.list_models() lists them"
         raise TeacherError(
-            f"teacher.model {name!r} is no timm model; {hint}; torchvision's are torchvision:NAME, your own is path/to/file.py:build"
+            f"teacher.model {name!r} is no timm model; {hint.rstrip('?')}; torchvision's are torchvision:NAME, your own is path/to/file.py:build"
         )
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)

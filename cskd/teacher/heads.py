@@ -104,7 +104,7 @@ def find_head(model: Any, x: Tensor, mode: Literal["exact", "per_cell"]) -> Head
     if not isinstance(features, Tensor) or features.ndim != 4:
         raise TeacherError(
             f"the teacher's forward_features gives {_describe(features)}, expected one feature map of 4 dimensions: "
-            "only networks that end in a map of cells have dense logits"
+            "only networks that end in a map of cells have dense logits; give a CNN such as resnet50"
         )
     if pooling is None:
         channels = getattr(model, "num_features", None)

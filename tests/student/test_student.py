@@ -350,7 +350,7 @@ def test_garbage_and_pickled_code_are_refused(tmp_path: Path, capsys: pytest.Cap
     for path in sorted(tmp_path.iterdir()):
         with pytest.raises(StudentError, match=r"no checkpoint|no safetensors|no state dict"):
             build(init=path)
-    with pytest.raises(StudentError, match="no file .*none.pth"):
+    with pytest.raises(StudentError, match=r"no file .*none\.pth"):
         build(init=tmp_path / "none.pth")
     assert capsys.readouterr().out == ""
 
