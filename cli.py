@@ -254,7 +254,7 @@ def verify(
     cache: Annotated[
         Path,
         typer.Argument(
-            metavar="CACHE", parser=_path("CACHE"), help="Folder made by cskd cache-teacher, pack or index."
+            metavar="CACHE|DATA", parser=_path("CACHE"), help="Folder made by cskd cache-teacher, pack or index."
         ),
     ],
     data: Data = None,
@@ -270,7 +270,7 @@ def verify(
     from cskd.pipeline.care import verify, verify_images
 
     report: Any
-    if verify_images.is_data(cache):
+    if verify_images.is_data(cache, images):
         report = verify_images.verify_images(cache, images, data, bool(replay or recompute), quiet=json_)
         _print(report, json_, verify_images.render)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,12 @@ def refuse_run_output(config: Config) -> None:
     root = Path(config.cache.path)
     if config.cache.path and os.path.realpath(root) in map(str, Path(os.path.realpath(output)).parents):
         raise PathError(f"train.output {output} lies in cache.path {root}; give a folder outside of it")
+    try:
+        tempfile.TemporaryDirectory(dir=there, prefix=".cskd-").cleanup()
+    except OSError as e:
+        raise ConfigError(
+            f"train.output {output}: nothing can be made in {there} ({e.strerror}); set another, --set train.output=runs/x"
+        ) from None
     refuse_foreign(output)
 
 

@@ -254,9 +254,22 @@ def _build(cls: type[Any], raw: dict[str, Any], prefix: str, reading: _Reading) 
 
 def _unknown(key: Any, known: Collection[str], prefix: str) -> ConfigError:
     key = shortened(key, 80) if isinstance(key, str) else _short(key, 80)
+    if meant := _MEANT.get(f"{prefix}{key}".removeprefix("train.").lower()):
+        return ConfigError(f"unknown key '{prefix}{key}'; here it is '{meant}'")
     inside = did_you_mean(prefix + key, [prefix + name for name in known if nearest(key, [name], 0.5)], 0.0)
     hint = inside or did_you_mean(key, _all_keys(), 0.5) or "expected one of " + ", ".join(known)
     return ConfigError(f"unknown key '{prefix}{key}'; {hint}")
+
+
+# What other trainers call a key, where the nearest name would be another one.
+_MEANT = {
+    **dict.fromkeys(("batch_size", "batchsize", "bs", "batch"), "train.global_batch"),
+    **dict.fromkeys(("learning_rate", "learningrate", "base_lr"), "train.lr"),
+    **dict.fromkeys(("amp", "mixed_precision", "fp16", "bf16"), "train.autocast"),
+    **dict.fromkeys(("num_workers", "n_workers"), "train.workers"),
+    **dict.fromkeys(("wd",), "train.weight_decay"),
+    **dict.fromkeys(("output_dir", "out", "save_dir"), "train.output"),
+}
 
 
 def _all_keys() -> list[str]:
@@ -302,13 +315,13 @@ def _wrong(kind: Any, value: Any, key: str, reading: _Reading) -> ConfigError:
             word, value, key = reading.words[f"{key}[{i}]"], one, f"{key}[{i}]"
             break
     read, hint = as_read(word, value) if word else "", ""
-    texts, number = [option for option in options if isinstance(option, str)], _number(str(value).replace(",", ""))
+    texts, number = [option for option in options if isinstance(option, str)], _number(_THOUSANDS.sub("", str(value)))
     none = str(word or value).lower() in _NONE
     if texts and none and "none" in texts:
         hint = "write none"
     elif texts and not read:
         hint = did_you_mean(str(value), texts)
-    elif read and misread(word, value):
+    elif read and misread(word, value) and str not in options:
         hint = f"write {value}" + (f", or {int(word.replace('_', ''))}" if ":" not in word else "")
     elif read and str in options:
         hint = f"write '{word}' in quotes" + (", or null for none" if type(None) in options else "")
@@ -317,11 +330,14 @@ def _wrong(kind: Any, value: Any, key: str, reading: _Reading) -> ConfigError:
     elif bool in options and str(word or value).lower() in _YES_NO:
         hint = f"write {_YES_NO[str(word or value).lower()]}"
     elif {int, float} & set(options) and isinstance(value, str | float) and isinstance(number, float):
-        hint = f"write {number:.15g}" if number.is_integer() or float in options else ""
+        hint = (
+            f"write {int(number) if number.is_integer() else number}" if number.is_integer() or float in options else ""
+        )
     ends = f" (YAML reads {read})" if read else ""
     return ConfigError(f"{key} is {_short(value)}, expected {describe(kind)}{ends}{hint and f'; {hint}'}")
 
 
+_THOUSANDS = re.compile(r"(?<=[1-9]),(?=\d{3}$)|(?<=[1-9]\d),(?=\d{3}$)|(?<=[1-9]\d\d),(?=\d{3}$)")  # 1,024; not 0,001
 _NONE = ("none", "off", "no", "false", "~", "nil")
 _YES_NO = {word: "true" for word in ("yes", "y", "on", "1", "true", "t")} | {
     word: "false" for word in ("no", "n", "off", "0", "false", "f", "none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections import Counter
@@ -13,7 +14,7 @@ import google_crc32c
 from cskd.dataset.inventory import Inventory, InventoryWriter, Sample, ShardFile, new_inventory, publish_inventory
 from cskd.dataset.inventory_format import INVENTORY_FOLDER
 from cskd.errors import NO_WRITING, DataError, said
-from cskd.files.durable import sync
+from cskd.files.durable import put, sync
 from cskd.files.folders import mark, refuse_output
 from cskd.files.paths import local_path
 from cskd.files.writer import sole_writer
@@ -155,11 +156,13 @@ def _add_all(
 
 
 def _plain(shard: Path, data: Path, out: Path) -> Path:
-    """The shard itself; of a compressed one its copy in `out`, made if it is not there or older."""
+    """The shard itself; of a compressed one its copy in `out`, made again where it is not of this very file."""
     if not is_compressed_tar(shard.name):
         return shard
     copy = out / UNPACKED / shard.relative_to(data).with_name(plain_tar_name(shard.name))
-    if copy.is_file() and copy.stat().st_mtime >= shard.stat().st_mtime:
+    record, stat = copy.with_name(f".{copy.name}.json"), shard.stat()
+    source = json.dumps([os.path.realpath(shard), stat.st_size, stat.st_mtime_ns]).encode()
+    if copy.is_file() and record.is_file() and record.read_bytes() == source:
         return copy
     work = out / UNPACKED / UNPACKING
     shutil.rmtree(work, ignore_errors=True)
@@ -170,7 +173,9 @@ def _plain(shard: Path, data: Path, out: Path) -> Path:
             return shard
         sync(plain)
         copy.parent.mkdir(parents=True, exist_ok=True)
+        record.unlink(missing_ok=True)
         os.replace(plain, copy)
+        put(record, source)
         sync(copy.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)

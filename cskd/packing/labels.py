@@ -11,7 +11,7 @@ import os
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,10 +109,10 @@ def has_label_column(data: bytes, name: str) -> bool:
     """Whether a metadata.csv or .jsonl of Hugging Face has labels, and not captions or boxes only."""
     first = data[: 1 << 16].decode("utf-8-sig", "replace").partition("\n")[0]
     try:
-        cells = list(json.loads(first)) if name.endswith(".jsonl") else next(csv.reader([first]), [])
+        cells = json.loads(first) if name.endswith(".jsonl") else next(csv.reader([first]), [])
     except (ValueError, csv.Error, RecursionError):
         return False
-    return "file_name" in cells and column(cells, LABELS) is not None
+    return isinstance(cells, dict | list) and "file_name" in cells and column(list(cells), LABELS) is not None
 
 
 def labels_of(labels: Labels, listing: Listing, src: Path, file: Path | None) -> tuple[list[str], list[str]]:
@@ -154,7 +154,9 @@ def numbered(values: Sequence[str], labels: Labels, classes: Path | None) -> tup
     in a validation set, moves no other. Labels that are numbers stay what they are.
     """
     names, origin = (class_file(classes), str(classes)) if classes else (labels.names, labels.origin)
+    values = [value.strip() for value in values]
     kinds = Counter(values)
+    _refuse_odd(kinds, labels.origin, names or [])
     if names is not None and not kinds.keys() <= set(names) and not _all_numbers(kinds):
         unknown = sorted(kinds.keys() - set(names))
         raise DataError(
@@ -164,16 +166,34 @@ def numbered(values: Sequence[str], labels: Labels, classes: Path | None) -> tup
     notes: list[str] = []
     if names is None or not kinds.keys() <= set(names):
         every = set(labels.rows.values()) | set(values)
-        if _all_numbers(every):
+        if _all_numbers(kinds):  # of the images that are there: a row of another one makes no names of them
+            every = {value for value in every if _all_numbers([value])}
             if max(map(int, every)) >= MAX_CLASSES:
                 raise DataError(
                     f"{labels.origin} has the label {max(map(int, every))}, expected one below {MAX_CLASSES}"
                 )
             names, notes = label_names(classes, Path(os.devnull), {int(value) for value in every})
             return [int(value) for value in values], names, notes
-        names = parse_classes("\n".join(sorted(every)).encode(), labels.origin)
+        _refuse_odd(every, labels.origin, [])
+        names = parse_classes("\n".join(sorted(every)).encode(), f"the labels of {labels.origin}, sorted")
     place = {name: label for label, name in enumerate(names)}
     return [place[value] for value in values], names, notes
+
+
+def _refuse_odd(values: Iterable[str], origin: str, names: Collection[str]) -> None:
+    """DataError for a label that is no line of text, and for a number that is no class number: -1, 1.0, nan."""
+    for value in values:
+        if value in names:
+            continue
+        if not value or len(value.splitlines()) != 1 or not value.isprintable():
+            raise DataError(
+                f"{origin} has the label {value[:40]!r}, expected a line of text, or a number from 0; mend it"
+            )
+        if _ODD_NUMBER.fullmatch(value):
+            raise DataError(
+                f"{origin} has the label {value[:40]}, expected whole numbers from 0 to {MAX_CLASSES - 1}, or names; write "
+                "those, and leave rows without a class out"
+            )
 
 
 def _refuse_unlabelled(labels: Labels, without: list[str], images: int, src: Path) -> None:
@@ -215,12 +235,19 @@ def _all_numbers(values: Iterable[str]) -> bool:
     return all(re.fullmatch(r"0|[1-9]\d{0,8}", value) for value in values)
 
 
+# What is a number and no number of a class; 007 is a name.
+_ODD_NUMBER = re.compile(r"(?i)[+-]\d+|[+-]?(\d+\.\d*|\.\d+)(e[+-]?\d+)?|[+-]?\d+e[+-]?\d+|nan|[+-]?inf|[1-9]\d{9,}")
+
+
 def _plain(name: object) -> str:
     return re.sub("[^a-z]", "", str(name).lower())
 
 
 def column(cells: Sequence[Any], known: str) -> int | None:
     """The place of the column with the first of the known names that occurs; None without any."""
+    exact = [re.sub("[^a-z0-9]", "", str(cell).lower()) for cell in cells]
+    if (place := next((exact.index(name) for name in known.split() if name in exact), None)) is not None:
+        return place
     plain = [_plain(cell) for cell in cells]
     return next((plain.index(name) for name in known.split() if name in plain), None)
 
@@ -260,8 +287,8 @@ def _columns(head: Sequence[str], labels: Labels) -> tuple[int | None, int | Non
     if any(image_extension(cell) for cell in head):
         return None, None
     path, label = column(head, PATHS), column(head, LABELS)
-    if path is None and label is None and len(head) == 2:
-        return None, None
+    if len(head) == 2 and ((path is None and label is None) or any(c.isdigit() for c in "".join(head))):
+        return None, None  # 'img_0000,dog' is a row
     if len(head) == 2 and path is None and label is not None:
         path = 1 - label
     if path is not None and label in (None, path):

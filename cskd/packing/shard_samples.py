@@ -207,7 +207,7 @@ def _by_last_dot(key: str, parts: Parts) -> dict[str, Parts]:
         stem, _, last = extension.rpartition(".")
         stems.setdefault(stem, {})[last] = member
     whole = [stem for stem, own in stems.items() if own.keys() & IMAGE_EXTENSIONS and may_have_label(own)]
-    if len(whole) < 2:
+    if "" in whole or len(whole) < 2:  # its other images are masks and the like
         return {key: parts}
     return {f"{key}.{stem}".rstrip(".").replace(".", "_"): own for stem, own in stems.items()}
 

@@ -11,11 +11,14 @@ from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from tarfile import BLOCKSIZE
 
 import numpy as np
 
 from cskd.dataset.inventory import first_duplicate
 from cskd.errors import DataError
+from cskd.files.read import open_regular
+from cskd.packing.imagenet import VAL_IMAGE
 from cskd.packing.label_files import find_labels
 from cskd.packing.labels import Labels, labels_of, numbered
 from cskd.packing.layout import Tree, check_keys, check_tree, class_prefix
@@ -103,7 +106,14 @@ def _holds_shards(src: Path, split: str | None) -> bool:
     tars = sorted(src.glob("*.tar"))
     if not tars and split and _is_below(src, split):
         tars = sorted((src / split).glob("*.tar"))
-    return any(is_shard(tar, tar) for tar in tars[:1])
+    first = next((tar for tar in tars if not _is_empty(tar)), None)
+    return first is not None and is_shard(first, first)
+
+
+def _is_empty(tar: Path) -> bool:
+    """Whether it has no member: a tar begins with a block of zeros then."""
+    with open(open_regular(tar), "rb") as file:
+        return not any(file.read(BLOCKSIZE))
 
 
 def _is_below(src: Path, split: str | None) -> bool:
@@ -132,6 +142,11 @@ def _folder_source(
         rest.folders = {folder for folder in rest.folders if folder.startswith(f"{picked}/")}
     if found := find_labels(listing, src, rest.metadata, picked, labels, work):
         return _label_source(listing, *found, classes, src, rest)
+    if VAL_IMAGE.fullmatch(listing.name(0)):
+        raise DataError(
+            f"{src} holds ImageNet's validation images, whose labels are elsewhere; put ILSVRC2012_devkit_t12.tar.gz next to it, "
+            "or give LOC_val_solution.csv with --labels"
+        )
     if listing.folders == [""] and not src.is_dir() and not listing.zips:
         raise DataError(why_no_shard(Path(listing.files[0]), src))
     listing.prefix = class_prefix(listing.folders)
@@ -259,7 +274,9 @@ def _key_hashes(listing: Listing) -> U64:
     if pair := first_duplicate(hashes):
         first, second = sorted(listing.origin(i) for i in pair)
         cure = "(the path without its extension; dots become '_'); rename or remove one"
-        if listing.folders == [""]:
+        if listing.folders == [""] and listing.file[pair[0]] == listing.file[pair[1]]:
+            cure = "; rename one, or take it out"
+        elif listing.folders == [""]:
             cure = "; keys must differ over all shards: 'cskd index --key-prefix shard' puts the shard's name in front of each"
         raise DataError(f"{first} and {second} have the same key '{listing.key(pair[0])}' {cure}".replace(" ;", ";"))
     return hashes

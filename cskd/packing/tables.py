@@ -210,11 +210,12 @@ def _columns(pa: Any, schema: Any, path: Path, asked: str | None) -> _Columns:
             raise DataError(
                 f"{path} has no column of labels '{asked}'; --labels names one of: {some(plain, 8) or 'none'}"
             )
-    elif len(named) == 1:
+    elif len(named) == 1 and column([n for n in plain if n not in named], LABELS) is None:
         label = named[0]
     elif named:
         raise DataError(
-            f"{path} has {len(named)} columns of classes: {some(named, 8)}; pick one with --labels {named[0]}"
+            f"{path} has several columns of labels: {some([*named, *(n for n in plain if n not in named)], 8)}; pick one with "
+            f"--labels {named[0]}"
         )
     else:
         place = column(plain, LABELS)

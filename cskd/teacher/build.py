@@ -150,6 +150,11 @@ def _from_file(config: TeacherConfig) -> Built:
     with _neighbours_of(path) as neighbours:
         try:
             spec.loader.exec_module(module)
+        except SystemExit:
+            del sys.modules[name]
+            raise TeacherError(
+                f"teacher.model: {path} ends the program when it is imported; put what it runs under if __name__ == '__main__'"
+            ) from None
         except Exception as e:
             del sys.modules[name]
             raise TeacherError(f"teacher.model: importing {path} failed: {one_line(e)}") from None
@@ -161,8 +166,13 @@ def _from_file(config: TeacherConfig) -> Built:
             )
         try:
             model = maker(**config.kwargs)
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             raise TeacherError(f"teacher.model: {path}:{function} with {config.kwargs} failed: {one_line(e)}") from None
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps; teacher.compile does that
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TeacherError(
+            f"teacher.model: {path}:{function} returned a TorchScript module; return the plain nn.Module"
+        )
     if not isinstance(model, nn.Module):
         raise TeacherError(f"teacher.model: {path}:{function} returned a {type(model).__name__}, not a torch.nn.Module")
     stated = dict(getattr(model, "pretrained_cfg", None) or {})

@@ -50,9 +50,10 @@ class ImagesReport:
         return not (self.lost or self.bad or self.unread)
 
 
-def is_data(path: Path) -> bool:
-    """Whether a path is a folder of packed or indexed data, not a cache."""
-    return kind_of(path) in ("data", "inventory")
+def is_data(path: Path, images: bool = False) -> bool:
+    """Whether a path is a folder of packed or indexed data, not a cache. images: they are asked for, so that a folder which is
+    neither is taken for data, too."""
+    return (kind := kind_of(path)) in ("data", "inventory") or (images and kind is None)
 
 
 def verify_images(

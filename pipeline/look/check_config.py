@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cskd.config import read_config
-from cskd.errors import CskdError, counted, fitted, printable, shown
+from cskd.errors import MOST, CskdError, counted, fitted, printable, shown
 from cskd.pipeline.precheck import CHECKS, Finding, findings
 from cskd.pipeline.setup import Setup, open_cached
 from cskd.pipeline.show.progress import print_lines
@@ -71,7 +71,7 @@ def _row(found: Finding, wrong_keys: list[str]) -> Row:
     about = [key for key in wrong_keys if key and (key in found.text or key == found.check.name)]
     if about and found.state != "open":
         return Row(found.check.name, "open", f"can't be looked at before {about[0]} is right", [])
-    return Row(found.check.name, found.state, fitted(found.text), found.notes)
+    return Row(found.check.name, found.state, fitted(found.text, MOST - 32), found.notes)
 
 
 def _report(rows: list[Row]) -> ConfigReport:

@@ -153,7 +153,7 @@ REFUSED = {
     "a control character": (
         "l.csv",
         lines("PATH,LABEL", labels=["a\x1b", "b", "c", "d"]),
-        "none that controls a terminal",
+        "expected a line of text",
     ),
     "a broken quote": ("l.csv", 'path,label\n"train/00/0.jpg"x,1\n', "is no table"),
 }

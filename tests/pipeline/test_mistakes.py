@@ -45,6 +45,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "model.bin").write_bytes(b"\x80\x04 no weights")
     (folder / "net.py").write_text("def bild(num_classes): ...\n")
     (folder / "broken.py").write_text("def build(:\n")
+    (folder / "runs.py").write_text("import sys\nsys.exit(3)\n")
+    (folder / "script.py").write_text(
+        "import torch, warnings\ndef build(**_):\n    with warnings.catch_warnings(action='ignore'):\n"
+        "        return torch.jit.script(torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3)))\n"
+    )
     (folder / "note.txt").write_text("mine")
     config = {
         "data": {"train": str(folder / "data"), "val": str(folder / "val")},
@@ -68,6 +73,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # command line (DIR is the folder above), and what its line holds: in this order
 MISTAKES = [
+    ("train DIR/c.yaml --set train.batch_size=8", ["unknown key 'train.batch_size'", "it is 'train.global_batch'"]),
+    ("train DIR/c.yaml --set train.learning_rate=1", ["unknown key 'train.learning_rate'", "it is 'train.lr'"]),
+    ("train DIR/c.yaml --set train.lr=0,001", ["train.lr is '0,001'", "expected a number"]),
+    ("train DIR/c.yaml --set train.output=1:30", ["train.output is 90", "write '1:30' in quotes"]),
+    ("train DIR/c.yaml --set train.seed=1e18", ["train.seed is", "write 1000000000000000000"]),
+    ("cache-teacher DIR/new.yaml --set teacher.model=DIR/runs.py:build", ["runs.py ends the program", "__main__"]),
+    ("cache-teacher DIR/new.yaml --set teacher.model=DIR/script.py:build", ["a TorchScript module", "plain nn.Module"]),
+    ("verify DIR/source --images", ["no inventory at DIR/source", "make one with 'cskd pack' or 'cskd index'"]),
     ("train", ["Missing argument 'CONFIG'."]),
     ("train DIR/none.yaml", ["no config at DIR/none.yaml", "give the path of a YAML file, as in configs/"]),
     ("train DIR", ["DIR can't be read", "give another path"]),
