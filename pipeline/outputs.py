@@ -45,7 +45,7 @@ def refuse_cache_output(config: Config) -> None:
 
 
 def refuse_run_output(config: Config) -> None:
-    """Refuse a `train.output` that can't hold a run of this config; makes nothing. Raises ConfigError, PathError, OSError."""
+    """Refuse a `train.output` that can't hold a run of this config; leaves nothing. Raises ConfigError, PathError, OSError."""
     output = Path(config.train.output)
     for name in config.train.trackers:
         if importlib.util.find_spec(name) is None:

@@ -94,8 +94,15 @@ class _Pass:
     claim: Path
     quarantine: dict[int, str] = field(default_factory=dict)  # position -> reason
     to_come: int = 0  # chunks
-    rows: int = 0  # rows whose targets are in, summed over the views
+    came: dict[tuple[UnitBuilder, int], int] = field(
+        default_factory=dict
+    )  # unit, place of a batch -> rows whose targets are in
     draft: Future[tuple[int, float]] | None = None  # the latest
+
+    @property
+    def rows(self) -> int:
+        """Whose targets are in, summed over the views; a batch that an interrupt has count twice is there once."""
+        return sum(self.came.values())
 
     @property
     def complete(self) -> bool:
@@ -186,7 +193,7 @@ class UnitLine:
             drafts, unreadable = read_drafts(self._cache, work.block, view, batch, work.order)
             done[view] = unit.restore(drafts)
             work.quarantine |= unreadable
-            work.rows += sum(len(work.order[place : place + batch]) for place in done[view])
+            work.came |= {(unit, place): len(work.order[place : place + batch]) for place in done[view]}
         for unit in work.units:
             unit.drop(np.array(list(work.quarantine), np.int64))
         self.restored += work.rows
@@ -270,7 +277,7 @@ class UnitLine:
         batch = self._underway[0]  # and taken away last: an interrupt may come at any line, and `keep` begins here
         encoded, forward, encode = batch.targets.result()
         batch.unit.add(batch.position, batch.crc, encoded, batch.place)
-        batch.work.rows += batch.rows
+        batch.work.came[batch.unit, batch.place] = batch.rows
         self.images += batch.rows
         self.unreadable += batch.rows - len(batch.position)
         self._seconds["teacher"] += forward

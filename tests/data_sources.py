@@ -86,16 +86,6 @@ def zipped(path: Path, files: dict[str, bytes], how: int = zipfile.ZIP_DEFLATED)
     return path
 
 
-def tar_bytes(files: dict[str, bytes]) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as made:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            made.addfile(info, io.BytesIO(data))
-    return out.getvalue()
-
-
 def opened(
     src: Path, work: Path, classes: Path | None = None, split: str | None = None, labels: Path | None = None
 ) -> tuple[dict[str, tuple[str, bytes]], Source]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from cskd.dataset.classes import CONTROL, MAX_CLASS_BYTES, MAX_CLASS_NAME, MAX_CLASSES, parse_classes
+from cskd.dataset.classes import CONTROL, MAX_CLASS_BYTES, MAX_CLASSES, parse_classes
 from cskd.dataset.look_alikes import difference, look_alike, look_alikes, same_form
 from cskd.errors import DataError
+from cskd.near import nearest
 from cskd.packing.places import WHOLE, Place, place_size, read_place
 from cskd.packing.split_words import some
 
@@ -77,9 +77,9 @@ def unknown_class(name: str, names: Sequence[str], origin: str) -> str:
     if alike := look_alike(name, names):
         return f"'{name[:80]}', which is not in {origin}; '{alike[0][:80]}' is: {alike[1]}; mend one of them"
     # Of 1,000 names at most: all 65,535 would take a minute.
-    near = difflib.get_close_matches(name[:MAX_CLASS_NAME], names[:1000], n=1, cutoff=0.0)
-    nearest = f", the nearest is '{near[0]}'" if near else ""
-    return f"'{name[:200]}' is not in {origin} ({len(names)} names{nearest}); add it there, or give another file with --classes"
+    near = nearest(name, names[:1000], 0.0)
+    hint = f", the nearest is '{near}'" if near else ""
+    return f"'{name[:200]}' is not in {origin} ({len(names)} names{hint}); add it there, or give another file with --classes"
 
 
 def check_look_alikes(names: Iterable[str], origin: str) -> list[str]:

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
+from benchmarks.hostile.base import tar as tar_bytes
 from cskd.errors import DataError
 from cskd.packing.imagenet import mat_synsets, read_kit
-from tests.data_sources import folder, opened, tar, tar_bytes
+from tests.data_sources import folder, opened, tar
 
 # ILSVRC numbers do not follow the sorted names; n00 is no class, it has children
 SYNSETS = {1: "n02119789", 2: "n01440764", 3: "n03000684", 4: "n00001740"}

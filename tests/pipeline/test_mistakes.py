@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -36,12 +34,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(folder / "source" / "a" / "0.png", folder / "flat" / "0.png")
     (folder / "short.tar").write_bytes((folder / "data" / "00000.tar").read_bytes()[:700])
     (folder / "page.tar").write_text("<!doctype html><title>404</title>")
-    with tarfile.open(folder / "no_labels.tar", "w") as tar:
-        picture = io.BytesIO()
-        Image.new("RGB", (8, 8)).save(picture, "PNG")
-        info = tarfile.TarInfo("0001.png")
-        info.size = picture.tell()
-        tar.addfile(info, io.BytesIO(picture.getvalue()))
     (folder / "model.bin").write_bytes(b"\x80\x04 no weights")
     (folder / "net.py").write_text("def bild(num_classes): ...\n")
     (folder / "broken.py").write_text("def build(:\n")

@@ -5,9 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 import threading
+import time
+from collections import defaultdict, deque
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cskd.config import Config
@@ -176,3 +180,32 @@ def test_a_draft_that_is_damaged_or_foreign_is_passed_over(
     if damage == "other versions":
         monkeypatch.setattr("cskd.store.draft.library_versions", lambda: {"Pillow": "1.0"})
     assert cache_teacher(saving(data, cache), quiet=True).content_root == content
+
+
+def test_a_batch_that_an_interrupt_finds_half_counted_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a pass of which one batch is missing would be taken for whole."""
+
+    class Interrupted(deque[Any]):
+        def popleft(self) -> Any:
+            monkeypatch.setattr(Interrupted, "popleft", deque.popleft)
+            raise Cut
+
+    class Unit:
+        def add(self, *batch: Any) -> None:
+            pass
+
+    def finished(self: UnitLine, work: Any) -> None:
+        raise AssertionError("one of two batches is missing")
+
+    monkeypatch.setattr(UnitLine, "_finish", finished)
+    unit, targets, rows = Unit(), Future[Any](), np.arange(4)
+    targets.set_result(({}, 0.0, 0.0))
+    work = unit_line._Pass(0, 0, np.arange(8), [unit], (0,), Path("claim"))  # type: ignore[list-item]
+    line = UnitLine.__new__(UnitLine)
+    line.images = line.unreadable = 0
+    line._seconds, line._saved, line._config = defaultdict(float), time.monotonic(), Config()
+    line._underway = Interrupted([unit_line._Encoding(work, 0, unit, 4, rows, rows, targets)])  # type: ignore[arg-type]
+    with pytest.raises(Cut):
+        line._collect()
+    line._collect()
+    assert work.rows == 4 and not work.complete and not line._underway
