@@ -32,6 +32,7 @@ from cskd.files.durable import json_bytes, put
 from cskd.files.folders import mark, refuse_output
 from cskd.files.read import parse_json, read_file
 from cskd.files.writer import sole_writer
+from cskd.loading.stream import end_with_main
 from cskd.machine.threads import choose_threads, computing_with
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.demo_curve import Curve, draw_curves, refuse_without_matplotlib
@@ -165,7 +166,7 @@ def _teach(out: Path, settings: Settings, processes: int, quiet: bool) -> dict[s
     configs = [_config(out, name, seed, settings) for seed in range(settings.seeds) for name in STUDENTS]
     with (
         Progress("students", len(configs), "students", quiet=quiet) as progress,
-        ProcessPoolExecutor(min(processes, len(configs)), get_context("spawn")) as pool,
+        ProcessPoolExecutor(min(processes, len(configs)), get_context("spawn"), end_with_main) as pool,
     ):
         done = list[_Trained]()
         progress.say(_training(configs, 0, processes))

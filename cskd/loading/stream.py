@@ -164,7 +164,7 @@ def _begin_worker(stream: int, prefetch: int, worker: int) -> None:
     A killed main process can't end its workers, and torch's own watch sees the fork server, which they keep alive.
     """
     use_slots(stream, worker, prefetch)
-    threading.Thread(target=_end_with_main, daemon=True).start()
+    end_with_main()
     show = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -174,11 +174,16 @@ def _begin_worker(stream: int, prefetch: int, worker: int) -> None:
     sys.excepthook = hook
 
 
-def _end_with_main() -> None:
+def end_with_main() -> None:
+    """Have this process end at once, and in silence, when the one that started it has ended."""
     main = multiprocessing.parent_process()
-    if main is not None:
-        main.join()
-        os._exit(1)
+
+    def wait() -> None:
+        if main is not None:
+            main.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _start_deaf_to_interrupts() -> None:
