@@ -6,6 +6,7 @@ import re
 
 from cskd.codecs.base import Arrays, Codec
 from cskd.errors import CodecError
+from cskd.near import did_you_mean
 
 __all__ = ["Arrays", "Codec", "get_codec"]
 
@@ -27,4 +28,7 @@ def get_codec(name: str, classes: int, grid: tuple[int, int]) -> Codec:
         from cskd.codecs.topk import TopkCodec
 
         return TopkCodec(int(match[1]), classes, grid)
-    raise CodecError(f"unknown codec '{name}'; the known ones are envelope, int8 and topk:10 (any number of classes)")
+    hint = did_you_mean(name, ("envelope", "int8", "topk:10"))
+    raise CodecError(
+        f"unknown codec {name!r}; {hint and f'{hint} '}the known ones are envelope, int8 and topk:10 (any number of classes)"
+    )

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from cskd.config.load import NEWER, load_config, read_config, to_dict
+from cskd.config.load import NEWER, config_text, load_config, to_dict
 from cskd.config.yaml_text import read_yaml
 
 DEFAULT = "default"
@@ -80,7 +80,7 @@ def _origins(path: str | Path, overrides: list[str]) -> dict[str, str]:
 
 def _lines(path: str | Path) -> dict[str, str]:
     """Key -> FILE:LINE of what a file states; of a merged key that of the place it is merged from."""
-    loader = yaml.SafeLoader(read_config(path))
+    loader = yaml.SafeLoader(config_text(path))
     root, found = loader.get_single_node(), {}
     for section, keys in _pairs(loader, root):
         for name, value in _pairs(loader, keys):

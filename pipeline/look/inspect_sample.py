@@ -7,7 +7,7 @@ show      class names in a grid; image, top-1, margin or entropy, and CKF target
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +34,10 @@ from cskd.pipeline.look.pictures import (
 )
 from cskd.pipeline.look.wordnet import readable
 from cskd.store.cache import Cache
+from cskd.store.format import Unit
 from cskd.teacher.arithmetic import BLENDS
-from cskd.views.digest import check_view, pixel_crc
+from cskd.views.digest import Recorded, check_view, pixel_crc
+from cskd.views.maker import ViewMaker
 from cskd.views.mixing import CUTMIX, MIXUP, NONE, own_share
 
 MODES = {NONE: "unmixed", MIXUP: "mixup", CUTMIX: "cutmix"}
@@ -88,18 +90,26 @@ def cached_view(cache: Cache, sample: int, view: int) -> CachedView:
     """
     if not 0 <= view < cache.views:
         raise CacheError(f"view {view} is outside this cache's 0..{cache.views - 1}; give one of these with --view")
+    return view_of(cache, read_units(cache, cache.inventory.block_of(sample), view), sample, view)
+
+
+def read_units(cache: Cache, block: int, view: int) -> dict[str, Unit]:
+    """One view of one block by every codec. Raises CacheError when the unit is missing or damaged."""
+    return {name: cache.read(block, view, name) for name in cache.codecs}
+
+
+def view_of(cache: Cache, units: Mapping[str, Unit], sample: int, view: int) -> CachedView:
+    """The view of a sample out of the units of its block. Raises CacheError when the sample is quarantined."""
     block = cache.inventory.block_of(sample)
     first = cache.inventory.block_range(block)[0]
     key = cache.inventory.key(sample)
-    targets: dict[str, Arrays] = {}
-    for name, codec in cache.codecs.items():
-        unit = cache.read(block, view, name)
-        row = int(np.searchsorted(unit.position, sample - first))
-        if row == len(unit.position) or unit.position[row] != sample - first:
-            commit = cache.commit_of(block, view)
-            reason = commit.quarantine[str(sample - first)] if commit else "unknown"
-            raise CacheError(f"sample '{key}' has no targets: it is quarantined ({reason})")
-        targets[name] = codec.take(unit.targets, np.array([row]))
+    unit = next(iter(units.values()))
+    row = int(np.searchsorted(unit.position, sample - first))
+    if row == len(unit.position) or unit.position[row] != sample - first:
+        commit = cache.commit_of(block, view)
+        reason = commit.quarantine[str(sample - first)] if commit else "unknown"
+        raise CacheError(f"sample '{key}' has no targets: it is quarantined ({reason})")
+    targets = {name: cache.codecs[name].take(one.targets, np.array([row])) for name, one in units.items()}
     fields = {name: array[row] for name, array in unit.fields.items()}
     partner, partner_fields = None, {}
     if fields["mode"] != NONE:
@@ -109,19 +119,21 @@ def cached_view(cache: Cache, sample: int, view: int) -> CachedView:
     return CachedView(sample, key, view, fields, targets, partner, partner_fields)
 
 
-def replay(cache: Cache, cached: CachedView) -> NDArray[np.float32]:
+def replay(
+    cache: Cache, cached: CachedView, recorded: Recorded | None = None, maker: ViewMaker | None = None
+) -> NDArray[np.float32]:
     """The mixed image that the teacher saw, to the last bit: float32 [size, size, 3], RGB in 0..255.
 
-    A MixUp is no whole numbers: rounded, it gives a teacher other targets.
+    A MixUp is no whole numbers: rounded, it gives a teacher other targets. recorded, maker: for many views of one cache,
+    its `recorded()` and a maker of its views.
 
     Raises:  ReplayError when a digest differs; DataError when the image shards are missing or were changed.
     """
     import torch
 
-    from cskd.views.maker import ViewMaker
     from cskd.views.mix_pixels import mix_pixels
 
-    maker, recorded = ViewMaker(cache.inventory, cache.recipe), cache.recorded()
+    maker, recorded = maker or ViewMaker(cache.inventory, cache.recipe), recorded or cache.recorded()
     rows = [(cached.sample, cached.fields)]
     if cached.partner is not None:
         rows.append((cached.partner, cached.partner_fields))

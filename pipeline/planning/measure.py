@@ -30,7 +30,7 @@ from cskd.pipeline.evaluate import score_heads
 from cskd.pipeline.loader_speed import images_per_second
 from cskd.pipeline.measure_precision import first_views
 from cskd.pipeline.outputs import sole_run
-from cskd.pipeline.precheck import even_divisors, micro_batch_of
+from cskd.pipeline.setup import even_divisors, micro_batch_of
 from cskd.pipeline.show.progress import bound_by
 from cskd.pipeline.train_step import TrainStep, micro_batches
 from cskd.pipeline.training_run import TrainingRun, open_run
@@ -125,9 +125,15 @@ def step_batch(config: Config, size: int, device: torch.device, teacher_rate: fl
     whole = config.train.global_batch
     if device.type != "cpu":
         return whole
+    sizes, rows = even_divisors(whole) or [2], 0
     rate = images_per_second(config.student, size, min(8, whole), config.train.autocast, device, LONG_STEP)
-    most = max(LEAST_VIEWS, LONG_STEP * seconds / (1 / rate + 1 / teacher_rate))
-    return next((n for n in even_divisors(whole) if n <= most), min(even_divisors(whole), default=2))
+    while True:  # larger steps take less time for a view, which more of them have room for
+        most = max(LEAST_VIEWS, LONG_STEP * seconds / (1 / rate + 1 / teacher_rate))
+        fits = next((n for n in sizes if n <= most), sizes[-1])
+        if fits <= rows:
+            return rows
+        rows = fits
+        rate = images_per_second(config.student, size, rows, config.train.autocast, device, LONG_STEP)
 
 
 def new_cache(root: Path, config: Config, inventory: Inventory, teacher: Teacher) -> Cache:
@@ -272,10 +278,11 @@ def time_stage2(
             least = _seconds_of(lambda: update(half, epoch, step, spent), device, seconds / 6)
             grows = max(0.0, (alone - least) / (batch_rows - len(half["label"])))
             once = min(alone, max(0.0, alone - batch_rows * grows)) / batch_rows
-        clock = time.perf_counter()
-        run.export(step)
-        run.save(step)
-        epoch_end = time.perf_counter() - clock
+        for _ in range(2):  # the first one imports, and makes folders
+            clock = time.perf_counter()
+            run.export(step)
+            run.save(step)
+            epoch_end = time.perf_counter() - clock
         evaluate = _time_evaluation(run, update, device, threads)
         live = LiveTargets(teacher(), config.loss, config.train.epochs)
         forward = _seconds_of(lambda: live.of(held, 0, device), device, seconds / 3)
@@ -339,6 +346,6 @@ def small_train(settings: TrainConfig, batch: int, output: Path, views: int) -> 
         max_steps=0,
         best=None,
         export="auto",
-        tensorboard=False,
+        trackers=[],
         eval_every=EPOCHS,
     )

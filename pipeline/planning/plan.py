@@ -31,7 +31,6 @@ from cskd.machine.threads import brief_turns, choose_threads, computing_with
 from cskd.pipeline.doctor import load_row, loader_row
 from cskd.pipeline.loader_speed import views_per_second
 from cskd.pipeline.out_of_memory import explained, nothing_to_lower
-from cskd.pipeline.outputs import device_of
 from cskd.pipeline.planning.costs import SHARED, Costs, Measured, Work, costs_of, hours, live_view, verdict
 from cskd.pipeline.planning.measure import (
     CodecSize,
@@ -47,7 +46,8 @@ from cskd.pipeline.planning.measure import (
     write_rate,
 )
 from cskd.pipeline.planning.sample import VAL_IMAGES, DataFacts, copied, is_packed, made, unpacked, write_sample
-from cskd.pipeline.precheck import look_ahead, open_val, training_images
+from cskd.pipeline.precheck import PLANNED, refuse
+from cskd.pipeline.setup import Setup, device_of, training_images
 from cskd.pipeline.show.progress import Notes, print_lines
 from cskd.store.format import MANIFEST
 from cskd.teacher.model import Teacher, load_teacher
@@ -200,12 +200,12 @@ def _data(config: Config, images: int | None, notes: Notes) -> DataFacts:
         data = unpacked(config, images)
         notes.add(data.notes)
         return data
-    inventory = training_images(config)
-    ahead = look_ahead(config, ViewMaker(inventory, config.recipe))
+    setup = Setup(config)
+    ahead, inventory = refuse(PLANNED, setup), setup.inventory
     notes.add([*ahead.images, *ahead.notes])
     if (Path(config.cache.path) / MANIFEST).exists():
         notes.add([f"{config.cache.path} holds a cache already; the plan is for making all of it"])
-    return DataFacts(inventory, open_val(config, inventory.classes), len(inventory), inventory.classes, [])
+    return DataFacts(inventory, setup.val, len(inventory), inventory.classes, [])
 
 
 def _disk(config: Config) -> Path:
