@@ -12,7 +12,7 @@ from os import PathLike, fspath
 from typing import Any, ParamSpec, TypeVar
 
 from cskd.config import Config, load_config
-from cskd.errors import CskdError, PathError, RankError, refusal
+from cskd.errors import CskdError, PathError, RankError, said
 from cskd.files.paths import local_path
 from cskd.pipeline import cache_teacher as stage1
 from cskd.pipeline import train as stage2
@@ -37,7 +37,7 @@ def _raises_one_kind(stage: Callable[P, R]) -> Callable[P, R]:
         except CskdError:
             raise
         except OSError as e:
-            raise PathError(refusal(e)) from e
+            raise PathError(said(e)) from e
         except SystemExit as e:
             raise RankError(f"this rank was interrupted with exit code {e.code}; run it again to go on") from e
 
@@ -84,17 +84,31 @@ def inspect(
     view: int = 0,
     blend: float = 0.5,
     png: str | PathLike[str] | None = None,
+    html: str | PathLike[str] | None = None,
+    samples: int = 64,
+    seed: int = 0,
 ) -> Inspection:
     """What a cache holds; `cskd inspect`.
 
     Args:    cache, its folder; data, folder of the image shards where they have moved; sample, key or number of one to describe,
-             in this view and at this blend (1 = each cell's own output); png, write its picture here.
+             in this view and at this blend (1 = each cell's own output); png, write its picture here; html, write a page of so many
+             `samples` here, chosen by `seed`.
     Returns: the facts; `facts.facts` is them as JSON.
     Raises:  CskdError. What is wrong with single units is in `errors` instead.
     """
-    folder, shards, picture = (
+    folder, shards, picture, page = (
         None if path is None else local_path(fspath(path), name)
-        for path, name in ((cache, "cache"), (data, "data"), (png, "png"))
+        for path, name in ((cache, "cache"), (data, "data"), (png, "png"), (html, "html"))
     )
     assert folder is not None
-    return inspect_cache.inspect(folder, data=shards, sample=sample, view=view, blend=blend, png=picture)
+    return inspect_cache.inspect(
+        folder,
+        data=shards,
+        sample=sample,
+        view=view,
+        blend=blend,
+        png=picture,
+        html=page,
+        samples=samples,
+        seed=seed,
+    )

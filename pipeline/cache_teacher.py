@@ -3,8 +3,8 @@
     plan      which units (one view of one block) are missing
     load      the teacher, checked on clean images before the first unit
     loop      augmented quads -> mixed on the device -> dense and global logits -> codecs, a few batches at once
-    commit    a unit at a time, while the teacher goes on; killing the process loses at most what was not committed of the
-              pass it was in and of the one before
+    commit    a unit at a time, while the teacher goes on; a pass that takes long is saved every `cache.save_seconds`, so that
+              killing the process loses that much work, and what the teacher and the writer were at
     seal      when all are there
 
 The same command resumes, and run several times at once it shares the work. Launch: `cskd cache-teacher configs/imagenet_sample.yaml`.
@@ -22,17 +22,16 @@ from rich.console import Console
 
 from cskd.config import Config, to_dict
 from cskd.dataset.inventory import Inventory
-from cskd.errors import CacheError, ConfigError
+from cskd.errors import CacheError
 from cskd.loading.feed import fed
-from cskd.loading.need import PREFETCH, refuse_little_memory
 from cskd.loading.stage1 import ChunkMaker
 from cskd.machine.launch import launched
 from cskd.machine.threads import Threads, begun_with, brief_turns, choose_threads, computing_with
 from cskd.pipeline.clean_check import clean_check
 from cskd.pipeline.measure_precision import measure_precision
 from cskd.pipeline.out_of_memory import Probe, explained, nothing_to_lower
-from cskd.pipeline.outputs import device_of, refuse_cache_output
-from cskd.pipeline.precheck import Ahead, look_ahead, need_training_images, training_images
+from cskd.pipeline.precheck import BEFORE_TEACHER, WITH_TEACHER, refuse
+from cskd.pipeline.setup import Setup, device_of
 from cskd.pipeline.show.progress import Notes, Progress, bound_by, duration, print_lines
 from cskd.pipeline.unit_line import missing_passes, unit_line, views_left
 from cskd.store.cache import Cache, create_cache
@@ -80,57 +79,42 @@ def _cache_teacher(
     config: Config, device: torch.device, moved: list[str], threads: Threads, quiet: bool
 ) -> CacheReport:
     start = time.perf_counter()
-    if not config.cache.path:
-        raise ConfigError("cache.path is empty; say where the cache goes, for example --set cache.path=caches/mine")
-    need_training_images(config)
-    refuse_cache_output(config)
-    inventory = training_images(config)
     # Of the ranks of torchrun the first one speaks for all, since it counts what all make.
     quiet = quiet or not launched().speaks
-    maker, notes = ViewMaker(inventory, config.recipe), Notes(quiet)
+    notes = Notes(quiet)
     notes.add(moved)
-    ahead = look_ahead(config, maker)
-    chunk_bytes = config.teacher.batch * min(config.recipe.mix_group, config.cache.views) * 3 * config.recipe.size**2
-    gpu = device.type == "cuda"
-    refuse_little_memory("cache", threads.workers, PREFETCH, chunk_bytes, launched().local_count, pinned=gpu)
+    setup = Setup(config)
+    ahead = refuse(BEFORE_TEACHER, setup)
     with explained(device, nothing_to_lower("cache.device")):
-        teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
-    with explained(device, lambda probe: batch_advice(teacher, config, probe)):
-        return _fill(config, inventory, teacher, maker, ahead, threads, notes, start)
+        setup.teacher = load_teacher(config.teacher, setup.inventory.classes, device, config.recipe.size)
+    with_grid = refuse(WITH_TEACHER, setup).notes
+    notes.add([*ahead.images, *setup.teacher.notes, *ahead.notes, *with_grid])
+    with explained(device, lambda probe: batch_advice(setup.teacher, config, probe)):
+        return _fill(setup, ahead.images, threads, notes, start)
 
 
-def _fill(
-    config: Config,
-    inventory: Inventory,
-    teacher: Teacher,
-    maker: ViewMaker,
-    ahead: Ahead,
-    threads: Threads,
-    notes: Notes,
-    start: float,
-) -> CacheReport:
+def _fill(setup: Setup, about_images: list[str], threads: Threads, notes: Notes, start: float) -> CacheReport:
     """Check the teacher, open or begin the cache, and make what it lacks."""
-    quiet = notes.quiet
-    notes.add([*ahead.images, *teacher.notes, *ahead.notes, *ahead.on_grid(teacher.grid)])
+    quiet, config, inventory, teacher, maker = notes.quiet, setup.config, setup.inventory, setup.teacher, setup.maker
     notes.say()
-    cache = _open_or_create(config, inventory, teacher, maker, ahead.images, notes)
+    cache = _open_or_create(config, inventory, teacher, maker, about_images, notes)
     notes.add(_use_threads(threads, cache, teacher, config))
     notes.say()
 
     total = cache.inventory.n * cache.views
     with (
-        unit_line(cache, teacher, config, threads) as line,
+        unit_line(cache, teacher, config, threads, quiet) as line,
         Progress("cache-teacher", total, "views", start=total - views_left(cache), quiet=quiet) as progress,
     ):
         while passes := missing_passes(cache):
             maker_of_chunks, tasks = ChunkMaker(maker, inventory.id), line.tasks(passes)
             results = fed(maker_of_chunks, tasks, teacher.device, threads.workers)
-            before, by_others = line.units, total - views_left(cache) - line.images
+            before, by_others = line.units, total - views_left(cache) - line.images - line.restored
             for chunk in results:
                 line.feed(chunk)
-                progress.update(by_others + line.images)
+                progress.update(by_others + line.images + line.restored)
             line.drain()
-            progress.update(by_others + line.images)
+            progress.update(by_others + line.images + line.restored)
             if line.units == before:
                 time.sleep(POLL_WAIT)  # others are making all that is missing
     return CacheReport(

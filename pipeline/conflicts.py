@@ -19,6 +19,7 @@ from cskd.files.writer import LOCK
 from cskd.loading.sources import ViewSource
 from cskd.machine.arithmetic import half
 from cskd.method.losses import own_terms
+from cskd.pipeline.show.trackers import RECORD
 from cskd.store.cache import Cache, differences
 from cskd.store.format import RESOLVED
 from cskd.student.checkpoint import MODEL, MODEL_BEST, MODEL_EMA, MODEL_LAST
@@ -26,11 +27,11 @@ from cskd.student.checkpoint import MODEL, MODEL_BEST, MODEL_EMA, MODEL_LAST
 # Facts of the teacher that a config for training may repeat; weights may lie elsewhere, batch and device don't matter.
 _TEACHER = ("model", "kwargs", "input_size", "mean", "std", "classes", "dense", "grid")
 # Files of a run that replace what has their name; the folders next to them hold names of their own.
-_RUN_FILES = (MODEL, MODEL_LAST, MODEL_EMA, MODEL_BEST, "config.json", "metrics.jsonl", "metrics.csv")
-RUN_NAMES = (*_RUN_FILES, RESOLVED, "unreadable.json", "resume", "scratch", "tensorboard", MARKER, LOCK)
+_RUN_FILES = (MODEL, MODEL_LAST, MODEL_EMA, MODEL_BEST, "config.json", "metrics.jsonl", "metrics.csv", RECORD)
+RUN_NAMES = (*_RUN_FILES, RESOLVED, "unreadable.json", "resume", "scratch", "tensorboard", "wandb", MARKER, LOCK)
 # Keys that don't change which numbers a run ends with: they may differ when it is resumed.
 _FREE = (
-    "output", "workers", "threads", "device", "eval_every", "keep", "save_every", "max_steps", "tensorboard", "prefetch",
+    "output", "workers", "threads", "device", "eval_every", "keep", "save_every", "max_steps", "trackers", "prefetch",
     "export", "augment",
 )  # fmt: skip
 # What else may differ when a run is resumed, with what a note says of it: all of it is read again at every step, so the

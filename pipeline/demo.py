@@ -32,6 +32,7 @@ from cskd.files.durable import json_bytes, put
 from cskd.files.folders import mark, refuse_output
 from cskd.files.read import parse_json, read_file
 from cskd.files.writer import sole_writer
+from cskd.loading.stream import end_with_main
 from cskd.machine.threads import choose_threads, computing_with
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.demo_curve import Curve, draw_curves, refuse_without_matplotlib
@@ -165,13 +166,23 @@ def _teach(out: Path, settings: Settings, processes: int, quiet: bool) -> dict[s
     configs = [_config(out, name, seed, settings) for seed in range(settings.seeds) for name in STUDENTS]
     with (
         Progress("students", len(configs), "students", quiet=quiet) as progress,
-        ProcessPoolExecutor(min(processes, len(configs)), get_context("spawn")) as pool,
+        ProcessPoolExecutor(min(processes, len(configs)), get_context("spawn"), end_with_main) as pool,
     ):
-        done = []
+        done = list[_Trained]()
+        progress.say(_training(configs, 0, processes))
         for trained in pool.map(_student, configs) if processes > 1 else map(_student, configs):
             done.append(trained)
             progress.update(len(done))
+            if more := _training(configs, len(done), processes):
+                progress.say(f"top-1 {trained.top1:.1f} %; {more}")
     return {name: done[i :: len(STUDENTS)] for i, name in enumerate(STUDENTS)}
+
+
+def _training(configs: list[Config], done: int, processes: int) -> str:
+    """Which students train after the first `done`, with number, method and seed; '' where all are done."""
+    now = list(enumerate(configs, 1))[done : done + processes]
+    each = "; ".join(f"{n} of {len(configs)}, {c.loss.method}, seed {c.train.seed}" for n, c in now)
+    return f"training {each}" if each else ""
 
 
 def _student(config: Config) -> _Trained:

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +21,7 @@ from rich.text import Text
 
 import cskd
 from cskd.config import Config
+from cskd.config.schema import Tracker
 from cskd.files.durable import hard_link_error
 from cskd.files.scratch import GB
 from cskd.loading.need import shared_bytes
@@ -41,7 +42,7 @@ PACKAGES = (
 OPTIONAL = {
     "scikit-learn": "cskd demo: pip install 'cskd[demo]'",
     "matplotlib": "cskd demo: pip install 'cskd[demo]'",
-    "tensorboard": "train.tensorboard: pip install 'cskd[tensorboard]'",
+    **{name: f"train.trackers: pip install 'cskd[{name}]'" for name in get_args(Tracker)},
 }
 
 
@@ -147,7 +148,7 @@ def _storage(config: Config) -> Iterator[Check]:
     yield _hard_links(Path.cwd())
     shm = Path("/dev/shm")
     if shm.is_dir():
-        batch = config.train.global_batch // launched().local_count * 3 * config.recipe.size**2
+        batch = _batch_bytes(config)
         workers = _loader_threads(config).workers
         need = shared_bytes(workers, config.train.prefetch, batch)
         advice = (
@@ -158,6 +159,15 @@ def _storage(config: Config) -> Iterator[Check]:
     if sys.platform == "linux":
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         yield Check("memory", f"{memory / GB:.1f} GB")
+
+
+def _batch_bytes(config: Config) -> int:
+    """Bytes of a rank's batch in training; where the device makes the views, of images as large as ImageNet's."""
+    from cskd.loading.raw_batches import batch_bytes
+    from cskd.pipeline.loader_speed import PHOTO
+
+    share, sent = config.train.global_batch // launched().local_count, config.train.augment == "device"
+    return batch_bytes(share, config.train.repeats, config.recipe.size, math.prod(PHOTO) if sent else 0)
 
 
 def _loader_threads(config: Config) -> Threads:
@@ -212,9 +222,9 @@ def _threads(config: Config) -> Iterator[Check]:
     name = user[0] if user else ""
     advice = f"threads beyond the cores wait for each other: unset {name}, or set it to {threads.share} at most"
     yield _row("threads", str(threads), not user or threads.count <= threads.share, advice)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    busy = load > BUSY * threads.cores.count
-    yield Check("load", f"{load:.1f}", advice="other work runs here now, which slows what follows down" if busy else "")
+    load = load_row(threads.cores.count)
+    busy = bool(load.advice)
+    yield load
     one = steps_per_second(1, SECONDS)
     if threads.count == 1:
         yield Check("speed", f"{one:.0f} steps/s of a small network with 1 thread")
@@ -227,6 +237,13 @@ def _threads(config: Config) -> Iterator[Check]:
     when = "next to the other work" if busy else "on this machine"
     advice = f"several threads are slower than one {when}: set train.threads: 1 and cache.threads: 1"
     yield _row("speed", value, several >= SLOWER * one, advice)
+
+
+def load_row(cores: int) -> Check:
+    """That of the processes that want to run now, with advice where they slow down what is measured here."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    advice = "other work runs here now, which slows what is measured" if load > BUSY * cores else ""
+    return Check("load", f"{load:.1f}", advice=advice)
 
 
 def _loader(config: Config) -> Iterator[Check]:

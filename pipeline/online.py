@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cskd.config import Config
 from cskd.dataset.inventory import Inventory
-from cskd.errors import ConfigError, ImageError
+from cskd.errors import ImageError
 from cskd.files.durable import put
 from cskd.loading.sources import LiveViews
 from cskd.loading.stream import Stream
@@ -25,7 +25,8 @@ from cskd.machine.ranks import Ranks
 from cskd.machine.threads import choose_threads
 from cskd.pipeline.clean_check import clean_check
 from cskd.pipeline.measure_precision import measure_precision
-from cskd.pipeline.precheck import look_ahead, training_images
+from cskd.pipeline.precheck import BEFORE_TEACHER, ON_GRID, refuse
+from cskd.pipeline.setup import Setup, baseline_name, baseline_views, training_images
 from cskd.pipeline.show.progress import Notes, Progress
 from cskd.store.identity import identity_of
 from cskd.store.seal import refuse_too_many, refuse_too_many_in_all
@@ -43,11 +44,12 @@ def open_online(
 
     notes: gets what a user should know, each before the work that it is about.
     """
-    inventory = training_images(config)
-    maker = ViewMaker(inventory, config.recipe)
-    ahead = look_ahead(config, maker, online=True)
+    setup = Setup(config, online=True)
+    ahead = refuse(BEFORE_TEACHER, setup)
+    inventory, maker = setup.inventory, setup.maker
     teacher = load_teacher(config.teacher, inventory.classes, device, config.recipe.size)
-    notes.add([*ahead.images, *teacher.notes, *ahead.notes, *ahead.on_grid(teacher.grid)])
+    setup.teacher = teacher
+    notes.add([*ahead.images, *teacher.notes, *ahead.notes, *refuse(ON_GRID, setup).notes])
     notes.say()
     check = clean_check(teacher, maker, config)
     notes.add([f"online: the teacher runs at every step; its top-1 is {check.text}", *check.notes])
@@ -66,23 +68,10 @@ def open_baseline(config: Config, ranks: Ranks, online: bool, quiet: bool) -> tu
     Raises: ConfigError for a train.views that train.repeats does not divide, DataError and CacheError as a cache would.
     """
     inventory = training_images(config)
-    views = config.train.views or config.cache.views if online else _baseline_views(config)
+    views = config.train.views or config.cache.views if online else baseline_views(config)
     bad, left_out = decodable(ViewMaker(inventory, config.recipe), config, ranks, quiet)
-    # No teacher to name: what is left tells these views from those of other images or another recipe.
-    identity = identity_of(inventory, config.recipe, {}, (1, 1), [])
-    source = LiveViews(inventory, config.recipe, views, (1, 1), bad, f"none, {identity.fingerprint[:16]}")
+    source = LiveViews(inventory, config.recipe, views, (1, 1), bad, baseline_name(inventory, config.recipe))
     return source, NoTargets(), [_baseline_note(config, views), *left_out]
-
-
-def _baseline_views(config: Config) -> int:
-    """train.views, or as many as all epochs feed: each run of `repeats` epochs takes `repeats` of them."""
-    views, repeats = config.train.views, config.train.repeats
-    if views % repeats:
-        above = -(-views // repeats) * repeats
-        raise ConfigError(
-            f"train.views is {views} and train.repeats {repeats}, which must divide it; set train.views={above}, or 0"
-        )
-    return views or -(-config.train.epochs // repeats) * repeats
 
 
 def _baseline_note(config: Config, views: int) -> str:

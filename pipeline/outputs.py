@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from PIL.Image import Image
 
 from cskd.config import Config
 from cskd.config.load import PATHS
@@ -20,55 +21,50 @@ from cskd.files.folders import refuse_output
 from cskd.files.paths import local_path
 from cskd.files.scratch import clear_scratch
 from cskd.files.writer import LOCK, Writer, by, sole_writer
-from cskd.machine.devices import pick_device
 from cskd.machine.ranks import Ranks
 from cskd.pipeline.conflicts import RUN_NAMES, refuse_foreign
-from cskd.pipeline.precheck import check_output
 from cskd.pipeline.show.progress import say
 from cskd.store.format import OWN_NAMES
-from cskd.store.manifest import read_manifest
 
 FIRST_SPEAKS = 3.0  # seconds: torchrun ends all ranks once one has ended, and the first one knows why
-_PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def device_of(config: Config, section: str) -> tuple[torch.device, list[str]]:
-    """Where a stage runs, by `device` of its section, and notes. Raises ConfigError as `pick_device`.
-
-    Older caches recorded the device of the machine that began them, and a config made of that record has it. It says nothing of
-    this machine: where it is not here, it stands for auto.
-    """
-    name, key, root = getattr(config, section).device, f"{section}.device", Path(config.cache.path)
-    notes: list[str] = []
-    try:
-        device = pick_device(name, key)
-    except ConfigError:
-        recorded = None
-        with contextlib.suppress(CacheError):
-            recorded = read_manifest(root).config.get(section, {}).get("device") if config.cache.path else None
-        if recorded != name:
-            raise
-        device = pick_device("auto", key)
-        notes.append(f"{key} {name}, which is recorded in {root}, can't be used here: this runs on {device}")
-    return device, notes
+PAGE_START = b"<!doctype html>\n<!-- made by cskd inspect --html -->\n"
+# Loose files that commands write: what they are, and how each begins. Only one that begins so is replaced.
+FILES = {"--png": ("PNG", b"\x89PNG\r\n\x1a\n"), "--html": ("page of `cskd inspect`", PAGE_START)}
 
 
 def refuse_cache_output(config: Config) -> None:
-    """Refuse a `cache.path` that can't hold this cache, before the teacher is loaded. Raises PathError, CacheError, OSError.
+    """Refuse a `cache.path` that can't hold this cache, before the teacher is loaded. Raises PathError, CacheError.
 
     Several processes may make one cache; while one repairs it, no other does.
     """
     root = Path(config.cache.path)
     refuse_output(root, "cache", "cache.path", inputs=_other_paths(config, "cache.path"), names=OWN_NAMES)
-    if config.train.output:  # of stage 2, which would be refused after all of stage 1
-        others, output = _other_paths(config, "train.output"), Path(config.train.output)
-        refuse_output(output, "run", "train.output", inputs=others, names=RUN_NAMES)
-        if root.resolve() in output.resolve().parents:
-            raise PathError(f"train.output {output} lies in cache.path {root}; give a folder outside of it")
-    _refuse_without_links(root)
     mending = claims.holder(root / LOCK)
     if mending is not None and not (mending.is_here and mending.pid == os.getpid()):
         raise PathError(f"cache.path {root} is being repaired{by(mending)}; run the same command when that has ended")
+
+
+def refuse_run_output(config: Config) -> None:
+    """Refuse a `train.output` that can't hold a run of this config; leaves nothing. Raises ConfigError, PathError, OSError."""
+    output = Path(config.train.output)
+    for name in config.train.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"train.trackers has {name}, which is not installed; run: pip install 'cskd[{name}]'")
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "no folder" if not there.is_dir() else "not writable"
+        raise ConfigError(f"train.output {output}: {there} is {what}; set another, --set train.output=runs/x")
+    refuse_output(output, "run", "train.output", inputs=_other_paths(config, "train.output"), names=RUN_NAMES)
+    root = Path(config.cache.path)
+    if config.cache.path and os.path.realpath(root) in map(str, Path(os.path.realpath(output)).parents):
+        raise PathError(f"train.output {output} lies in cache.path {root}; give a folder outside of it")
+    try:
+        tempfile.TemporaryDirectory(dir=there, prefix=".cskd-").cleanup()
+    except OSError as e:
+        raise ConfigError(
+            f"train.output {output}: nothing can be made in {there} ({e.strerror}); set another, --set train.output=runs/x"
+        ) from None
+    refuse_foreign(output)
 
 
 @contextlib.contextmanager
@@ -97,10 +93,7 @@ def sole_run(config: Config, ranks: Ranks, device: torch.device, quiet: bool) ->
     with contextlib.ExitStack() as held:
         if ranks.first:
             try:
-                check_output(config.train)
-                others = _other_paths(config, "train.output")
-                refuse_output(output, "run", "train.output", inputs=others, names=RUN_NAMES)
-                refuse_foreign(output)
+                refuse_run_output(config)
                 cure = "set another folder, --set train.output=..."
                 writer = held.enter_context(sole_writer(output, cure, tell=lambda line: say([line], quiet)))
             except (CskdError, OSError) as e:
@@ -117,29 +110,30 @@ def sole_run(config: Config, ranks: Ranks, device: torch.device, quiet: bool) ->
         yield writer
 
 
-def refuse_png(path: Path) -> None:
-    """PathError for a picture that would go into a folder of ours, or in the place of something else than a picture."""
-    refuse_output(local_path(path, "--png").parent, None, "--png")
+def refuse_file(path: Path, option: str) -> None:
+    """PathError for a file that `option` would write into a folder of ours, or in the place of a file of another kind."""
+    refuse_output(local_path(path, option).parent, None, option)
+    kind, start = FILES[option]
     if path.is_dir():
-        raise PathError(f"--png {path} is a folder, expected the path of a picture")
-    if path.exists() and (not path.is_file() or path.read_bytes()[: len(_PNG)] not in (_PNG, b"")):
-        raise PathError(f"--png {path} is there and is no PNG; give another path")
+        raise PathError(f"{option} {path} is a folder, expected the path of a {kind}")
+    if path.exists() and (not path.is_file() or path.read_bytes()[: len(start)] not in (start, b"")):
+        raise PathError(f"{option} {path} is there and is no {kind}; give another path")
 
 
-def save_png(picture: Image, path: Path) -> None:
-    """Put a picture in place, whole or not at all. DataError where it can't be written, PathError while another process is
-    at it."""
+def save_file(path: Path, option: str, content: bytes) -> None:
+    """Put what `option` asked for in place, whole or not at all. DataError where it can't be written, PathError while another
+    process is at it."""
     try:
         with sole_writer(path.parent, "give another path", name=f".{path.name}{LOCK}"):
-            put(path, lambda temp: picture.save(temp, "PNG"))
+            put(path, content)
     except OSError as e:
-        raise DataError(f"{path} can't be written: {e.strerror or e}; give another path with --png") from None
+        raise DataError(f"{path} can't be written: {e.strerror or e}; give another path with {option}") from None
 
 
-def _refuse_without_links(root: Path) -> None:
+def refuse_without_links(root: Path) -> None:
     """CacheError where the file system of `cache.path`, which need not be there yet, has no hard links; OSError where nothing
     can be written there."""
-    error = hard_link_error(next(path for path in (root, *root.resolve().parents) if path.exists()))
+    error = hard_link_error(next(path for path in (root, *Path(os.path.realpath(root)).parents) if path.exists()))
     if error is not None and error.errno in NO_LINKS:
         raise CacheError(
             f"cache.path {root}: its file system has no hard links ({error.strerror}), which let one of several writers win; "

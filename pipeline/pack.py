@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ def pack_data(
     short_side: int | None = None,
     raw: bool = False,
     split: str | None = None,
+    labels: Path | None = None,
     quiet: bool = False,
 ) -> PackReport:
     """`cskd.packing.pack.pack` with progress; arguments as there."""
@@ -73,6 +75,7 @@ def pack_data(
             short_side=short_side,
             raw=raw,
             split=split,
+            labels=labels,
             progress=show,
             tell=tell,
         )
@@ -81,7 +84,15 @@ def pack_data(
 
 
 def index_data(
-    shards: Path, classes: Path | None = None, block: int = 8192, split: str | None = None, quiet: bool = False
+    shards: Path | Sequence[Path],
+    out: Path | None = None,
+    classes: Path | None = None,
+    block: int = 8192,
+    split: str | None = None,
+    label_key: str | None = None,
+    key_prefix: str | None = None,
+    allow_incomplete: bool = False,
+    quiet: bool = False,
 ) -> PackReport:
     """`cskd.packing.index.index` with progress; arguments as there."""
     start = time.perf_counter()
@@ -90,9 +101,19 @@ def index_data(
         def show(images: int, done: int, total: int) -> None:
             shown.update(images, shards=f"{done} of {total}")
 
-        inventory = index(shards, classes=classes, block=block, split=split, progress=show)
+        inventory = index(
+            shards,
+            out=out,
+            classes=classes,
+            block=block,
+            allow_incomplete=allow_incomplete,
+            split=split,
+            label_key=label_key,
+            key_prefix=key_prefix,
+            progress=show,
+        )
     say(inventory.notes, quiet)
-    return _report(inventory, start)
+    return _report(inventory, start, out)
 
 
 def render(report: PackReport, console: Console) -> None:
@@ -108,9 +129,9 @@ def render(report: PackReport, console: Console) -> None:
     )
 
 
-def _report(inventory: Inventory, start: float) -> PackReport:
+def _report(inventory: Inventory, start: float, out: Path | None = None) -> PackReport:
     return PackReport(
-        folder=str(inventory.root),
+        folder=str(out or inventory.root),
         inventory=inventory.id,
         samples=len(inventory),
         classes=len(inventory.classes),

@@ -1,230 +1,312 @@
-"""Before the first unit: everything that can be known of stage 2 by then, and how all sizes fit together.
+"""The one list of what can be looked at before the work: used by stage 1, by `cskd check` and by stage 2.
 
-images    a few of the data set: views that are enlarged, or that may hold nothing of their image
-stage 2   its student, data, plan, method and output, as `cskd train` will open them; the student on the meta device, in no memory
-grid      the student's patches on the teacher's cells, once the teacher is there
+    stage 1      all of it before the first unit: what stage 2 would refuse after days of the teacher is refused at once
+    cskd check   all of it, and says of each line what was found; nothing is stopped by the first that is wrong
+    stage 2      what is its own, of the parts that it then trains with
 
-Stage 2 opens what it needs by the same functions. What a config leaves empty is no error: stage 1 may be all that is wanted.
+What a config leaves empty is no error: stage 1 may be all that is wanted.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import importlib.util
-import os
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
-import torch
-
-from cskd.codecs import get_codec, known_own
-from cskd.config import Config, LossConfig, RecipeConfig, TrainConfig
-from cskd.dataset.inventory import Inventory, evenly, open_inventory
-from cskd.errors import CacheError, ConfigError, CskdError, DataError, ImageError, StudentError
-from cskd.loading.plan import PlanSpec
-from cskd.loading.sources import LiveViews
+from cskd.errors import ConfigError, CskdError, counted, shown
 from cskd.loading.targets import codec_for
-from cskd.machine.arithmetic import half
-from cskd.method.losses import DistillationLoss
-from cskd.store.format import MANIFEST
-from cskd.store.manifest import read_manifest
-from cskd.student import Student, build_student
-from cskd.student.best import score_asked
-from cskd.student.optim import Optimisation
-from cskd.views.fit import evaluation_notes, image_notes, refuse_views
-from cskd.views.maker import ViewMaker
+from cskd.method.losses import unread_keys
+from cskd.pipeline.conflicts import as_begun, refuse_other_run, run_identity
+from cskd.pipeline.outputs import refuse_cache_output, refuse_run_output, refuse_without_links
+from cskd.pipeline.run_state import PROGRESS
+from cskd.pipeline.setup import Setup, image_sizes, view_notes, with_best
+from cskd.store.cache import open_cache, refuse_other_identity
+from cskd.student.checkpoint import ResumeStates
+from cskd.student.optim import refuse_schedule
+from cskd.student.warm_start import checkpoint_file
+from cskd.teacher.build import weight_file
+from cskd.views.fit import image_notes, refuse_views
 
-IMAGES = 32  # that are decoded to learn their size
+Found = tuple[str, list[str]]  # what was found, and what a user should know of it
+State = Literal["ok", "wrong", "open"]
 
 
 @dataclass(frozen=True)
-class Ahead:
-    """Stage 2 as far as a config describes it; student None: it describes none, or one that can't be."""
+class Check:
+    """name: the key or section that it is about. look: raises CskdError or OSError where it is wrong. needs: checks that must be ok
+    for this one to be possible. of: 'data', 'cache' (stage 1), 'student' (stage 2), or 'machine' (stage 2 on this very machine)."""
 
-    student: Student | None
-    loss: LossConfig
-    images: list[str]  # what a user should know of the views, whoever learns from them
-    notes: list[str]  # and of stage 2
-    refuses: bool  # what does not fit is refused; else noted, because the cache was begun
+    name: str
+    look: Callable[[Setup], Found]
+    of: Literal["data", "cache", "student", "machine"]
+    needs: tuple[str, ...] = ()
 
-    def on_grid(self, grid: tuple[int, int]) -> list[str]:
-        """What a user should know of the student on the teacher's grid. StudentError where they can't meet."""
-        if self.student is None:
-            return []
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: ok, wrong, or open (could not be looked at, or is not asked for)."""
+
+    check: Check
+    state: State
+    text: str
+    notes: list[str]
+    error: CskdError | OSError | None = None
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What a user should know: of the images, whoever learns from them; and of stage 2."""
+
+    images: list[str]
+    notes: list[str]
+
+
+def findings(checks: Iterable[Check], setup: Setup) -> list[Finding]:
+    """Each check with what was found, all of them whatever is wrong."""
+    found: dict[str, Finding] = {}
+    for check in checks:
+        if why := _not_asked(check, setup):
+            found[check.name] = Finding(check, "open", why, [])
+            continue
+        if waits := [name for name in check.needs if name in found and found[name].state != "ok"]:
+            found[check.name] = Finding(check, "open", f"can't be looked at without {waits[0]}", [])
+            continue
         try:
-            return student_notes(self.student, grid, self.loss)
-        except StudentError as e:
-            return [_later(e, self.refuses)]
+            text, notes = check.look(setup)
+            found[check.name] = Finding(check, "ok", text, notes)
+        except (CskdError, OSError) as e:
+            found[check.name] = Finding(check, "wrong", shown(e), [], e)
+    return list(found.values())
 
 
-def look_ahead(config: Config, maker: ViewMaker, online: bool = False) -> Ahead:
-    """Check images and stage 2 of a config, without its teacher.
+def refuse(checks: Collection[Check], setup: Setup) -> Notes:
+    """Raise what is wrong, the first of it with how much more there is. Returns what a user should know.
 
-    maker: of the images to train on. online: the teacher runs in stage 2, so no codec is needed.
-    Raises:  ConfigError, DataError, PlanError, StudentError, each naming the key. Of a cache that was begun already what is wrong
-             with stage 2 is a note: its units can be finished all the same.
+    Of a cache that was begun already what is wrong with stage 2 is a note: its units can be finished all the same. Where stage 2
+    can't run on this machine it is meant for another one, whose memory and devices are its own.
     """
-    refuse_views(config.recipe)
-    refuses = online or not (Path(config.cache.path) / MANIFEST).exists()
-    images, notes, student = image_notes(_image_sizes(maker), config.recipe), [], None
-    try:
-        student = _stage2(config, maker.inventory, online)
-        if student is not None:
-            notes += [*student.notes, *view_notes(config, config.recipe)]
-    except CskdError as e:
-        notes.append(_later(e, refuses))
-    return Ahead(student, config.loss, images, notes, refuses)
-
-
-def need_training_images(config: Config) -> None:
-    """ConfigError where data.train is empty."""
-    if not config.data.train:
-        raise ConfigError("data.train is empty; say which packed data set, for example --set data.train=data/mine")
-
-
-def training_images(config: Config) -> Inventory:
-    """The inventory of data.train. Raises ConfigError as `need_training_images`, DataError."""
-    need_training_images(config)
-    inventory = open_inventory(Path(config.data.train))
-    inventory.check_shards()
-    return inventory
-
-
-def open_val(config: Config, classes: list[str], ranks: int = 1) -> Inventory | None:
-    """The validation images of a config, which have the classes trained on; None where it names none."""
-    if not config.data.val:
-        return None
-    try:
-        val = open_inventory(Path(config.data.val))
-        val.check_shards()
-    except DataError as e:
-        raise DataError(f"data.val: {e}") from None
-    if val.classes != classes:
-        raise DataError(
-            f"data.val {config.data.val} has other classes than the images trained on; pack it with --classes and their list"
-        )
-    if len(val) < ranks:
-        raise DataError(
-            f"data.val {config.data.val} has {len(val)} images for {ranks} ranks; expected one per rank or more"
-        )
-    return val
-
-
-def with_best(config: Config, student: Student) -> Config:
-    """The config with the score by which the best weights are kept by name. ConfigError where no evaluation gives it."""
-    train = config.train
-    if train.best is None and train.export != "best":
-        return config
-    if not config.data.val:
-        asked = "train.export is best" if train.best is None else f"train.best is {train.best}"
-        raise ConfigError(f"{asked} and data.val is empty; set it to a packed validation set, or leave the other out")
-    best = score_asked(train.best, student, train.ema is not None)
-    return dataclasses.replace(config, train=dataclasses.replace(train, best=best))
-
-
-def micro_batch_of(settings: TrainConfig, ranks: int = 1) -> int:
-    """Views of one forward and backward of a rank. ConfigError where they don't divide its batch, with the nearest that do."""
-    share, asked = settings.global_batch // ranks, settings.micro_batch
-    if asked is None:
-        return share
-    if share % asked:
-        near = max((n for n in even_divisors(share) if n <= asked), default=2)
-        raise ConfigError(
-            f"train.micro_batch is {asked}, expected a divisor of the {share} views that a rank has of train.global_batch "
-            f"{settings.global_batch} on {ranks} rank(s); use {near}, or null for all of them at once"
-        )
-    return asked
-
-
-def half_notes(autocast: str, device: torch.device) -> list[str]:
-    """What a user should know of training in fp16."""
-    if half(autocast, device) != "fp16":
-        return []
-    why = f"train.autocast auto is fp16: {device} has no bf16" if autocast == "auto" else "train.autocast is fp16"
-    return [f"{why}; the loss is scaled, and steps whose gradients overflow are left out: skipped_steps in the metrics"]
-
-
-def even_divisors(batch: int) -> list[int]:
-    """The micro-batches that a rank's batch can be made of, descending: even, so that a mixed pair stays together."""
-    return [n for n in range(batch, 1, -1) if batch % n == 0 and n % 2 == 0]
-
-
-def view_notes(config: Config, recipe: RecipeConfig) -> list[str]:
-    """What a user should know of the views a student trains on and those it is evaluated on."""
-    return evaluation_notes(config.train.eval_crop_pct, recipe) if config.data.val else []
-
-
-def student_notes(student: Student, grid: tuple[int, int], loss: LossConfig) -> list[str]:
-    """What a user should know of a student on the teacher's grid, which only some methods teach.
-
-    Raises:  StudentError where the patches are too few.
-    """
-    return student.grid_notes(grid) if DistillationLoss(loss).uses_patches else []
-
-
-def _stage2(config: Config, inventory: Inventory, online: bool) -> Student | None:
-    """Open what `cskd train` will open, as far as there is no cache yet."""
-    codecs = {name: get_codec(known_own(name), len(inventory.classes), (1, 1)) for name in config.cache.codecs}
-    open_val(config, inventory.classes)
-    if not config.student.model:
-        return None
-    if not online:
-        codec_for(config.loss.method, codecs, "cache.codecs")
-    check_output(config.train)
-    views = config.cache.views
-    with contextlib.suppress(CacheError):  # there is none yet
-        views = max(views, read_manifest(Path(config.cache.path)).views)
-    if config.train.views > views:
-        raise ConfigError(f"train.views is {config.train.views}, cache.views {views}; cache more, or use fewer")
-    good = np.zeros(len(inventory), np.bool_)
-    plan = PlanSpec.over(LiveViews(inventory, config.recipe, views, (1, 1), good, ""), config.train)
-    size = config.recipe.size
-    with torch.device("cpu" if config.student.init else "meta"):
-        student = build_student(config.student, len(inventory.classes), size)
-    student.to("meta")
-    student.taught_by(config.loss)
-    if config.train.grad_checkpointing:
-        student.checkpoint_gradients()
-    with_best(config, student)
-    Optimisation(student, dataclasses.replace(config.train, ema=None), plan.steps)
-    try:
-        student(torch.empty(2, 3, size, size, device="meta"), (1, 1))
-    except Exception as e:  # shapes that timm finds out about at the first image
-        raise StudentError(
-            f"{config.student.model} can't take views of {size} x {size} pixels ({' '.join(str(e).split())[:120]}); mend "
-            "student.kwargs or recipe.size"
-        ) from None
-    return student
-
-
-def check_output(settings: TrainConfig) -> None:
-    """ConfigError where results can't be written; makes nothing."""
-    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ConfigError("train.tensorboard is on and tensorboard is not installed; run: pip install tensorboard")
-    if not settings.output:
-        return
-    there = Path(settings.output)
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        what = "no folder" if not there.is_dir() else "not writable"
-        raise ConfigError(f"train.output {settings.output}: {there} is {what}; set another, --set train.output=runs/x")
-
-
-def _image_sizes(maker: ViewMaker) -> list[tuple[int, int]]:
-    """(height, width) of a few images from all over the data set, without those that can't be decoded."""
-    sizes = []
-    for i in evenly(len(maker.inventory), IMAGES).tolist():
-        with contextlib.suppress(ImageError):
-            height, width = maker.image(i).shape[:2]
-            sizes.append((height, width))
-    return sizes
-
-
-def _later(error: CskdError, refuses: bool) -> str:
-    """What stage 2 would refuse, as a note; raised at once where there is nothing to finish."""
-    if refuses:
+    found = findings(checks, setup)
+    wrong = [f for f in found if f.error is not None]
+    running = setup.device is not None or setup.online
+    if not running:
+        wrong = [f for f in wrong if f.check.name != "train.device"]
+    later = [] if running or not setup.begun else [f for f in wrong if f.check.of in ("student", "machine")]
+    stops = [f for f in wrong if f not in later]
+    if stops:
+        error, more = stops[0].error, len(wrong) - 1
+        assert error is not None
+        if more and isinstance(error, CskdError):
+            raise type(error)(f"{error} ({more} more: `cskd check` lists all)") from error
         raise error
-    return f"the cache is finished all the same, but training will be refused: {error}"
+    notes = [f"the cache is finished all the same, but training will be refused: {f.text}" for f in later]
+    images = [note for f in found if f.check.of == "data" for note in f.notes]
+    return Notes(images, notes + [note for f in found if f.check.of != "data" for note in f.notes])
+
+
+def _not_asked(check: Check, setup: Setup) -> str:
+    """Why a check is not for this config; '' where it is."""
+    config = setup.config
+    if check.of == "cache" and not setup.makes_cache:
+        return "a cache is read, no teacher runs" if setup.source is not None else "no cache is made"
+    if check.name == "data.val":
+        return "" if config.data.val else "empty: nothing is evaluated"
+    if check.of in ("student", "machine") and not config.student.model:
+        return "student.model is empty: stage 2 is not described"
+    if check.name in ("train.output", "the run") and not config.train.output:
+        return "empty: `cskd train` will ask for it"
+    return ""
+
+
+def _train_images(setup: Setup) -> Found:
+    inventory = setup.inventory
+    return _images_of(len(inventory), len(inventory.classes)), []
+
+
+def _views(setup: Setup) -> Found:
+    refuse_views(setup.recipe)
+    return f"views of {setup.recipe.size} x {setup.recipe.size} pixels", image_notes(
+        image_sizes(setup.maker), setup.recipe
+    )
+
+
+def _cache_path(setup: Setup) -> Found:
+    if not setup.config.cache.path:
+        raise ConfigError("cache.path is empty; say where the cache goes, for example --set cache.path=caches/mine")
+    refuse_cache_output(setup.config)
+    return setup.config.cache.path, []
+
+
+def _hard_links(setup: Setup) -> Found:
+    """Tried with a file: only for a cache that has images to be made of."""
+    refuse_without_links(Path(setup.config.cache.path))
+    return "writable, has hard links", []
+
+
+def _codecs(setup: Setup) -> Found:
+    return ", ".join(setup.codecs), []
+
+
+def _cache_device(setup: Setup) -> Found:
+    device, notes = setup.cache_device
+    return str(device), notes
+
+
+def _cache_memory(setup: Setup) -> Found:
+    return setup.refuse_cache_memory(), []
+
+
+def _teacher(setup: Setup) -> Found:
+    teacher = setup.teacher
+    return "{}, {} x {} cells".format(setup.config.teacher.model, *teacher.grid), teacher.notes
+
+
+def _begun_cache(setup: Setup) -> Found:
+    if not setup.begun:
+        return "will be begun", []
+    cache = open_cache(setup.config.cache.path)
+    refuse_other_identity(cache, setup.identity)
+    units = cache.blocks * cache.views
+    return f"begun, {units - len(cache.missing()):,} of {units:,} units are there", []
+
+
+def _val_images(setup: Setup) -> Found:
+    val = setup.val
+    assert val is not None  # `_not_asked`
+    return _images_of(len(val), len(val.classes)), view_notes(setup.config, setup.recipe)
+
+
+def _loss(setup: Setup) -> Found:
+    loss = setup.config.loss
+    found: list[str] = [loss.method]
+    if setup.makes_cache:
+        found.append(f"from codec {codec_for(loss.method, setup.codecs, 'cache.codecs')}")
+    if unread := unread_keys(loss.method, setup.config.given):
+        found.append(f"which does not read {', '.join(unread)}")
+    return ", ".join(found), []
+
+
+def _train_output(setup: Setup) -> Found:
+    refuse_run_output(setup.config)
+    return setup.config.train.output, []
+
+
+def _train_device(setup: Setup) -> Found:
+    return str(setup.train_device), []
+
+
+def _augment(setup: Setup) -> Found:
+    return f"on the {'device' if setup.pixels else 'host'}", []
+
+
+def _train_memory(setup: Setup) -> Found:
+    return setup.refuse_train_memory(), []
+
+
+def _weight_file(setup: Setup) -> Found:
+    weights = setup.config.teacher.weights
+    return str(weights if weights in (None, "hub") else weight_file(Path(weights))), []
+
+
+def _init_file(setup: Setup) -> Found:
+    init = setup.config.student.init
+    return str(checkpoint_file(Path(init)) if init else None), []
+
+
+def _schedule(setup: Setup) -> Found:
+    refuse_schedule(setup.config.train)
+    train = setup.config.train
+    return f"{train.opt}, {train.epochs:,} epochs, {train.warmup_epochs:g} of them warm up", []
+
+
+def _student(setup: Setup) -> Found:
+    student = setup.student
+    rows, columns = student.patch_grid
+    return f"{setup.config.student.model}, {rows} x {columns} patches", student.notes
+
+
+def _plan(setup: Setup) -> Found:
+    plan = setup.plan
+    return f"{plan.steps:,} steps of {plan.global_batch:,} views in an epoch, {counted(plan.views, 'view')}", []
+
+
+def _micro_batch(setup: Setup) -> Found:
+    return f"{setup.micro_batch:,} views", []
+
+
+def _optimiser(setup: Setup) -> Found:
+    return type(setup.optimisation.optimizer).__name__, []
+
+
+def _best(setup: Setup) -> Found:
+    return str(with_best(setup.config, setup.student).train.best or "the last weights count"), []
+
+
+def _grid(setup: Setup) -> Found:
+    notes = setup.student_notes()
+    if not setup.trains_patches:
+        return f"{setup.config.loss.method} reads the image's logits alone", notes
+    return "{} x {} patches on {} x {} cells".format(*setup.student.patch_grid, *setup.grid), notes
+
+
+def _run(setup: Setup) -> Found:
+    """A run that is in the folder must be one that goes on."""
+    output = Path(setup.config.train.output)
+    begun = next(iter(ResumeStates(output / "resume").infos().items()), None)
+    if begun is None:
+        return "will be begun", []
+    step, info = begun
+    config = with_best(as_begun(setup.config, info)[0], setup.student)
+    now = run_identity(
+        config, setup.named_views, setup.plan.views, setup.ranks, setup.online, setup.train_device, setup.val
+    )
+    refuse_other_run({k: v for k, v in info.items() if k != PROGRESS}, now, output, setup.student.distilled)
+    return f"goes on from step {step:,}", []
+
+
+def _images_of(images: int, classes: int) -> str:
+    return f"{images:,} images, {classes:,} classes"
+
+
+CHECKS = (
+    Check("cache.path", _cache_path, "cache"),  # before the data: no path of the config may be another one's
+    Check("data.train", _train_images, "data"),
+    Check("recipe", _views, "data", ("data.train",)),
+    Check("its disk", _hard_links, "cache", ("cache.path", "data.train")),
+    Check("cache.codecs", _codecs, "cache", ("data.train",)),
+    Check("cache.device", _cache_device, "cache"),
+    Check("cache.workers", _cache_memory, "cache", ("cache.device",)),
+    Check("teacher.weights", _weight_file, "cache"),
+    Check("teacher", _teacher, "cache", ("data.train", "cache.device", "teacher.weights")),
+    Check("the cache", _begun_cache, "cache", ("its disk", "cache.codecs", "teacher")),
+    Check("data.val", _val_images, "student", ("data.train",)),
+    Check("loss", _loss, "student", ("cache.codecs",)),
+    Check("train.output", _train_output, "student"),
+    Check("train.device", _train_device, "machine"),
+    Check("train.views", _plan, "student", ("data.train",)),
+    Check("student.init", _init_file, "student"),
+    Check("student", _student, "student", ("data.train", "recipe", "student.init")),
+    Check("the grid", _grid, "student", ("teacher", "student")),
+    Check("train.micro_batch", _micro_batch, "student"),
+    Check("train.augment", _augment, "machine", ("train.device", "train.views")),
+    Check("train.workers", _train_memory, "machine", ("train.device",)),
+    Check("train.opt", _schedule, "student"),
+    Check("the optimiser", _optimiser, "student", ("student", "train.views", "train.opt")),
+    Check("train.best", _best, "student", ("student",)),
+    Check(
+        "the run",
+        _run,
+        "machine",
+        ("teacher", "train.output", "train.device", "the optimiser", "train.best", "data.val"),
+    ),
+)
+_OF_TEACHER = ("teacher", "the cache", "the grid", "the run")
+BEFORE_TEACHER = tuple(c for c in CHECKS if c.name not in _OF_TEACHER)
+# Of a plan, for which nothing is written: not where it would go.
+PLANNED = tuple(c for c in BEFORE_TEACHER if c.of in ("data", "student") and c.name != "train.output")
+ON_GRID = tuple(c for c in CHECKS if c.name == "the grid")
+WITH_TEACHER = tuple(c for c in CHECKS if c.name in ("the grid", "the run"))
+# What a run opens its parts by; its output was looked at when it took the lock, its cache and its resume states come after.
+TRAINING = tuple(
+    c for c in CHECKS if c.of in ("student", "machine") and c.name not in ("loss", "train.output", "the run")
+)

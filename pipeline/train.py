@@ -12,22 +12,27 @@ The same command resumes. Launch: `cskd train configs/cifar10.yaml`, or on many 
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from cskd.config import Config
+from cskd.config.load import to_dict
 from cskd.errors import NotFiniteError
 from cskd.machine.arithmetic import float32_products
 from cskd.machine.launch import launched
 from cskd.machine.ranks import running_ranks
 from cskd.machine.threads import brief_turns, choose_threads, computing_with
 from cskd.pipeline.out_of_memory import explained, nothing_to_lower
-from cskd.pipeline.outputs import device_of, sole_run
+from cskd.pipeline.outputs import sole_run
 from cskd.pipeline.run_state import stopped
-from cskd.pipeline.show.metrics import MetricsLog
+from cskd.pipeline.setup import device_of
+from cskd.pipeline.show.metrics import MetricsLog, reached
 from cskd.pipeline.show.progress import Progress, bound_by, print_lines, say, timed_start
+from cskd.pipeline.show.trackers import Trackers
 from cskd.pipeline.train_step import TrainStep
 from cskd.pipeline.training_run import TrainingRun, open_run
 from cskd.teacher.model import teacher_images
@@ -49,6 +54,7 @@ class TrainReport:
     bound_by: str
     notes: list[str]
     weights: str = ""  # what model.safetensors holds
+    reached: str = ""  # the score's last and best top-1, in words
 
 
 def train(config: Config, verify_replay: bool = True, online: bool = False, quiet: bool = False) -> TrainReport:
@@ -89,9 +95,16 @@ def _train(run: TrainingRun, update: TrainStep, quiet: bool) -> TrainReport:
     # A run that is finished has none, and keeps the row of an epoch that `max_steps` cut.
     epochs = range(step // plan.steps, -(-run.stop // plan.steps)) if step < run.stop else range(step, step)
 
+    folder, names = run.output if ranks.first else None, config.train.trackers if epochs else []
+
+    def tell(line: str) -> None:
+        run.notes.append(line)
+        say([line], quiet)
+
+    log = MetricsLog(folder, epochs.start)
     with (
         tasks,
-        MetricsLog(run.output if ranks.first else None, epochs.start, config.train.tensorboard) as log,
+        closing(Trackers(names, folder, epochs.start, to_dict(config), tell)) as trackers,
         Progress("train", run.stop * plan.global_batch, start=step * plan.global_batch, quiet=quiet) as progress,
     ):
         for epoch in epochs:
@@ -122,11 +135,14 @@ def _train(run: TrainingRun, update: TrainStep, quiet: bool) -> TrainReport:
                 seconds["evaluate"] += time.perf_counter() - clock
             tasks.retire(epoch)
             log.add(row | {"seconds": state.seconds, "teacher_forwards": state.teacher_forwards})
+            trackers.log(log.rows[-1])
+            if run.evaluates(epoch):
+                progress.say(reached(log.rows, run.score))
             weights = run.export(step)
             if step % plan.steps == 0:  # an epoch that `max_steps` cut goes on when the run does
                 state.end(scored=run.scheduled(epoch))
             run.save(step)  # last: a run that is killed before it comes back here, and does not take the epoch for done
-        last = log.rows[-1] if log.rows else {}
+        last, best = log.rows[-1] if log.rows else {}, reached(log.rows, run.score)
     images = (step - run.step) * plan.global_batch
     return TrainReport(
         output=str(run.output),
@@ -147,6 +163,7 @@ def _train(run: TrainingRun, update: TrainStep, quiet: bool) -> TrainReport:
         ),
         notes=run.notes,
         weights=weights,
+        reached=best,
     )
 
 
@@ -164,8 +181,11 @@ def render(report: TrainReport, console: Console) -> None:
     if report.top1:
         heads = "  ".join(f"{name} {top1:.2f}" for name, top1 in report.top1.items())
         lines.append(f"top-1 % in {report.arithmetic}, score {report.score}: {heads}")
+    if report.reached:
+        lines.append(report.reached)
     if report.weights:
-        lines.append(f"model.safetensors: {report.weights}")
+        weights = Path(report.output) / "model.safetensors"
+        lines.append(f"{weights} ({report.weights}), next to it config.json for timm, metrics.csv and resume/")
     if report.steps:
         lines.append(report.bound_by)
     print_lines(console, *lines)

@@ -22,7 +22,7 @@ from cskd.loading.targets import mixed_labels
 from cskd.machine.arithmetic import autocast
 from cskd.method.losses import DistillationLoss
 from cskd.pipeline.out_of_memory import Probe
-from cskd.pipeline.precheck import even_divisors
+from cskd.pipeline.setup import even_divisors
 from cskd.pipeline.training_run import TrainingRun
 from cskd.student.optim import reseed_step
 from cskd.views.mix_pixels import InputMaker

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from cskd.codecs import known_own
 from cskd.config import Config, to_yaml
 from cskd.dataset.inventory import Inventory
 from cskd.errors import CacheError, ConfigError
@@ -22,36 +21,34 @@ from cskd.files.durable import put
 from cskd.files.scratch import new_scratch
 from cskd.files.writer import Writer
 from cskd.loading.feed import fed
-from cskd.loading.need import prefetch_of, refuse_little_memory
+from cskd.loading.need import prefetch_of
 from cskd.loading.plan import PlanSpec
-from cskd.loading.raw_batches import DeviceViews, RawBatchMaker, raw_bytes, refuse_device_views
+from cskd.loading.raw_batches import DeviceViews, RawBatchMaker
 from cskd.loading.sources import Batch, TargetSource, ViewSource
 from cskd.loading.stage2 import BatchMaker, EvalTask, eval_tasks
 from cskd.loading.targets import CachedTargets
 from cskd.loading.tasks import RunTasks
-from cskd.machine.arithmetic import arithmetic, half
-from cskd.machine.launch import launched
+from cskd.machine.arithmetic import arithmetic
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import Threads, begun_with
 from cskd.method.losses import terms_of
+from cskd.near import absent
 from cskd.pipeline.conflicts import (
     as_begun,
     changed_on_resume,
     own_output,
-    refuse_conflicts,
     refuse_other_run,
     run_identity,
 )
 from cskd.pipeline.evaluate import score_heads
 from cskd.pipeline.online import open_baseline, open_online
-from cskd.pipeline.precheck import half_notes, micro_batch_of, open_val, student_notes, view_notes, with_best
+from cskd.pipeline.precheck import TRAINING, refuse
 from cskd.pipeline.run_state import PROGRESS, RunState, named_bests
+from cskd.pipeline.setup import Setup, half_notes, open_cached, with_best
 from cskd.pipeline.show.progress import Notes, Pool
-from cskd.store.cache import open_cache
 from cskd.store.format import RESOLVED
 from cskd.store.replay_check import check_versions
-from cskd.store.usable import refuse_other_code, usable_views
-from cskd.student import Student, build_student
+from cskd.student import Student
 from cskd.student.best import Best, BestWeights
 from cskd.student.checkpoint import ResumeStates, TrainState, export, exported_prefix
 from cskd.student.heads import score_head
@@ -213,23 +210,10 @@ def open_run(
     config, as_before = as_begun(config, next(iter(states.infos().values()), None))
     settings = config.train
     views, targets = _open_views(config, device, ranks, verify_replay, online, quiet, notes)
-    pixels = refuse_device_views(views, device) if settings.augment == "device" else 0
-    val = open_val(config, views.inventory.classes, ranks.count)
-    torch.manual_seed(settings.seed)
-    student = build_student(config.student, len(views.inventory.classes), views.recipe.size).to(device)
-    student.taught_by(config.loss)
-    notes.add([*student.notes, *student_notes(student, views.grid, config.loss), *view_notes(config, views.recipe)])
-    notes.add([*as_before, *half_notes(settings.autocast, device)])
-    if device.type == "cpu" and half(settings.autocast, device) == "bf16":
-        student.unfuse_attention()
-    if settings.grad_checkpointing:
-        student.checkpoint_gradients()
-    plan = PlanSpec.over(views, settings, ranks.count)
-    micro_batch = micro_batch_of(settings, ranks.count)
-    share, side, gpu = plan.global_batch // ranks.count, views.recipe.size, device.type == "cuda"
-    batch = raw_bytes(share, settings.repeats, side, pixels) if pixels else share * 3 * side**2
-    refuse_little_memory("train", threads.workers, settings.prefetch, batch, launched().local_count, pinned=gpu)
-    optimisation = Optimisation(student, settings, plan.steps)
+    setup = Setup(config, views, device, threads, ranks.count, online)
+    ahead = refuse(TRAINING, setup)
+    student, plan, val, optimisation = setup.student, setup.plan, setup.val, setup.optimisation
+    notes.add([*ahead.notes, *as_before, *half_notes(settings.autocast, device)])
     config = with_best(config, student)
     identity = run_identity(config, views, plan.views, ranks.count, online, device, val)
     loaded = states.load(student, optimisation)
@@ -274,7 +258,7 @@ def open_run(
         state=state,
         step=loaded.step if loaded else 0,
         stop=stop,
-        micro_batch=micro_batch,
+        micro_batch=setup.micro_batch,
         workers=threads.workers,
         verify_replay=verify_replay,
         notes=notes.all,
@@ -303,16 +287,10 @@ def _open_views(
         )
     if baseline and not Path(config.cache.path).exists():
         raise CacheError(
-            f"no cache at {config.cache.path}; make it with `cskd cache-teacher CONFIG`, or train the baseline without a "
+            f"no cache at {absent(config.cache.path)}; make it with `cskd cache-teacher CONFIG`, or train the baseline without a "
             "cache: --set cache.path="
         )
-    for name in config.cache.codecs:
-        known_own(name)
-    cache = open_cache(config.cache.path, data=Path(config.data.train) if config.data.train else None)
-    cache.inventory.check_shards()
-    refuse_conflicts(config, cache)
-    refuse_other_code(cache)
-    usable_views(cache, config.train.views)
+    cache = open_cached(config)
     notes.add(cache.manifest.notes or [])
     notes.add(check_versions(cache) if verify_replay else [])
     return cache, CachedTargets(cache, config.loss, config.train.epochs)

@@ -3,6 +3,7 @@
 tasks    the missing passes that no other process is at, claimed one by one, as chunks for the workers
 feed     a chunk's views, each a batch for a lane: mix, teacher, encode
 collect  results, in order; the last one of a pass sends it to the writer
+save     what is in of a pass that takes long, every `cache.save_seconds`, and where it is interrupted: drafts
 commit   in the writer: one commit a view, then the claim is given back
 """
 
@@ -27,8 +28,9 @@ from cskd.loading.feed import DeviceBatch
 from cskd.loading.stage1 import Chunk, ChunkViews, chunks
 from cskd.machine.side_stream import to_device
 from cskd.machine.threads import Threads
-from cskd.pipeline.show.progress import Pool
+from cskd.pipeline.show.progress import Pool, duration, say
 from cskd.store.cache import Cache
+from cskd.store.draft import Rows, read_drafts, remove_drafts, write_draft
 from cskd.store.seal import refuse_too_many
 from cskd.store.unit_builder import UnitBuilder
 from cskd.teacher.lanes import Lanes
@@ -38,14 +40,26 @@ from cskd.views.mixing import quads
 
 
 @contextlib.contextmanager
-def unit_line(cache: Cache, teacher: Teacher, config: Config, threads: Threads) -> Iterator[UnitLine]:
-    """A line with its claims and threads; at the end what they are at is waited for, and what still waits is dropped."""
-    writers = writers_of(threads.share)
+def unit_line(
+    cache: Cache, teacher: Teacher, config: Config, threads: Threads, quiet: bool = False
+) -> Iterator[UnitLine]:
+    """A line with its claims and threads. Where it is left by an exception, what the teacher is at is dropped, and what came
+    before is written; after an interrupt a note says how much was dropped, unless quiet."""
+    writers, lost = writers_of(threads.share), ""
     writer = ThreadPoolExecutor(writers, "write")
-    with Claims(cache.root) as claims, contextlib.ExitStack() as stack:
-        stack.callback(writer.shutdown, cancel_futures=True)
-        lanes = stack.enter_context(Lanes(teacher.device, teacher.reentrant))
-        yield UnitLine(cache, teacher, config, threads.workers, claims, lanes, writer, writers)
+    try:
+        with Claims(cache.root) as claims, contextlib.ExitStack() as stack:
+            stack.callback(writer.shutdown)
+            lanes = stack.enter_context(Lanes(teacher.device, teacher.reentrant))
+            line = UnitLine(cache, teacher, config, threads.workers, claims, lanes, writer, writers)
+            try:
+                yield line
+            except BaseException:
+                lost = line.keep()
+                raise
+    except (KeyboardInterrupt, SystemExit):
+        say([lost] if lost else [], quiet)
+        raise
 
 
 def writers_of(cores: int) -> int:
@@ -68,7 +82,7 @@ def views_left(cache: Cache) -> int:
     return sum(int(sizes[block]) for block, _ in cache.missing())
 
 
-@dataclass
+@dataclass(eq=False)
 class _Pass:
     """The units of one pass: the missing views of one mixing group of one block, made from one decoding of its images."""
 
@@ -77,13 +91,18 @@ class _Pass:
     order: NDArray[np.int64]  # of the block's positions, as their quads come
     units: list[UnitBuilder]
     views: tuple[int, ...]
+    claim: Path
     quarantine: dict[int, str] = field(default_factory=dict)  # position -> reason
-    begun: int = 0  # rows handed to the teacher, in every view
-    rows: int = 0  # rows whose targets are in, summed over the views
+    to_come: int = 0  # chunks
+    came: dict[tuple[UnitBuilder, int], int] = field(
+        default_factory=dict
+    )  # unit, place of a batch -> rows whose targets are in
+    draft: Future[tuple[int, float]] | None = None  # the latest
 
     @property
-    def all_begun(self) -> bool:
-        return self.begun == len(self.order)
+    def rows(self) -> int:
+        """Whose targets are in, summed over the views; a batch that an interrupt has count twice is there once."""
+        return sum(self.came.values())
 
     @property
     def complete(self) -> bool:
@@ -95,7 +114,7 @@ class _Encoding:
     """One view of a chunk, under way in a lane; position int64 and crc int64 of its good rows."""
 
     work: _Pass
-    claim: Path
+    place: int
     unit: UnitBuilder
     rows: int  # bad ones included
     position: NDArray[np.int64]
@@ -119,11 +138,13 @@ class UnitLine:
     ) -> None:
         self.images = self.units = 0  # whose targets are in, and committed
         self.unreadable = 0  # of the images
+        self.restored = 0  # views that a run before had made of passes it did not finish
+        self._saved = time.monotonic()  # when the latest pass or draft was handed to a writer
         self._first_chunk = self._last_commit = 0.0  # when it came, when it was done
         self._seconds: defaultdict[str, float] = defaultdict(float)  # of each part, summed over all who do it
         self._cache, self._teacher, self._config, self._workers = cache, teacher, config, workers
         self._claims, self._lanes, self._writer, self._writers = claims, lanes, writer, writers
-        self._claimed: deque[tuple[_Pass, Path]] = deque()  # passes whose chunks are still to come
+        self._claimed: deque[_Pass] = deque()  # passes whose chunks are still to come
         self._underway: deque[_Encoding] = deque()
         self._writing: deque[Future[tuple[int, float]]] = deque()
 
@@ -156,13 +177,32 @@ class UnitLine:
             first, stop = cache.inventory.block_range(block)
             order = quads(stop - first, cache.recipe, cache.inventory.id, block, views[0] // group)
             units = [UnitBuilder(cache.inventory, cache.recipe, cache.codecs, v, first, order) for v in views]
-            self._claimed.append((_Pass(block, first, order, units, views), claim))
-            yield from chunks(block, views, first, order, self._teacher.batch)
+            work = _Pass(block, first, order, units, views, claim)
+            todo = self._restored(work)
+            work.to_come = len(todo)
+            if work.complete:
+                self._finish(work)
+            else:
+                self._claimed.append(work)
+            yield from todo
+
+    def _restored(self, work: _Pass) -> list[Chunk]:
+        """Go on from the drafts of a pass. Returns: its chunks that are still to be made."""
+        batch, done = self._teacher.batch, dict[int, set[int]]()
+        for view, unit in zip(work.views, work.units, strict=True):
+            drafts, unreadable = read_drafts(self._cache, work.block, view, batch, work.order)
+            done[view] = unit.restore(drafts)
+            work.quarantine |= unreadable
+            work.came |= {(unit, place): len(work.order[place : place + batch]) for place in done[view]}
+        for unit in work.units:
+            unit.drop(np.array(list(work.quarantine), np.int64))
+        self.restored += work.rows
+        return chunks(work.block, work.views, work.first, work.order, batch, done)
 
     def feed(self, chunk: ChunkViews) -> None:
         """Begin the views of a chunk; returns when there is room for another. Raises what went wrong since the last call."""
         self._first_chunk = self._first_chunk or time.perf_counter()
-        work, claim = self._claimed[0]
+        work, place = self._claimed[0], chunk.task.place
         self._seconds["decode"] += chunk.decode_seconds
         self._seconds["augment"] += chunk.augment_seconds
         position = chunk.task.position
@@ -171,15 +211,16 @@ class UnitLine:
         refuse_too_many(
             work.quarantine, len(work.order), self._cache.inventory, work.first, self._config.cache.max_quarantine
         )
-        good = np.array([row for row in range(len(position)) if row not in chunk.bad], np.int64)
-        for v, unit in enumerate(work.units):
+        good = np.array([row for row, p in enumerate(position.tolist()) if p not in work.quarantine], np.int64)
+        for v, view in enumerate(chunk.task.views):
+            unit = work.units[work.views.index(view)]
             unit.drop(np.array(list(bad), np.int64))
             mixing = tuple(torch.from_numpy(field) for field in unit.mixing_rows(position))
             targets = self._lanes.submit(self._targets, chunk, v, mixing, good)
             crc = chunk.crc[v][good]
-            self._underway.append(_Encoding(work, claim, unit, len(position), position[good], crc, targets))
-        work.begun += len(position)
-        if work.all_begun:
+            self._underway.append(_Encoding(work, place, unit, len(position), position[good], crc, targets))
+        work.to_come -= 1
+        if not work.to_come:
             self._claimed.popleft()
         while len(self._underway) > self._lanes.room:
             self._collect()
@@ -192,6 +233,19 @@ class UnitLine:
             self._collect()
         while self._writing:
             self._committed()
+
+    def keep(self) -> str:
+        """After an interrupt or an error: have what is in written, without waiting. Returns: what is not in, in words."""
+        with contextlib.suppress(Exception):  # of a lane or a writer; what ended the line is what a user should read
+            while self._underway and self._underway[0].targets.done():
+                self._collect()
+        for work in {batch.work: None for batch in self._underway} | dict.fromkeys(self._claimed):
+            self._save(work)
+        if not self._first_chunk:
+            return ""
+        lost, clock = sum(batch.rows for batch in self._underway), time.perf_counter() - self._first_chunk
+        seconds = f", about {duration(lost / (self.images / clock))} of work" if self.images else ""
+        return f"interrupted: {lost:,} views that the teacher was at are lost{seconds}; those before them are kept"
 
     def _targets(
         self, chunk: ChunkViews, view: int, mixing: tuple[torch.Tensor, ...], good: NDArray[np.int64]
@@ -220,23 +274,49 @@ class UnitLine:
 
     def _collect(self) -> None:
         """Take the oldest batch's targets; the last one of a pass sends it to the writer."""
-        batch = self._underway.popleft()
+        batch = self._underway[0]  # and taken away last: an interrupt may come at any line, and `keep` begins here
         encoded, forward, encode = batch.targets.result()
-        batch.unit.add(batch.position, batch.crc, encoded)
-        batch.work.rows += batch.rows
+        batch.unit.add(batch.position, batch.crc, encoded, batch.place)
+        batch.work.came[batch.unit, batch.place] = batch.rows
         self.images += batch.rows
         self.unreadable += batch.rows - len(batch.position)
         self._seconds["teacher"] += forward
         self._seconds["encode"] += encode
         if batch.work.complete:
-            self._writing.append(self._writer.submit(self._commit, batch.work, batch.claim))
+            self._finish(batch.work)
+        elif time.monotonic() - self._saved >= self._config.cache.save_seconds:
+            self._save(batch.work)
+        self._underway.popleft()
 
-    def _commit(self, work: _Pass, claim: Path) -> tuple[int, float]:
-        """In the writer: one commit a view, then the claim is given back. Returns units and seconds."""
+    def _finish(self, work: _Pass) -> None:
+        """Send a pass that is complete to the writer."""
+        self._writing.append(self._writer.submit(self._commit, work))
+        self._saved = time.monotonic()
+
+    def _save(self, work: _Pass) -> None:
+        """Send what is in of a pass, and in no draft yet, to the writer."""
+        new = {view: rows for view, unit in zip(work.views, work.units, strict=True) if (rows := unit.unsaved())}
+        if new:
+            work.draft = self._writer.submit(self._write_drafts, work, new, dict(work.quarantine))
+            self._writing.append(work.draft)
+        self._saved = time.monotonic()
+
+    def _write_drafts(self, work: _Pass, new: dict[int, list[Rows]], unreadable: dict[int, str]) -> tuple[int, float]:
+        """In the writer: a draft per view. Returns no units, and seconds."""
+        clock = time.perf_counter()
+        for view, rows in new.items():
+            write_draft(self._cache, work.block, view, self._teacher.batch, rows, unreadable)
+        return 0, time.perf_counter() - clock
+
+    def _commit(self, work: _Pass) -> tuple[int, float]:
+        """In the writer: one commit per view, then the claim is given back. Returns units and seconds."""
+        if work.draft is not None:
+            work.draft.exception()  # waits: another writer may be at it, and no draft may come after the commit
         clock = time.perf_counter()
         for view, unit in zip(work.views, work.units, strict=True):
             self._cache.add_unit(work.block, view, *unit.finish(), work.quarantine)
-        self._claims.release([claim])
+            remove_drafts(self._cache.root, work.block, view)
+        self._claims.release([work.claim])
         return len(work.views), time.perf_counter() - clock
 
     def _committed(self) -> None:

@@ -15,6 +15,7 @@ CHECKS = (
     ("ruff", "check", "."),
     ("ruff", "format", "--check", "."),
     ("mypy",),
+    ("sphinx", "-W", "--keep-going", "-q", "docs", "build/site"),
     ("pytest", *PARALLEL, *sys.argv[1:]),  # last, so that its summary is the last thing seen
 )
 

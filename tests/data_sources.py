@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -11,6 +12,8 @@ import webdataset
 
 from cskd.dataset.inventory import Inventory
 from cskd.dataset.shard_reader import ShardReader
+from cskd.packing.places import read_place
+from cskd.packing.sources import Source, open_source
 
 
 class Sizes(TypedDict):
@@ -34,6 +37,7 @@ def folder(root: Path, files: dict[str, bytes]) -> Path:
 
 
 def tar(path: Path, files: dict[str, bytes], mode: str = "w", **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, mode, **options) as out:  # type: ignore[call-overload]
         for name, data in files.items():
             info = tarfile.TarInfo(name)
@@ -73,3 +77,23 @@ EXPECTED = {name[:-5]: (name[:3], data) for name, data in FILES.items()}
 
 def prefixed(prefix: str) -> dict[str, bytes]:
     return {prefix + name: data for name, data in reversed(FILES.items())}
+
+
+def zipped(path: Path, files: dict[str, bytes], how: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", how) as out:
+        for name, data in files.items():
+            out.writestr(name, data)
+    return path
+
+
+def opened(
+    src: Path, work: Path, classes: Path | None = None, split: str | None = None, labels: Path | None = None
+) -> tuple[dict[str, tuple[str, bytes]], Source]:
+    """key -> (class, bytes) of a source that is opened and read, but not packed; and the source."""
+    work.mkdir(exist_ok=True)
+    source = open_source(src, classes, work, 1 << 40, None, split, labels)
+    listing = source.listing
+    images = {
+        listing.key(i): (source.classes[source.label(i)], read_place(listing.place(i))) for i in range(len(listing))
+    }
+    return images, source

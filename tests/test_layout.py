@@ -33,7 +33,15 @@ DISTRIBUTIONS = {
     "importlinter": "import-linter",
     "sklearn": "scikit-learn",
 }
-PROGRAMS = {"mypy", "pytest-xdist", "ruff", "types-pyyaml"}  # of the dev extra: run, never imported
+PROGRAMS = {
+    "furo",
+    "mypy",
+    "myst-parser",
+    "pytest-xdist",
+    "ruff",
+    "sphinx",
+    "types-pyyaml",
+}  # of the dev extra: run, never imported
 BELOW = {"accelerate", "matplotlib"}  # of the examples extra: imported by another library, or in a notebook
 LONGEST = 550  # lines: the ceiling of a spine
 
@@ -213,13 +221,18 @@ def distributions(requirements: list[str]) -> set[str]:
     return {re.split(r"[\[<>=~! ]", r)[0].lower() for r in requirements}
 
 
+def optional() -> set[str]:
+    """What users may install in addition: everything but what is for development."""
+    extras = project()["project"]["optional-dependencies"]
+    return distributions([r for name, requirements in extras.items() if name != "dev" for r in requirements])
+
+
 def test_what_the_code_imports_is_declared_and_what_is_declared_is_imported() -> None:
     modules = {module for path in SOURCES for module in imports(path)}
     third_party = modules - set(sys.stdlib_module_names) - {"cskd"}
     used = {DISTRIBUTIONS.get(module, module) for module in third_party}
-    extras = project()["project"]["optional-dependencies"]
     declared = distributions(project()["project"]["dependencies"])
-    assert used - declared - distributions(extras["demo"]) == set()
+    assert used - declared - optional() == set()
     assert declared - used == set()
 
 
@@ -230,11 +243,10 @@ def test_what_tests_benchmarks_examples_and_documents_import_is_declared_for_dev
     modules |= {name for block in blocks for name in re.findall(r"^(?:import|from) (\w+)", block, re.M)}
     third_party = modules - set(sys.stdlib_module_names) - {"cskd", "tests", "benchmarks", "examples"}
     used = {DISTRIBUTIONS.get(module, module) for module in third_party}
+    declared = distributions(project()["project"]["dependencies"]) | optional()
     extras = project()["project"]["optional-dependencies"]
-    declared = distributions(project()["project"]["dependencies"] + extras["demo"])
-    dev = distributions(extras["dev"])
-    shown = distributions(extras["examples"])
-    assert used - declared - dev - shown == set()
+    dev, shown = distributions(extras["dev"]), distributions(extras["examples"])
+    assert used - declared - dev == set()
     assert dev - used - PROGRAMS == {"cskd"} and shown - used <= BELOW
 
 

@@ -172,6 +172,8 @@ def archive_cases() -> list[Case]:
         "xz that is cut off": lzma.compress(tree)[:-20],
         "zstd, which is not read": b"\x28\xb5\x2f\xfd" + bytes(100),
         "zip called tar": b"PK\x03\x04" + bytes(1000),
+        "parquet called tar": b"PAR1" + bytes(1000) + b"\xff\xff\xff\x7fPAR1",
+        "an Arrow file called tar": b"ARROW1\0\0" + bytes(1000) + b"\xff\xff\xff\x7fARROW1",
         "7z called tar": b"7z\xbc\xaf\x27\x1c" + bytes(1000),
     }
     makes: dict[str, Callable[[], bytes]] = {name: partial(bytes, data) for name, data in sized.items()}

@@ -86,7 +86,6 @@ def checkpoints() -> dict[str, Checkpoint]:
         "300 MB of another model": lambda: safetensors(
             {"x": {"dtype": "U8", "shape": [3 * 10**8], "data_offsets": [0, 3 * 10**8]}}, bytes(3 * 10**8)
         ),
-        "a pickle": lambda: saved({"fc.weight": one}),
         "no bytes": lambda: b"",
     }
     number = lambda n: b"\x8a\x08" + struct.pack("<q", n)  # noqa: E731
@@ -118,9 +117,6 @@ def checkpoints() -> dict[str, Checkpoint]:
         "numbers for tensors": lambda: saved({"fc.weight": [1, 2, 3]}),
         "keys that are numbers": lambda: saved({1: one}),
         "an old form, of os.system": lambda: call("os", "system", text("touch canary")),
-        "an old form, of 2^50 numbers": lambda: saved({"fc.weight": one}, _use_new_zipfile_serialization=False).replace(
-            b"K(", b"\x8a\x07" + b"\0" * 6 + b"\4"
-        ),
         "an old form, cut off": lambda: saved({"fc.weight": one}, _use_new_zipfile_serialization=False)[:-50],
         "a tar, as in 2016": lambda: b"sys_info".ljust(257, b"\0") + b"ustar\x0000" + bytes(1000),
         "deflated members": lambda: deflated(saved({"fc.weight": one})),
@@ -140,6 +136,14 @@ def checkpoints() -> dict[str, Checkpoint]:
         "checkpoint of the old form": (
             ".pth",
             lambda: saved({"fc.weight": one}, _use_new_zipfile_serialization=False),
+            "read",
+        ),
+        "checkpoint named safetensors": (".safetensors", lambda: saved({"fc.weight": one}), "read"),
+        "checkpoint of the old form, of 2^50 numbers": (  # nothing is made by that number
+            ".pth",
+            lambda: saved({"fc.weight": one}, _use_new_zipfile_serialization=False).replace(
+                b"K(", b"\x8a\x07" + b"\0" * 6 + b"\4"
+            ),
             "read",
         ),
     }

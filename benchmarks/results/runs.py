@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from cskd.codecs.base import BLEND_ONE
 from cskd.config import Config, load_config
 from cskd.errors import ConfigError, StudentError
+from cskd.files.checkpoint import check_safetensors
 from cskd.files.paths import local_path
-from cskd.files.weights import check_weight_file
 from cskd.method.ckf import blend_at
 from cskd.pipeline.show.metrics import read_metrics
 from cskd.store.format import RESOLVED
@@ -56,7 +56,7 @@ class Run:
         """The student with the weights of a state. StudentError for one that is damaged or of another student."""
         model_bytes = sum(t.nbytes for t in self.student.backbone.state_dict().values())
         try:
-            check_weight_file(state.path, 4 * model_bytes)
+            check_safetensors(state.path, 4 * model_bytes)
             with safe_open(state.path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict

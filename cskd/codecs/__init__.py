@@ -6,7 +6,8 @@ import re
 
 from cskd.codecs.base import Arrays, Codec
 from cskd.codecs.own import VARIABLE, known_own, own_codec
-from cskd.errors import CodecError
+from cskd.errors import CodecError, shortened
+from cskd.near import did_you_mean
 
 __all__ = ["Arrays", "Codec", "get_codec", "known_own"]
 
@@ -32,7 +33,8 @@ def get_codec(name: str, classes: int, grid: tuple[int, int]) -> Codec:
         return TopkCodec(int(match[1]), classes, grid)
     if (own := own_codec(name, classes, grid)) is not None:
         return own
+    hint = did_you_mean(name, ("envelope", "int8", "topk:10"))
     raise CodecError(
-        f"unknown codec '{name[:40]}', expected envelope, int8 or topk:10; for one of your own set "
-        f"{VARIABLE}=path/to/file.py:Class"
+        f"unknown codec {shortened(repr(name), 40)}; {hint and f'{hint} '}the known ones are envelope, int8 and topk:10 (any number "
+        f"of classes), one of your own is set by {VARIABLE}=path/to/file.py:Class"
     )

@@ -94,7 +94,7 @@ class EnvelopeCodec(Codec):
         check_blend(blend)
         n_cells = self.grid[0] * self.grid[1]
         out: U16 = np.repeat(arrays["global_class"], n_cells)
-        begin_N, class_T = _begin(arrays["n_classes"]), _listed(arrays).astype(np.uint16)
+        begin_N, class_T = _begin(arrays["n_classes"]), listed_classes(arrays).astype(np.uint16)
         for rows, part in self._pieces(arrays):
             # Starts rise, so a cell's active segments are its first ones, and the last of them counts.
             active_M = np.cumsum(np.append(False, part["start"] < blend), dtype=np.int64)
@@ -114,7 +114,7 @@ class EnvelopeCodec(Codec):
     def segments(self, arrays: Arrays, sample: int, row: int, col: int) -> list[tuple[int, int]]:
         """The upper envelope of one cell: (class, blend in 2^-16 from which it wins), the first from 0, blends rising."""
         one = self.take(arrays, np.array([sample]))
-        listed = _listed(one)
+        listed = listed_classes(one)
         of_cell = slice(
             *np.cumsum(np.append(0, one["n_extra"].reshape(-1)))[[row * self.grid[1] + col + i for i in (0, 1)]]
         )
@@ -167,7 +167,7 @@ class EnvelopeCodec(Codec):
                 n_classes,
                 _inner(n_classes, arrays["class_step"]) & (arrays["class_step"] == 0),
             ),
-            (f"class beyond {classes - 1}", n_classes, _listed(arrays) >= classes),
+            (f"class beyond {classes - 1}", n_classes, listed_classes(arrays) >= classes),
         ]
         _refuse(0, checks)
         for rows, part in self._pieces(arrays):
@@ -217,7 +217,7 @@ def _spans(count_N: NDArray[Any], index: NDArray[np.integer[Any]]) -> I64:
     return spans
 
 
-def _listed(arrays: Arrays) -> I64:
+def listed_classes(arrays: Arrays) -> I64:
     """Class ids of all samples' lists, int64 [T]."""
     total = np.cumsum(arrays["class_step"], dtype=np.int64)
     before = np.concatenate([[0], total])[_begin(arrays["n_classes"])]

@@ -2,6 +2,7 @@
 
 from cskd.config.load import from_dict as from_dict
 from cskd.config.load import load_config as load_config
+from cskd.config.load import read_config as read_config
 from cskd.config.load import to_dict as to_dict
 from cskd.config.load import to_yaml as to_yaml
 from cskd.config.schema import CacheConfig as CacheConfig

@@ -24,6 +24,7 @@ Method = Literal["none", "deit-hard", "deit-soft", "cskd-hard", "cskd-soft"]
 Decay = Literal["linear", "quadratic", "cosine", "local", "global"]
 Autocast = Literal["auto", "none", "bf16", "fp16"]
 Precision = Literal["auto", "float32", "tf32", "bf16", "fp16", "float64"]
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
 def rising(pair: list[float]) -> bool:
@@ -39,6 +40,11 @@ def distinct(codecs: list[str]) -> bool:
 def weighted(terms: dict[str, Any]) -> bool:
     """a finite weight for each"""
     return all(type(weight) in (int, float) and math.isfinite(weight) for weight in terms.values())
+
+
+def once(names: list[str]) -> bool:
+    """each once"""
+    return len(set(names)) == len(names)
 
 
 Probability = Annotated[float, Ge(0), Le(1), Unit("probability")]
@@ -72,11 +78,12 @@ class TeacherConfig(Section):
     """The CNN whose outputs are cached."""
 
     model: str = ""
-    """A timm name, `path/to/file.py:build`, `package.module:build`, or the name of an entry point of `cskd.teachers`."""
+    """A timm name, `torchvision:NAME`, `path/to/file.py:build`, `package.module:build`, or the name of an entry point of
+    `cskd.teachers`."""
     weights: str | None = None
-    """Path of .safetensors / .pt / .pth; `hub` = timm's pretrained weights; null = as built."""
+    """A file of weights, or `FILE:KEY` for those under a key of it; `hub` = timm's or torchvision's own; null = as built."""
     kwargs: dict[str, Any] = field(default_factory=dict)
-    """Arguments for `timm.create_model` or `build()`."""
+    """Arguments for timm's or torchvision's constructor, or for `build()`."""
     input_size: Annotated[int | None, Le(8192), Unit("pixels")] = None
     """Side of the square input; null = the model's own."""
     mean: Rgb = None
@@ -178,6 +185,9 @@ class CacheConfig(Section):
     `path/to/file.py:Class`, `package.module:Class`, or the name of an entry point of `cskd.codecs`; see docs/LIBRARY.md."""
     max_quarantine: Share = 0.001
     """Unreadable images beyond this share stop stage 1."""
+    save_seconds: Annotated[float, Ge(0), Le(86_400), Unit("seconds")] = 30.0
+    """How often stage 1 saves what it has of a pass that takes longer: a kill loses that much work, and the teacher's batches
+    under way."""
     workers: Annotated[int | None, Ge(0), Le(1024), Unit("processes")] = None
     """Processes that decode and augment; 0 = the main process does; null = chosen from the cores."""
     threads: Annotated[int | None, Ge(1), Le(1024), Unit("threads")] = None
@@ -195,7 +205,7 @@ class StudentConfig(Section):
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments for `timm.create_model`."""
     init: str | None = None
-    """Checkpoint to start from; position embeddings are resized to this student's grid."""
+    """Checkpoint to start from, or `FILE:KEY`; position embeddings are resized to this student's grid."""
     mean: Rgb = None
     """Subtracted from the pixels; null = the model's own."""
     std: Rgb = None
@@ -312,8 +322,8 @@ class TrainConfig(Section):
     """Blocks within which quads are shuffled."""
     max_steps: Annotated[int, Ge(0), Unit("steps")] = 0
     """Stop after this many steps; 0 = train to the end."""
-    tensorboard: bool = False
-    """Write the metrics for TensorBoard, too."""
+    trackers: Annotated[list[Tracker], Predicate(once)] = field(default_factory=list[Tracker])
+    """Where the metrics go in addition: tensorboard, wandb, trackio, mlflow; one that fails never stops a run."""
     prefetch: Annotated[int, Ge(1), Le(1024), Unit("batches")] = 4
     """Batches that each worker keeps ready; where all workers together would have more than 32, fewer, but 2 of each at least."""
     augment: Literal["host", "device"] = "host"

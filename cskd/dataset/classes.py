@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from cskd.dataset.look_alikes import difference, look_alikes, same_form
 from cskd.errors import DataError
 
 MAX_CLASSES = 65535  # labels, class ids and argmaxes are stored as uint16
@@ -15,7 +16,7 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 def parse_classes(data: bytes, origin: str) -> list[str]:
     """The names in a class file; empty lines at the end are ignored. `origin` says where the file is.
 
-    Raises:  DataError for no names, an empty line between names, a name that occurs twice, or text that is not UTF-8.
+    Raises:  DataError for no names, an empty line between names, a name that occurs twice, also in two Unicode forms, or text that is not UTF-8.
     """
     try:
         names = [line.strip() for line in data.decode("utf-8-sig").rstrip().splitlines()]
@@ -37,4 +38,10 @@ def parse_classes(data: bytes, origin: str) -> list[str]:
         if name in seen:
             raise DataError(f"{origin} has '{name}' in lines {seen[name]} and {line}; every class must occur once")
         seen[name] = line
+    for one, other in look_alikes(names):
+        if same_form(one, other):
+            lines = f"lines {seen[one]} and {seen[other]}"
+            raise DataError(
+                f"{origin} has '{one[:40]}' in {lines}: {difference(one, other)}; every class must occur once"
+            )
     return names

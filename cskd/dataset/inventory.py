@@ -7,11 +7,9 @@ Columns are memory-mapped on opening, so that processes share them. The files: `
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,15 +31,18 @@ from cskd.dataset.inventory_format import (
     identify,
     read_column,
     read_header,
+    relabel_raw,
     verify_files,
 )
-from cskd.errors import DataError
+from cskd.dataset.look_alikes import look_alike
+from cskd.errors import DataError, why
 from cskd.files.durable import put, sync
 from cskd.files.paths import local_path
 from cskd.files.read import file_sha256, open_regular
 from cskd.seeds import U64, key_hash
 
 FIND_SHARDS = "restore it, or say where the shards are: data.train or data.val in the config, or --data of inspect, verify and repair"
+LOOKED_AT = 50_000  # keys that are compared with one that is not there
 BATCH = 4096  # samples buffered before they go to the column files
 
 
@@ -85,7 +86,7 @@ class Inventory:
         self.size: NDArray[np.int64] = columns["size"]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_inventory, (self.path, self.root)
+        return _open, (self.path, self.root)
 
     def __len__(self) -> int:
         return self.n
@@ -102,6 +103,8 @@ class Inventory:
         for i in np.flatnonzero(self.key_hash == np.uint64(key_hash(key))):
             if self.key(int(i)) == key:
                 return int(i)
+        if alike := look_alike(key, map(self.key, range(min(self.n, LOOKED_AT)))):
+            raise DataError(f"no sample '{key}' in {self.path}, but '{alike[0]}': {alike[1]}; give that one")
         raise DataError(f"no sample '{key}' in {self.path}; its keys look like '{self.key(0)}'")
 
     def block_of(self, i: int) -> int:
@@ -127,7 +130,7 @@ class Inventory:
             except FileNotFoundError:
                 lost[shard] = f"shard {name} is not in {self.root}; {FIND_SHARDS}"
             except OSError as e:
-                lost[shard] = f"{path} can't be read ({e.strerror}); mend that"
+                lost[shard] = f"{path} can't be read: {why(e)}"
             else:
                 if found != length:
                     lost[shard] = f"{path} has {found} bytes, the inventory says {length}; restore it or pack again"
@@ -151,11 +154,14 @@ def open_inventory(path: str | Path, data: str | Path | None = None, verify: boo
              inventory of its own, that one is opened, so that files may have other names there; the ids must be equal.
              verify: also check the sha256 of every column and recompute the id.
     Raises:  DataError when there is none, it is damaged, newer than this code, or `data` holds another data set.
+
+    Without `data` the shards are in the `root` that the header names (see `cskd index --out`), else next to the inventory.
     """
     path = local_path(path, "the data set")
     if (path / INVENTORY_FOLDER / HEADER).is_file():
         path = path / INVENTORY_FOLDER
     header = read_header(path)
+    root = Path(data) if data is not None else Path(header.get("root", path.parent))
     if data is not None and (Path(data) / INVENTORY_FOLDER / HEADER).is_file():
         header_there = read_header(Path(data) / INVENTORY_FOLDER)
         if header_there["id"] != header["id"]:
@@ -163,7 +169,13 @@ def open_inventory(path: str | Path, data: str | Path | None = None, verify: boo
                 f"{data} holds the data set {header_there['id'][:12]}, but {path} is of {header['id'][:12]}; "
                 "point to the data that it was made from"
             )
-        path, header = Path(data) / INVENTORY_FOLDER, header_there
+        path, root = Path(data) / INVENTORY_FOLDER, Path(header_there.get("root", data))
+    return _open(path, root, verify)
+
+
+def _open(path: Path, root: Path, verify: bool = False) -> Inventory:
+    """The inventory whose own folder is `path`, with its shards in `root`."""
+    header = read_header(path)
     columns = {name: read_column(path, name, dtype) for name, dtype in DTYPES.items()}
     n = header["num_samples"]
     for name, column in columns.items():
@@ -173,7 +185,7 @@ def open_inventory(path: str | Path, data: str | Path | None = None, verify: boo
     if verify:
         verify_files(path, header)
     check_columns(header, columns, path)
-    return Inventory(path, Path(data) if data is not None else path.parent, header, columns)
+    return Inventory(path, root, header, columns)
 
 
 def block_bounds(shard_counts: Sequence[int], block: int) -> NDArray[np.int64]:
@@ -242,9 +254,14 @@ class InventoryWriter:
         block: int,
         made: dict[str, Any],
         notes: Sequence[str] = (),
+        *,
+        relabel: Mapping[int, int] | None = None,
+        root: Path | None = None,
     ) -> None:
         """Write columns and header and sync them to disk.
 
+        Args:    relabel: the label for each number that samples were added with. root: the folder of the shards, absolute,
+                 where that is not the one that holds the inventory.
         Raises:  DataError for no samples, a label outside the classes, or a key that occurs twice.
         """
         self._flush()
@@ -252,6 +269,8 @@ class InventoryWriter:
         n = sum(self._counts)
         if n == 0:
             raise DataError("no samples to list; expected images with labels")
+        if relabel:
+            relabel_raw(self.folder / "label.raw", relabel)
         for name, dtype in DTYPES.items():
             finish_column(
                 self.folder, name, np.dtype(dtype), self._key_end if name == "key" else n + (name == "key_offset")
@@ -266,6 +285,7 @@ class InventoryWriter:
             "classes": list(classes),
             "blocks": bounds.tolist(),
             "shards": [shard._asdict() for shard in shards],
+            **({} if root is None else {"root": str(root)}),
             "made": made,
             "notes": list(notes),
             "columns": {
@@ -292,9 +312,11 @@ class InventoryWriter:
             )
         if pair := first_duplicate(made.key_hash):
             first, second = (f"'{made.key(i)}' in {made.shards[made.shard[i]].name}" for i in pair)
+            same = made.shard[pair[0]] == made.shard[pair[1]]
+            cure = "put the shard's name in front of each key with 'cskd index --key-prefix shard'"
             raise DataError(
-                f"two samples have the same key: {first} and {second}; keys must differ over all shards: "
-                "make them again with the name of the shard in front of each key"
+                f"two samples have the same key: {first} and {second}; keys must differ over all shards, and dots in them become "
+                f"'_': {'rename one, or take it out' if same else cure}"
             )
 
     def _flush(self) -> None:
@@ -364,30 +386,3 @@ def publish_inventory(partial: Path, data: Path) -> Inventory:
     os.rename(partial, final)
     sync(data)
     return open_inventory(final)
-
-
-def copy_inventory(inventory: Inventory, root: Path) -> None:
-    """Copy an inventory to root/inventory, as caches do; of several processes the first one counts.
-
-    Raises:  DataError when another one is there, or what is there is not whole.
-    """
-    partial, final = root / f"{PARTIAL}.{os.getpid()}.{uuid.uuid4().hex[:8]}", root / INVENTORY_FOLDER
-    partial.mkdir(parents=True)
-    try:
-        for name in [HEADER, *(f"{name}.npy" for name in DTYPES)]:
-            shutil.copyfile(inventory.path / name, partial / name)
-            sync(partial / name)
-        sync(partial)
-        try:
-            os.rename(partial, final)
-            sync(root)
-        except OSError as e:
-            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            there = read_header(final)["id"]
-            if there != inventory.id:
-                raise DataError(
-                    f"{root} holds the inventory {there[:12]} already, expected {inventory.id[:12]}; take another folder"
-                ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

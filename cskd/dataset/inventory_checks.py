@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,9 @@ def check_header(header: dict[str, Any], path: Path) -> None:
         known = isinstance(shard, dict) and isinstance(shard.get("name"), str) and whole(shard.get("bytes"))
         need(known, f"the shard {str(shard)[:80]} has no name and bytes", "both")
         check_shard_name(shard["name"], path)
+    root = header.get("root", "/")
+    good_root = isinstance(root, str) and PurePath(root).is_absolute() and ".." not in PurePath(root).parts
+    need(good_root and not _CONTROL.search(root), f"its 'root' is {str(root)[:80]!r}", "the path of the shards' folder")
     columns = header.get("columns")
     sound = isinstance(columns, dict) and all(isinstance(c, dict) and "sha256" in c for c in columns.values())
     need(sound, "its 'columns' have no sha256", "one each")

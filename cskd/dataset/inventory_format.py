@@ -1,8 +1,9 @@
 """The files of an inventory: names, types, hashes. What is in them: `cskd/dataset/inventory.py`. No torch in here.
 
 DATA/inventory/
-  inventory.json     version, id, classes, num_samples, shards (name, bytes), blocks, how it was made, notes,
-                     sha256 of every column file, and `hash`: sha256 of all of that
+  inventory.json     version, id, classes, num_samples, shards (name, bytes), blocks, how it was made, notes, `root`
+                     (path of the shards' folder, where that is not DATA), sha256 of every column file, and `hash`: sha256
+                     of all of that
   key.npy            uint8  [bytes]  the samples' keys in UTF-8, one after the other
   key_offset.npy     int64  [N + 1]  where each key starts in key.npy
   key_hash.npy       uint64 [N]      `cskd.seeds.key_hash` of the key
@@ -15,20 +16,24 @@ DATA/inventory/
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cskd.dataset.inventory_checks import MEND, check_header
-from cskd.errors import DataError
+from cskd.errors import DataError, LimitError, why
 from cskd.files.durable import json_hash, sync
 from cskd.files.read import file_sha256, open_regular, parse_json, read_file
+from cskd.near import absent
 
 RESTORE_IT = f"restore it, or {MEND}"
 INVENTORY_FORMAT = "cskd inventory"
@@ -48,13 +53,24 @@ DTYPES = {
 }
 
 
+class WhichInventory(Protocol):
+    """An open inventory, as far as a copy needs it."""
+
+    path: Path
+    id: str
+
+
 def read_header(path: Path) -> dict[str, Any]:
     """The header of the inventory folder at `path`. DataError when there is none or it is damaged, newer or unsafe."""
     try:
         header = parse_json(read_file(path / HEADER))
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"no inventory at {path}; make one with 'cskd pack' or 'cskd index'") from None
-    except (OSError, ValueError) as e:
+        raise DataError(
+            f"no inventory at {absent(path) if not path.exists() else path}; make one with 'cskd pack' or 'cskd index'"
+        ) from None
+    except OSError as e:
+        raise DataError(f"{path / HEADER} is not readable: {why(e)}") from None
+    except ValueError as e:
         raise DataError(f"{path / HEADER} is not readable: {e}; {RESTORE_IT}") from None
     if not isinstance(header, dict) or header.get("format") != INVENTORY_FORMAT:
         raise DataError(f"{path / HEADER} is not an inventory; make one with 'cskd pack' or 'cskd index'")
@@ -74,6 +90,12 @@ def read_column(path: Path, name: str, dtype: str) -> NDArray[Any]:
             column = np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
         if not isinstance(column, np.ndarray):
             raise ValueError("a zip of arrays, expected one array")
+    except LimitError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{path / name}.npy is not readable: it is not there; {RESTORE_IT}") from None
+    except OSError as e:
+        raise DataError(f"{path / name}.npy is not readable: {why(e)}") from None
     except Exception as e:  # numpy parses a header as Python: a damaged one raises a dozen types
         raise DataError(f"{path / name}.npy is not readable: {' '.join(str(e).split())}; {RESTORE_IT}") from None
     if column.dtype != np.dtype(dtype) or column.ndim != 1:
@@ -89,7 +111,7 @@ def verify_files(path: Path, header: dict[str, Any]) -> None:
         try:
             digest = file_sha256(path / f"{name}.npy")
         except OSError as e:
-            raise DataError(f"{path / name}.npy is not readable: {e.strerror}; {RESTORE_IT}") from None
+            raise DataError(f"{path / name}.npy is not readable: {why(e)}") from None
         if digest != header["columns"].get(name, {}).get("sha256"):
             raise DataError(f"{path / name}.npy does not match its recorded sha256; {RESTORE_IT}")
     try:
@@ -119,6 +141,14 @@ def finish_column(folder: Path, name: str, dtype: np.dtype[Any], length: int) ->
     sync(final)
 
 
+def relabel_raw(raw: Path, relabel: Mapping[int, int]) -> None:
+    """Give each number of a label column that is not finished the label that the mapping has for it."""
+    known = np.array(sorted(relabel), np.int32)
+    labels = np.array([relabel[int(number)] for number in known], DTYPES["label"])
+    if not np.array_equal(known, labels):
+        raw.write_bytes(labels[np.searchsorted(known, np.fromfile(raw, DTYPES["label"]))].tobytes())
+
+
 def identify(folder: Path, bounds: NDArray[np.int64]) -> str:
     """The id: sha256 over keys, labels, checksums and block bounds, each preceded by its length.
 
@@ -145,3 +175,30 @@ def header_bytes(header: dict[str, Any]) -> bytes:
 def header_hash(header: dict[str, Any]) -> str:
     """sha256 of the header's canonical JSON without its own `hash`."""
     return json_hash({name: value for name, value in header.items() if name != "hash"})
+
+
+def copy_inventory(inventory: WhichInventory, root: Path) -> None:
+    """Copy an inventory to root/inventory, as caches do; of several processes the first one counts.
+
+    Raises:  DataError when another one is there, or what is there is not whole.
+    """
+    partial, final = root / f"{PARTIAL}.{os.getpid()}.{uuid.uuid4().hex[:8]}", root / INVENTORY_FOLDER
+    partial.mkdir(parents=True)
+    try:
+        for name in [HEADER, *(f"{name}.npy" for name in DTYPES)]:
+            shutil.copyfile(inventory.path / name, partial / name)
+            sync(partial / name)
+        sync(partial)
+        try:
+            os.rename(partial, final)
+            sync(root)
+        except OSError as e:
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            there = read_header(final)["id"]
+            if there != inventory.id:
+                raise DataError(
+                    f"{root} holds the inventory {there[:12]} already, expected {inventory.id[:12]}; take another folder"
+                ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

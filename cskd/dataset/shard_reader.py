@@ -11,7 +11,7 @@ from typing import Any
 import google_crc32c
 
 from cskd.dataset.inventory import FIND_SHARDS, Inventory
-from cskd.errors import DataError, ReadError
+from cskd.errors import DataError, ReadError, why
 from cskd.files.read import open_regular, pread
 
 TRIES = 3
@@ -74,7 +74,7 @@ class ShardReader:
                     self._drop(shard)  # a network file system may need the file opened again
                 if attempt + 1 < TRIES:
                     time.sleep(RETRY_WAIT * 2**attempt)
-        raise ReadError(f"{self._name(i, shard)}: reading failed {TRIES} times: {error}; check the disk and run again")
+        raise ReadError(f"{self._name(i, shard)}: reading failed {TRIES} times: {why(error)}")
 
     def _open(self, i: int, shard: int) -> int:
         fd = self._fds.pop(shard, None)

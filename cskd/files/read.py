@@ -11,13 +11,24 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from cskd.errors import LIMITS, LimitError, said
+
 MAX_TEXT = 1 << 26  # bytes of a JSON: the largest inventory header, of 65,535 classes and 100,000 shards, takes 15 MB
 MAX_DEPTH = 64  # of nesting; cskd's own files have six
 
 
 def open_regular(path: str | Path) -> int:
-    """A descriptor for reading. Raises OSError for what is no regular file: opening a pipe would wait for a writer."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    """A descriptor for reading.
+
+    Raises:  OSError for what is no regular file: opening a pipe would wait for a writer; LimitError where no more files may be
+             open, which says nothing of this one.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as e:
+        if e.errno in LIMITS:
+            raise LimitError(said(e)) from None
+        raise
     if not stat.S_ISREG(mode := os.fstat(fd).st_mode):
         os.close(fd)
         if stat.S_ISDIR(mode):

@@ -1,118 +1,132 @@
-"""Files of weights that others made, the one way they are read: looked at before a library allocates what they ask for.
+"""Weights of a model out of the files that others made: which of a checkpoint's tensors fit its names, and how they are called.
 
-torch.load with weights_only runs no code, but builds what a few pickled bytes describe: a byte array of any size, a copy of a
-tensor that repeats one number. So a checkpoint may name what tensors need and nothing else, its zip may hold no compressed
-members, and it may not be many times larger than its model. No timm in here.
+A training script puts weights under a key of its choice and wrappers put prefixes before each name. Neither is looked for by name:
+what is taken is what fits the model, and the caller gets words for it. No code of a file is run, see `cskd.files.inert`. No timm
+in here.
 """
 
 from __future__ import annotations
 
-import os
-import pickletools
 import re
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from cskd.errors import one_line
-from cskd.files.read import open_regular, parse_json
+from cskd.files.checkpoint import Contents, Entry, contents, find_file
 
-FREE_WEIGHT_BYTES = 1 << 28  # any model's file may have these
-MAX_TIMES = 16  # the size of its model: weights, averaged weights and an optimiser's state are up to five
-MAX_HEADER = 1 << 24  # bytes of a safetensors header; 2,000 tensors take 200 kB
-MAX_PICKLE = 1 << 23  # bytes of a checkpoint's own pickle; as above
 # Arguments of timm.create_model by which timm would read a file of its own choice.
 READ_BY_TIMM = (
     *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args"),
     *("checkpoint_path", "cache_dir"),
 )
-# Where training scripts put the weights inside a checkpoint; averaged weights first, as they are the ones published.
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-_MAX_WRAPPERS = 4  # around one another: a mapping may hold itself
-_GLOBALS = re.compile(
-    r"(collections (OrderedDict|Counter|defaultdict)"
-    r"|torch (\w+Storage|Size|device|u?int\d+|float\d+|bfloat16|bool|long|int|half|float|double)"
-    r"|torch\.(_utils _rebuild_(tensor|tensor_v2|parameter|parameter_with_state)|nn\.parameter Parameter)"
-    r"|torch\.storage (UntypedStorage|TypedStorage|_LegacyStorage)"
-    r"|argparse Namespace)"
+# What wrappers put before the names of their parts: torch.compile, checkpointing, FSDP, DataParallel.
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module"}
+_COUNTERS = (
+    "num_batches_tracked",
+    "total_ops",
+    "total_params",
+    "n_averaged",
+)  # in no model's function: torch's, thop's
+# How averaged weights are called: state_dict_ema, model_ema, ema_model, swa_state; DINO's teacher is its student's average.
+_AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged?|avg)([._\d]|$)|momentum_encoder")
+_MAX_PARTS = 40  # of a name
+# Modules whose objects are in checkpoints of well-known training scripts; others are named in a note.
+_HARMLESS = re.compile(
+    r"(argparse|collections|pathlib|datetime|enum|numpy|torch|timm|omegaconf|pytorch_lightning|lightning|functools\.partial)\."
+    r"|builtins\.(set|frozenset|object|int|float|bool|str|list|tuple|complex|slice|range)$|(a key|\w+)$"
 )
 
 
-class PickledObjectsError(ValueError):
-    """A checkpoint that holds more than tensors."""
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a file that are for a model, on the CPU."""
+
+    path: Path  # of the file itself
+    tensors: dict[str, Tensor]  # by the model's names; also those under the same prefix that the model has not
+    taken: str  # where they lay in the file, in words; empty where that is its top level
+    notes: list[str]  # what a user should know, a line each
 
 
-def read_weights(path: Path, model_bytes: int) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict in a .safetensors, or in a .pt, .pth or .tar of tensors, on the CPU.
+@dataclass(frozen=True)
+class _Choice:
+    """Weights in a file: all tensors whose names begin with a prefix."""
 
-    Args:    model_bytes: of the parameters and buffers of the model that it is for.
-    Returns: the tensors, without the prefixes that DataParallel and torch.compile put before all names; the keys of the
-             checkpoint that they lay under, from the outermost on.
+    prefix: str  # of keys and wrappers, with a dot at the end, or nothing
+    fits: dict[str, Entry]  # by the model's names
+    same: int  # how many of them have the model's shape
+
+    @property
+    def label(self) -> str:
+        return self.prefix.rstrip(".") or "the top level"
+
+    @property
+    def places(self) -> frozenset[tuple[str, tuple[object, ...]]]:
+        return frozenset((name, entry.place) for name, entry in self.fits.items())
+
+    def rank(self) -> tuple[int, int]:
+        """The more names have the model's shape, and the more there are at all, the better it fits."""
+        return self.same, sum(not k.endswith(_COUNTERS) for k in self.fits)
+
+    @property
+    def averaged(self) -> bool:
+        return bool(_AVERAGED.search(self.prefix.lower()))
+
+
+def read_weights(path: Path, model: Mapping[str, Tensor]) -> Weights:
+    """The weights for a model in a checkpoint of any training script.
+
+    Taken are those of which most names and shapes are the model's, whatever keys and prefixes lead to them. Of several that
+    fit equally well the averaged ones are taken; where that leaves a choice, it is refused.
+
+    Args:    path of a file, or of a folder with one by a usual name; with `:KEY` at its end, the weights under that key;
+             model the state dict that they are for. On the meta device it will do.
     Raises:  ValueError: what is wrong with the file, in words that follow its name.
     """
-    try:
-        check_weight_file(path, model_bytes)
-        safe = path.suffix == ".safetensors"
-        loaded: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # whatever a file that is no checkpoint makes the two readers raise
-        objects = type(e).__name__ in ("UnpicklingError", PickledObjectsError.__name__)
-        why = "it is damaged, or holds Python objects besides tensors, which are never unpickled here"
-        raise ValueError(f"can't be read: {why if objects else one_line(e)}") from None
-    keys: list[str] = []
-    while isinstance(loaded, Mapping) and len(keys) < _MAX_WRAPPERS:
-        key = next((k for k in _WRAPPERS if isinstance(loaded.get(k), Mapping)), None)
-        if key is None:
-            break
-        loaded = loaded[key]
-        keys.append(key)
-    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise ValueError(f"holds more than tensors or none: no state dict at its top or under {', '.join(_WRAPPERS)}")
-    check_tensors(loaded.values())
-    weights = {str(name): tensor for name, tensor in loaded.items()}
-    for prefix in ("module.", "_orig_mod."):
-        if all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-    return weights, keys
+    path, key = find_file(path)
+    with ExitStack() as opened:
+        try:
+            found = contents(path, sum(t.nbytes for t in model.values()), opened)
+            choice, others = _choose(path, found, model, key)
+            entries, left = _under(choice, found)
+            for name, entry in entries.items():
+                own = model.get(name)
+                if own is not None and _kind(own.dtype) != _kind(entry.dtype):
+                    raise ValueError(
+                        f"holds {name[:80]} in {entry.dtype}, the model in {own.dtype}: give weights that are not quantised"
+                    )
+            tensors = {name: entry.load() for name, entry in entries.items()}
+        except SafetensorError as e:
+            raise ValueError(f"can't be read: {one_line(e)}") from None
+        except OSError as e:
+            raise ValueError(f"can't be read: {e.strerror or e}") from None
+    taken = repr(choice.prefix.rstrip(".")) if choice.prefix else ""
+    return Weights(path, tensors, taken, _notes(path, choice, others, left, found, model))
 
 
-def check_weight_file(path: Path, model_bytes: int) -> None:
-    """Raises OSError for what is no regular file, ValueError for one that no checkpoint of such a model is.
+def misfit(weights: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> str | None:
+    """How names and shapes of weights differ from the model's, the first of each kind; None where they are its own.
 
-    Args:    model_bytes: of the parameters and buffers of the model that it is for.
+    Counters that eval mode never reads may be missing, as in checkpoints older than PyTorch 0.4.1.
     """
-    with os.fdopen(open_regular(path), "rb") as file:
-        length = os.fstat(file.fileno()).st_size
-        if length > FREE_WEIGHT_BYTES + MAX_TIMES * model_bytes:
-            raise ValueError(f"it has {length} bytes and the model {model_bytes}: it is of another one")
-        head = file.read(8)
-        file.seek(0)
-        if path.suffix == ".safetensors":
-            if len(head) == 8 and int.from_bytes(head, "little") > min(length, MAX_HEADER):
-                raise ValueError(f"its header would have {int.from_bytes(head, 'little')} bytes")
-            file.seek(8)
-            parse_json(file.read(int.from_bytes(head, "little")))  # a name that occurs twice is refused
-        elif head[:4] == b"PK\x03\x04":
-            _check_zip(file, length)
-        else:
-            for _ in range(5):  # as before 2020: a number, a version, facts, the tensors, their keys
-                if not _check_pickle(file):
-                    break
-
-
-def check_tensors(tensors: Iterable[Any]) -> None:
-    """Raises ValueError for a tensor that is not plain numbers in memory, or whose numbers are fewer than its shape says."""
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor):
-            continue
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-            raise ValueError(f"holds a tensor of layout {tensor.layout} on {tensor.device}, expected plain ones")
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise ValueError(f"holds a tensor of shape {list(tensor.shape)} that repeats its numbers")
+    missing = [k for k in model if k not in weights and not k.endswith(_COUNTERS)]
+    unexpected = [k for k in weights if k not in model]
+    shapes = [
+        f"{_cut(k)} {list(weights[k].shape)} for {list(v.shape)}"
+        for k, v in model.items()
+        if k in weights and weights[k].shape != v.shape
+    ]
+    faults = [
+        f"{len(names)} {what}: {_few(names)}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if names
+    ]
+    return "; ".join(faults) or None
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -133,38 +147,101 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return next((name for name in tensors if name in bad), None)
 
 
-def _check_zip(file: IO[bytes], length: int) -> None:
-    try:
-        with zipfile.ZipFile(file) as archive:
-            infos = archive.infolist()
-            packed = any(i.compress_type != zipfile.ZIP_STORED or i.compress_size != i.file_size for i in infos)
-            if packed or sum(info.file_size for info in infos) > length:
-                raise ValueError("its members are compressed, or larger together than the file")
-            for info in infos:
-                if info.filename.endswith(".pkl"):
-                    if info.file_size > MAX_PICKLE:
-                        raise ValueError(f"{info.filename} has {info.file_size} bytes, expected {MAX_PICKLE} at most")
-                    with archive.open(info) as pickled:
-                        _check_pickle(pickled)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as e:
-        raise ValueError(f"it is a damaged zip: {e}") from None
+def _choose(path: Path, found: Contents, model: Mapping[str, Tensor], key: str | None) -> tuple[_Choice, list[_Choice]]:
+    """The weights that are taken, and others that fit half of that or more."""
+    fits: dict[str, dict[str, Entry]] = {}
+    for entry in found.entries:
+        parts = entry.name.split(".")
+        for i in range(len(parts)) if len(parts) <= _MAX_PARTS else ():
+            if (own := _own_name(parts[i:], model)) is not None:
+                fits.setdefault("".join(f"{part}." for part in parts[:i]), {}).setdefault(own, entry)
+    choices = [
+        _Choice(prefix, own, sum(e.shape == model[k].shape for k, e in own.items() if not k.endswith(_COUNTERS)))
+        for prefix, own in fits.items()
+        if key is None or prefix.startswith(f"{key}.")
+    ]
+    if not choices:
+        raise ValueError(_nothing(found, model, key))
+    choices.sort(key=_Choice.rank, reverse=True)  # of equal ones the first in the file stays first
+    best = choices[0]
+    rivals = [c for c in choices if 2 * c.same >= best.same > 0 and c.places != best.places]
+    equal = [c for c in rivals if c.rank() == best.rank()]
+    if equal:
+        by_student = any("student" in c.prefix.split(".") for c in (best, *equal))
+        averaged = [c for c in (best, *equal) if c.averaged or (by_student and "teacher" in c.prefix.split("."))]
+        if len({c.places for c in averaged}) != 1:
+            known = _few([c.label for c in (best, *equal)], 4)
+            raise ValueError(f"holds {1 + len(equal)} sets of weights that fit: {known}; say which by {path.name}:KEY")
+        best, rivals = averaged[0], [c for c in (best, *rivals) if c is not averaged[0]]
+    return best, rivals
 
 
-def _check_pickle(file: IO[bytes]) -> bool:
-    """Whether a whole pickle stands there. PickledObjectsError for one that names anything a tensor does not need."""
-    start = file.tell()
-    try:
-        for op, argument, position in pickletools.genops(file):
-            if op.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4") or (
-                op.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument))
-            ):
-                raise PickledObjectsError(f"it holds {str(argument)[:80] if argument else 'objects'}")
-            if position is not None and position - start > MAX_PICKLE:
-                raise ValueError(f"it holds a pickle of more than {MAX_PICKLE} bytes")
-    except PickledObjectsError:
-        raise
-    except (ValueError, UnicodeDecodeError, IndexError, EOFError, OverflowError, MemoryError) as e:
-        if "holds a pickle" in str(e):
-            raise
-        return False  # no pickle, or a damaged one: the reader says so
-    return True
+def _own_name(parts: list[str], model: Mapping[str, Tensor]) -> str | None:
+    """The model's name for what a file calls so; wrappers may stand between the parts of it."""
+    name = ".".join(parts)
+    if name in model:
+        return name
+    if parts[0] in _WRAPPERS or _WRAPPERS.isdisjoint(parts):
+        return None
+    name = ".".join(part for part in parts if part not in _WRAPPERS)
+    return name if name in model else None
+
+
+def _under(choice: _Choice, found: Contents) -> tuple[dict[str, Entry], list[str]]:
+    """All tensors that lie under what was chosen, by name; and the names of those that lie beside it in the same mapping."""
+    homes, own = {e.home for e in choice.fits.values()}, {e.name for e in choice.fits.values()}
+    entries, left = dict(choice.fits), []
+    for entry in found.entries:
+        if entry.home in homes and entry.name not in own and not entry.name.endswith(_COUNTERS):
+            if entry.name.startswith(choice.prefix):
+                entries.setdefault(entry.name.removeprefix(choice.prefix), entry)
+            else:
+                left.append(entry.name)
+    return entries, left
+
+
+def _nothing(found: Contents, model: Mapping[str, Tensor], key: str | None) -> str:
+    """Why there are no weights for the model."""
+    if found.networks:
+        where, network = found.networks[0]
+        return (
+            f"holds a whole pickled {_cut(network)}{f' under {_cut(where)!r}' if where else ''}, and no code of a file is run: load "
+            "it where its class is, and save its state_dict()"
+        )
+    if not found.entries:
+        objects = f", but objects of {_few(found.objects)}" if found.objects else ""
+        return f"holds no state dict, and no tensors at all{objects}"
+    names = [e.name for e in found.entries]
+    if key is not None:
+        under = list(dict.fromkeys(e.home.rstrip(".") or "the top level" for e in found.entries))
+        return f"holds no weights of this model under {_cut(key)!r}; there are tensors under {_few(under, 5)}"
+    return f"holds no name of this model, but {len(names)}: {_few(names)}; the model has {_few(list(model))}"
+
+
+def _notes(
+    path: Path, choice: _Choice, others: list[_Choice], left: list[str], found: Contents, model: Mapping[str, Tensor]
+) -> list[str]:
+    notes = []
+    if choice.prefix or others:
+        size = sum(not k.endswith(_COUNTERS) for k in model)
+        note = f"weights taken from {choice.label!r} of {path.name}: {choice.rank()[1]} of {size} names fit"
+        if others:
+            note += f"; also there: {_few([c.label for c in others], 4)} (choose by {path.name}:KEY)"
+        if left:
+            note += f"; left out there: {len(left)}: {_few(left)}"
+        notes.append(note)
+    if odd := [name for name in found.objects if not _HARMLESS.match(name)]:
+        notes.append(f"{path.name} names {_few(odd)}, which were neither loaded nor run")
+    return notes
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return "real" if dtype.is_floating_point else "complex" if dtype.is_complex else "whole"
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= 40 else f"{name[:18]}...{name[-19:]}"
+
+
+def _few(names: list[str], n: int = 3) -> str:
+    return ", ".join(map(_cut, names[:n])) + (", ..." if len(names) > n else "")

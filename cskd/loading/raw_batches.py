@@ -159,8 +159,11 @@ def _room(views: int, size: int) -> int:
     return max(_LEAST, _TIMES * views * 3 * size**2)
 
 
-def raw_bytes(views: int, repeats: int, size: int, pixels: int) -> int:
-    """About how many bytes a batch has whose views the device makes; pixels: of an image, in the mean."""
+def batch_bytes(views: int, repeats: int, size: int, pixels: int) -> int:
+    """Bytes of a batch of so many views. pixels: of an image, in the mean, where the device makes the views, and then about;
+    0: the host makes them."""
+    if not pixels:
+        return views * 3 * size**2
     return int((1 + _SPARE) * (min(views // repeats * 3 * pixels, _room(views, size)) + views * _PLAN))
 
 

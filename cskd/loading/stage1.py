@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ class Chunk:
     views: tuple[int, ...]
     first: int
     position: NDArray[np.int64]
+    place: int = 0  # where in the order of the pass they begin
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,20 @@ class ChunkMaker:
         return ChunkViews(task, batch, crc, bad, decoding, augmenting)
 
 
-def chunks(block: int, views: tuple[int, ...], first: int, order: NDArray[np.int64], batch: int) -> list[Chunk]:
-    """The tasks of one pass over a block: `batch` positions each, in the order of the quads; the last may be short."""
-    return [Chunk(block, views, first, order[i : i + batch]) for i in range(0, len(order), batch)]
+def chunks(
+    block: int,
+    views: tuple[int, ...],
+    first: int,
+    order: NDArray[np.int64],
+    batch: int,
+    done: Mapping[int, Container[int]] | None = None,
+) -> list[Chunk]:
+    """The tasks of one pass over a block: `batch` positions each, in the order of the quads; the last may be short.
+
+    done: view -> places of the batches that it has already; a chunk is of the views that lack it.
+    """
+    made = []
+    for place in range(0, len(order), batch):
+        if lacking := tuple(view for view in views if done is None or place not in done[view]):
+            made.append(Chunk(block, lacking, first, order[place : place + batch], place))
+    return made

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +20,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from cskd.errors import CskdError, ReadError
-from cskd.loading.need import PREFETCH, prefetch_of
+from cskd.errors import CskdError, ReadError, shortened
+from cskd.loading.need import GB, PREFETCH, SHM, prefetch_of
 from cskd.loading.shared import SharedBatch, mapped_slots, use_slots
 
 T = TypeVar("T")
@@ -111,12 +112,10 @@ class Stream(Generic[T, R]):
                 except StopIteration:
                     return
                 except RuntimeError as e:
-                    if "DataLoader worker" not in str(e):
+                    codes = [worker.exitcode for worker in getattr(results, "_workers", ())]
+                    if (died := why_died(str(e), codes)) is None:
                         raise
-                    raise ReadError(
-                        f"a worker process died ({' '.join(str(e).split())}), expected it to live as long as the run; often "
-                        "memory ran out: run the same command again, with fewer workers (train.workers, cache.workers)"
-                    ) from e
+                    raise ReadError(died) from e
                 if isinstance(result, _Failure):
                     raise result.error
                 if lends:
@@ -127,6 +126,38 @@ class Stream(Generic[T, R]):
                 worker.terminate()
             if (shut_down := getattr(results, "_shutdown_workers", None)) is not None:
                 shut_down()  # now, not when it is collected
+
+
+def why_died(text: str, exit_codes: Sequence[int | None]) -> str | None:
+    """What a user should know of workers that ended before their time; None where none did.
+
+    Args:    text of the RuntimeError that torch's loader raised; exit_codes of the workers, negative for the signal that ended
+             one, None of those that live.
+    """
+    no_room = "allocate shared memory" in text or "No space left on device" in text
+    signals = {-code for code in exit_codes if code is not None and code < 0}
+    if signal.SIGBUS in signals or "Bus error" in text or no_room:
+        room = f"{SHM} is full"
+        if SHM.is_dir():
+            usage = shutil.disk_usage(SHM)
+            room = f"{SHM} ({usage.total / GB:.2f} GB, {usage.free / GB:.2f} free now) has no room for the batches under way"
+        return (
+            f"a loader worker ended{'' if no_room else ' by SIGBUS'}: {room}; in a container start it with a larger --shm-size, "
+            "else set a smaller train.prefetch or fewer workers (train.workers, cache.workers), and run the same command again"
+        )
+    if "DataLoader worker" not in text or text.startswith("Caught "):  # then it lives, and tells of a bug
+        return None
+    if signal.SIGKILL in signals or "Killed" in text:
+        return (
+            "a loader worker was killed (SIGKILL), as the system does where the memory of the machine or of the container runs "
+            "out; give it more memory, or fewer workers (train.workers, cache.workers), and run the same command again"
+        )
+    by = next((signal.Signals(number).name for number in sorted(signals) if number in set(signal.Signals)), "")
+    said = f"ended by {by}" if by else shortened(" ".join(text.splitlines()[-1].split()), 100)
+    return (
+        f"a worker process died ({said}), expected it to live as long as the run; often memory ran out: run the same command "
+        "again, with fewer workers (train.workers, cache.workers)"
+    )
 
 
 @contextmanager
@@ -151,7 +182,7 @@ def _begin_worker(stream: int, prefetch: int, worker: int) -> None:
     A killed main process can't end its workers, and torch's own watch sees the fork server, which they keep alive.
     """
     use_slots(stream, worker, prefetch)
-    threading.Thread(target=_end_with_main, daemon=True).start()
+    end_with_main()
     show = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -161,11 +192,16 @@ def _begin_worker(stream: int, prefetch: int, worker: int) -> None:
     sys.excepthook = hook
 
 
-def _end_with_main() -> None:
+def end_with_main() -> None:
+    """Have this process end at once, and in silence, when the one that started it has ended."""
     main = multiprocessing.parent_process()
-    if main is not None:
-        main.join()
-        os._exit(1)
+
+    def wait() -> None:
+        if main is not None:
+            main.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _start_deaf_to_interrupts() -> None:

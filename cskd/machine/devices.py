@@ -19,7 +19,7 @@ def pick_device(name: str, key: str = "device") -> torch.device:
 
     Raises:  ConfigError naming the config's `key` when it is not there, or is one GPU for several processes.
     """
-    device = _named_device(name, key)
+    device = named_device(name, key)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what a library allocates without naming a device, and `compile`, follow it
     if device.type == "cpu":
@@ -27,7 +27,8 @@ def pick_device(name: str, key: str = "device") -> torch.device:
     return device
 
 
-def _named_device(name: str, key: str) -> torch.device:
+def named_device(name: str, key: str = "device") -> torch.device:
+    """The device that `pick_device` gives, which it also makes this process's own. Raises as that."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     launch = launched()

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # in its documentation, not in its __all__
 
-from cskd.errors import ConfigError, CskdError, RankError, StudentError, one_line, printable
+from cskd.errors import ConfigError, CskdError, RankError, StudentError, fitted, one_line
 from cskd.machine.launch import launched
 
 LOOK = 1.0  # seconds between two looks at whether another rank has failed
@@ -207,5 +207,5 @@ class _Words:
             if heard.code in SIGNALLED:
                 os.kill(os.getpid(), signal.SIGTERM)  # whoever handles it says how to go on
                 return
-            print(f"cskd: {printable(self.line(heard))}", file=sys.stderr, flush=True)
+            print(fitted(f"cskd: {self.line(heard)}"), file=sys.stderr, flush=True)
             os._exit(heard.code)

@@ -9,6 +9,7 @@ Source: arXiv 2307.08500, section 3; DeiT, arXiv 2012.12877, section 4.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -225,6 +226,14 @@ def trained_heads(config: LossConfig, distilled: bool) -> tuple[str, ...]:
             "patches": config.method.startswith("cskd") and config.patch_weight > 0,
         }
     return tuple(name for name, yes in trains.items() if yes or name in own)
+
+
+def unread_keys(method: str, given: Collection[str]) -> list[str]:
+    """Which of the keys of the section `loss` that a config gives its method does not read."""
+    read = {"method", "smoothing", "terms", "alpha" if method != "none" else "baseline_head"}
+    read |= {"decay", "patch_weight"} if method.startswith("cskd") else set()
+    read |= {"tau", "soft_reduction"} if method.endswith("soft") else set()
+    return sorted(key for key in given if key.startswith("loss.") and key.removeprefix("loss.") not in read)
 
 
 def label_loss(logits_BK: Tensor, labels: MixedLabels, smoothing: float) -> Tensor:

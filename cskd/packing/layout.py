@@ -5,6 +5,7 @@ Names and counts only: nothing here opens a file, and a tar is judged as a folde
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -13,6 +14,7 @@ from cskd.errors import DataError
 from cskd.packing.names import is_metadata, is_unread_image
 from cskd.packing.split_words import in_order, some, split_names, split_of
 
+_SYNSET = re.compile(r"n\d+")  # WordNet's name of a class, as in ImageNet
 MANY_CLASSES = 20  # among which one class may be called 'test', if it has about as many images as the others
 
 
@@ -26,6 +28,7 @@ class Tree:
     visible: Collection[str] = ()  # every folder of the source
     others: Mapping[str, str] | None = None  # folder -> one of its files that are no images
     listed: frozenset[str] = frozenset()  # class names of a class file
+    archives: frozenset[str] = frozenset()  # those of the folders that are archives in the source
     is_folder: bool = True  # not a tar
     picked: str = ""  # the folder that --split picked; the others are left out above
 
@@ -60,7 +63,7 @@ def check_tree(tree: Tree) -> list[str]:
     _refuse_twice(tree)
     _refuse_depths(tree, rest)
     _refuse_one(tree)
-    notes = _split_among_classes(tree)
+    notes = _classes_in_archives(tree) + _split_among_classes(tree)
     for folder in tree.images:
         if is_metadata(f"{folder[len(prefix) :]}/"):
             raise DataError(f"{folder} in {tree.source}: webdataset skips folders named __like this__; rename it")
@@ -126,7 +129,8 @@ def _refuse_loose(tree: Tree) -> None:
         )
     raise DataError(
         f"{tree.source} holds {count} image(s) in no class folder, {first} for one, so that their labels are unknown; "
-        f"expected CLASS/{first}; sort them into class folders, or, if it is a class, give the folder above"
+        f"expected CLASS/{first}; sort them into class folders, give their labels with --labels, or, if it is a class, the "
+        "folder above"
     )
 
 
@@ -178,12 +182,26 @@ def _refuse_one(tree: Tree) -> None:
     if split_names({name}):
         raise DataError(
             f"{tree.source} holds {count} image(s) in no class folder, only in {folder}, so that their labels are unknown; "
-            f"expected {folder}/CLASS/NAME; sort them into class folders"
+            f"expected {folder}/CLASS/NAME; sort them into class folders, or give their labels with --labels"
         )
     raise DataError(
         f"{tree.source} holds one class, '{name}' with {count} image(s), expected two or more; give the folder above "
         "the class folders, or, for a part of the classes, a file of all their names with --classes"
     )
+
+
+def _classes_in_archives(tree: Tree) -> list[str]:
+    """Each of many tars may be a class, as in ImageNet's own; parts of one download, which are numbered, are none."""
+    classes = sorted(tree.archives & tree.images.keys())
+    if not classes:
+        return []
+    names = [PurePath(folder).name for folder in classes]
+    if len({re.sub(r"\d+", "#", name) for name in names}) < len(names) and not all(map(_SYNSET.fullmatch, names)):
+        raise DataError(
+            f"{tree.source} holds numbered archives of images ({some(names)}), which look like parts and not like classes; unpack "
+            "them, or give the label of each image with --labels"
+        )
+    return [f"each archive is a class, as {classes[0]}: {len(classes)} of them"]
 
 
 def _split_among_classes(tree: Tree) -> list[str]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from cskd.dataset.classes import CONTROL, MAX_CLASS_BYTES, MAX_CLASS_NAME, MAX_CLASSES, parse_classes
+from cskd.dataset.classes import CONTROL, MAX_CLASS_BYTES, MAX_CLASSES, parse_classes
+from cskd.dataset.look_alikes import difference, look_alike, look_alikes, same_form
 from cskd.errors import DataError
+from cskd.near import nearest
 from cskd.packing.places import WHOLE, Place, place_size, read_place
 from cskd.packing.split_words import some
 
 IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif"])
 UNREAD_IMAGES = frozenset(["avif", "heic", "heif", "jxl", "jp2", "j2k", "jfif", "jpe", "psd", "svg"])
 CLASSES_FILE = "classes.txt"
+_SYNSET_LINE = re.compile(r"n\d{8}\s")  # of Kaggle's LOC_synset_mapping.txt
 _RESERVED = re.compile(r"__[^/]*__/")
 
 
@@ -56,22 +58,42 @@ def is_metadata(key: str) -> bool:
 def class_labels(folders: list[str], names: list[str], origin: str) -> list[int]:
     """The label of each class folder: the place of its last part in `names`.
 
-    Raises:  DataError for a folder that is not among the names, with the nearest one.
+    Raises:  DataError for a folder that is not among the names, with the nearest one, or names in two Unicode forms.
     """
     place = {name: label for label, name in enumerate(names)}
+    check_look_alikes(names, origin)
     labels = []
     for folder in folders:
         name = PurePosixPath(folder).name
         if name not in place:
-            # Of 1,000 names at most: all 65,535 would take a minute.
-            near = difflib.get_close_matches(name[:MAX_CLASS_NAME], names[:1000], n=1, cutoff=0.0)
-            nearest = f", the nearest is '{near[0]}'" if near else ""
-            raise DataError(
-                f"class folder '{folder}' is not in {origin} ({len(names)} names{nearest}); "
-                "add it there, or give another file with --classes"
-            )
+            what = unknown_class(name, names, origin)
+            raise DataError(f"class folder {f'{folder}: ' if folder != name else ''}{what}")
         labels.append(place[name])
     return labels
+
+
+def unknown_class(name: str, names: Sequence[str], origin: str) -> str:
+    """What is wrong with a class that is not among the names of `origin`, from its name on: the nearest, or the one alike."""
+    if alike := look_alike(name, names):
+        return f"'{name[:80]}', which is not in {origin}; '{alike[0][:80]}' is: {alike[1]}; mend one of them"
+    # Of 1,000 names at most: all 65,535 would take a minute.
+    near = nearest(name, names[:1000], 0.0)
+    hint = f", the nearest is '{near}'" if near else ""
+    return f"'{name[:200]}' is not in {origin} ({len(names)} names{hint}); add it there, or give another file with --classes"
+
+
+def check_look_alikes(names: Iterable[str], origin: str) -> list[str]:
+    """A note for class names that look alike. Raises DataError where they are one text in two Unicode forms."""
+    pairs = look_alikes(names)
+    for one, other in pairs:
+        if same_form(one, other):
+            raise DataError(
+                f"{origin} has two classes '{one[:40]}', and {difference(one, other)}; write one of them only"
+            )
+    if not pairs:
+        return []
+    more = f" (and {len(pairs) - 1} more pairs)" if len(pairs) > 1 else ""
+    return [f"classes '{pairs[0][0]}' and '{pairs[0][1]}' are two, but {difference(*pairs[0])}{more}"]
 
 
 def label_names(classes: Path | None, beside: Path, labels: Collection[int]) -> tuple[list[str], list[str]]:
@@ -119,11 +141,15 @@ def classes_held(names: Sequence[str], labels: Iterable[int]) -> list[str]:
 
 
 def class_file(path: Path) -> list[str]:
-    """The names in the file that `--classes` gives. Raises DataError where it is none."""
+    """The names in the file that `--classes` gives; of lines 'n01440764 tench, Tinca tinca' the synset.
+
+    Raises:  DataError where it is none.
+    """
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no file"
         raise DataError(f"{path} is {found}; expected a file of class names in label order; give it with --classes")
-    return read_classes(Place(str(path), 0, WHOLE), str(path))
+    names = read_classes(Place(str(path), 0, WHOLE), str(path))
+    return [name.split()[0] for name in names] if all(_SYNSET_LINE.match(name) for name in names) else names
 
 
 def read_classes(place: Place, origin: str) -> list[str]:

@@ -7,16 +7,14 @@ from pathlib import Path
 from cskd.errors import DataError
 from cskd.packing.names import IMAGE_EXTENSIONS, UNREAD_IMAGES
 from cskd.packing.shard_samples import is_shard, why_no_shard
-from cskd.packing.split_words import words_in
 from cskd.packing.tally import Tally, is_compressed_tar
 
 _WRITE = "write its images to class folders or webdataset shards first"
 _FOREIGN = {
-    ".zip": ("zip files", "unpack them, and give the folder that holds the class folders"),
     ".7z": ("7z archives", "unpack them, and give the folder that holds the class folders"),
     ".rar": ("rar archives", "unpack them, and give the folder that holds the class folders"),
-    ".parquet": ("parquet files", _WRITE),
-    ".arrow": ("arrow files", _WRITE),
+    ".parquet": ("parquet files", "unpack the tar, and give their folder"),
+    ".arrow": ("Arrow files", "unpack the tar, and give their folder"),
     ".tfrecord": ("TFRecord files", _WRITE),
     ".rec": ("RecordIO files", _WRITE),
     ".mdb": ("an LMDB", _WRITE),
@@ -54,11 +52,6 @@ def why_no_images(src: Path, ignored: Tally) -> str:
 
 
 def _tars(src: Path, count: int, first: str) -> str:
-    if src.is_file():
-        each = "its own split: unpack it, and pack each of those alone"
-        if not words_in(first):
-            each = "one class: unpack it, then each of those into a folder of its name, and pack the folder above them"
-        return f"{src} is a tar of {count} tar(s), {first} for one, it seems each {each}"
     try:
         if not is_shard(src / first, src / first):
             return why_no_shard(src / first, src / first)

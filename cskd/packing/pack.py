@@ -16,16 +16,17 @@ from numpy.typing import NDArray
 
 from cskd.dataset.inventory import Inventory, InventoryWriter, Sample, open_inventory, publish_inventory
 from cskd.dataset.inventory_format import HEADER, INVENTORY_FOLDER
-from cskd.errors import DataError
+from cskd.errors import DataError, said
 from cskd.files.durable import put, sync
 from cskd.files.folders import refuse_output
 from cskd.files.paths import local_path
 from cskd.files.writer import sole_writer
 from cskd.machine.cores import usable_cores
+from cskd.packing.listing import PackProgress
 from cskd.packing.names import CLASSES_FILE, classes_held
 from cskd.packing.payloads import Payload, Remake, payloads
-from cskd.packing.sources import PackProgress, Source, open_source
-from cskd.packing.tars import MAX_SPOOL
+from cskd.packing.sources import Source, open_source
+from cskd.packing.spool import MAX_SPOOL
 from cskd.seeds import U64, hash64, mix64_array
 
 _OURS = re.compile(r"shard-\d{6,}\.tar|classes\.txt")
@@ -48,6 +49,7 @@ def pack(
     workers: int | None = None,
     max_spool: int = MAX_SPOOL,
     split: str | None = None,
+    labels: Path | None = None,
     progress: PackProgress | None = None,
     tell: Callable[[list[str]], None] | None = None,
 ) -> Inventory:
@@ -55,7 +57,7 @@ def pack(
 
     The order depends on (seed, key) only, so a folder, a tar and a tar.gz of it give the same inventory id.
 
-    Args:    src, classes, max_spool, split: see `open_source`. shard_size: images per shard (fewer where they pass 1 GB).
+    Args:    src, classes, max_spool, split, labels: see `open_source`. shard_size: images per shard (fewer where they pass 1 GB).
              block: images per block, about. limit: only the first so many of the shuffled images. short_side, quality,
              raw: see `Remake`. workers: threads that read, or processes that re-encode (default: the CPUs, at least 2, at
              most 8). progress: called with (images done, images in all), the latter 0 while the source is being listed.
@@ -77,11 +79,11 @@ def pack(
     options |= {"short_side": short_side, "quality": quality if short_side is not None and not raw else None}
     options |= {"raw": True} if raw else {}
     remake = Remake(short_side, quality, raw)
-    asked = {"split": split} if split else {}
+    asked = ({"split": split} if split else {}) | ({"labels": labels.name} if labels else {})
     workers = workers or min(8, max(2, usable_cores().count))
     try:
         with _workspace(out) as work:
-            source = open_source(src, classes, work, max_spool, progress, split)
+            source = open_source(src, classes, work, max_spool, progress, split, labels)
             order = shuffled(source.key_hash, seed)[:limit]
             if len(order) < len(source.listing):
                 source.notes.append(
@@ -100,7 +102,7 @@ def pack(
     except FileExistsError as e:
         raise DataError(f"{e.filename} is a file, expected a folder; give another one") from e
     except OSError as e:
-        raise DataError(f"{e.filename or out}: {e.strerror or e}; mend that and run again") from e
+        raise DataError(said(e, out)) from e
 
 
 def shuffled(key_hashes: U64, seed: int) -> NDArray[np.int64]:

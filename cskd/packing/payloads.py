@@ -17,8 +17,8 @@ from PIL import Image
 
 from cskd.dataset.images import as_ppm, decode, image_size
 from cskd.errors import DataError, ImageError
+from cskd.packing.listing import Listing
 from cskd.packing.places import Place, place_size, read_place
-from cskd.packing.sources import Listing
 
 CHUNK = 16  # images per task: of 110 kB (ImageNet), 2 MB
 TASK_BYTES = 1 << 25  # of a task's images that are held; what is beyond is read when its turn comes

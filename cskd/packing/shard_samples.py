@@ -1,27 +1,34 @@
-"""webdataset shards as others made them: the samples of a tar by webdataset's own rules, but with nothing dropped."""
+"""webdataset shards as others made them: the samples of a tar, with nothing dropped that is not listed.
+
+A key is what webdataset takes for one: the path up to the first dot of the base name; the rest is the extension. Two things
+are read that webdataset itself would drop or mix up: files of a sample that are not next to each other, and keys with dots
+in them, where all that follows one first part would be a single sample (img.0001.jpg, img.0001.cls, img.0002.jpg, ...).
+"""
 
 from __future__ import annotations
 
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from cskd.dataset.look_alikes import look_alike
 from cskd.errors import DataError
 from cskd.files.read import open_regular, parse_json
-from cskd.packing.names import IMAGE_EXTENSIONS, check_path, is_metadata
+from cskd.packing.names import IMAGE_EXTENSIONS, UNREAD_IMAGES, check_path, is_metadata
+from cskd.packing.shard_labels import MAX_LABEL_BYTES, ShardLabels, json_labels, may_have_label
 from cskd.packing.split_words import some
-from cskd.packing.tally import Tally
+from cskd.packing.tally import Tally, file_kind
 from cskd.packing.tars import Member, members
 
-MAX_LABEL_BYTES = 1 << 20
-_AS_NUMBER = 'write the shards again with the number of the class (12, not "12" or a name)'
+_MAIN_IMAGES = re.compile(r"(input|image|img|rgb|x|0+)\.\w+")  # extensions of the image, where a sample has several
+Parts = dict[str, Member]  # of one sample: extension in lower case -> file
 
 
 class ShardSample(NamedTuple):
-    """An image in a shard with its label: `size` bytes at `offset` of the shard's file."""
+    """An image in a shard with its label: `size` bytes at `offset` of the shard's file. `extension`: its last part."""
 
     key: str
     extension: str
@@ -31,16 +38,21 @@ class ShardSample(NamedTuple):
 
 
 def is_shard(tar: Path, shown: Path) -> bool:
-    """Whether a tar looks like a webdataset shard, not class folders: its first files have a .cls, or a .json label."""
+    """Whether a tar looks like a webdataset shard, not class folders: its first files have a .cls, or a .json label.
+
+    In class folders, texts next to images are somebody's annotations; in a flat shard they are labels.
+    """
     with os.fdopen(open_regular(tar), "rb") as file:
         for key, parts in _first_samples(tar, shown):
-            if "cls" in parts:
+            if any(extension.rpartition(".")[2] == "cls" for extension in parts):
                 return True
-            if key and parts.keys() & IMAGE_EXTENSIONS and "json" in parts:
-                label = _json(file, parts["json"]).get("label")
-                # next to class folders, a text is somebody's annotation; in a flat shard, it is a label of a wrong type
-                if type(label) is int or (label is not None and "/" not in key):
-                    return True
+            if key is None or _image(parts) is None or not may_have_label(parts):
+                continue
+            labels = json_labels(_json(file, parts["json"])) if "json" in parts else {}
+            if any(type(label) is int for label in labels.values()) or (
+                "/" not in key and (labels or "json" not in parts)
+            ):
+                return True
     return False
 
 
@@ -54,14 +66,14 @@ def why_no_shard(tar: Path, shown: Path) -> str:
                     f"{shown} is a tar of tars ({name} for one); unpack it, then each of those into a folder of its own "
                     "name, which is its class, and pack the folder above them"
                 )
-            images = sorted(parts.keys() & IMAGE_EXTENSIONS)
-            if key is None or not images:
+            image = _image(parts)
+            if key is None or image is None:
                 continue
             if "/" in key:
                 return f"{shown} holds folders of images ({name}), not labelled samples; give it alone to 'cskd pack'"
-            rest = sorted(parts.keys() - {images[0]})
+            rest = sorted(parts.keys() - {image})
             has = f"it has .{', .'.join(rest[:4])}" if rest else "there is nothing else of that name"
-            if "json" in parts and (facts := _json(file, parts["json"])):
+            if "json" in parts and isinstance(facts := _json(file, parts["json"]), dict) and facts:
                 has = f'its .json has {some(facts)}, no "label"'
             return (
                 f"sample '{key}' in {shown} has no class label ({has}); add {key}.cls with a number from 0, or "
@@ -70,55 +82,166 @@ def why_no_shard(tar: Path, shown: Path) -> str:
     return f"{shown} holds no samples; expected images with .cls or .json labels"
 
 
-def shard_samples(shard: Path, incomplete: Tally | None = None, shown: Path | None = None) -> Iterator[ShardSample]:
-    """The samples of a shard, in order: consecutive members of one key, an image and a label.
+class ShardSamples:
+    """Reads the shards of one data set, one after the other, and keeps what a user should know about them."""
 
-    A label is KEY.cls (an integer in ASCII) or KEY.json with an integer "label"; other members are left alone.
-    Args:    incomplete: counts samples without image or label; without it they are a DataError.
-             shown: what messages call the shard.
-    Raises:  DataError for a damaged shard, an incomplete sample, two images of one key, or a label that is none.
-    """
-    with os.fdopen(open_regular(shard), "rb") as file:
-        yield from _samples(file, shard, shown or shard, incomplete)
+    def __init__(self, labels: ShardLabels, allow_incomplete: bool = False) -> None:
+        """allow_incomplete: leave out samples without image or label, and count them, instead of refusing them."""
+        self.labels = labels
+        self.incomplete = Tally() if allow_incomplete else None
+        self.ignored, self.apart, self.dotted = Tally(), Tally(), Tally()
 
+    def of(self, shard: Path, shown: Path | None = None, prefix: str = "") -> Iterator[ShardSample]:
+        """The samples of a shard, in the order in which they are whole: an image and a label; other files are counted.
 
-def _samples(file: BinaryIO, path: Path, shard: Path, incomplete: Tally | None) -> Iterator[ShardSample]:
-    for key, group in itertools.groupby(members(path, shard), lambda member: _key(member.name)):
-        if key is None or is_metadata(key):
-            continue
-        parts: dict[str, Member] = {}
-        for member in group:
-            if (twin := parts.setdefault(member.name[len(key) + 1 :].lower(), member)) is not member:
-                raise DataError(f"{shard} has {twin.name} and {member.name}, which are one name; keep one")
-        images = sorted(parts.keys() & IMAGE_EXTENSIONS)
-        check_path(key, str(shard))
-        if len(images) > 1:
-            raise DataError(f"sample '{key}' in {shard} has two images, .{images[0]} and .{images[1]}; keep one")
-        label = _label(file, shard, key, parts)
-        if images and label is not None:
-            image = parts[images[0]]
-            yield ShardSample(key, images[0], label, image.offset, image.size)
-        elif incomplete is not None:
-            incomplete.add(f"'{key}' in {shard.name}")
-        elif _is_apart(path, key):
+        Args:    shown: what messages call the shard. prefix: of the keys.
+        Raises:  DataError for a damaged shard, an incomplete sample, two images or labels of one key, or a label that is none.
+        """
+        shown = shown or shard
+        with os.fdopen(open_regular(shard), "rb") as file:
+            parted: dict[str, Parts] = {}  # samples that are not whole yet
+            whole: set[int] = set()  # hashes of the keys of those that were
+            for key, parts in self._groups(shard, shown):
+                before = parted.pop(key, {})
+                if twice := sorted(parts.keys() & before.keys()):
+                    raise _twice(shown, before[twice[0]], parts[twice[0]])
+                parts = before | parts
+                for name, files in _by_last_dot(key, parts).items():
+                    if (sample := self._sample(file, shown, name, files, prefix)) is None:
+                        parted[name] = files
+                        continue
+                    if before:
+                        self.apart.add(f"'{name}' in {shown.name}")
+                    if name != key:
+                        self.dotted.add(f"'{name}' in {shown.name}")
+                    whole.add(hash(name))
+                    yield sample
+            for name in parted:
+                self._leave_out(file, shown, name, parted, hash(name) in whole)
+
+    def notes(self) -> list[str]:
+        """What a user should know about the shards, one line each."""
+        notes = self.ignored.notes("other files", most=12)
+        notes += self.incomplete.notes("samples without image or label") if self.incomplete else []
+        for tally, what in (
+            (
+                self.apart,
+                "samples whose files are not next to each other; webdataset itself would not put them together",
+            ),
+            (
+                self.dotted,
+                "samples whose keys have dots, written as '_': webdataset itself would end keys at the first dot",
+            ),
+        ):
+            notes += [f"{tally.count} {what}: {tally.first}{' ...' * (tally.count > 1)}"] if tally.count else []
+        return notes
+
+    def _groups(self, path: Path, shown: Path) -> Iterator[tuple[str, Parts]]:
+        """Neighbours of one key, as webdataset groups them; files that belong to no sample are counted."""
+        for key, group in itertools.groupby(members(path, shown), lambda member: _key(member.name)):
+            if key is None or is_metadata(key):
+                for member in group:
+                    kind = file_kind(member.name) if key is None else "__metadata__"
+                    self.ignored.add(member.name, "without extension" if kind.startswith(".") else kind)
+                continue
+            check_path(key, str(shown))
+            parts: Parts = {}
+            for member in group:
+                if (twin := parts.setdefault(member.name[len(key) + 1 :].lower(), member)) is not member:
+                    raise _twice(shown, twin, member)
+            yield key, parts
+
+    def _sample(self, file: BinaryIO, shard: Path, key: str, parts: Parts, prefix: str) -> ShardSample | None:
+        """The sample, None where it lacks its image or label."""
+        image = _image(parts, f"sample '{key}' in {shard}")
+        if image is None:
+            return None
+        label = self.labels.of(f"sample '{key}' in {shard}", parts, lambda member: _read(file, shard, member))
+        if label is None:
+            return None
+        for extension in parts.keys() - {image, label[1]}:
+            self.ignored.add(f"{key}.{extension}", _kind(extension))
+        place = parts[image]
+        return ShardSample(prefix + key, image.rpartition(".")[2], label[0], place.offset, place.size)
+
+    def _leave_out(self, file: BinaryIO, shard: Path, key: str, parted: Mapping[str, Parts], again: bool) -> None:
+        """Count what is not a whole sample; `again`: one of that key was.
+
+        Raises:  DataError where samples may not be incomplete, with what is wrong and the cure.
+        """
+        parts, where = parted[key], f"sample '{key}' in {shard}"
+        if again and _image(parts) is None and not self.labels.reads(parts):
+            for extension in parts:
+                self.ignored.add(f"{key}.{extension}", _kind(extension))
+            return
+        if self.incomplete is not None:
+            self.incomplete.add(f"'{key}' in {shard.name}", _kind(min(parts)))
+            return
+        if again:
             raise DataError(
-                f"the files of sample '{key}' in {shard} are not next to each other; make the shard again with its files "
-                "in the order of their names (tar --sort=name)"
+                f"{where} occurs twice, the second time only as {', '.join(sorted(parts))}; take that out of the shard, or leave "
+                "it out with 'cskd index --allow-incomplete'"
             )
-        else:
-            missing = 'label (.cls, or .json with "label")' if images else f"image (it has {', '.join(sorted(parts))})"
-            raise DataError(f"sample '{key}' in {shard} has no {missing}; mend it, or take it out of the shard")
+        cure = "; mend it, or take it out of the shard"
+        if alike := look_alike(key, parted):
+            cure = f", '{alike[0]}' has {', '.join(sorted(parted[alike[0]]))}: {alike[1]}; give both one name"
+        elif self.labels.key:
+            cure = f"; --label-key is {self.labels.key}"
+        has = f"it has {some(sorted(parts))}"
+        if (image := _image(parts)) is None:
+            unread = sorted(e for e in parts if e.rpartition(".")[2] in UNREAD_IMAGES)
+            what = f"image that is read (.{unread[0]} is not: write JPEG or PNG)" if unread else f"image ({has})"
+            raise DataError(f"{where} has no {what}{cure}")
+        facts = _json(file, parts["json"]) if "json" in parts else None
+        if isinstance(facts, dict) and facts:
+            has = f"its .json has {some(facts)}"
+        elif len(parts) == 1:
+            has = f"it has {image} only"
+        raise DataError(f'{where} has no label (.cls, or .json with "label"; {has}){cure}')
 
 
-def _first_samples(tar: Path, shown: Path) -> Iterator[tuple[str | None, dict[str, Member]]]:
+def _by_last_dot(key: str, parts: Parts) -> dict[str, Parts]:
+    """One sample, or several whose keys have dots: where two or more have an image and a label of their own."""
+    stems: dict[str, Parts] = {}
+    for extension, member in parts.items():
+        stem, _, last = extension.rpartition(".")
+        stems.setdefault(stem, {})[last] = member
+    whole = [stem for stem, own in stems.items() if own.keys() & IMAGE_EXTENSIONS and may_have_label(own)]
+    if "" in whole or len(whole) < 2:  # its other images are masks and the like
+        return {key: parts}
+    return {f"{key}.{stem}".rstrip(".").replace(".", "_"): own for stem, own in stems.items()}
+
+
+def _image(parts: Mapping[str, Member], sample: str = "") -> str | None:
+    """The extension of the image: exactly that of a format, else one such as 'input.jpg', else the only 'NAME.jpg'.
+
+    Raises:  DataError for two, where `sample` says what to call it.
+    """
+    images = sorted(extension for extension in parts if extension.rpartition(".")[2] in IMAGE_EXTENSIONS)
+    exact = [extension for extension in images if extension in IMAGE_EXTENSIONS]
+    found = exact or [extension for extension in images if _MAIN_IMAGES.fullmatch(extension)] or images
+    if sample and len(found) > 1:
+        more = f" and {len(found) - 2} more" if len(found) > 2 else ""
+        raise DataError(
+            f"{sample} has {'two' if len(found) == 2 else len(found)} images, .{found[0]} and .{found[1]}{more}; keep one"
+        )
+    return found[0] if found else None
+
+
+def _twice(shard: Path, one: Member, other: Member) -> DataError:
+    what = "twice" if one.name == other.name else f"and {other.name}, which are one name"
+    return DataError(f"{shard} has {one.name} {what}; keep one")
+
+
+def _kind(extension: str) -> str:
+    """An extension as it is counted: whole, without parts that count."""
+    return f".{extension if not re.search(r'[0-9]{2}', extension) else extension.rpartition('.')[2]}"[:40]
+
+
+def _first_samples(tar: Path, shown: Path) -> Iterator[tuple[str | None, Parts]]:
     """Key and files by extension of what the first members are."""
     for key, group in itertools.groupby(itertools.islice(members(tar, shown), 64), lambda member: _key(member.name)):
         yield key, {member.name[len(key or "") + 1 :].lower(): member for member in group}
-
-
-def _is_apart(shard: Path, key: str) -> bool:
-    """Whether files of a key are in two places of a shard."""
-    return sum(k == key for k, _ in itertools.groupby(members(shard), lambda member: _key(member.name))) > 1
 
 
 def _key(name: str) -> str | None:
@@ -128,39 +251,15 @@ def _key(name: str) -> str | None:
     return folder + slash + stem if stem and dot else None
 
 
-def _label(file: BinaryIO, shard: Path, key: str, parts: dict[str, Member]) -> int | None:
-    if "cls" in parts:
-        text = _read(file, shard, parts["cls"]).strip()
-        if not re.fullmatch(rb"\d{1,9}", text):
-            raise DataError(
-                f"sample '{key}' in {shard} has the label {text[:40]!r}, expected a number from 0; {_AS_NUMBER}"
-            )
-        return int(text)
-    if "json" not in parts:
-        return None
-    try:
-        label: Any = parse_json(_read(file, shard, parts["json"])).get("label")
-    except (ValueError, AttributeError):
-        raise DataError(f"{key}.json in {shard} is no JSON object; mend it") from None
-    if label is not None and (type(label) is not int or not 0 <= label < 10**9):
-        as_text = "as text " if isinstance(label, str) else ""
-        raise DataError(
-            f"sample '{key}' in {shard} has the label {str(label)[:40]!r} {as_text}in its .json, expected a number from 0; "
-            f"{_AS_NUMBER}"
-        )
-    return label
-
-
-def _json(file: BinaryIO, member: Member) -> dict[str, Any]:
-    """What a sidecar holds; nothing where it is large or no JSON object."""
+def _json(file: BinaryIO, member: Member) -> Any:
+    """What a sidecar holds; None where it is large or no JSON."""
     if member.size > MAX_LABEL_BYTES:
-        return {}
+        return None
     file.seek(member.offset)
     try:
-        value = parse_json(file.read(member.size))
+        return parse_json(file.read(member.size))
     except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+        return None
 
 
 def _read(file: BinaryIO, shard: Path, member: Member) -> bytes:

@@ -6,11 +6,12 @@ import glob
 import os
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from cskd.errors import DataError
 from cskd.packing.split_words import chosen, in_order, some, words_in, written_word
-from cskd.packing.tally import is_compressed_tar
+from cskd.packing.tally import is_compressed_tar, plain_tar_name
 
 MAX_BRACES = 16
 MAX_SHARDS = 1 << 20  # that braces may stand for
@@ -19,26 +20,61 @@ _RANGE = re.compile(r"(\d{1,9})\.\.(\d{1,9})")
 _NUMBERED = re.compile(r"(.*?)(\d{1,9})(?:-of-(\d{1,7}))?(\D*)")
 
 
-def find_shards(spec: Path, split: str | None = None) -> tuple[list[Path], str | None]:
+def find_all_shards(specs: Sequence[Path], split: str | None = None) -> tuple[list[Path], str | None]:
+    """`find_shards` of several: folders, globs, braces and files; compressed shards are taken. In the order of their paths.
+
+    Files that are given one by one are of one split, as those of a glob are; several folders or patterns may be of several.
+    Raises:  DataError as there, and where a split is told by the names of some shards and the keys of others.
+    """
+    files = [spec for spec in specs if spec.is_file()]
+    found: list[list[Path]] = []
+    key_splits = set()
+    for spec in [spec for spec in specs if spec not in files]:
+        paths, key_split = find_shards(spec, split, compressed=True)
+        found.append(paths)
+        key_splits.add(key_split)
+    if files:
+        base = Path(os.path.commonpath([path.parent for path in files]))
+        paths, key_split = _of_one_split(base / "*", sorted(set(files)), split, base, spelled_out=False)
+        found.append(paths)
+        key_splits.add(key_split)
+    if len(key_splits) > 1:
+        raise DataError(
+            f"some of the {len(specs)} sources say in their names which are of '{split}' and some do not; give those only"
+        )
+    every = sorted({path for paths in found for path in paths})
+    for one, other in pairwise(every):
+        if one.with_name(plain_tar_name(one.name)) == other.with_name(plain_tar_name(other.name)):
+            raise DataError(f"{one} and {other} are one shard, compressed and not; give one of them")
+    return every, key_splits.pop()
+
+
+def find_shards(spec: Path, split: str | None = None, compressed: bool = False) -> tuple[list[Path], str | None]:
     """The shards that a folder, a glob, a {000..146} or a {a,b} names, sorted; with `split` those of that split.
 
     Returns: the shards; `split` again where neither their names nor their folders tell it, so that the keys must.
-    Raises:  DataError when there are none, they are compressed, of several splits (unless braces name each), or of none
-             like `split`.
+    Raises:  DataError when there are none, they are compressed (where that is no matter), of several splits (unless braces name
+             each), or of none like `split`.
     """
     found = _in_folder(spec) if spec.is_dir() else expand_shards(spec)
-    if packed := [path for path in found if is_compressed_tar(path.name)]:
+    if not compressed and (packed := [path for path in found if is_compressed_tar(path.name)]):
         raise DataError(
             f"{spec} holds {len(packed)} compressed shard(s), {packed[0].name} for one; samples are read where they lie: "
-            "decompress them (gunzip *.tar.gz) and run again"
+            "decompress them (gunzip *.tar.gz), or have 'cskd index --out DIR' do it, and run again"
         )
     base = spec if spec.is_dir() else Path(os.path.commonpath([path.parent for path in found]))
+    spelled_out = any("," in braces for braces in _BRACES.findall(str(spec)))
+    return _of_one_split(spec, found, split, base, spelled_out)
+
+
+def _of_one_split(
+    spec: Path, found: list[Path], split: str | None, base: Path, spelled_out: bool
+) -> tuple[list[Path], str | None]:
     groups: dict[str | None, list[Path]] = {}
     for path in found:
         groups.setdefault(_split_name(path.relative_to(base)), []).append(path)
     if split is not None:
         return _pick(spec, split, groups, base)
-    spelled_out = any("," in braces for braces in _BRACES.findall(str(spec)))
     if len(groups) > 1 and not spelled_out:
         _refuse_splits(spec, groups)
     if spec.is_dir() and (deep := [path for path in found if path.parent != spec]):
@@ -72,7 +108,7 @@ def missing_numbers(shards: Sequence[Path]) -> list[str]:
     """A note where the numbers of shards have holes, or say how many there should be: a download that was cut short."""
     series: dict[tuple[str, str], tuple[set[int], int]] = {}
     for path in shards:
-        if parts := _NUMBERED.fullmatch(path.stem):
+        if parts := _NUMBERED.fullmatch(plain_tar_name(path.name).removesuffix(".tar")):
             numbers, of = series.get((parts[1], parts[4]), (set(), 0))
             series[parts[1], parts[4]] = numbers | {int(parts[2])}, max(of, int(parts[3] or 0))
     notes = []
@@ -93,7 +129,8 @@ def _in_folder(spec: Path) -> list[Path]:
             hidden = any(part.startswith(".") for part in path.relative_to(spec).parts)
             if not hidden and (path.suffix == ".tar" or is_compressed_tar(path.name)) and path.is_file():
                 found.append(path)
-    found += [path for path in spec.glob("*.tgz") if path.is_file()]
+    for ending in ("tgz", "tbz", "tbz2", "txz"):
+        found += [path for path in spec.glob(f"*.{ending}") if path.is_file()]
     if not found:
         with os.scandir(spec) as entries:
             folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))

@@ -6,119 +6,36 @@ folder, a tar of it and a tar of the folder it is in have the same samples.
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from tarfile import BLOCKSIZE
 
 import numpy as np
 
 from cskd.dataset.inventory import first_duplicate
-from cskd.dataset.inventory_checks import MAX_IMAGE_BYTES
 from cskd.errors import DataError
+from cskd.files.read import open_regular
+from cskd.packing.imagenet import VAL_IMAGE
+from cskd.packing.label_files import find_labels
+from cskd.packing.labels import Labels, labels_of, numbered
 from cskd.packing.layout import Tree, check_keys, check_tree, class_prefix
-from cskd.packing.names import (
-    CLASSES_FILE,
-    check_labels,
-    check_path,
-    class_file,
-    class_labels,
-    image_extension,
-    is_unread_image,
-    label_names,
-    read_classes,
-    sample_key,
-)
+from cskd.packing.listing import Lister, Listing, PackProgress, Rest
+from cskd.packing.names import CLASSES_FILE, check_labels, class_file, class_labels, read_classes
 from cskd.packing.no_images import why_no_images
 from cskd.packing.places import WHOLE, Place
-from cskd.packing.shard_samples import is_shard, shard_samples, why_no_shard
+from cskd.packing.shard_labels import ShardLabels
+from cskd.packing.shard_samples import ShardSamples, is_shard, why_no_shard
 from cskd.packing.shard_sets import find_shards, is_pattern, missing_numbers
-from cskd.packing.split_words import KeySplit, roots_of, some
+from cskd.packing.split_words import KeySplit, chosen, roots_of, some
+from cskd.packing.spool import Spool
+from cskd.packing.tables import is_table, read_tables, tables_of_split
 from cskd.packing.tally import Tally
-from cskd.packing.tars import decompressed, members
+from cskd.packing.tars import decompressed
+from cskd.packing.zips import is_zip
 from cskd.seeds import U64, key_hash
-
-PackProgress = Callable[[int, int], None]
-MAX_FOLDER_DEPTH = 64
-
-
-@dataclass
-class Listing:
-    """The images of a source in columns, in the order in which they were found."""
-
-    files: list[str]  # tars that hold them, or one folder
-    shown: list[str]  # the same, as the user knows them
-    folders: list[str] = field(default_factory=list)  # relative to the source; '' where names hold the whole path
-    prefix: str = ""  # leading part of every folder that is not part of the keys
-    _name: bytearray = field(default_factory=bytearray)
-    _name_end: array[int] = field(default_factory=lambda: array("q", [0]))
-    folder: array[int] = field(default_factory=lambda: array("i"))
-    file: array[int] = field(default_factory=lambda: array("i"))
-    offset: array[int] = field(default_factory=lambda: array("q"))
-    size: array[int] = field(default_factory=lambda: array("q"))
-    label: array[int] = field(default_factory=lambda: array("i"))  # -1 where the folder says it
-
-    def __len__(self) -> int:
-        return len(self.size)
-
-    def add(self, name: str, folder: int, file: int = 0, offset: int = 0, size: int = WHOLE, label: int = -1) -> None:
-        """One more image, by its name in a folder."""
-        self._name += name.encode()
-        self._name_end.append(len(self._name))
-        self.folder.append(folder)
-        self.file.append(file)
-        self.offset.append(offset)
-        self.size.append(size)
-        self.label.append(label)
-
-    def name(self, i: int) -> str:
-        """The image's name in its folder."""
-        return self._name[self._name_end[i] : self._name_end[i + 1]].decode()
-
-    def path(self, i: int) -> str:
-        """The image's path in the source."""
-        name = self.name(i)
-        folder = self.folders[self.folder[i]]
-        return f"{folder}/{name}" if folder else name
-
-    def key(self, i: int) -> str:
-        """The image's key; see `sample_key`."""
-        return sample_key(self.path(i)[len(self.prefix) :])
-
-    def extension(self, i: int) -> str:
-        """The image's extension, without the dot, in lower case."""
-        return self.path(i).rpartition(".")[2].lower()
-
-    def place(self, i: int) -> Place:
-        """Where the image's bytes are."""
-        file = self.files[self.file[i]]
-        return Place(os.path.join(file, self.path(i)) if self.size[i] == WHOLE else file, self.offset[i], self.size[i])
-
-    def origin(self, i: int) -> str:
-        """Where the image is, for a message."""
-        return f"{self.path(i)} in {self.shown[self.file[i]]}"
-
-
-@dataclass
-class _Rest:
-    """What lies in a source in addition to its images."""
-
-    ignored: Tally = field(default_factory=Tally)
-    class_files: dict[str, Place] = field(default_factory=dict)  # folder -> its classes.txt
-    folders: set[str] = field(default_factory=set)
-    files: dict[str, str] = field(default_factory=dict)  # folder -> one of its files that are no images
-
-    def add(self, path: str, place: Place) -> None:
-        """A file that is no image, or is hidden."""
-        folder, _, name = path.rpartition("/")
-        if name == CLASSES_FILE:
-            self.class_files[folder] = place
-            return
-        self.ignored.add_file(path)
-        if not name.startswith(".") and (folder not in self.files or is_unread_image(name)):
-            self.files[folder] = name
 
 
 @dataclass
@@ -144,42 +61,59 @@ def open_source(
     max_spool: int,
     progress: PackProgress | None,
     split: str | None = None,
+    labels: Path | None = None,
 ) -> Source:
     """List the images of `src` and give each its label and key.
 
-    Args:    src: a folder of class folders; a tar of one, also compressed; webdataset shards: a folder, glob or {a..b}.
+    Args:    src: a folder of class folders; a tar, also compressed, or a zip of one; a folder or tar of such archives; parquet
+             files or Arrow data sets of Hugging Face; webdataset shards: a folder, glob or {a..b}.
              classes: class file; without it the source's own classes.txt, else the sorted names of the class folders.
-             work: folder for a decompressed copy of at most `max_spool` bytes.
+             work: folder for a decompressed copy, or the images of tables, of at most `max_spool` bytes.
              split: take that folder of a source, or the shards or keys with that word, and nothing else.
+             labels: file of paths and labels, or ImageNet's development kit, in place of class folders; of tables the column.
     Raises:  DataError for anything in the source that would change what it means if it were passed over.
     """
-    src, rest = Path(src), _Rest()
-    if is_pattern(src) or (src.is_dir() and _holds_shards(src, split)):
+    src = Path(src)
+    if labels is None and (is_pattern(src) or (src.is_dir() and _holds_shards(src, split))):
         return _all_shards(src, classes, split, progress)
     if not src.exists():
         raise DataError(f"nothing at {src}; expected a folder of class folders, a tar of one, or webdataset shards")
+    lister = Lister(progress)
     if src.is_dir():
-        listing = _list_folder(src, rest, progress, split if _is_below(src, split) else None)
+        lister.folder(src, split if _is_below(src, split) else None)
+    elif is_table(src):
+        return _table_source([src], src, classes, labels, Spool(work / "images", src, max_spool), progress)
     else:
-        tar = decompressed(src, work, max_spool)
-        if is_shard(tar, src):
-            return _shard_source([tar], [src], classes, src.parent / CLASSES_FILE, progress, split)
-        listing = _list_tar(tar, src, rest, progress)
-        if listing.folders == [""]:
-            raise DataError(why_no_shard(tar, src))
+        file = decompressed(src, work, max_spool)
+        if labels is None and not is_zip(src) and is_shard(file, src):
+            return _shard_source([file], [src], classes, src.parent / CLASSES_FILE, progress, split)
+        lister.archive(Place(str(file), 0, WHOLE), str(src))
+    listing, rest = lister.listing, lister.rest
+    if not len(listing) and rest.tables and src.is_dir():
+        tables = tables_of_split(src, rest.tables, split)
+        return _table_source(tables, src, classes, labels, Spool(work / "images", src, max_spool), progress)
     if not len(listing):
         tar_inside = rest.ignored.kinds.get(".tar", (0, ""))[1]
-        if src.is_dir() and tar_inside and is_shard(src / tar_inside, src / tar_inside):
+        if labels is None and src.is_dir() and tar_inside and is_shard(src / tar_inside, src / tar_inside):
             return _all_shards(src, classes, split, progress)
+        lister.archives(split) and lister.archives(split)  # archives in a folder, and in those: the tars of ImageNet
+    if not len(listing):
         raise DataError(why_no_images(src, rest.ignored))
-    return _folder_source(listing, classes, src, rest, split)
+    return _folder_source(listing, classes, src, rest, split, labels, work)
 
 
 def _holds_shards(src: Path, split: str | None) -> bool:
     tars = sorted(src.glob("*.tar"))
     if not tars and split and _is_below(src, split):
         tars = sorted((src / split).glob("*.tar"))
-    return any(is_shard(tar, tar) for tar in tars[:1])
+    first = next((tar for tar in tars if not _is_empty(tar)), None)
+    return first is not None and is_shard(first, first)
+
+
+def _is_empty(tar: Path) -> bool:
+    """Whether it has no member: a tar begins with a block of zeros then."""
+    with open(open_regular(tar), "rb") as file:
+        return not any(file.read(BLOCKSIZE))
 
 
 def _is_below(src: Path, split: str | None) -> bool:
@@ -193,79 +127,28 @@ def _all_shards(src: Path, classes: Path | None, split: str | None, progress: Pa
     return source
 
 
-def _list_folder(root: Path, rest: _Rest, progress: PackProgress | None, only: str | None) -> Listing:
-    """All images below `root`, or below its folder `only`; links to files and folders are followed, each folder once."""
-    listing = Listing([str(root)], [str(root)])
-    stack: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
-    seen: dict[tuple[int, int], str] = {}
-    while stack:
-        folder, above = stack.pop()
-        status = os.stat(root / folder)
-        here = (status.st_dev, status.st_ino)
-        if here in above:
-            raise DataError(f"{root / folder} is a link to a folder that it is in; remove it")
-        if (twin := seen.setdefault(here, folder)) != folder:  # ten links to ten links to ... would never end
-            raise DataError(f"{root / folder} and {root / twin} are one folder; remove one of the links")
-        if folder.count("/") >= MAX_FOLDER_DEPTH:
-            raise DataError(f"{root / folder} is over {MAX_FOLDER_DEPTH} folders deep; pack the folder of the classes")
-        number = None
-        with os.scandir(root / folder) as entries:
-            for entry in entries:
-                path = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.name.startswith("."):
-                    rest.ignored.add_file(path)
-                elif entry.is_dir():
-                    if folder or only is None or entry.name == only:
-                        stack.append((path, above | {here}))
-                        rest.folders.add(path)
-                elif image_extension(entry.name) is None:
-                    rest.add(path, Place(entry.path, 0, WHOLE))
-                elif only is not None and not folder:
-                    continue
-                elif not entry.is_file():
-                    raise DataError(f"{entry.path} is no regular file, or a link to none; remove or mend it")
-                else:
-                    check_path(path, str(root))
-                    if number is None:
-                        number = len(listing.folders)
-                        listing.folders.append(folder)
-                    listing.add(entry.name, number)
-                    if progress and len(listing) % 4096 == 0:
-                        progress(len(listing), 0)
-    return listing
-
-
-def _list_tar(tar: Path, shown: Path, rest: _Rest, progress: PackProgress | None) -> Listing:
-    listing = Listing([str(tar)], [str(shown)])
-    numbers: dict[str, int] = {}
-    for member in members(tar, shown, rest.folders):
-        folder, _, name = member.name.rpartition("/")
-        if member.name.startswith(".") or "/." in member.name:
-            rest.ignored.add_file(member.name)
-            continue
-        if folder:
-            rest.folders.add(folder)
-        if image_extension(name) is None:
-            rest.add(member.name, Place(str(tar), member.offset, member.size))
-        else:
-            check_path(member.name, str(shown))
-            if member.size > MAX_IMAGE_BYTES:
-                raise DataError(f"{member.name} in {shown} has {member.size} bytes, expected at most {MAX_IMAGE_BYTES}")
-            if folder not in numbers:
-                numbers[folder] = len(listing.folders)
-                listing.folders.append(folder)
-            listing.add(name, numbers[folder], 0, member.offset, member.size)
-            if progress and len(listing) % 4096 == 0:
-                progress(len(listing), 0)
-    return listing
-
-
-def _folder_source(listing: Listing, classes: Path | None, src: Path, rest: _Rest, split: str | None) -> Source:
+def _folder_source(
+    listing: Listing,
+    classes: Path | None,
+    src: Path,
+    rest: Rest,
+    split: str | None,
+    labels: Path | None,
+    work: Path,
+) -> Source:
     picked = ""
-    if split is not None:
-        picked = _picked_folder(listing, src, split)
+    if split is not None and (picked := _picked_folder(listing, src, split)):
         listing = _below(listing, picked)
         rest.folders = {folder for folder in rest.folders if folder.startswith(f"{picked}/")}
+    if found := find_labels(listing, src, rest.metadata, picked, labels, work):
+        return _label_source(listing, *found, classes, src, rest)
+    if VAL_IMAGE.fullmatch(listing.name(0)):
+        raise DataError(
+            f"{src} holds ImageNet's validation images, whose labels are elsewhere; put ILSVRC2012_devkit_t12.tar.gz next to it, "
+            "or give LOC_val_solution.csv with --labels"
+        )
+    if listing.folders == [""] and not src.is_dir() and not listing.zips:
+        raise DataError(why_no_shard(Path(listing.files[0]), src))
     listing.prefix = class_prefix(listing.folders)
     own = [folder for folder in rest.class_files if listing.prefix.startswith(f"{folder}/" if folder else "")]
     names, notes, origin = None, [], str(src)
@@ -284,7 +167,8 @@ def _folder_source(listing: Listing, classes: Path | None, src: Path, rest: _Res
         visible=rest.folders,
         others=rest.files,
         listed=frozenset(names or ()),
-        is_folder=src.is_dir(),
+        archives=frozenset(listing.archives),
+        is_folder=src.is_dir() and not listing.archives,
         picked=picked,
     )
     notes += check_tree(tree)
@@ -292,12 +176,47 @@ def _folder_source(listing: Listing, classes: Path | None, src: Path, rest: _Res
         names = sorted({folder.rpartition("/")[2] for folder in listing.folders})
     for folder in rest.class_files if classes is None else ():
         rest.ignored.add_file(f"{folder}/{CLASSES_FILE}".lstrip("/"))
-    notes += rest.ignored.notes("other files")
+    notes += rest.notes()
     return Source(listing, names, class_labels(listing.folders, names, origin), _key_hashes(listing), notes)
 
 
+def _label_source(
+    listing: Listing, labels: Labels, file: Path | None, classes: Path | None, src: Path, rest: Rest
+) -> Source:
+    tops = class_prefix([f"{folder}/" for folder in listing.folders])
+    listing.prefix = tops.lstrip("/")
+    values, notes = labels_of(labels, listing, src, file)
+    return _numbered_source(listing, values, labels, classes, notes + rest.notes())
+
+
+def _table_source(
+    tables: list[Path],
+    src: Path,
+    classes: Path | None,
+    labels: Path | None,
+    spool: Spool,
+    progress: PackProgress | None,
+) -> Source:
+    with closing(spool):
+        listing, values, known, notes = read_tables(tables, src, str(labels) if labels else None, spool, progress)
+    listing.prefix = class_prefix(listing.folders)
+    return _numbered_source(listing, values, known, classes, notes)
+
+
+def _numbered_source(
+    listing: Listing, values: list[str], known: Labels, classes: Path | None, notes: list[str]
+) -> Source:
+    numbers, names, more = numbered(values, known, classes)
+    listing.label = array("i", numbers)
+    check_labels(Counter(numbers), named=bool(classes or known.names) or len(set(known.rows.values())) > 1)
+    return Source(listing, names, None, _key_hashes(listing), notes + more)
+
+
 def _picked_folder(listing: Listing, src: Path, split: str) -> str:
+    """The folder of the split; '' where the source as a whole is named so."""
     roots = roots_of(listing.folders, split)
+    if not roots and chosen({src.name}, split):
+        return ""
     if len(roots) == 1:
         return roots[0]
     if roots:
@@ -310,7 +229,7 @@ def _picked_folder(listing: Listing, src: Path, split: str) -> str:
 
 def _below(listing: Listing, root: str) -> Listing:
     """The images in the folder `root` and in those inside it."""
-    part = Listing(listing.files, listing.shown)
+    part = Listing(listing.files, listing.shown, zips=listing.zips, archives=listing.archives)
     numbers: dict[int, int] = {}
     for number, folder in enumerate(listing.folders):
         if f"{folder}/".startswith(f"{root}/"):
@@ -331,11 +250,11 @@ def _shard_source(
     split: str | None = None,
 ) -> Source:
     listing = Listing([str(shard) for shard in shards], [str(shard) for shard in shown], folders=[""])
-    keys = KeySplit(split)
+    keys, samples = KeySplit(split), ShardSamples(ShardLabels(classes, beside))
     empty = Tally()
     for number, shard in enumerate(shards):
         before = keys.seen
-        for key, extension, label, offset, size in shard_samples(shard, shown=shown[number]):
+        for key, extension, label, offset, size in samples.of(shard, shown[number]):
             if keys.takes(key):
                 listing.add(f"{key}.{extension}", 0, number, offset, size, label)
         if keys.seen == before:
@@ -343,10 +262,10 @@ def _shard_source(
         if progress:
             progress(len(listing), 0)
     check_keys(keys.folders, split, len(listing), shown)
-    hashes, labels = _key_hashes(listing), Counter(listing.label)
-    names, notes = label_names(classes, beside, labels)
-    check_labels(labels, named=classes is not None or beside.is_file())
-    return Source(listing, names, None, hashes, notes + empty.notes("shards without samples"))
+    hashes = _key_hashes(listing)
+    names, notes, relabel = samples.labels.finish(Counter(listing.label))
+    listing.label = array("i", [relabel[number] for number in listing.label])
+    return Source(listing, names, None, hashes, [*notes, *empty.notes("shards without samples"), *samples.notes()])
 
 
 def _key_hashes(listing: Listing) -> U64:
@@ -355,7 +274,9 @@ def _key_hashes(listing: Listing) -> U64:
     if pair := first_duplicate(hashes):
         first, second = sorted(listing.origin(i) for i in pair)
         cure = "(the path without its extension; dots become '_'); rename or remove one"
-        if listing.folders == [""]:
-            cure = "; keys must differ over all shards: make them again with the name of the shard in front of each key"
+        if listing.folders == [""] and listing.file[pair[0]] == listing.file[pair[1]]:
+            cure = "; rename one, or take it out"
+        elif listing.folders == [""]:
+            cure = "; keys must differ over all shards: 'cskd index --key-prefix shard' puts the shard's name in front of each"
         raise DataError(f"{first} and {second} have the same key '{listing.key(pair[0])}' {cure}".replace(" ;", ";"))
     return hashes

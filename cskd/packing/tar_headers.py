@@ -29,26 +29,26 @@ class Header(NamedTuple):
     size: int
 
 
-def headers(file: IO[bytes], length: int) -> Iterator[Header]:
-    """The members of the tar of `length` bytes, up to and with its end-of-archive mark, after which only zeros may come.
+def headers(file: IO[bytes], end: int, begin: int = 0) -> Iterator[Header]:
+    """The members of the tar at bytes `begin` to `end`, up to and with its end-of-archive mark, after which only zeros may come.
 
     Raises:  ValueError with what is wrong, as the second half of a sentence about the file.
     """
-    at, names, chain = 0, _Names(), 0
+    at, names, chain = begin, _Names(), 0
     while True:
         file.seek(at)
-        block = file.read(BLOCK)
+        block = file.read(min(BLOCK, end - at))
         if not any(block):
             if len(block) < BLOCK:
-                whole = "has no end-of-archive mark" if at else "is not a whole tar"
+                whole = "has no end-of-archive mark" if at > begin else "is not a whole tar"
                 raise ValueError(f"{whole}: it was cut off")
             if chain:
                 raise ValueError(f"ends at byte {at} with an extended header of nothing")
-            return _check_end(file)
+            return _check_end(file, end)
         if len(block) < BLOCK:
             raise ValueError("is not a whole tar: it was cut off inside a header")
         if not _sum_is_right(block):
-            what = f"is damaged at byte {at}" if at else "is not a whole tar"
+            what = f"is damaged at byte {at}" if at > begin else "is not a whole tar"
             raise ValueError(f"{what}: no member starts there")
         kind, size = block[156:157], _number(block[124:136], at)
         start = at + BLOCK
@@ -56,7 +56,7 @@ def headers(file: IO[bytes], length: int) -> Iterator[Header]:
             chain += 1
             if size > MAX_EXTENDED or chain > MAX_CHAIN:
                 raise ValueError(f"has extended headers of {size} bytes or {chain} in a row at byte {at}")
-            if start + size > length:
+            if start + size > end:
                 raise ValueError(f"was cut off inside the extended header at byte {at}")
             names.extend(kind, file.read(size), at)
             at = start + -(-size // BLOCK) * BLOCK
@@ -68,7 +68,7 @@ def headers(file: IO[bytes], length: int) -> Iterator[Header]:
             size = names.size
         if kind in DIRECTORY and size:
             raise ValueError(f"has a folder '{name}' of {size} bytes")
-        if start + size > length:
+        if start + size > end:
             raise ValueError(f"was cut off inside '{name}'")
         if kind == b"\0" and name.endswith("/"):  # as tars had it before there was a type for folders
             kind = b"5"
@@ -145,7 +145,7 @@ def _sum_is_right(block: bytes) -> bool:
     return int(text, 8) in (found, found - 256 * sum(b > 127 for b in rest))
 
 
-def _check_end(file: IO[bytes]) -> None:
-    while rest := file.read(1 << 20):
+def _check_end(file: IO[bytes], end: int) -> None:
+    while rest := file.read(min(1 << 20, end - file.tell())):
         if any(rest):
             raise ValueError("goes on after its end-of-archive mark (joined tars?)")

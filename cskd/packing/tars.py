@@ -9,7 +9,6 @@ import bz2
 import gzip
 import lzma
 import os
-import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +16,9 @@ from typing import IO, NamedTuple
 
 from cskd.errors import DataError
 from cskd.files.read import open_regular
+from cskd.packing.spool import MAX_SPOOL, Spool
 from cskd.packing.tar_headers import DIRECTORY, LINKS, REGULAR, Header, headers
 
-MAX_SPOOL = 1 << 40  # bytes a compressed tar may decompress to
-# Bytes from one compressed byte: images are 1 to 2, gzip's own limit is 1,032, a bomb is made at it.
-MAX_TAR_RATIO = 200
-FREE_TAR_BYTES = 1 << 26  # decompressed before the ratio is looked at: small tars of flat pictures may pass it
 XZ_MEMORY = 1 << 28  # bytes; xz -9 asks for 65 MB
 _DAMAGE = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, OSError)
 
@@ -36,7 +32,7 @@ _NO_TARS = [
     (b"BZh", "compressed with bzip2", f"{_DECOMPRESS} (bunzip2)"),
     (b"\xfd7zXZ", "compressed with xz", f"{_DECOMPRESS} (unxz)"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd", f"{_DECOMPRESS} (zstd -d)"),
-    (b"PAR1", "a parquet file", "write its images to class folders or webdataset shards first"),
+    (b"PAR1", "a parquet file", "give it, or its folder, to 'cskd pack'"),
     (b"\x89HDF", "an HDF5 file", "write its images to class folders or webdataset shards first"),
 ]
 
@@ -49,22 +45,27 @@ class Member(NamedTuple):
     size: int
 
 
-def members(path: Path, shown: Path | None = None, folders: set[str] | None = None) -> Iterator[Member]:
+def members(
+    path: Path, shown: Path | str | None = None, folders: set[str] | None = None, part: tuple[int, int] | None = None
+) -> Iterator[Member]:
     """The regular files of an uncompressed tar, in order; messages call it `shown`. Names of folders go to `folders`.
+
+    `part`: offset and size of a tar in the file, where it is a member of another.
 
     Raises:  DataError for a damaged or cut tar, a link, device or sparse file, or a name that is absolute or has '..'.
     """
     shown = shown or path
     with os.fdopen(open_regular(path), "rb", buffering=1 << 17) as file:
         try:
-            for header in headers(file, os.fstat(file.fileno()).st_size):
+            begin, size = part or (0, os.fstat(file.fileno()).st_size)
+            for header in headers(file, begin + size, begin):
                 member = _member(header, shown)
                 if member is not None:
                     yield member
                 elif folders is not None:
                     folders.add("/".join(part for part in header.name.split("/") if part not in ("", ".")))
         except ValueError as e:
-            file.seek(0)
+            file.seek(part[0] if part else 0)
             start = file.read(6)
             for magic, what, cure in _NO_TARS:
                 if start.startswith(magic):
@@ -85,21 +86,13 @@ def decompressed(path: Path, folder: Path, limit: int = MAX_SPOOL) -> Path:
         source = _decompressor(magic, file)
         if source is None:
             return path
-        copy, room = folder / "source.tar", shutil.disk_usage(folder).free
-        with copy.open("xb") as target:
+        spool = Spool(folder / "source.tar", path, limit)
+        try:
             while chunk := _piece(source, path):
-                target.write(chunk)
-                made, taken = target.tell(), file.tell()
-                if made > min(limit, room):
-                    free = f"the {room} bytes free in {folder.parent}"
-                    what = f"the limit of {limit} bytes" if limit < room else free
-                    raise DataError(f"{path} decompresses to more than {what}; decompress it elsewhere and pack that")
-                if made > FREE_TAR_BYTES + MAX_TAR_RATIO * taken:
-                    raise DataError(
-                        f"{path} decompresses to {made} bytes from {taken}, expected at most {MAX_TAR_RATIO} from one: images "
-                        "do not; if it is what you want, decompress it elsewhere and pack the tar"
-                    )
-    return copy
+                spool.add(chunk, file.tell())
+        finally:
+            spool.close()
+    return spool.path
 
 
 def _decompressor(magic: bytes, file: IO[bytes]) -> Iterator[bytes] | None:
@@ -136,7 +129,7 @@ def _piece(source: Iterator[bytes], path: Path) -> bytes:
         raise DataError(f"{path} can't be decompressed: {e}; copy or make it again") from None
 
 
-def _member(header: Header, path: Path) -> Member | None:
+def _member(header: Header, path: Path | str) -> Member | None:
     """None for a folder."""
     parts = [part for part in header.name.split("/") if part not in ("", ".")]
     if header.name.startswith("/") or ".." in parts:

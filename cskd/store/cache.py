@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from cskd.codecs import Arrays, Codec, get_codec
 from cskd.config import RecipeConfig
-from cskd.dataset.inventory import Inventory, copy_inventory, open_inventory
+from cskd.dataset.inventory import Inventory, open_inventory
+from cskd.dataset.inventory_format import copy_inventory
 from cskd.errors import CacheError
 from cskd.files.durable import make_folder
 from cskd.files.paths import local_path
@@ -233,13 +234,7 @@ def create_cache(root: Path, manifest: Manifest, inventory: Inventory) -> Cache:
     if (root / MANIFEST).exists():
         cache = open_cache(root)
         complete_manifest(root)
-        difference = first_difference(cache.identity.facts, manifest.identity.facts)
-        if difference:
-            field, old, new = first_difference(*map(_by_config_keys, (cache.identity, manifest.identity))) or difference
-            raise CacheError(
-                f"{root} was made with {field} = {_short(old)}, this config has {_short(new)}; "
-                f"set {field} back, or cache into another folder (--set cache.path=...)"
-            )
+        refuse_other_identity(cache, manifest.identity)
         if manifest.views > cache.views:
             write_manifest(root, replace(cache.manifest, views=manifest.views))
             cache = open_cache(root)
@@ -249,6 +244,17 @@ def create_cache(root: Path, manifest: Manifest, inventory: Inventory) -> Cache:
         copy_inventory(inventory, root)
     begin_manifest(root, manifest)
     return create_cache(root, manifest, inventory)  # another process may have been first
+
+
+def refuse_other_identity(cache: Cache, identity: Identity) -> None:
+    """CacheError naming the first field of a cache that is not the one wanted, with both values."""
+    difference = first_difference(cache.identity.facts, identity.facts)
+    if difference:
+        field, old, new = first_difference(*map(_by_config_keys, (cache.identity, identity))) or difference
+        raise CacheError(
+            f"{cache.root} was made with {field} = {_short(old)}, this config has {_short(new)}; "
+            f"set {field} back, or cache into another folder (--set cache.path=...)"
+        )
 
 
 def open_cache(root: str | Path, data: Path | None = None, images: bool = True) -> Cache:

@@ -120,8 +120,8 @@ def again(record: Path) -> str:
     """What to do about a damaged unit: without its commit record it does not exist, and stage 1 makes it again."""
     cache = record.parent.parent.parent
     return (
-        f"`cskd repair {cache}` makes it again; so does this: remove {record} and run the same `cskd cache-teacher` "
-        "command again"
+        f"`cskd repair` makes it again; so does this: remove {record.relative_to(cache)} of the cache and run the same "
+        "`cskd cache-teacher` command again"
     )
 
 

@@ -9,6 +9,9 @@
       inventory/                        copy of the data set's inventory (see cskd/dataset/inventory.py)
       units/b00012/v0003.envelope.0f3a….zarr.zip
                                         one view of one block, one codec; named by the hash of its bytes; never rewritten
+      units/b00012/v0003.draft.5c21….zarr.zip
+                                        of a unit that is not whole yet; only while stage 1 runs, or was interrupted
+                                        (see cskd/store/draft.py)
       claims/                           who is making what; only while stage 1 runs (see cskd/files/claims.py)
       commits/b00012/v0003.json         the only thing that makes a unit exist (see cskd/store/commit.py)
 
@@ -77,6 +80,11 @@ OWN_NAMES = (MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, INVENTORY, "units", "commi
 def unit_file(block: int, view: int, codec: str, digest: str) -> PurePosixPath:
     """Path of a unit's file inside the cache; `digest` is the hex sha256 of its bytes."""
     return PurePosixPath("units") / f"b{block:05d}" / f"v{view:04d}.{codec}.{digest[:16]}.zarr.zip"
+
+
+def draft_file(block: int, view: int, digest: str) -> PurePosixPath:
+    """Path of a draft inside the cache, see `cskd.store.draft`; `digest` as in `unit_file`."""
+    return unit_file(block, view, "draft", digest)
 
 
 def commit_file(block: int, view: int) -> PurePosixPath:

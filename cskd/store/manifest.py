@@ -14,6 +14,7 @@ from cskd.config import to_yaml
 from cskd.errors import CacheError
 from cskd.files.durable import json_bytes, json_hash, put
 from cskd.files.read import parse_json, read_file
+from cskd.near import absent
 from cskd.store.format import FORMAT, MANIFEST, MANIFEST_COPY, RESOLVED
 from cskd.store.identity import Facts, Identity
 
@@ -117,7 +118,8 @@ def read_manifest(root: Path, name: str = MANIFEST) -> Manifest:
     except FileNotFoundError:
         if name == MANIFEST and (root / MANIFEST_COPY).exists():
             raise CacheError(f"{path} is missing; {RESTORE}") from None
-        raise CacheError(f"no cache at {root} ({name} is missing); make one with `cskd cache-teacher CONFIG`") from None
+        said = f"no cache at {absent(root)}" if not root.exists() else f"no cache at {root} ({name} is missing)"
+        raise CacheError(f"{said}; make one with `cskd cache-teacher CONFIG`") from None
     except NotADirectoryError:
         raise CacheError(f"{root} is a file, expected a cache, made by `cskd cache-teacher CONFIG`") from None
     except (ValueError, OSError) as e:

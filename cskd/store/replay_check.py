@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cskd.dataset.inventory import evenly
-from cskd.errors import CacheError, CskdError, ImageError, ReplayError
+from cskd.errors import CacheError, ImageError, ReplayError
 from cskd.seeds import hash64, permutation
 from cskd.store.cache import Cache
 from cskd.store.format import Unit
@@ -69,6 +69,6 @@ def check_versions(cache: Cache) -> list[str]:
             count += 1
             if reason:
                 raise ReplayError(reason)
-    except CskdError as e:
+    except ReplayError as e:
         raise CacheError(f"{cache.root}: golden samples, replayed since {changed}: {e}") from None
     return [f"since the cache was made: {changed}; {count} golden views replay exactly"]

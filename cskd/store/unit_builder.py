@@ -11,6 +11,7 @@ from cskd.codecs import Arrays, Codec
 from cskd.config import RecipeConfig
 from cskd.dataset.inventory import Inventory
 from cskd.seeds import view_seeds
+from cskd.store.draft import Rows
 from cskd.views.digest import view_digest
 from cskd.views.mixing import NONE, Mixing, mixing
 
@@ -35,8 +36,8 @@ class UnitBuilder:
         self._bad = np.zeros(n, bool)
         self.mixing: Mixing = mixing(self._seeds, order, self._bad, recipe, view)
         self._crc = np.zeros(n, np.int64)
-        self._rows: list[NDArray[np.int64]] = []
-        self._parts: dict[str, list[Arrays]] = {name: [] for name in codecs}
+        self._parts: dict[int, Rows] = {}  # by the place of their first batch
+        self._saved: set[int] = set()  # of them, those that a draft has
 
     def drop(self, bad: NDArray[np.int64]) -> None:
         """Quarantine block positions: they get no row, and their partners in this view stay unmixed."""
@@ -57,16 +58,35 @@ class UnitBuilder:
         partner = np.where(mode == NONE, rows, row_of[m.partner[position]])
         return partner, mode, m.lam[position].astype(np.int64), m.box[position].astype(np.int64)
 
-    def add(self, position: NDArray[np.int64], crc: NDArray[np.int64], encoded: dict[str, Arrays]) -> None:
-        """Targets and pixel digests of some good samples, by their positions in the block."""
-        self._crc[position] = crc
-        self._rows.append(position)
-        for name, arrays in encoded.items():
-            self._parts[name].append(arrays)
+    def add(
+        self,
+        position: NDArray[np.int64],
+        crc: NDArray[np.int64],
+        encoded: dict[str, Arrays],
+        place: int | None = None,
+    ) -> None:
+        """Targets and pixel digests of some good samples, by their positions in the block. place: where in the order their batch
+        begins; a batch that comes twice, since an interrupt came in between, counts once."""
+        place = len(self._parts) if place is None else place
+        self._parts[place] = Rows((place,), position, crc, encoded)
+
+    def restore(self, drafts: list[Rows]) -> set[int]:
+        """Go on from what drafts hold. Returns: the places of their batches."""
+        self._parts |= {rows.places[0]: rows for rows in drafts}
+        self._saved |= self._parts.keys()
+        return {place for rows in drafts for place in rows.places}
+
+    def unsaved(self) -> list[Rows]:
+        """What no draft has; each only once."""
+        new = self._parts.keys() - self._saved
+        self._saved |= new
+        return [self._parts[place] for place in sorted(new)]
 
     def finish(self) -> tuple[dict[str, NDArray[Any]], dict[str, Arrays]]:
         """View fields and targets of every codec, rows in block order."""
-        came = np.concatenate(self._rows)
+        parts = list(self._parts.values())
+        came = np.concatenate([part.position for part in parts])
+        self._crc[came] = np.concatenate([part.crc for part in parts])
         order = np.argsort(came)
         kept, m = came[order], self.mixing
         partner_hash = np.where(m.partner >= 0, self._hashes[m.partner], np.uint64(0))
@@ -86,5 +106,8 @@ class UnitBuilder:
             ],
             np.uint32,
         )
-        targets = {name: codec.take(codec.concat(self._parts[name]), order) for name, codec in self._codecs.items()}
+        targets = {
+            name: codec.take(codec.concat([part.targets[name] for part in parts]), order)
+            for name, codec in self._codecs.items()
+        }
         return fields, targets

@@ -14,6 +14,7 @@ from typing import Any
 
 from cskd.errors import ConfigError
 from cskd.files.read import file_sha256
+from cskd.near import did_you_mean
 from cskd.student.heads import score_head
 from cskd.student.model import Student, head_names
 from cskd.student.resume import put_weights
@@ -90,5 +91,8 @@ def score_asked(name: str | None, student: Student, averaged: bool) -> str:
     if name is None:
         return f"top1.{'ema.' if averaged else ''}{score_head(student.trained)}"
     if name not in names:
-        raise ConfigError(f"train.best is {name!r}, expected one of {', '.join(n for n in names if n[:4] == 'top1')}")
+        hint = did_you_mean(name, names)
+        raise ConfigError(
+            f"train.best is {name!r}, expected one of {', '.join(n for n in names if n[:4] == 'top1')}{hint and f'; {hint}'}"
+        )
     return name

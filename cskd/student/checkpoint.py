@@ -29,6 +29,7 @@ from cskd.errors import ConfigError, NotFiniteError, StudentError
 from cskd.files.paths import local_path
 from cskd.files.read import parse_json, read_file
 from cskd.files.weights import first_not_finite, read_weights
+from cskd.near import absent
 from cskd.student.best import Best, BestWeights
 from cskd.student.heads import export_factors, multiplied, recorded_factors, recorded_heads, score_head
 from cskd.student.model import Student, build_student
@@ -158,7 +159,7 @@ def load_student(path: Path) -> tuple[Student, dict[str, Any]]:
     beside = weights.with_name("config.json")
     for file in (weights, beside):
         if not file.is_file():
-            raise StudentError(f"{file} does not exist; give the folder of a run, or a weight file in it")
+            raise StudentError(f"no file {absent(file)}; give the folder of a run, or a weight file in it")
     try:
         facts: dict[str, Any] = parse_json(read_file(beside))
         config, classes, size = _described(facts)
@@ -170,10 +171,11 @@ def load_student(path: Path) -> tuple[Student, dict[str, Any]]:
     try:
         with torch.device("meta"):  # costs no memory: a few words in config.json can ask for any amount of it
             described = build_student(config, classes, size, trained=True)
-            expected = sum(t.nbytes for t in described.backbone.state_dict().values())
+            own = described.backbone.state_dict()
+        expected = sum(t.nbytes for t in own.values())
         if expected > 4 * weights.stat().st_size:  # float32 from 8 bits
             raise ValueError(f"the model it describes has {expected} bytes")
-        tensors, _ = read_weights(weights, expected)
+        tensors = read_weights(weights, own).tensors
         student = build_student(config, classes, size, trained=True)
         if odd := first_not_finite(tensors):
             raise ValueError(f"its {odd} is not finite")

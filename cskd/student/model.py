@@ -6,7 +6,6 @@ Source: arXiv 2307.08500, section 3; models/vision_transformer.py of the authors
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +23,7 @@ from cskd.config.schema import LossConfig, StudentConfig
 from cskd.errors import StudentError
 from cskd.files.weights import READ_BY_TIMM
 from cskd.method.losses import StudentOutput, trained_heads
+from cskd.near import did_you_mean
 from cskd.student.heads import HEADS, UNTRAINED, heads_of, shared_head_note, untrained_note
 from cskd.student.warm_start import start_from
 from cskd.views.fit import Grid, multiples, patch_notes, unseen
@@ -244,9 +244,9 @@ def build_student(config: StudentConfig, num_classes: int, image_size: int | Gri
 
 def _check_name(name: str) -> None:
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(module="deit") + timm.list_models("vit_*"), 3)
-        known = f"did you mean {' or '.join(close)}?" if close else "timm.list_models('deit*') lists some"
-        raise StudentError(f"student.model {name!r} is no model of timm {timm.__version__}; {known}")
+        known = timm.list_models(module="deit") + timm.list_models("vit_*")
+        hint = did_you_mean(name.partition(".")[0], known) or "timm.list_models('deit*') lists some"
+        raise StudentError(f"student.model {name!r} is no model of timm {timm.__version__}; {hint}")
     if not is_model_in_modules(name, FAMILIES):
         raise StudentError(
             f"student.model {name} is not one of timm's plain ViTs, whose patch tokens the method needs; "

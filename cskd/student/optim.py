@@ -9,14 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.optim._optim_factory import create_optimizer_v2
+from timm.optim._optim_factory import create_optimizer_v2, list_optimizers
 from timm.scheduler.scheduler_factory import create_scheduler_v2
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
 
 from cskd.config.schema import TrainConfig
-from cskd.errors import ConfigError
+from cskd.errors import ConfigError, one_line
 from cskd.machine.arithmetic import half
+from cskd.near import did_you_mean
 from cskd.seeds import hash64
 from cskd.student.model import Student
 
@@ -40,11 +41,7 @@ class Optimisation:
     """
 
     def __init__(self, student: Student, config: TrainConfig, steps_per_epoch: int) -> None:
-        if not 0 <= config.warmup_epochs < config.epochs:
-            raise ConfigError(
-                f"train.warmup_epochs is {config.warmup_epochs}, expected less than train.epochs, {config.epochs}; "
-                "set one of them"
-            )
+        refuse_schedule(config)
         self.student = student
         self.clip_grad = config.clip_grad
         self.peak_lr = scaled_lr(config)
@@ -55,7 +52,9 @@ class Optimisation:
                 student.backbone, config.opt, lr=self.peak_lr, weight_decay=config.weight_decay, **fused
             )
         except (ValueError, AssertionError) as e:
-            raise ConfigError(f"train.opt is {config.opt!r} ({e}); timm.optim.list_optimizers() lists the names") from e
+            raise ConfigError(
+                f"train.opt is {config.opt!r}, which can't be had ({one_line(e)}); timm.optim.list_optimizers() lists the names"
+            ) from e
         warm_up: dict[str, Any] = {"warmup_lr": config.warmup_lr, "warmup_epochs": config.warmup_epochs}
         self._schedule, _ = create_scheduler_v2(
             self.optimizer,
@@ -113,6 +112,19 @@ class Optimisation:
         if self._ema is not None:
             self._ema.update(self.student, step=step + 1)
         return norm
+
+
+def refuse_schedule(config: TrainConfig) -> None:
+    """ConfigError for an optimiser that timm does not know, or a warm-up that is as long as the training."""
+    if not 0 <= config.warmup_epochs < config.epochs:
+        raise ConfigError(
+            f"train.warmup_epochs is {config.warmup_epochs}, expected less than train.epochs, {config.epochs}; "
+            "set one of them"
+        )
+    known, name = [str(one) for one in list_optimizers()], config.opt.lower().removeprefix("lookahead_")
+    if name not in known:
+        hint = did_you_mean(config.opt, known) or "timm.optim.list_optimizers() lists them"
+        raise ConfigError(f"train.opt is {config.opt!r}, expected the name of an optimiser of timm; {hint}")
 
 
 def scaled_lr(config: TrainConfig) -> float:

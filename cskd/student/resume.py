@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cskd.errors import NotFiniteError, StudentError
+from cskd.files.checkpoint import MAX_HEADER, check_safetensors
 from cskd.files.durable import put
 from cskd.files.read import open_regular, parse_json
-from cskd.files.weights import MAX_HEADER, check_weight_file, first_not_finite
+from cskd.files.weights import first_not_finite
 from cskd.student.model import Student
 from cskd.student.optim import Optimisation
 
@@ -107,7 +108,7 @@ class ResumeStates:
         found, warnings = self._found(), []
         for step, path in found:
             try:
-                check_weight_file(path, 4 * sum(p.nbytes for p in student.parameters()))
+                check_safetensors(path, 4 * sum(p.nbytes for p in student.parameters()))
                 tensors, body = _read(path)
             except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
                 warnings.append(f"{path} is damaged ({' '.join(str(e).split())}); continuing from an earlier state")

@@ -10,32 +10,34 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor
 
 from cskd.errors import StudentError, one_line
+from cskd.files.checkpoint import given_file
 from cskd.files.read import parse_json, read_file
 from cskd.files.weights import first_not_finite, read_weights
 from cskd.student.heads import multiplied, recorded_factors, recorded_heads
 
 PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
 CLASSIFIERS = ("head.", "head_dist.")
+PRETEXT = ("decoder_", "mask_token")  # what masked autoencoders are trained with in addition
 
 
 def start_from(vit: VisionTransformer, path: Path) -> list[str]:
     """Load a checkpoint into `vit`, all of it but a classifier of other classes.
 
-    Args:    path of a .safetensors file, of a .pt or .pth of tensors (bare, or under the keys timm's and DeiT's
-             trainers use; averaged weights are preferred), or of a folder with model.safetensors. A config.json
-             next to the weights says the resolution they were trained at; without one the patches form a square.
-    Returns: what was changed on the way, a line each.
+    Args:    path as `cskd.files.weights.read_weights` takes it. A config.json next to the weights says the resolution
+             they were trained at; without one the patches form a square.
+    Returns: what was taken and what was changed on the way, a line each.
     Raises:  StudentError when the file is missing, is no checkpoint, or is one of another model.
     """
-    path = path / "model.safetensors" if path.is_dir() else path
-    if not path.is_file():
-        raise StudentError(f"student.init {path} does not exist; give a .safetensors, a .pt or a run's folder")
+    path = checkpoint_file(path)
     own = vit.state_dict()
     try:
-        state, _ = read_weights(path, sum(t.nbytes for t in own.values()))
+        weights = read_weights(path, own)
     except ValueError as e:
-        raise StudentError(f"{path} {e}; expected the state dict of a ViT, .safetensors or a .pt of tensors") from None
-    notes: list[str] = []
+        raise StudentError(f"student.init {path} {e}; give a ViT's state dict, .safetensors or of torch.save") from None
+    path, state, notes = weights.path, weights.tensors, list(weights.notes)
+    if pretext := [name for name in state if name.startswith(PRETEXT) and name not in own]:
+        notes.append(f"{len(pretext)} tensors of {path.name} were left out: a decoder of MAE or a mask token")
+        state = {name: t for name, t in state.items() if name not in pretext}
     state = _as_trained(path, state, notes)
     for token in PREFIX_TOKENS:
         if _shape(state, token) != _shape(own, token):
@@ -66,6 +68,14 @@ def start_from(vit: VisionTransformer, path: Path) -> list[str]:
     _check(path, state, {k: v for k, v in own.items() if k not in fresh})
     vit.load_state_dict(state, strict=False)
     return notes
+
+
+def checkpoint_file(path: Path) -> Path:
+    """The file that `student.init` names, itself or as the folder of a run. StudentError where there is none."""
+    try:
+        return given_file(path)
+    except ValueError as e:
+        raise StudentError(f"student.init: {e}; give a .safetensors, a .pt or a run's folder") from None
 
 
 def _as_trained(path: Path, state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import hashlib
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,12 @@ from torch import Tensor, nn
 
 from cskd.config import TeacherConfig
 from cskd.errors import TeacherError, one_line
-from cskd.files.own_code import OwnCode, entry_point_names, load_own, names_own_code
-from cskd.files.weights import READ_BY_TIMM, read_weights
+from cskd.files.checkpoint import given_file
+from cskd.files.own_code import OwnCode, entry_point_names, load_own, names_own_code, neighbours_of
+from cskd.files.weights import READ_BY_TIMM, misfit, read_weights
+from cskd.near import did_you_mean
 
+TORCHVISION = "torchvision:"
 GROUP = "cskd.teachers"  # of entry points
 
 
@@ -38,9 +42,9 @@ def build(config: TeacherConfig) -> Built:
     Raises:  TeacherError for an unknown name, a missing file or function, kwargs the constructor refuses, weights that
              can't be read or don't fit.
     """
-    code = _own(config.model)
+    code, torchvision = _own(config.model), config.model.startswith(TORCHVISION)
     own = code is not None
-    built = _from_own(config, code) if code is not None else _from_timm(config)
+    built = _from_own(config, code) if code is not None else (_from_torchvision if torchvision else _from_timm)(config)
     if config.weights is None:
         note = "the weights are those that build() gave" if own else "the weights are random: set teacher.weights"
         built.notes.append(note)
@@ -50,7 +54,8 @@ def build(config: TeacherConfig) -> Built:
         raise TeacherError("teacher.weights: 'hub' is for timm models; give a file, or load the weights in build()")
     else:
         tag = (getattr(built.model, "pretrained_cfg", None) or {}).get("tag")
-        built.notes.append(f"the weights are timm's own{f', {tag}' if tag else ''}")
+        whose = "torchvision" if torchvision else "timm"
+        built.notes.append(f"the weights are {whose}'s own{f', {tag}' if tag else ''}")
     built.model = built.model.float().eval().requires_grad_(False)
     return built
 
@@ -72,9 +77,10 @@ def build_model(name: str, kwargs: dict[str, Any], pretrained: bool = False) -> 
         )
     known = timm.list_models()
     if ":" not in name and name.partition(".")[0] not in known:
-        near = difflib.get_close_matches(name, [*known, *entry_point_names(GROUP)], n=1)
-        hint = f"the nearest is {near[0]!r}" if near else "timm.list_models() lists them"
-        raise TeacherError(f"teacher.model {name!r} is no timm model; {hint}; your own is path/to/file.py:build")
+        hint = did_you_mean(name, [*known, *entry_point_names(GROUP)]) or "timm.list_models() lists them"
+        raise TeacherError(
+            f"teacher.model {name!r} is no timm model; {hint.rstrip('?')}; torchvision's are torchvision:NAME, your own is path/to/file.py:build"
+        )
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as e:  # timm, the hub's client and constructors raise whatever they like
@@ -97,8 +103,40 @@ def _from_timm(config: TeacherConfig) -> Built:
     return Built(model, {"model": config.model, "kwargs": dict(config.kwargs)}, stated)
 
 
+def _from_torchvision(config: TeacherConfig) -> Built:
+    """A classifier of torchvision.models; what it states is what its published weights were evaluated with."""
+    try:
+        models: Any = importlib.import_module("torchvision.models")
+    except (ImportError, RuntimeError) as e:  # RuntimeError: built for another torch
+        raise TeacherError(f"teacher.model {config.model!r} needs torchvision ({one_line(e)}); install it") from None
+    name, hub = config.model.removeprefix(TORCHVISION), config.weights == "hub"
+    known = models.list_models(module=models)
+    if name not in known:
+        hint = did_you_mean(name, known) or "torchvision.models.list_models() lists them"
+        raise TeacherError(f"teacher.model {config.model!r}: no classifier of torchvision has that name; {hint}")
+    published = models.get_model_weights(name).DEFAULT
+    # Two that would otherwise draw slow random weights, with a warning.
+    plain = {} if hub or name not in ("googlenet", "inception_v3") else {"init_weights": False}
+    try:
+        model = models.get_model(name, weights=published if hub else None, **plain | config.kwargs)
+    except Exception as e:  # a download, or a constructor
+        if hub:
+            raise TeacherError(
+                f"the weights of {config.model} can't be had ({one_line(e)}); give a file in teacher.weights"
+            ) from None
+        raise TeacherError(
+            f"{config.model} can't be built with teacher.kwargs {config.kwargs}: {one_line(e)}"
+        ) from None
+    how = published.transforms()
+    stated = {"mean": how.mean, "std": how.std, "interpolation": how.interpolation.value}
+    stated |= {"input_size": how.crop_size[0], "crop_pct": min(1.0, how.crop_size[0] / how.resize_size[0])}
+    return Built(model, {"model": config.model, "kwargs": dict(config.kwargs)}, stated)
+
+
 def _own(model: str) -> OwnCode | None:
     """The code that `teacher.model` names by its place, or by an entry point that has no timm name."""
+    if model.startswith(TORCHVISION):
+        return None
     if names_own_code(model) or (model and ":" not in model and model.partition(".")[0] not in timm.list_models()):
         return load_own(model, "teacher.model", GROUP, "function", TeacherError)
     return None
@@ -106,56 +144,56 @@ def _own(model: str) -> OwnCode | None:
 
 def _from_own(config: TeacherConfig, code: OwnCode) -> Built:
     """Call the user's function."""
-    path, function, maker = code.where.rpartition(":")[0], code.name, code.value
-    if not callable(maker):
-        raise TeacherError(f"teacher.model: {path} has no function {function!r}; it must return a torch.nn.Module")
-    try:
-        model = maker(**config.kwargs)
-    except Exception as e:
-        raise TeacherError(f"teacher.model: {path}:{function} with {config.kwargs} failed: {one_line(e)}") from None
+    where, maker = code.where, code.value
+    if not callable(maker):  # of an entry point
+        raise TeacherError(f"teacher.model: {where} is no function; it must return a torch.nn.Module")
+    with neighbours_of(code.file) if code.file else contextlib.nullcontext(dict[str, str]()) as called:
+        try:
+            model = maker(**config.kwargs)
+        except (Exception, SystemExit) as e:
+            raise TeacherError(f"teacher.model: {where} with {config.kwargs} failed: {one_line(e)}") from None
+    neighbours = code.neighbours | called
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps; teacher.compile does that
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TeacherError(f"teacher.model: {where} returned a TorchScript module; return the plain nn.Module")
     if not isinstance(model, nn.Module):
-        raise TeacherError(f"teacher.model: {path}:{function} returned a {type(model).__name__}, not a torch.nn.Module")
+        raise TeacherError(f"teacher.model: {where} returned a {type(model).__name__}, not a torch.nn.Module")
     stated = dict(getattr(model, "pretrained_cfg", None) or {})
     if isinstance(stated.get("input_size"), tuple | list):
         stated["input_size"] = stated["input_size"][-1]
-    source = {"model": function, "file_sha256": code.sha256, "kwargs": dict(config.kwargs)}
-    return Built(model, source, stated)
+    source = {"model": code.name, "file_sha256": code.sha256, "kwargs": dict(config.kwargs)}
+    return Built(model, source | ({"neighbours": neighbours} if neighbours else {}), stated)
 
 
 def load_weights(model: nn.Module, path: Path) -> list[str]:
-    """Load a .safetensors, .pt, .pth or .tar file into `model`, strictly; other float types are cast to the model's.
+    """Load a file of weights into `model`, strictly; other float types are cast to the model's.
 
-    Returns: notes: which part of a wrapped checkpoint was taken.
-    Raises:  TeacherError where the file can't be read, holds pickled objects, or does not fit the model.
+    Args:    path as `cskd.files.weights.read_weights` takes it.
+    Returns: notes: which part of a checkpoint was taken.
+    Raises:  TeacherError where the file can't be read, or does not fit the model.
     """
-    path = path.expanduser()
-    if not path.is_file():
-        raise TeacherError(f"teacher.weights: no file at {path}; give a .safetensors or .pth file, or 'hub'")
+    path = weight_file(path)
     expected = model.state_dict()
     try:
-        weights, keys = read_weights(path, sum(t.nbytes for t in expected.values()))
+        weights = read_weights(path, expected)
     except ValueError as e:
-        raise TeacherError(f"teacher.weights: {path} {e}; save model.state_dict() as .safetensors, give that") from None
-    # Checkpoints older than PyTorch 0.4.1 lack this counter, which eval mode never reads.
-    missing = [k for k in expected if k not in weights and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in weights if k not in expected]
-    shapes = [
-        f"{k} {list(weights[k].shape)} for {list(v.shape)}"
-        for k, v in expected.items()
-        if k in weights and weights[k].shape != v.shape
-    ]
-    faults = [
-        f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if names
-    ]
-    if faults:
+        raise TeacherError(f"teacher.weights: {path} {e}; give a state dict, .safetensors or of torch.save") from None
+    if faults := misfit(weights.tensors, expected):
+        taken = f"{weights.taken}: " if weights.taken else ""
         raise TeacherError(
-            f"teacher.weights: {path} does not fit the model ({'; '.join(faults)}); check teacher.model and "
-            "teacher.kwargs, such as num_classes"
+            f"teacher.weights: {path} does not fit the model ({taken}{faults}); check teacher.model and teacher.kwargs, such "
+            "as num_classes"
         )
-    model.load_state_dict(weights, strict=False)  # only counters can be missing here
-    return [f"weights taken from {key!r} of {path.name}" for key in keys]
+    model.load_state_dict(weights.tensors, strict=False)  # only counters can be missing here
+    return weights.notes
+
+
+def weight_file(path: Path) -> Path:
+    """The file that `teacher.weights` names. TeacherError where there is none."""
+    try:
+        return given_file(path)
+    except ValueError as e:
+        raise TeacherError(f"teacher.weights: {e}; give a .safetensors or .pth file, or 'hub'") from None
 
 
 def weights_sha256(model: nn.Module) -> str:

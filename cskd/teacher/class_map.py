@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from cskd.dataset.classes import MAX_CLASS_BYTES, MAX_CLASSES, parse_classes
 from cskd.errors import DataError, TeacherError
 from cskd.files.read import read_file
+from cskd.near import absent, did_you_mean
 
 _SHIFT = re.compile(r"shift:([+-]?\d{1,5})")
 
@@ -114,6 +114,11 @@ def _from_file(path: Path, class_names: Sequence[str], outputs: int) -> list[int
         names = parse_classes(read_file(path.expanduser(), MAX_CLASS_BYTES), str(path))
     except DataError as e:
         raise TeacherError(f"teacher.classes: {e}") from None
+    except FileNotFoundError:
+        raise TeacherError(
+            f"teacher.classes: no file {absent(path.expanduser())}; give one class name a line, a list of outputs, shift:N, or one "
+            f"of {', '.join(ORDERS)}"
+        ) from None
     except (OSError, ValueError, RuntimeError) as e:  # RuntimeError: no home folder for a ~
         reason = " ".join(str(e).split())
         raise TeacherError(f"teacher.classes: {path} can't be read as text, one class name a line: {reason}") from None
@@ -125,8 +130,7 @@ def _from_file(path: Path, class_names: Sequence[str], outputs: int) -> list[int
     index = {name: i for i, name in enumerate(names)}
     unknown = [name for name in class_names if name not in index]
     if unknown:
-        near = difflib.get_close_matches(unknown[0][:512], [name[:512] for name in names[:1000]], n=1)
-        hint = f" (nearest: {near[0]!r})" if near else ""
+        hint = f" ({near})" if (near := did_you_mean(unknown[0], names)) else ""
         raise TeacherError(
             f"teacher.classes: {len(unknown)} of the data set's {len(class_names)} classes are not in {path}, the "
             f"first is {unknown[0]!r}{hint}; the names must be spelt alike"

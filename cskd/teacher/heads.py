@@ -1,6 +1,6 @@
 """Dense teacher logits: a classifier head applied to every cell of the feature map, and the proof that it may be.
 
-The head of any network that splits into `forward_features` and `forward_head` is applied to each cell as if the cell
+The head of any network that splits into `forward_features` and `forward_head`, or that `cskd.teacher.pooling` splits, is applied to each cell as if the cell
 were a feature map of its own. Where the head is linear in the mean of the cells (mean pooling, then a linear layer) the
 cells' logits then average to the global logits. That is measured, not guessed from class names: on feature maps with
 large differences between cells, a norm or hidden layer after the pooling, or another pooling, shows at once.
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from cskd.errors import TeacherError, one_line
 from cskd.seeds import mix64_array, uniform_array
+from cskd.teacher.pooling import find_pooling
 
 # Of the spread. Linear heads show 3e-6 and less, all others 0.3 and more (benchmarks/teacher_families.py).
 HEAD_TOLERANCE = 1e-4
@@ -74,6 +75,11 @@ def convolved(layer: nn.Linear | nn.Conv2d, features: Tensor) -> Tensor:
     return F.conv2d(features.contiguous(memory_format=torch.channels_last), weight_KC11, layer.bias)
 
 
+def check_input(model: nn.Module, x: Tensor) -> None:
+    """TeacherError where the network can't take such an input."""
+    _run(model, x, "the model")
+
+
 def find_head(model: Any, x: Tensor, mode: Literal["exact", "per_cell"]) -> Head:
     """Work out how `model` makes logits from cells, and verify it.
 
@@ -84,23 +90,32 @@ def find_head(model: Any, x: Tensor, mode: Literal["exact", "per_cell"]) -> Head
     """
     logits_BK = _run(model, x, "the model")
     if not isinstance(logits_BK, Tensor) or logits_BK.ndim != 2 or len(logits_BK) != len(x):
-        raise TeacherError(f"the teacher's output is {_describe(logits_BK)}, expected logits [{len(x)}, classes]")
+        raise TeacherError(
+            f"the teacher's output is {_describe(logits_BK)}, expected logits [{len(x)}, classes]; let forward return them alone"
+        )
     if not bool(torch.isfinite(logits_BK).all()):
         raise TeacherError("the teacher's logits of synthetic images are not finite; check teacher.weights")
     if callable(getattr(model, "forward_dense", None)):
         return _own_dense(model, x, logits_BK, mode)
-    if not callable(getattr(model, "forward_features", None)):
-        raise TeacherError(
-            "the teacher has no method forward_features(x) -> [B, C, h, w]; add it, or forward_dense(x) -> "
-            "(dense [B, K, h, w], global [B, K])"
-        )
-    features = _run(model.forward_features, x, "forward_features")
+    own = callable(getattr(model, "forward_features", None))
+    pooling = None if own and callable(getattr(model, "forward_head", None)) else find_pooling(model, x, logits_BK)
+    backbone = model.forward_features if own or pooling is None else pooling.backbone
+    features = _run(backbone, x, "forward_features")
     if not isinstance(features, Tensor) or features.ndim != 4:
         raise TeacherError(
             f"the teacher's forward_features gives {_describe(features)}, expected one feature map of 4 dimensions: "
-            "only networks that end in a map of cells have dense logits"
+            "only networks that end in a map of cells have dense logits; give a CNN such as resnet50"
         )
-    apply, nhwc = _head(model, x, features)
+    if pooling is None:
+        channels = getattr(model, "num_features", None)
+        apply, nhwc = model.forward_head, features.shape[1] != channels and features.shape[3] == channels
+    else:
+        apply, nhwc = pooling.head, False
+        if features.shape[:2] != pooling.mean.shape or not _close(features.mean((2, 3)), pooling.mean):
+            raise TeacherError(
+                "the teacher's head does not take the mean over the cells of forward_features; add a method "
+                "forward_head(features) -> [B, K] that does what the model does after its features"
+            )
     global_BK = _run(apply, features, "the head")
     if global_BK.shape != logits_BK.shape or not torch.allclose(global_BK, logits_BK, rtol=1e-4, atol=1e-4):
         raise TeacherError(
@@ -110,16 +125,13 @@ def find_head(model: Any, x: Tensor, mode: Literal["exact", "per_cell"]) -> Head
     layers = _layers(model, apply, features)
     gap = _gap(apply, features, nhwc, layers)
     if gap <= HEAD_TOLERANCE:
-        return Head(
-            "linear", gap, layers, model.forward_features, apply, nhwc, _sole_classifier(model, apply, features, nhwc)
-        )
+        return Head("linear", gap, layers, backbone, apply, nhwc, _sole_classifier(model, apply, features, nhwc))
     if mode == "exact":
         raise TeacherError(
-            f"the teacher's head is not linear in the mean of the cells ({_why(model)}: {layers}; gap {gap:.2g} of the "
-            f"cells' spread, at most {HEAD_TOLERANCE:g}): take another teacher, or set teacher.dense: per_cell to apply the "
-            "whole head to every cell all the same"
+            f"the teacher's head is not linear in the mean of the cells ({_why(model)}: {_cut(layers)}; gap {gap:.2g}, at most "
+            f"{HEAD_TOLERANCE:g}): take another teacher, or set teacher.dense: per_cell, the whole head on every cell"
         )
-    return Head("per_cell", gap, layers, model.forward_features, apply, nhwc)
+    return Head("per_cell", gap, layers, backbone, apply, nhwc)
 
 
 def keep_classes(model: Any, head: Head, features: Tensor, rows: Tensor) -> bool:
@@ -165,37 +177,6 @@ def _own_dense(model: Any, x: Tensor, logits_BK: Tensor, mode: str) -> Head:
             "0.001); mend it, or set teacher.dense: per_cell if that is meant"
         )
     return Head("forward_dense", gap, "forward_dense", nn.Identity(), model.forward_dense)
-
-
-def _head(model: Any, x: Tensor, features: Tensor) -> tuple[Callable[[Tensor], Tensor], bool]:
-    """The function from feature map to logits, and whether channels come last in the map."""
-    channels = getattr(model, "num_features", None)
-    if callable(getattr(model, "forward_head", None)):
-        return model.forward_head, features.shape[1] != channels and features.shape[3] == channels
-    layer = _classifier(model, features.shape[1])
-    if layer is None:
-        raise TeacherError(
-            f"no linear layer of the teacher takes its {features.shape[1]} feature channels; add a method "
-            "forward_head(features) -> [B, K]"
-        )
-    seen: list[Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    try:
-        model(x)
-    finally:
-        hook.remove()
-    pooled_BC = features.mean((2, 3))
-    if (
-        len(seen) != 1
-        or seen[0].numel() != pooled_BC.numel()
-        or not _close(seen[0].reshape(pooled_BC.shape), pooled_BC)
-    ):
-        raise TeacherError(
-            "the teacher's classifier does not take the mean over the cells of forward_features; add a method "
-            "forward_head(features) -> [B, K] that does what the model does after its features"
-        )
-    conv = isinstance(layer, nn.Conv2d)
-    return lambda f: layer(f.mean((2, 3), keepdim=conv)).flatten(1), False
 
 
 def _classifier(model: nn.Module, channels: int | None) -> nn.Linear | nn.Conv2d | None:
@@ -282,9 +263,7 @@ def _layers(model: Any, apply: Callable[[Tensor], Tensor], features: Tensor) -> 
 def _why(model: Any) -> str:
     pools = [m.pool_type for m in model.modules() if isinstance(getattr(m, "pool_type", None), str)]
     other = [p for p in pools if p not in ("", "avg", "fast", "fastavg")]
-    return (
-        f"it pools with {other[-1]!r}" if other else "a norm, activation, hidden layer or mixing of cells is part of it"
-    )
+    return f"it pools with {other[-1]!r}" if other else "it has a norm, activation or hidden layer"
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -295,6 +274,19 @@ def _run(function: Callable[[Tensor], Any], x: Tensor, what: str) -> Any:
     try:
         return function(x)
     except Exception as e:
+        first = (
+            next((m for m in function.modules() if isinstance(m, nn.Conv2d)), None)
+            if isinstance(function, nn.Module)
+            else None
+        )
+        if first is not None and first.in_channels != x.shape[1]:
+            grey = (
+                ", or let build() return one that begins with x.mean(1, keepdim=True)" if first.in_channels == 1 else ""
+            )
+            raise TeacherError(
+                f"the teacher takes {first.in_channels} channel{'s' if first.in_channels > 1 else ''} and views have 3, R, G and B (grey "
+                f"images have three alike); build it for 3 (timm's in_chans){grey}"
+            ) from None
         raise TeacherError(
             f"{what} of the teacher fails on an input of shape {list(x.shape)} ({one_line(e)}); check "
             "teacher.input_size and teacher.kwargs"
@@ -305,6 +297,10 @@ def _differ(a: Any, b: Tensor) -> str:
     if not isinstance(a, Tensor) or a.shape != b.shape:
         return f"{_describe(a)}, unlike {list(b.shape)} of"
     return f"values up to {float((a - b).abs().max()):.2g} away from"
+
+
+def _cut(layers: str) -> str:
+    return layers if len(layers) <= 90 else f"{layers[:66]} ... {layers[-19:]}"
 
 
 def _describe(value: object) -> str:

@@ -26,8 +26,9 @@ from cskd.teacher.class_map import class_map
 from cskd.teacher.fingerprint import Fingerprint, probe_images, project
 from cskd.teacher.fold import fold_norms
 from cskd.teacher.fuse import fuse_activations
-from cskd.teacher.heads import Head, find_head, keep_classes
+from cskd.teacher.heads import Head, check_input, find_head, keep_classes
 from cskd.teacher.lanes import threads_of_a_lane
+from cskd.teacher.pooling import WatchedBackbone
 from cskd.views.fit import teacher_notes
 
 _images = 0
@@ -204,6 +205,7 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
     with torch.no_grad(), full_precision(device):
         x = prepare(images)
         if config.fold:
+            check_input(model, x)
             notes.append(f"{fold_norms(model, x)} batch norms are folded into convolutions")
         head = find_head(model, x, config.dense)
         backbone = head.backbone
@@ -218,6 +220,11 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
         raise TeacherError(
             f"the teacher's own forward_dense would run its classifier in {precision}; set teacher.precision: float32, or "
             "offer forward_features and forward_head instead"
+        )
+    if config.compile and isinstance(head.backbone, WatchedBackbone):
+        raise TeacherError(
+            "teacher.compile: true needs a teacher that says what its features are: offer forward_features and forward_head, or "
+            "set teacher.compile: false"
         )
     if precision == "float64":
         model.double()  # verified in float32 first; a head's closures see the same modules

@@ -77,12 +77,17 @@ def sample_params(seed: int, height: int, width: int, recipe: RecipeConfig) -> V
 
 def describe(params: ViewParams) -> str:
     """One line for people: what was done to the image, in order."""
+    return ", ".join(described(params))
+
+
+def described(params: ViewParams) -> list[str]:
+    """The steps of `describe`, one text each."""
     crop = params.crop
     parts = [f"crop {crop.height}x{crop.width} at ({crop.top}, {crop.left}) to {params.size}"]
     parts += ["flip"] if params.flip else []
     parts += [op.name if op.argument is None else f"{op.name} {op.argument:.3g}" for op in params.ops]
     parts += [f"erase {e.height}x{e.width} at ({e.top}, {e.left})" for e in params.erasures]
-    return ", ".join(parts)
+    return parts
 
 
 def _resized_crop(seed: int, height: int, width: int, recipe: RecipeConfig) -> Box:

@@ -17,11 +17,12 @@ from pathlib import Path
 from rich.console import Console
 
 from cskd.config import from_dict
-from cskd.dataset.inventory import copy_inventory, open_inventory
-from cskd.dataset.inventory_format import check_copy, read_header
+from cskd.dataset.inventory import open_inventory
+from cskd.dataset.inventory_format import check_copy, copy_inventory, read_header
 from cskd.errors import CacheError, CskdError, DataError, counted
 from cskd.files.durable import json_bytes, sync
 from cskd.files.read import read_file
+from cskd.near import absent
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.care.verify import check_units, uneven, wrong_resolved
 from cskd.pipeline.outputs import sole_repair
@@ -132,6 +133,10 @@ def _restore_manifests(path: Path) -> list[str]:
             found[name] = read_manifest(path, name)
         except CacheError as e:
             wrong[name] = _what(str(e)) if os.path.lexists(path / name) else "was not there"
+    if not any(os.path.lexists(path / name) for name in (MANIFEST, MANIFEST_COPY)):
+        raise CacheError(
+            f"no cache at {absent(path) if not path.exists() else path}; give the folder that cache.path names"
+        )
     if not found:
         raise CacheError(f"{path}: both copies of its manifest are damaged; {MANIFEST}: {wrong[MANIFEST]}")
     right = _that_of_the_records(path, list(found.values()))

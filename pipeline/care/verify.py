@@ -19,7 +19,7 @@ from rich.console import Console
 from cskd.dataset.inventory import Inventory
 from cskd.dataset.inventory_format import check_copy
 from cskd.dataset.shard_reader import ShardReader
-from cskd.errors import CacheError, CskdError, DataError, ReadError, counted
+from cskd.errors import CacheError, CskdError, DataError, LimitError, ReadError, counted
 from cskd.files.durable import json_bytes
 from cskd.files.read import read_file
 from cskd.pipeline.care.recompute import Recomputed, recompute, replay_again
@@ -177,6 +177,8 @@ def check_units(cache: Cache, seal: Seal | None, what: str, quiet: bool) -> Iter
                         record = cache.root / commit_file(block, view)
                         gone = f"its record {record} is gone, though the cache was sealed"
                         error = f"{_name(block, view)}: {gone}; `cskd repair` makes it again"
+                except LimitError:  # no unit is to blame, and `repair` must not withdraw one
+                    raise
                 except CskdError as e:
                     error = f"{_name(block, view)}: {e}"
                 units.append(CheckedUnit(block, view, commit, error))

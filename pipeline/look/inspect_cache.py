@@ -3,13 +3,14 @@
     open      manifest and inventory; the image shards may be elsewhere, or absent
     list      every commit record: what exists, its bytes, what is quarantined
     measure   a few units: how often the cells agree with the label, segments per cell
-    show      one sample, as names and as a PNG
+    show      one sample, as names and as a PNG; many as a page for a browser
 
 Nothing in the cache is changed. Launch: `cskd inspect caches/imagenet_sample --sample 3 --png sample.png`.
 """
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -25,6 +26,7 @@ from cskd.codecs.base import quantise_blend
 from cskd.dataset.inventory import evenly
 from cskd.errors import CacheError, CskdError, counted, printable
 from cskd.loading.cached_views import find_sample
+from cskd.pipeline.look.html_page import write_page
 from cskd.pipeline.look.inspect_sample import describe_sample, sample_picture, sheet
 from cskd.pipeline.look.inspection import (
     Agreement,
@@ -39,7 +41,7 @@ from cskd.pipeline.look.inspection import (
     UnitPlace,
     Unreadable,
 )
-from cskd.pipeline.outputs import refuse_png, save_png
+from cskd.pipeline.outputs import refuse_file, save_file
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import Commit
 from cskd.store.format import FORMAT, Unit
@@ -51,6 +53,7 @@ __all__ = ["inspect", "render", "sample_picture", "sheet"]
 
 MEASURED_UNITS = 12  # spread evenly over the cache; 45,000 units would take a quarter of an hour
 SHEET_SAMPLES = 4
+PAGE_SAMPLES = 64
 LISTED = 5  # of missing units, errors and quarantined samples
 AGREEMENT = ("own", "own_or_partner")  # labels a cell's target is compared with
 NAME_CELLS = 14  # terminal columns a class name may take
@@ -64,18 +67,24 @@ def inspect(
     view: int = 0,
     blend: float = 0.5,
     png: Path | None = None,
+    html: Path | None = None,
+    samples: int = PAGE_SAMPLES,
+    seed: int = 0,
     measured_units: int = MEASURED_UNITS,
 ) -> Inspection:
     """Facts about a cache.
 
     Args:    data, folder of the image shards where they have moved; sample, key or number of one to show, in this view
              and at this blend; png, where to write its picture, or a sheet of a few samples where none is named;
+             html, where to write a page of so many samples, whose choice is a function of seed, and of `sample` if named;
              measured_units, how many units are read for the figures that need targets.
     Raises:  CacheError, DataError, ReplayError, with the reason why a cache can't be opened or a picture not be made.
              What is wrong with single units is listed under `errors` instead.
     """
     if png is not None:
-        refuse_png(png)
+        refuse_file(png, "--png")
+    if html is not None:
+        refuse_file(html, "--html")
     opened = open_cache(cache, data)
     blend_of_codec = quantise_blend(blend)  # refuses before any work is done
     commits, errors = _commits(opened)
@@ -112,6 +121,10 @@ def inspect(
         found = replace(found, sample=describe_sample(opened, chosen, view, blend))
     if png is not None:
         found = replace(found, png=str(_write_png(opened, commits, chosen, view, png)))
+    if html is not None:
+        usable = {unit: commit for unit, commit in commits.items() if unit not in errors}
+        first = None if chosen is None else (chosen, view)
+        found = replace(found, html=write_page(opened, usable, found, html, samples, seed, first, data))
     return found
 
 
@@ -247,7 +260,9 @@ def _write_png(cache: Cache, commits: dict[tuple[int, int], Commit], sample: int
         first, stop = cache.inventory.block_range(commit.block)
         good = np.setdiff1d(np.arange(first, stop), [first + int(i) for i in commit.quarantine])
         picture = sheet(cache, good[evenly(len(good), SHEET_SAMPLES)].tolist(), view)
-    save_png(picture, path)
+    encoded = io.BytesIO()
+    picture.save(encoded, "PNG")
+    save_file(path, "--png", encoded.getvalue())
     return path
 
 
@@ -270,6 +285,10 @@ def render(facts: Inspection, console: Console) -> None:
             console.print(Text(printable(line)), soft_wrap=True)
     if facts.png is not None:
         console.print(Text(f"picture in {printable(facts.png)}"), soft_wrap=True)
+    if (page := facts.html) is not None:
+        lost = f", {page.without_picture:,} of them without a picture" if page.without_picture else ""
+        shown = f"{counted(page.samples, 'sample')}, {counted(page.views, 'view')}{lost}, {page.bytes / 1e6:.1f} MB"
+        console.print(Text(f"page in {printable(page.path)}: {shown}; open it in a browser"), soft_wrap=True)
 
 
 def _lines(facts: Inspection) -> Iterable[tuple[str, str]]:
@@ -303,7 +322,8 @@ def _lines(facts: Inspection) -> Iterable[tuple[str, str]]:
             f"digests, {codec.bytes / 1e6:,.1f} MB in all; {hard}{', soft ones' if codec.soft else ''}",
         )
     bad = facts.quarantined
-    yield "quarantined", f"{bad.samples:,}" + "".join(f"; '{one.key}': {one.reason}" for one in bad.first)
+    more = "; all: --quarantined" if bad.samples > len(bad.first) else ""
+    yield "quarantined", f"{bad.samples:,}" + "".join(f"; '{one.key}': {one.reason}" for one in bad.first) + more
     if (segments := facts.segments_per_cell) is not None:
         yield "segments", f"{segments.mean:.2f} a cell, {segments.most} at most"
     for kind, agreement in facts.agreement.items():

@@ -7,7 +7,7 @@ show      class names in a grid; image, top-1, margin or entropy, and CKF target
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ from PIL import Image
 from cskd.codecs import Arrays, Codec
 from cskd.codecs.base import BLEND_ONE, quantise_blend
 from cskd.errors import CacheError, CskdError
-from cskd.loading.cached_views import CachedViews, Rows
 from cskd.pipeline.look.inspection import MixingFacts, SampleFacts
 from cskd.pipeline.look.pictures import (
     GAP,
@@ -35,33 +34,24 @@ from cskd.pipeline.look.pictures import (
 )
 from cskd.pipeline.look.wordnet import readable
 from cskd.store.cache import Cache
+from cskd.store.format import Unit
 from cskd.teacher.arithmetic import BLENDS
-from cskd.views.mixing import MODES, own_share
+from cskd.views.digest import Recorded, check_view, pixel_crc
+from cskd.views.maker import ViewMaker
+from cskd.views.mixing import MODES, NONE, own_share
 
 
 @dataclass(frozen=True)
 class CachedView:
-    """One view of one sample, as its unit holds it: the first of `rows`, mixed with the second where `partner`, a sample, is
-    not None."""
+    """One view of one sample, as its unit holds it. `fields` are its row of the unit; `partner` is a sample or None."""
 
     sample: int
     key: str
     view: int
-    rows: Rows
+    fields: dict[str, Any]
+    targets: dict[str, Arrays]  # of every codec, one sample each
     partner: int | None
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        return {name: array[0] for name, array in self.rows.fields.items()}
-
-    @property
-    def partner_fields(self) -> dict[str, Any]:
-        return {name: array[-1] for name, array in self.rows.fields.items()}
-
-    @property
-    def targets(self) -> dict[str, Arrays]:
-        """Of every codec, one sample each."""
-        return self.rows.targets
+    partner_fields: dict[str, Any]
 
     @property
     def label(self) -> int:
@@ -82,20 +72,65 @@ def cached_view(cache: Cache, sample: int, view: int) -> CachedView:
 
     Raises:  CacheError when the unit is missing or damaged, or the sample is quarantined.
     """
-    rows = CachedViews(cache).rows([sample], [view])
-    partner = int(rows.sample[rows.partner[0]]) if rows.partner[0] else None
-    return CachedView(sample, cache.inventory.key(sample), view, rows, partner)
+    if not 0 <= view < cache.views:
+        raise CacheError(f"view {view} is outside this cache's 0..{cache.views - 1}; give one of these with --view")
+    return view_of(cache, read_units(cache, cache.inventory.block_of(sample), view), sample, view)
 
 
-def replay(cache: Cache, cached: CachedView) -> NDArray[np.float32]:
+def read_units(cache: Cache, block: int, view: int) -> dict[str, Unit]:
+    """One view of one block by every codec. Raises CacheError when the unit is missing or damaged."""
+    return {name: cache.read(block, view, name) for name in cache.codecs}
+
+
+def view_of(cache: Cache, units: Mapping[str, Unit], sample: int, view: int) -> CachedView:
+    """The view of a sample out of the units of its block. Raises CacheError when the sample is quarantined."""
+    block = cache.inventory.block_of(sample)
+    first = cache.inventory.block_range(block)[0]
+    key = cache.inventory.key(sample)
+    unit = next(iter(units.values()))
+    row = int(np.searchsorted(unit.position, sample - first))
+    if row == len(unit.position) or unit.position[row] != sample - first:
+        commit = cache.commit_of(block, view)
+        reason = commit.quarantine[str(sample - first)] if commit else "unknown"
+        raise CacheError(f"sample '{key}' has no targets: it is quarantined ({reason})")
+    targets = {name: cache.codecs[name].take(one.targets, np.array([row])) for name, one in units.items()}
+    fields = {name: array[row] for name, array in unit.fields.items()}
+    partner, partner_fields = None, {}
+    if fields["mode"] != NONE:
+        partner = first + int(fields["partner"])
+        partner_row = int(np.searchsorted(unit.position, fields["partner"]))
+        partner_fields = {name: array[partner_row] for name, array in unit.fields.items()}
+    return CachedView(sample, key, view, fields, targets, partner, partner_fields)
+
+
+def replay(
+    cache: Cache, cached: CachedView, recorded: Recorded | None = None, maker: ViewMaker | None = None
+) -> NDArray[np.float32]:
     """The mixed image that the teacher saw, to the last bit: float32 [size, size, 3], RGB in 0..255.
 
-    A MixUp is no whole numbers: rounded, it gives a teacher other targets.
+    A MixUp is no whole numbers: rounded, it gives a teacher other targets. recorded, maker: for many views of one cache,
+    its `recorded()` and a maker of its views.
 
     Raises:  ReplayError when a digest differs; DataError when the image shards are missing or were changed.
     """
-    image_CHW = CachedViews(cache).replay(cached.rows).images[0]
-    return np.ascontiguousarray(image_CHW.permute(1, 2, 0).numpy())
+    import torch
+
+    from cskd.views.mix_pixels import mix_pixels
+
+    maker, recorded = maker or ViewMaker(cache.inventory, cache.recipe), recorded or cache.recorded()
+    rows = [(cached.sample, cached.fields)]
+    if cached.partner is not None:
+        rows.append((cached.partner, cached.partner_fields))
+    pixels = []
+    for i, (sample, fields) in enumerate(rows):
+        pixels.append(maker.view(maker.image(sample), int(fields["seed"])))
+        partner = rows[-1 - i][0]
+        check_view(cache.inventory, cache.recipe, recorded, sample, cached.view, fields, partner, pixel_crc(pixels[i]))
+    tensors = (np.array([f[name] for _, f in rows], np.int64) for name in ("mode", "lam", "box"))
+    mode, lam, box = (torch.from_numpy(t) for t in tensors)
+    mate = torch.arange(len(rows)).flip(0)
+    mixed = mix_pixels(torch.from_numpy(np.stack(pixels)), mate, mode, lam, box)[0]
+    return mixed.permute(1, 2, 0).contiguous().numpy()
 
 
 def cell_classes(cache: Cache, cached: CachedView, blend: float) -> NDArray[np.uint16]:

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-_OPTIONAL = frozenset(["segments_per_cell", "sample", "png", "partner", "partner_label", "box"])  # not null but absent
+_OPTIONAL = frozenset(
+    ["segments_per_cell", "sample", "png", "html", "partner", "partner_label", "box"]
+)  # not null but absent
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,17 @@ class SampleFacts:
 
 
 @dataclass(frozen=True)
+class PageFacts:
+    """A page that was written: its path, its length, and how many samples and views it shows, how many without a picture."""
+
+    path: str
+    bytes: int
+    samples: int
+    views: int
+    without_picture: int
+
+
+@dataclass(frozen=True)
 class Inspection:
     """All of it. `errors`: what is wrong with single units, one line each."""
 
@@ -146,6 +159,7 @@ class Inspection:
     errors: Sequence[str]
     sample: SampleFacts | None = None  # None: none was asked for
     png: str | None = None
+    html: PageFacts | None = None
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -1,14 +1,14 @@
-"""Metrics of a run: JSON lines, the same as CSV, TensorBoard where asked for. A resumed run drops what it makes again."""
+"""Metrics of a run: JSON lines, and the same as CSV. A resumed run drops what it makes again."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cskd.errors import ConfigError, one_line
 from cskd.files.durable import put
 
 
@@ -18,28 +18,15 @@ class MetricsLog:
     folder None: of a rank that keeps no log.
     """
 
-    def __init__(self, folder: Path | None, start_epoch: int, tensorboard: bool = False) -> None:
+    def __init__(self, folder: Path | None, start_epoch: int) -> None:
         self.folder = folder
         self.rows = [r for r in read_metrics(folder) if r["epoch"] < start_epoch] if folder else []
-        self._board = _summary_writer(folder, start_epoch) if tensorboard and folder else None
         self._write()
-
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._board is not None:
-            self._board.close()
 
     def add(self, row: dict[str, Any]) -> None:
         """One epoch's figures; `epoch` is required."""
         self.rows.append(row)
         self._write()
-        if self._board is not None:
-            for name, value in row.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(name, value, row["epoch"])
-            self._board.flush()
 
     def _write(self) -> None:
         if self.folder is None:
@@ -53,6 +40,18 @@ class MetricsLog:
         put(self.folder / "metrics.csv", table.getvalue().encode())
 
 
+def reached(rows: Sequence[Mapping[str, Any]], score: str) -> str:
+    """The top-1 of the last row that has one of the head `score`, and the best of all rows, in words; '' where none has.
+
+    rows: of a log, each with `epoch`, from 0. 'top-1 57.10 % after epoch 6 (class), best 57.32 % after epoch 4'
+    """
+    scored = [(row[f"top1.{score}"], row["epoch"] + 1) for row in rows if f"top1.{score}" in row]
+    if not scored:
+        return ""
+    (top1, epoch), (best, best_epoch) = scored[-1], max(scored, key=lambda at: at[0])
+    return f"top-1 {top1:.2f} % after epoch {epoch} ({score}), best {best:.2f} % after epoch {best_epoch}"
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run so far; a torn line, and what follows it, is left out."""
     path = folder / "metrics.jsonl"
@@ -64,11 +63,3 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError):
             break
     return rows
-
-
-def _summary_writer(folder: Path, start_epoch: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as e:  # it is there, `precheck.check_output` has seen it
-        raise ConfigError(f"train.tensorboard: {one_line(e)}; run: pip install --upgrade tensorboard") from None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=start_epoch)

@@ -94,6 +94,11 @@ class Progress:
         else:
             self._print(self._line(now, done, fields))
 
+    def say(self, text: str) -> None:
+        """A line of its own, which stays: what was reached, not how far the work is."""
+        if not self._quiet:
+            self._print(text)
+
     def _interval(self, now: float) -> float:
         """Seconds between plain lines: a tenth of the time so far, so that a log of days stays readable."""
         return max(self._every, min(LONGEST_SILENCE, 0.1 * (now - self._begun)))

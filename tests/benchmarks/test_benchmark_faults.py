@@ -33,6 +33,7 @@ def test_nothing_goes_wrong_in_silence(tmp_path: Path) -> None:
     assert counts | tally == counts
 
 
+@pytest.mark.slow
 def test_counts_of_several_runs_are_added(tmp_path: Path) -> None:
     tally = tmp_path / "tally.json"
     tally.write_text('{"swaps": 5, "kills": 7}')

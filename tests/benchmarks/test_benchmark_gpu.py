@@ -29,6 +29,7 @@ def run(folder: Path, *arguments: str, seconds: int) -> tuple[str, list[dict[str
     return done.stdout, [json.loads(line) for line in (folder / "gpu.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_figures_are_printed_and_written_at_once_and_a_table_ends_the_run(tmp_path: Path) -> None:
     said, rows = run(tmp_path, "--only", "views", "light", "--budget", "60", seconds=120)
     found = {(row["section"], row["name"]): row["value"] for row in rows}

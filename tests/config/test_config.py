@@ -224,7 +224,7 @@ def test_a_file_that_is_no_config_is_refused_in_one_line(write: Write, text: str
 def test_a_missing_file_a_folder_and_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config at .*missing\.yaml"):
         load_config(tmp_path / "missing.yaml")
-    with pytest.raises(ConfigError, match="not readable"):
+    with pytest.raises(ConfigError, match="it is a folder, expected a file"):
         load_config(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"a: \xff\xfe\xfa")
     with pytest.raises(ConfigError, match="not readable"):

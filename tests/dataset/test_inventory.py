@@ -19,11 +19,10 @@ from cskd.dataset.inventory import (
     Sample,
     ShardFile,
     block_bounds,
-    copy_inventory,
     open_inventory,
     write_inventory,
 )
-from cskd.dataset.inventory_format import DTYPES, header_hash
+from cskd.dataset.inventory_format import DTYPES, copy_inventory, header_hash
 from cskd.errors import DataError
 from cskd.seeds import key_hash
 

@@ -69,6 +69,7 @@ WRITERS: dict[str, Callable[[Path, Path], object]] = {
     "pack": lambda home, out: pack(home / "images", out),
     "demo": lambda home, out: run_demo(out, quiet=True),
     "inspect --png": lambda home, out: inspect(home / "caches" / "one", png=out / "x.png"),
+    "inspect --html": lambda home, out: inspect(home / "caches" / "one", html=out / "x.html"),
 }
 OWN = {
     "train": ("runs/one", "old_run"),
@@ -77,6 +78,7 @@ OWN = {
     "pack": ("data",),
     "demo": ("demo", "old_demo"),
     "inspect --png": ("demo", "old_demo"),
+    "inspect --html": ("demo", "old_demo"),
 }
 
 
@@ -131,7 +133,7 @@ def test_no_command_writes_into_or_inside_a_folder_of_another_kind(home: Path, w
     assert files(home) == before and not (home / other / "new").exists()
 
 
-@pytest.mark.parametrize("writer", [name for name in WRITERS if name != "inspect --png"])
+@pytest.mark.parametrize("writer", [name for name in WRITERS if not name.startswith("inspect")])
 def test_no_command_writes_around_a_folder_of_another_kind(home: Path, writer: str) -> None:
     (home / "deep" / "er").mkdir(parents=True)
     shutil.move(home / "caches", home / "deep" / "er" / "caches")

@@ -93,7 +93,7 @@ def test_scratch_is_its_users_own_and_its_runs_own(tmp_path: Path, temp: Path) -
     assert new_scratch(tmp_path / "run", 1).name.split("-")[1] != one.name.split("-")[1]
 
 
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("kind", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_killed_run_s_scratch_is_cleared_by_the_next_start(made: Path, tmp_path: Path, temp: Path, kind: int) -> None:
     (tmp_path / "c.yaml").write_text(json.dumps(settings(made, tmp_path / "run", 4000)))
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(temp)}

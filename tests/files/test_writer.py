@@ -137,7 +137,13 @@ def test_a_folder_that_nothing_was_put_into_is_taken_away_again(tmp_path: Path) 
     assert (tmp_path / "mine").is_dir()
 
 
-@pytest.mark.parametrize("launch", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]])
+@pytest.mark.parametrize(
+    "launch",
+    [
+        [],
+        pytest.param(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], marks=pytest.mark.slow),
+    ],
+)
 def test_training_into_a_folder_that_is_written_to_is_refused_at_once_on_all_ranks(
     tmp_path: Path, holder: subprocess.Popen[str], launch: list[str]
 ) -> None:

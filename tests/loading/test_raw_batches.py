@@ -159,7 +159,7 @@ def test_views_are_tried_in_the_arithmetic_that_will_make_them(
         return 1000
 
     monkeypatch.setattr("cskd.pipeline.train.float32_products", noted)
-    monkeypatch.setattr("cskd.pipeline.training_run.refuse_device_views", tried)
+    monkeypatch.setattr("cskd.pipeline.setup.refuse_device_views", tried)
     run(made, augment="device", output=str(tmp_path / "out"), max_steps=1)
     assert seen == [[True]] and not around
 

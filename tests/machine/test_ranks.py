@@ -74,6 +74,7 @@ def one(base: Path) -> Steps:
     return feed(base, "one", 1, 0)
 
 
+@pytest.mark.slow
 def test_the_sequence_is_the_same_for_any_ranks_workers_and_restarts(base: Path, one: Steps) -> None:
     """At world size 1 the final weights are the same too; at 2 the gradients are averaged in another order."""
     assert len(one) == 4 * 4 and all(len(step) == 8 for step in one)
@@ -130,6 +131,7 @@ def test_stage_1_under_torchrun_shares_the_work_and_reports_once(base: Path) -> 
     assert verify(cache, quiet=True).sound
 
 
+@pytest.mark.slow
 def test_micro_batches_draw_the_same_whichever_rank_has_them(base: Path) -> None:
     """Two ranks with one micro-batch each, and one with both: with drop path, so that other draws would be other weights."""
     more = ("train.micro_batch=4", "train.opt=sgd", "train.autocast=none", "train.repeats=1")

@@ -183,6 +183,7 @@ def test_ranks_that_were_given_cpus_of_their_own_keep_them_all(monkeypatch: pyte
     assert choose_threads(cores=Cores(64, quota=16.0)).count == 2  # a quota is of all ranks together
 
 
+@pytest.mark.slow
 def test_torchrun_s_own_single_thread_is_not_the_user_s(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     machine(monkeypatch, 8)
     script = tmp_path / "rank.py"
@@ -231,6 +232,7 @@ def test_threads_load_no_torch_and_the_stages_set_how_they_wait_before_they_load
     run_python(code)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="torch's wheels for Linux bring GNU's OpenMP")
 def test_openmp_reads_how_long_to_spin() -> None:
     shown = run_python("import cli, cskd.pipeline.train", OMP_DISPLAY_ENV="verbose").stderr

@@ -81,16 +81,52 @@ BAD_SHARDS: dict[str, tuple[dict[str, bytes], str]] = {
     ),
     "no image": ({"a/9.cls": b"1", **shard_files()}, r"sample 'a/9' in .*x.tar has no image \(it has cls\)"),
     "json without": ({"a/9.jpg": b"", "a/9.json": b'{"x": 1}'}, "sample 'a/9' in .* has no label"),
-    "no number": ({"a/9.jpg": b"", "a/9.cls": b"cat"}, "has the label b'cat', expected a number from 0"),
-    "negative": ({"a/9.jpg": b"", "a/9.json": b'{"label": -1}'}, "has the label '-1' in its .json"),
-    "text": ({"a/9.jpg": b"", "a/9.json": b'{"label": true}'}, "has the label 'True' in its .json"),
-    "no json": ({"a/9.jpg": b"", "a/9.json": b"["}, "a/9.json in .* is no JSON object"),
-    "two images": ({"a/9.jpg": b"", "a/9.png": b"", "a/9.cls": b"1"}, "two images, .jpg and .png"),
-    "apart": (
-        {"a/8.jpg": b"", "a/9.jpg": b"", "a/8.cls": b"1", "a/9.cls": b"1"},
-        "files of sample 'a/8' in .* are not next to each other; make the shard again",
+    "no number": ({"a/9.jpg": b"", "a/9.cls": b"1.5"}, "has the label '1.5' in its .cls, expected a number from 0"),
+    "no text": ({"a/9.jpg": b"", "a/9.cls": b"\x80\x04K"}, r"has the label b'\\x80\\x04K' in its .cls, expected text"),
+    "a name and numbers": (
+        {**shard_files(), "a/9.jpg": b"", "a/9.cls": b"cat"},
+        "some labels are numbers .*a/0.* and some are names .*cat",
     ),
-    "one name": ({"a/9.jpg": b"", "a/9.JPG": b"", "a/9.cls": b"1"}, "a/9.jpg and a/9.JPG, which are one name"),
+    "one name": ({"a/9.jpg": b"", "a/9.cls": b"cat"}, r"all 1 sample\(s\) are of the class 'cat' .*, expected two"),
+    "negative": ({"a/9.jpg": b"", "a/9.json": b'{"label": -1}'}, "has the label '-1' in its .json"),
+    "boolean": ({"a/9.jpg": b"", "a/9.json": b'{"label": true}'}, "has the label 'True' in its .json"),
+    "list": ({"a/9.jpg": b"", "a/9.json": b'{"label": [0, 1]}'}, r"has the label '\[0, 1\]' in its .json"),
+    "no json": ({"a/9.jpg": b"", "a/9.json": b"["}, "a/9.*: its .json is no JSON"),
+    "two keys": (
+        {"a/9.jpg": b"", "a/9.json": b'{"label": 3, "class": 5}'},
+        r"a/9.* has 2 labels \(.json label = '3', .json class = '5'\); choose with cskd index --label-key label",
+    ),
+    "two files": (
+        {"a/9.jpg": b"", "a/9.fine.cls": b"1", "a/9.coarse.cls": b"2"},
+        "has 2 labels .*--label-key .fine.cls",
+    ),
+    "another key": (
+        {"a.jpg": b"", "a.json": b'{"label": 1}', "b.jpg": b"", "b.json": b'{"class": 1}'},
+        "'b' in .* has its label under 'class', those before it under 'label'",
+    ),
+    "a kind not read": (
+        {"a/9.avif": b"", "a/9.cls": b"1"},
+        r"has no image that is read \(.avif is not: write JPEG or PNG\)",
+    ),
+    "two forms": (
+        {"caf\u00e9.jpg": b"", "cafe\u0301.cls": b"1"},
+        r"'caf\u00e9' in .* has no label .*, 'cafe\u0301' has cls: they differ only in Unicode form \(NFC and NFD\): 'caf\\xe9' and",
+    ),
+    "letter case": ({"IMG_1.jpg": b"", "img_1.cls": b"1"}, "they differ only in letter case"),
+    "captions": (
+        {f"{i}.{e}": d for i in range(12) for e, d in (("jpg", b""), ("txt", b"a dog no. %d" % i))},
+        r"labels of 12 samples are 12 different texts .*captions \(.txt\)",
+    ),
+    "names in two forms": (
+        {"a.jpg": b"", "a.cls": "caf\u00e9".encode(), "b.jpg": b"", "b.cls": "cafe\u0301".encode()},
+        r"two classes 'caf.*', and they differ only in Unicode form \(NFD and NFC\)",
+    ),
+    "two images": ({"a/9.jpg": b"", "a/9.png": b"", "a/9.cls": b"1"}, "two images, .jpg and .png"),
+    "more of it later": (
+        {"a/8.jpg": b"", "a/8.cls": b"1", "a/9.jpg": b"", "a/9.cls": b"1", "a/8.json": b"{}"},
+        "sample 'a/8' in .* occurs twice, the second time only as json",
+    ),
+    "twins": ({"a/9.jpg": b"", "a/9.JPG": b"", "a/9.cls": b"1"}, "a/9.jpg and a/9.JPG, which are one name"),
 }
 
 
@@ -107,7 +143,7 @@ def test_incomplete_samples_are_left_out_when_allowed_and_counted(tmp_path: Path
     tar(tmp_path / "x.tar", {"a/8.jpg": b"", **shard_files(), "a/9.cls": b"1"})
     inventory = index(tmp_path, allow_incomplete=True)
     assert inventory.n == 3
-    assert inventory.notes[-1] == "2 samples without image or label passed over: 'a/8' in x.tar ..."
+    assert inventory.notes[-1] == "2 samples without image or label passed over (1 .cls, 1 .jpg): 'a/8' in x.tar ..."
 
 
 def test_a_key_in_two_shards_is_refused_naming_both(tmp_path: Path) -> None:

@@ -28,9 +28,9 @@ def test_shards_that_are_absent_are_one_line_before_the_long_work(
         raise AssertionError("begun without the images")
 
     for name in (
-        "cache_teacher.load_teacher",
+        "setup.load_teacher",
         "online.load_teacher",
-        "training_run.build_student",
+        "setup.build_student",
         "evaluate.load_student",
     ):
         monkeypatch.setattr(f"cskd.pipeline.{name}", too_late)

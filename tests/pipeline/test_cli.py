@@ -17,7 +17,9 @@ import yaml
 
 from cskd import cli
 from cskd.config import to_yaml
+from cskd.machine import ending
 from cskd.pipeline.care.verify import verify
+from cskd.pipeline.show.metrics import read_metrics
 from cskd.store.cache import open_cache
 from cskd.store.format import commit_file
 from tests.caches import make_tiny_cache, make_tiny_data
@@ -138,7 +140,8 @@ def test_what_a_damaged_unit_advises_brings_it_back_into_stage_1(tmp_path: Path,
         unit.write_bytes(unit.read_bytes()[:100])
     sets = ("--set", f"cache.path={cache.root}", "--set", f"train.output={tmp_path / 'run'}")
     result = run("train", made / "c.yaml", *sets)
-    result.refused("damaged", f"remove {record} and run the same `cskd cache-teacher` command again")
+    advice = f"remove {record.relative_to(cache.root)} of the cache and run the same `cskd cache-teacher` command again"
+    result.refused("damaged", advice)
     record.unlink()
     assert open_cache(cache.root).missing() == [(0, 0)]
 
@@ -170,6 +173,29 @@ def test_json_is_one_object_and_a_finished_run_still_says_its_top_1(made: Path, 
     scores = json.loads(run("eval", output, made / "val", "--workers", 0, "--autocast", "auto", "--json").out)
     assert scores["arithmetic"] == report["arithmetic"]
     assert scores["heads"]["class"]["top1"] == pytest.approx(report["top1"]["class"])
+
+
+def test_training_says_its_top_1_after_every_evaluation_and_at_the_end_where_its_files_are(
+    made: Path, run: Any
+) -> None:
+    output = made / "told"
+    sets = ("--set", f"train.output={output}", "--set", "train.eval_every=2")
+    told = run("train", made / "c.yaml", *sets)
+    head = "class+distillation"
+    rows = {row["epoch"] + 1: row[f"top1.{head}"] for row in read_metrics(output) if "score" in row}
+    best = max(rows, key=lambda epoch: rows[epoch])
+    lines = [line for line in told.err.splitlines() if line.startswith("train: top-1")]
+    assert list(rows) == [2, 3] and len(lines) == 2
+    assert lines[0] == f"train: top-1 {rows[2]:.2f} % after epoch 2 ({head}), best {rows[2]:.2f} % after epoch 2"
+    assert lines[1].removeprefix("train: ") in told.out and f"best {rows[best]:.2f} % after epoch {best}" in lines[1]
+    assert f"{output / 'model.safetensors'} (live), next to it" in told.out
+
+
+@pytest.mark.parametrize("command", ["", *(c.name or c.callback.__name__ for c in cli.app.registered_commands)])  # type: ignore[union-attr]
+def test_h_is_help_for_every_command(run: Any, command: str) -> None:
+    short, long = (run(*command.split(), option) for option in ("-h", "--help"))
+    assert (short.code, short.err) == (0, "") and "Usage" in short.out
+    assert short.out == long.out
 
 
 @pytest.mark.parametrize(("raised", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
@@ -255,7 +281,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data"
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("kind", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_stage_1_that_is_interrupted_drops_its_unit_at_once_and_resumes(
     large: Path, tmp_path: Path, kind: signal.Signals
 ) -> None:
@@ -270,7 +296,7 @@ def test_stage_1_that_is_interrupted_drops_its_unit_at_once_and_resumes(
         process.send_signal(kind)
         clock = time.monotonic()
         out, err = process.communicate(timeout=60)
-        assert time.monotonic() - clock < cli.GRACE
+        assert time.monotonic() - clock < ending.GRACE
     finally:
         if process.poll() is None:
             process.kill()
@@ -315,6 +341,7 @@ def test_an_interrupt_that_a_library_swallows_ends_the_run_all_the_same(grace: f
     code = f"""
 import os, signal, sys, time
 from cskd import cli
+from cskd.machine import ending
 def deaf(standalone_mode):
     for _ in range({signals}):
         try:
@@ -323,7 +350,7 @@ def deaf(standalone_mode):
         except SystemExit:
             pass
     time.sleep(60)
-cli.app, cli.GRACE, sys.argv = deaf, {grace}, ["cskd", "train", "a b.yaml"]
+cli.app, ending.GRACE, sys.argv = deaf, {grace}, ["cskd", "train", "a b.yaml"]
 cli.main()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

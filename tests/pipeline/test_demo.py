@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +20,7 @@ from sklearn.datasets import load_digits
 import cskd.pipeline.demo
 from cskd.config import Config, to_dict
 from cskd.errors import ConfigError
-from cskd.pipeline.demo import STUDENTS, Settings, StudentResult, _config, render, run_demo, verdict
+from cskd.pipeline.demo import STUDENTS, Settings, StudentResult, _config, _training, render, run_demo, verdict
 from cskd.pipeline.demo_curve import Curve, draw_curves
 from cskd.pipeline.demo_data import POOL, digits
 from cskd.pipeline.intervals import paired_difference, spread
@@ -156,3 +160,30 @@ def test_curves_of_one_seed_and_one_evaluation_can_be_drawn(tmp_path: Path) -> N
     curves = {"none": Curve(np.array([1]), np.array([[10.0]])), "cskd": Curve(np.array([1]), np.array([[100.0]]))}
     draw_curves(tmp_path / "x.png", curves, 95.0, "title")
     assert (tmp_path / "x.png").stat().st_size > 5_000
+
+
+def test_the_demo_says_which_students_train(tmp_path: Path) -> None:
+    configs = [_config(tmp_path, name, seed, SMALL) for seed in range(2) for name in STUDENTS]
+    assert _training(configs, 2, 2) == "training 3 of 6, cskd-soft, seed 0; 4 of 6, none, seed 1"
+    assert _training(configs, 6, 2) == ""
+
+
+@pytest.mark.slow
+def test_students_end_with_a_demo_that_ends_under_them(tmp_path: Path) -> None:
+    """Of an interrupt that reaches only the main process, as `timeout -s INT` sends it."""
+    (tmp_path / "student.py").write_text(
+        "import os, time\n"
+        "def train(config):\n    print(os.getpid(), flush=True)\n    time.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        "    import cskd.pipeline.demo as demo\n    from pathlib import Path\n"
+        "    demo._student = train\n    demo._teach(Path('x'), demo.Settings(), 2, True)\n"
+    )
+    command = [sys.executable, "student.py"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        students = [int(process.stdout.readline()) for _ in range(2)]
+        process.kill()
+    deadline = time.monotonic() + 20
+    while any(os.path.exists(f"/proc/{pid}") for pid in students):
+        assert time.monotonic() < deadline, "students are left behind"
+        time.sleep(0.1)

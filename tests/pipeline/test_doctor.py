@@ -7,9 +7,10 @@ import json
 import re
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ import cskd.machine.speed
 import cskd.pipeline.doctor
 from cskd import cli
 from cskd.config import Config, RecipeConfig, StudentConfig, TrainConfig
+from cskd.config.schema import Tracker
+from cskd.loading.raw_batches import batch_bytes
 from cskd.machine.cores import Cores
-from cskd.pipeline.doctor import OPTIONAL, PACKAGES, PROBES, Check, doctor, loader_row
+from cskd.pipeline.doctor import OPTIONAL, PACKAGES, PROBES, Check, _batch_bytes, doctor, loader_row
 from cskd.pipeline.loader_speed import images_per_second, views_per_second
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -55,6 +58,14 @@ def test_only_what_is_broken_is_not_ok_and_warnings_are_counted_apart(
     assert all(check.state in shown for check in checks)
 
 
+def test_shared_memory_is_sized_by_what_the_workers_send() -> None:
+    config = Config(train=TrainConfig(global_batch=1024, repeats=3))
+    assert _batch_bytes(config) == 1024 * 3 * 224**2
+    on_device = replace(config, train=replace(config.train, augment="device"))
+    assert _batch_bytes(on_device) == batch_bytes(1024, 3, 224, 375 * 500)
+    assert _batch_bytes(replace(on_device, train=replace(on_device.train, repeats=1))) > 3 * _batch_bytes(config)
+
+
 def test_a_missing_optional_package_is_ok_and_a_missing_required_one_is_a_failure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -78,7 +89,7 @@ def test_every_dependency_is_looked_for_and_nothing_else_but_torchvision() -> No
 
     assert set(PACKAGES) == names(project["dependencies"]) | {"torchvision"}
     extras = project["optional-dependencies"]
-    assert set(OPTIONAL) == names(extras["demo"]) | names(extras["tensorboard"])
+    assert set(OPTIONAL) == names(extras["demo"]) | set(get_args(Tracker))
 
 
 def rows_with(

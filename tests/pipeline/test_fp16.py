@@ -19,8 +19,8 @@ from cskd.errors import ConfigError, NotFiniteError, StudentError
 from cskd.machine.arithmetic import arithmetic, float32_products, half
 from cskd.machine.ranks import Ranks
 from cskd.pipeline.evaluate import evaluate_checkpoint
-from cskd.pipeline.precheck import half_notes
 from cskd.pipeline.run_state import _MOST_SKIPS, RunState
+from cskd.pipeline.setup import half_notes
 from cskd.pipeline.show.metrics import read_metrics
 from cskd.pipeline.train import train
 from cskd.student.optim import Optimisation

@@ -20,7 +20,6 @@ from cskd.errors import CacheError, CodecError, DataError, ReplayError
 from cskd.loading.cached_views import find_sample
 from cskd.pipeline.look.inspect_cache import inspect, render
 from cskd.pipeline.look.inspect_sample import (
-    CachedView,
     cached_view,
     describe_sample,
     entropy,
@@ -161,18 +160,13 @@ def test_replay_is_the_mixed_image_the_teacher_saw(cache: Cache) -> None:
 
 
 def test_a_replay_that_differs_is_refused_and_named(cache: Cache) -> None:
-    rows = cached_view(cache, 2, 1).rows
-
-    def with_row(i: int, name: str, value: np.generic) -> CachedView:
-        array = rows.fields[name].copy()
-        array[i] = value
-        changed = dataclasses.replace(rows, fields={**rows.fields, name: array})
-        return dataclasses.replace(cached_view(cache, 2, 1), rows=changed)
-
+    cached = cached_view(cache, 2, 1)
+    wrong = dataclasses.replace(cached, fields={**cached.fields, "digest": np.uint32(cached.fields["digest"] ^ 1)})
     with pytest.raises(ReplayError, match="view 1 of sample 'image002'"):
-        replay(cache, with_row(0, "digest", rows.fields["digest"][0] ^ 1))
-    with pytest.raises(ReplayError, match=cache.inventory.key(int(rows.sample[1]))):
-        replay(cache, with_row(1, "seed", np.uint64(1)))
+        replay(cache, wrong)
+    partner = {**cached.partner_fields, "seed": np.uint64(1)}
+    with pytest.raises(ReplayError, match=cache.inventory.key(cached.partner or 0)):
+        replay(cache, dataclasses.replace(cached, partner_fields=partner))
 
 
 @pytest.fixture

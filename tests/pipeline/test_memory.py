@@ -17,7 +17,7 @@ from cskd.errors import ConfigError, OutOfMemoryError
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.evaluate import evaluate_checkpoint
 from cskd.pipeline.out_of_memory import explained, is_out_of_memory, memory_of
-from cskd.pipeline.precheck import even_divisors
+from cskd.pipeline.setup import even_divisors
 from cskd.pipeline.show.metrics import read_metrics
 from cskd.pipeline.train import train
 from cskd.pipeline.train_step import micro_batches

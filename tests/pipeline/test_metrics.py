@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import csv
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
-from cskd.errors import ConfigError
 from cskd.pipeline.show.metrics import MetricsLog, read_metrics
 
 
@@ -39,11 +37,3 @@ def test_a_resumed_run_drops_rows_it_makes_again_in_both_files(tmp_path: Path) -
             {"epoch": "1", "loss": "0.5", "top1": "10.0"},
         ]
     assert sorted(os.listdir(tmp_path)) == ["metrics.csv", "metrics.jsonl"]
-
-
-def test_a_tensorboard_that_is_there_and_can_t_be_imported_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ConfigError, match=r"train\.tensorboard: .*pip install --upgrade tensorboard"):
-        MetricsLog(tmp_path, 0, tensorboard=True)

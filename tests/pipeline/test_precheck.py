@@ -67,7 +67,7 @@ FAULTS: list[tuple[type[CskdError], str, dict[str, dict[str, Any]]]] = [
     ),
     (StudentError, "student.model resnet18", {"student": {"model": "resnet18"}}),
     (StudentError, "student.kwargs", {"student": {"kwargs": {"patch_sice": 8}}}),
-    (StudentError, "student.init .* does not exist", {"student": {"init": "nowhere.safetensors"}}),
+    (StudentError, "student.init: no file .*nowhere", {"student": {"init": "nowhere.safetensors"}}),
     (StudentError, "does not see the last 2 rows", {"student": {"kwargs": {"patch_size": 10}}}),
     (DataError, "data.val: no inventory at", {"data": {"val": "nowhere"}}),
     (DataError, "data.val .* other classes", {"data": {"val": "{base}/other"}}),

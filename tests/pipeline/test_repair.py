@@ -314,7 +314,8 @@ def test_stage_1_stops_at_a_damaged_record_and_says_how_it_is_mended(cache: Path
     """It may not take the damaged one's place in silence, and must not be taken for one that is there."""
     (cache / commit_file(0, 1)).write_bytes((made / commit_file(0, 1)).read_bytes()[:100])
     with pytest.raises(
-        CacheError, match=r"v0001.json is not a readable commit record .*`cskd repair .*cache` makes it"
+        CacheError,
+        match=r"v0001.json is not a readable commit record .*`cskd repair` makes it again; so does this: remove commits",
     ):
         cache_teacher(config(made.parent, cache={"path": str(cache)}), quiet=True)
 

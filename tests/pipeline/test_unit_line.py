@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import threading
+import time
+from collections import defaultdict, deque
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cskd.config import Config
 from cskd.pipeline import unit_line
 from cskd.pipeline.cache_teacher import cache_teacher
-from cskd.pipeline.unit_line import writers_of
+from cskd.pipeline.unit_line import UnitLine, writers_of
 from cskd.store.cache import Cache
 from tests.caches import make_tiny_data
 from tests.pipeline.test_pipeline import TEACHER, config
@@ -61,3 +66,146 @@ def test_an_error_of_a_writer_ends_the_stage(data: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(unit_line, "writers_of", lambda cores: 3)
     with pytest.raises(OSError, match="No space left"):
         cache_teacher(settings(data, tmp_path / "cache"), quiet=True)
+
+
+class Cut(KeyboardInterrupt):
+    """Where a test ends stage 1."""
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Images of one block, one of them unreadable, of which a pass takes 12 chunks; and the content of their cache."""
+    folder = tmp_path_factory.mktemp("long")
+    (folder / "net.py").write_text(TEACHER)
+    make_tiny_data(folder / "train", n=90, block=100, shard=10, bad=[5])
+    return folder, cache_teacher(saving(folder, folder / "whole"), quiet=True).content_root
+
+
+def saving(data: Path, cache: Path, seconds: float = 0.0) -> Config:
+    return config(
+        data,
+        cache={
+            "path": str(cache),
+            "views": 4,
+            "codecs": ["envelope", "int8", "topk:2"],
+            "max_quarantine": 0.1,
+            "save_seconds": seconds,
+        },
+    )
+
+
+def cut_after(patch: pytest.MonkeyPatch, chunks: int, killed: bool) -> None:
+    """End stage 1 before it takes one chunk more. killed: as by kill -9, nothing is done any more."""
+    real, left = UnitLine.feed, iter(range(chunks))
+
+    def feed(self: UnitLine, chunk: Any) -> None:
+        if next(left, None) is None:
+            raise Cut
+        real(self, chunk)
+
+    patch.setattr(UnitLine, "feed", feed)
+    if killed:
+        patch.setattr(UnitLine, "keep", lambda self: "")
+
+
+def drafts(cache: Path) -> list[Path]:
+    return sorted(cache.glob("units/*/*.draft.*"))
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_pass_that_is_cut_anywhere_goes_on_with_the_batch_that_is_missing(
+    long: tuple[Path, str], tmp_path: Path, killed: bool
+) -> None:
+    """Again and again, before a whole pass could be made: in the end the content is that of a run that was never cut."""
+    (data, content), cuts = long, 0
+    while True:
+        with pytest.MonkeyPatch.context() as patch:
+            cut_after(patch, 8, killed)
+            try:
+                report = cache_teacher(saving(data, tmp_path / "cache"), quiet=True)
+                break
+            except Cut:
+                cuts += 1
+                assert (cuts > 1 or drafts(tmp_path / "cache")) and cuts < 20
+    assert cuts > 1 and report.content_root == content and report.quarantined == 1
+    assert not drafts(tmp_path / "cache") and not (tmp_path / "cache" / "claims").exists()
+
+
+def test_what_a_killed_run_had_is_kept_every_so_many_seconds_alone(long: tuple[Path, str], tmp_path: Path) -> None:
+    data, content = long
+    for seconds, killed, kept in ((3600.0, True, False), (0.0, True, True), (3600.0, False, True)):
+        cache = tmp_path / f"{seconds} {killed}"
+        with pytest.MonkeyPatch.context() as patch:
+            cut_after(patch, 8, killed)
+            with pytest.raises(Cut):
+                cache_teacher(saving(data, cache, seconds), quiet=True)
+        assert bool(drafts(cache)) == kept
+    assert cache_teacher(saving(data, cache, 3600.0), quiet=True).content_root == content
+
+
+def test_an_interrupt_says_how_much_it_cost(
+    long: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut_after(monkeypatch, 8, killed=False)
+    with pytest.raises(Cut):
+        cache_teacher(saving(long[0], tmp_path / "cache"))
+    pattern = (
+        r"note: interrupted: \d+ views that the teacher was at are lost, about .* s of work; those before them are kept"
+    )
+    assert re.search(pattern, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("damage", ["torn", "no file of ours", "other versions", "of another view", "twice"])
+def test_a_draft_that_is_damaged_or_foreign_is_passed_over(
+    long: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    data, content = long
+    cache = tmp_path / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        cut_after(patch, 8, killed=False)
+        with pytest.raises(Cut):
+            cache_teacher(saving(data, cache), quiet=True)
+    found = drafts(cache)
+    assert len(found) > 3
+    for path in found:
+        raw, name = path.read_bytes(), path.name
+        if damage == "torn":
+            path.write_bytes(raw[:-100])
+        elif damage == "no file of ours":
+            path.write_bytes(b"PK\3\4" + bytes(range(256)))
+        elif damage == "of another view":
+            path.rename(path.with_name(f"v0003{name[5:]}" if not name.startswith("v0003") else f"v0002{name[5:]}"))
+        elif damage == "twice":
+            path.with_name(name.replace(".draft.", ".draft.0")).write_bytes(raw)
+    if damage == "other versions":
+        monkeypatch.setattr("cskd.store.draft.library_versions", lambda: {"Pillow": "1.0"})
+    assert cache_teacher(saving(data, cache), quiet=True).content_root == content
+
+
+def test_a_batch_that_an_interrupt_finds_half_counted_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a pass of which one batch is missing would be taken for whole."""
+
+    class Interrupted(deque[Any]):
+        def popleft(self) -> Any:
+            monkeypatch.setattr(Interrupted, "popleft", deque.popleft)
+            raise Cut
+
+    class Unit:
+        def add(self, *batch: Any) -> None:
+            pass
+
+    def finished(self: UnitLine, work: Any) -> None:
+        raise AssertionError("one of two batches is missing")
+
+    monkeypatch.setattr(UnitLine, "_finish", finished)
+    unit, targets, rows = Unit(), Future[Any](), np.arange(4)
+    targets.set_result(({}, 0.0, 0.0))
+    work = unit_line._Pass(0, 0, np.arange(8), [unit], (0,), Path("claim"))  # type: ignore[list-item]
+    line = UnitLine.__new__(UnitLine)
+    line.images = line.unreadable = 0
+    line._seconds, line._saved, line._config = defaultdict(float), time.monotonic(), Config()
+    line._underway = Interrupted([unit_line._Encoding(work, 0, unit, 4, rows, rows, targets)])  # type: ignore[arg-type]
+    with pytest.raises(Cut):
+        line._collect()
+    line._collect()
+    assert work.rows == 4 and not work.complete and not line._underway

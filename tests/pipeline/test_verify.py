@@ -115,7 +115,7 @@ def test_one_absent_shard_is_one_line_with_its_images_and_the_others_are_read(
     assert report.notes == ["--replay was not done, since there are errors"]
     shard.mkdir()
     assert verify(cache.root, images=True, quiet=True).errors == [
-        f"{shard} can't be read (Is a directory); mend that; 5 images are in it"
+        f"{shard} can't be read: it is a folder, expected a file (Is a directory); give another path; 5 images are in it"
     ]
 
 

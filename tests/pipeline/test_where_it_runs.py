@@ -13,7 +13,7 @@ from cskd.errors import ConfigError
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.care.repair import repair
 from cskd.pipeline.care.verify import verify
-from cskd.pipeline.outputs import device_of
+from cskd.pipeline.setup import device_of
 from cskd.pipeline.train import train
 from cskd.store.manifest import read_manifest, write_manifest, write_resolved
 from tests.caches import make_tiny_data

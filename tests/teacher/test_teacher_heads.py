@@ -185,22 +185,30 @@ def test_an_own_network_is_dense_through_its_last_linear_layer(conv: bool) -> No
     torch.testing.assert_close(global_BK, model(x))
 
 
-@pytest.mark.parametrize("mode", ["exact", "per_cell"])
 @pytest.mark.parametrize("after", [nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 8), nn.ReLU())])
-def test_an_own_network_with_layers_before_its_classifier_must_offer_forward_head(after: nn.Module, mode: Any) -> None:
+def test_layers_before_the_classifier_of_an_own_network_are_part_of_its_head(after: nn.Module) -> None:
+    model, x = stir(Own(after)), images(32)
+    with torch.no_grad():
+        with pytest.raises(TeacherError, match=r"not linear in the mean.*after.* > score Linear"):
+            find_head(model, x, "exact")
+        head = find_head(model, x, "per_cell")
+        features = model.forward_features(x)
+        dense_BKhw, global_BK = head.dense(features)
+        torch.testing.assert_close(global_BK, model(x))
+        torch.testing.assert_close(dense_BKhw[:, :, 1, 0], model.score(after(features[:, :, 1, 0])))
+
+
+class Elsewhere(Own):
+    """What it calls its features is not what it classifies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.score(F.relu(self.body(x)).square().mean((2, 3)))
+        return y
+
+
+def test_features_that_are_not_those_that_are_classified_are_refused() -> None:
     with torch.no_grad(), pytest.raises(TeacherError, match="add a method forward_head"):
-        find_head(stir(Own(after)), images(32), mode)
-
-
-def test_an_own_network_whose_classifier_takes_other_channels_is_refused() -> None:
-    with torch.no_grad(), pytest.raises(TeacherError, match="takes its 8 feature channels"):
-        find_head(stir(Own(nn.ZeroPad1d((0, 4)), hidden=12)), images(32), "exact")
-
-
-def test_an_own_network_without_forward_features_is_told_what_to_add() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, K)).eval()
-    with torch.no_grad(), pytest.raises(TeacherError, match="no method forward_features"):
-        find_head(model, images(32), "exact")
+        find_head(stir(Elsewhere()), images(32), "exact")
 
 
 class TwoOutputs(Own):
