@@ -180,7 +180,7 @@ def _loss(setup: Setup) -> Found:
     loss = setup.config.loss
     found: list[str] = [loss.method]
     if setup.makes_cache:
-        found.append(f"from codec {codec_for(loss.method, setup.codecs, 'cache.codecs')}")
+        found.append(f"from codec {codec_for(loss, setup.codecs, 'cache.codecs')}")
     if unread := unread_keys(loss.method, setup.config.given):
         found.append(f"which does not read {', '.join(unread)}")
     return ", ".join(found), []

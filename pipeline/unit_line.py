@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cskd.codecs import Arrays
+from cskd.codecs import Arrays, Outputs
 from cskd.config import Config
 from cskd.files.claims import Claims
 from cskd.loading.feed import DeviceBatch
@@ -216,7 +216,8 @@ class UnitLine:
             unit = work.units[work.views.index(view)]
             unit.drop(np.array(list(bad), np.int64))
             mixing = tuple(torch.from_numpy(field) for field in unit.mixing_rows(position))
-            targets = self._lanes.submit(self._targets, chunk, v, mixing, good)
+            labels = torch.from_numpy(unit.label_rows(position[good]))
+            targets = self._lanes.submit(self._targets, chunk, v, mixing, good, labels)
             crc = chunk.crc[v][good]
             self._underway.append(_Encoding(work, place, unit, len(position), position[good], crc, targets))
         work.to_come -= 1
@@ -248,10 +249,15 @@ class UnitLine:
         return f"interrupted: {lost:,} views that the teacher was at are lost{seconds}; those before them are kept"
 
     def _targets(
-        self, chunk: ChunkViews, view: int, mixing: tuple[torch.Tensor, ...], good: NDArray[np.int64]
+        self,
+        chunk: ChunkViews,
+        view: int,
+        mixing: tuple[torch.Tensor, ...],
+        good: NDArray[np.int64],
+        labels_B2: torch.Tensor,
     ) -> tuple[dict[str, Arrays], float, float]:
         """In a lane: mix a view of a chunk as the student's input is mixed, run the teacher on it, padded to a fixed size, and
-        encode the rows `good`.
+        encode the rows `good`, whose labels and their partners' are `labels_B2`.
 
         Returns: arrays by codec, and the seconds of teacher and encoding.
         """
@@ -269,7 +275,8 @@ class UnitLine:
             if len(good) < len(dense_BKhw):
                 dense_BKhw, global_BK = dense_BKhw[keep], global_BK[keep]
         middle = time.perf_counter()
-        encoded = {name: codec.encode(dense_BKhw, global_BK) for name, codec in self._cache.codecs.items()}
+        outputs = Outputs(dense_BKhw, global_BK, labels_B2)
+        encoded = {name: codec.encode_outputs(outputs) for name, codec in self._cache.codecs.items()}
         return encoded, middle - begun, time.perf_counter() - middle
 
     def _collect(self) -> None:

@@ -22,19 +22,36 @@ from cskd.views.mix_pixels import mixed_pixels
 _KINDS = {"none": "none", "deit-hard": "global", "cskd-hard": "cells"}  # of loss.method; the others are soft
 
 
-def codec_for(method: str, codecs: Mapping[str, Codec], where: str) -> str:
-    """The codec that a method reads: one that is exact for it where there is one.
+def codec_for(loss: LossConfig, codecs: Mapping[str, Codec], where: str) -> str:
+    """The codec that a method reads: one that is exact for it where there is one, and holds no more than is asked.
 
-    Raises:  ConfigError when a soft method finds hard targets only; `where` names what holds the codecs.
+    Raises:  ConfigError when a soft method finds hard targets only, or one that teaches cells the image's targets only;
+             `where` names what holds the codecs.
     """
-    soft = _KINDS.get(method, "soft") == "soft"
-    fitting = [name for name, codec in codecs.items() if (codec.soft if soft else codec.exact_hard)]
-    if soft and not fitting:
+    method, kind, cells = loss.method, _KINDS.get(loss.method, "soft"), reads_cells(loss)
+    fitting = {name: codec for name, codec in codecs.items() if codec.soft or kind != "soft"}
+    if not fitting:
         raise ConfigError(
             f"loss.method {method} needs the teacher's logits and {where} holds only {list(codecs)}; cache with "
-            "cache.codecs: [envelope, int8], or use a '-hard' method"
+            f"cache.codecs: [envelope, {'int8' if cells else 'global:8'}], or use a '-hard' method"
         )
-    return next(iter(fitting), next(iter(codecs)))
+    if cells and not any(codec.cells for codec in fitting.values()):
+        raise ConfigError(
+            f"loss.method {method} teaches cells and {where} holds only {list(codecs)}, of which {next(iter(fitting))} has "
+            f"the image's targets alone; cache with cache.codecs: [{'int8' if kind == 'soft' else 'envelope'}], or set "
+            "loss.method: deit-soft, deit-hard, or loss.decay: global"
+        )
+    return min(fitting, key=lambda name: _unfit(fitting[name], kind, cells))
+
+
+def reads_cells(loss: LossConfig) -> bool:
+    """Whether a method asks for targets that differ from cell to cell."""
+    return loss.method.startswith("cskd") and loss.decay != "global"
+
+
+def _unfit(codec: Codec, kind: str, cells: bool) -> tuple[bool, bool]:
+    """What speaks against a codec that could be read; the first of those with the least is."""
+    return codec.cells != cells, kind != "soft" and not codec.exact_hard
 
 
 class CachedTargets:
@@ -43,9 +60,9 @@ class CachedTargets:
     runs_teacher = False
 
     def __init__(self, cache: Cache, config: LossConfig, epochs: int) -> None:
-        self._config, self._epochs, self._codecs = config, epochs, cache.codecs
+        self._config, self._epochs, self._codecs, self._grid = config, epochs, cache.codecs, cache.grid
         self._kind = _KINDS.get(config.method, "soft")
-        self.codec = codec_for(config.method, cache.codecs, str(cache.root))
+        self.codec = codec_for(config, cache.codecs, str(cache.root))
 
     def spec(self, epoch: int) -> TargetSpec:
         return TargetSpec(self._kind, self.codec, blend_at(epoch, self._epochs, self._config.decay))
@@ -59,7 +76,12 @@ class CachedTargets:
                 for name, t in batch.items()
                 if name.startswith("target.")
             }
-            dense_BKhw, global_BK = self._codecs[self.codec].logits_torch(stored)
+            codec = self._codecs[self.codec]
+            if codec.cells:
+                dense_BKhw, global_BK = codec.logits_torch(stored)
+            else:
+                global_BK = codec.global_logits_torch(stored)
+                dense_BKhw = global_BK[:, :, None, None].expand(-1, -1, *self._grid)
             return SoftTargets(global_BK, dense_BKhw, self.spec(epoch).blend)
         cells = batch.get("cell_class")
         return HardTargets(

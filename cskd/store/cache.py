@@ -52,8 +52,8 @@ class Cache:
 
     @property
     def hard_codec(self) -> str:
-        """The codec to read hard targets from: an exact one where there is one."""
-        return min(self.codecs, key=lambda name: not self.codecs[name].exact_hard)
+        """The codec to read hard targets from: an exact one where there is one, else one that has cells."""
+        return min(self.codecs, key=lambda name: (not self.codecs[name].exact_hard, not self.codecs[name].cells))
 
     def commit_of(self, block: int, view: int, exact: bool = False) -> Commit | None:
         """The unit's commit record, None while it is missing. CacheError when damaged or of another identity.

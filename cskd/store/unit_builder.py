@@ -58,6 +58,13 @@ class UnitBuilder:
         partner = np.where(mode == NONE, rows, row_of[m.partner[position]])
         return partner, mode, m.lam[position].astype(np.int64), m.box[position].astype(np.int64)
 
+    def label_rows(self, position: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The labels of the samples at these positions, and of those that they are mixed with (their own where unmixed):
+        int64 [n, 2]."""
+        partner = self.mixing.partner[position]
+        both: NDArray[np.int64] = np.stack([position, np.where(partner < 0, position, partner)], 1)
+        return np.asarray(self._labels[both], np.int64)
+
     def add(
         self,
         position: NDArray[np.int64],

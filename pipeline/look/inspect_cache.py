@@ -180,6 +180,7 @@ def _codecs(cache: Cache, commits: Iterable[Commit]) -> dict[str, CodecFacts]:
             unit_bytes_per_view=size[name] / max(1, rows[name]),
             exact_hard=codec.exact_hard,
             soft=codec.soft,
+            cells=codec.cells,
             error=codec.error,
         )
         for name, codec in cache.codecs.items()
@@ -314,11 +315,10 @@ def _lines(facts: Inspection) -> Iterable[tuple[str, str]]:
         state += ", sealed" if facts.sealed else ", not sealed"
     yield "units", state
     for name, codec in facts.codecs.items():
-        hard = "exact hard targets" if codec.exact_hard else "approximate hard targets"
         yield (
             f"codec {name}",
             f"{codec.target_bytes_per_view:,.0f} bytes a view, {codec.unit_bytes_per_view:,.0f} with seeds and "
-            f"digests, {codec.bytes / 1e6:,.1f} MB in all; {hard}{', soft ones' if codec.soft else ''}",
+            f"digests, {codec.bytes / 1e6:,.1f} MB in all; {codec.gives}",
         )
     bad = facts.quarantined
     more = "; all: --quarantined" if bad.samples > len(bad.first) else ""

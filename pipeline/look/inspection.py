@@ -62,7 +62,15 @@ class CodecFacts:
     unit_bytes_per_view: float
     exact_hard: bool
     soft: bool
+    cells: bool  # False: the image's targets alone
     error: str
+
+    @property
+    def gives(self) -> str:
+        """The targets that training can read from it, in words."""
+        if not self.cells:
+            return "of the image alone: its class, its logits"
+        return f"{'exact' if self.exact_hard else 'approximate'} hard targets{', soft ones' if self.soft else ''}"
 
 
 @dataclass(frozen=True)
