@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -93,7 +94,11 @@ class Setup:
     @cached_property
     def codecs(self) -> dict[str, Codec]:
         """Those that stage 1 will write."""
-        return {name: get_codec(name, len(self.inventory.classes), (1, 1)) for name in self.config.cache.codecs}
+        codecs = {name: get_codec(name, len(self.inventory.classes), (1, 1)) for name in self.config.cache.codecs}
+        names = Counter(codec.name for codec in codecs.values())
+        if twice := [name for name, codec in codecs.items() if names[codec.name] > 1]:
+            raise ConfigError(f"cache.codecs lists {' and '.join(twice)}, which are one codec; leave one of them out")
+        return codecs
 
     @cached_property
     def views(self) -> ViewSource:

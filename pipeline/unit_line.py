@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from cskd.codecs import Arrays, Outputs
+from cskd.codecs.features import FeaturesCodec
 from cskd.config import Config
 from cskd.files.claims import Claims
 from cskd.loading.feed import DeviceBatch
@@ -262,22 +263,34 @@ class UnitLine:
         Returns: arrays by codec, and the seconds of teacher and encoding.
         """
         if len(good) == 0:
-            dense_BKhw, global_BK = (torch.zeros(0, self._teacher.classes, *grid) for grid in (self._teacher.grid, ()))
-            return {name: codec.encode(dense_BKhw, global_BK) for name, codec in self._cache.codecs.items()}, 0.0, 0.0
+            return self._encoded(self._no_outputs()), 0.0, 0.0
         begun, device = time.perf_counter(), self._teacher.device
         if isinstance(chunk.batch, DeviceBatch):
             chunk.batch.enter()
         inputs = [to_device(t, device) for t in (chunk.pixels[view], *mixing)]
         keep = to_device(torch.from_numpy(good), device)
+        made: tuple[torch.Tensor, ...]
         with self._lanes.launching():
             pixels = mix_pixels(*inputs)
-            dense_BKhw, global_BK = self._teacher.in_batches(pixels)
-            if len(good) < len(dense_BKhw):
-                dense_BKhw, global_BK = dense_BKhw[keep], global_BK[keep]
+            if any(codec.reads_features for codec in self._cache.codecs.values()):
+                made = self._teacher.with_features(pixels)
+            else:
+                made = self._teacher.in_batches(pixels)
+            if len(good) < len(pixels):
+                made = tuple(output[keep] for output in made)
         middle = time.perf_counter()
-        outputs = Outputs(dense_BKhw, global_BK, labels_B2)
-        encoded = {name: codec.encode_outputs(outputs) for name, codec in self._cache.codecs.items()}
+        encoded = self._encoded(Outputs(made[0], made[1], labels_B2, *made[2:]))
         return encoded, middle - begun, time.perf_counter() - middle
+
+    def _encoded(self, outputs: Outputs) -> dict[str, Arrays]:
+        return {name: codec.encode_outputs(outputs) for name, codec in self._cache.codecs.items()}
+
+    def _no_outputs(self) -> Outputs:
+        """Of a batch without a readable image."""
+        K, grid = self._teacher.classes, self._teacher.grid
+        channels = [codec.channels for codec in self._cache.codecs.values() if isinstance(codec, FeaturesCodec)]
+        maps = torch.zeros(0, channels[0], *grid) if channels else None
+        return Outputs(torch.zeros(0, K, *grid), torch.zeros(0, K), torch.zeros(0, 2, dtype=torch.int64), maps)
 
     def _collect(self) -> None:
         """Take the oldest batch's targets; the last one of a pass sends it to the writer."""

@@ -38,7 +38,7 @@ def get_codec(name: str, classes: int, grid: tuple[int, int]) -> Codec:
         from cskd.codecs.features import FeaturesBitsCodec
 
         return FeaturesBitsCodec(int(match[1]), classes, grid)
-    if match := re.fullmatch(r"features:?pca([1-9]\d{0,4})(?::([1-9]\d?))?", name):
+    if match := re.fullmatch(r"features:?pca([1-9]\d{0,4})(?:[:b]([1-9]\d?))?", name):
         from cskd.codecs.features_pca import DEFAULT_BITS, FeaturesPcaCodec
 
         return FeaturesPcaCodec(int(match[1]), int(match[2] or DEFAULT_BITS), classes, grid)

@@ -17,7 +17,7 @@ Shapes: N samples, B batch, C channels, K classes, h w teacher grid.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class FeaturesCodec(Codec):
     """Soft targets, and the features themselves; hard targets nearly. `tables` must be set before anything else is done."""
 
     exact_hard, soft, reads_features = False, True, True
+    fitted_on: ClassVar[int] = 4  # views that `fit` should be given
 
     def __init__(self, name: str, classes: int, grid: tuple[int, int]) -> None:
         super().__init__(name, classes, grid)

@@ -56,12 +56,13 @@ ROWS = 64  # samples decoded at a time: float64 maps of 1,000 classes take 400 K
 class FeaturesPcaCodec(FeaturesCodec):
     """Soft targets close to the teacher's in few bytes; next to it an `envelope` gives the hard ones exactly."""
 
+    fitted_on = 512  # 25,088 cells of a 7 x 7 grid
     error = "logits are off by about half a step where they rank first, more elsewhere; its units record the divergence"
 
     def __init__(self, rank: int, bits: int, classes: int, grid: tuple[int, int]) -> None:
         if not MIN_BITS <= bits <= MAX_BITS:
             raise CodecError(f"codec 'features:pca{rank}:{bits}' has {bits} bits, expected {MIN_BITS}..{MAX_BITS}")
-        super().__init__(f"featurespca{rank}" + (f":{bits}" if bits != DEFAULT_BITS else ""), classes, grid)
+        super().__init__(f"featurespca{rank}" + (f"b{bits}" if bits != DEFAULT_BITS else ""), classes, grid)
         self.rank, self.scale = rank, 2.0 ** (DEFAULT_BITS - bits)
         self.most, self.image_most = min(MOST, classes), min(GLOBAL, classes)
         numbers = ("int8", "int16")
@@ -181,7 +182,7 @@ class FeaturesPcaCodec(FeaturesCodec):
         R = arrays["encode"].shape[0] if "encode" in arrays else 0
         shapes = {"encode": (R, C), "decode": (C, R), "mean": (C,), "order": (R * n,)}
         for name, shape in shapes.items():
-            if name not in arrays or arrays[name].shape != shape or not R:
+            if name not in arrays or arrays[name].shape != shape:
                 raise CodecError(f"codec '{self.name}': its tables lack {name} of shape {shape}; run cskd verify")
         if not np.array_equal(np.sort(arrays["order"]), np.arange(R * n)):
             raise CodecError(f"codec '{self.name}': its order is not one of {R * n} numbers; run cskd verify")
@@ -294,13 +295,13 @@ def _fit(weight: Tensor, bias: Tensor, maps: list[Tensor], rank: int, grid: tupl
     metric = (metric + (weight.T * chance) @ weight) / seen
     metric += PLAIN * spread / seen / len(weight) * (weight.T @ weight)
     values, vectors = torch.linalg.eigh(covariance)
-    kept = values > values[-1] * 1e-7
+    kept = values > values[-1].clamp_min(1e-30) * 1e-7
     root = vectors[:, kept] * values[kept].sqrt()
     value, vector = torch.linalg.eigh(root.T @ metric @ root)
     chosen = value.argsort(descending=True)[:rank]
-    chosen = chosen[value[chosen] > value[-1] * 1e-9]
+    chosen = chosen[value[chosen] > 1e-12 + value[-1:].sum() * 1e-9]  # none where all is constant
     value, vector = value[chosen], vector[:, chosen]
-    vector = vector * vector.gather(0, vector.abs().argmax(0, keepdim=True)).sign()  # else the sign is the library's
+    vector = vector * torch.where(vector.sum(0) < 0, -1.0, 1.0)  # else the sign is the library's
     encode = value.sqrt()[:, None] * (vector.T @ (vectors[:, kept] / values[kept].sqrt()).T)
     decode = root @ vector / value.sqrt()
     variance = torch.zeros(len(encode), grid[0] * grid[1]).double()
