@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 from cskd.codecs import Arrays, Outputs
 from cskd.codecs.features import FeaturesCodec
+from cskd.codecs.measured import Measured, measure
 from cskd.config import Config
 from cskd.files.claims import Claims
 from cskd.loading.feed import DeviceBatch
@@ -110,6 +112,13 @@ class _Pass:
         return self.rows == len(self.order) * len(self.views)
 
 
+class _Encoded(NamedTuple):
+    """Arrays by codec, and the errors that were measured."""
+
+    targets: dict[str, Arrays]
+    errors: dict[str, Measured]
+
+
 @dataclass(frozen=True)
 class _Encoding:
     """One view of a chunk, under way in a lane; position int64 and crc int64 of its good rows."""
@@ -120,7 +129,7 @@ class _Encoding:
     rows: int  # bad ones included
     position: NDArray[np.int64]
     crc: NDArray[np.int64]
-    targets: Future[tuple[dict[str, Arrays], float, float]]
+    targets: Future[tuple[_Encoded, float, float]]
 
 
 class UnitLine:
@@ -256,11 +265,11 @@ class UnitLine:
         mixing: tuple[torch.Tensor, ...],
         good: NDArray[np.int64],
         labels_B2: torch.Tensor,
-    ) -> tuple[dict[str, Arrays], float, float]:
+    ) -> tuple[_Encoded, float, float]:
         """In a lane: mix a view of a chunk as the student's input is mixed, run the teacher on it, padded to a fixed size, and
         encode the rows `good`, whose labels and their partners' are `labels_B2`.
 
-        Returns: arrays by codec, and the seconds of teacher and encoding.
+        Returns: what is stored, and the seconds of teacher and encoding.
         """
         if len(good) == 0:
             return self._encoded(self._no_outputs()), 0.0, 0.0
@@ -282,8 +291,11 @@ class UnitLine:
         encoded = self._encoded(Outputs(made[0], made[1], labels_B2, *made[2:]))
         return encoded, middle - begun, time.perf_counter() - middle
 
-    def _encoded(self, outputs: Outputs) -> dict[str, Arrays]:
-        return {name: codec.encode_outputs(outputs) for name, codec in self._cache.codecs.items()}
+    def _encoded(self, outputs: Outputs) -> _Encoded:
+        codecs = self._cache.codecs
+        targets = {name: codec.encode_outputs(outputs) for name, codec in codecs.items()}
+        errors = {name: measure(codec, targets[name], outputs) for name, codec in codecs.items()}
+        return _Encoded(targets, {name: error for name, error in errors.items() if error is not None})
 
     def _no_outputs(self) -> Outputs:
         """Of a batch without a readable image."""
@@ -296,7 +308,7 @@ class UnitLine:
         """Take the oldest batch's targets; the last one of a pass sends it to the writer."""
         batch = self._underway[0]  # and taken away last: an interrupt may come at any line, and `keep` begins here
         encoded, forward, encode = batch.targets.result()
-        batch.unit.add(batch.position, batch.crc, encoded, batch.place)
+        batch.unit.add(batch.position, batch.crc, encoded.targets, batch.place, encoded.errors)
         batch.work.came[batch.unit, batch.place] = batch.rows
         self.images += batch.rows
         self.unreadable += batch.rows - len(batch.position)
@@ -334,7 +346,7 @@ class UnitLine:
             work.draft.exception()  # waits: another writer may be at it, and no draft may come after the commit
         clock = time.perf_counter()
         for view, unit in zip(work.views, work.units, strict=True):
-            self._cache.add_unit(work.block, view, *unit.finish(), work.quarantine)
+            self._cache.add_unit(work.block, view, *unit.finish(), work.quarantine, unit.errors)
             remove_drafts(self._cache.root, work.block, view)
         self._claims.release([work.claim])
         return len(work.views), time.perf_counter() - clock

@@ -42,11 +42,11 @@ if TYPE_CHECKING:
 DEFAULT_BITS, MIN_BITS, MAX_BITS = 4, 2, 8
 STEP = 0.2  # of the first layer with 4 bits, in units in which an error of 1 costs 0.5 nats; each bit more halves all steps
 AC = 1.2  # times it, of all but the mean over the cells, which is in the targets of every blend
-DEAD = 0.35  # added before rounding down: 0.5 would be plain rounding
-FINE, MOST = 8, 32  # ranks of a cell with fine steps, and in all
-FINE_STEP, COARSE_STEP, GLOBAL_STEP = 0.5, 1.0, 0.3
+DEAD, RESIDUAL_DEAD = 0.33, 0.42  # added before rounding down: 0.5 would be plain rounding
+FINE, MOST = 8, 40  # ranks of a cell with fine steps, and in all
+FINE_STEP, COARSE_STEP, GLOBAL_STEP = 0.5, 1.3, 0.3
 GLOBAL = 64  # ranks of the image
-LOCAL = 0.75  # share of a cell's own logits in what ranks its classes
+LOCAL = 0.8  # share of a cell's own logits in what ranks its classes
 GROUPS = 64
 FISHER_BLENDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PLAIN = 0.1  # weight of the plain logits in the metric: errors are not small where the Fisher information says so
@@ -90,14 +90,14 @@ class FeaturesPcaCodec(FeaturesCodec):
                 torch.einsum("rc,bcn,fn->brf", t["encode"], x[i : i + ROWS] - t["mean"][:, None], t["cosine"])
                 / t["steps"]
             )
-            q = (y.abs() + DEAD).floor() * y.sign()
-            q = q.clamp(-32767, 32767)
+            q = _rounded(y, DEAD)
             dense_BKn, image_BK, rank, image_rank = self._first_layer(q)
             true, whole = (z[i : i + ROWS].detach().double() for z in (outputs.dense.flatten(2), outputs.image))
             true, whole = true - true.mean(1, keepdim=True), whole - whole.mean(1, keepdim=True)
             residual = (true - dense_BKn).gather(1, rank) / t["rank_steps"]
             of_image = (whole - image_BK).gather(1, image_rank) / (GLOBAL_STEP * self.scale)
-            parts.append([z.round().clamp(-32767, 32767).short().cpu() for z in (q, residual, of_image)])
+            rounded = (q, _rounded(residual, RESIDUAL_DEAD), _rounded(of_image, 0.5))
+            parts.append([z.short().cpu() for z in rounded])
         coefficient, residual, of_image = (
             (torch.cat(z) for z in zip(*parts, strict=True))
             if parts
@@ -265,6 +265,11 @@ def cosines(grid: tuple[int, int]) -> Tensor:
         axis[0] /= 2**0.5
         axes.append(axis)
     return torch.kron(axes[0], axes[1]).float()
+
+
+def _rounded(x: Tensor, up: float) -> Tensor:
+    """Whole numbers of int16, towards 0 from what is less than 1 - up above one."""
+    return ((x.abs() + up).floor() * x.sign()).clamp(-32767, 32767)
 
 
 def _fit(weight: Tensor, bias: Tensor, maps: list[Tensor], rank: int, grid: tuple[int, int]) -> Arrays:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cskd.codecs import Arrays, Codec, get_codec
 from cskd.codecs.features import FeaturesCodec
+from cskd.codecs.measured import Measured
 from cskd.config import RecipeConfig
 from cskd.dataset.inventory import Inventory, open_inventory
 from cskd.dataset.inventory_format import copy_inventory
@@ -128,8 +129,9 @@ class Cache:
         fields: dict[str, NDArray[Any]],
         targets: dict[str, Arrays],
         quarantine: dict[int, str],
+        errors: Mapping[str, Measured] | None = None,
     ) -> Commit:
-        """Write and commit one unit; rows in block order without the quarantined ones."""
+        """Write and commit one unit; rows in block order without the quarantined ones. errors: of each codec, as measured."""
         first, stop = self.inventory.block_range(block)
         rows = len(fields["key_hash"])
         if rows + len(quarantine) != stop - first:
@@ -155,6 +157,7 @@ class Cache:
             samples=stop - first,
             cached=rows,
             quarantine={str(i): reason for i, reason in sorted(quarantine.items())},
+            stats={name: error.facts for name, error in (errors or {}).items()},
         )
         publish(self.root, commit)
         return commit

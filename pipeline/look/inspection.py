@@ -64,6 +64,9 @@ class CodecFacts:
     soft: bool
     cells: bool  # False: the image's targets alone
     error: str
+    measured: Mapping[str, float] | None = (
+        None  # `cskd.codecs.measured.Measured.facts`, of when its units were made; None: exact, or made by an older version
+    )
 
     @property
     def gives(self) -> str:
