@@ -98,6 +98,7 @@ class Run:
     """The benchmark's results so far."""
 
     scores: dict[str, Score] = field(default_factory=dict)
+    tables: dict[str, Arrays] = field(default_factory=dict)  # that codecs were fitted
     stored_equal: int = 0  # views whose stored arrays are those of the teacher run again
     stored_views: int = 0
 
@@ -267,8 +268,11 @@ def _compare_unit(
     truth = direct_targets(dense.numpy(), image.numpy(), blends)
     for name, codec in codecs.items():
         if isinstance(codec, FeaturesCodec) and name not in run.scores:  # as stage 1 fits them: on the first unit
-            fit_on = [outputs.features[: codec.fitted_on]] if outputs.features is not None else []
-            tables = codec.fit(*teacher.classifier(name), fit_on)
+            key = name.partition("b")[0]  # bits change no tables
+            if key not in run.tables:
+                fit_on = [outputs.features[: codec.fitted_on]] if outputs.features is not None else []
+                run.tables[key] = codec.fit(*teacher.classifier(name), fit_on)
+            tables = run.tables[key]
             codec.use_tables(partial(dict, tables))
             run.scores[name] = Score(tables=sum(a.nbytes for a in tables.values()))
         arrays = codec.encode_outputs(outputs)

@@ -43,11 +43,13 @@ def centred(x: Tensor) -> Tensor:
     return x - x.mean(1, keepdim=True)
 
 
-@pytest.mark.parametrize("classes", [1, 2, 12, 21_843])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [*((name, k) for name in NAMES for k in (1, 2, 12)), ("features:8", 21_843), ("features:pca8", 21_843)],
+)
 def test_what_is_packed_comes_back_and_the_logits_are_near_the_teachers(name: str, classes: int) -> None:
     codec, tables = made(name, classes)
-    for what in ("random", "ties", "constant", "zero", "far"):
+    for what in ("random", "ties", "constant", "zero", "far") if classes < 1000 else ("random",):
         true = outputs(tables, maps(3, 7, what))
         arrays = codec.encode_outputs(true)
         codec.check(arrays, 3, classes)
