@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 
 from cskd.codecs.base import Arrays, Codec, Outputs
-from cskd.errors import CodecError
+from cskd.codecs.own import VARIABLE, known_own, own_codec
+from cskd.errors import CodecError, shortened
 from cskd.near import did_you_mean
 
-__all__ = ["Arrays", "Codec", "Outputs", "get_codec"]
+__all__ = ["Arrays", "Codec", "Outputs", "get_codec", "known_own"]
 
 
 def get_codec(name: str, classes: int, grid: tuple[int, int]) -> Codec:
-    """The codec a config names: 'envelope', 'int8', 'topk:K' (K classes per cell), 'global:BITS', 'global:topK'.
+    """A codec by its name: 'envelope', 'int8', 'topk:K', 'global:BITS', 'global:topK', 'features:BITS', 'features:pcaR[:BITS]',
+    or that of a user's own. The name that a codec has in a cache is without the colon, and is known, too.
 
-    The name that a codec has in a cache is without the colon, and is known, too.
+    Never by a place, since names come out of caches, too: `known_own` gives the name of what a config says.
 
     Raises:  CodecError for an unknown name, or classes or a grid the codec can't hold.
     """
@@ -42,10 +44,12 @@ def get_codec(name: str, classes: int, grid: tuple[int, int]) -> Codec:
         from cskd.codecs.features_pca import DEFAULT_BITS, FeaturesPcaCodec
 
         return FeaturesPcaCodec(int(match[1]), int(match[2] or DEFAULT_BITS), classes, grid)
+    if (own := own_codec(name, classes, grid)) is not None:
+        return own
     hint = did_you_mean(
         name, ("envelope", "int8", "topk:10", "global:8", "global:top10", "features:8", "features:pca384")
     )
     raise CodecError(
-        f"unknown codec {name!r}; {hint and f'{hint} '}the known ones are envelope, int8 and topk:10 (any number of "
-        "classes), of the image alone global:8 (2 to 16 bits) and global:top10, of the features features:8 and features:pca384"
+        f"unknown codec {shortened(repr(name), 40)}; {hint and f'{hint} '}the known ones are envelope, int8, topk:10, features:8, "
+        f"features:pca384 and, of the image alone, global:8, global:top10; one of your own: {VARIABLE}=path/to/file.py:Class"
     )

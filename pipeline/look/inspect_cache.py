@@ -26,8 +26,9 @@ from cskd.codecs.base import quantise_blend
 from cskd.codecs.measured import Measured, together
 from cskd.dataset.inventory import evenly
 from cskd.errors import CacheError, CskdError, counted, printable
+from cskd.loading.cached_views import find_sample
 from cskd.pipeline.look.html_page import write_page
-from cskd.pipeline.look.inspect_sample import describe_sample, find_sample, sample_picture, sheet
+from cskd.pipeline.look.inspect_sample import describe_sample, sample_picture, sheet
 from cskd.pipeline.look.inspection import (
     Agreement,
     CodecFacts,

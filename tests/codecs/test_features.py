@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cskd.codecs import Outputs, get_codec
+from cskd.codecs import Outputs, get_codec, known_own
 from cskd.codecs.base import Arrays
 from cskd.codecs.features import FeaturesCodec
 from cskd.codecs.features_pca import cosines
@@ -179,3 +179,4 @@ def test_a_name_of_a_cache_is_known_again() -> None:
     }
     for name, stored in names.items():
         assert get_codec(name, 12, GRID).name == get_codec(stored, 12, GRID).name == stored
+        assert known_own(name) == name, "and is not taken for a class of a user's module"

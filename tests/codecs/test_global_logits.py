@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cskd.codecs import Codec, Outputs, get_codec
+from cskd.codecs import Codec, Outputs, get_codec, known_own
 from cskd.codecs.base import BLEND_ONE, Arrays
 from cskd.codecs.winners import winners
 from cskd.errors import CodecError
@@ -80,6 +80,7 @@ def test_names_that_mean_nothing_are_refused_in_one_line(name: str, classes: int
 def test_a_name_of_a_cache_is_that_of_a_config_without_its_colons() -> None:
     for name in ("global:8", "global:top10", "global:top:10"):
         codec = get_codec(name, 1000, GRID)
+        assert known_own(name) == name
         assert codec.name == name.replace(":", "") == get_codec(codec.name, 1000, GRID).name
 
 

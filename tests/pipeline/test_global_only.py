@@ -11,7 +11,8 @@ import pytest
 import cskd.pipeline.cache_teacher
 from cskd.codecs import get_codec
 from cskd.config import from_dict
-from cskd.errors import ConfigError
+from cskd.errors import CodecError, ConfigError
+from cskd.loading.replay_dataset import ReplayDataset
 from cskd.loading.targets import codec_for
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.care.recompute import recompute
@@ -88,3 +89,12 @@ def test_a_method_reads_the_codec_that_holds_no_more_than_it_asks_for(base: Path
         for method in ("cskd-hard", "cskd-soft", "deit-soft", "deit-hard")
     }
     assert loss == {"cskd-hard": "envelope", "cskd-soft": "int8", "deit-soft": "global:8", "deit-hard": "global:8"}
+
+
+def test_the_library_gives_the_image_s_targets_and_refuses_cells(base: Path) -> None:
+    targets = ReplayDataset(base / "cache")[0].targets
+    assert targets.image_logits.shape == (5,) and int(targets.at(0.0)[0, 0]) == int(targets.image_class)
+    for ask in (targets.at, targets.logits_at, targets.hard, targets.soft):
+        with pytest.raises(CodecError, match="image's targets alone, which are those of blend 0") as no:
+            ask(0.5)
+        assert len(str(no.value)) <= 300
