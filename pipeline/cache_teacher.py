@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from cskd.codecs import get_codec
 from cskd.config import Config, to_dict
 from cskd.dataset.inventory import Inventory
 from cskd.errors import CacheError
@@ -29,7 +28,7 @@ from cskd.loading.stage1 import ChunkMaker
 from cskd.machine.launch import launched
 from cskd.machine.threads import Threads, begun_with, brief_turns, choose_threads, computing_with
 from cskd.pipeline.clean_check import clean_check
-from cskd.pipeline.codec_tables import fit_tables, refit_lost
+from cskd.pipeline.codec_tables import fit_tables, refit_lost, refuse_head
 from cskd.pipeline.measure_precision import measure_precision
 from cskd.pipeline.out_of_memory import Probe, explained, nothing_to_lower
 from cskd.pipeline.precheck import BEFORE_TEACHER, WITH_TEACHER, refuse
@@ -160,10 +159,7 @@ def _open_or_create(
     """The cache of this config: identity compared, the teacher's outputs on the probe images compared too."""
     root = Path(config.cache.path)
     identity = identity_of(inventory, config.recipe, teacher.fingerprint.facts, teacher.grid, config.cache.codecs)
-    for codec in [name for name in identity.codecs if get_codec(name, teacher.classes, teacher.grid).reads_features][
-        :1
-    ]:
-        teacher.classifier(codec)  # refuses
+    refuse_head(identity, teacher)
     manifest, probe = Manifest(identity=identity, views=config.cache.views), teacher.probe()
     new = not (root / MANIFEST).exists()
     if new:

@@ -18,6 +18,13 @@ from cskd.teacher.model import Teacher
 from cskd.views.maker import ViewMaker
 
 
+def refuse_head(identity: Identity, teacher: Teacher) -> None:
+    """TeacherError where a codec stores the feature map and the teacher's head is not a mean and one linear layer."""
+    for name in identity.codecs:
+        if get_codec(name, teacher.classes, teacher.grid).reads_features:
+            teacher.classifier(name)
+
+
 def fit_tables(root: Path, identity: Identity, teacher: Teacher, maker: ViewMaker) -> dict[str, str] | None:
     """Put the tables of a new cache's codecs in place. Returns: their sha256 by codec; None where no codec has any.
 

@@ -50,6 +50,6 @@ def get_codec(name: str, classes: int, grid: tuple[int, int]) -> Codec:
         name, ("envelope", "int8", "topk:10", "global:8", "global:top10", "features:8", "features:pca384")
     )
     raise CodecError(
-        f"unknown codec {shortened(repr(name), 40)}; {hint and f'{hint} '}the known ones are envelope, int8, topk:10, features:8, "
-        f"features:pca384 and, of the image alone, global:8, global:top10; one of your own: {VARIABLE}=path/to/file.py:Class"
+        f"unknown codec {shortened(repr(name), 40)}; {hint and f'{hint} '}the known ones are envelope, int8 and topk:10 (also "
+        f"features:8, features:pca384; of the image alone global:8, global:top10); your own: {VARIABLE}=path/to/file.py:Class"
     )
