@@ -85,7 +85,7 @@ def test_a_method_reads_the_codec_that_holds_no_more_than_it_asks_for(base: Path
     names = ["int8", "envelope", "global:8", "topk:2"]
     codecs = {name: get_codec(name, 5, (3, 3)) for name in names}
     loss = {
-        method: codec_for(from_dict({"loss": {"method": method}}).loss, codecs, "here")
+        method: codec_for(from_dict({"loss": {"method": method}}).loss, codecs, "here")[method.endswith("soft")]
         for method in ("cskd-hard", "cskd-soft", "deit-soft", "deit-hard")
     }
     assert loss == {"cskd-hard": "envelope", "cskd-soft": "int8", "deit-soft": "global:8", "deit-hard": "global:8"}
