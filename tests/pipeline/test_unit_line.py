@@ -87,7 +87,7 @@ def saving(data: Path, cache: Path, seconds: float = 0.0) -> Config:
         cache={
             "path": str(cache),
             "views": 4,
-            "codecs": ["envelope", "int8", "topk:2", "global:top2", "features:pca4"],
+            "codecs": ["envelope", "int8", "topk:2"],
             "max_quarantine": 0.1,
             "save_seconds": seconds,
         },
