@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cskd.loading.sources import Batch
 from cskd.loading.targets import mixed_labels
 from cskd.machine.arithmetic import autocast
+from cskd.method.agreement import AGREEMENT, agreement, has_agreement
 from cskd.method.losses import DistillationLoss
 from cskd.pipeline.out_of_memory import Probe
 from cskd.pipeline.setup import even_divisors
@@ -79,9 +80,11 @@ class TrainStep:
         reseed_step(run.config.train.seed, step, number)
         with autocast(run.config.train.autocast, run.device):
             out = net(self.inputs.mixed(part), run.views.grid if self.criterion.uses_patches else None)
-        loss_and_terms = self.criterion(out, mixed_labels(part, run.device), targets)
+        loss, terms = self.criterion(out, mixed_labels(part, run.device), targets)
+        if has_agreement(run.config.loss):
+            terms[AGREEMENT] = agreement(out.patch_logits, targets)
         seconds["student"] += time.perf_counter() - clock
-        return loss_and_terms
+        return loss, terms
 
     def advice(self, probe: Probe) -> str:
         """After a step that there was no memory for: the micro-batch that there is memory for, and the keys to set."""

@@ -31,6 +31,7 @@ from cskd.loading.tasks import RunTasks
 from cskd.machine.arithmetic import arithmetic
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import Threads, begun_with
+from cskd.method.agreement import AGREEMENT, has_agreement
 from cskd.near import absent
 from cskd.pipeline.conflicts import (
     as_begun,
@@ -220,7 +221,8 @@ def open_run(
     loaded = states.load(student, optimisation)
     ranks.refuse_differing(loaded.step if loaded else 0, device)
     stop = min(settings.epochs * plan.steps, settings.max_steps or 1 << 62)
-    state = RunState(ranks, device, TERMS, len(views.inventory.classes), optimisation.scaler is not None)
+    terms = (*TERMS, AGREEMENT) if has_agreement(config.loss) else TERMS
+    state = RunState(ranks, device, terms, len(views.inventory.classes), optimisation.scaler is not None)
     if loaded:
         begun = {name: value for name, value in loaded.info.items() if name != PROGRESS}
         notes.add(loaded.warnings)
