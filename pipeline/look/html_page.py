@@ -11,7 +11,7 @@ import hashlib
 import html
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -45,24 +45,25 @@ def write_page(
     commits: Mapping[tuple[int, int], Commit],
     found: Inspection,
     path: Path,
-    samples: int,
+    count: int,
     seed: int,
-    first: tuple[int, int] | None,
+    samples: Sequence[int],
+    view: int,
     moved: Path | None,
 ) -> PageFacts:
     """The page of a cache, put in place whole. commits: of the units that may be read; the other arguments as of `inspect`.
 
     Raises:  CacheError where there is nothing to show; DataError, PathError where the page can't be written.
     """
-    data = page_data(cache, commits, samples, seed, first)
+    data = page_data(cache, commits, count, seed, samples, view)
     for sample in data["samples"]:
         sample["command"] = command(found.cache, moved, sample["key"], sample["i"])
-    facts = {key: value for key, value in found.facts.items() if key != "sample"}
+    facts = {key: value for key, value in found.facts.items() if key not in ("samples", "student")}
     title = Path(os.path.abspath(found.cache)).name or found.cache
     page = page_of({**data, "facts": facts, "about": _about(cache, commits, found, title)}, f"{title} · cskd inspect")
     save_file(path, "--html", page)
-    views = [view for sample in data["samples"] for view in sample["views"]]
-    return PageFacts(str(path), len(page), len(data["samples"]), len(views), sum(view["src"] is None for view in views))
+    shown = [one for sample in data["samples"] for one in sample["views"]]
+    return PageFacts(str(path), len(page), len(data["samples"]), len(shown), sum(one["src"] is None for one in shown))
 
 
 def _about(cache: Cache, commits: Mapping[tuple[int, int], Commit], found: Inspection, title: str) -> dict[str, Any]:
