@@ -39,7 +39,7 @@ from cskd.pipeline.look.inspection import (
     Unreadable,
 )
 from cskd.pipeline.look.sheets import contact_sheet, refuse_tiles, sample_picture
-from cskd.pipeline.look.student_look import compare
+from cskd.pipeline.look.student_look import Compared
 from cskd.pipeline.look.terminal import render_samples, render_student
 from cskd.pipeline.look.views_shown import Look, draw_samples, look_at, sample_facts
 from cskd.pipeline.outputs import refuse_file, save_file
@@ -90,6 +90,7 @@ def inspect(
     asked = quantise_blend(
         (0.5 if student is None else 1.0) if blend is None else blend
     )  # refuses before any work is done
+    compared = None if student is None else Compared(opened, student)
     commits, errors = _commits(opened)
     measured, agreement, segments = _measure(opened, commits, measured_units, errors)
     identity, manifest = opened.identity, opened.manifest
@@ -129,8 +130,8 @@ def inspect(
     if png is not None:
         refuse_tiles(len(shown))
     looks = look_at(opened, [*shown, *(one for one in judged if one not in shown)], view, asked)
-    if student is not None:
-        looks, of_student = compare(opened, student, looks)
+    if compared is not None:
+        looks, of_student = compared.compare(looks)
         found = replace(found, student=of_student)
     looks = looks[: len(shown)]
     if looks:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cskd.config import Config, load_config
 from cskd.dataset.inventory import evenly
@@ -55,34 +56,78 @@ class Run:
         return about if isinstance(about, dict) else {}
 
 
-def compare(cache: Cache, path: Path, looks: Sequence[Look]) -> tuple[list[Look], StudentFacts]:
-    """The views with what a student says of them, and the facts of it.
+class Compared:
+    """A student that was opened for a cache. Raises StudentError for weights that are missing, damaged, or do not fit the cache."""
 
-    Args:    path, the output folder of `cskd train`, or a weight file in it.
-    Raises:  StudentError for weights that are missing, damaged, or do not fit the cache; as `Look.seen` for a view that can't be
-             replayed.
-    """
-    run = _open(cache, path)
-    device = pick_device("auto")
-    run.student.to(device)
-    with float32_products(False, device):
-        said = _say(run.student, looks, cache, device)
-        by_epoch, left = _epochs(run, looks, cache, device)
-    found = [replace(look, said=one) for look, one in zip(looks, said, strict=True)]
-    step, rows = run.about.get("step"), read_metrics(run.folder)
-    done = [row["epoch"] + 1 for row in rows if row.get("step") == step]
-    facts = StudentFacts(
-        run=str(path),
-        weights=str(run.about.get("weights", "weights")),
-        epochs_done=done[-1] if done else None,
-        epochs=None if run.config is None else run.config.train.epochs,
-        patch_grid=list(run.student.patch_grid),
-        agreement=float(np.mean([look.agreement for look in found])),
-        views=len(found),
-        by_epoch=by_epoch,
-        notes=[*run.notes, *left],
-    )
-    return found, facts
+    def __init__(self, cache: Cache, path: Path) -> None:
+        self.cache, self.run = cache, _open(cache, path)
+        self.device = pick_device("auto")
+        self.run.student.to(self.device)
+
+    @torch.no_grad()
+    def say(self, pixels: Sequence[NDArray[np.float32]]) -> list[Said]:
+        """What the student says of each cell of views, float32 [S, S, 3] each, RGB in 0..255."""
+        student, found = self.run.student.eval(), list[Said]()
+        with float32_products(False, self.device):
+            for i in range(0, len(pixels), BATCH):
+                images = torch.from_numpy(np.stack(pixels[i : i + BATCH])).permute(0, 3, 1, 2).to(self.device)
+                patch_NKhw = student(normalise(images, student.mean, student.std), self.cache.grid).patch_logits
+                assert patch_NKhw is not None
+                probability, classes = patch_NKhw.double().softmax(1).max(1)
+                found += [Said(c, p) for c, p in zip(classes.cpu().numpy(), probability.cpu().numpy(), strict=True)]
+        return found
+
+    def compare(self, looks: Sequence[Look]) -> tuple[list[Look], StudentFacts]:
+        """The views with what the student says of them, and its facts. Raises as `Look.mixed` for a view that can't be replayed."""
+        run, pixels = self.run, [look.mixed for look in looks]
+        found = [replace(look, said=said) for look, said in zip(looks, self.say(pixels), strict=True)]
+        by_epoch, notes = self._epochs(found, pixels)
+        step = run.about.get("step")
+        done = [row["epoch"] + 1 for row in read_metrics(run.folder) if row.get("step") == step]
+        return found, StudentFacts(
+            run=run.name,
+            weights=str(run.about.get("weights", "weights")),
+            epochs_done=done[-1] if done else None,
+            epochs=None if run.config is None else run.config.train.epochs,
+            patch_grid=list(run.student.patch_grid),
+            agreement=float(np.mean([look.agreement for look in found])),
+            views=len(found),
+            by_epoch=by_epoch,
+            notes=[*run.notes, *notes],
+        )
+
+    def _epochs(
+        self, looks: Sequence[Look], pixels: Sequence[NDArray[np.float32]]
+    ) -> tuple[list[EpochAgreement], list[str]]:
+        """Agreement after each epoch of which there is a log or a state, and notes on what there is not."""
+        run, notes = self.run, list[str]()
+        rows = [row for row in read_metrics(run.folder) if isinstance(row.get("step"), int)]
+        states = ResumeStates(run.folder / "resume")
+        epoch_of = {row["step"]: row["epoch"] + 1 for row in rows}
+        kept = sorted(step for step in states.infos() if step in epoch_of)
+        train = None if run.config is None else run.config.train
+        part = "ema" if train is not None and train.ema is not None and train.export != "live" else "model"
+        shown: dict[int, float] = {}
+        for step in sorted({kept[i] for i in evenly(len(kept), MOST_STATES)} | set(kept[-1:])):
+            try:
+                run.student.backbone.load_state_dict(states.weights(step, part, run.student))
+            except StudentError as e:
+                notes.append(str(e))
+                continue
+            agree = [replace(look, said=said).agreement for look, said in zip(looks, self.say(pixels), strict=True)]
+            shown[epoch_of[step]] = float(np.mean(agree))
+        logged = {row["epoch"] + 1: _share(row.get(AGREEMENT)) for row in rows}
+        if rows and "patches" in run.student.trained and not any(logged.values()):
+            notes.append("its log has no agreement: an earlier version of cskd trained it")
+        if len(kept) < len(rows):
+            notes.append(f"it kept the states of {len(kept)} of {len(rows)} epochs; train.keep says how many")
+        epochs = [e for e in logged if logged[e] is not None or e in shown]
+        return [EpochAgreement(e, logged[e], shown.get(e)) for e in epochs], notes
+
+
+def _share(value: Any) -> float | None:
+    """A share of a log, which others may have written to."""
+    return float(value) if isinstance(value, int | float) and 0 <= value <= 1 else None
 
 
 def _open(cache: Cache, path: Path) -> Run:
@@ -126,50 +171,3 @@ def _refuse_other_classes(cache: Cache, path: Path, names: Sequence[str]) -> Non
         at = next(i for i, both in enumerate(zip(names, cache.classes, strict=True)) if both[0] != both[1])
         what = f"{names[at]!r} as class {at}, {cache.root} has {cache.classes[at]!r}"
     raise StudentError(f"{path} has {what}; give a run that was trained with this cache's classes in this order")
-
-
-@torch.no_grad()
-def _say(student: Student, looks: Sequence[Look], cache: Cache, device: torch.device) -> list[Said]:
-    """What the student says of each cell of each view."""
-    student.eval()
-    found = []
-    for i in range(0, len(looks), BATCH):
-        for look in looks[i : i + BATCH]:
-            _ = look.seen  # raises where there is nothing to see
-        pixels_NHWC = np.stack([look.pixels for look in looks[i : i + BATCH] if look.pixels is not None])
-        images = torch.from_numpy(pixels_NHWC).permute(0, 3, 1, 2).to(device)
-        patch_NKhw = student(normalise(images, student.mean, student.std), cache.grid).patch_logits
-        assert patch_NKhw is not None
-        probability, classes = patch_NKhw.double().softmax(1).max(1)
-        found += [Said(c, p) for c, p in zip(classes.cpu().numpy(), probability.cpu().numpy(), strict=True)]
-    return found
-
-
-def _epochs(
-    run: Run, looks: Sequence[Look], cache: Cache, device: torch.device
-) -> tuple[list[EpochAgreement], list[str]]:
-    """Agreement after each epoch of which there is a log or a state, and notes on what there is not."""
-    rows = [row for row in read_metrics(run.folder) if isinstance(row.get("step"), int)]
-    states, notes = ResumeStates(run.folder / "resume"), []
-    epoch_of = {row["step"]: row["epoch"] + 1 for row in rows}
-    kept = sorted(step for step in states.infos() if step in epoch_of)
-    train = None if run.config is None else run.config.train
-    part = "ema" if train is not None and train.ema is not None and train.export != "live" else "model"
-    shown: dict[int, float] = {}
-    for step in sorted({kept[i] for i in evenly(len(kept), MOST_STATES)} | set(kept[-1:])):
-        try:
-            run.student.backbone.load_state_dict(states.weights(step, part, run.student))
-        except StudentError as e:
-            notes.append(str(e))
-            continue
-        said = _say(run.student, looks, cache, device)
-        shown[epoch_of[step]] = float(
-            np.mean([(s.classes == look.cells).mean() for s, look in zip(said, looks, strict=True)])
-        )
-    logged = {row["epoch"] + 1: row.get(AGREEMENT) for row in rows}
-    if rows and "patches" in run.student.trained and not any(logged.values()):
-        notes.append("its log has no agreement: an earlier version of cskd trained it")
-    if rows and len(kept) < len(rows):
-        notes.append(f"it kept the states of {len(kept)} of {len(rows)} epochs; train.keep says how many")
-    epochs = [e for e in logged if logged[e] is not None or e in shown]
-    return [EpochAgreement(e, logged[e], shown.get(e)) for e in epochs], notes

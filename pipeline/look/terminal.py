@@ -127,10 +127,7 @@ def _plain(sample: SampleFacts, console: Console) -> None:
     console.print(Text(printable(f"cells: {shares}")), soft_wrap=True)
     if letters:
         words = {one.name: one.letter or REST for one in sample.classes}
-    maps = [sample.cells]
-    if sample.student is not None:
-        maps = [sample.student.cells, sample.cells]
-    for cells in maps:
+    for cells in [sample.cells] if sample.student is None else [sample.cells, sample.student.cells]:
         if sample.student is not None:
             title = "teacher:" if cells is sample.cells else f"student, agrees in {percent(sample.student.agreement)}:"
             console.print(Text(title))

@@ -62,11 +62,16 @@ class Look:
         return view_key(self.won, self.labels, None if self.said is None else self.said.classes)
 
     @property
-    def seen(self) -> NDArray[np.uint8]:
-        """What the teacher saw, uint8 [S, S, 3]. Raises what it can't be replayed for."""
+    def mixed(self) -> NDArray[np.float32]:
+        """What the teacher saw, float32 [S, S, 3]. Raises what it can't be replayed for."""
         if self.pixels is None:
             raise self.lost or AssertionError
-        return self.pixels.round().astype(np.uint8)
+        return self.pixels
+
+    @property
+    def seen(self) -> NDArray[np.uint8]:
+        """The same as an image, uint8. Raises as `mixed`."""
+        return self.mixed.round().astype(np.uint8)
 
     @property
     def agreement(self) -> float:
