@@ -14,7 +14,7 @@ from __future__ import annotations
 import base64
 import io
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from cskd.method.ckf import blend_at
 from cskd.pipeline.look.html_figures import Figures, meant_labels
 from cskd.pipeline.look.inspect_sample import CachedView, entropy, read_units, replay, view_of
 from cskd.pipeline.look.pictures import CLASS_COLOURS, OTHER
-from cskd.pipeline.look.views_shown import draw_samples, view_key
+from cskd.pipeline.look.views_shown import Said, draw_samples, view_key
 from cskd.pipeline.look.wordnet import readable
 from cskd.store.cache import Cache
 from cskd.store.commit import Commit
@@ -51,6 +51,7 @@ SAMPLE_BYTES = 64_000  # that the pictures of a sample may take as text; 64 samp
 QUALITIES = (72, 55, 38, 22)  # of WebP, the best one first that keeps to it
 
 Unit2 = tuple[int, int]  # block, view
+Say = Callable[[Sequence[NDArray[np.float32]]], list[Said]]  # a student, see `student_look.Compared.say`
 
 
 @dataclass
@@ -61,6 +62,7 @@ class _Page:
     recorded: Recorded
     maker: ViewMaker
     figures: Figures
+    say: Say | None = None
     samples: dict[int, dict[str, Any]] = field(default_factory=dict)
     shown: list[tuple[int, int]] = field(default_factory=list)
     classes: set[int] = field(default_factory=set)
@@ -71,19 +73,25 @@ class _Page:
 
 
 def page_data(
-    cache: Cache, commits: Mapping[Unit2, Commit], count: int, seed: int, samples: Sequence[int] = (), view: int = 0
+    cache: Cache,
+    commits: Mapping[Unit2, Commit],
+    count: int,
+    seed: int,
+    samples: Sequence[int] = (),
+    view: int = 0,
+    say: Say | None = None,
 ) -> dict[str, Any]:
     """Samples, figures and blends of a page.
 
     Args:    commits, by (block, view), of the units that may be read; count of samples; seed of their choice; samples, that the
-             page opens with, and the view of them that it has in any case.
+             page opens with, and the view of them that it has in any case; say, what a student says of views.
     Raises:  CacheError where no unit can be read.
     """
     bad = np.zeros(cache.inventory.n, bool)
     for (block, _), commit in commits.items():
         bad[[cache.inventory.block_range(block)[0] + int(i) for i in commit.quarantine]] = True
     recorded = Recorded(bad, dict(cache.manifest.versions or {}))
-    page = _Page(cache, recorded, ViewMaker(cache.inventory, cache.recipe), Figures(len(cache.classes)))
+    page = _Page(cache, recorded, ViewMaker(cache.inventory, cache.recipe), Figures(len(cache.classes)), say)
     views = _views_of(list(commits), view if samples else None)
     drawn = draw_samples(cache, bad, list(views), count, seed, samples)
     for block, chosen in drawn.items():
@@ -224,7 +232,7 @@ def _view(page: _Page, units: Mapping[str, Unit], sample: int, view: int) -> dic
         "n": won.n_extra.reshape(-1).tolist(),
         "c": won.cls.tolist(),
         "s": won.start.tolist(),
-        "slots": list(view_key(won, [cached.label, *partner_labels]).slots),
+        "said": None,
         "words": None,
         "crop": None,
         "src": None,
@@ -237,10 +245,18 @@ def _view(page: _Page, units: Mapping[str, Unit], sample: int, view: int) -> dic
         params = sample_params(int(cached.fields["seed"]), height, width, cache.recipe)
         facts["words"] = described(params)
         facts["crop"] = _crop(params.crop, params.padding, height, width, params.size)
+    said = None
     try:
-        facts["src"] = Image.fromarray(replay(cache, cached, page.recorded, page.maker).round().astype(np.uint8))
+        pixels = replay(cache, cached, page.recorded, page.maker)
     except CskdError as e:
         facts["error"] = str(e)
+    else:
+        facts["src"] = Image.fromarray(pixels.round().astype(np.uint8))
+        if page.say is not None:
+            said = page.say([pixels])[0].classes
+            page.classes.update(np.unique(said).tolist())
+            facts["said"] = said.reshape(-1).tolist()
+    facts["slots"] = list(view_key(won, [cached.label, *partner_labels], said).slots)
     return facts
 
 

@@ -141,7 +141,12 @@ def inspect(
     if html is not None:
         usable = {unit: commit for unit, commit in commits.items() if unit not in errors}
         many = PAGE_SAMPLES if samples is None else samples
-        found = replace(found, html=write_page(opened, usable, found, html, many, seed, chosen, view, data))
+        found = replace(
+            found,
+            html=write_page(
+                opened, usable, found, html, many, seed, chosen, view, data, None if compared is None else compared.say
+            ),
+        )
     return found
 
 

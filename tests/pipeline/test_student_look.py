@@ -28,6 +28,7 @@ from cskd.student.checkpoint import ResumeStates, TrainState, export
 from cskd.student.optim import Optimisation
 from cskd.views.mix_pixels import normalise
 from tests.caches import CLASSES, make_tiny_cache
+from tests.pipeline.test_html_page import data_of
 
 DEIT, PLAIN = "deit_tiny_distilled_patch16_224", "vit_tiny_patch16_224"
 TINY: dict[str, Any] = {"patch_size": 8, "depth": 1, "embed_dim": 24, "num_heads": 2}
@@ -139,6 +140,18 @@ def test_terminal_json_and_pictures_show_both(cache: Cache, run: Path, tmp_path:
     inspect(cache.root, samples=4, png=tmp_path / "plain.png")
     with Image.open(tmp_path / "sheet.png") as sheet, Image.open(tmp_path / "plain.png") as plain:
         assert sheet.width * sheet.height > 1.2 * plain.width * plain.height
+
+
+def test_the_page_has_what_the_student_says_of_every_view(cache: Cache, run: Path, tmp_path: Path) -> None:
+    inspect(cache.root, student=run, html=tmp_path / "page.html", samples=2, measured_units=0)
+    data = data_of(tmp_path / "page.html")
+    assert data["student"]["by_epoch"][2]["trained"] == 0.5 and len(data["samples"]) == 2
+    for sample in data["samples"]:
+        for view in sample["views"]:
+            facts = inspect(cache.root, student=run, sample=sample["i"], view=view["v"], measured_units=0)
+            assert facts.samples is not None and facts.samples[0].student is not None
+            assert [CLASSES[c] for c in view["said"]] == [c for row in facts.samples[0].student.cells for c in row]
+            assert set(view["slots"]) >= {CLASSES.index(c.name) for c in facts.samples[0].classes}
 
 
 def test_a_run_of_another_cache_or_without_taught_patches_is_shown_with_a_note(cache: Cache, tmp_path: Path) -> None:

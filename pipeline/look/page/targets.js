@@ -43,7 +43,7 @@ function marginsOf(view) {
 const known = new WeakMap();
 function about(sample, view) {
   if (known.has(view)) return known.get(view);
-  const local = new Set([view.teacher, ...view.c]);
+  const local = new Set([view.teacher, ...view.c, ...(view.said || [])]);
   const slots = new Map(view.slots.map((c, slot) => [c, slot]).filter(([c]) => c >= 0));
   for (const c of local) if (!slots.has(c)) slots.set(c, OTHER);
   const facts = { slots, margins: marginsOf(view), stories: {} };
@@ -61,12 +61,20 @@ function ramp(x) {
   return CIVIDIS[low].map((v, k) => Math.round(v + (CIVIDIS[low + 1][k] - v) * (at - low)));
 }
 
+// The classes that are drawn: what the cells are taught now, or what the student says of them.
+const classesShown = (view) => (state.over === "student" && view.said ? view.said : classesAt(view, blendNow()));
+
+// Share of the cells of which the student says what they are taught at a blend.
+function agreementAt(view, blend) {
+  return classesAt(view, blend).filter((c, cell) => c === view.said[cell]).length / CELLS;
+}
+
 // The colour of each cell, as the overlay that is chosen has it.
 function coloursOf(sample, view) {
   const facts = about(sample, view);
   if (state.over === "margin") return facts.margins.map(ramp);
   if (state.over === "entropy" && view.entropy) return view.entropy.map((x) => ramp(x / Math.log(DATA.classes)));
-  return classesAt(view, blendNow()).map((c) => COLOURS[slotOf(facts, c)]);
+  return classesShown(view).map((c) => COLOURS[slotOf(facts, c)]);
 }
 
 // Cells of each slot at every step of the chosen decay: [step][slot].
