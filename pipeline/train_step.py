@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from cskd.loading.sources import Batch
 from cskd.loading.targets import mixed_labels
 from cskd.machine.arithmetic import autocast
-from cskd.method.agreement import AGREEMENT, agreement, has_agreement
-from cskd.method.losses import DistillationLoss
+from cskd.method.agreement import agreement, has_agreement
+from cskd.method.losses import AGREEMENT, DistillationLoss
 from cskd.pipeline.out_of_memory import Probe
 from cskd.pipeline.setup import even_divisors
 from cskd.pipeline.training_run import TrainingRun

@@ -31,7 +31,8 @@ from cskd.loading.tasks import RunTasks
 from cskd.machine.arithmetic import arithmetic
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import Threads, begun_with
-from cskd.method.agreement import AGREEMENT, has_agreement
+from cskd.method.agreement import has_agreement
+from cskd.method.losses import AGREEMENT, terms_of
 from cskd.near import absent
 from cskd.pipeline.conflicts import (
     as_begun,
@@ -55,8 +56,6 @@ from cskd.student.heads import score_head
 from cskd.student.optim import Optimisation, average_notes
 from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import InputMaker
-
-TERMS = ("label", "dist", "patch")  # of the loss, as logged
 
 
 @dataclass(frozen=True)
@@ -221,7 +220,7 @@ def open_run(
     loaded = states.load(student, optimisation)
     ranks.refuse_differing(loaded.step if loaded else 0, device)
     stop = min(settings.epochs * plan.steps, settings.max_steps or 1 << 62)
-    terms = (*TERMS, AGREEMENT) if has_agreement(config.loss) else TERMS
+    terms = (*terms_of(config.loss), *([AGREEMENT] if has_agreement(config.loss) else []))
     state = RunState(ranks, device, terms, len(views.inventory.classes), optimisation.scaler is not None)
     if loaded:
         begun = {name: value for name, value in loaded.info.items() if name != PROGRESS}

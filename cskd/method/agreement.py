@@ -13,7 +13,6 @@ from cskd.config.schema import LossConfig
 from cskd.method.ckf import ckf_blend
 from cskd.method.losses import HardTargets, SoftTargets
 
-AGREEMENT = "agreement"  # its name in the metrics of a run
 ROWS = 64  # views whose soft targets are blended at a time: a batch of 1,024 with 1,000 classes takes 200 MB
 
 

@@ -24,8 +24,9 @@ from rich.text import Text
 from cskd.codecs.base import quantise_blend
 from cskd.dataset.inventory import evenly
 from cskd.errors import CacheError, CskdError, counted, printable
+from cskd.loading.cached_views import find_sample
 from cskd.pipeline.look.html_page import write_page
-from cskd.pipeline.look.inspect_sample import find_sample, refuse_view
+from cskd.pipeline.look.inspect_sample import refuse_view
 from cskd.pipeline.look.inspection import (
     Agreement,
     CodecFacts,

@@ -24,7 +24,7 @@ from cskd.errors import CskdError, StudentError
 from cskd.files.paths import local_path
 from cskd.machine.arithmetic import float32_products
 from cskd.machine.devices import pick_device
-from cskd.method.agreement import AGREEMENT
+from cskd.method.losses import AGREEMENT
 from cskd.pipeline.look.inspection import EpochAgreement, StudentFacts
 from cskd.pipeline.look.views_shown import Look, Said
 from cskd.pipeline.show.metrics import read_metrics
