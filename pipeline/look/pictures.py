@@ -22,8 +22,8 @@ Picture = Image.Image
 
 CLASS_COLOURS: tuple[Paint, ...] = (
     (0, 114, 178),  # blue
-    (230, 159, 0),  # orange
     (0, 158, 115),  # green
+    (230, 159, 0),  # orange
     (213, 94, 0),  # vermilion
     (86, 180, 233),  # sky
     (204, 121, 167),  # purple
