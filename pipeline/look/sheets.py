@@ -86,7 +86,7 @@ def contact_sheet(cache: Cache, looks: Sequence[Look], title: str) -> Image.Imag
     rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
     wide = columns * width - GAP
     blend = looks[0].blend / BLEND_ONE
-    parts = ["the image", "the view the teacher saw", f"the class each cell is taught at blend {blend:g}"]
+    parts = ["the image", "the view the teacher saw", f"the class each cell is taught at blend {blend:.4g}"]
     parts += ["the class the student says"] if looks[0].said is not None else []
     about = heading("Left to right: " + ", ".join(parts), wide, 13, faint=True)
     return grid([[stack([heading(title, wide), about], gap=2)], *rows])
@@ -139,7 +139,7 @@ def _student_panels(look: Look, side: int) -> list[Picture]:
     """What a student says of each cell, where that is what the teacher's map shows, and how sure it is."""
     assert look.said is not None
     seen, same = photo(look.seen, side), look.said.classes == look.cells
-    at = f"with the teacher at blend {look.blend / BLEND_ONE:g}"
+    at = f"with the teacher at blend {look.blend / BLEND_ONE:.4g}"
     sure = scalar_map(look.said.probability, 0.0, 1.0, side)
     return [
         panel(class_map(look.said.classes, look.key, side, over=seen), "Student: class of each cell", "patch logits"),

@@ -29,7 +29,7 @@ from cskd.pipeline.look.inspection import EpochAgreement, StudentFacts
 from cskd.pipeline.look.views_shown import Look, Said
 from cskd.pipeline.show.metrics import read_metrics
 from cskd.store.cache import Cache
-from cskd.store.format import RESOLVED
+from cskd.store.format import MANIFEST, RESOLVED
 from cskd.student import Student
 from cskd.student.checkpoint import MODEL, ResumeStates, load_student
 from cskd.views.mix_pixels import normalise
@@ -133,6 +133,11 @@ def _share(value: Any) -> float | None:
 def _open(cache: Cache, path: Path) -> Run:
     path = local_path(path, "--student")
     folder = path if path.is_dir() else path.parent
+    if (path / MANIFEST).is_file() or (path.is_file() and path.suffix in (".yaml", ".yml", ".json", ".jsonl", ".csv")):
+        what = "a cache" if path.is_dir() else f"a {path.suffix} file"
+        raise StudentError(
+            f"--student {path} is {what}; give the output folder of `cskd train`, or a weight file in it"
+        )
     if path.is_dir() and (path / RESOLVED).is_file() and not (path / MODEL).exists():
         raise StudentError(
             f"{path} has no {MODEL} yet: a run writes it after its first epoch; go on with `cskd train {path / RESOLVED}`"

@@ -246,7 +246,7 @@ def _legend(sample: SampleFacts, columns: int) -> Iterable[Text]:
         shares = sum(one.share for one in rest), sum(one.student_share or 0 for one in rest)
         words = counted(len(rest), "other class").replace("classs", "classes")
         yield _entry(rest[0].colour, "", words, shares[0], shares[1] if student else None, columns)
-    yield Text("  bright: as here at nearly all blends; dark: at few", "dim")
+    yield Text("  bright: as here at nearly all blends", "dim")
     if sample.student is not None:
         most = max(max(row) for row in sample.student.probability)
         yield Text(f"  of the student: its probability, bright is {most:.2f}", "dim")

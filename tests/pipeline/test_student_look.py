@@ -176,6 +176,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Path], None] | None, list[str
     "more classes": ({"classes": [*CLASSES, "one more"]}, None, ["6 classes", "has 5", "give a run"]),
     "other order": ({"classes": CLASSES[::-1]}, None, ["'été' as class 0", "'apple'", "in this order"]),
     "unfinished": ({}, no_weights, ["no model.safetensors yet", "first epoch", "go on with `cskd train"]),
+    "a cache": ({}, lambda run: (run / "manifest.json").touch(), ["is a cache", "output folder of `cskd train`"]),
     "no run": ({}, shutil.rmtree, ["no file", "give the folder of a run"]),
 }
 
