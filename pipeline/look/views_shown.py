@@ -81,7 +81,7 @@ class Look:
 
 
 def view_key(won: Winners, labels: Sequence[int], said_hw: NDArray[np.int64] | None = None) -> ClassKey:
-    """The key of one view, the same whatever blend of it is shown; a student's classes get what colours are left.
+    """The key of one view, the same whatever blend of it is shown; a student's classes count as much as the teacher's.
 
     The first three colours mean the same in all views: the teacher's class of the image, the label where it is another, the
     label of the mix partner where it is a third.
@@ -89,8 +89,8 @@ def view_key(won: Winners, labels: Sequence[int], said_hw: NDArray[np.int64] | N
     slots = [int(won.first[0])]
     for label in (*labels, *[UNUSED] * (2 - len(labels))):
         slots.append(UNUSED if label in slots else label)
-    key = class_key([won.at(blend) for blend in KEY_BLENDS], first=slots)
-    return key if said_hw is None else class_key([said_hw], first=key.slots)
+    maps: list[NDArray[np.integer]] = [won.at(blend) for blend in KEY_BLENDS]
+    return class_key(maps if said_hw is None else [*maps, *[said_hw] * len(maps)], first=slots)
 
 
 def draw_samples(
