@@ -26,7 +26,7 @@ from cskd.pipeline.look.inspect_sample import (
     replay,
 )
 from cskd.pipeline.look.inspection import Inspection, Quarantined, SampleFacts, UnitCounts, UnitPlace, Unreadable
-from cskd.pipeline.look.sheets import contact_sheet, sample_picture, sheet
+from cskd.pipeline.look.sheets import sample_picture, sheet
 from cskd.pipeline.look.views_shown import look_at, sample_facts
 from cskd.store.cache import Cache, open_cache
 from cskd.store.manifest import Manifest, write_manifest
