@@ -5,6 +5,8 @@ Shapes: B batch, K classes, h w teacher grid.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,8 @@ def agreement(patch_BKhw: Tensor, targets: AnyTargets, term: LossTerm) -> Tensor
     The target is that of the epoch for this term: the class that hard CKF teaches, or the largest logit of the blended ones.
     """
     said_Bhw = patch_BKhw.argmax(1)
+    if isinstance(targets, Mapping):
+        targets = targets[term.cache]
     hard, soft = (targets.hard, targets.soft) if isinstance(targets, BothTargets) else (targets, targets)
     if term.kind == "ce":
         assert isinstance(hard, HardTargets) and hard.cell_class is not None

@@ -36,6 +36,7 @@ def test_it_is_counted_cell_by_cell_against_the_target_of_the_blend(
     assert agreement(patch, BothTargets(classes, SoftTargets(image, dense, 7, {"quadratic": blend or 0})), HARD) == hard
     if blend is not None:
         assert agreement(patch, BothTargets(classes, SoftTargets(image, dense, 7, {"quadratic": blend})), SOFT) == soft
+    assert agreement(patch, {"": classes, "other": logits}, dataclasses.replace(SOFT, cache="other")) == soft
     assert soft.item() == hard.item() == pytest.approx(same / 30) and not hard.requires_grad
 
 
