@@ -241,21 +241,40 @@ def evaluate(
 def inspect(
     cache: CachePath,
     data: Data = None,
-    sample: Annotated[str | None, typer.Option(help="Key or number of a sample to show.")] = None,
+    sample: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="Key or number of a sample to show; repeatable.")
+    ] = None,
     view: Annotated[int, typer.Option(help="Which view of it.")] = 0,
-    blend: Annotated[float, typer.Option(help="1 = each cell's own logits, 0 = the whole image's.")] = 0.5,
-    png: Annotated[Path | None, typer.Option(parser=_path("--png"), help="Write the sample's picture here.")] = None,
+    blend: Annotated[
+        float | None,
+        typer.Option(help="1 = each cell's own logits, 0 = the whole image's; default 0.5, with --student 1."),
+    ] = None,
+    png: Annotated[
+        Path | None,
+        typer.Option(parser=_path("--png"), help="Write the sample's picture here, or a sheet of several samples."),
+    ] = None,
     quarantined: Annotated[
         bool, typer.Option("--quarantined", help="List all samples without targets, one a line: key, shard, reason.")
     ] = False,
     html: Annotated[
         Path | None, typer.Option(parser=_path("--html"), help="Write a page of many samples here, for a browser.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples of the page.")] = 64,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Show N samples in all; default 64 of a page, 16 of a sheet."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of their choice.")] = 0,
+    student: Annotated[
+        Path | None,
+        typer.Option(
+            parser=_path("--student"),
+            metavar="RUN",
+            help="Compare a run of cskd train, or weights in it, cell by cell.",
+        ),
+    ] = None,
     json_: Json = False,
 ) -> None:
-    """What a cache holds: a table, one sample as text or as a picture, or many as a page for a browser."""
+    """What a cache holds: a table; samples in the terminal, as a picture, or as a page; a student next to the teacher."""
     from cskd.pipeline.look.inspect_cache import inspect, render
     from cskd.pipeline.look.quarantined import list_quarantined, render_list
 
@@ -263,7 +282,16 @@ def inspect(
         _print(list_quarantined(cache, data), json_, render_list)
         return
     facts = inspect(
-        cache, data=data, sample=sample, view=view, blend=blend, png=png, html=html, samples=samples, seed=seed
+        cache,
+        data=data,
+        sample=sample,
+        view=view,
+        blend=blend,
+        png=png,
+        html=html,
+        samples=samples,
+        seed=seed,
+        student=student,
     )
     _print(facts, json_, render)
 

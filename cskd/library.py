@@ -80,25 +80,27 @@ def inspect(
     cache: str | PathLike[str],
     *,
     data: str | PathLike[str] | None = None,
-    sample: str | int | None = None,
+    sample: str | int | Sequence[str | int] | None = None,
     view: int = 0,
-    blend: float = 0.5,
+    blend: float | None = None,
     png: str | PathLike[str] | None = None,
     html: str | PathLike[str] | None = None,
-    samples: int = 64,
+    samples: int | None = None,
     seed: int = 0,
+    student: str | PathLike[str] | None = None,
 ) -> Inspection:
     """What a cache holds; `cskd inspect`.
 
-    Args:    cache, its folder; data, folder of the image shards where they have moved; sample, key or number of one to describe,
-             in this view and at this blend (1 = each cell's own output); png, write its picture here; html, write a page of so many
-             `samples` here, chosen by `seed`.
+    Args:    cache, its folder; data, folder of the image shards where they have moved; sample, keys or numbers of those to
+             describe, in this view and at this blend (1 = each cell's own output, which is the default with a student, else 0.5);
+             png, write the picture of one, or a sheet of several, here; html, write a page here; samples, so many in all, the
+             others chosen by `seed`; student, a run to compare with the teacher, cell by cell.
     Returns: the facts; `facts.facts` is them as JSON.
     Raises:  CskdError. What is wrong with single units is in `errors` instead.
     """
-    folder, shards, picture, page = (
+    folder, shards, picture, page, run = (
         None if path is None else local_path(fspath(path), name)
-        for path, name in ((cache, "cache"), (data, "data"), (png, "png"), (html, "html"))
+        for path, name in ((cache, "cache"), (data, "data"), (png, "png"), (html, "html"), (student, "student"))
     )
     assert folder is not None
     return inspect_cache.inspect(
@@ -111,4 +113,5 @@ def inspect(
         html=page,
         samples=samples,
         seed=seed,
+        student=run,
     )

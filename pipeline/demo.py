@@ -39,7 +39,7 @@ from cskd.pipeline.demo_curve import Curve, draw_curves, refuse_without_matplotl
 from cskd.pipeline.demo_data import CLASSES, SIZE, digits, write_images
 from cskd.pipeline.demo_teacher import MEAN_STD, TEACHER, train_teacher
 from cskd.pipeline.intervals import Difference, paired_difference, spread
-from cskd.pipeline.look.inspect_cache import sheet
+from cskd.pipeline.look.sheets import sheet
 from cskd.pipeline.pack import pack_data
 from cskd.pipeline.show.metrics import read_metrics
 from cskd.pipeline.show.progress import Progress

@@ -17,9 +17,9 @@ from cskd.pipeline.look.pictures import CLASS_COLOURS, FAINT, INK, Paint
 # Of Okabe and Ito, as in `cskd.pipeline.look.pictures`, with a marker each: black, orange, blue, then those that are left.
 LINES: tuple[tuple[Paint, str], ...] = (
     (INK, "o"),
-    (CLASS_COLOURS[1], "s"),
+    (CLASS_COLOURS[2], "s"),
     (CLASS_COLOURS[0], "^"),
-    (CLASS_COLOURS[2], "D"),
+    (CLASS_COLOURS[1], "D"),
     (CLASS_COLOURS[5], "v"),
 )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from cskd.errors import ConfigError, NotFiniteError, StudentError
 from cskd.files.weights import first_not_finite
 from cskd.machine.ranks import Ranks
+from cskd.method.losses import AGREEMENT
 from cskd.pipeline.conflicts import change_note
 from cskd.student import Student
 from cskd.student.best import Best, BestWeights
@@ -181,11 +182,12 @@ class RunState:
         return f"{shown if behind else self._shown_loss.item():.3f}"
 
     def row(self) -> dict[str, float]:
-        """Means of the epoch so far over steps and ranks: 'loss' and one a term; in fp16 over the steps that were not left out,
-        and how many were. All ranks ask together."""
+        """Means of the epoch so far over steps and ranks: 'loss', one a term, and 'agreement' where cells are taught; in fp16 over
+        the steps that were not left out, and how many were. All ranks ask together."""
         skipped = int(self._skipped)
         means = (self.ranks.sum(self._losses.clone()) / self.ranks.count / max(1, self._counted - skipped)).tolist()
-        row = dict(zip(("loss", *(f"loss_{name}" for name in self.terms)), means, strict=True))
+        names = (name if name == AGREEMENT else f"loss_{name}" for name in self.terms)
+        row = dict(zip(("loss", *names), means, strict=True))
         return row | ({"skipped_steps": skipped} if self._scaled else {})
 
     @property

@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from cskd.loading.sources import Batch
 from cskd.loading.targets import mixed_labels
 from cskd.machine.arithmetic import autocast
-from cskd.method.losses import DistillationLoss
+from cskd.method.agreement import agreement, cells_term
+from cskd.method.losses import AGREEMENT, DistillationLoss
 from cskd.pipeline.out_of_memory import Probe
 from cskd.pipeline.setup import even_divisors
 from cskd.pipeline.training_run import TrainingRun
@@ -34,6 +35,7 @@ class TrainStep:
     def __init__(self, run: TrainingRun) -> None:
         self.run, self.criterion = run, DistillationLoss(run.config.loss)
         self.inputs = InputMaker(run.student.mean, run.student.std, run.device)
+        self._cells = cells_term(run.config.loss)
         self._net = run.network()
         self._latest: tuple[Batch, int, int] | None = None  # what `advice` tries a part of
 
@@ -79,9 +81,11 @@ class TrainStep:
         reseed_step(run.config.train.seed, step, number)
         with autocast(run.config.train.autocast, run.device):
             out = net(self.inputs.mixed(part), run.views.grid if self.criterion.uses_patches else None)
-        loss_and_terms = self.criterion(out, mixed_labels(part, run.device), targets, epoch)
+        loss, terms = self.criterion(out, mixed_labels(part, run.device), targets, epoch)
+        if self._cells is not None and out.patch_logits is not None:
+            terms[AGREEMENT] = agreement(out.patch_logits, targets, self._cells)
         seconds["student"] += time.perf_counter() - clock
-        return loss_and_terms
+        return loss, terms
 
     def advice(self, probe: Probe) -> str:
         """After a step that there was no memory for: the micro-batch that there is memory for, and the keys to set."""

@@ -31,7 +31,8 @@ from cskd.loading.tasks import RunTasks
 from cskd.machine.arithmetic import arithmetic
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import Threads, begun_with
-from cskd.method.losses import terms_of
+from cskd.method.agreement import cells_term
+from cskd.method.losses import AGREEMENT, terms_of
 from cskd.near import absent
 from cskd.pipeline.conflicts import (
     as_begun,
@@ -220,9 +221,8 @@ def open_run(
     loaded = states.load(student, optimisation)
     ranks.refuse_differing(loaded.step if loaded else 0, device)
     stop = min(settings.epochs * plan.steps, settings.max_steps or 1 << 62)
-    state = RunState(
-        ranks, device, terms_of(config.loss), len(views.inventory.classes), optimisation.scaler is not None
-    )
+    terms = (*terms_of(config.loss), *([AGREEMENT] if cells_term(config.loss) else []))
+    state = RunState(ranks, device, terms, len(views.inventory.classes), optimisation.scaler is not None)
     if loaded:
         begun = {name: value for name, value in loaded.info.items() if name != PROGRESS}
         notes.add(loaded.warnings)

@@ -78,7 +78,7 @@ def test_the_stages_run_as_functions_with_own_teacher_codec_and_term(
 ) -> None:
     assert (report.units, report.images, report.quarantined) == (4, 36, 0)
     facts = cskd.inspect(base / "cache", sample=0, blend=1)
-    assert facts.sealed and facts.sample and facts.sample.replay == "equal"
+    assert facts.sealed and facts.samples and facts.samples[0].replay == "equal"
     assert facts.codecs["float16"].soft and not facts.codecs["float16"].exact_hard
     identity = json.loads((base / "cache" / "manifest.json").read_text())["identity"]
     assert identity["codecs"] == ["envelope", "float16"] and set(identity["codec_code"]) == {"float16"}

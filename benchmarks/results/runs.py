@@ -6,19 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from cskd.codecs.base import BLEND_ONE
 from cskd.config import Config, load_config
-from cskd.errors import ConfigError, StudentError
-from cskd.files.checkpoint import check_safetensors
+from cskd.errors import ConfigError
 from cskd.files.paths import local_path
 from cskd.method.ckf import blend_at
 from cskd.pipeline.show.metrics import read_metrics
 from cskd.store.format import RESOLVED
 from cskd.student import Student
 from cskd.student.checkpoint import ResumeStates, load_student
-from cskd.student.resume import digest
 
 
 @dataclass(frozen=True)
@@ -54,22 +50,8 @@ class Run:
 
     def load(self, state: State) -> Student:
         """The student with the weights of a state. StudentError for one that is damaged or of another student."""
-        model_bytes = sum(t.nbytes for t in self.student.backbone.state_dict().values())
-        try:
-            check_safetensors(state.path, 4 * model_bytes)
-            with safe_open(state.path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-            if digest(tensors, metadata["cskd"]) != metadata["sha256"]:
-                raise ValueError("its digest is not that of its content")
-            prefix = f"{self.weights}/"
-            mine = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            self.student.backbone.load_state_dict(mine)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as e:
-            raise StudentError(
-                f"{state.path} can't be read as a state of this run ({' '.join(str(e).split())[:200]}); remove it, or "
-                "analyse another run"
-            ) from e
+        states = ResumeStates(state.path.parent)
+        self.student.backbone.load_state_dict(states.weights(state.step, self.weights, self.student))
         return self.student.eval()
 
 

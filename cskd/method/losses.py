@@ -26,6 +26,7 @@ from cskd.files.own_code import load_own
 from cskd.method.ckf import ckf_blend
 
 TERMS = ("label", "dist", "patch")  # of the methods, as logged
+AGREEMENT = "agreement"  # logged next to them, see `cskd.method.agreement`
 HEADS = ("class", "distillation", "patches")  # what can be trained of a student's outputs
 
 
@@ -215,6 +216,10 @@ def expanded(config: LossConfig) -> list[LossTerm]:
             replace(taught, head="patches", target="cells", kind=kind, weight=c.patch_weight, name="patch")
         )
     terms = [*of_method, *c.terms]
+    if any(term.title == AGREEMENT for term in c.terms):
+        raise ConfigError(
+            f"loss.terms: {AGREEMENT!r} is a column of the metrics; give the term another name by its key name"
+        )
     names = [term.title for term in terms]
     if twice := [term for term in c.terms if names.count(term.title) > 1]:
         own = f", of {shortened(twice[0].own, 80)}" if twice[0].own else ""

@@ -129,6 +129,28 @@ class ResumeStates:
             raise StudentError(f"every state in {self.folder} is {why}, {found[0][1]} too; remove them to start again")
         return None
 
+    def weights(self, step: int, part: str, student: Student) -> Tensors:
+        """The weights of a student in one state, by their names in timm's model, nothing else of it.
+
+        Args:    part 'model', the live ones, or 'ema', their average.
+        Raises:  StudentError for a state that is missing, damaged, or of another student.
+        """
+        path, own = self.folder / f"step-{step:08d}.safetensors", student.backbone.state_dict()
+        try:
+            check_safetensors(path, 4 * sum(t.nbytes for t in own.values()))
+            tensors = {k.removeprefix(f"{part}/"): t for k, t in _read(path)[0].items() if k.startswith(f"{part}/")}
+            if odd := sorted(
+                k
+                for k in own.keys() | tensors.keys()
+                if k not in own or k not in tensors or own[k].shape != tensors[k].shape
+            ):
+                raise ValueError(f"its {part} {odd[0]} is not that of this student")
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
+            raise StudentError(
+                f"{path} can't be read as a state of this run ({' '.join(str(e).split())[:120]}); remove it"
+            ) from e
+        return tensors
+
     def _found(self, name: re.Pattern[str] = _NAME) -> list[tuple[int, Path]]:
         """(step, path), newest first."""
         names = ((name.fullmatch(p.name), p) for p in self.folder.glob("*.safetensors"))

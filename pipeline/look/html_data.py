@@ -14,7 +14,7 @@ from __future__ import annotations
 import base64
 import io
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ from cskd.errors import CacheError, CskdError
 from cskd.method.ckf import blend_at
 from cskd.pipeline.look.html_figures import Figures, meant_labels
 from cskd.pipeline.look.inspect_sample import CachedView, entropy, read_units, replay, view_of
+from cskd.pipeline.look.pictures import CLASS_COLOURS, OTHER
+from cskd.pipeline.look.views_shown import Said, draw_samples, view_key
 from cskd.pipeline.look.wordnet import readable
-from cskd.seeds import hash64, permutation
 from cskd.store.cache import Cache
 from cskd.store.commit import Commit
 from cskd.store.format import Unit
@@ -40,7 +41,6 @@ from cskd.views.maker import ViewMaker
 from cskd.views.mixing import CUTMIX, NONE
 from cskd.views.recipe import described, sample_params
 
-BLOCKS = 12  # that samples are drawn from, where these have enough: each unit of them is read as a whole
 VIEWS = 4  # of each sample
 STEPS = 200  # of the slider over training
 DECAYS = ("linear", "quadratic", "cosine", "local", "global")
@@ -51,6 +51,7 @@ SAMPLE_BYTES = 64_000  # that the pictures of a sample may take as text; 64 samp
 QUALITIES = (72, 55, 38, 22)  # of WebP, the best one first that keeps to it
 
 Unit2 = tuple[int, int]  # block, view
+Say = Callable[[Sequence[NDArray[np.float32]]], list[Said]]  # a student, see `student_look.Compared.say`
 
 
 @dataclass
@@ -61,6 +62,7 @@ class _Page:
     recorded: Recorded
     maker: ViewMaker
     figures: Figures
+    say: Say | None = None
     samples: dict[int, dict[str, Any]] = field(default_factory=dict)
     shown: list[tuple[int, int]] = field(default_factory=list)
     classes: set[int] = field(default_factory=set)
@@ -71,21 +73,27 @@ class _Page:
 
 
 def page_data(
-    cache: Cache, commits: Mapping[Unit2, Commit], count: int, seed: int, first: tuple[int, int] | None = None
+    cache: Cache,
+    commits: Mapping[Unit2, Commit],
+    count: int,
+    seed: int,
+    samples: Sequence[int] = (),
+    view: int = 0,
+    say: Say | None = None,
 ) -> dict[str, Any]:
     """Samples, figures and blends of a page.
 
-    Args:    commits, by (block, view), of the units that may be read; count of samples; seed of their choice; first, a sample and a
-             view of it that the page opens with.
+    Args:    commits, by (block, view), of the units that may be read; count of samples; seed of their choice; samples, that the
+             page opens with, and the view of them that it has in any case; say, what a student says of views.
     Raises:  CacheError where no unit can be read.
     """
     bad = np.zeros(cache.inventory.n, bool)
     for (block, _), commit in commits.items():
         bad[[cache.inventory.block_range(block)[0] + int(i) for i in commit.quarantine]] = True
     recorded = Recorded(bad, dict(cache.manifest.versions or {}))
-    page = _Page(cache, recorded, ViewMaker(cache.inventory, cache.recipe), Figures(len(cache.classes)))
-    views = _views_of(list(commits), first)
-    drawn = _draw(cache, bad, list(views), count, seed, None if first is None else first[0])
+    page = _Page(cache, recorded, ViewMaker(cache.inventory, cache.recipe), Figures(len(cache.classes)), say)
+    views = _views_of(list(commits), view if samples else None)
+    drawn = draw_samples(cache, bad, list(views), count, seed, samples)
     for block, chosen in drawn.items():
         page.images.clear()
         for view in views[block]:
@@ -112,6 +120,7 @@ def page_data(
         "exact": cache.codecs[cache.hard_codec].exact_hard,
         "soft": _soft_codec(cache),
         "classes": len(cache.classes),
+        "colours": [*CLASS_COLOURS, OTHER],
         "drawn": {"seed": seed, "blocks": len(drawn), "of_blocks": cache.blocks, "of_samples": cache.inventory.n},
         "errors": [f"block {b}, view {v}: {why}" for (b, v), why in sorted(page.errors.items())],
     }
@@ -130,40 +139,15 @@ def command(cache: str, data: Path | None, key: str, sample: int) -> str:
     return f"cskd inspect {shlex.quote(cache)}{moved} {shown}"
 
 
-def _views_of(usable: Sequence[Unit2], first: tuple[int, int] | None) -> dict[int, list[int]]:
-    """The views shown of each block that has any."""
+def _views_of(usable: Sequence[Unit2], wanted: int | None) -> dict[int, list[int]]:
+    """The views shown of each block that has any, `wanted` among them."""
     by_block: dict[int, list[int]] = {}
     for block, view in sorted(usable):
         by_block.setdefault(block, []).append(view)
-    wanted = {first[1]} if first is not None else set()
     return {
-        block: sorted({*(views[i] for i in evenly(len(views), VIEWS)), *(wanted & set(views))})
+        block: sorted({*(views[i] for i in evenly(len(views), VIEWS)), *(v for v in views if v == wanted)})
         for block, views in by_block.items()
     }
-
-
-def _draw(
-    cache: Cache, bad: NDArray[np.bool_], blocks: Sequence[int], count: int, seed: int, first: int | None
-) -> dict[int, list[int]]:
-    """Samples by block, in the order in which they were drawn."""
-    own = None if first is None else cache.inventory.block_of(first)
-    order = [blocks[i] for i in permutation(len(blocks), hash64("page", seed)).tolist()]
-    if own in order:
-        order = [own, *(b for b in order if b != own)]
-    drawn: dict[int, list[int]] = {}
-    for place, block in enumerate(order):
-        left = count - sum(map(len, drawn.values()))
-        if left <= 0:
-            break
-        low, stop = cache.inventory.block_range(block)
-        good = low + np.flatnonzero(~bad[low:stop])
-        good = good[permutation(len(good), hash64("page", seed, block))]
-        if block == own:
-            good = np.concatenate([[first], good[good != first]])
-        share = -(-left // max(1, min(BLOCKS, len(order)) - place))
-        if len(good):
-            drawn[block] = [int(i) for i in good[:share]]
-    return drawn
 
 
 def _read(page: _Page, block: int, view: int, chosen: Sequence[int]) -> None:
@@ -231,6 +215,7 @@ def _view(page: _Page, units: Mapping[str, Unit], sample: int, view: int) -> dic
     local = won.at(BLEND_ONE)[0]
     page.classes.update((meant, teacher, *won.cls.tolist()))
     image = _image(page, sample)
+    partner_labels = [] if cached.partner is None else [int(cached.partner_fields["label"])]
     facts = {
         "v": view,
         "seed": f"{int(cached.fields['seed']):016x}",
@@ -247,6 +232,7 @@ def _view(page: _Page, units: Mapping[str, Unit], sample: int, view: int) -> dic
         "n": won.n_extra.reshape(-1).tolist(),
         "c": won.cls.tolist(),
         "s": won.start.tolist(),
+        "said": None,
         "words": None,
         "crop": None,
         "src": None,
@@ -259,10 +245,18 @@ def _view(page: _Page, units: Mapping[str, Unit], sample: int, view: int) -> dic
         params = sample_params(int(cached.fields["seed"]), height, width, cache.recipe)
         facts["words"] = described(params)
         facts["crop"] = _crop(params.crop, params.padding, height, width, params.size)
+    said = None
     try:
-        facts["src"] = Image.fromarray(replay(cache, cached, page.recorded, page.maker).round().astype(np.uint8))
+        pixels = replay(cache, cached, page.recorded, page.maker)
     except CskdError as e:
         facts["error"] = str(e)
+    else:
+        facts["src"] = Image.fromarray(pixels.round().astype(np.uint8))
+        if page.say is not None:
+            said = page.say([pixels])[0].classes
+            page.classes.update(np.unique(said).tolist())
+            facts["said"] = said.reshape(-1).tolist()
+    facts["slots"] = list(view_key(won, [cached.label, *partner_labels], said).slots)
     return facts
 
 

@@ -11,14 +11,14 @@ import hashlib
 import html
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from cskd.config import from_dict
 from cskd.errors import printable
-from cskd.pipeline.look.html_data import command, page_data
+from cskd.pipeline.look.html_data import Say, command, page_data
 from cskd.pipeline.look.inspection import Inspection, PageFacts
 from cskd.pipeline.outputs import PAGE_START, save_file
 from cskd.store.cache import Cache
@@ -45,24 +45,30 @@ def write_page(
     commits: Mapping[tuple[int, int], Commit],
     found: Inspection,
     path: Path,
-    samples: int,
+    count: int,
     seed: int,
-    first: tuple[int, int] | None,
+    samples: Sequence[int],
+    view: int,
     moved: Path | None,
+    say: Say | None = None,
 ) -> PageFacts:
-    """The page of a cache, put in place whole. commits: of the units that may be read; the other arguments as of `inspect`.
+    """The page of a cache, put in place whole. commits: of the units that may be read; say: of a student to show; the other arguments as of `inspect`.
 
     Raises:  CacheError where there is nothing to show; DataError, PathError where the page can't be written.
     """
-    data = page_data(cache, commits, samples, seed, first)
+    data = page_data(cache, commits, count, seed, samples, view, say)
     for sample in data["samples"]:
         sample["command"] = command(found.cache, moved, sample["key"], sample["i"])
-    facts = {key: value for key, value in found.facts.items() if key != "sample"}
+    facts = {key: value for key, value in found.facts.items() if key not in ("samples", "student")}
     title = Path(os.path.abspath(found.cache)).name or found.cache
-    page = page_of({**data, "facts": facts, "about": _about(cache, commits, found, title)}, f"{title} · cskd inspect")
+    student = found.facts.get("student")
+    page = page_of(
+        {**data, "student": student, "facts": facts, "about": _about(cache, commits, found, title)},
+        f"{title} · cskd inspect",
+    )
     save_file(path, "--html", page)
-    views = [view for sample in data["samples"] for view in sample["views"]]
-    return PageFacts(str(path), len(page), len(data["samples"]), len(views), sum(view["src"] is None for view in views))
+    shown = [one for sample in data["samples"] for one in sample["views"]]
+    return PageFacts(str(path), len(page), len(data["samples"]), len(shown), sum(one["src"] is None for one in shown))
 
 
 def _about(cache: Cache, commits: Mapping[tuple[int, int], Commit], found: Inspection, title: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     open      manifest and inventory; the image shards may be elsewhere, or absent
     list      every commit record: what exists, its bytes, what is quarantined
     measure   a few units: how often the cells agree with the label, segments per cell
-    show      one sample, as names and as a PNG; many as a page for a browser
+    show      samples, in the terminal, as a PNG and as a page for a browser; a student next to the teacher
 
 Nothing in the cache is changed. Launch: `cskd inspect caches/imagenet_sample --sample 3 --png sample.png`.
 """
@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import io
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -28,20 +27,23 @@ from cskd.dataset.inventory import evenly
 from cskd.errors import CacheError, CskdError, counted, printable
 from cskd.loading.cached_views import find_sample
 from cskd.pipeline.look.html_page import write_page
-from cskd.pipeline.look.inspect_sample import describe_sample, sample_picture, sheet
+from cskd.pipeline.look.inspect_sample import refuse_view
 from cskd.pipeline.look.inspection import (
     Agreement,
     CodecFacts,
     Inspection,
     InventoryFacts,
     Quarantined,
-    SampleFacts,
     Segments,
     TeacherFacts,
     UnitCounts,
     UnitPlace,
     Unreadable,
 )
+from cskd.pipeline.look.sheets import contact_sheet, refuse_tiles, sample_picture
+from cskd.pipeline.look.student_look import Compared
+from cskd.pipeline.look.terminal import render_samples, render_student
+from cskd.pipeline.look.views_shown import Look, draw_samples, look_at, sample_facts
 from cskd.pipeline.outputs import refuse_file, save_file
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import Commit
@@ -50,48 +52,52 @@ from cskd.store.seal import read_seal
 from cskd.teacher.arithmetic import BLENDS, in_words
 from cskd.views.mixing import NONE
 
-__all__ = ["inspect", "render", "sample_picture", "sheet"]
-
 MEASURED_UNITS = 12  # spread evenly over the cache; 45,000 units would take a quarter of an hour
-SHEET_SAMPLES = 4
+SHEET_SAMPLES = 16
 PAGE_SAMPLES = 64
 LISTED = 5  # of missing units, errors and quarantined samples
 AGREEMENT = ("own", "own_or_partner")  # labels a cell's target is compared with
-NAME_CELLS = 14  # terminal columns a class name may take
 
 
 def inspect(
     cache: Path,
     *,
     data: Path | None = None,
-    sample: str | int | None = None,
+    sample: str | int | Sequence[str | int] | None = None,
     view: int = 0,
-    blend: float = 0.5,
+    blend: float | None = None,
     png: Path | None = None,
     html: Path | None = None,
-    samples: int = PAGE_SAMPLES,
+    samples: int | None = None,
     seed: int = 0,
+    student: Path | None = None,
     measured_units: int = MEASURED_UNITS,
 ) -> Inspection:
     """Facts about a cache.
 
-    Args:    data, folder of the image shards where they have moved; sample, key or number of one to show, in this view
-             and at this blend; png, where to write its picture, or a sheet of a few samples where none is named;
-             html, where to write a page of so many samples, whose choice is a function of seed, and of `sample` if named;
-             measured_units, how many units are read for the figures that need targets.
-    Raises:  CacheError, DataError, ReplayError, with the reason why a cache can't be opened or a picture not be made.
-             What is wrong with single units is listed under `errors` instead.
+    Args:    data, folder of the image shards where they have moved; sample, keys or numbers of those to show, in this view and at
+             this blend (by default 0.5, with a student 1); png, where to write the picture of one sample, or a sheet of several;
+             html, where to write a page of many samples; samples, how many in all, those named first, the others a function of
+             seed: by default PAGE_SAMPLES of a page, and SHEET_SAMPLES of a sheet and for a student where none is named;
+             student, a run, or weights in it, to set next to the teacher; measured_units, how many units are read for the figures
+             that need targets.
+    Raises:  CacheError, DataError, ReplayError, with the reason why a cache can't be opened or a picture not be made; StudentError
+             for a student that does not fit the cache. What is wrong with single units is listed under `errors` instead.
     """
     if png is not None:
         refuse_file(png, "--png")
     if html is not None:
         refuse_file(html, "--html")
     opened = open_cache(cache, data)
-    blend_of_codec = quantise_blend(blend)  # refuses before any work is done
+    asked = quantise_blend(
+        (0.5 if student is None else 1.0) if blend is None else blend
+    )  # refuses before any work is done
+    compared = None if student is None else Compared(opened, student)
     commits, errors = _commits(opened)
     measured, agreement, segments = _measure(opened, commits, measured_units, errors)
     identity, manifest = opened.identity, opened.manifest
-    chosen = None if sample is None else find_sample(opened, sample)
+    named = [] if sample is None else [sample] if isinstance(sample, str | int) else list(sample)
+    chosen = list(dict.fromkeys(find_sample(opened, one) for one in named))
     found = Inspection(
         cache=str(cache),
         format=FORMAT,
@@ -117,15 +123,32 @@ def inspect(
         segments_per_cell=segments,
         errors=[f"block {b}, view {v}: {reason}" for (b, v), reason in sorted(errors.items())],
     )
-    if chosen is not None:
-        blend = blend_of_codec / quantise_blend(1.0)
-        found = replace(found, sample=describe_sample(opened, chosen, view, blend))
+    shown, judged = chosen, list[int]()
+    if png is not None or student is not None or (samples is not None and html is None):
+        many = SHEET_SAMPLES if samples is None else samples
+        drawn = _drawn(opened, commits, errors, max(many, len(chosen)), seed, view, chosen)
+        shown = chosen if samples is None and chosen else drawn
+        judged = drawn if student is not None else []
     if png is not None:
-        found = replace(found, png=str(_write_png(opened, commits, chosen, view, png)))
+        refuse_tiles(len(shown))
+    looks = look_at(opened, [*shown, *(one for one in judged if one not in shown)], view, asked)
+    if compared is not None:
+        looks, of_student = compared.compare(looks)
+        found = replace(found, student=of_student)
+    looks = looks[: len(shown)]
+    if looks:
+        found = replace(found, samples=[sample_facts(opened, look) for look in looks])
+    if png is not None:
+        found = replace(found, png=str(_write_png(opened, looks, png)))
     if html is not None:
         usable = {unit: commit for unit, commit in commits.items() if unit not in errors}
-        first = None if chosen is None else (chosen, view)
-        found = replace(found, html=write_page(opened, usable, found, html, samples, seed, first, data))
+        many = PAGE_SAMPLES if samples is None else samples
+        found = replace(
+            found,
+            html=write_page(
+                opened, usable, found, html, many, seed, chosen, view, data, None if compared is None else compared.say
+            ),
+        )
     return found
 
 
@@ -255,17 +278,36 @@ def _count_agreement(cache: Cache, block: int, unit: Unit, name: str, cells: dic
         cells[kind].update(samples=int(rows.sum()), cells=int(rows.sum()) * cache.grid[0] * cache.grid[1])
 
 
-def _write_png(cache: Cache, commits: dict[tuple[int, int], Commit], sample: int | None, view: int, path: Path) -> Path:
-    """The sample's picture, or a sheet of samples of the first block that has this view."""
-    if sample is not None:
-        picture = sample_picture(cache, sample, view)
+def _drawn(
+    cache: Cache,
+    commits: dict[tuple[int, int], Commit],
+    errors: dict[tuple[int, int], str],
+    count: int,
+    seed: int,
+    view: int,
+    first: Sequence[int],
+) -> list[int]:
+    """Samples that have targets in this view, `first` and as many others as make `count`. CacheError where there is none."""
+    refuse_view(cache, view)
+    bad = np.zeros(cache.inventory.n, bool)
+    blocks = [b for (b, v) in sorted(commits) if v == view and (b, v) not in errors]
+    for block in blocks:
+        bad[[cache.inventory.block_range(block)[0] + int(i) for i in commits[block, view].quarantine]] = True
+    drawn = [*first]
+    for chosen in draw_samples(cache, bad, blocks, count, seed, first).values():
+        drawn += [sample for sample in chosen if sample not in first]
+    if not drawn:
+        raise CacheError(f"{cache.root} has no unit of view {view}; give another one with --view")
+    return drawn
+
+
+def _write_png(cache: Cache, looks: Sequence[Look], path: Path) -> Path:
+    """The picture of one sample, or a sheet of several."""
+    if len(looks) == 1:
+        picture = sample_picture(cache, looks[0])
     else:
-        commit = next((c for (_, v), c in sorted(commits.items()) if v == view), None)
-        if commit is None:
-            raise CacheError(f"{cache.root} has no unit of view {view}; give another one with --view")
-        first, stop = cache.inventory.block_range(commit.block)
-        good = np.setdiff1d(np.arange(first, stop), [first + int(i) for i in commit.quarantine])
-        picture = sheet(cache, good[evenly(len(good), SHEET_SAMPLES)].tolist(), view)
+        title = f"{cache.root.name}: {len(looks)} samples, view {looks[0].cached.view}"
+        picture = contact_sheet(cache, looks, title)
     encoded = io.BytesIO()
     picture.save(encoded, "PNG")
     save_file(path, "--png", encoded.getvalue())
@@ -285,10 +327,11 @@ def render(facts: Inspection, console: Console) -> None:
     else:
         for name, value in lines:
             console.print(Text(f"{name}: ").append(value), soft_wrap=True)
-    if facts.sample is not None:
+    if facts.samples is not None:
+        render_samples(facts.samples, console)
+    if facts.student is not None:
         console.print()
-        for line in _sample_lines(facts.sample, console.width if console.is_terminal else None):
-            console.print(Text(printable(line)), soft_wrap=True)
+        render_student(facts.student, console)
     if facts.png is not None:
         console.print(Text(f"picture in {printable(facts.png)}"), soft_wrap=True)
     if (page := facts.html) is not None:
@@ -348,25 +391,3 @@ def _lines(facts: Inspection) -> Iterable[tuple[str, str]]:
         yield "error", error
     if len(facts.errors) > LISTED:
         yield "error", f"and {len(facts.errors) - LISTED} more; see --json"
-
-
-def _sample_lines(sample: SampleFacts, columns: int | None) -> Iterable[str]:
-    """What the sample is, then its cells as aligned columns, in `columns` of the terminal where there is one."""
-    words, mixing = sample.names, sample.mixing
-    mixed = mixing.mode
-    if mixing.partner is not None and mixing.partner_label is not None:
-        mixed += f" with '{mixing.partner}' ({words[mixing.partner_label]}), own share {mixing.own_share:.2f}"
-    yield f"sample {sample.sample} '{sample.key}', label {words[sample.label]}, view {sample.view}, {mixed}"
-    yield f"replay: {sample.replay}"
-    yield f"targets at blend {sample.blend:g} (1 = each cell's own, 0 = the image's: {words[sample.image_class]})"
-    cells = [[printable(words[c]) for c in row] for row in sample.cells]
-    width = min(NAME_CELLS, max(cell_len(word) for row in cells for word in row))
-    if columns is not None:
-        width = max(3, min(width, columns // len(cells[0]) - 2))
-    for row in cells:
-        yield "  " + "  ".join(_fit(word, width) for word in row).rstrip()
-
-
-def _fit(word: str, width: int) -> str:
-    """The word in exactly `width` terminal columns."""
-    return set_cell_size(word, width) if cell_len(word) <= width else set_cell_size(word, width - 1) + "…"

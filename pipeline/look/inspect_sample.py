@@ -1,41 +1,24 @@
-"""One sample of a cache: find it, replay what the teacher saw, show its targets as names and as pictures.
+"""One sample of a cache: find it, replay what the teacher saw, and what is known of its cells.
 
 find      the row of the unit that holds this view of it
 replay    the same pixels from the seed, digest checked, mixed with the partner's
-show      class names in a grid; image, top-1, margin or entropy, and CKF targets as panels
+measure   class, margin and entropy of each cell
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from cskd.codecs import Arrays, Codec
 from cskd.codecs.base import BLEND_ONE, quantise_blend
-from cskd.errors import CacheError, CskdError
-from cskd.pipeline.look.inspection import MixingFacts, SampleFacts
-from cskd.pipeline.look.pictures import (
-    GAP,
-    class_key,
-    class_map,
-    grid,
-    heading,
-    legend,
-    panel,
-    photo,
-    scalar_map,
-    scale_bar,
-    stack,
-)
-from cskd.pipeline.look.wordnet import readable
+from cskd.errors import CacheError
 from cskd.store.cache import Cache
 from cskd.store.format import Unit
-from cskd.teacher.arithmetic import BLENDS
 from cskd.views.digest import Recorded, check_view, pixel_crc
 from cskd.views.maker import ViewMaker
 from cskd.views.mixing import MODES, NONE, own_share
@@ -72,9 +55,14 @@ def cached_view(cache: Cache, sample: int, view: int) -> CachedView:
 
     Raises:  CacheError when the unit is missing or damaged, or the sample is quarantined.
     """
+    refuse_view(cache, view)
+    return view_of(cache, read_units(cache, cache.inventory.block_of(sample), view), sample, view)
+
+
+def refuse_view(cache: Cache, view: int) -> None:
+    """CacheError for a view that a cache does not have."""
     if not 0 <= view < cache.views:
         raise CacheError(f"view {view} is outside this cache's 0..{cache.views - 1}; give one of these with --view")
-    return view_of(cache, read_units(cache, cache.inventory.block_of(sample), view), sample, view)
 
 
 def read_units(cache: Cache, block: int, view: int) -> dict[str, Unit]:
@@ -163,105 +151,3 @@ def entropy(codec: Codec, arrays: Arrays) -> NDArray[np.float64]:
     logs = dense_Khw - dense_Khw.max(0)
     logs -= np.log(np.exp(logs).sum(0))
     return np.asarray(-(np.exp(logs) * logs).sum(0))
-
-
-def describe_sample(cache: Cache, sample: int, view: int, blend: float) -> SampleFacts:
-    """One sample as facts: what it is, how it was mixed, whether it replays, and its grid of class names."""
-    cached = cached_view(cache, sample, view)
-    cells = cell_classes(cache, cached, blend)
-    try:
-        replay(cache, cached)
-        replayed = "equal"
-    except CskdError as e:
-        replayed = f"no: {e}"
-    names = cache.classes
-    shown = {names[c] for c in [*np.unique(cells), cached.label]}
-    mixing = MixingFacts(cached.mode, cached.share)
-    if cached.partner is not None:
-        partner_label = names[int(cached.partner_fields["label"])]
-        box = [int(v) for v in cached.fields["box"]] if cached.mode == "cutmix" else None
-        mixing = MixingFacts(cached.mode, cached.share, cache.inventory.key(cached.partner), partner_label, box)
-        shown.add(partner_label)
-    words = readable(sorted(shown))
-    return SampleFacts(
-        sample=sample,
-        key=cached.key,
-        view=view,
-        seed=f"{int(cached.fields['seed']):016x}",
-        label=names[cached.label],
-        mixing=mixing,
-        replay=replayed,
-        codec=cache.hard_codec,
-        blend=blend,
-        image_class=names[int(cell_classes(cache, cached, 0.0)[0, 0])],
-        cells=[[names[int(c)] for c in row] for row in cells],
-        names=dict(zip(sorted(shown), words, strict=True)),
-    )
-
-
-def sample_picture(cache: Cache, sample: int, view: int, side: int = 320) -> Image.Image:
-    """One sample in six panels, two rows of three, `side` pixels each, with a legend.
-
-    Raises:  as `cached_view` and `replay`.
-    """
-    title, panels, below = _panels(cache, sample, view, side, 3)
-    return grid([[title], panels[:3], panels[3:], [below]])
-
-
-def sheet(cache: Cache, samples: Sequence[int], view: int, side: int = 224) -> Image.Image:
-    """Several samples, one a row of six panels, `side` pixels each, with their legends. Raises as `sample_picture`."""
-    if not samples:
-        raise CacheError("no samples to draw, expected at least one")
-    rows = []
-    for sample in samples:
-        title, panels, below = _panels(cache, sample, view, side, 6)
-        rows += [[title], panels, [below]]
-    return grid(rows)
-
-
-def _panels(
-    cache: Cache, sample: int, view: int, side: int, columns: int
-) -> tuple[Image.Image, list[Image.Image], Image.Image]:
-    """Heading, six panels and legend of one sample; heading and legend are as wide as `columns` panels."""
-    cached = cached_view(cache, sample, view)
-    seen = photo(replay(cache, cached).round().astype(np.uint8), side)
-    maps = [cell_classes(cache, cached, blend) for blend in BLENDS]
-    image_class = int(maps[-1][0, 0])
-    labels = [cached.label]
-    mixed = cached.mode
-    words = readable(cache.classes)
-    if cached.partner is not None:
-        labels.append(int(cached.partner_fields["label"]))
-        mixed = f"{cached.mode} with {words[labels[1]]}, own share {cached.share:.2f}"
-    key = class_key(maps, first=[image_class, *labels])
-    values, bar, title, note, top = _values(cache, cached, side)
-    panels = [
-        panel(seen, "What the teacher saw", mixed),
-        panel(class_map(maps[0], key, side, over=seen), "Top-1 of each cell", "local logits, over the image"),
-        stack([panel(scalar_map(values, 0.0, top, side), title, note), bar], gap=2),
-        panel(class_map(maps[0], key, side), "CKF target, blend 1", "local: each cell for itself"),
-        panel(class_map(maps[1], key, side), "CKF target, blend 0.5", "half local, half global"),
-        panel(class_map(maps[2], key, side), "CKF target, blend 0", "global: the image's top-1"),
-    ]
-    marks = {image_class: ["image's top-1"]}
-    for label, mark in zip(labels, ("label", "partner's label"), strict=False):
-        marks.setdefault(label, []).append(mark)
-    names = {c: f"{words[c]} ({', '.join(marks[c])})" if c in marks else words[c] for c in key.classes}
-    width = columns * side + (columns - 1) * GAP
-    others = len(np.unique(np.stack(maps))) - len(key.classes)
-    head = heading(f"{words[cached.label]}:  {cached.key}, view {view}  (replay: equal)", width)
-    return head, panels, legend(key, names, others, width)
-
-
-def _values(cache: Cache, cached: CachedView, side: int) -> tuple[NDArray[np.float64], Image.Image, str, str, float]:
-    """The panel of numbers: entropy where a codec holds logits, else the margin. Map, scale, title, note, upper end."""
-    soft = [name for name, codec in cache.codecs.items() if codec.soft and codec.cells]
-    if soft:
-        values = entropy(cache.codecs[soft[0]], cached.targets[soft[0]])
-        top = float(np.log(len(cache.classes)))
-        bar = scale_bar("0 sure", f"{top:.1f} knows nothing", side)
-        return values, bar, "Entropy of each cell", f"nats, from {soft[0]}", top
-    name = cache.hard_codec
-    values = margin(cache.codecs[name], cached.targets[name])
-    bar = scale_bar("0 leaves", "1 agrees", side)
-    return values, bar, "Margin of the image's top-1", "blend up to which a cell keeps it", 1.0

@@ -7,8 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 _OPTIONAL = frozenset(
-    ["segments_per_cell", "sample", "png", "html", "partner", "partner_label", "box"]
+    ["segments_per_cell", "samples", "student", "png", "html", "partner", "partner_label", "box", "student_share"]
 )  # not null but absent
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """'27 %'."""
+    return f"{100 * share:.{digits}f} %"
 
 
 @dataclass(frozen=True)
@@ -121,8 +126,39 @@ class MixingFacts:
 
 
 @dataclass(frozen=True)
+class ClassFacts:
+    """A class of one view: its letter and colour in every picture of it, and its share of the cells.
+
+    letter: '' for a class that shares the grey of the rest; colour: '#rrggbb'; roles: of 'image' (the teacher's class of the
+    whole image), 'label', 'partner'; student_share: None without a student.
+    """
+
+    name: str
+    words: str  # for people; another text than `name` for WordNet ids
+    letter: str
+    colour: str
+    roles: Sequence[str]
+    share: float
+    student_share: float | None = None
+
+
+@dataclass(frozen=True)
+class StudentCells:
+    """What a student says of the view: the class of its largest patch logit in each cell, [h][w] names, and the softmax
+    probability of that class, [h][w]; `agreement`: share of the cells whose class is that of the teacher's `cells`."""
+
+    cells: Sequence[Sequence[str]]
+    probability: Sequence[Sequence[float]]
+    agreement: float
+
+
+@dataclass(frozen=True)
 class SampleFacts:
-    """One view of one sample: what it is, whether it replays, and the class of each cell at a blend."""
+    """One view of one sample: what it is, whether it replays, and the class of each cell at a blend.
+
+    cells: names, [h][w], rows from the top; margin: [h][w], blend up to which the cell has the image's class, 1: at every one;
+    classes: all that occur, in the order of their letters.
+    """
 
     sample: int
     key: str
@@ -135,7 +171,37 @@ class SampleFacts:
     blend: float
     image_class: str
     cells: Sequence[Sequence[str]]
-    names: Mapping[str, str]  # of every class that occurs, for people
+    margin: Sequence[Sequence[float]]
+    classes: Sequence[ClassFacts]
+    student: StudentCells | None = None  # None: none was asked for
+
+
+@dataclass(frozen=True)
+class EpochAgreement:
+    """Agreement after an epoch, counted from 1.
+
+    trained: over the views of that epoch with its targets, as training logged it; shown: of the weights that were saved after it,
+    over the views that are shown, with their targets at the blend that is shown. None: not logged, or not saved.
+    """
+
+    epoch: int
+    trained: float | None
+    shown: float | None
+
+
+@dataclass(frozen=True)
+class StudentFacts:
+    """A student that is compared with the teacher, and its agreement over all cells of the views that are shown."""
+
+    run: str
+    weights: str  # which, in words
+    epochs_done: int | None  # None: there is no log next to the weights
+    epochs: int | None  # of its whole training
+    patch_grid: Sequence[int]  # rows, columns of its patches; they are pooled to the teacher's grid
+    agreement: float
+    views: int
+    by_epoch: Sequence[EpochAgreement]
+    notes: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -168,7 +234,8 @@ class Inspection:
     agreement: Mapping[str, Agreement]  # of 'mixed' and 'unmixed' views, where there are any
     segments_per_cell: Segments | None  # None: no envelope was read
     errors: Sequence[str]
-    sample: SampleFacts | None = None  # None: none was asked for
+    samples: Sequence[SampleFacts] | None = None  # None: none was asked for
+    student: StudentFacts | None = None
     png: str | None = None
     html: PageFacts | None = None
 

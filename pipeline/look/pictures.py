@@ -1,7 +1,7 @@
 """Drawing: class maps, scalar maps, captions, legends and grids as Pillow images. Knows no cache and no teacher.
 
-Classes have the colours of Okabe and Ito (2008), numbers those of cividis (Nunez et al., 2018), which people with any
-kind of colour vision can tell apart; every class has a letter, too.
+Classes have the colours of Okabe and Ito (2008) and four more, numbers those of cividis (Nunez et al., 2018), which people with
+any kind of colour vision can tell apart; every class has a letter, too. Pictures, terminal and page share them.
 
 Shapes: h w teacher grid, S side of a panel in pixels.
 """
@@ -22,15 +22,21 @@ Picture = Image.Image
 
 CLASS_COLOURS: tuple[Paint, ...] = (
     (0, 114, 178),  # blue
-    (230, 159, 0),  # orange
     (0, 158, 115),  # green
+    (230, 159, 0),  # orange
     (213, 94, 0),  # vermilion
     (86, 180, 233),  # sky
     (204, 121, 167),  # purple
     (240, 228, 66),  # yellow
+    (88, 70, 170),  # violet
+    (140, 86, 60),  # brown
+    (130, 190, 90),  # lime
+    (240, 110, 140),  # rose
 )
 OTHER: Paint = (178, 178, 178)  # all classes that have no colour of their own
 PAPER: Paint = (255, 255, 255)
+UNUSED = -1
+MAT: Paint = (238, 238, 240)  # round an image that is no square
 INK: Paint = (28, 28, 30)
 FAINT: Paint = (110, 110, 115)
 CIVIDIS = np.array(
@@ -49,34 +55,43 @@ CIVIDIS = np.array(
 )
 GAP = 14  # pixels between panels
 LETTER_CELL = 14  # cells smaller than this, pixels, carry no letter
+PLAIN_CELL = 22  # the same in a small picture among many
 NUMBER_CELL = 26  # and no number below this
 
 
 @dataclass(frozen=True)
 class ClassKey:
-    """Which classes of a picture have a colour and a letter of their own, the same in every panel."""
+    """Which classes of a picture have a colour and a letter of their own, the same in every panel.
 
-    classes: tuple[int, ...]
+    slots: in the order of the colours, UNUSED where a colour is kept free.
+    """
+
+    slots: tuple[int, ...]
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        return tuple(c for c in self.slots if c != UNUSED)
 
     def colour(self, c: int) -> Paint:
-        return CLASS_COLOURS[self.classes.index(c)] if c in self.classes else OTHER
+        return CLASS_COLOURS[self.slots.index(c)] if c in self.slots else OTHER
 
     def letter(self, c: int) -> str:
-        return chr(ord("A") + self.classes.index(c)) if c in self.classes else ""
+        return chr(ord("A") + self.slots.index(c)) if c in self.slots else ""
 
 
 def class_key(maps: Sequence[NDArray[np.integer]], first: Sequence[int] = ()) -> ClassKey:
-    """The key of a picture: `first` those of these classes that occur, then the others by the number of their cells."""
+    """The key of a picture: `first` these slots, whether they occur or not, then the other classes by the number of their cells."""
     classes, counts = np.unique(np.concatenate([np.ravel(m) for m in maps]), return_counts=True)
-    often = [int(c) for c in classes[np.argsort(-counts, kind="stable")]]
-    ordered = dict.fromkeys([*(c for c in first if c in often), *often])
-    return ClassKey(tuple(ordered)[: len(CLASS_COLOURS)])
+    often = [int(c) for c in classes[np.argsort(-counts, kind="stable")] if c not in first]
+    return ClassKey((*first, *often)[: len(CLASS_COLOURS)])
 
 
-def class_map(map_hw: NDArray[np.integer], key: ClassKey, side: int, over: Picture | None = None) -> Picture:
+def class_map(
+    map_hw: NDArray[np.integer], key: ClassKey, side: int, over: Picture | None = None, plain: bool = False
+) -> Picture:
     """One colour a class, a letter in each cell, lines where the class changes: RGB [S, S].
 
-    over: an RGB image that shows through, brought to the panel's size.
+    over: an RGB image that shows through, brought to the panel's size; plain: finer lines, and letters in large cells only.
     """
     colours = np.array([[key.colour(int(c)) for c in row] for row in map_hw], np.uint8)
     picture = _under(_enlarge(colours, side), over)
@@ -84,12 +99,12 @@ def class_map(map_hw: NDArray[np.integer], key: ClassKey, side: int, over: Pictu
     for x0, y0, x1, y1, i, j in _cells(map_hw.shape, side):
         c = int(map_hw[i, j])
         if j + 1 < map_hw.shape[1] and map_hw[i, j + 1] != c:
-            draw.line([(x1, y0), (x1, y1)], PAPER, 2)
+            draw.line([(x1, y0), (x1, y1)], PAPER, 1 if plain else 2)
         if i + 1 < map_hw.shape[0] and map_hw[i + 1, j] != c:
-            draw.line([(x0, y1), (x1, y1)], PAPER, 2)
+            draw.line([(x0, y1), (x1, y1)], PAPER, 1 if plain else 2)
     for x0, y0, x1, y1, i, j in _cells(map_hw.shape, side):
         c = int(map_hw[i, j])
-        if min(x1 - x0, y1 - y0) >= LETTER_CELL:
+        if min(x1 - x0, y1 - y0) >= (PLAIN_CELL if plain else LETTER_CELL):
             size = int(np.clip(min(x1 - x0, y1 - y0) * 0.42, 9, 20))
             _centred(draw, (x0, y0, x1, y1), key.letter(c), size, key.colour(c), outlined=over is not None)
     return picture
@@ -111,6 +126,12 @@ def scalar_map(values_hw: NDArray[np.floating], low: float, high: float, side: i
     return picture
 
 
+def veil_map(clear_hw: NDArray[np.bool_], over: Picture) -> Picture:
+    """An image that shows through where a cell is clear, and is dark elsewhere: RGB of the image's size."""
+    veil = _enlarge(np.where(clear_hw, 0, 255).astype(np.uint8)[..., None].repeat(3, -1), over.width).convert("L")
+    return Image.composite(Image.blend(over, Image.new("RGB", over.size, INK), 0.82), over, veil)
+
+
 def panel(picture: Picture, title: str, note: str = "") -> Picture:
     """A picture with a title and a note under it, each cut to its width."""
     size = int(np.clip(picture.width // 17, 12, 18))
@@ -127,13 +148,22 @@ def panel(picture: Picture, title: str, note: str = "") -> Picture:
     return out
 
 
-def legend(key: ClassKey, names: Mapping[int, str], others: int, width: int, size: int = 15) -> Picture:
-    """Swatch, letter and name of every class of the key, on as many lines of `width` pixels as it takes.
+def legend(
+    key: ClassKey,
+    names: Mapping[int, str] | Sequence[str],
+    others: int,
+    width: int,
+    size: int = 15,
+    only: Sequence[int] | None = None,
+    lines: int | None = None,
+) -> Picture:
+    """Swatch, letter and name of classes of the key, on as many lines of `width` pixels as it takes, or `lines` of them.
 
-    names: of the key's classes at least; others: how many classes have no colour of their own.
+    names: of the key's classes at least; others: how many classes have no colour of their own; only: these classes, by default
+    all of the key.
     """
     face, square = font(size), size + 5
-    items = [(key.colour(c), key.letter(c), names[c]) for c in key.classes]
+    items = [(key.colour(c), key.letter(c), names[c]) for c in (key.classes if only is None else only)]
     if others:
         items.append((OTHER, "", f"{others} other class{'es' if others > 1 else ''}"))
     places, x, y = [], 0, 0
@@ -141,12 +171,14 @@ def legend(key: ClassKey, names: Mapping[int, str], others: int, width: int, siz
     for text in texts:
         wide = square + 8 + int(face.getlength(text))
         if x and x + wide > width:
+            if lines is not None and y // (square + 6) + 1 == lines:
+                break
             x, y = 0, y + square + 6
         places.append((x, y))
-        x += wide + 22
+        x += wide + (22 if lines is None else 12)
     out = Image.new("RGB", (width, y + square), PAPER)
     draw = ImageDraw.Draw(out)
-    for (colour, letter, _), text, (x, y) in zip(items, texts, places, strict=True):
+    for (colour, letter, _), text, (x, y) in zip(items, texts, places, strict=False):
         draw.rectangle((x, y, x + square - 1, y + square - 1), colour)
         _centred(draw, (x, y, x + square, y + square), letter, size - 3, colour, outlined=False)
         draw.text((x + square + 8, y + square / 2), text, INK, face, anchor="lm")
@@ -167,11 +199,21 @@ def scale_bar(low: str, high: str, width: int, size: int = 13) -> Picture:
     return out
 
 
-def heading(text: str, width: int, size: int = 18) -> Picture:
+def heading(text: str, width: int, size: int = 18, faint: bool = False) -> Picture:
     """One line of text, cut to `width` pixels."""
     face = font(size)
     out = Image.new("RGB", (width, _line_height(face)), PAPER)
-    ImageDraw.Draw(out).text((0, 0), cut(text, face, width), INK, face)
+    ImageDraw.Draw(out).text((0, 0), cut(text, face, width), FAINT if faint else INK, face)
+    return out
+
+
+def row(pictures: Sequence[Picture], gap: int) -> Picture:
+    """Pictures next to each other, top-aligned, `gap` pixels between them and none round them."""
+    out = Image.new("RGB", (sum(p.width + gap for p in pictures) - gap, max(p.height for p in pictures)), PAPER)
+    x = 0
+    for picture in pictures:
+        out.paste(picture, (x, 0))
+        x += picture.width + gap
     return out
 
 
@@ -204,6 +246,17 @@ def photo(pixels_HWC: NDArray[np.uint8], side: int) -> Picture:
     """An image at the panel's size."""
     resample = Image.Resampling.LANCZOS if pixels_HWC.shape[0] >= 64 else Image.Resampling.NEAREST
     return Image.fromarray(pixels_HWC).resize((side, side), resample)
+
+
+def fitted_photo(pixels_HWC: NDArray[np.uint8], side: int) -> Picture:
+    """A whole image of any shape in the middle of a square panel."""
+    height, width = pixels_HWC.shape[:2]
+    scale = side / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    resample = Image.Resampling.LANCZOS if max(height, width) >= 64 else Image.Resampling.NEAREST
+    out = Image.new("RGB", (side, side), MAT)
+    out.paste(Image.fromarray(pixels_HWC).resize(size, resample), ((side - size[0]) // 2, (side - size[1]) // 2))
+    return out
 
 
 @cache
@@ -261,12 +314,17 @@ def _centred(
     draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], text: str, size: int, ground: Paint, outlined: bool
 ) -> None:
     """Text in the middle of a box, dark on bright grounds and bright on dark ones."""
-    bright = 0.299 * ground[0] + 0.587 * ground[1] + 0.114 * ground[2] > 125
+    bright = is_bright(ground)
     middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
     if outlined:
         draw.text(middle, text, PAPER, font(size), anchor="mm", stroke_width=2, stroke_fill=INK)
     else:
         draw.text(middle, text, INK if bright else PAPER, font(size), anchor="mm")
+
+
+def is_bright(ground: Paint) -> bool:
+    """Whether dark text is easier to read on it than bright text."""
+    return 0.299 * ground[0] + 0.587 * ground[1] + 0.114 * ground[2] > 125
 
 
 def _line_height(face: ImageFont.FreeTypeFont) -> int:

@@ -21,14 +21,13 @@ from cskd.loading.cached_views import find_sample
 from cskd.pipeline.look.inspect_cache import inspect, render
 from cskd.pipeline.look.inspect_sample import (
     cached_view,
-    describe_sample,
     entropy,
     margin,
     replay,
-    sample_picture,
-    sheet,
 )
-from cskd.pipeline.look.inspection import Inspection, Quarantined, UnitCounts, UnitPlace, Unreadable
+from cskd.pipeline.look.inspection import Inspection, Quarantined, SampleFacts, UnitCounts, UnitPlace, Unreadable
+from cskd.pipeline.look.sheets import sample_picture, sheet
+from cskd.pipeline.look.views_shown import look_at, sample_facts
 from cskd.store.cache import Cache, open_cache
 from cskd.store.manifest import Manifest, write_manifest
 from cskd.views.maker import ViewMaker
@@ -52,6 +51,15 @@ def truth(cache: Cache, sample: int, view: int) -> tuple[torch.Tensor, torch.Ten
     return dense[row : row + 1], image[row : row + 1]
 
 
+def one_sample(facts: Inspection) -> SampleFacts:
+    assert facts.samples is not None and len(facts.samples) == 1
+    return facts.samples[0]
+
+
+def describe_sample(cache: Cache, sample: int, view: int, blend: float) -> SampleFacts:
+    return sample_facts(cache, look_at(cache, [sample], view, quantise_blend(blend))[0])
+
+
 def shown(facts: Inspection, terminal: bool = False, width: int = 80) -> str:
     out = io.StringIO()
     render(facts, Console(file=out, force_terminal=terminal, width=width, no_color=True))
@@ -69,7 +77,7 @@ def test_the_table_counts_what_the_commit_records_say(cache: Cache) -> None:
     envelope = facts.codecs["envelope"]
     assert envelope.bytes == size and envelope.unit_bytes_per_view == size / (3 * 4 + 2 * 5)
     assert 0 < envelope.target_bytes_per_view < envelope.unit_bytes_per_view
-    assert facts.errors == [] and {"sample", "png"}.isdisjoint(facts.facts)
+    assert facts.errors == [] and {"samples", "student", "png"}.isdisjoint(facts.facts)
 
 
 def test_agreement_is_that_of_the_logits_with_the_labels(cache: Cache) -> None:
@@ -183,13 +191,13 @@ def test_without_image_shards_the_table_works_and_the_picture_is_refused(
     cache: Cache, moved: Path, tmp_path: Path
 ) -> None:
     facts = inspect(moved, sample="image002")
-    assert facts.units.present == 5 and facts.sample and facts.sample.cells
-    assert "--data" in facts.sample.replay and facts.sample.replay.startswith("no: ")
+    assert facts.units.present == 5 and one_sample(facts).cells
+    assert "--data" in one_sample(facts).replay and one_sample(facts).replay.startswith("no: ")
     with pytest.raises(DataError, match="--data"):
         inspect(moved, sample="image002", png=tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
-    there = inspect(moved, sample="image002", data=cache.inventory.root).sample
-    assert there and there.replay == "equal"
+    there = inspect(moved, sample="image002", data=cache.inventory.root)
+    assert one_sample(there).replay == "equal"
 
 
 def test_broken_units_are_listed_and_the_rest_is_shown(moved: Path) -> None:
@@ -237,8 +245,7 @@ def test_names_are_shown_as_they_are_in_aligned_columns(cache: Cache, terminal: 
     facts = inspect(cache.root, sample=1, blend=1.0)
     rows = shown(facts, terminal).splitlines()[-3:]
     words = {"a very long class name indeed": "a very long c…", "n01440764": "tench"}
-    assert facts.sample
-    cells = [[words.get(c, c) for c in row] for row in facts.sample.cells]
+    cells = [[words.get(c, c) for c in row] for row in one_sample(facts).cells]
     width = max(len(c) for row in cells for c in row)
     assert rows == [("  " + "  ".join(c.ljust(width) for c in row)).rstrip() for row in cells]
     assert any("bee [bold]" in row for row in rows)
@@ -261,7 +268,7 @@ def test_wide_and_hostile_names_keep_the_columns_and_the_terminal(tmp_path: Path
         for row, shares in zip(text.splitlines()[-3:], cells, strict=True):
             assert cell_len(row) <= 2 + 3 * 14 + 2 * 2
             assert ("[/bold]" in shares) == ("[/bold]" in row)
-    sample_picture(cache, 1, 0)
+    sample_picture(cache, look_at(cache, [1], 0, 0)[0])
 
 
 def test_a_terminal_gets_a_table_and_a_pipe_gets_lines(cache: Cache) -> None:
@@ -273,7 +280,7 @@ def test_a_terminal_gets_a_table_and_a_pipe_gets_lines(cache: Cache) -> None:
 @pytest.mark.parametrize("codecs", [("envelope",), ("int8",), ("topk:3", "envelope")])
 def test_pictures_have_six_panels_of_at_least_224_pixels(tmp_path: Path, codecs: tuple[str, ...]) -> None:
     cache = make_tiny_cache(tmp_path, codecs=codecs, views=1)
-    one = sample_picture(cache, 0, 0)
+    one = sample_picture(cache, look_at(cache, [0], 0, 0)[0])
     several = sheet(cache, [0, 1, 9], 0)
     assert one.width >= 3 * 224 and one.height >= 2 * 224
     assert several.width >= 6 * 224 and several.height >= 3 * 224
@@ -286,10 +293,7 @@ def test_a_png_is_written_for_a_sample_or_for_a_few(cache: Cache, tmp_path: Path
     facts = inspect(cache.root, sample=0, png=tmp_path / "new" / "one.png")
     assert facts.png is not None and facts.png == facts.facts["png"]
     with Image.open(facts.png) as one:
-        assert one.format == "PNG" and one.tobytes() == sample_picture(cache, 0, 0).tobytes()
-    inspect(cache.root, png=tmp_path / "some.png")
-    with Image.open(tmp_path / "some.png") as some:
-        assert some.width >= 6 * 224 and some.height >= 4 * 224
+        assert one.format == "PNG" and one.tobytes() == sample_picture(cache, look_at(cache, [0], 0, 0)[0]).tobytes()
     assert "one.png" in shown(facts)
 
 

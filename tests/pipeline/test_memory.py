@@ -78,9 +78,10 @@ def test_a_step_of_micro_batches_is_the_step_of_the_batch_up_to_rounding(
         # plain SGD: Adam makes the least rounding of a small gradient as large as the learning rate
         train(settings(cached, run, 0.0, method, micro_batch=micro, opt="sgd", clip_grad=None), quiet=True)
         rows[micro] = read_metrics(run)[-1]
+    assert ("agreement" in rows[None]) == (method != "none")
     for micro in (4, 2):
         assert furthest(weights(tmp_path / "None"), weights(tmp_path / str(micro))) < 2e-6
-        for name in ("loss", "loss_label", *(["loss_patch"] if method != "none" else [])):
+        for name in ("loss", "loss_label", *(["loss_patch", "agreement"] if method != "none" else [])):
             assert rows[micro][name] == pytest.approx(rows[None][name], rel=1e-5)
 
 

@@ -10,6 +10,7 @@ from cskd.pipeline.look import pictures
 from cskd.pipeline.look.pictures import (
     CLASS_COLOURS,
     OTHER,
+    UNUSED,
     class_key,
     class_map,
     cut,
@@ -35,11 +36,11 @@ def test_every_cell_of_a_class_map_has_the_colour_of_its_class(h: int, w: int, s
 
 
 def test_named_classes_come_first_then_the_most_frequent_and_the_rest_share_one_colour() -> None:
-    map_hw = np.repeat(np.arange(10), np.arange(10, 0, -1))[None]
-    key = class_key([map_hw], first=[9, 77, 4])
-    assert key.classes == (9, 4, 0, 1, 2, 3, 5)
-    assert [key.colour(c) for c in key.classes] == list(CLASS_COLOURS)
-    assert key.letter(9) == "A" and key.colour(8) == OTHER and key.letter(8) == ""
+    map_hw = np.repeat(np.arange(12), np.arange(12, 0, -1))[None]
+    key = class_key([map_hw], first=[9, 77, UNUSED, 4])
+    assert key.slots == (9, 77, UNUSED, 4, 0, 1, 2, 3, 5, 6, 7) and key.classes == (*key.slots[:2], *key.slots[3:])
+    assert [key.colour(c) for c in key.classes] == [*CLASS_COLOURS[:2], *CLASS_COLOURS[3:]]
+    assert key.letter(9) == "A" and key.letter(4) == "D" and key.colour(8) == OTHER and key.letter(8) == ""
 
 
 def test_class_colours_differ_in_lightness_or_hue_for_colour_blind_readers() -> None:

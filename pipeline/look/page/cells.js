@@ -3,13 +3,13 @@
 function paintDetail() {
   if (!opened) return;
   const { sample, view, facts, cells } = opened;
-  const classes = classesAt(view, blendNow());
+  const classes = classesShown(view);
   const colours = coloursOf(sample, view);
   const w = DATA.grid[1];
   const bright = ([r, g, b]) => 0.299 * r + 0.587 * g + 0.114 * b > 140;
   cells.forEach((cell, i) => {
     const slot = slotOf(facts, classes[i]);
-    const edge = state.over === "classes";
+    const edge = state.over === "classes" || state.over === "student";
     cell.style.backgroundColor = `rgb(${colours[i].join(" ")} / ${state.opacity}%)`;
     cell.classList.toggle("right-edge", edge && (i + 1) % w !== 0 && classes[i + 1] !== classes[i]);
     cell.classList.toggle("low-edge", edge && i + w < CELLS && classes[i + w] !== classes[i]);
@@ -83,7 +83,7 @@ function point(cell) {
   pointed = cell;
   opened.cells.forEach((one, i) => one.classList.toggle("at", i === cell));
   if (cell !== null) opened.cells.forEach((one, i) => one.setAttribute("tabindex", i === cell ? "0" : "-1"));
-  paintReadout(classesAt(opened.view, blendNow()));
+  paintReadout(classesShown(opened.view));
 }
 
 function paintReadout(classes) {
@@ -91,6 +91,19 @@ function paintReadout(classes) {
   if (pointed === null) {
     const same = classes.filter((c) => c === view.teacher).length;
     const kinds = new Set(classes).size;
+    if (state.over === "student") {
+      const text = view.said
+        ? make(
+            "p",
+            {},
+            "The student says what the cell is taught at this step in ",
+            make("b", {}, percent(agreementAt(view, blendNow()), 0)),
+            ` of ${counted(CELLS, "cell")}; ${kinds} ${kinds === 1 ? "class" : "classes"} in all.`,
+          )
+        : make("p", {}, "Without the view there is nothing that the student could see.");
+      readout.replaceChildren(text);
+      return;
+    }
     readout.replaceChildren(
       make(
         "p",
@@ -137,7 +150,7 @@ function paintReadout(classes) {
     make(
       "p",
       {},
-      make("b", {}, nameOf(classes[pointed])),
+      make("b", {}, `${state.over === "student" && view.said ? "The student says " : ""}${nameOf(classes[pointed])}`),
       ` in row ${Math.floor(pointed / w) + 1}, column ${(pointed % w) + 1}; ${keeps}${soft}`,
     ),
     make(

@@ -225,8 +225,31 @@ function drawCharts() {
     ),
     bytesChart(),
     agreementChart(agreement, blends),
+    ...(DATA.student && DATA.student.by_epoch.length ? [studentChart(DATA.student.by_epoch)] : []),
   ];
   $("charts").replaceChildren(...figures);
+}
+
+// What training logged, or what the kept weights say, epoch by epoch.
+function studentChart(rows) {
+  const logged = rows.some((row) => row.trained !== null);
+  const values = rows.map((row) => (logged ? row.trained : row.shown) || 0);
+  const every = Math.ceil(rows.length / 12);
+  const said = (x) => (x === null ? "–" : percent(x));
+  return chart(
+    "Agreement of the student, by epoch",
+    logged
+      ? "Share of the cells of which it says the target of that epoch, over all views of the epoch."
+      : "Share of the cells of which its weights after that epoch say the target, on the views that were compared.",
+    columns(
+      values,
+      rows.map((row, i) => (i % every ? "" : String(row.epoch))),
+      rows.map((row, i) => `epoch ${row.epoch}: ${percent(values[i])}`),
+      "var(--accent)",
+      Math.max(...values, 0.01) * 1.05,
+    ),
+    [["epoch", "in training", "compared views"], ...rows.map((row) => [row.epoch, said(row.trained), said(row.shown)])],
+  );
 }
 
 function agreementChart(agreement, blends) {

@@ -31,9 +31,7 @@ function drawOverview() {
       "bad",
       [
         reasons[0],
-        ...(reasons.length > 1
-          ? [`and ${counted(reasons.length - 1, "reason")} more: each sample says its own`]
-          : []),
+        ...(reasons.length > 1 ? [`and ${counted(reasons.length - 1, "reason")} more: each sample says its own`] : []),
       ],
     );
   }
@@ -130,6 +128,15 @@ function drawOverview() {
           ? `from ${DATA.soft}; its entropy can be drawn over the image`
           : "none: only int8 and topk hold logits",
       ],
+      ...(DATA.student
+        ? [
+            [
+              "Student",
+              `${DATA.student.run} (${DATA.student.weights}); agrees in ${percent(DATA.student.agreement)} of the cells of ${counted(DATA.student.views, "view")}`,
+            ],
+            ...DATA.student.notes.map((note) => ["…", note]),
+          ]
+        : []),
       ["Begun with", `decay ${about.recorded}, ${number(about.epochs)} epochs`],
       ["Made with", about.versions],
     ]),

@@ -123,12 +123,7 @@ function drawDetail() {
       make(
         "figure",
         { class: "big" },
-        make(
-          "div",
-          { class: "frame" },
-          picture(view, `View ${view.v} of ${sample.key}, as the teacher saw it`),
-          grid,
-        ),
+        make("div", { class: "frame" }, picture(view, `View ${view.v} of ${sample.key}, as the teacher saw it`), grid),
         overlayTools(),
       ),
       make("div", { class: "side" }, original(sample, view), seen(sample, view)),
@@ -263,6 +258,10 @@ function viewFacts(sample, view) {
       ? make("span", { class: "ok" }, `✓ digest ${view.digest}: the pixels and the mixing the teacher saw`)
       : make("span", { class: "no" }, `✗ ${view.error}`),
   ]);
+  if (view.said) {
+    const shares = [DATA.one, DATA.one / 2, 0].map((blend) => percent(agreementAt(view, blend), 0));
+    rows.push(["Student", `says the class of the target in ${shares.join(" / ")} of the cells at blends 1 / 0.5 / 0`]);
+  }
   rows.push(["Seed", make("code", {}, view.seed)]);
   rows.push([
     "Cells",

@@ -53,7 +53,12 @@ const DEFAULTS = {
   theme: "",
 };
 const state = { ...DEFAULTS };
-const OVERLAYS = { classes: "Classes", margin: "Margin", ...(DATA.soft ? { entropy: "Entropy" } : {}) };
+const OVERLAYS = {
+  classes: "Classes",
+  margin: "Margin",
+  ...(DATA.soft ? { entropy: "Entropy" } : {}),
+  ...(DATA.student ? { student: "Student" } : {}),
+};
 
 // What a stranger's address may hold: anything else is left as it was at the start.
 const ALLOWED = {

@@ -1,20 +1,7 @@
 // What a cell is taught. Whole numbers are compared, so this is, class for class, what stage 2 reads from the cache.
 
 const CELLS = DATA.grid[0] * DATA.grid[1];
-const COLOURS = [
-  [0, 114, 178],
-  [0, 158, 115],
-  [230, 159, 0],
-  [204, 121, 167],
-  [86, 180, 233],
-  [213, 94, 0],
-  [240, 228, 66],
-  [88, 70, 170],
-  [140, 86, 60],
-  [130, 190, 90],
-  [225, 90, 130],
-  [150, 150, 150],
-];
+const COLOURS = DATA.colours; // the palette of pictures.py, that of the rest last
 const OTHER = COLOURS.length - 1;
 const CIVIDIS = [
   [0, 34, 78],
@@ -56,17 +43,9 @@ function marginsOf(view) {
 const known = new WeakMap();
 function about(sample, view) {
   if (known.has(view)) return known.get(view);
-  const local = new Map();
-  for (let step = 0; step <= 8; step++) {
-    for (const c of classesAt(view, (DATA.one * step) / 8)) local.set(c, (local.get(c) || 0) + 1);
-  }
-  const slots = new Map([[view.teacher, 0]]);
-  if (!slots.has(sample.label)) slots.set(sample.label, 1);
-  if (view.partner && !slots.has(view.partner.label)) slots.set(view.partner.label, 2);
-  let free = 3;
-  for (const [c] of [...local].sort((a, b) => b[1] - a[1] || a[0] - b[0])) {
-    if (!slots.has(c)) slots.set(c, Math.min(free++, OTHER));
-  }
+  const local = new Set([view.teacher, ...view.c, ...(view.said || [])]);
+  const slots = new Map(view.slots.map((c, slot) => [c, slot]).filter(([c]) => c >= 0));
+  for (const c of local) if (!slots.has(c)) slots.set(c, OTHER);
   const facts = { slots, margins: marginsOf(view), stories: {} };
   known.set(view, facts);
   return facts;
@@ -82,12 +61,20 @@ function ramp(x) {
   return CIVIDIS[low].map((v, k) => Math.round(v + (CIVIDIS[low + 1][k] - v) * (at - low)));
 }
 
+// The classes that are drawn: what the cells are taught now, or what the student says of them.
+const classesShown = (view) => (state.over === "student" && view.said ? view.said : classesAt(view, blendNow()));
+
+// Share of the cells of which the student says what they are taught at a blend.
+function agreementAt(view, blend) {
+  return classesAt(view, blend).filter((c, cell) => c === view.said[cell]).length / CELLS;
+}
+
 // The colour of each cell, as the overlay that is chosen has it.
 function coloursOf(sample, view) {
   const facts = about(sample, view);
   if (state.over === "margin") return facts.margins.map(ramp);
   if (state.over === "entropy" && view.entropy) return view.entropy.map((x) => ramp(x / Math.log(DATA.classes)));
-  return classesAt(view, blendNow()).map((c) => COLOURS[slotOf(facts, c)]);
+  return classesShown(view).map((c) => COLOURS[slotOf(facts, c)]);
 }
 
 // Cells of each slot at every step of the chosen decay: [step][slot].
