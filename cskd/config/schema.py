@@ -170,7 +170,8 @@ class CacheConfig(Section):
     """Where the cache lies and what it holds."""
 
     path: Annotated[str, Unit("folder")] = ""
-    """Folder of the cache. Empty: `loss.method: none` trains from `data.train` alone, with no cache and no teacher."""
+    """Folder of the cache. Empty, or nothing there yet: `loss.method: none` trains from `data.train` alone, with no cache and no
+    teacher."""
     views: Annotated[int, Ge(1), Le(100_000), Unit("views per image")] = 6
     """Views that stage 1 makes."""
     codecs: Annotated[list[str], Len(1), Predicate(distinct)] = field(default_factory=lambda: ["envelope"])
