@@ -225,7 +225,7 @@ def _schedule(setup: Setup) -> Found:
 def _student(setup: Setup) -> Found:
     student = setup.student
     rows, columns = student.patch_grid
-    return f"{setup.config.student.model}, {rows} x {columns} patches", student.notes
+    return f"{setup.config.student.model}, {rows} x {columns} {student.cells}", student.notes
 
 
 def _plan(setup: Setup) -> Found:
@@ -249,7 +249,8 @@ def _grid(setup: Setup) -> Found:
     notes = setup.student_notes()
     if not setup.trains_patches:
         return f"{setup.config.loss.method} reads the image's logits alone", notes
-    return "{} x {} patches on {} x {} cells".format(*setup.student.patch_grid, *setup.grid), notes
+    student = setup.student
+    return "{} x {} {} on {} x {} of the teacher".format(*student.patch_grid, student.cells, *setup.grid), notes
 
 
 def _run(setup: Setup) -> Found:

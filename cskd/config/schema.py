@@ -191,10 +191,10 @@ class CacheConfig(Section):
 
 @dataclass(frozen=True)
 class StudentConfig(Section):
-    """The ViT."""
+    """The student, a model of timm."""
 
     model: str = ""
-    """A timm name."""
+    """A timm name: a ViT, or another model whose last features have a grid of cells (docs/STUDENTS.md)."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments for `timm.create_model`."""
     init: str | None = None
