@@ -18,6 +18,7 @@ from cskd.config import Config
 from cskd.dataset.inventory import Inventory
 from cskd.errors import ImageError, shortened
 from cskd.files.durable import put
+from cskd.loading.plan import views_needed
 from cskd.loading.sources import LiveViews
 from cskd.loading.stream import Stream
 from cskd.loading.targets import LiveTargets, NoTargets
@@ -76,7 +77,7 @@ def open_baseline(config: Config, ranks: Ranks, online: bool, quiet: bool) -> tu
 
 
 def _baseline_note(config: Config, views: int) -> str:
-    needed = -(-config.train.epochs // config.train.repeats) * config.train.repeats
+    needed = views_needed(config.train)
     again = "none is used twice" if views >= needed else f"each is used up to {-(-needed // views)} times"
     path = Path(config.cache.path)
     where = (

@@ -22,7 +22,7 @@ from cskd.config import Config, RecipeConfig, TrainConfig
 from cskd.dataset.inventory import Inventory, evenly, open_inventory
 from cskd.errors import CacheError, ConfigError, DataError, ImageError, StudentError, one_line
 from cskd.loading.need import PREFETCH, refuse_little_memory
-from cskd.loading.plan import PlanSpec
+from cskd.loading.plan import PlanSpec, views_needed
 from cskd.loading.raw_batches import batch_bytes, refuse_device_views
 from cskd.loading.sources import LiveViews, ViewSource
 from cskd.machine.arithmetic import half
@@ -296,7 +296,7 @@ def baseline_views(config: Config) -> int:
         )
     if config.cache.path:
         return views or cached_views(config)
-    return views or -(-config.train.epochs // repeats) * repeats
+    return views or views_needed(config.train)
 
 
 def need_training_images(config: Config) -> None:

@@ -260,6 +260,9 @@ class TrainConfig(Section):
     so that no view is used twice."""
     repeats: Annotated[int, Ge(1), Le(1000), Unit("views per image")] = 1
     """Views of an image in one epoch (repeated augmentation); divides `recipe.mix_group` and `views`."""
+    repeats_draw: Literal["cover", "random"] = "cover"
+    """Which 1/`repeats` of the images an epoch takes: `cover`, another one in each of `repeats` epochs; `random`, drawn for
+    every epoch, so that an image may come again before all have come, as RASampler of DeiT and the CSKD authors does it."""
     seed: int = 0
     """Every draw of training follows from it; those of the views follow from `recipe.seed`."""
     opt: str = "adamw"
@@ -276,6 +279,9 @@ class TrainConfig(Section):
     """First learning rate."""
     min_lr: Annotated[float, Ge(0)] = 1e-5
     """Last learning rate."""
+    lr_every: Literal["step", "epoch"] = "step"
+    """How often the learning rate changes. `epoch`: one value per epoch, that of the epoch before, as DeiT and the CSKD authors
+    step timm's scheduler: the first two epochs have `warmup_lr`."""
     clip_grad: Annotated[float | None, Gt(0), Unit("norm")] = None
     """Largest norm of the gradient; null = no limit."""
     ema: Annotated[float | None, Ge(0), Lt(1), Unit("decay per step")] = None

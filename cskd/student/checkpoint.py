@@ -39,6 +39,7 @@ from cskd.student.resume import ResumeStates, TrainState, put_file, put_weights
 __all__ = ["MODEL", "MODEL_BEST", "MODEL_EMA", "MODEL_LAST", "ResumeStates", "TrainState", "export", "load_student"]
 
 MAX_ARGUMENT, MAX_BLOCKS_OF_VIT = 65_536, 256  # of a ViT's constructor; the largest have 6,144 features and 64 blocks
+MAX_TABLES = 1 << 30  # bytes of buffers that no file holds, such as attention masks
 _COUNTS = ("depth", "layer", "block")  # parts of names of arguments that say how many modules there are
 MODEL = "model.safetensors"
 MODEL_LAST = "model_last.safetensors"
@@ -181,8 +182,10 @@ def load_student(path: Path) -> tuple[Student, dict[str, Any]]:
         expected = sum(t.nbytes for t in own.values())
         if expected > 4 * weights.stat().st_size:  # float32 from 8 bits
             raise ValueError(f"the model it describes has {expected} bytes")
+        if (tables := sum(t.nbytes for t in described.buffers())) > MAX_TABLES:
+            raise ValueError(f"the model it describes makes tables of {tables} bytes")
         tensors = read_weights(weights, own).tensors
-        student = build_student(config, classes, size, trained=True)
+        student = build_student(config, classes, size, trained=True, layout=getattr(described, "layout", None))
         if odd := first_not_finite(tensors):
             raise ValueError(f"its {odd} is not finite")
         student.trained = recorded_heads(facts, student.distilled)

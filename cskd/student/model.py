@@ -26,7 +26,7 @@ from cskd.errors import StudentError
 from cskd.files.weights import READ_BY_TIMM
 from cskd.method.losses import StudentOutput, trained_heads
 from cskd.near import did_you_mean
-from cskd.student.cells import cell_logits, measure
+from cskd.student.cells import Layout, cell_logits, measure
 from cskd.student.heads import HEADS, UNTRAINED, heads_of, shared_head_note, untrained_note
 from cskd.student.warm_start import start_from
 from cskd.views.fit import Grid, multiples, patch_notes, unseen
@@ -192,9 +192,16 @@ class MapStudent(Student):
 
     cells = "cells"
 
-    def __init__(self, backbone: nn.Module, config: StudentConfig, image_size: Grid) -> None:
-        self.layout, about = measure(config.model, backbone, image_size)
+    def __init__(
+        self, backbone: nn.Module, config: StudentConfig, image_size: Grid, layout: Layout | None = None
+    ) -> None:
+        self.layout, about = (layout, []) if layout else measure(config.model, backbone, image_size)
         super().__init__(cast(VisionTransformer, backbone), config, image_size)
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules()):
+            about.append(
+                f"{config.model} has batch norms: their statistics are of the views that one rank feeds at once, so "
+                "train.micro_batch and the number of ranks change the result"
+            )
         self.notes = [*about, *self.notes]
 
     def forward(self, images: Tensor, teacher_grid: Grid | None = None) -> StudentOutput:
@@ -260,11 +267,18 @@ def head_names(student: Student) -> list[str]:
     return list(eval_heads(output, student.trained))
 
 
-def build_student(config: StudentConfig, num_classes: int, image_size: int | Grid, trained: bool = False) -> Student:
+def build_student(
+    config: StudentConfig,
+    num_classes: int,
+    image_size: int | Grid,
+    trained: bool = False,
+    layout: Layout | None = None,
+) -> Student:
     """The ViT of a config, with fresh weights or those of `student.init`.
 
     Args:    num_classes of the cache; image_size of its views, pixels (of a square) or (height, width); trained: it is one
-             that was trained like that, so patches that leave pixels out are noted, not refused.
+             that was trained like that, so patches that leave pixels out are noted, not refused; layout: of a `MapStudent` of
+             the same config, where it was measured already.
     Returns: a Student on the CPU; its `notes` are what the user should know.
     Raises:  StudentError for a model whose output has no grid of cells, kwargs it doesn't take, patches that leave pixels out, or
              an unusable checkpoint.
@@ -272,7 +286,11 @@ def build_student(config: StudentConfig, num_classes: int, image_size: int | Gri
     size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
     _check_name(config.model)
     model, arguments = _create(config, num_classes, _model_kwargs(config, size))
-    student = (Student if _is_plain(config.model, model) else MapStudent)(cast(VisionTransformer, model), config, size)
+    student = (
+        Student(cast(VisionTransformer, model), config, size)
+        if _is_plain(config.model, model)
+        else MapStudent(model, config, size, layout)
+    )
     student.arguments = arguments
     if student.misfit and not trained:
         raise StudentError(student.misfit)

@@ -111,6 +111,28 @@ def test_a_baseline_that_was_cut_resumes_whether_or_not_a_cache_was_made_meanwhi
     assert weights(base / "whole") == weights(base / "cut")
 
 
+@pytest.mark.parametrize("model", ["deit_tiny_distilled_patch16_224", "vit_tiny_patch16_224"])
+def test_a_checkpoint_is_fine_tuned_at_another_size_and_on_other_classes(
+    base: Path, tmp_path: Path, model: str
+) -> None:
+    """As configs/cifar10_transfer.yaml, from a made checkpoint of 1,000 classes with a distillation token."""
+    shape: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    vit = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=1000, img_size=48, **shape)
+    torch.save({"model": vit.state_dict()}, tmp_path / "w.pth")
+    settings = alone(
+        base,
+        f"fine {model}",
+        student={"model": model, "kwargs": shape, "init": str(tmp_path / "w.pth")},
+        train={"epochs": 2, "opt": "sgd", "repeats_draw": "random", "lr_every": "epoch", "warmup_epochs": 0},
+    )
+    report = train(settings, quiet=True)
+    said = " ".join(report.notes)
+    assert "views 0 to 5" in said and "none is used twice" in said  # three of the first epoch, three of the second
+    assert "from 6 x 6 to 4 x 4 patches" in said and "(1000 classes) was dropped: the student has 5" in said
+    assert ("distillation token" in said and "left out" in said) == model.startswith("vit")
+    assert evaluate_checkpoint(base / f"fine {model}", base / "val", 8, 0, None, "cpu", quiet=True).score == "class"
+
+
 def test_what_is_missing_is_said_with_the_way_on(base: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.train is empty"):
         train(alone(base, "x", data={"train": ""}), quiet=True)

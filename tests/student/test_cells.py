@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,36 @@ def test_the_export_is_timms_and_starts_others(family: str, tmp_path: Path) -> N
     mine, theirs = other.backbone.state_dict(), student.backbone.state_dict()
     same = [name for name in mine if mine[name].shape == theirs[name].shape and torch.equal(mine[name], theirs[name])]
     assert set(mine) - set(same) <= {"head.fc.weight", "head.fc.bias", "head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"pretrained_cfg": {"input_size": [3, 65536, 65536]}}, "makes tables of [0-9]+ bytes"),
+        ({"model_args": {"depths": [257, 1, 1]}}, "beyond any"),
+        ({"model_args": {"window_size": {"a": [65537]}}}, "beyond any"),
+        ({"architecture": "crossvit_tiny_240"}, "list of 2 features|can't be built"),
+    ],
+)
+def test_a_config_that_asks_for_more_than_its_weights_is_refused_before_it_takes_memory(
+    tmp_path: Path, change: dict[str, Any], reason: str
+) -> None:
+    run = from_dict({"loss": {"method": "none"}, "train": {"output": str(tmp_path), "epochs": 1, "warmup_epochs": 0}})
+    student = build("Swin")
+    export(tmp_path, student, Optimisation(student, run.train, 1), run, list("abcde"))
+    facts = json.loads((tmp_path / "config.json").read_text())
+    for key, value in change.items():
+        facts[key] = facts[key] | value if isinstance(value, dict) else value
+    facts["model_args"].pop("img_size")
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(StudentError, match=reason):
+        load_student(tmp_path)
+
+
+def test_batch_norms_are_said() -> None:
+    with torch.device("meta"):
+        student = build_student(StudentConfig("resnet18"), 5, 64)
+    assert any("batch norms: their statistics are of the views that one rank" in note for note in student.notes)
 
 
 def test_a_swin_starts_from_a_checkpoint_of_another_resolution(tmp_path: Path) -> None:
