@@ -130,7 +130,10 @@ def test_the_export_is_timms_and_starts_others(family: str, tmp_path: Path) -> N
     [
         ({"pretrained_cfg": {"input_size": [3, 1024, 1024]}, "model_args": {"window_size": 256}}, "has [0-9]+ bytes"),
         (
-            {"pretrained_cfg": {"input_size": [3, 16384, 16384]}, "model_args": {"depths": [2, 1, 1], "window_size": 8}},
+            {
+                "pretrained_cfg": {"input_size": [3, 16384, 16384]},
+                "model_args": {"depths": [2, 1, 1], "window_size": 8},
+            },
             "makes tables of [0-9]+ bytes",
         ),
         ({"model_args": {"depths": [257, 1, 1]}}, "beyond any"),
