@@ -187,7 +187,7 @@ MISTAKES = [
     ),
     (
         "train DIR/c.yaml --set student.model=resnet50",
-        ["resnet50 can't be built with", "unexpected keyword argument 'patch_size'); mend student.kwargs"],
+        ["resnet50 can't be built with", "got an unexpected keyword argument", "mend student.kwargs"],
     ),
     (
         "train DIR/c.yaml --set student.kwargs.patchsize=8",
