@@ -84,7 +84,7 @@ def _baseline_note(config: Config, views: int) -> str:
         f" (cache.path {shortened(absent(path), 110)} is not there)" if config.cache.path and not path.exists() else ""
     )
     return (
-        f"loss.method none: no cache{where} and no teacher; views 0 to {views - 1} are made from data.train by the config's recipe, "
+        f"loss.method {config.loss.method}: no cache{where} and no teacher; views 0 to {views - 1} are made from data.train by the config's recipe, "
         f"as stage 1 would make them, and {again}"
     )
 

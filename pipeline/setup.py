@@ -29,7 +29,7 @@ from cskd.machine.arithmetic import half
 from cskd.machine.devices import named_device, pick_device
 from cskd.machine.launch import launched
 from cskd.machine.threads import Threads, choose_threads
-from cskd.method.losses import DistillationLoss
+from cskd.method.losses import DistillationLoss, needs_teacher
 from cskd.pipeline.conflicts import refuse_conflicts
 from cskd.store.cache import Cache, open_cache
 from cskd.store.format import MANIFEST
@@ -70,7 +70,7 @@ class Setup:
     def makes_cache(self) -> bool:
         """Whether stage 1 is for this config: not for a baseline without a teacher, nor where a cache is read that is there."""
         config = self.config
-        baseline = config.loss.method == "none" and not (config.cache.path and config.teacher.model)
+        baseline = not needs_teacher(config.loss) and not (config.cache.path and config.teacher.model)
         return not (self.online or baseline or self.source is not None)
 
     @property
@@ -270,7 +270,7 @@ def from_images(config: Config, begun: Mapping[str, Any] | None = None) -> bool:
 
     begun: the record of the run that goes on. Its views stay what they were when a cache is made meanwhile.
     """
-    if config.loss.method != "none":
+    if needs_teacher(config.loss):
         return False
     if not config.cache.path or (begun is not None and is_baseline_name(begun.get("cache"))):
         return True

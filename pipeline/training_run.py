@@ -31,7 +31,7 @@ from cskd.loading.tasks import RunTasks
 from cskd.machine.arithmetic import arithmetic
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import Threads, begun_with
-from cskd.method.losses import terms_of
+from cskd.method.losses import needs_teacher, terms_of
 from cskd.pipeline.conflicts import (
     as_begun,
     changed_on_resume,
@@ -281,7 +281,7 @@ def _open_views(
 
     Method none needs no targets: it reads a cache only where cache.path names one that is there. alone: see `from_images`.
     """
-    if alone or (online and config.loss.method == "none"):
+    if alone or (online and not needs_teacher(config.loss)):
         source, nothing, about = open_baseline(config, ranks, online, quiet)
         notes.add(about)
         return source, nothing

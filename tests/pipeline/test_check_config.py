@@ -53,6 +53,7 @@ def test_a_config_of_stage_1_alone_is_fine(base: Path) -> None:
         ["cache.path=", "teacher.model="],
         ["cache.path={}/nowhere", "teacher.model="],
         ["cache.path={}/nowhere", "teacher.model=", "data.val="],
+        ["cache.path=", "teacher.model=", "loss.method=terms", "loss.terms=[{{head: class, target: label}}]"],
     ],
 )
 def test_a_baseline_is_looked_at_to_the_end_with_no_cache_and_no_teacher(base: Path, sets: list[str]) -> None:
@@ -63,3 +64,8 @@ def test_a_baseline_is_looked_at_to_the_end_with_no_cache_and_no_teacher(base: P
         ("loss", "the grid", "the run"), "ok"
     )
     assert rows["the run"].found == "will be begun"
+
+
+def test_a_term_that_reads_a_teacher_needs_one_whatever_the_method(base: Path) -> None:
+    sets = ["loss.method=none", "cache.path=", "teacher.model=", "loss.terms=[{head: class, target: global}]"]
+    assert {"cache.path", "teacher"} <= set(wrong(check_config(base / "c.yaml", sets)))
