@@ -192,7 +192,7 @@ def _cache_back(old: Any, new: Any, online: bool) -> str:
     if online or all(alone):
         return "restore data.train, recipe and teacher as they were"
     if alone[0]:
-        return "it was begun with an empty cache.path, set it so"
+        return "it was begun on images alone: restore loss.method none"
     return "set cache.path to the cache that it was begun with"
 
 

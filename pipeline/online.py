@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 
 from cskd.config import Config
 from cskd.dataset.inventory import Inventory
-from cskd.errors import ConfigError, ImageError
+from cskd.errors import ConfigError, ImageError, shortened
 from cskd.files.durable import put
+from cskd.loading.plan import views_needed
 from cskd.loading.sources import LiveViews
 from cskd.loading.stream import Stream
 from cskd.loading.targets import LiveTargets, NoTargets
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import choose_threads
+from cskd.near import absent
 from cskd.pipeline.clean_check import clean_check
 from cskd.pipeline.measure_precision import measure_precision
 from cskd.pipeline.precheck import BEFORE_TEACHER, ON_GRID, refuse
@@ -77,10 +79,14 @@ def open_baseline(config: Config, ranks: Ranks, online: bool, quiet: bool) -> tu
 
 
 def _baseline_note(config: Config, views: int) -> str:
-    needed = -(-config.train.epochs // config.train.repeats) * config.train.repeats
+    needed = views_needed(config.train)
     again = "none is used twice" if views >= needed else f"each is used up to {-(-needed // views)} times"
+    path = Path(config.cache.path)
+    where = (
+        f" (cache.path {shortened(absent(path), 110)} is not there)" if config.cache.path and not path.exists() else ""
+    )
     return (
-        f"loss.method none: no cache and no teacher; views 0 to {views - 1} are made from data.train by the config's recipe, "
+        f"loss.method {config.loss.method}: no cache{where} and no teacher; views 0 to {views - 1} are made from data.train by the config's recipe, "
         f"as stage 1 would make them, and {again}"
     )
 

@@ -21,7 +21,7 @@ from cskd.pipeline.codec_tables import refuse_head
 from cskd.pipeline.conflicts import as_begun, refuse_other_run, run_identity
 from cskd.pipeline.outputs import refuse_cache_output, refuse_run_output, refuse_without_links
 from cskd.pipeline.run_state import PROGRESS
-from cskd.pipeline.setup import Setup, image_sizes, view_notes, with_best
+from cskd.pipeline.setup import Setup, from_images, image_sizes, view_notes, with_best
 from cskd.store.cache import open_cache, refuse_other_identity
 from cskd.student.checkpoint import ResumeStates
 from cskd.student.optim import refuse_schedule
@@ -66,18 +66,21 @@ class Notes:
 def findings(checks: Iterable[Check], setup: Setup) -> list[Finding]:
     """Each check with what was found, all of them whatever is wrong."""
     found: dict[str, Finding] = {}
+    failed: set[str] = set()  # what is not asked for keeps nothing else from being looked at
     for check in checks:
         if why := _not_asked(check, setup):
             found[check.name] = Finding(check, "open", why, [])
             continue
-        if waits := [name for name in check.needs if name in found and found[name].state != "ok"]:
+        if waits := [name for name in check.needs if name in failed]:
             found[check.name] = Finding(check, "open", f"can't be looked at without {waits[0]}", [])
+            failed.add(check.name)
             continue
         try:
             text, notes = check.look(setup)
             found[check.name] = Finding(check, "ok", text, notes)
         except (CskdError, OSError) as e:
             found[check.name] = Finding(check, "wrong", shown(e), [], e)
+            failed.add(check.name)
     return list(found.values())
 
 
@@ -109,7 +112,7 @@ def _not_asked(check: Check, setup: Setup) -> str:
     """Why a check is not for this config; '' where it is."""
     config = setup.config
     if check.of == "cache" and not setup.makes_cache:
-        return "a cache is read, no teacher runs" if setup.source is not None else "no cache is made"
+        return "a cache is read, no teacher runs" if setup.source is not None else "no cache is made, no teacher runs"
     if check.name == "data.val":
         return "" if config.data.val else "empty: nothing is evaluated"
     if check.of in ("student", "machine") and not config.student.model:
@@ -220,7 +223,7 @@ def _weight_file(setup: Setup) -> Found:
 
 def _init_file(setup: Setup) -> Found:
     init = setup.config.student.init
-    return str(checkpoint_file(Path(init)) if init else None), []
+    return str(checkpoint_file(Path(init))) if init else "none: first weights are drawn from train.seed", []
 
 
 def _schedule(setup: Setup) -> Found:
@@ -232,7 +235,7 @@ def _schedule(setup: Setup) -> Found:
 def _student(setup: Setup) -> Found:
     student = setup.student
     rows, columns = student.patch_grid
-    return f"{setup.config.student.model}, {rows} x {columns} patches", student.notes
+    return f"{setup.config.student.model}, {rows} x {columns} {student.cells}", student.notes
 
 
 def _plan(setup: Setup) -> Found:
@@ -256,7 +259,8 @@ def _grid(setup: Setup) -> Found:
     notes = setup.student_notes()
     if not setup.trains_patches:
         return f"{setup.config.loss.method} reads the image's logits alone", notes
-    return "{} x {} patches on {} x {} cells".format(*setup.student.patch_grid, *setup.grid), notes
+    student = setup.student
+    return "{} x {} {} on {} x {} of the teacher".format(*student.patch_grid, student.cells, *setup.grid), notes
 
 
 def _run(setup: Setup) -> Found:
@@ -268,7 +272,13 @@ def _run(setup: Setup) -> Found:
     step, info = begun
     config = with_best(as_begun(setup.config, info)[0], setup.student)
     now = run_identity(
-        config, setup.named_views, setup.plan.views, setup.ranks, setup.online, setup.train_device, setup.val
+        config,
+        setup.named_views(from_images(config, info)),
+        setup.plan.views,
+        setup.ranks,
+        setup.online,
+        setup.train_device,
+        setup.val,
     )
     refuse_other_run({k: v for k, v in info.items() if k != PROGRESS}, now, output, setup.student.distilled)
     return f"goes on from step {step:,}", []

@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,14 +25,14 @@ from cskd.errors import CacheError, ConfigError, DataError, ImageError, StudentE
 from cskd.files.paths import local_path
 from cskd.loading.joined import JoinedCaches
 from cskd.loading.need import PREFETCH, refuse_little_memory
-from cskd.loading.plan import PlanSpec
+from cskd.loading.plan import PlanSpec, views_needed
 from cskd.loading.raw_batches import batch_bytes, refuse_device_views
 from cskd.loading.sources import LiveViews, ViewSource
 from cskd.machine.arithmetic import half
 from cskd.machine.devices import named_device, pick_device
 from cskd.machine.launch import launched
 from cskd.machine.threads import Threads, choose_threads
-from cskd.method.losses import DistillationLoss
+from cskd.method.losses import DistillationLoss, needs_teacher
 from cskd.pipeline.conflicts import refuse_conflicts
 from cskd.store.cache import Cache, open_cache
 from cskd.store.format import MANIFEST
@@ -70,8 +71,9 @@ class Setup:
 
     @property
     def makes_cache(self) -> bool:
-        """Whether stage 1 is for this config: not for a baseline, nor where a cache is read that is there."""
-        baseline = self.config.loss.method == "none" and not self.config.cache.path
+        """Whether stage 1 is for this config: not for a baseline without a teacher, nor where a cache is read that is there."""
+        config = self.config
+        baseline = not needs_teacher(config.loss) and not (config.cache.path and config.teacher.model)
         return not (self.online or baseline or self.source is not None)
 
     @property
@@ -110,12 +112,10 @@ class Setup:
         if self.source is not None:
             return self.source
         config = self.config
-        if config.loss.method == "none" and not config.cache.path:
+        if from_images(config):
             views = baseline_views(config)
         else:
-            views = config.cache.views
-            with contextlib.suppress(CacheError):  # there is none yet
-                views = max(views, read_manifest(Path(config.cache.path)).views)
+            views = cached_views(config)
             if config.train.views > views:
                 raise ConfigError(f"train.views is {config.train.views}, cache.views {views}; cache more, or use fewer")
         good = np.zeros(len(self.inventory), np.bool_)
@@ -176,13 +176,16 @@ class Setup:
         """h, w of the teacher's cells."""
         return self.teacher.grid if self.source is None else self.source.grid
 
-    @property
-    def named_views(self) -> ViewSource:
-        """`views` with the fingerprint by which a run knows them."""
-        if self.source is not None or not isinstance(self.views, LiveViews):
+    def named_views(self, alone: bool) -> ViewSource:
+        """`views` with the fingerprint by which a run knows them. alone: see `from_images`."""
+        if alone:
+            name = baseline_name(self.inventory, self.recipe)
+        elif self.source is not None or not isinstance(self.views, LiveViews):
             return self.views
-        name = self.identity.fingerprint if self.makes_cache else baseline_name(self.inventory, self.config.recipe)
-        return dataclasses.replace(self.views, fingerprint=name)
+        else:
+            name = self.identity.fingerprint
+        good = np.zeros(len(self.inventory), np.bool_)
+        return LiveViews(self.inventory, self.recipe, self.views.views, (1, 1), good, name)
 
     def student_notes(self) -> list[str]:
         """What a user should know of the student on the teacher's grid. StudentError where the patches are too few."""
@@ -277,15 +280,43 @@ def baseline_name(inventory: Inventory, recipe: RecipeConfig) -> str:
     return f"none, {identity_of(inventory, recipe, {}, (1, 1), []).fingerprint[:16]}"
 
 
+def from_images(config: Config, begun: Mapping[str, Any] | None = None) -> bool:
+    """Whether a run makes its views from data.train alone: a baseline without a cache, or one that was begun without.
+
+    begun: the record of the run that goes on. Its views stay what they were when a cache is made meanwhile.
+    """
+    if needs_teacher(config.loss):
+        return False
+    if not config.cache.path or (begun is not None and is_baseline_name(begun.get("cache"))):
+        return True
+    return not Path(config.cache.path).exists()
+
+
+def is_baseline_name(fingerprint: object) -> bool:
+    """Whether a recorded fingerprint is one of `baseline_name`."""
+    return str(fingerprint).startswith("none, ")
+
+
+def cached_views(config: Config) -> int:
+    """Views of the cache that stage 1 makes: cache.views, or more where it has more already."""
+    views = config.cache.views
+    with contextlib.suppress(CacheError):  # there is none yet
+        views = max(views, read_manifest(Path(config.cache.path)).views)
+    return views
+
+
 def baseline_views(config: Config) -> int:
-    """train.views, or as many as all epochs feed: each run of `repeats` epochs takes `repeats` of them."""
+    """train.views; or those that cache.path would hold; or, where that is empty, as many as all epochs feed: each run of
+    `repeats` epochs takes `repeats` of them."""
     views, repeats = config.train.views, config.train.repeats
     if views % repeats:
         above = -(-views // repeats) * repeats
         raise ConfigError(
             f"train.views is {views} and train.repeats {repeats}, which must divide it; set train.views={above}, or 0"
         )
-    return views or -(-config.train.epochs // repeats) * repeats
+    if config.cache.path:
+        return views or cached_views(config)
+    return views or views_needed(config.train)
 
 
 def need_training_images(config: Config) -> None:

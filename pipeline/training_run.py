@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cskd.config import Config, to_yaml
 from cskd.dataset.inventory import Inventory
-from cskd.errors import CacheError, ConfigError
+from cskd.errors import ConfigError
 from cskd.files.durable import put
 from cskd.files.scratch import new_scratch
 from cskd.files.writer import Writer
@@ -32,8 +32,7 @@ from cskd.machine.arithmetic import arithmetic
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import Threads, begun_with
 from cskd.method.agreement import cells_term
-from cskd.method.losses import AGREEMENT, terms_of
-from cskd.near import absent
+from cskd.method.losses import AGREEMENT, needs_teacher, terms_of
 from cskd.pipeline.conflicts import (
     as_begun,
     changed_on_resume,
@@ -45,7 +44,7 @@ from cskd.pipeline.evaluate import score_heads
 from cskd.pipeline.online import open_baseline, open_online
 from cskd.pipeline.precheck import TRAINING, refuse
 from cskd.pipeline.run_state import PROGRESS, RunState, named_bests
-from cskd.pipeline.setup import Setup, half_notes, open_cached, with_best
+from cskd.pipeline.setup import Setup, from_images, half_notes, open_cached, with_best
 from cskd.pipeline.show.progress import Notes, Pool
 from cskd.store.cache import Cache
 from cskd.store.format import RESOLVED
@@ -209,9 +208,11 @@ def open_run(
     """Views, targets, student, plan and optimiser of a config, and where an earlier run of it stopped."""
     output, notes = Path(config.train.output), Notes(quiet)
     states = ResumeStates(output / "resume", keep=config.train.keep)
-    config, as_before = as_begun(config, next(iter(states.infos().values()), None))
+    record = next(iter(states.infos().values()), None)
+    config, as_before = as_begun(config, record)
     settings = config.train
-    views, targets = _open_views(config, device, ranks, verify_replay, online, quiet, notes)
+    alone = from_images(config, record)
+    views, targets = _open_views(config, device, ranks, verify_replay, online, alone, quiet, notes)
     setup = Setup(config, views, device, threads, ranks.count, online)
     ahead = refuse(TRAINING, setup)
     student, plan, val, optimisation = setup.student, setup.plan, setup.val, setup.optimisation
@@ -268,14 +269,20 @@ def open_run(
 
 
 def _open_views(
-    config: Config, device: torch.device, ranks: Ranks, verify_replay: bool, online: bool, quiet: bool, notes: Notes
+    config: Config,
+    device: torch.device,
+    ranks: Ranks,
+    verify_replay: bool,
+    online: bool,
+    alone: bool,
+    quiet: bool,
+    notes: Notes,
 ) -> tuple[ViewSource, TargetSource]:
     """What is fed and what is taught: from a checked cache, with a teacher that runs live, or from images alone.
 
-    Method none needs no targets: it reads a cache only where cache.path names one.
+    Method none needs no targets: it reads a cache only where cache.path names one that is there. alone: see `from_images`.
     """
-    baseline = config.loss.method == "none"
-    if baseline and (online or not config.cache.path):
+    if alone or (online and not needs_teacher(config.loss)):
         source, nothing, about = open_baseline(config, ranks, online, quiet)
         notes.add(about)
         return source, nothing
@@ -285,11 +292,6 @@ def _open_views(
         raise ConfigError(
             f"cache.path is empty and loss.method {config.loss.method} reads a teacher's targets; set cache.path, run the "
             "teacher with --online, or train a baseline with --set loss.method=none"
-        )
-    if baseline and not Path(config.cache.path).exists():
-        raise CacheError(
-            f"no cache at {absent(config.cache.path)}; make it with `cskd cache-teacher CONFIG`, or train the baseline without a "
-            "cache: --set cache.path="
         )
     cache = open_cached(config)
     first = cache if isinstance(cache, Cache) else cache.first

@@ -184,7 +184,8 @@ class CacheConfig(Section):
     """Where the cache lies and what it holds."""
 
     path: Annotated[str, Unit("folder")] = ""
-    """Folder of the cache. Empty: `loss.method: none` trains from `data.train` alone, with no cache and no teacher."""
+    """Folder of the cache. Empty, or nothing there yet: `loss.method: none` trains from `data.train` alone, with no cache and no
+    teacher."""
     views: Annotated[int, Ge(1), Le(100_000), Unit("views per image")] = 6
     """Views that stage 1 makes."""
     codecs: Annotated[list[str], Len(1), Predicate(distinct)] = field(default_factory=lambda: ["envelope"])
@@ -207,10 +208,10 @@ class CacheConfig(Section):
 
 @dataclass(frozen=True)
 class StudentConfig(Section):
-    """The ViT."""
+    """The student, a model of timm."""
 
     model: str = ""
-    """A timm name."""
+    """A timm name: a ViT, or another model whose last features have a grid of cells (docs/STUDENTS.md)."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments for `timm.create_model`."""
     init: str | None = None
@@ -368,6 +369,9 @@ class TrainConfig(Section):
     so that no view is used twice."""
     repeats: Annotated[int, Ge(1), Le(1000), Unit("views per image")] = 1
     """Views of an image in one epoch (repeated augmentation); divides `recipe.mix_group` and `views`."""
+    repeats_draw: Literal["cover", "random"] = "cover"
+    """Which 1/`repeats` of the images an epoch takes: `cover`, another one in each of `repeats` epochs; `random`, drawn for
+    every epoch, so that an image may come again before all have come, as RASampler of DeiT and the CSKD authors does it."""
     seed: int = 0
     """Every draw of training follows from it; those of the views follow from `recipe.seed`."""
     opt: str = "adamw"
@@ -384,6 +388,9 @@ class TrainConfig(Section):
     """First learning rate."""
     min_lr: Annotated[float, Ge(0)] = 1e-5
     """Last learning rate."""
+    lr_every: Literal["step", "epoch"] = "step"
+    """How often the learning rate changes. `epoch`: one value per epoch, that of the epoch before, as DeiT and the CSKD authors
+    step timm's scheduler: the first two epochs have `warmup_lr`."""
     clip_grad: Annotated[float | None, Gt(0), Unit("norm")] = None
     """Largest norm of the gradient; null = no limit."""
     ema: Annotated[float | None, Ge(0), Lt(1), Unit("decay per step")] = None

@@ -3,12 +3,14 @@
 Two neighbours in the plan are a mixing pair (or two unmixed samples); a batch starts at an even place, so no pair
 straddles batches or ranks. Blocks are shuffled, then quads within a window of blocks: reads stay nearly sequential.
 `repeats` R: epochs come in runs of R; run s uses views R*s .. R*s+R-1 (wrapped at V), and each of its epochs takes
-another 1/R of the quads with all R views. So no view is used twice before all have been used.
+another 1/R of the quads with all R views. So no view is used twice before all have been used. With `draw: random` every epoch is
+a run of its own: it takes the next R views, and 1/R of the quads at random.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +42,7 @@ class PlanSpec:
     global_batch: int
     window: int
     ranks: int = 1
+    draw: Literal["cover", "random"] = "cover"
 
     def __post_init__(self) -> None:
         group, views, repeats, batch = self.recipe.mix_group, self.views, self.repeats, self.global_batch
@@ -76,6 +79,7 @@ class PlanSpec:
             global_batch=train.global_batch,
             window=train.window,
             ranks=ranks,
+            draw=train.repeats_draw,
         )
 
     @property
@@ -104,9 +108,19 @@ class EpochPlan:
     ends: NDArray[np.int64]
 
 
+def run_of(draw: str, repeats: int, epoch: int) -> int:
+    """The run that an epoch belongs to: `repeats` epochs that share their views."""
+    return epoch if draw == "random" else epoch // repeats
+
+
+def views_needed(train: TrainConfig) -> int:
+    """Views of an image that all epochs take, where none is taken twice."""
+    return (run_of(train.repeats_draw, train.repeats, train.epochs - 1) + 1) * train.repeats
+
+
 def epoch_views(spec: PlanSpec, epoch: int) -> list[int]:
     """The views that epoch feeds."""
-    run = epoch // spec.repeats
+    run = run_of(spec.draw, spec.repeats, epoch)
     return [(run * spec.repeats + r) % spec.views for r in range(spec.repeats)]
 
 
@@ -138,7 +152,7 @@ def _window(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pairs int64 [P, 2, 2] of (sample, view), their quads shuffled over the window, and singles int64 [S, 2]."""
     group = views[0] // spec.recipe.mix_group
-    part, run = epoch % spec.repeats, epoch // spec.repeats
+    part, run = epoch % spec.repeats, run_of(spec.draw, spec.repeats, epoch)
     quad_rows, singles = [], []
     for block in blocks.tolist():
         start, n = int(spec.bounds[block]), int(spec.bounds[block + 1] - spec.bounds[block])

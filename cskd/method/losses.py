@@ -229,6 +229,11 @@ def expanded(config: LossConfig) -> list[LossTerm]:
     return terms
 
 
+def needs_teacher(config: LossConfig) -> bool:
+    """Whether a loss reads a teacher's targets, or may: what a term of one's own reads is not known."""
+    return any(bool(term.own) or term.target != "label" for term in expanded(config))
+
+
 def counts(term: LossTerm, epoch: int) -> bool:
     """Whether a term counts in an epoch, from 0."""
     return term.epochs is None or term.epochs[0] <= epoch < term.epochs[1]

@@ -123,6 +123,11 @@ def read_manifest(root: Path, name: str = MANIFEST) -> Manifest:
     except FileNotFoundError:
         if name == MANIFEST and (root / MANIFEST_COPY).exists():
             raise CacheError(f"{path} is missing; {RESTORE}") from None
+        if (root / RESOLVED).exists() and (root / "config.json").exists():
+            raise CacheError(
+                f"{root} is a run of `cskd train`, expected a cache; `cskd eval {root} DATA` gives its scores, and cache.path of "
+                f"{root / RESOLVED} names its cache where it had one"
+            ) from None
         said = f"no cache at {absent(root)}" if not root.exists() else f"no cache at {root} ({name} is missing)"
         raise CacheError(f"{said}; make one with `cskd cache-teacher CONFIG`") from None
     except NotADirectoryError:

@@ -88,8 +88,8 @@ def refuse_too_many_in_all(unreadable: int, n: int, limit: float) -> None:
     but bears one in each: many small blocks would hide what a large one shows."""
     if unreadable > max(1, limit * n):
         raise CacheError(
-            f"{unreadable} of {n} images are unreadable, more than cache.max_quarantine {limit}; mend the data set and cache it "
-            "again, or raise the limit and run the same command again"
+            f"{unreadable} of {n} images are unreadable, more than cache.max_quarantine {limit}; `cskd verify DATA --images` "
+            "names them: mend the data set, or raise the limit and run the same command again"
         )
 
 

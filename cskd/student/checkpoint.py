@@ -39,6 +39,8 @@ from cskd.student.resume import ResumeStates, TrainState, put_file, put_weights
 __all__ = ["MODEL", "MODEL_BEST", "MODEL_EMA", "MODEL_LAST", "ResumeStates", "TrainState", "export", "load_student"]
 
 MAX_ARGUMENT, MAX_BLOCKS_OF_VIT = 65_536, 256  # of a ViT's constructor; the largest have 6,144 features and 64 blocks
+MAX_TABLES = 1 << 30  # bytes of buffers that no file holds, such as attention masks
+_COUNTS = ("depth", "layer", "block")  # parts of names of arguments that say how many modules there are
 MODEL = "model.safetensors"
 MODEL_LAST = "model_last.safetensors"
 MODEL_EMA = "model_ema.safetensors"
@@ -121,21 +123,26 @@ def exported_prefix(config: Config, best: Best | None) -> str:
 
 def timm_config(student: Student, classes: Sequence[str], crop_pct: float) -> dict[str, Any]:
     """config.json as timm reads it: the model, and how to prepare an image for it. Drop path is left at timm's 0."""
-    vit, (height, width) = student.backbone, student.image_size
-    own: dict[str, Any] = vars(vit)["pretrained_cfg"]
+    model, (height, width) = student.backbone, student.image_size
+    own: dict[str, Any] = vars(model)["pretrained_cfg"]
     arguments = {k: v for k, v in student.config.kwargs.items() if v is not None}
-    arguments.setdefault("img_size", height if height == width else [height, width])
+    if "img_size" in student.arguments:
+        arguments.setdefault("img_size", height if height == width else [height, width])
+    else:
+        arguments.pop("img_size", None)
+    pooling, dynamic = getattr(model, "global_pool", None), getattr(model, "dynamic_img_size", None)
+    fixed = own.get("fixed_input_size", False) if dynamic is None else not dynamic
     return {
         "architecture": student.config.model.partition(".")[0],  # without the tag of pretrained weights
         "num_classes": student.num_classes,
-        "num_features": vit.num_features,
-        "global_pool": vit.global_pool,
+        "num_features": model.num_features,
+        **({"global_pool": pooling} if isinstance(pooling, str) else {}),
         "label_names": list(classes),
         "model_args": arguments,
         "pretrained_cfg": {
             "num_classes": student.num_classes,
             "input_size": [3, height, width],
-            "fixed_input_size": not vit.dynamic_img_size,
+            "fixed_input_size": fixed,
             "interpolation": "bicubic",
             "crop_pct": crop_pct,
             "crop_mode": "center",
@@ -175,8 +182,10 @@ def load_student(path: Path) -> tuple[Student, dict[str, Any]]:
         expected = sum(t.nbytes for t in own.values())
         if expected > 4 * weights.stat().st_size:  # float32 from 8 bits
             raise ValueError(f"the model it describes has {expected} bytes")
+        if (tables := sum(t.nbytes for t in described.buffers())) > MAX_TABLES:
+            raise ValueError(f"the model it describes makes tables of {tables} bytes")
         tensors = read_weights(weights, own).tensors
-        student = build_student(config, classes, size, trained=True)
+        student = build_student(config, classes, size, trained=True, layout=getattr(described, "layout", None))
         if odd := first_not_finite(tensors):
             raise ValueError(f"its {odd} is not finite")
         student.trained = recorded_heads(facts, student.distilled)
@@ -194,9 +203,10 @@ def _described(facts: dict[str, Any]) -> tuple[StudentConfig, int, tuple[int, in
     can't be: it may be somebody else's."""
     how, arguments = facts["pretrained_cfg"], facts["model_args"]
     classes, (_, height, width) = facts["num_classes"], how["input_size"]
-    numbers = [n for v in arguments.values() for n in (v if isinstance(v, list) else [v]) if isinstance(n, int | float)]
-    if any(not 0 <= n <= MAX_ARGUMENT for n in numbers) or arguments.get("depth", 0) > MAX_BLOCKS_OF_VIT:
-        raise ValueError(f"model_args {str(arguments)[:200]} are beyond any ViT's")
+    for name, value in arguments.items():
+        most = MAX_BLOCKS_OF_VIT if any(word in name for word in _COUNTS) else MAX_ARGUMENT
+        if any(not 0 <= n <= most for n in _numbers(value)):
+            raise ValueError(f"model_args {str(arguments)[:200]} are beyond any ViT's")
     if not all(type(n) is int and 1 <= n <= MAX_ARGUMENT for n in (classes, height, width)):
         raise ValueError(f"num_classes {str(classes)[:40]} or input_size {str(how['input_size'])[:40]} can't be")
     names = facts["label_names"]
@@ -212,3 +222,12 @@ def _described(facts: dict[str, Any]) -> tuple[StudentConfig, int, tuple[int, in
         classes,
         (height, width),
     )
+
+
+def _numbers(value: Any) -> list[float]:
+    """The numbers of an argument, those in lists and dicts, too."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [n for v in value for n in _numbers(v)]
+    return [value] if isinstance(value, int | float) else []

@@ -1,4 +1,7 @@
-"""The student: a plain timm ViT that also gives logits of its patch tokens, on the teacher's grid.
+"""The student: a timm model that also gives logits of its patch tokens, or of the cells of its last map, on the teacher's grid.
+
+A plain ViT is read by its parts, so that a distillation token has its own head. Of any other model the output is measured
+(`cskd.student.cells`), and its own head is applied to each cell: Swin, PVT, MaxViT, ConvNeXt, ViTs of other modules, and so on.
 
 Shapes: B batch, K classes, N patch tokens, C features, h w teacher grid (7 7).
 Source: arXiv 2307.08500, section 3; models/vision_transformer.py of the authors' code.
@@ -14,7 +17,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers.patch_embed import PatchEmbed
-from timm.models import is_model_in_modules
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -24,12 +26,11 @@ from cskd.errors import StudentError
 from cskd.files.weights import READ_BY_TIMM
 from cskd.method.losses import StudentOutput, read_heads, trained_heads
 from cskd.near import did_you_mean
+from cskd.student.cells import Layout, cell_logits, measure
 from cskd.student.heads import HEADS, UNTRAINED, heads_of, shared_head_note, untrained_note
 from cskd.student.warm_start import start_from
 from cskd.views.fit import Grid, multiples, patch_notes, unseen
 
-# timm modules whose models are VisionTransformers.
-FAMILIES = ["vision_transformer", "vision_transformer_hybrid", "deit"]
 _SET_ELSEWHERE = dict.fromkeys(READ_BY_TIMM, "set student.init") | {
     "num_classes": "it is the number of classes of the cache",
     "drop_path_rate": "set student.drop_path",
@@ -46,9 +47,12 @@ class Student(nn.Module):
     a norm stands before the head it is not, and `notes` says so.
     """
 
+    cells = "patches"  # as messages call what the teacher's cells are compared with
+
     def __init__(self, backbone: VisionTransformer, config: StudentConfig, image_size: Grid) -> None:
         super().__init__()
         self.backbone = backbone
+        self.arguments: dict[str, Any] = {}  # that timm.create_model was called with, next to those of the config
         self.config = config
         self.image_size = image_size  # (height, width) in pixels
         self.patch_grid = self._grid_at(image_size)
@@ -102,9 +106,10 @@ class Student(nn.Module):
         """StudentError when the teacher's grid is finer than the student's: a token can't be split."""
         (h, w), (rows, cols) = teacher_grid, self.patch_grid
         if h > rows or w > cols:
+            more = "take smaller patches" if self.cells == "patches" else "a recipe.size that gives more cells"
             raise StudentError(
-                f"student {self.config.model} has {rows} x {cols} patches, too few for the teacher's grid of {h} x {w}; "
-                f"set teacher.grid: [{min(h, rows)}, {min(w, cols)}], for which a cache is made again, or take smaller patches"
+                f"student {self.config.model} has {rows} x {cols} {self.cells}, too few for the teacher's grid of {h} x {w}; "
+                f"set teacher.grid: [{min(h, rows)}, {min(w, cols)}], for which a cache is made again, or {more}"
             )
 
     def grid_notes(self, teacher_grid: Grid) -> list[str]:
@@ -123,9 +128,13 @@ class Student(nn.Module):
 
     def _misfit(self) -> str:
         """Of patches that don't cover the image. What stands before a hybrid's patches pads for itself."""
-        vit, (height, width) = self.backbone, self.image_size
-        left = unseen(self.image_size, self._patch) if type(vit.patch_embed) is PatchEmbed else None
-        if left is None or (vit.patch_embed.dynamic_img_pad and vit.dynamic_img_size):
+        embed, (height, width) = getattr(self.backbone, "patch_embed", None), self.image_size
+        left = unseen(self.image_size, self._patch) if type(embed) is PatchEmbed else None
+        if (
+            embed is None
+            or left is None
+            or (embed.dynamic_img_pad and getattr(self.backbone, "dynamic_img_size", False))
+        ):
             return ""
         sides = [multiples(height, self._patch[0]), multiples(width, self._patch[1])]
         return (
@@ -174,6 +183,48 @@ class Student(nn.Module):
         return int(rows), int(cols)
 
 
+class MapStudent(Student):
+    """Any other timm model, read by the layout of its features. Its one head serves all terms, as that of a plain ViT.
+
+    Cells are pooled to the teacher grid first, then each goes through the model's head as an image of one cell. Before a linear
+    head that is the mean of the cells' logits; where a head is not linear `notes` says so.
+    """
+
+    cells = "cells"
+
+    def __init__(
+        self, backbone: nn.Module, config: StudentConfig, image_size: Grid, layout: Layout | None = None
+    ) -> None:
+        self.layout, about = (layout, []) if layout else measure(config.model, backbone, image_size)
+        super().__init__(cast(VisionTransformer, backbone), config, image_size)
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules()):
+            about.append(
+                f"{config.model} has batch norms: their statistics are of the views that one rank feeds at once, so "
+                "train.micro_batch and the number of ranks change the result"
+            )
+        self.notes = [*about, *self.notes]
+
+    def forward(self, images: Tensor, teacher_grid: Grid | None = None) -> StudentOutput:
+        """As `Student.forward`, of images of the size that the layout was measured with."""
+        features = self.backbone.forward_features(images)
+        cls, patches = self.backbone.forward_head(features), None
+        if teacher_grid is not None:
+            self.check_grid(teacher_grid)
+            cells = self.layout.cells(features)
+            pooled = pool_tokens(cells.flatten(1, 2), (cells.shape[1], cells.shape[2]), teacher_grid)
+            patches = cell_logits(self.backbone, self.layout, pooled).permute(0, 3, 1, 2).float()
+        return StudentOutput(cls.float(), None, patches)
+
+    def _norm(self) -> str:
+        return ""  # what `measure` found of the head is said already
+
+    def _padding(self) -> str:
+        return ""
+
+    def _grid_at(self, image_size: Grid) -> Grid:
+        return self.layout.grid
+
+
 def pool_tokens(tokens_BNC: Tensor, grid: Grid, teacher_grid: Grid) -> Tensor:
     """Patch tokens averaged to the teacher grid: k x k means where it divides the grid, adaptive bins otherwise.
 
@@ -216,42 +267,78 @@ def head_names(student: Student) -> list[str]:
     return list(eval_heads(output, student.trained))
 
 
-def build_student(config: StudentConfig, num_classes: int, image_size: int | Grid, trained: bool = False) -> Student:
+def build_student(
+    config: StudentConfig,
+    num_classes: int,
+    image_size: int | Grid,
+    trained: bool = False,
+    layout: Layout | None = None,
+) -> Student:
     """The ViT of a config, with fresh weights or those of `student.init`.
 
     Args:    num_classes of the cache; image_size of its views, pixels (of a square) or (height, width); trained: it is one
-             that was trained like that, so patches that leave pixels out are noted, not refused.
+             that was trained like that, so patches that leave pixels out are noted, not refused; layout: of a `MapStudent` of
+             the same config, where it was measured already.
     Returns: a Student on the CPU; its `notes` are what the user should know.
-    Raises:  StudentError for a model that is no ViT of timm's, kwargs it doesn't take, patches that leave pixels out, or an
-             unusable checkpoint.
+    Raises:  StudentError for a model whose output has no grid of cells, kwargs it doesn't take, patches that leave pixels out, or
+             an unusable checkpoint.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
     _check_name(config.model)
-    kwargs = _model_kwargs(config, size)
-    try:
-        model = timm.create_model(config.model, num_classes=num_classes, drop_path_rate=config.drop_path, **kwargs)
-    except Exception as e:  # timm's constructors raise whatever a value that they did not expect leads to
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise StudentError(f"{config.model} can't be built with {kwargs} ({reason}); mend student.kwargs") from e
-    vit = _check_heads(config.model, model)
-    student = Student(vit, config, size)
+    model, arguments = _create(config, num_classes, _model_kwargs(config, size))
+    student = (
+        Student(cast(VisionTransformer, model), config, size)
+        if _is_plain(config.model, model)
+        else MapStudent(model, config, size, layout)
+    )
+    student.arguments = arguments
     if student.misfit and not trained:
         raise StudentError(student.misfit)
     if config.init:
-        student.notes += start_from(vit, Path(config.init))
+        student.notes += start_from(model, Path(config.init))
     return student
+
+
+def _create(config: StudentConfig, num_classes: int, kwargs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """timm's model, and the arguments that the config does not name but the model takes.
+
+    Not every constructor takes an image size, or a rate of drop path: they are left out where it refuses them by name.
+    """
+    offered = {"drop_path_rate": config.drop_path, **kwargs}
+    while True:
+        try:
+            model: nn.Module = timm.create_model(config.model, num_classes=num_classes, **offered)
+        except Exception as e:  # timm's constructors raise whatever a value that they did not expect leads to
+            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+            refused = next((k for k in ("img_size", "drop_path_rate") if k in offered and repr(k) in reason), None)
+            if refused == "drop_path_rate" and config.drop_path:
+                raise StudentError(
+                    f"student.drop_path is {config.drop_path}, and {config.model} has no drop path; set it to 0"
+                ) from e
+            if refused is None or not isinstance(e, TypeError):
+                shown = {k: v for k, v in offered.items() if k != "drop_path_rate"}
+                raise StudentError(f"{config.model} can't be built with {shown} ({reason}); mend student.kwargs") from e
+            del offered[refused]
+            continue
+        return model, {k: v for k, v in offered.items() if k == "img_size"}
+
+
+def _is_plain(name: str, model: nn.Module) -> bool:
+    """Whether a model is a ViT that is read by its parts: its head is linear, and reads the class token or the tokens' mean."""
+    if isinstance(model, VisionTransformerDistilled) and model.no_embed_class:
+        raise StudentError(f"{name} can't have no_embed_class: timm gives its tokens positions anyway; leave it out")
+    return (
+        isinstance(model, VisionTransformer)
+        and model.global_pool in ("token", "avg")
+        and isinstance(model.head, nn.Linear)
+    )
 
 
 def _check_name(name: str) -> None:
     if not timm.is_model(name):
-        known = timm.list_models(module="deit") + timm.list_models("vit_*")
+        known = timm.list_models()
         hint = did_you_mean(name.partition(".")[0], known) or "timm.list_models('deit*') lists some"
         raise StudentError(f"student.model {name!r} is no model of timm {timm.__version__}; {hint}")
-    if not is_model_in_modules(name, FAMILIES):
-        raise StudentError(
-            f"student.model {name} is not one of timm's plain ViTs, whose patch tokens the method needs; "
-            "take one such as deit_tiny_distilled_patch16_224"
-        )
 
 
 def _model_kwargs(config: StudentConfig, size: Grid) -> dict[str, Any]:
@@ -272,18 +359,3 @@ def _model_kwargs(config: StudentConfig, size: Grid) -> dict[str, Any]:
             "leave it out"
         )
     return kwargs | {"img_size": asked}
-
-
-def _check_heads(name: str, vit: nn.Module) -> VisionTransformer:
-    if not isinstance(vit, VisionTransformer):
-        raise StudentError(f"{name} is a {type(vit).__name__}, expected timm's VisionTransformer; mend student.kwargs")
-    if vit.global_pool not in ("token", "avg"):
-        raise StudentError(
-            f"{name} pools by {vit.global_pool!r}, so its head does not read tokens; "
-            "set student.kwargs: {global_pool: avg} or another model"
-        )
-    if isinstance(vit, VisionTransformerDistilled) and vit.no_embed_class:
-        raise StudentError(f"{name} can't have no_embed_class: timm gives its tokens positions anyway; leave it out")
-    if not isinstance(vit.head, nn.Linear):
-        raise StudentError(f"{name} has the head {type(vit.head).__name__}, expected a linear one")
-    return vit

@@ -61,10 +61,11 @@ class Optimisation:
             sched="cosine",
             num_epochs=config.epochs,
             min_lr=config.min_lr,
-            step_on_epochs=False,
+            step_on_epochs=config.lr_every == "epoch",
             updates_per_epoch=steps_per_epoch,
             **warm_up,
         )
+        self._epoch_steps = steps_per_epoch if config.lr_every == "epoch" else 0
         fp16 = half(config.autocast, device) == "fp16"
         self.scaler = torch.amp.GradScaler(device.type) if fp16 else None
         self.skipped: Tensor | None = None
@@ -81,8 +82,14 @@ class Optimisation:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def set_lr(self, step: int) -> float:
-        """Learning rate of global step `step` (from 0): linear warm-up, then a cosine that counts the warm-up too."""
-        self._schedule.step_update(step)
+        """Learning rate of global step `step` (from 0): linear warm-up, then a cosine that counts the warm-up too.
+
+        Source of `train.lr_every: epoch`: main.py of DeiT and of the CSKD authors, `lr_scheduler.step(epoch)` after that epoch.
+        """
+        if self._epoch_steps:
+            self._schedule.step(max(0, step // self._epoch_steps - 1))
+        else:
+            self._schedule.step_update(step)
         return self.lr
 
     def accumulate(self, loss: Tensor) -> None:

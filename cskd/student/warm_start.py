@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from pathlib import Path
 
+import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from torch import Tensor
+from torch import Tensor, nn
 
-from cskd.errors import StudentError, one_line
+from cskd.errors import StudentError, counted, one_line
 from cskd.files.checkpoint import given_file
 from cskd.files.read import parse_json, read_file
 from cskd.files.weights import first_not_finite, read_weights
 from cskd.student.heads import multiplied, recorded_factors, recorded_heads
 
 PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
-CLASSIFIERS = ("head.", "head_dist.")
+CLASSIFIERS = ("head", "head_dist")
 PRETEXT = ("decoder_", "mask_token")  # what masked autoencoders are trained with in addition
 
 
-def start_from(vit: VisionTransformer, path: Path) -> list[str]:
-    """Load a checkpoint into `vit`, all of it but a classifier of other classes.
+def start_from(model: nn.Module, path: Path) -> list[str]:
+    """Load a checkpoint into `model`, all of it but a classifier of other classes.
+
+    A distillation token is kept where both have one. Where only the checkpoint has one, it is left out with its position and
+    head. Where only the student has one, they are as first drawn. Position embeddings are resized as timm does it.
 
     Args:    path as `cskd.files.weights.read_weights` takes it. A config.json next to the weights says the resolution
              they were trained at; without one the patches form a square.
@@ -29,7 +35,7 @@ def start_from(vit: VisionTransformer, path: Path) -> list[str]:
     Raises:  StudentError when the file is missing, is no checkpoint, or is one of another model.
     """
     path = checkpoint_file(path)
-    own = vit.state_dict()
+    own = model.state_dict()
     try:
         weights = read_weights(path, own)
     except ValueError as e:
@@ -39,35 +45,76 @@ def start_from(vit: VisionTransformer, path: Path) -> list[str]:
         notes.append(f"{len(pretext)} tensors of {path.name} were left out: a decoder of MAE or a mask token")
         state = {name: t for name, t in state.items() if name not in pretext}
     state = _as_trained(path, state, notes)
+    drawn = _fit_distillation_token(path, state, own, notes) if isinstance(model, VisionTransformer) else set[str]()
     for token in PREFIX_TOKENS:
-        if _shape(state, token) != _shape(own, token):
+        if token not in drawn and _shape(state, token) != _shape(own, token):
             raise StudentError(
                 f"{path} has {_shape(state, token) or 'no'} {token}, the student {_shape(own, token) or 'none'}; "
                 "start from a checkpoint of the same kind of ViT"
             )
-    position = state.pop("pos_embed", None)  # timm's filter would guess its grid from the model's default image size
-    kernel, own_kernel = (_shape(s, "patch_embed.proj.weight") for s in (state, own))
     try:
-        if position is not None and vit.pos_embed is not None:
-            position = _resample(vit, position, _grid_of(vit, path, state, position), path, notes)
-        state = checkpoint_filter_fn(state, vit, adapt_layer_scale=True)
+        state = _adapted(model, path, state, notes)
     except (RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError, ArithmeticError) as e:
-        raise StudentError(f"{path} is no ViT's checkpoint ({one_line(e)}); choose another student.init") from e
-    if kernel and own_kernel and len(kernel) == 4 and kernel[2:] != own_kernel[2:]:
-        sizes = " to ".join(f"{k[2]} x {k[3]}" for k in (kernel, own_kernel))
-        notes.append(f"the patch embedding of {path} was resampled from {sizes} pixels")
-    if position is not None:
-        state["pos_embed"] = position
-    fresh = {k for k in own if k.startswith(CLASSIFIERS)}
-    if any(_shape(state, k) != _shape(own, k) for k in fresh):
-        found = len(state["head.weight"]) if "head.weight" in state else "no"
-        notes.append(f"the classifier of {path} ({found} classes) was dropped: the student has {vit.num_classes}")
-        state = {k: v for k, v in state.items() if not k.startswith(CLASSIFIERS)}
+        raise StudentError(f"{path} is no checkpoint of this model ({one_line(e)}); choose another student.init") from e
+    named = vars(model).get("pretrained_cfg", {}).get("classifier") or CLASSIFIERS
+    heads = tuple(f"{name}." for name in ([named] if isinstance(named, str) else named))
+    fresh = {k for k in own if k.startswith(heads) and k.rpartition(".")[2] in ("weight", "bias")}
+    fresh = {
+        k for k in fresh if model.num_classes == len(own[k])
+    }  # of a head with a norm only the layer of the classes
+    if any(k not in drawn and _shape(state, k) != _shape(own, k) for k in fresh):
+        found = next((len(state[k]) for k in sorted(fresh) if k in state), "no")
+        notes.append(f"the classifier of {path} ({found} classes) was dropped: the student has {model.num_classes}")
+        state = {k: v for k, v in state.items() if k not in fresh}
     else:
         fresh = set()
-    _check(path, state, {k: v for k, v in own.items() if k not in fresh})
-    vit.load_state_dict(state, strict=False)
+    _check(path, state, {k: v for k, v in own.items() if k not in fresh | drawn})
+    model.load_state_dict(state, strict=False)
     return notes
+
+
+def _adapted(model: nn.Module, path: Path, state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    """A checkpoint of a ViT as this student takes it; of another model as its module of timm converts one, where it does."""
+    if not isinstance(model, VisionTransformer):
+        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # timm's interpolation warns of its own tensors
+            converted: dict[str, Tensor] = state if convert is None else convert(state, model)
+        resized = [k for k, t in converted.items() if k in state and t.shape != state[k].shape]
+        if resized:
+            notes.append(f"{counted(len(resized), 'tensor')} of {path}, {resized[0]} the first, were resized by timm")
+        return converted
+    own_kernel, kernel = model.patch_embed.state_dict().get("proj.weight"), state.get("patch_embed.proj.weight")
+    position = state.pop("pos_embed", None)  # timm's filter would guess its grid from the model's default image size
+    if position is not None and model.pos_embed is not None:
+        position = _resample(model, position, _grid_of(model, path, state, position), path, notes)
+    state = checkpoint_filter_fn(state, model, adapt_layer_scale=True)
+    if kernel is not None and own_kernel is not None and kernel.ndim == 4 and kernel.shape[2:] != own_kernel.shape[2:]:
+        sizes = " to ".join(f"{k.shape[2]} x {k.shape[3]}" for k in (kernel, own_kernel))
+        notes.append(f"the patch embedding of {path} was resampled from {sizes} pixels")
+    return state if position is None else state | {"pos_embed": position}
+
+
+def _fit_distillation_token(path: Path, state: dict[str, Tensor], own: dict[str, Tensor], notes: list[str]) -> set[str]:
+    """Leave out a checkpoint's distillation token that the student lacks; see `start_from`. `state` is changed.
+
+    Returns: the student's tensors that the checkpoint need not have, for they stay as first drawn.
+    """
+    theirs, ours = "dist_token" in state, "dist_token" in own
+    position, class_token = state.get("pos_embed"), "cls_token" in state
+    damaged = not theirs and "head_dist.weight" in state
+    if theirs == ours or damaged or not class_token or position is None or position.ndim != 3:
+        return set()
+    if theirs:
+        for name in ("dist_token", "head_dist.weight", "head_dist.bias"):
+            state.pop(name, None)
+        state["pos_embed"] = torch.cat([position[:, :1], position[:, 2:]], 1)
+        notes.append(f"the distillation token of {path} was left out, with its position and head: the student has none")
+        return set()
+    if position.shape[2] == own["pos_embed"].shape[2]:
+        state["pos_embed"] = torch.cat([position[:, :1], own["pos_embed"][:, 1:2], position[:, 1:]], 1)
+    notes.append(f"{path} has no distillation token: the student's, its position and its head are as first drawn")
+    return {"dist_token", "head_dist.weight", "head_dist.bias"}
 
 
 def checkpoint_file(path: Path) -> Path:

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cskd.config import RecipeConfig
+from cskd.config import RecipeConfig, TrainConfig
 from cskd.errors import PlanError
-from cskd.loading.plan import PlanSpec, epoch_plan, epoch_views, rank_share
+from cskd.loading.plan import PlanSpec, epoch_plan, epoch_views, rank_share, views_needed
 from cskd.seeds import view_seeds
 from cskd.views.mixing import mixing, quads
 
 
-def spec(sizes: list[int], bad: tuple[int, ...] = (), **changes: int) -> PlanSpec:
+def spec(sizes: list[int], bad: tuple[int, ...] = (), **changes: Any) -> PlanSpec:
     bounds = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     flags = np.zeros(int(bounds[-1]), bool)
     flags[list(bad)] = True
@@ -36,6 +36,24 @@ def test_every_view_of_every_sample_is_used_once_before_any_is_used_twice(repeat
     used = Counter(p for epoch in range(6) for p in pairs(s, epoch))
     assert len(used) == 108 * 6
     assert set(used.values()) == {1}
+
+
+def test_a_random_third_is_drawn_anew_for_every_epoch_and_gets_the_next_views() -> None:
+    """RASampler of DeiT: R views of a random 1/R of the images; here quads are drawn, a third of each block."""
+    sizes, epochs = [40, 32, 36], 12
+    s = spec(sizes, repeats=3, global_batch=12, views=3 * epochs, draw="random")
+    taken = []
+    for epoch in range(epochs):
+        items = pairs(s, epoch)
+        assert {v for _, v in items} == set(range(3 * epoch, 3 * epoch + 3))
+        counts = Counter(sample for sample, _ in items)
+        assert set(counts.values()) == {3} and len(counts) == 36
+        taken.append(frozenset(counts))
+    assert len(set(taken)) == epochs
+    seen = Counter(sample for epoch in taken[:3] for sample in epoch)
+    assert len(seen) < 108 and max(seen.values()) > 1  # with `cover` three epochs take every image once
+    for draw, needed in (("cover", 12), ("random", 30)):
+        assert views_needed(TrainConfig(epochs=10, repeats=3, repeats_draw=draw)) == needed  # type: ignore[arg-type]
 
 
 def test_views_wrap_round_when_there_are_fewer_than_epochs() -> None:

@@ -22,10 +22,12 @@ import cskd.pipeline.online
 import cskd.pipeline.training_run
 from cskd.config import Config, TrainConfig, from_dict, to_yaml
 from cskd.errors import CacheError, ConfigError
+from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.conflicts import run_identity
 from cskd.pipeline.evaluate import evaluate_checkpoint, render
 from cskd.pipeline.show.metrics import read_metrics
 from cskd.pipeline.train import train
+from cskd.store.manifest import read_manifest
 from cskd.student.checkpoint import load_student
 from tests.caches import make_tiny_data
 from tests.pipeline.test_pipeline import cached_data, config
@@ -97,34 +99,65 @@ def test_a_run_has_as_many_views_as_it_needs(base: Path, epochs: int, repeats: i
     assert len({(int(s), int(v)) for s, v, *_ in fed}) == len(fed) > 0
 
 
-def test_a_baseline_that_was_cut_resumes_and_is_not_continued_from_a_cache(base: Path) -> None:
+def test_a_baseline_that_was_cut_resumes_whether_or_not_a_cache_was_made_meanwhile(base: Path) -> None:
     train(alone(base, "whole"), quiet=True)
     train(alone(base, "cut", train={"max_steps": 4, "save_every": 1}), quiet=True)
-    with pytest.raises(ConfigError, match=r'begun with cache = "none, [0-9a-f]{16}", now it is .*empty cache.path'):
-        train(cached(base, "cut"), quiet=True)
-    train(alone(base, "cut"), quiet=True)
+    with pytest.raises(ConfigError, match=r'begun with cache = "none, [0-9a-f]{16}", now it is .*on images alone'):
+        train(cached(base, "cut", loss={"method": "deit-hard"}), quiet=True)
+    with pytest.raises(ConfigError, match=r"begun with views = 6, now it is 3; set it back with --set train.views=6"):
+        train(cached(base, "cut", train={"views": 3}), quiet=True)
+    report = train(cached(base, "cut"), quiet=True)  # a cache has been made meanwhile: it goes on as it was begun
+    assert any("no cache and no teacher" in note for note in report.notes)
     assert weights(base / "whole") == weights(base / "cut")
 
 
+@pytest.mark.parametrize("model", ["deit_tiny_distilled_patch16_224", "vit_tiny_patch16_224"])
+def test_a_checkpoint_is_fine_tuned_at_another_size_and_on_other_classes(
+    base: Path, tmp_path: Path, model: str
+) -> None:
+    """As configs/cifar10_transfer.yaml, from a made checkpoint of 1,000 classes with a distillation token."""
+    shape: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    vit = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=1000, img_size=48, **shape)
+    torch.save({"model": vit.state_dict()}, tmp_path / "w.pth")
+    settings = alone(
+        base,
+        f"fine {model}",
+        student={"model": model, "kwargs": shape, "init": str(tmp_path / "w.pth")},
+        train={"epochs": 2, "opt": "sgd", "repeats_draw": "random", "lr_every": "epoch", "warmup_epochs": 0},
+    )
+    report = train(settings, quiet=True)
+    said = " ".join(report.notes)
+    assert "views 0 to 5" in said and "none is used twice" in said  # three of the first epoch, three of the second
+    assert "from 6 x 6 to 4 x 4 patches" in said and "(1000 classes) was dropped: the student has 5" in said
+    assert ("distillation token" in said and "left out" in said) == model.startswith("vit")
+    assert evaluate_checkpoint(base / f"fine {model}", base / "val", 8, 0, None, "cpu", quiet=True).score == "class"
+
+
 def test_what_is_missing_is_said_with_the_way_on(base: Path) -> None:
-    none = {"loss": {"method": "none"}}
     with pytest.raises(ConfigError, match=r"data\.train is empty"):
         train(alone(base, "x", data={"train": ""}), quiet=True)
-    with pytest.raises(CacheError, match=r"no cache at .*nowhere; .* without a cache: --set cache\.path="):
-        train(config(base, "x", **none, cache={"path": str(base / "nowhere")}), quiet=True)
     with pytest.raises(
         ConfigError, match=r"cache\.path is empty and loss\.method cskd-hard .* --set loss\.method=none"
     ):
         train(alone(base, "x", loss={"method": "cskd-hard"}), quiet=True)
 
 
-def test_images_that_can_t_be_decoded_are_left_out_and_said(base: Path, tmp_path: Path) -> None:
+def test_views_are_those_of_a_cache_to_be_and_bad_images_are_left_out_as_by_stage_1(base: Path, tmp_path: Path) -> None:
+    """The same command before and after stage 1: as many views, the same images left out, the same weights."""
     make_tiny_data(tmp_path / "train", n=42, block=20, shard=10, bad=(3, 25))
-    settings = dataclasses.asdict(alone(base, "bad", data={"train": str(tmp_path / "train")}))
-    settings.pop("given")
-    settings["cache"] |= {"max_quarantine": 0.1}
-    report = train(from_dict(settings), quiet=True)
-    assert any("2 of 42 images can't be decoded and are left out" in note for note in report.notes)
+    cache = {"path": str(tmp_path / "cache"), "views": 3, "max_quarantine": 0.1}
+
+    def settings(name: str) -> Config:
+        data = {"train": str(tmp_path / "train"), "val": ""}
+        train = {"output": str(tmp_path / name), "epochs": 4}
+        return config(base, name, recipe=DEIT, data=data, cache=cache, loss={"method": "none"}, train=train)
+
+    before = train(settings("before"), quiet=True).notes
+    assert any("2 of 42 images can't be decoded and are left out" in note for note in before)
+    assert "no cache (cache.path" in before[0] and "cache is not there)" in before[0] and "views 0 to 2" in before[0]
+    cache_teacher(settings("before"), quiet=True)
+    train(settings("after"), quiet=True)
+    assert weights(tmp_path / "before") == weights(tmp_path / "after")
 
 
 def test_two_ranks_train_the_class_head_alone(base: Path, tmp_path: Path) -> None:
@@ -146,6 +179,8 @@ def test_the_score_of_a_run_is_that_of_its_exported_weights(base: Path) -> None:
     again = evaluate_checkpoint(base / "score", base / "val", 8, 0, None, "cpu", quiet=True)
     assert (again.score, report.score) == ("class", "ema.class")
     assert again.heads[again.score].top1 == pytest.approx(report.top1[report.score])
+    with pytest.raises(CacheError, match=r"score is a run of `cskd train`, expected a cache; `cskd eval "):
+        read_manifest(base / "score")  # as `cskd inspect`, verify and others read one
 
 
 def test_figures_name_untrained_heads_and_the_score_is_what_timm_computes(base: Path) -> None:

@@ -44,3 +44,28 @@ def test_all_that_is_wrong_is_listed_at_once(base: Path) -> None:
 def test_a_config_of_stage_1_alone_is_fine(base: Path) -> None:
     report = check_config(base / "c.yaml", ["student.model=", "train.output=", "data.val=", "train.opt=adamv"])
     assert (report.ok, wrong(report)) == (True, [])
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ["cache.path="],
+        ["cache.path=", "teacher.model="],
+        ["cache.path={}/nowhere", "teacher.model="],
+        ["cache.path={}/nowhere", "teacher.model=", "data.val="],
+        ["cache.path=", "teacher.model=", "loss.method=terms", "loss.terms=[{{head: class, target: label}}]"],
+    ],
+)
+def test_a_baseline_is_looked_at_to_the_end_with_no_cache_and_no_teacher(base: Path, sets: list[str]) -> None:
+    report = check_config(base / "c.yaml", ["loss.method=none", *(s.format(base) for s in sets)])
+    rows = {row.name: row for row in report.rows}
+    assert report.ok and rows["teacher"].found == "no cache is made, no teacher runs"
+    assert {n: rows[n].state for n in ("loss", "the grid", "the run")} == dict.fromkeys(
+        ("loss", "the grid", "the run"), "ok"
+    )
+    assert rows["the run"].found == "will be begun"
+
+
+def test_a_term_that_reads_a_teacher_needs_one_whatever_the_method(base: Path) -> None:
+    sets = ["loss.method=none", "cache.path=", "teacher.model=", "loss.terms=[{head: class, target: global}]"]
+    assert {"cache.path", "teacher"} <= set(wrong(check_config(base / "c.yaml", sets)))

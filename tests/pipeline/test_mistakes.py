@@ -187,7 +187,7 @@ MISTAKES = [
     ),
     (
         "train DIR/c.yaml --set student.model=resnet50",
-        ["student.model resnet50 is not one of timm's plain ViTs", "take one such as deit_tiny_distilled_patch16_224"],
+        ["resnet50 can't be built with", "got an unexpected keyword argument", "mend student.kwargs"],
     ),
     (
         "train DIR/c.yaml --set student.kwargs.patchsize=8",

@@ -65,7 +65,7 @@ FAULTS: list[tuple[type[CskdError], str, dict[str, dict[str, Any]]]] = [
         "student.model 'vit_tinny_patch16_224'.*did you mean",
         {"student": {"model": "vit_tinny_patch16_224"}},
     ),
-    (StudentError, "student.model resnet18", {"student": {"model": "resnet18"}}),
+    (StudentError, "resnet18 can.t be built with .*mend student.kwargs", {"student": {"model": "resnet18"}}),
     (StudentError, "student.kwargs", {"student": {"kwargs": {"patch_sice": 8}}}),
     (StudentError, "student.init: no file .*nowhere", {"student": {"init": "nowhere.safetensors"}}),
     (StudentError, "does not see the last 2 rows", {"student": {"kwargs": {"patch_size": 10}}}),

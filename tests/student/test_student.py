@@ -1,5 +1,6 @@
 """The student's heads, patch logits and starting weights; its optimiser."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor
 
 from cskd.config import LossConfig, StudentConfig, TrainConfig
@@ -133,10 +135,7 @@ def test_a_teacher_grid_finer_than_the_patches_is_refused() -> None:
 @pytest.mark.parametrize(
     ("model", "kwargs", "message"),
     [
-        ("resnet18", {}, "not one of timm's plain ViTs"),
-        ("swin_tiny_patch4_window7_224", {}, "not one of timm's plain ViTs"),
-        ("deit_tiny_destilled_patch16_224", {}, "did you mean 'deit_tiny_distilled_patch16_224'"),
-        ("vit_base_patch16_siglip_224", {"depth": 1}, "pools by 'map'"),
+        ("deit_tiny_destilled_patch16_224", {}, "did you mean 'deit_tiny_distilled_patch16_224"),
         (DEIT, {"patch_drop_rate": 0.1}, "patch_drop_rate: 0.1, which removes patch tokens"),
         (DEIT, {"img_size": 64}, "img_size: 64, the views are 32 x 32"),
         (DEIT, {"num_classes": 5}, "number of classes of the cache"),
@@ -276,6 +275,30 @@ def test_a_checkpoint_of_another_resolution_and_other_classes_is_adapted(tmp_pat
         assert same == (name != "pos_embed" and not name.startswith("head")), name
 
 
+@pytest.mark.parametrize("classes", [7, 3])
+@pytest.mark.parametrize(("theirs", "ours"), [(DEIT, PLAIN), (PLAIN, DEIT)])
+def test_a_distillation_token_is_left_out_or_begun_as_the_student_needs_it(
+    tmp_path: Path, theirs: str, ours: str, classes: int
+) -> None:
+    save_file(before := build(theirs).backbone.state_dict(), tmp_path / "w.safetensors")
+    fresh = build_student(StudentConfig(ours, TINY), classes, 64)
+    torch.manual_seed(0)
+    student = build(ours, classes, size=64, init=tmp_path / "w.safetensors")
+    said = " ".join(student.notes)
+    assert ("distillation token of" in said and "left out" in said) if theirs == DEIT else "as first drawn" in said
+    assert ("(7 classes) was dropped: the student has 3" in said) == (classes == 3)
+    assert "8 x 8 to 16 x 16 patches" in said
+    now = student.backbone.state_dict()
+    assert torch.equal(now["cls_token"], before["cls_token"])
+    assert torch.equal(now["blocks.1.norm1.bias"], before["blocks.1.norm1.bias"])
+    assert torch.equal(now["head.weight"], before["head.weight"]) == (classes == 7)
+    prefix = 2 if ours == DEIT else 1
+    assert now["pos_embed"].shape == fresh.backbone.state_dict()["pos_embed"].shape == (1, 256 + prefix, 48)
+    assert torch.equal(now["pos_embed"][:, :1], before["pos_embed"][:, :1])  # of the class token
+    corner = before["pos_embed"][:, 3 - prefix]  # of the first patch, which a resize moves by little
+    assert (now["pos_embed"][:, prefix] - corner).norm() < (now["pos_embed"][:, prefix + 40] - corner).norm()
+
+
 def test_a_checkpoint_of_other_patches_says_that_its_patch_embedding_was_resampled(tmp_path: Path) -> None:
     source = build().backbone
     own = source.patch_embed.proj.weight.shape[-1]
@@ -301,7 +324,7 @@ def test_the_config_beside_a_checkpoint_tells_a_grid_that_is_not_square(tmp_path
         (lambda s: s.update({"norm.bias": torch.full((48,), torch.nan)}), "norm.bias that are not finite"),
         (lambda s: s.pop("dist_token"), "no dist_token, the student"),
         (lambda s: s.update(pos_embed=torch.zeros(1, 20, 48)), "18 position embeddings, which are no square"),
-        (lambda s: s.update(pos_embed=torch.zeros(66)), "no ViT's checkpoint"),
+        (lambda s: s.update(pos_embed=torch.zeros(66)), "no checkpoint of this model"),
         (lambda s: s.clear(), "no state dict"),
     ],
 )
@@ -370,6 +393,22 @@ def test_the_learning_rate_is_a_function_of_the_step() -> None:
         assert rates[step] == pytest.approx(1e-5 + (1e-3 - 1e-5) * cosine)
     again = Optimisation(build(), RECIPE, steps_per_epoch=10)
     assert [again.set_lr(step) for step in (150, 3, 25)] == [rates[150], rates[3], rates[25]]
+
+
+def test_a_learning_rate_per_epoch_is_what_deits_loop_leaves_it_at() -> None:
+    """Its main.py calls `lr_scheduler.step(epoch)` after the epoch."""
+    optimisation = Optimisation(
+        build(), dataclasses.replace(RECIPE, lr_every="epoch", warmup_epochs=3), steps_per_epoch=10
+    )
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    theirs = CosineLRScheduler(
+        (plain := torch.optim.AdamW(parameters, lr=1e-3)), 20, lr_min=1e-5, warmup_t=3, warmup_lr_init=1e-6
+    )
+    for epoch in range(20):
+        want = plain.param_groups[0]["lr"]
+        assert [optimisation.set_lr(10 * epoch + i) for i in (0, 9)] == pytest.approx([want, want]), epoch
+        theirs.step(epoch)
+    assert optimisation.set_lr(150) != pytest.approx(optimisation.set_lr(140))
 
 
 def test_the_learning_rate_scales_with_the_batch_where_asked() -> None:
