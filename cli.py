@@ -291,6 +291,30 @@ def repair(cache: CachePath, data: Data = None, json_: Json = False) -> None:
 
 
 @app.command()
+def export(
+    cache: CachePath,
+    out: Annotated[Path, typer.Argument(parser=_path("OUT"), help="Folder for the tars, or for the other cache.")],
+    more_blends: Annotated[list[str] | None, typer.Argument(metavar="", hidden=True)] = None,
+    data: Data = None,
+    blends: Annotated[
+        list[str] | None,
+        typer.Option(metavar="A B ...", help="Of the cells' classes: 1 = each cell's own, 0 = the image's; 1 0.5 0."),
+    ] = None,
+    envelope: Annotated[bool, typer.Option("--envelope", help="The classes at every blend, not at some.")] = False,
+    views: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N views.")] = None,
+    container: Annotated[
+        Literal["webdataset", "zarr"] | None,
+        typer.Option(help="Write a cache that `cskd train` reads, its units in this container; no image is needed."),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Targets as webdataset tars that join the image shards by key; or the cache in another container."""
+    from cskd.pipeline.care.export import export, render
+
+    _print(export(cache, out, data, blends, more_blends or [], envelope, views, container, json_), json_, render)
+
+
+@app.command()
 def gc(
     cache: CachePath,
     older_than: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Leave younger files alone.")] = 3600.0,

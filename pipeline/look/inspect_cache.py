@@ -43,7 +43,7 @@ from cskd.pipeline.look.inspection import (
 from cskd.pipeline.outputs import refuse_file, save_file
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import Commit
-from cskd.store.format import FORMAT, Unit
+from cskd.store.format import MANIFEST_FORMATS, Unit
 from cskd.store.seal import read_seal
 from cskd.teacher.arithmetic import BLENDS, in_words
 from cskd.views.mixing import NONE
@@ -92,7 +92,8 @@ def inspect(
     chosen = None if sample is None else find_sample(opened, sample)
     found = Inspection(
         cache=str(cache),
-        format=FORMAT,
+        format=MANIFEST_FORMATS[opened.container],
+        container=opened.container,
         fingerprint=opened.fingerprint,
         inventory=InventoryFacts(opened.inventory.id, opened.inventory.n, len(opened.classes), opened.blocks),
         teacher=TeacherFacts(
