@@ -175,6 +175,7 @@ def _open_or_create(
             probe=probe,
             threads=lanes_of(teacher.device, torch.get_num_threads(), teacher.reentrant)[1],
             versions=library_versions(),
+            container=None if config.cache.container == "zarr" else config.cache.container,
         )
     cache = create_cache(root, manifest, inventory)
     write_resolved(root, cache.manifest)

@@ -17,7 +17,7 @@ from typing import Literal
 from cskd.errors import ConfigError, CskdError, counted, shown
 from cskd.loading.targets import codec_for
 from cskd.method.losses import unread_keys
-from cskd.pipeline.conflicts import as_begun, refuse_other_run, run_identity
+from cskd.pipeline.conflicts import as_begun, refuse_other_container, refuse_other_run, run_identity
 from cskd.pipeline.outputs import refuse_cache_output, refuse_run_output, refuse_without_links
 from cskd.pipeline.run_state import PROGRESS
 from cskd.pipeline.setup import Setup, image_sizes, view_notes, with_best
@@ -134,6 +134,8 @@ def _cache_path(setup: Setup) -> Found:
     if not setup.config.cache.path:
         raise ConfigError("cache.path is empty; say where the cache goes, for example --set cache.path=caches/mine")
     refuse_cache_output(setup.config)
+    if setup.begun:
+        refuse_other_container(setup.config)
     return setup.config.cache.path, []
 
 
@@ -302,6 +304,8 @@ CHECKS = (
 )
 _OF_TEACHER = ("teacher", "the cache", "the grid", "the run")
 BEFORE_TEACHER = tuple(c for c in CHECKS if c.name not in _OF_TEACHER)
+# Of a plan, for which nothing is written: not where it would go.
+PLANNED = tuple(c for c in BEFORE_TEACHER if c.of in ("data", "student") and c.name != "train.output")
 ON_GRID = tuple(c for c in CHECKS if c.name == "the grid")
 WITH_TEACHER = tuple(c for c in CHECKS if c.name in ("the grid", "the run"))
 # What a run opens its parts by; its output was looked at when it took the lock, its cache and its resume states come after.

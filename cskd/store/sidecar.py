@@ -27,10 +27,9 @@ from cskd.dataset.inventory import Inventory
 from cskd.store.cache import Cache
 from cskd.store.commit import Commit
 from cskd.store.format import ZSTD_LEVEL, Unit
-from cskd.views.mixing import CUTMIX, MIXUP, NONE, own_share
+from cskd.views.mixing import MODES, own_share
 from cskd.views.recipe import described, sample_params
 
-MODES = {NONE: "unmixed", MIXUP: "mixup", CUTMIX: "cutmix"}
 AT_ONCE = 16  # samples whose logits are decoded at a time
 
 

@@ -30,7 +30,6 @@ from cskd.files.folders import mark, refuse_output
 from cskd.files.read import file_sha256, open_regular, parse_json, read_file
 from cskd.packing.shard_samples import webdataset_key
 from cskd.packing.tar_headers import headers
-from cskd.pipeline.conflicts import refuse_other_code
 from cskd.pipeline.show.progress import Progress, print_lines
 from cskd.store.cache import Cache, create_cache, open_cache
 from cskd.store.commit import Commit
@@ -40,6 +39,7 @@ from cskd.store.seal import seal_cache
 from cskd.store.sidecar import ShardKeys, Sidecars, sidecar_name
 from cskd.store.tars import write_tar
 from cskd.store.unit import content_hash
+from cskd.store.usable import refuse_other_code
 
 FACTS, SUMS = "export.json", "SHA256SUMS"
 POLL_WAIT = 2.0  # seconds between two looks at what other processes are making
