@@ -191,12 +191,23 @@ def plan(
 
 
 @_command(STAGES, "cskd cache-teacher my.yaml --set cache.device=cuda:1", name="cache-teacher")
-def cache_teacher(config: ConfigPath, set_: Set = None, json_: Json = False) -> None:
+def cache_teacher(
+    config: ConfigPath,
+    set_: Set = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(metavar="WHICH", help="A process a device: all, 4, cuda:0,2 or cpu:2; instead of cache.device."),
+    ] = None,
+    json_: Json = False,
+) -> None:
     """Stage 1: run the teacher once over every view. The same command resumes."""
     from cskd.config import load_config
     from cskd.pipeline.cache_teacher import cache_teacher, render
+    from cskd.pipeline.many_devices import cache_teacher_on
 
-    _print(cache_teacher(load_config(config, set_), quiet=json_), json_, render)
+    settings = load_config(config, set_)
+    report = cache_teacher_on(settings, devices, json_) if devices else cache_teacher(settings, quiet=json_)
+    _print(report, json_, render)
 
 
 @_command(STAGES, "cskd train my.yaml --set train.epochs=100")

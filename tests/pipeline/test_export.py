@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import runpy
 import shutil
 import tarfile
 from pathlib import Path
@@ -250,3 +251,30 @@ def test_damage_of_a_units_tar_is_found(tars: Cache, tmp_path: Path) -> None:
     copy = tmp_path / "cache" / path.relative_to(tars.root)
     copy.write_bytes(data.replace(b'"block": 0', b'"block": 1'))
     assert [error[:16] for error in verify(tmp_path / "cache", quiet=True).errors] == ["block 0, view 0:"]
+
+
+def test_stock_webdataset_joins_every_image_with_its_target(
+    cache: Cache, targets: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = Path(__file__).resolve().parents[2] / "examples" / "webdataset_join.py"
+    shards = str(cache.inventory.root / "{00000..00001}.tar")
+    monkeypatch.setattr("sys.argv", ["webdataset_join.py", shards, str(targets), "2"])
+    joined = runpy.run_path(str(example), run_name="__main__")["joined"]
+    assert capsys.readouterr().out == "10 of 10 images joined with their targets (100%)\n"
+    for sample in joined(shards, str(targets), 2):
+        assert sample["png"].startswith(b"\x89PNG") and sample["paug.json"]["view"] == 2
+        assert ("quarantined" in sample["paug.json"]) == ("cells.npy" not in sample)
+        assert "cells.npy" not in sample or sample["cells.npy"].shape == (3, 3, 3)
+    assert "cskd" not in example.read_text().partition('"""\n\n')[2]
+
+
+def test_stock_webdataset_reads_a_units_tar_as_one_sample(tars: Cache) -> None:
+    import webdataset
+
+    path = next((tars.root / "units/b00001").glob("v0001.topk2.*"))
+    (sample,) = webdataset.WebDataset(str(path), shardshuffle=False)
+    assert sample["__key__"] == "b00001-v0001" and json.loads(sample["about.json"])["codec"] == "topk2"
+    unit = tars.read(1, 1, "topk2")
+    for name, array in {**unit.fields, **{f"targets.{n}": a for n, a in unit.targets.items()}}.items():
+        stored = np.load(io.BytesIO(numcodecs.zstd.decompress(sample[f"{name}.npy.zst"])), allow_pickle=False)
+        np.testing.assert_array_equal(stored, array)
