@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import runpy
 import shutil
 import tarfile
@@ -29,6 +30,7 @@ from tests.caches import make_tiny_cache
 
 QUARANTINED = 6
 CODECS = ("envelope", "int8", "topk2")
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "howto" / "webdataset.md"
 BLENDS = (1.0, 0.5, 0.0)
 
 
@@ -104,19 +106,14 @@ def test_a_quarantined_sample_says_why_and_has_no_targets(cache: Cache, targets:
 def test_an_envelope_gives_the_classes_at_every_blend(cache: Cache, tmp_path: Path) -> None:
     export_targets(cache.root, tmp_path / "out", envelope=True, views=1, quiet=True)
     unit, found = cache.read(0, 0, "envelope"), members(tmp_path / "out" / "00000.view000.tar")
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "page.py").write_text(code)
+    names = runpy.run_path(str(tmp_path / "page.py"))
     packed = [content for name, content in found.items() if name.endswith(".env.zst")]
     for blend in (0, 1, 20_000, 32_768, 65_536):
         expected = cache.codecs["envelope"].hard(unit.targets, blend)
-        for row, data in enumerate(packed):  # as docs/FORMAT.md has it
-            numbers = np.frombuffer(numcodecs.zstd.decompress(data), "<u2").tolist()
-            h, w, image_class = numbers[:3]
-            at, cells = 3, []
-            for _ in range(h * w):
-                pairs = [numbers[at + 1 + 2 * i : at + 3 + 2 * i] for i in range(numbers[at])]
-                cells.append([image_class, *(cls for start, cls in pairs if start < blend)][-1])
-                at += 1 + 2 * numbers[at]
-            assert at == len(numbers)
-            np.testing.assert_array_equal(np.reshape(cells, (h, w)), expected[row])
+        for row, data in enumerate(packed):
+            np.testing.assert_array_equal(names["classes_at"](data, blend), expected[row])
 
 
 def test_the_same_command_makes_what_is_absent_and_the_same_bytes(cache: Cache, targets: Path, tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_the_first_error_has_its_device_and_ends_all(base: Path) -> None:
 def begun(base: Path, name: str, **cache: Any) -> tuple[subprocess.Popen[bytes], Path]:
     """The command on a cache that takes a while, when its units have begun to come."""
     root = base / name
-    settings = config(base, cache={"path": str(root), "views": 60, **cache})
+    settings = config(base, cache={"path": str(root), "views": 18, **cache})
     (base / f"{name}.yaml").write_text(to_yaml(settings))
     command = [
         sys.executable,
@@ -189,6 +189,6 @@ def test_an_interrupt_ends_all_and_the_same_command_goes_on(base: Path, everyone
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
     assert owners(root) == set()
-    settings = config(base, cache={"path": str(root), "views": 60})
+    settings = config(base, cache={"path": str(root), "views": 18})
     cache_teacher(settings, quiet=True)
     assert verify(root, quiet=True).sealed
