@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import re
 import runpy
 import shutil
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numcodecs.zstd
@@ -250,6 +252,18 @@ def test_damage_of_a_units_tar_is_found(tars: Cache, tmp_path: Path) -> None:
     assert [error[:16] for error in verify(tmp_path / "cache", quiet=True).errors] == ["block 0, view 0:"]
 
 
+@pytest.fixture
+def open_files_of_webdataset() -> Iterator[None]:
+    """It leaves files to be closed when they are collected: that is done before the next test."""
+    yield
+    gc.collect()
+
+
+LEFT_OPEN = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@LEFT_OPEN
+@pytest.mark.usefixtures("open_files_of_webdataset")
 def test_stock_webdataset_joins_every_image_with_its_target(
     cache: Cache, targets: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -265,6 +279,8 @@ def test_stock_webdataset_joins_every_image_with_its_target(
     assert "cskd" not in example.read_text().partition('"""\n\n')[2]
 
 
+@LEFT_OPEN
+@pytest.mark.usefixtures("open_files_of_webdataset")
 def test_stock_webdataset_reads_a_units_tar_as_one_sample(tars: Cache) -> None:
     import webdataset
 
