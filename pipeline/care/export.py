@@ -307,8 +307,8 @@ def _write_sums(out: Path, names: Sequence[str], hashes: dict[str, str]) -> None
     if (out / SUMS).is_file():
         lines = read_file(out / SUMS).decode(errors="replace").splitlines()
         known = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    known |= hashes
-    found = {name: known.get(name) or file_sha256(out / name) for name in names}
+    known = {name: digest for name, digest in known.items() if (out / name).is_file()} | hashes
+    found = known | {name: known.get(name) or file_sha256(out / name) for name in names}
     put(out / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(found.items())).encode())
 
 

@@ -126,6 +126,8 @@ def test_the_same_command_makes_what_is_absent_and_the_same_bytes(cache: Cache, 
     assert export_targets(cache.root, out, quiet=True).made == 1
     assert contents(out) == contents(targets)
     assert export_targets(cache.root, out, quiet=True).made == 0
+    export_targets(cache.root, out, views=1, quiet=True)
+    assert contents(out) == contents(targets)
 
 
 def indexed(folder: Path, members: dict[str, str]) -> Inventory:
