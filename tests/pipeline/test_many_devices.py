@@ -147,7 +147,7 @@ def begun(base: Path, name: str, **cache: Any) -> tuple[subprocess.Popen[bytes],
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     while not owners(root):  # the first process is at work; the second one may still be loading torch
-        assert process.poll() is None
+        assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     time.sleep(0.5)
     return process, root
