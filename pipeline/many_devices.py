@@ -218,7 +218,8 @@ def _work(config: Config, device: str, part: tuple[int, int], quiet: bool, wire:
 def _unwind(signum: int, frame: FrameType | None) -> NoReturn:
     """The first signal unwinds, which keeps what is in of a pass; then a process has GRACE seconds less SPARE, whatever comes."""
     for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, signal.SIG_IGN)  # Ctrl-C reaches all, and the first process ends the others, too
+        # Ctrl-C reaches all, and the first process ends the others, too. SIG_IGN would complain of one that has just come.
+        signal.signal(kind, lambda *_: None)
     late = threading.Timer(GRACE - SPARE, os._exit, (128 + signum,))
     late.daemon = True
     late.start()
