@@ -191,12 +191,23 @@ def plan(
 
 
 @_command(STAGES, "cskd cache-teacher my.yaml --set cache.device=cuda:1", name="cache-teacher")
-def cache_teacher(config: ConfigPath, set_: Set = None, json_: Json = False) -> None:
+def cache_teacher(
+    config: ConfigPath,
+    set_: Set = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(metavar="WHICH", help="A process a device: all, 4, cuda:0,2 or cpu:2; instead of cache.device."),
+    ] = None,
+    json_: Json = False,
+) -> None:
     """Stage 1: run the teacher once over every view. The same command resumes."""
     from cskd.config import load_config
     from cskd.pipeline.cache_teacher import cache_teacher, render
+    from cskd.pipeline.many_devices import cache_teacher_on
 
-    _print(cache_teacher(load_config(config, set_), quiet=json_), json_, render)
+    settings = load_config(config, set_)
+    report = cache_teacher_on(settings, devices, json_) if devices else cache_teacher(settings, quiet=json_)
+    _print(report, json_, render)
 
 
 @_command(STAGES, "cskd train my.yaml --set train.epochs=100")
@@ -335,6 +346,30 @@ def repair(cache: CachePath, data: Data = None, json_: Json = False) -> None:
     from cskd.pipeline.care.repair import render, repair
 
     _print(repair(cache, data=data, quiet=json_), json_, render)
+
+
+@_command(CACHES, "cskd export caches/mine targets --blends 1 0.5 0")
+def export(
+    cache: CachePath,
+    out: Annotated[Path, typer.Argument(parser=_path("OUT"), help="Folder for the tars, or for the other cache.")],
+    more_blends: Annotated[list[str] | None, typer.Argument(metavar="", hidden=True, help="Further blends.")] = None,
+    data: Data = None,
+    blends: Annotated[
+        list[str] | None,
+        typer.Option(metavar="A B ...", help="Of the cells' classes: 1 = each cell's own, 0 = the image's; 1 0.5 0."),
+    ] = None,
+    envelope: Annotated[bool, typer.Option("--envelope", help="The classes at every blend, not at some.")] = False,
+    views: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N views.")] = None,
+    container: Annotated[
+        Literal["webdataset", "zarr"] | None,
+        typer.Option(help="Write a cache that `cskd train` reads, its units in this container; no image is needed."),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Targets as webdataset tars that join the image shards by key; or the cache in another container."""
+    from cskd.pipeline.care.export import export, render
+
+    _print(export(cache, out, data, blends, more_blends or [], envelope, views, container, json_), json_, render)
 
 
 @_command(CACHES, "cskd gc caches/mine --dry-run")

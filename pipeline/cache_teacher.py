@@ -13,6 +13,7 @@ The same command resumes, and run several times at once it shares the work. Laun
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from cskd.dataset.inventory import Inventory
 from cskd.errors import CacheError
 from cskd.loading.feed import fed
 from cskd.loading.stage1 import ChunkMaker
-from cskd.machine.launch import launched
+from cskd.machine.launch import launched, worker_number
 from cskd.machine.threads import Threads, begun_with, brief_turns, choose_threads, computing_with
 from cskd.pipeline.clean_check import clean_check
 from cskd.pipeline.codec_tables import fit_tables, refit_lost, refuse_head
@@ -67,17 +68,23 @@ class CacheReport:
     notes: list[str]  # what a user should know, said before the first unit too
 
 
-def cache_teacher(config: Config, quiet: bool = False) -> CacheReport:
-    """Make, finish or extend the cache of a config. Raises CskdError; whatever was committed stays."""
+Tell = Callable[[int, int, int], None]  # views made by this process, by all, and of all
+
+
+def cache_teacher(config: Config, quiet: bool = False, tell: Tell | None = None) -> CacheReport:
+    """Make, finish or extend the cache of a config. Raises CskdError; whatever was committed stays.
+
+    tell: called again and again with how far the work is; then no progress is shown.
+    """
     device, moved = device_of(config, "cache")
     gpu = device.type == "cuda"
     threads = choose_threads(config.cache.threads, "cache.threads", config.cache.workers, gpu=gpu)
     with computing_with(threads.count), brief_turns(gpu):
-        return _cache_teacher(config, device, moved, threads, quiet)
+        return _cache_teacher(config, device, moved, threads, quiet, tell)
 
 
 def _cache_teacher(
-    config: Config, device: torch.device, moved: list[str], threads: Threads, quiet: bool
+    config: Config, device: torch.device, moved: list[str], threads: Threads, quiet: bool, tell: Tell | None
 ) -> CacheReport:
     start = time.perf_counter()
     # Of the ranks of torchrun the first one speaks for all, since it counts what all make.
@@ -91,10 +98,12 @@ def _cache_teacher(
     with_grid = refuse(WITH_TEACHER, setup).notes
     notes.add([*ahead.images, *setup.teacher.notes, *ahead.notes, *with_grid])
     with explained(device, lambda probe: batch_advice(setup.teacher, config, probe)):
-        return _fill(setup, ahead.images, threads, notes, start)
+        return _fill(setup, ahead.images, threads, notes, start, tell)
 
 
-def _fill(setup: Setup, about_images: list[str], threads: Threads, notes: Notes, start: float) -> CacheReport:
+def _fill(
+    setup: Setup, about_images: list[str], threads: Threads, notes: Notes, start: float, tell: Tell | None
+) -> CacheReport:
     """Check the teacher, open or begin the cache, and make what it lacks."""
     quiet, config, inventory, teacher, maker = notes.quiet, setup.config, setup.inventory, setup.teacher, setup.maker
     notes.say()
@@ -103,20 +112,29 @@ def _fill(setup: Setup, about_images: list[str], threads: Threads, notes: Notes,
     notes.say()
 
     total = cache.inventory.n * cache.views
+    before = total - views_left(cache)
     with (
         unit_line(cache, teacher, config, threads, quiet) as line,
-        Progress("cache-teacher", total, "views", start=total - views_left(cache), quiet=quiet) as progress,
+        Progress("cache-teacher", total, "views", start=before, quiet=quiet or tell is not None) as progress,
     ):
-        while passes := missing_passes(cache):
+
+        def show(by_others: int) -> None:
+            made = line.images + line.restored
+            progress.update(by_others + made)
+            if tell is not None:
+                tell(made, by_others + made, total)
+
+        show(before)
+        while passes := missing_passes(cache, worker_number()):
             maker_of_chunks, tasks = ChunkMaker(maker, inventory.id), line.tasks(passes)
             results = fed(maker_of_chunks, tasks, teacher.device, threads.workers)
-            before, by_others = line.units, total - views_left(cache) - line.images - line.restored
+            units, by_others = line.units, total - views_left(cache) - line.images - line.restored
             for chunk in results:
                 line.feed(chunk)
-                progress.update(by_others + line.images + line.restored)
+                show(by_others)
             line.drain()
-            progress.update(by_others + line.images + line.restored)
-            if line.units == before:
+            show(by_others)
+            if line.units == units:
                 time.sleep(POLL_WAIT)  # others are making all that is missing
     return CacheReport(
         cache=str(cache.root),
@@ -178,6 +196,7 @@ def _open_or_create(
             tables=fit_tables(root, identity, teacher, maker),
             threads=lanes_of(teacher.device, torch.get_num_threads(), teacher.reentrant)[1],
             versions=library_versions(),
+            container=None if config.cache.container == "zarr" else config.cache.container,
         )
     cache = create_cache(root, manifest, inventory)
     refit_lost(cache, teacher, maker)

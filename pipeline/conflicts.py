@@ -22,6 +22,7 @@ from cskd.method.losses import own_terms
 from cskd.pipeline.show.trackers import RECORD
 from cskd.store.cache import Cache, differences
 from cskd.store.format import RESOLVED
+from cskd.store.manifest import read_manifest
 from cskd.student.checkpoint import MODEL, MODEL_BEST, MODEL_EMA, MODEL_LAST
 
 # Facts of the teacher that a config for training may repeat; weights may lie elsewhere, batch and device don't matter.
@@ -77,6 +78,17 @@ def refuse_conflicts(config: Config, cache: Cache) -> None:
                 raise ConfigError(
                     f"{key} is {asked!r}, the cache {cache.root} was made with {cached!r}; leave it out or set it so"
                 )
+
+
+def refuse_other_container(config: Config) -> None:
+    """ConfigError where a config says another container than that of a cache which was begun; one that says none goes on."""
+    asked, root = config.cache.container, Path(config.cache.path)
+    there = read_manifest(root).container or "zarr"
+    if "cache.container" in config.given and asked != there:
+        raise ConfigError(
+            f"cache.container is {asked}, {root} was begun in {there}; leave it out, or copy the cache with "
+            f"`cskd export {root} OUT --container {asked}`"
+        )
 
 
 def own_output(output: Path) -> None:

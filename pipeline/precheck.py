@@ -18,7 +18,7 @@ from cskd.errors import ConfigError, CskdError, counted, shown
 from cskd.loading.targets import codec_for, refuse_unnamed
 from cskd.method.losses import needs, unread_keys
 from cskd.pipeline.codec_tables import refuse_head
-from cskd.pipeline.conflicts import as_begun, refuse_other_run, run_identity
+from cskd.pipeline.conflicts import as_begun, refuse_other_container, refuse_other_run, run_identity
 from cskd.pipeline.outputs import refuse_cache_output, refuse_run_output, refuse_without_links
 from cskd.pipeline.run_state import PROGRESS
 from cskd.pipeline.setup import Setup, from_images, image_sizes, view_notes, with_best
@@ -138,6 +138,8 @@ def _cache_path(setup: Setup) -> Found:
     if not setup.config.cache.path:
         raise ConfigError("cache.path is empty; say where the cache goes, for example --set cache.path=caches/mine")
     refuse_cache_output(setup.config)
+    if setup.begun:
+        refuse_other_container(setup.config)
     return setup.config.cache.path, []
 
 

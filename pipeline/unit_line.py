@@ -71,12 +71,17 @@ def writers_of(cores: int) -> int:
     return max(1, min(4, cores // 4))
 
 
-def missing_passes(cache: Cache) -> list[tuple[int, tuple[int, ...]]]:
-    """(block, views) of each pass: the missing views of one mixing group of one block, made from one decoding."""
+def missing_passes(cache: Cache, first: int = 0) -> list[tuple[int, tuple[int, ...]]]:
+    """(block, views) of each pass: the missing views of one mixing group of one block, made from one decoding.
+
+    first: which of them comes first, counted on from the last to the first again: of several processes each begins elsewhere.
+    """
     by_pass: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
     for block, view in cache.missing():
         by_pass[view // cache.recipe.mix_group, block].append(view)
-    return [(block, tuple(views)) for (_, block), views in sorted(by_pass.items())]
+    passes = [(block, tuple(views)) for (_, block), views in sorted(by_pass.items())]
+    begin = first % max(1, len(passes))
+    return passes[begin:] + passes[:begin]
 
 
 def views_left(cache: Cache) -> int:

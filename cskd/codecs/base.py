@@ -80,6 +80,11 @@ class Outputs(NamedTuple):
     )
 
 
+def shortest(values: NDArray[Any]) -> list[float]:
+    """Floats of any width as numbers that JSON writes with as few digits as give them back."""
+    return [float(str(value)) for value in values]
+
+
 class Field(NamedTuple):
     """One stored array: its dtypes (the first is the usual one) and the names of its dimensions."""
 
@@ -157,6 +162,10 @@ class Codec(ABC):
     def global_class(self, arrays: Arrays) -> U16:
         """The argmax of the teacher's ordinary output, exact, the lowest class on ties: uint16 [N]."""
         return arrays["global_class"]
+
+    def global_facts(self, arrays: Arrays, row: int) -> dict[str, list[float] | list[int] | float]:
+        """The teacher's ordinary output for one sample as JSON, as far as it is kept; empty where only its class is."""
+        return {}
 
     def concat(self, parts: Sequence[Arrays]) -> Arrays:
         """The samples of all parts, in order."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cskd.codecs.base import Arrays, Codec, Field
+from cskd.codecs.base import Arrays, Codec, Field, shortest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,6 +61,11 @@ class Int8Codec(Codec):
         low_B1, step_B1 = tensors["global_low"][:, None], tensors["global_step"][:, None]
         global_BK = (tensors["global"].float() + 32768) * step_B1 + low_B1
         return dense_BKhw, global_BK
+
+    def global_facts(self, arrays: Arrays, row: int) -> dict[str, list[float] | list[int] | float]:
+        """`logits`, of all classes."""
+        levels = arrays["global"][row].astype(np.float32) + np.float32(32768)
+        return {"logits": shortest(levels * arrays["global_step"][row] + arrays["global_low"][row])}
 
 
 def _quantise(x: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cskd.codecs.base import Arrays, Codec, Field
+from cskd.codecs.base import Arrays, Codec, Field, shortest
 from cskd.errors import CodecError
 
 if TYPE_CHECKING:
@@ -72,6 +72,12 @@ class TopkCodec(Codec):
         """Decode a batch on its device: float32 dense [B, K, h, w] and global [B, K]."""
         dense = self._spread(tensors["cell_class"], tensors["cell_logit"], tensors["cell_rest"])
         return dense, self._spread(tensors["top_class"], tensors["top_logit"], tensors["top_rest"])
+
+    def global_facts(self, arrays: Arrays, row: int) -> dict[str, list[float] | list[int] | float]:
+        """`top_classes` and `top_logits`, the largest first, and `log_rest`, the log of the sum of exp(logit) of all others."""
+        classes = [int(c) for c in arrays["top_class"][row]]
+        (rest,) = shortest(arrays["top_rest"][row : row + 1])
+        return {"top_classes": classes, "top_logits": shortest(arrays["top_logit"][row]), "log_rest": rest}
 
     def _length(self, dim: str, n: int) -> int | None:
         return self.k if dim == "rank" else super()._length(dim, n)

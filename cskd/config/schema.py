@@ -193,6 +193,9 @@ class CacheConfig(Section):
     `features:BITS`, `features:pcaR`, `features:pcaR:BITS` (soft ones from the feature map; BITS 4 unless given), `global:BITS`,
     `global:topK` (of the image alone), or a codec of your own as `path/to/file.py:Class`, `package.module:Class`, or the name
     of an entry point of `cskd.codecs`; see docs/LIBRARY.md. Several in one cache: `[envelope, features:pca384]`."""
+    container: Literal["zarr", "webdataset"] = "zarr"
+    """Files of the units: `zarr`, zipped, or `webdataset`, tars of arrays, each read as a whole. The content is the same;
+    `cskd export --container` copies a cache into the other one."""
     max_quarantine: Share = 0.001
     """Unreadable images beyond this share stop stage 1."""
     save_seconds: Annotated[float, Ge(0), Le(86_400), Unit("seconds")] = 30.0

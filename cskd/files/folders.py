@@ -4,6 +4,7 @@
     cache   outputs of a teacher         known by two of manifest.json, its copy, commits/ and units/
     run     of training                  known by the marker `.cskd`; before there were markers, by what it holds
     demo    all three, made by the demo  known by the marker; likewise
+    export  targets for webdataset       known by the marker
 
 An output folder may not be of another kind, lie in a folder of another kind, or hold one, within DEPTH folders; but in a demo
 there may be anything. One that is of its kind already goes on, wherever it lies. Links and `..` are followed first.
@@ -31,6 +32,7 @@ _KIND_NAMES = {
     "cache": "a cache",
     "run": "the folder of a run",
     "demo": "the folder of a demo",
+    "export": "an export of `cskd export`",
     "inventory": "an inventory without its shards",  # of a cache without a manifest yet, or of data whose shards are gone
 }
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import re
 
 import torch
 
-from cskd.errors import ConfigError
+from cskd.errors import ConfigError, counted
 from cskd.machine.launch import Launch, launched
 
 
@@ -66,6 +67,32 @@ def _gpu_of(launch: Launch, seen: int, key: str) -> int:
             f"machine, or set {key}=cpu"
         )
     return launch.local if seen > 1 else 0
+
+
+def device_list(text: str) -> list[str]:
+    """The devices that `--devices` names, each for a process of its own: `all` GPUs, `N` of them, `cuda:0,2`, `cpu:N`.
+
+    Raises:  ConfigError for one that is not here, or is named twice, and for any other text.
+    """
+    seen, word = torch.cuda.device_count(), text.strip()
+    here = f"this machine has {counted(seen, 'GPU')}"
+    if word in ("all", "cuda"):
+        if seen:
+            return [f"cuda:{i}" for i in range(seen)]
+        raise ConfigError(f"--devices {word}: {here}; write cpu:N for N processes on the CPU")
+    if match := re.fullmatch(r"cpu(?::([1-9]\d{0,2}))?", word):
+        return [f"cpu:{i}" for i in range(int(match[1] or 1))]
+    if re.fullmatch(r"[1-9]\d{0,3}", word):
+        listed = list(range(int(word)))
+    elif match := re.fullmatch(r"cuda:(\d{1,4}(?:,\d{1,4})*)", word):
+        listed = [int(part) for part in match[1].split(",")]
+    else:
+        raise ConfigError(f"--devices {text[:40]!r} names none; write all, a number of GPUs, cuda:0,2 or cpu:2")
+    if (most := max(listed)) >= seen:
+        raise ConfigError(f"--devices {word[:40]}: there is no cuda:{most}, {here}; name others, or cpu:N")
+    if len(set(listed)) < len(listed):
+        raise ConfigError(f"--devices {word[:40]} names a GPU twice; name each once")
+    return [f"cuda:{i}" for i in listed]
 
 
 def keep_freed_memory() -> bool:

@@ -135,11 +135,11 @@ def _usage_or_bug(error: Exception) -> int:
     if limit := limit_said(error):
         print(fitted(f"cskd: {limit}"), file=sys.stderr)
         return 1
-    print(fitted(f"cskd: unexpected {one_line(error, 100)}; {_logged(error)}"), file=sys.stderr)
+    print(fitted(f"cskd: unexpected {one_line(error, 100)}; {logged(error)}"), file=sys.stderr)
     return 1
 
 
-def _logged(error: Exception) -> str:
+def logged(error: Exception) -> str:
     """Where the traceback of a bug is, in words: a file of its own among the temporary ones."""
     import tempfile
 

@@ -8,12 +8,14 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+DEVICE_OF = "CSKD_DEVICE_OF"  # '1/4' in the second of four processes of `cskd cache-teacher --devices`
 _AGENT_PORT = 29400  # torchrun's own default of --rdzv-endpoint
 
 
 @dataclass(frozen=True)
 class Launch:
-    """rank of count processes; local: its number among the local_count on this machine; by: torchrun, srun, or '' (alone)."""
+    """rank of count processes; local: its number among the local_count on this machine; by: torchrun, srun, --devices,
+    or '' (alone)."""
 
     rank: int = 0
     count: int = 1
@@ -23,8 +25,9 @@ class Launch:
 
     @property
     def speaks(self) -> bool:
-        """Whether this process reports: of torchrun's ranks the first one. Tasks of srun may each do something else."""
-        return self.rank == 0 or self.by != "torchrun"
+        """Whether this process reports: of the ranks of torchrun and --devices the first one. Tasks of srun may each do
+        something else."""
+        return self.rank == 0 or self.by not in ("torchrun", "--devices")
 
 
 def launched(environ: Mapping[str, str] = os.environ) -> Launch:
@@ -37,6 +40,8 @@ def launched(environ: Mapping[str, str] = os.environ) -> Launch:
         value = environ.get(name, "")
         return int(value) if value.isascii() and value.isdigit() else default
 
+    if part := re.fullmatch(r"(\d+)/(\d+)", environ.get(DEVICE_OF, "")):
+        return Launch(int(part[1]), int(part[2]), int(part[1]), int(part[2]), "--devices")
     if "WORLD_SIZE" in environ or "LOCAL_WORLD_SIZE" in environ:
         count = max(1, number("WORLD_SIZE", 1))
         local_count = max(1, number("LOCAL_WORLD_SIZE", 1))
@@ -46,6 +51,21 @@ def launched(environ: Mapping[str, str] = os.environ) -> Launch:
         local_count = max(int(n) if n.isascii() and n.isdigit() else 1 for n in here)
         return Launch(number("SLURM_PROCID", 0), count, number("SLURM_LOCALID", 0), local_count, "srun")
     return Launch()
+
+
+def worker_number(environ: Mapping[str, str] = os.environ) -> int:
+    """Which of the processes that share some work this one is, as whoever started them says: torchrun, srun, an array of SLURM,
+    an indexed job of Kubernetes, and on each machine --devices. 0 where nobody says; several may then have the same one."""
+    launch = launched(environ)
+    if launch.by == "--devices":
+        outer = {name: value for name, value in environ.items() if name != DEVICE_OF}
+        return worker_number(outer) * launch.count + launch.rank
+    if launch.by:
+        return launch.rank
+    for name in ("SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX"):
+        if (value := environ.get(name, "")).isascii() and value.isdigit():
+            return int(value)
+    return 0
 
 
 def command_line(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> str:

@@ -138,7 +138,7 @@ class ShardSamples:
 
     def _groups(self, path: Path, shown: Path) -> Iterator[tuple[str, Parts]]:
         """Neighbours of one key, as webdataset groups them; files that belong to no sample are counted."""
-        for key, group in itertools.groupby(members(path, shown), lambda member: _key(member.name)):
+        for key, group in itertools.groupby(members(path, shown), lambda member: webdataset_key(member.name)):
             if key is None or is_metadata(key):
                 for member in group:
                     kind = file_kind(member.name) if key is None else "__metadata__"
@@ -240,11 +240,13 @@ def _kind(extension: str) -> str:
 
 def _first_samples(tar: Path, shown: Path) -> Iterator[tuple[str | None, Parts]]:
     """Key and files by extension of what the first members are."""
-    for key, group in itertools.groupby(itertools.islice(members(tar, shown), 64), lambda member: _key(member.name)):
+    for key, group in itertools.groupby(
+        itertools.islice(members(tar, shown), 64), lambda member: webdataset_key(member.name)
+    ):
         yield key, {member.name[len(key or "") + 1 :].lower(): member for member in group}
 
 
-def _key(name: str) -> str | None:
+def webdataset_key(name: str) -> str | None:
     """The path up to the first dot of its base name; None for a name without one, which webdataset skips."""
     folder, slash, base = name.rpartition("/")
     stem, dot, _ = base.partition(".")

@@ -40,7 +40,7 @@ class Cache:
     def __init__(self, root: Path, manifest: Manifest, inventory: Inventory) -> None:
         self.root, self.manifest, self.inventory = root, manifest, inventory
         self.identity, self.views = manifest.identity, manifest.views
-        self.fingerprint = self.identity.fingerprint
+        self.fingerprint, self.container = self.identity.fingerprint, manifest.container or "zarr"
         h, w = self.identity.grid
         self.grid = h, w
         self.classes = inventory.classes
@@ -145,9 +145,11 @@ class Cache:
         for name, codec in self.codecs.items():
             codec.check(targets[name], rows, len(self.classes))
             about = {"codec": name, "block": block, "view": view, "inventory": self.inventory.id}
-            data = pack_unit(fields, codec.pack(targets[name]), {**names, **codec.packed_dimensions}, about)
-            empty = pack_unit(fields, {}, names, about)
-            files.append(write_file(self.root, block, view, name, data, len(data) - len(empty)))
+            target_arrays, dimensions = codec.pack(targets[name]), {**names, **codec.packed_dimensions}
+            data = pack_unit(fields, target_arrays, dimensions, about, self.container)
+            empty = pack_unit(fields, {}, names, about, self.container)
+            target_bytes = len(data) - len(empty)
+            files.append(write_file(self.root, block, view, name, data, target_bytes, self.container))
         commit = Commit(
             block=block,
             view=view,

@@ -18,7 +18,7 @@ from cskd.codecs.measured import Measured
 from cskd.errors import CacheError
 from cskd.files.durable import json_bytes, json_hash, put
 from cskd.files.read import parse_json, read_file
-from cskd.store.format import FORMAT, commit_file, unit_file
+from cskd.store.format import CONTAINERS, FORMAT, commit_file, unit_file
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 _CODEC = re.compile(r"[a-z0-9:]{1,32}")
@@ -56,10 +56,12 @@ class Commit:
         return {name: Measured.of(facts) for name, facts in self.stats.items()}
 
 
-def write_file(root: Path, block: int, view: int, codec: str, data: bytes, target_bytes: int) -> UnitFile:
+def write_file(
+    root: Path, block: int, view: int, codec: str, data: bytes, target_bytes: int, container: str = "zarr"
+) -> UnitFile:
     """Put a unit's bytes in place, durably, under a name that holds their hash."""
     digest = hashlib.sha256(data).hexdigest()
-    relative = unit_file(block, view, codec, digest)
+    relative = unit_file(block, view, codec, digest, container)
     put(root / relative, data)
     return UnitFile(codec, str(relative), len(data), digest, target_bytes)
 
@@ -159,8 +161,8 @@ def check_commit(commit: Commit) -> None:
     for file in commit.files:
         known = isinstance(file.codec, str) and _CODEC.fullmatch(file.codec) and _is_hash(file.sha256)
         need(bool(known) and count(file.size) and count(file.target_bytes), "a file of it has no codec, size or sha256")
-        expected = str(unit_file(commit.block, commit.view, file.codec, file.sha256))
-        need(file.path == expected, f"it names the file {str(file.path)[:120]!r}, expected {expected}")
+        expected = [str(unit_file(commit.block, commit.view, file.codec, file.sha256, c)) for c in CONTAINERS]
+        need(file.path in expected, f"it names the file {str(file.path)[:120]!r}, expected {expected[0]}")
     need(len({file.codec for file in commit.files}) == len(commit.files), "it names a codec twice")
 
 

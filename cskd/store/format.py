@@ -11,6 +11,8 @@
       inventory/                        copy of the data set's inventory (see cskd/dataset/inventory.py)
       units/b00012/v0003.envelope.0f3a….zarr.zip
                                         one view of one block, one codec; named by the hash of its bytes; never rewritten
+      units/b00012/v0003.envelope.0f3a….tar
+                                        the same in the container `webdataset` (see cskd/store/unit_tar.py)
       units/b00012/v0003.draft.5c21….zarr.zip
                                         of a unit that is not whole yet; only while stage 1 runs, or was interrupted
                                         (see cskd/store/draft.py)
@@ -44,6 +46,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 FORMAT = 1
+CONTAINERS = {"zarr": ".zarr.zip", "webdataset": ".tar"}  # the files of units, and how their names end
+# Of a manifest. Targets, records and seals are the same in every container; a version that knows zarr alone has to stop.
+MANIFEST_FORMATS = {"zarr": FORMAT, "webdataset": 2}
 CHUNK_BYTES = 64 * 2**20
 ZSTD_LEVEL = 9
 
@@ -80,9 +85,10 @@ TABLES = "codecs"
 OWN_NAMES = (MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, INVENTORY, TABLES, "units", "commits", "claims")
 
 
-def unit_file(block: int, view: int, codec: str, digest: str) -> PurePosixPath:
+def unit_file(block: int, view: int, codec: str, digest: str, container: str = "zarr") -> PurePosixPath:
     """Path of a unit's file inside the cache; `digest` is the hex sha256 of its bytes."""
-    return PurePosixPath("units") / f"b{block:05d}" / f"v{view:04d}.{codec}.{digest[:16]}.zarr.zip"
+    name = f"v{view:04d}.{codec}.{digest[:16]}{CONTAINERS[container]}"
+    return PurePosixPath("units") / f"b{block:05d}" / name
 
 
 def draft_file(block: int, view: int, digest: str) -> PurePosixPath:

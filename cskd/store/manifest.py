@@ -16,7 +16,7 @@ from cskd.errors import CacheError
 from cskd.files.durable import json_bytes, json_hash, put
 from cskd.files.read import parse_json, read_file
 from cskd.near import absent
-from cskd.store.format import FORMAT, MANIFEST, MANIFEST_COPY, RESOLVED
+from cskd.store.format import FORMAT, MANIFEST, MANIFEST_COPY, MANIFEST_FORMATS, RESOLVED
 from cskd.store.identity import Facts, Identity
 
 RESTORE = "`cskd repair` restores it from its second copy; else make the cache again elsewhere (--set cache.path=...)"
@@ -43,6 +43,7 @@ class Manifest(Facts):
     )
     threads: int | None = None  # of arithmetic in one forward
     versions: Mapping[str, str] | None = None  # of libraries
+    container: str | None = None  # of its units, see `format.CONTAINERS`; None: zarr
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> Manifest:
@@ -68,6 +69,11 @@ class Manifest(Facts):
         _check_tables(raw.get("tables", {}), identity)
         if top1 is not None and not isinstance(top1, int | float):
             raise ValueError(f"its clean_top1 is {str(top1)[:40]}")
+        container = raw.get("container")
+        if container is not None and (container == "zarr" or container not in [*MANIFEST_FORMATS]):
+            raise ValueError(f"its container is {str(container)[:40]}, expected none or webdataset")
+        if "format" in raw and raw["format"] != MANIFEST_FORMATS[container or "zarr"]:
+            raise ValueError(f"its format is {str(raw['format'])[:40]}, its container {container or 'zarr'}")
         if (data := raw.get("clean_data")) not in (None, "val", "train"):
             raise ValueError(f"its clean_data is {str(data)[:40]}, expected val or train")
         return cls.of({key: value for key, value in raw.items() if key not in _SEALS} | {"identity": identity})
@@ -84,7 +90,8 @@ class Manifest(Facts):
     def sealed(self) -> dict[str, Any]:
         """The JSON object of its file: facts, format, fingerprint, and the hash over all of that."""
         identity = self.identity
-        facts = {**self.facts, "identity": identity.facts, "format": FORMAT, "fingerprint": identity.fingerprint}
+        form = MANIFEST_FORMATS[self.container or "zarr"]
+        facts = {**self.facts, "identity": identity.facts, "format": form, "fingerprint": identity.fingerprint}
         return {**facts, "sha256": json_hash(facts)}
 
 
@@ -136,9 +143,9 @@ def read_manifest(root: Path, name: str = MANIFEST) -> Manifest:
         raise CacheError(f"{path} is not readable: {e}; {RESTORE}") from None
     if not isinstance(raw, dict):
         raise CacheError(f"{path} holds a {type(raw).__name__}, expected a mapping; {RESTORE}")
-    if raw.get("format") != FORMAT:
+    if raw.get("format") not in MANIFEST_FORMATS.values() or type(raw["format"]) is not int:
         mend = "cache it again" if type(raw.get("format")) is int else RESTORE
-        raise CacheError(f"{path} has format {str(raw.get('format'))[:40]}, this version reads {FORMAT}; {mend}")
+        raise CacheError(f"{path} has format {str(raw.get('format'))[:40]}, this version reads {FORMAT} and 2; {mend}")
     if json_hash({key: value for key, value in raw.items() if key != "sha256"}) != raw.get("sha256"):
         raise CacheError(f"{path} does not match its own hash; {RESTORE}")
     try:

@@ -1,1 +1,1 @@
-"""What keeps a cache whole: verify, repair, gc, and the teacher run again on a sample of it."""
+"""What keeps a cache whole, or copies it: verify, repair, gc, export, and the teacher run again on a sample of it."""

@@ -47,7 +47,7 @@ from cskd.pipeline.look.views_shown import Look, draw_samples, look_at, sample_f
 from cskd.pipeline.outputs import refuse_file, save_file
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import Commit
-from cskd.store.format import FORMAT, Unit
+from cskd.store.format import MANIFEST_FORMATS, Unit
 from cskd.store.seal import read_seal
 from cskd.teacher.arithmetic import BLENDS, in_words
 from cskd.views.mixing import NONE
@@ -100,7 +100,8 @@ def inspect(
     chosen = list(dict.fromkeys(find_sample(opened, one) for one in named))
     found = Inspection(
         cache=str(cache),
-        format=FORMAT,
+        format=MANIFEST_FORMATS[opened.container],
+        container=opened.container,
         fingerprint=opened.fingerprint,
         inventory=InventoryFacts(opened.inventory.id, opened.inventory.n, len(opened.classes), opened.blocks),
         teacher=TeacherFacts(

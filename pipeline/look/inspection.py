@@ -221,6 +221,7 @@ class Inspection:
 
     cache: str
     format: int
+    container: str  # of its units: zarr or webdataset
     fingerprint: str
     inventory: InventoryFacts
     teacher: TeacherFacts

@@ -17,6 +17,7 @@ import cskd.pipeline.training_run
 from cskd.config import Config, from_dict
 from cskd.errors import CacheError, ConfigError, PathError, TeacherError
 from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.care.export import export_cache
 from cskd.pipeline.show.metrics import read_metrics
 from cskd.pipeline.train import train
 from cskd.store.cache import open_cache
@@ -121,6 +122,33 @@ def test_content_does_not_depend_on_workers_or_on_where_a_run_was_cut(cached: Pa
     cut = dataclasses.replace(elsewhere, cache=dataclasses.replace(elsewhere.cache, views=2))
     cache_teacher(cut, quiet=True)
     assert cache_teacher(elsewhere, quiet=True).content_root == open_cache(cached / "cache").content_root()
+
+
+def test_training_from_a_cache_in_tars_ends_in_the_same_weights(cached: Path, tmp_path: Path) -> None:
+    """Written so by stage 1, which goes on where it was cut, and copied from zarr: content, table and weights are the same."""
+    cache = {"path": str(tmp_path / "tars"), "container": "webdataset"}
+    first = config(cached, cache=cache)
+    cache_teacher(dataclasses.replace(first, cache=dataclasses.replace(first.cache, views=2)), quiet=True)
+    assert cache_teacher(first, quiet=True).content_root == open_cache(cached / "cache").content_root()
+    export_cache(cached / "cache", tmp_path / "copy", "webdataset", quiet=True)
+    ends = set()
+    for root in (cached / "cache", tmp_path / "tars", tmp_path / "copy"):
+        train(
+            config(
+                cached,
+                cache={"path": str(root)},
+                train={"output": str(tmp_path / f"run-{root.name}"), "epochs": 1, "warmup_epochs": 0},
+            ),
+            quiet=True,
+        )
+        ends.add(weights(tmp_path / f"run-{root.name}"))
+    assert len(ends) == 1
+    assert {p.suffix for p in (tmp_path / "tars" / "units").rglob("v*")} == {".tar"}
+    with pytest.raises(ConfigError, match=r"cache.container is webdataset, .* was begun in zarr; .*cskd export"):
+        cache_teacher(config(cached, cache={"container": "webdataset"}), quiet=True)
+    grown = config(cached, cache={"path": str(tmp_path / "copy"), "views": 4})  # says no container: goes on in its own
+    assert cache_teacher(grown, quiet=True).units == 2
+    assert {p.suffix for p in (tmp_path / "copy" / "units").rglob("v*")} == {".tar"}
 
 
 @pytest.mark.parametrize("method", ["none", "deit-hard", "deit-soft", "cskd-hard", "cskd-soft"])

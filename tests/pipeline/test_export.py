@@ -1,0 +1,295 @@
+"""`cskd export`: targets that stock webdataset joins to the images, and the same cache in another container."""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import re
+import runpy
+import shutil
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numcodecs.zstd
+import numpy as np
+import pytest
+
+from cskd.codecs.base import quantise_blend
+from cskd.config import RecipeConfig
+from cskd.dataset.inventory import Inventory, Sample, ShardFile, write_inventory
+from cskd.errors import CskdError
+from cskd.pipeline.care.export import FACTS, SUMS, _shard_keys, export, export_cache, export_targets
+from cskd.pipeline.care.verify import verify
+from cskd.pipeline.look.inspect_cache import inspect
+from cskd.store.cache import Cache, open_cache
+from cskd.store.seal import seal_cache
+from cskd.store.unit import read_unit
+from cskd.views.mixing import NONE
+from cskd.views.recipe import sample_params
+from tests.caches import make_tiny_cache
+
+QUARANTINED = 6
+CODECS = ("envelope", "int8", "topk2")
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "howto" / "webdataset.md"
+BLENDS = (1.0, 0.5, 0.0)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    made = make_tiny_cache(tmp_path_factory.mktemp("export"), CODECS, quarantine=(QUARANTINED,))
+    seal_cache(made, 1.0)
+    return made
+
+
+@pytest.fixture(scope="module")
+def targets(cache: Cache) -> Path:
+    out = cache.root.parent / "targets"
+    export_targets(cache.root, out, quiet=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def tars(cache: Cache) -> Cache:
+    """The same cache with its units in tars."""
+    out = cache.root.parent / "tars"
+    export_cache(cache.root, out, "webdataset", quiet=True)
+    return open_cache(out)
+
+
+def members(path: Path) -> dict[str, bytes]:
+    with tarfile.open(path) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_each_tar_has_the_keys_of_its_shard_in_order_and_what_the_cache_holds(cache: Cache, targets: Path) -> None:
+    inventory = cache.inventory
+    for shard, view in np.ndindex(2, 3):
+        unit = cache.read(shard, view, "envelope")
+        found = members(targets / f"{shard:05d}.view{view:03d}.tar")
+        keys = list(dict.fromkeys(name.partition(".")[0] for name in found))
+        assert keys == [name.partition(".")[0] for name in members(inventory.shard_path(shard))]
+        first = inventory.block_range(shard)[0]
+        hard = [cache.codecs["envelope"].hard(unit.targets, quantise_blend(a)) for a in BLENDS]
+        for row, position in enumerate(unit.position.tolist()):
+            key = keys[position]
+            about = json.loads(found[f"{key}.paug.json"])
+            assert (about["sample"], about["seed"]) == (
+                inventory.key(first + position),
+                f"{unit.fields['seed'][row]:016x}",
+            )
+            size = about["image"]["height"], about["image"]["width"]
+            params = sample_params(int(about["seed"], 16), *size, RecipeConfig(size=32, seed=7))
+            assert about["flip"] == params.flip and about["crop"]["top"] == params.crop.top
+            assert (about["mixing"]["mode"] == "unmixed") == (unit.fields["mode"][row] == NONE)
+            if about["mixing"]["mode"] != "unmixed":
+                assert about["mixing"]["partner"] == inventory.key(first + int(unit.fields["partner"][row]))
+                assert about["mixing"]["own_share"] == pytest.approx(unit.fields["lam"][row] / 65536)
+            cells = np.load(io.BytesIO(found[f"{key}.cells.npy"]), allow_pickle=False)
+            np.testing.assert_array_equal(cells, np.stack([at_blend[row] for at_blend in hard]))
+            image = json.loads(found[f"{key}.global.json"])
+            assert image["class"] == unit.targets["global_class"][row]
+            logits = cache.codecs["int8"].logits(cache.read(shard, view, "int8").targets)[1][row]
+            np.testing.assert_allclose(image["logits"], logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_quarantined_sample_says_why_and_has_no_targets(cache: Cache, targets: Path) -> None:
+    found = members(targets / "00001.view002.tar")
+    names = [name for name in found if name.startswith(f"image{QUARANTINED:03d}.")]
+    assert names == [f"image{QUARANTINED:03d}.paug.json"]
+    assert json.loads(found[names[0]])["quarantined"] == "not an image"
+
+
+def test_an_envelope_gives_the_classes_at_every_blend(cache: Cache, tmp_path: Path) -> None:
+    export_targets(cache.root, tmp_path / "out", envelope=True, views=1, quiet=True)
+    unit, found = cache.read(0, 0, "envelope"), members(tmp_path / "out" / "00000.view000.tar")
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "page.py").write_text(code)
+    names = runpy.run_path(str(tmp_path / "page.py"))
+    packed = [content for name, content in found.items() if name.endswith(".env.zst")]
+    for blend in (0, 1, 20_000, 32_768, 65_536):
+        expected = cache.codecs["envelope"].hard(unit.targets, blend)
+        for row, data in enumerate(packed):
+            np.testing.assert_array_equal(names["classes_at"](data, blend), expected[row])
+
+
+def test_the_same_command_makes_what_is_absent_and_the_same_bytes(cache: Cache, targets: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(targets, out)
+    (out / "00001.view001.tar").unlink()
+    (out / SUMS).unlink()
+    assert export_targets(cache.root, out, quiet=True).made == 1
+    assert contents(out) == contents(targets)
+    assert export_targets(cache.root, out, quiet=True).made == 0
+    export_targets(cache.root, out, views=1, quiet=True)
+    assert contents(out) == contents(targets)
+
+
+def indexed(folder: Path, members: dict[str, str]) -> Inventory:
+    """A shard of empty images with an inventory: name in the tar -> key."""
+    folder.mkdir()
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for name in members:
+            tar.addfile(tarfile.TarInfo(name))
+    samples = [Sample(key, 0, 0, 0, 512 * (i + 1), 0) for i, key in enumerate(members.values())]
+    shards = [ShardFile("a.tar", (folder / "a.tar").stat().st_size)]
+    return write_inventory(folder, samples, classes=["one"], shards=shards)
+
+
+def test_keys_are_those_of_the_image_shards_not_of_the_inventory(tmp_path: Path) -> None:
+    """An inventory may put a prefix before keys that occur in several shards; webdataset knows none of it."""
+    found = indexed(tmp_path / "data", {"x/b.c.png": "a/x/b_c", "d.png": "a/d"})
+    assert _shard_keys(found, 0, 0, 2) == ["x/b", "d"]
+    twice = indexed(tmp_path / "twice", {"b.1.png": "b_1", "b.2.png": "b_2"})
+    with pytest.raises(CskdError, match=r"'b_2' in .*a\.tar: webdataset reads a second sample 'b' there"):
+        _shard_keys(twice, 0, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"blends": ["2"]}, "outside"),
+        ({"blends": ["nan"]}, "outside"),
+        ({"blends": ["half"]}, "no list of numbers"),
+        ({"blends": [" "]}, "names no blend"),
+        ({"blends": ["1"], "envelope": True}, "leave one of them out"),
+        ({"more_blends": ["0.5"]}, "one word too many"),
+        ({"views": 4}, "--views is 4"),
+        ({"container": "zarr", "envelope": True}, "leave one of them out"),
+        ({"container": "zarr", "views": 9}, "--views is 9"),
+        ({"data": Path("nowhere")}, "nowhere"),
+    ],
+)
+def test_options_that_can_not_be_are_refused_in_a_line(
+    cache: Cache, tmp_path: Path, options: dict[str, object], said: str
+) -> None:
+    with pytest.raises(CskdError, match=said) as caught:
+        export(cache.root, tmp_path / "out", quiet=True, **options)  # type: ignore[arg-type]
+    assert len(str(caught.value)) <= 300 and not (tmp_path / "out").exists()
+
+
+def test_an_out_of_something_else_is_refused(cache: Cache, targets: Path, tars: Cache, tmp_path: Path) -> None:
+    with pytest.raises(CskdError, match=r"blends = \[1\.0, 0\.5, 0\.0\], this one has \[1\.0\]"):
+        export_targets(cache.root, targets, blends=[1.0], quiet=True)
+    for out in (cache.root, cache.inventory.root, tars.root):
+        with pytest.raises(CskdError, match="give"):
+            export_targets(cache.root, out, quiet=True)
+    for out, container in ((cache.root, "webdataset"), (targets, "webdataset"), (tars.root, "zarr")):
+        with pytest.raises(CskdError, match="give"):
+            export_cache(cache.root, out, container, quiet=True)
+    (tmp_path / FACTS).write_text("[1]")
+    with pytest.raises(CskdError, match="damaged"):
+        export_targets(cache.root, tmp_path, quiet=True)
+
+
+def test_blends_may_be_written_in_every_way(cache: Cache, targets: Path, tmp_path: Path) -> None:
+    for blends, more in (
+        (["1,0.5,0"], []),
+        (["1 0.5 0"], []),
+        (["1"], ["0.5", "0"]),
+        (["1", "0.5", "0"], []),
+        (None, []),
+    ):
+        assert export(cache.root, targets, blends=blends, more_blends=more, quiet=True).made == 0
+
+
+def test_a_cache_in_tars_is_read_by_all_and_has_the_same_content(cache: Cache, tars: Cache) -> None:
+    assert not list(tars.root.rglob("*.zip"))
+    report = verify(tars.root, replay=5, quiet=True)
+    assert (report.errors, report.sealed, report.replayed) == ([], True, 5)
+    assert report.content_root == cache.content_root()
+    assert (tars.root / "sealed.json").read_bytes() == (cache.root / "sealed.json").read_bytes()
+    facts = inspect(tars.root)
+    assert (facts.container, facts.errors) == ("webdataset", [])
+    assert facts.codecs.keys() == set(CODECS)
+    for block, view, codec in ((0, 0, "envelope"), (1, 2, "int8"), (1, 1, "topk2")):
+        one, other = cache.read(block, view, codec), tars.read(block, view, codec)
+        for name in one.targets:
+            np.testing.assert_array_equal(one.targets[name], other.targets[name])
+            assert other.targets[name].dtype == one.targets[name].dtype
+
+
+def test_and_back_in_zarr_its_units_are_the_bytes_they_were(cache: Cache, tars: Cache, tmp_path: Path) -> None:
+    export_cache(tars.root, tmp_path / "back", "zarr", quiet=True)
+    for folder in ("units", "commits", "inventory"):
+        assert contents(tmp_path / "back" / folder) == contents(cache.root / folder)
+
+
+def test_an_interrupted_copy_goes_on_and_an_unfinished_cache_is_copied_as_far_as_it_is(tmp_path: Path) -> None:
+    cache = make_tiny_cache(tmp_path, skip=[(1, 1)])
+    out = tmp_path / "out"
+    report = export_cache(cache.root, out, "webdataset", quiet=True)
+    assert (report.made, report.missing) == (5, 1)
+    assert not (out / "sealed.json").exists()
+    next(out.glob("commits/b00000/v0001.json")).unlink()
+    assert export_cache(cache.root, out, "webdataset", quiet=True).made == 1
+
+
+def test_damage_of_a_units_tar_is_found(tars: Cache, tmp_path: Path) -> None:
+    """Each bit of a header, a frame or the end that reading depends on, and by `verify` every one."""
+    path = next((tars.root / "units/b00000").glob("v0000.envelope.*"))
+    data = path.read_bytes()
+    whole = read_unit(path)
+    for bit in range(0, 8 * len(data), 1511):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        try:
+            found = read_unit(path, bytes(damaged))
+        except CskdError as e:
+            assert "damaged" in str(e)
+        else:  # of the names of dimensions, which nobody reads
+            for one, other in zip(whole, found, strict=True):
+                assert all(np.array_equal(array, other[name]) for name, array in one.items())
+    for cut in (0, 511, 512, len(data) - 1, len(data) // 2):
+        with pytest.raises(CskdError, match="damaged"):
+            read_unit(path, data[:cut])
+    shutil.copytree(tars.root, tmp_path / "cache")
+    copy = tmp_path / "cache" / path.relative_to(tars.root)
+    copy.write_bytes(data.replace(b'"block": 0', b'"block": 1'))
+    assert [error[:16] for error in verify(tmp_path / "cache", quiet=True).errors] == ["block 0, view 0:"]
+
+
+@pytest.fixture
+def open_files_of_webdataset() -> Iterator[None]:
+    """It leaves files to be closed when they are collected: that is done before the next test."""
+    yield
+    gc.collect()
+
+
+LEFT_OPEN = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@LEFT_OPEN
+@pytest.mark.usefixtures("open_files_of_webdataset")
+def test_stock_webdataset_joins_every_image_with_its_target(
+    cache: Cache, targets: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = Path(__file__).resolve().parents[2] / "examples" / "webdataset_join.py"
+    shards = str(cache.inventory.root / "{00000..00001}.tar")
+    monkeypatch.setattr("sys.argv", ["webdataset_join.py", shards, str(targets), "2"])
+    joined = runpy.run_path(str(example), run_name="__main__")["joined"]
+    assert capsys.readouterr().out == "10 of 10 images joined with their targets (100%)\n"
+    for sample in joined(shards, str(targets), 2):
+        assert sample["png"].startswith(b"\x89PNG") and sample["paug.json"]["view"] == 2
+        assert ("quarantined" in sample["paug.json"]) == ("cells.npy" not in sample)
+        assert "cells.npy" not in sample or sample["cells.npy"].shape == (3, 3, 3)
+    assert "cskd" not in example.read_text().partition('"""\n\n')[2]
+
+
+@LEFT_OPEN
+@pytest.mark.usefixtures("open_files_of_webdataset")
+def test_stock_webdataset_reads_a_units_tar_as_one_sample(tars: Cache) -> None:
+    import webdataset
+
+    path = next((tars.root / "units/b00001").glob("v0001.topk2.*"))
+    (sample,) = webdataset.WebDataset(str(path), shardshuffle=False)
+    assert sample["__key__"] == "b00001-v0001" and json.loads(sample["about.json"])["codec"] == "topk2"
+    unit = tars.read(1, 1, "topk2")
+    for name, array in {**unit.fields, **{f"targets.{n}": a for n, a in unit.targets.items()}}.items():
+        stored = np.load(io.BytesIO(numcodecs.zstd.decompress(sample[f"{name}.npy.zst"])), allow_pickle=False)
+        np.testing.assert_array_equal(stored, array)
