@@ -13,6 +13,7 @@ The same command resumes, and run several times at once it shares the work. Laun
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,11 @@ import torch
 from rich.console import Console
 
 from cskd.config import Config, to_dict
+from cskd.config.pins import TEACHER, pinned
 from cskd.dataset.inventory import Inventory
 from cskd.errors import CacheError
+from cskd.files.hub import record_pins
+from cskd.files.paths import local_text
 from cskd.loading.feed import fed
 from cskd.loading.stage1 import ChunkMaker
 from cskd.machine.launch import launched
@@ -83,6 +87,7 @@ def _cache_teacher(
     quiet = quiet or not launched().speaks
     notes = Notes(quiet)
     notes.add(moved)
+    config, pins = pinned(config, TEACHER, Path(local_text(config.cache.path, "cache.path")))
     setup = Setup(config)
     ahead = refuse(BEFORE_TEACHER, setup)
     with explained(device, nothing_to_lower("cache.device")):
@@ -90,14 +95,17 @@ def _cache_teacher(
     with_grid = refuse(WITH_TEACHER, setup).notes
     notes.add([*ahead.images, *setup.teacher.notes, *ahead.notes, *with_grid])
     with explained(device, lambda probe: batch_advice(setup.teacher, config, probe)):
-        return _fill(setup, ahead.images, threads, notes, start)
+        return _fill(setup, ahead.images, pins, threads, notes, start)
 
 
-def _fill(setup: Setup, about_images: list[str], threads: Threads, notes: Notes, start: float) -> CacheReport:
+def _fill(
+    setup: Setup, about_images: list[str], pins: Mapping[str, str], threads: Threads, notes: Notes, start: float
+) -> CacheReport:
     """Check the teacher, open or begin the cache, and make what it lacks."""
     quiet, config, inventory, teacher, maker = notes.quiet, setup.config, setup.inventory, setup.teacher, setup.maker
     notes.say()
     cache = _open_or_create(config, inventory, teacher, maker, about_images, notes)
+    record_pins(cache.root, pins)
     notes.add(_use_threads(threads, cache, teacher, config))
     notes.say()
 

@@ -15,9 +15,11 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from cskd.config import Config, to_yaml
+from cskd.config.pins import TEACHER, pinned
 from cskd.dataset.inventory import Inventory
 from cskd.errors import CacheError, ConfigError
 from cskd.files.durable import put
+from cskd.files.hub import is_hub, record_pins
 from cskd.files.scratch import new_scratch
 from cskd.files.writer import Writer
 from cskd.loading.feed import fed
@@ -208,6 +210,7 @@ def open_run(
     """Views, targets, student, plan and optimiser of a config, and where an earlier run of it stopped."""
     output, notes = Path(config.train.output), Notes(quiet)
     states = ResumeStates(output / "resume", keep=config.train.keep)
+    config = _pinned(config, ranks, online)
     config, as_before = as_begun(config, next(iter(states.infos().values()), None))
     settings = config.train
     views, targets = _open_views(config, device, ranks, verify_replay, online, quiet, notes)
@@ -265,6 +268,17 @@ def open_run(
     )
 
 
+def _pinned(config: Config, ranks: Ranks, online: bool) -> Config:
+    """The config with a commit in each address of the hub that the run reads: the first rank decides which, and writes it down
+    where the others, and a resume, read it."""
+    keys, output = ("cache.path", "student.init", *(TEACHER if online else ())), Path(config.train.output)
+    if ranks.first:
+        config, pins = pinned(config, keys, output)
+        record_pins(output, pins)
+    ranks.barrier()
+    return config if ranks.first else pinned(config, keys, output)[0]
+
+
 def _open_views(
     config: Config, device: torch.device, ranks: Ranks, verify_replay: bool, online: bool, quiet: bool, notes: Notes
 ) -> tuple[ViewSource, TargetSource]:
@@ -284,7 +298,7 @@ def _open_views(
             f"cache.path is empty and loss.method {config.loss.method} reads a teacher's targets; set cache.path, run the "
             "teacher with --online, or train a baseline with --set loss.method=none"
         )
-    if baseline and not Path(config.cache.path).exists():
+    if baseline and not is_hub(config.cache.path) and not Path(config.cache.path).exists():
         raise CacheError(
             f"no cache at {absent(config.cache.path)}; make it with `cskd cache-teacher CONFIG`, or train the baseline without a "
             "cache: --set cache.path="

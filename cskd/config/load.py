@@ -28,6 +28,7 @@ PATHS = (
     *("data.train", "data.val", "teacher.model", "teacher.weights", "teacher.classes"),
     *("cache.path", "student.model", "student.init", "train.output"),
 )  # a model may be the path of a file
+READ_FROM_HUB = ("teacher.model", "teacher.weights", "teacher.classes", "cache.path", "student.init")  # see docs/HUB.md
 _OLD = {"teacher": {"autocast", "dtype"}, "train": {"tensorboard"}}  # keys of older versions, by section
 _OF_TIMM = "local-dir:"  # one of its own ways to name a model
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
@@ -154,7 +155,7 @@ def _with_local_paths(config: Config, wrong: list[CskdError]) -> Config:
         if not isinstance(text, str) or text.startswith(_OF_TIMM):
             continue
         try:
-            local = local_text(text, key)
+            local = local_text(text, key, hub=key in READ_FROM_HUB)
         except PathError as e:
             wrong.append(e)
             continue

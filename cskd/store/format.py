@@ -12,6 +12,7 @@
       units/b00012/v0003.draft.5c21….zarr.zip
                                         of a unit that is not whole yet; only while stage 1 runs, or was interrupted
                                         (see cskd/store/draft.py)
+      hub.json                          which commits its teacher's addresses on the hub stood for (see cskd/files/hub.py)
       claims/                           who is making what; only while stage 1 runs (see cskd/files/claims.py)
       commits/b00012/v0003.json         the only thing that makes a unit exist (see cskd/store/commit.py)
 
@@ -40,6 +41,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cskd.files.hub import PINS
 
 FORMAT = 1
 CHUNK_BYTES = 64 * 2**20
@@ -74,7 +77,7 @@ RESOLVED = "resolved.yaml"
 SEAL = "sealed.json"
 INVENTORY = "inventory"
 # All of a cache's folder.
-OWN_NAMES = (MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, INVENTORY, "units", "commits", "claims")
+OWN_NAMES = (MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, INVENTORY, PINS, "units", "commits", "claims")
 
 
 def unit_file(block: int, view: int, codec: str, digest: str) -> PurePosixPath:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cskd.errors import StudentError, one_line
 from cskd.files.checkpoint import given_file
+from cskd.files.paths import local_path
 from cskd.files.read import parse_json, read_file
 from cskd.files.weights import first_not_finite, read_weights
 from cskd.student.heads import multiplied, recorded_factors, recorded_heads
@@ -73,7 +74,7 @@ def start_from(vit: VisionTransformer, path: Path) -> list[str]:
 def checkpoint_file(path: Path) -> Path:
     """The file that `student.init` names, itself or as the folder of a run. StudentError where there is none."""
     try:
-        return given_file(path)
+        return given_file(local_path(path, "student.init", hub=True))
     except ValueError as e:
         raise StudentError(f"student.init: {e}; give a .safetensors, a .pt or a run's folder") from None
 
