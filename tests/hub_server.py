@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import huggingface_hub
 import pytest
+from huggingface_hub import constants
 
 OWNER, TOKEN, READER = "me", "hf_writes", "hf_reads"
 LFS = (".zip", ".safetensors", ".npy", ".png", ".pth", ".bin")
@@ -221,7 +221,6 @@ def running_hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
-    constants = huggingface_hub.constants
     template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
     for name, value in (
         *(("ENDPOINT", hub.url), ("HUGGINGFACE_CO_URL_TEMPLATE", template), ("HF_HUB_CACHE", str(cache))),
