@@ -28,7 +28,7 @@ def local_text(text: str, what: str, hub: bool = False) -> str:
         scheme = address[1].lower()
         cure = {
             "file": f"write {'/' + text[address.end() :]}",
-            "hf": "it is for what is read: cache.path, student.init, teacher.model, teacher.weights",
+            "hf": "the hub is only read, as cache.path, student.init or the teacher; write here, and `cskd push` it",
         }.get(scheme, "copy or mount it here, and give that path")
         expected = f"a local path or {FORM}" if hub else "a local path"
         raise PathError(f"{what} {text[:_SHOWN]!r} is an address ({scheme}:), expected {expected}; {cure[:120]}")

@@ -77,7 +77,11 @@ def contents_of(source: Path, repo: str, allow_incomplete: bool) -> Contents:
     elif kind == "cache":
         found = _cache(source, repo, allow_incomplete)
     else:
-        what = absent(source) if not source.exists() else f"{source}, which is {kind or 'neither'}"
+        what = (
+            absent(source)
+            if not source.exists()
+            else f"{source}, {f'a folder of kind {kind}' if kind else 'which is neither'}"
+        )
         raise PathError(f"RUN|CACHE is {what}; expected the folder of a run (train.output) or of a cache (cache.path)")
     _refuse_limits(source, found.files)
     return found

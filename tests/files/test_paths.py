@@ -120,6 +120,7 @@ def test_the_plain_path_is_the_cure_for_a_file_address() -> None:
         ("repair cache --data X", "--data"),
         ("gc X", "CACHE"),
         ("gc cache --data X", "--data"),
+        ("push X me/net", "RUN|CACHE"),
     ],
 )
 def test_an_address_is_refused_by_every_command_before_anything_is_made(
@@ -140,8 +141,15 @@ def test_an_address_is_refused_by_every_command_before_anything_is_made(
     assert [path.name for path in empty.iterdir()] == ["c.yaml"]
 
 
+FROM_HUB = {
+    ("evaluate", "checkpoint"),
+    ("inspect", "cache"),
+    ("verify", "cache"),
+}  # which only read, and may lie on the hub
+
+
 def test_no_argument_that_is_a_path_goes_unchecked() -> None:
-    """Every parameter of every command that becomes a Path has the parser that refuses addresses."""
+    """Every parameter of every command that becomes a Path has the parser that refuses addresses, and but for three the hub's."""
     import typing
 
     for command in cli.app.registered_commands:
@@ -152,6 +160,15 @@ def test_no_argument_that_is_a_path_goes_unchecked() -> None:
                 assert about.parser is not None, f"{command.callback.__name__} {name}"
                 with pytest.raises(PathError):
                     about.parser("s3://bucket/x")
+                if (command.callback.__name__, name) in FROM_HUB:
+                    assert about.parser("hf://datasets/a/b") == Path("hf://datasets/a/b")
+                    with pytest.raises(PathError, match="is no address of the hub"):
+                        about.parser("hf://a")
+                else:
+                    with pytest.raises(
+                        PathError, match=r"is an address \(hf:\), expected a local path; the hub is only read"
+                    ):
+                        about.parser("hf://datasets/a/b")
 
 
 def test_the_library_refuses_what_the_command_line_refuses(empty: Path) -> None:
