@@ -36,7 +36,7 @@ from cskd.pipeline.measure_precision import measure_precision
 from cskd.pipeline.out_of_memory import Probe, explained, nothing_to_lower
 from cskd.pipeline.precheck import BEFORE_TEACHER, WITH_TEACHER, refuse
 from cskd.pipeline.setup import Setup, device_of
-from cskd.pipeline.show.progress import Notes, Progress, bound_by, duration, print_lines
+from cskd.pipeline.show.progress import Notes, Progress, bound_by, duration, print_lines, say
 from cskd.pipeline.unit_line import missing_passes, unit_line, views_left
 from cskd.store.cache import Cache, create_cache
 from cskd.store.format import MANIFEST
@@ -87,7 +87,8 @@ def _cache_teacher(
     quiet = quiet or not launched().speaks
     notes = Notes(quiet)
     notes.add(moved)
-    config, pins = pinned(config, TEACHER, Path(local_text(config.cache.path, "cache.path")))
+    root = Path(local_text(config.cache.path, "cache.path"))
+    config, pins = pinned(config, TEACHER, root, lambda line: say([line], quiet))
     setup = Setup(config)
     ahead = refuse(BEFORE_TEACHER, setup)
     with explained(device, nothing_to_lower("cache.device")):

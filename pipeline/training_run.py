@@ -47,7 +47,7 @@ from cskd.pipeline.online import open_baseline, open_online
 from cskd.pipeline.precheck import TRAINING, refuse
 from cskd.pipeline.run_state import PROGRESS, RunState, named_bests
 from cskd.pipeline.setup import Setup, half_notes, open_cached, with_best
-from cskd.pipeline.show.progress import Notes, Pool
+from cskd.pipeline.show.progress import Notes, Pool, say
 from cskd.store.format import RESOLVED
 from cskd.store.replay_check import check_versions
 from cskd.student import Student
@@ -209,7 +209,7 @@ def open_run(
     """Views, targets, student, plan and optimiser of a config, and where an earlier run of it stopped."""
     output, notes = Path(config.train.output), Notes(quiet)
     states = ResumeStates(output / "resume", keep=config.train.keep)
-    config = _pinned(config, ranks, online)
+    config = _pinned(config, ranks, online, quiet)
     config, as_before = as_begun(config, next(iter(states.infos().values()), None))
     settings = config.train
     views, targets = _open_views(config, device, ranks, verify_replay, online, quiet, notes)
@@ -269,12 +269,12 @@ def open_run(
     )
 
 
-def _pinned(config: Config, ranks: Ranks, online: bool) -> Config:
+def _pinned(config: Config, ranks: Ranks, online: bool, quiet: bool) -> Config:
     """The config with a commit in each address of the hub that the run reads: the first rank decides which, and writes it down
     where the others, and a resume, read it."""
     keys, output = ("cache.path", "student.init", *(TEACHER if online else ())), Path(config.train.output)
     if ranks.first:
-        config, pins = pinned(config, keys, output)
+        config, pins = pinned(config, keys, output, lambda line: say([line], quiet))
         record_pins(output, pins)
     ranks.barrier()
     return config if ranks.first else pinned(config, keys, output)[0]

@@ -95,7 +95,7 @@ def _run(folder: Path, repo: str) -> Contents:
             raise StudentError(f"{folder} has no {name}; `cskd train` writes it at the end of an epoch")
     files = []
     for path in sorted({path for pattern in (*_OF_A_RUN, *_PICTURES) for path in folder.glob(pattern)}):
-        if path.name.startswith(".") or path.is_symlink() or not path.is_file():
+        if path.name.startswith(".") or not path.is_file():
             continue
         data = _without_folders(path)
         last = path.name in ("config.json", CARD)

@@ -12,6 +12,7 @@ from cskd.config import from_dict, load_config
 from cskd.config.load import PATHS
 from cskd.dataset.inventory import open_inventory
 from cskd.errors import PathError
+from cskd.files.own_code import load_own
 from cskd.files.paths import local_path, local_text
 from cskd.packing.index import index
 from cskd.packing.pack import pack
@@ -61,7 +62,22 @@ def test_no_key_that_is_a_path_is_left_out() -> None:
     }
     no_path = {"recipe.randaugment", "cache.device", "cache.codecs", "train.device", "train.opt", "train.best"}
     no_path |= {"teacher.kwargs", "student.kwargs"}  # those of timm that name files are refused as such
+    no_path |= {"loss.terms"}  # texts that may name files, as cache.codecs: see the next test
     assert texts - no_path == set(PATHS)
+
+
+@pytest.mark.parametrize("address", [*ADDRESSES, "hf://me/net"])
+def test_an_address_is_no_place_of_own_code(address: str) -> None:
+    place = f"{address}/own.py:Own"
+    for key, raw in {
+        "loss.terms": {"loss": {"terms": {place: 1.0}}},
+        "cache.codecs": {"cache": {"codecs": [place]}},
+    }.items():
+        with pytest.raises(PathError) as caught:
+            from_dict(raw)
+        assert str(caught.value).startswith(f"{key} '{place}' is an address (")
+    with pytest.raises(PathError, match="is an address"):
+        load_own(place, "K", "cskd.losses", "function")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -152,6 +155,34 @@ def test_a_killed_push_is_no_cache_and_the_same_command_completes_it(
     before = len(hub.repos["dataset", "me/cache"].commits)
     assert push(base / "cache", "me/cache", quiet=True).sent == 0
     assert len(hub.repos["dataset", "me/cache"].commits) == before
+
+
+@pytest.mark.slow  # a process for each kill
+def test_a_process_that_is_killed_anywhere_goes_on(base: Path, hub: Hub, tmp_path: Path) -> None:
+    process, seen, at = 0, 0, 0
+
+    def kill(method: str, path: str) -> int | None:
+        nonlocal seen
+        seen += 1
+        if process and seen == at:
+            os.kill(process, signal.SIGKILL)
+        return None
+
+    hub.refuse = kill
+    about = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-m", "cskd.cli", "push", str(base / "cache"), "me/cache"]
+    killed = 0
+    for at in (5, 9, 8, 7, 6, 10_000):
+        seen = 0
+        with subprocess.Popen(command, env=os.environ | about, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+            process = run.pid
+            _, err = run.communicate()
+        assert run.returncode in (0, -signal.SIGKILL), err.decode()
+        killed += run.returncode != 0
+        there = hub.repos["dataset", "me/cache"].files() if ("dataset", "me/cache") in hub.repos else {}
+        assert ("manifest.json" in there) <= ("sealed.json" in there)
+    assert killed >= 4 and run.returncode == 0
+    assert verify(open_cache("hf://datasets/me/cache").root, quiet=True).sound
 
 
 def test_a_run_is_a_model_of_timm_and_a_start_for_others(base: Path, hub: Hub, tmp_path: Path) -> None:
@@ -305,7 +336,7 @@ def test_over_the_hub_s_limits_nothing_is_sent(
 @pytest.mark.parametrize(
     ("text", "public"),
     [
-        ("/home/ann/data/train", "train"),
+        ("/srv/ann/data/train", "train"),
         ("~/data/net.py:build", "net.py:build"),
         ("data/imagenet/train", "data/imagenet/train"),
         ("weights taken from /srv/a b/x.pth", "weights taken from a b/x.pth"),
