@@ -172,8 +172,8 @@ def test_a_process_that_is_killed_anywhere_goes_on(base: Path, hub: Hub, tmp_pat
     about = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-m", "cskd.cli", "push", str(base / "cache"), "me/cache"]
     killed = 0
-    for at in (5, 9, 8, 7, 6, 10_000):
-        seen = 0
+    for moment in (5, 9, 8, 7, 6, 10_000):
+        at, seen = moment, 0
         with subprocess.Popen(command, env=os.environ | about, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as run:
             process = run.pid
             _, err = run.communicate()
