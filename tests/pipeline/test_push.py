@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -26,6 +27,8 @@ from cskd import cli
 from cskd.config import Config, TeacherConfig, from_dict
 from cskd.errors import CacheError, HubError, PathError, TeacherError
 from cskd.files import hub as addresses
+from cskd.machine.ranks import Ranks
+from cskd.pipeline import training_run
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.care.gc import gc
 from cskd.pipeline.care.repair import repair
@@ -349,24 +352,22 @@ def test_of_an_absolute_path_the_last_name_stays(text: str, public: str) -> None
     assert plain({"a": [text], "b": 3}) == {"a": [public], "b": 3}
 
 
-def test_a_teacher_comes_from_the_hub_without_its_code(hub: Hub, tmp_path: Path) -> None:
+@pytest.fixture
+def net(hub: Hub, tmp_path: Path) -> torch.nn.Module:
+    """A model of timm, which hf://me/net holds, next to code that must not run."""
     torch.manual_seed(0)
-    net = timm.create_model("test_resnet", num_classes=5)
+    net: torch.nn.Module = timm.create_model("test_resnet", num_classes=5)
     save_file(net.state_dict(), tmp_path / "model.safetensors")
-    about = {
-        "architecture": "test_resnet",
-        "num_classes": 5,
-        "pretrained_cfg": {"num_classes": 5, "input_size": [3, 64, 64]},
-    }
-    commit = hub.put(
-        "model",
-        "me/net",
-        {
-            "config.json": json.dumps(about).encode(),
-            "model.safetensors": (tmp_path / "model.safetensors").read_bytes(),
-            "model.py": b"raise SystemExit('run')",
-        },
-    )
+    about = {"num_classes": 5, "input_size": [3, 64, 64], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    config = {"architecture": "test_resnet", "num_classes": 5, "pretrained_cfg": about}
+    weights, code = (tmp_path / "model.safetensors").read_bytes(), b"raise SystemExit('run')"
+    files = {"config.json": json.dumps(config).encode(), "model.safetensors": weights, "model.py": code}
+    hub.put("model", "me/net", files)
+    return net
+
+
+def test_a_teacher_comes_from_the_hub_without_its_code(hub: Hub, net: torch.nn.Module) -> None:
+    commit = hub.repos["model", "me/net"].branches["main"][-1]
     for weights in ("hub", "hf://me/net", "hf://me/net/model.safetensors"):
         built = build(TeacherConfig(model="hf://me/net", weights=weights))
         assert built.source == {"model": f"hf://me/net@{commit}", "kwargs": {}} and built.stated["input_size"] == 64
@@ -376,6 +377,35 @@ def test_a_teacher_comes_from_the_hub_without_its_code(hub: Hub, tmp_path: Path)
     hub.put("model", "me/text", {"config.json": b'{"model_type": "bert"}'})
     with pytest.raises(TeacherError, match=r"^teacher.model 'hf://me/text@\w{40}' is no repository of a timm model"):
         build(TeacherConfig(model="hf://me/text"))
+
+
+@pytest.mark.usefixtures("net")
+def test_stage_1_goes_on_with_the_teacher_that_it_was_begun_with(base: Path, hub: Hub, tmp_path: Path) -> None:
+    raw = {
+        "data": {"train": str(base / "val")},
+        "teacher": {"model": "hf://me/net", "weights": "hub", "check": "note", "batch": 8},
+        "recipe": {"size": 64},
+        "cache": {"path": str(tmp_path / "cache"), "views": 1, "workers": 0, "device": "cpu"},
+    }
+    cache_teacher(from_dict(raw), quiet=True)
+    pinned = f"hf://me/net@{hub.repos['model', 'me/net'].branches['main'][-1]}"
+    assert json.loads((tmp_path / "cache/hub.json").read_text())["pins"] == {"hf://me/net": pinned}
+    assert yaml.safe_load((tmp_path / "cache/resolved.yaml").read_text())["teacher"]["model"] == pinned
+
+    hub.put("model", "me/net", {"model.safetensors": b"another one"})
+    addresses._snapshot.cache_clear()  # as a new process
+    assert cache_teacher(from_dict(raw), quiet=True).units == 0
+    assert verify(tmp_path / "cache", quiet=True).sound and gc(tmp_path / "cache", older_than=0).removed == []
+
+
+def test_other_ranks_read_the_commit_that_the_first_wrote_down(hub: Hub, tmp_path: Path) -> None:
+    first = hub.put("model", "me/net", {"model.safetensors": b"1"})
+    config = from_dict({"student": {"init": "hf://me/net"}, "train": {"output": str(tmp_path / "run")}})
+    other = SimpleNamespace(first=False, barrier=lambda: None)
+    assert training_run._pinned(config, Ranks(), False, True).student.init == f"hf://me/net@{first}"
+    hub.put("model", "me/net", {"model.safetensors": b"2"})
+    addresses._snapshot.cache_clear()  # as another process
+    assert training_run._pinned(config, other, False, True).student.init == f"hf://me/net@{first}"  # type: ignore[arg-type]
 
 
 def test_the_hub_is_never_written_to_but_by_push(base: Path, hub: Hub, tmp_path: Path) -> None:
