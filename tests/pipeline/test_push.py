@@ -175,7 +175,7 @@ def test_a_process_that_is_killed_anywhere_goes_on(base: Path, hub: Hub, tmp_pat
     about = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-m", "cskd.cli", "push", str(base / "cache"), "me/cache"]
     killed = 0
-    for moment in (5, 9, 8, 7, 6, 10_000):
+    for moment in (5, 9, 7, 10_000):
         at, seen = moment, 0
         with subprocess.Popen(command, env=os.environ | about, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as run:
             process = run.pid
@@ -184,7 +184,7 @@ def test_a_process_that_is_killed_anywhere_goes_on(base: Path, hub: Hub, tmp_pat
         killed += run.returncode != 0
         there = hub.repos["dataset", "me/cache"].files() if ("dataset", "me/cache") in hub.repos else {}
         assert ("manifest.json" in there) <= ("sealed.json" in there)
-    assert killed >= 4 and run.returncode == 0
+    assert killed >= 2 and run.returncode == 0
     assert verify(open_cache("hf://datasets/me/cache").root, quiet=True).sound
 
 
