@@ -224,12 +224,12 @@ def _with_local_paths(config: Config, wrong: list[CskdError]) -> Config:
             continue
         if local != text:
             config = dataclasses.replace(config, **{section: dataclasses.replace(of, **{name: local})})
-    for key, texts in (("loss.terms", config.loss.terms), ("cache.codecs", config.cache.codecs)):
-        for text in texts:  # each may be the place of a user's own code
-            try:
-                local_text(text, key)
-            except PathError as e:
-                wrong.append(e)
+    own = [("cache.codecs", name) for name in config.cache.codecs]  # each may be the place of a user's own code
+    for key, text in [*own, *((f"loss.terms[{i}].own", term.own) for i, term in enumerate(config.loss.terms))]:
+        try:
+            local_text(text or "", key)
+        except PathError as e:
+            wrong.append(e)
     return config
 
 

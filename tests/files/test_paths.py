@@ -62,17 +62,14 @@ def test_no_key_that_is_a_path_is_left_out() -> None:
     }
     no_path = {"recipe.randaugment", "cache.device", "cache.codecs", "train.device", "train.opt", "train.best"}
     no_path |= {"teacher.kwargs", "student.kwargs"}  # those of timm that name files are refused as such
-    no_path |= {"loss.terms"}  # texts that may name files, as cache.codecs: see the next test
     assert texts - no_path == set(PATHS)
 
 
 @pytest.mark.parametrize("address", [*ADDRESSES, "hf://me/net"])
 def test_an_address_is_no_place_of_own_code(address: str) -> None:
     place = f"{address}/own.py:Own"
-    for key, raw in {
-        "loss.terms": {"loss": {"terms": {place: 1.0}}},
-        "cache.codecs": {"cache": {"codecs": [place]}},
-    }.items():
+    term, codec = {"loss": {"terms": [{}, {"own": place}]}}, {"cache": {"codecs": [place]}}
+    for key, raw in {"loss.terms[1].own": term, "cache.codecs": codec}.items():
         with pytest.raises(PathError) as caught:
             from_dict(raw)
         assert str(caught.value).startswith(f"{key} '{place}' is an address (")
