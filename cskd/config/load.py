@@ -225,6 +225,7 @@ def _with_local_paths(config: Config, wrong: list[CskdError]) -> Config:
         if local != text:
             config = dataclasses.replace(config, **{section: dataclasses.replace(of, **{name: local})})
     own = [("cache.codecs", name) for name in config.cache.codecs]  # each may be the place of a user's own code
+    own += [(f"train.caches.{name}", path) for name, path in config.train.caches.items()]
     for key, text in [*own, *((f"loss.terms[{i}].own", term.own) for i, term in enumerate(config.loss.terms))]:
         try:
             local_text(text or "", key)

@@ -69,7 +69,8 @@ def test_no_key_that_is_a_path_is_left_out() -> None:
 def test_an_address_is_no_place_of_own_code(address: str) -> None:
     place = f"{address}/own.py:Own"
     term, codec = {"loss": {"terms": [{}, {"own": place}]}}, {"cache": {"codecs": [place]}}
-    for key, raw in {"loss.terms[1].own": term, "cache.codecs": codec}.items():
+    caches = {"train": {"caches": {"other": place}}}
+    for key, raw in {"loss.terms[1].own": term, "cache.codecs": codec, "train.caches.other": caches}.items():
         with pytest.raises(PathError) as caught:
             from_dict(raw)
         assert str(caught.value).startswith(f"{key} '{place}' is an address (")
