@@ -15,7 +15,7 @@ from typer.completion import completion_init, get_completion_script  # type: ign
 from typer.core import TyperGroup
 
 import cskd
-from cskd.files.paths import local_path
+from cskd.files.paths import local_path, local_text
 from cskd.machine.ending import ended
 from cskd.pipeline.show.report import print_report as _print
 
@@ -43,11 +43,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; repeatable.")]
 
 
-def _path(name: str) -> Callable[[str], Path]:
-    """The parser of a path: an address such as s3://... is refused by the name of its argument."""
+def _path(name: str, hub: bool = False) -> Callable[[str], Path]:
+    """The parser of a path: an address such as s3://... is refused by the name of its argument. hub: one of the hub is checked, and
+    downloaded by `local_path` when the command begins."""
 
     def path(text: str) -> Path:
-        return local_path(text, name)
+        return Path(local_text(text, name, hub)) if hub and text else local_path(text, name)
 
     return path
 
@@ -60,6 +61,14 @@ ConfigPath = Annotated[
 ]
 CachePath = Annotated[
     Path, typer.Argument(metavar="CACHE", parser=_path("CACHE"), help="Folder made by cskd cache-teacher.")
+]
+HubCachePath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CACHE",
+        parser=_path("CACHE", hub=True),
+        help="Folder made by cskd cache-teacher, or its hf:// address.",
+    ),
 ]
 Data = Annotated[
     Path | None,
@@ -227,7 +236,10 @@ def train(
 
 @_command(STAGES, "cskd eval runs/mine data/imagenet/val", name="eval")
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(parser=_path("CHECKPOINT"), help="Result folder of cskd train.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(parser=_path("CHECKPOINT", hub=True), help="Result folder of cskd train, or its hf:// address."),
+    ],
     data: Annotated[Path, typer.Argument(parser=_path("DATA"), help="Folder made by cskd pack.")],
     batch: Annotated[int, typer.Option(min=1, help="Images a forward.")] = 256,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode.")] = 2,
@@ -250,7 +262,7 @@ def evaluate(
 
 @_command(CACHES, "cskd inspect caches/mine --sample 0 --png map.png")
 def inspect(
-    cache: CachePath,
+    cache: HubCachePath,
     data: Data = None,
     sample: Annotated[
         list[str] | None, typer.Option(metavar="KEY", help="Key or number of a sample to show; repeatable.")
@@ -289,6 +301,7 @@ def inspect(
     from cskd.pipeline.look.inspect_cache import inspect, render
     from cskd.pipeline.look.quarantined import list_quarantined, render_list
 
+    cache = local_path(cache, "CACHE", hub=True)
     if quarantined:
         _print(list_quarantined(cache, data), json_, render_list)
         return
@@ -312,7 +325,9 @@ def verify(
     cache: Annotated[
         Path,
         typer.Argument(
-            metavar="CACHE|DATA", parser=_path("CACHE"), help="Folder made by cskd cache-teacher, pack or index."
+            metavar="CACHE|DATA",
+            parser=_path("CACHE", hub=True),
+            help="Folder made by cskd cache-teacher, pack or index; of a cache its hf:// address, too.",
         ),
     ],
     data: Data = None,
@@ -328,6 +343,7 @@ def verify(
     from cskd.pipeline.care import verify, verify_images
 
     report: Any
+    cache = local_path(cache, "CACHE", hub=True)
     if verify_images.is_data(cache, images):
         report = verify_images.verify_images(cache, images, data, bool(replay or recompute), quiet=json_)
         _print(report, json_, verify_images.render)
@@ -384,6 +400,42 @@ def gc(
     from cskd.pipeline.care.gc import gc, render
 
     _print(gc(cache, older_than=older_than, dry_run=dry_run, data=data), json_, render)
+
+
+@_command(CACHES, "cskd push runs/mine OWNER/NAME --dry-run")
+def push(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN|CACHE", parser=_path("RUN|CACHE"), help="Folder of cskd train or cskd cache-teacher."
+        ),
+    ],
+    repo: Annotated[
+        str, typer.Argument(metavar="OWNER/NAME", help="A run goes to a model repository, a cache to a data set.")
+    ],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private, where it is new.")] = False,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Made where there is none.")] = None,
+    message: Annotated[str | None, typer.Option(metavar="TEXT", help="Of the commit.")] = None,
+    allow_incomplete: Annotated[
+        bool, typer.Option("--allow-incomplete", help="A cache that is not sealed, too: what there is of it.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list files and sizes; nothing is sent.")] = False,
+    json_: Json = False,
+) -> None:
+    """Put a run or a cache on the Hugging Face hub. The same command resumes, and sends only what differs."""
+    from cskd.pipeline.hub.push import push, render
+
+    report = push(
+        source,
+        repo,
+        private=private,
+        revision=revision,
+        message=message,
+        allow_incomplete=allow_incomplete,
+        dry_run=dry_run,
+        quiet=json_,
+    )
+    _print(report, json_, render)
 
 
 @_command(START, "cskd doctor my.yaml")

@@ -91,7 +91,7 @@ def inspect(
 ) -> Inspection:
     """What a cache holds; `cskd inspect`.
 
-    Args:    cache, its folder; data, folder of the image shards where they have moved; sample, keys or numbers of those to
+    Args:    cache, its folder or its address on the hub; data, folder of the image shards where they have moved; sample, keys or numbers of those to
              describe, in this view and at this blend (1 = each cell's own output, which is the default with a student, else 0.5);
              png, write the picture of one, or a sheet of several, here; html, write a page here; samples, so many in all, the
              others chosen by `seed`; student, a run to compare with the teacher, cell by cell.
@@ -99,7 +99,7 @@ def inspect(
     Raises:  CskdError. What is wrong with single units is in `errors` instead.
     """
     folder, shards, picture, page, run = (
-        None if path is None else local_path(fspath(path), name)
+        None if path is None else local_path(fspath(path), name, hub=name == "cache")
         for path, name in ((cache, "cache"), (data, "data"), (png, "png"), (html, "html"), (student, "student"))
     )
     assert folder is not None

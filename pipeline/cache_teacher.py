@@ -13,7 +13,7 @@ The same command resumes, and run several times at once it shares the work. Laun
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,11 @@ import torch
 from rich.console import Console
 
 from cskd.config import Config, to_dict
+from cskd.config.pins import TEACHER, pinned
 from cskd.dataset.inventory import Inventory
 from cskd.errors import CacheError
+from cskd.files.hub import record_pins
+from cskd.files.paths import local_text
 from cskd.loading.feed import fed
 from cskd.loading.stage1 import ChunkMaker
 from cskd.machine.launch import launched, worker_number
@@ -34,7 +37,7 @@ from cskd.pipeline.measure_precision import measure_precision
 from cskd.pipeline.out_of_memory import Probe, explained, nothing_to_lower
 from cskd.pipeline.precheck import BEFORE_TEACHER, WITH_TEACHER, refuse
 from cskd.pipeline.setup import Setup, device_of
-from cskd.pipeline.show.progress import Notes, Progress, bound_by, duration, print_lines
+from cskd.pipeline.show.progress import Notes, Progress, bound_by, duration, print_lines, say
 from cskd.pipeline.unit_line import missing_passes, unit_line, views_left
 from cskd.store.cache import Cache, create_cache
 from cskd.store.format import MANIFEST
@@ -91,6 +94,8 @@ def _cache_teacher(
     quiet = quiet or not launched().speaks
     notes = Notes(quiet)
     notes.add(moved)
+    root = Path(local_text(config.cache.path, "cache.path"))
+    config, pins = pinned(config, TEACHER, root, lambda line: say([line], quiet))
     setup = Setup(config)
     ahead = refuse(BEFORE_TEACHER, setup)
     with explained(device, nothing_to_lower("cache.device")):
@@ -98,16 +103,23 @@ def _cache_teacher(
     with_grid = refuse(WITH_TEACHER, setup).notes
     notes.add([*ahead.images, *setup.teacher.notes, *ahead.notes, *with_grid])
     with explained(device, lambda probe: batch_advice(setup.teacher, config, probe)):
-        return _fill(setup, ahead.images, threads, notes, start, tell)
+        return _fill(setup, ahead.images, pins, threads, notes, start, tell)
 
 
 def _fill(
-    setup: Setup, about_images: list[str], threads: Threads, notes: Notes, start: float, tell: Tell | None
+    setup: Setup,
+    about_images: list[str],
+    pins: Mapping[str, str],
+    threads: Threads,
+    notes: Notes,
+    start: float,
+    tell: Tell | None,
 ) -> CacheReport:
     """Check the teacher, open or begin the cache, and make what it lacks."""
     quiet, config, inventory, teacher, maker = notes.quiet, setup.config, setup.inventory, setup.teacher, setup.maker
     notes.say()
     cache = _open_or_create(config, inventory, teacher, maker, about_images, notes)
+    record_pins(cache.root, pins)
     notes.add(_use_threads(threads, cache, teacher, config))
     notes.say()
 

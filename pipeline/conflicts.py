@@ -14,6 +14,7 @@ from cskd.config import Config, LossConfig, StudentConfig, TrainConfig, to_dict
 from cskd.dataset.inventory import Inventory
 from cskd.errors import ConfigError
 from cskd.files.folders import MARKER, mark
+from cskd.files.hub import PINS, is_hub
 from cskd.files.read import refuse_links
 from cskd.files.writer import LOCK
 from cskd.loading.sources import ViewSource
@@ -29,7 +30,7 @@ from cskd.student.checkpoint import MODEL, MODEL_BEST, MODEL_EMA, MODEL_LAST
 _TEACHER = ("model", "kwargs", "input_size", "mean", "std", "classes", "dense", "grid")
 # Files of a run that replace what has their name; the folders next to them hold names of their own.
 _RUN_FILES = (MODEL, MODEL_LAST, MODEL_EMA, MODEL_BEST, "config.json", "metrics.jsonl", "metrics.csv", RECORD)
-RUN_NAMES = (*_RUN_FILES, RESOLVED, "unreadable.json", "resume", "scratch", "tensorboard", "wandb", MARKER, LOCK)
+RUN_NAMES = (*_RUN_FILES, RESOLVED, PINS, "unreadable.json", "resume", "scratch", "tensorboard", "wandb", MARKER, LOCK)
 # Keys that don't change which numbers a run ends with: they may differ when it is resumed.
 _FREE = (
     "output", "workers", "threads", "device", "eval_every", "keep", "save_every", "max_steps", "trackers", "prefetch",
@@ -73,7 +74,7 @@ def refuse_conflicts(config: Config, cache: Cache) -> None:
             made = cache.identity.recipe if section == "recipe" else cache.manifest.config["teacher"]
             asked, cached = getattr(getattr(config, section), name), made[name]
             if key == "teacher.model":
-                asked, cached = Path(asked).name, Path(cached).name
+                asked, cached = (str(m).partition("@")[0] if is_hub(m) else Path(m).name for m in (asked, cached))
             if asked != cached:
                 raise ConfigError(
                     f"{key} is {asked!r}, the cache {cache.root} was made with {cached!r}; leave it out or set it so"

@@ -18,6 +18,7 @@ from cskd.errors import CacheError, ConfigError, CskdError, DataError, PathError
 from cskd.files import claims
 from cskd.files.durable import NO_LINKS, hard_link_error, put
 from cskd.files.folders import refuse_output
+from cskd.files.hub import is_hub
 from cskd.files.paths import local_path
 from cskd.files.scratch import clear_scratch
 from cskd.files.writer import LOCK, Writer, by, sole_writer
@@ -56,7 +57,11 @@ def refuse_run_output(config: Config) -> None:
         raise ConfigError(f"train.output {output}: {there} is {what}; set another, --set train.output=runs/x")
     refuse_output(output, "run", "train.output", inputs=_other_paths(config, "train.output"), names=RUN_NAMES)
     root = Path(config.cache.path)
-    if config.cache.path and os.path.realpath(root) in map(str, Path(os.path.realpath(output)).parents):
+    if (
+        config.cache.path
+        and not is_hub(root)
+        and os.path.realpath(root) in map(str, Path(os.path.realpath(output)).parents)
+    ):
         raise PathError(f"train.output {output} lies in cache.path {root}; give a folder outside of it")
     try:
         tempfile.TemporaryDirectory(dir=there, prefix=".cskd-").cleanup()
@@ -149,6 +154,8 @@ def _other_paths(config: Config, output: str) -> dict[str, Path]:
     for key in sorted(key for key in PATHS if not key.endswith(".model")):
         section, _, name = key.partition(".")
         value = getattr(getattr(config, section), name)
-        if isinstance(value, str) and value and key != output and (key, value) != ("teacher.weights", "hub"):
+        if not isinstance(value, str) or is_hub(value) or (key, value) == ("teacher.weights", "hub"):
+            continue
+        if value and key != output:
             paths[key] = Path(value).expanduser()
     return paths

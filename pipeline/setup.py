@@ -22,6 +22,7 @@ from cskd.codecs import Codec, get_codec, known_own
 from cskd.config import Config, RecipeConfig, TrainConfig
 from cskd.dataset.inventory import Inventory, evenly, open_inventory
 from cskd.errors import CacheError, ConfigError, DataError, ImageError, StudentError, one_line
+from cskd.files.hub import is_hub
 from cskd.files.paths import local_path
 from cskd.loading.joined import JoinedCaches
 from cskd.loading.need import PREFETCH, refuse_little_memory
@@ -258,14 +259,14 @@ def open_cached(config: Config) -> Cache | JoinedCaches:
     """The caches that stage 2 reads, which the config must not contradict. Raises CacheError, ConfigError, DataError."""
     for name in config.cache.codecs:
         known_own(name)
-    cache = _open_one(config, Path(config.cache.path), first=True)
+    cache = _open_one(config, config.cache.path, first=True)
     if not config.train.caches:
         return cache
     paths = {name: local_path(path, f"train.caches.{name}") for name, path in config.train.caches.items()}
     return JoinedCaches(cache, {name: _open_one(config, path) for name, path in paths.items()})
 
 
-def _open_one(config: Config, path: Path, first: bool = False) -> Cache:
+def _open_one(config: Config, path: str | Path, first: bool = False) -> Cache:
     cache = open_cache(path, data=Path(config.data.train) if config.data.train else None)
     cache.inventory.check_shards()
     if first:
@@ -289,7 +290,7 @@ def from_images(config: Config, begun: Mapping[str, Any] | None = None) -> bool:
         return False
     if not config.cache.path or (begun is not None and is_baseline_name(begun.get("cache"))):
         return True
-    return not Path(config.cache.path).exists()
+    return not is_hub(config.cache.path) and not Path(config.cache.path).exists()
 
 
 def is_baseline_name(fingerprint: object) -> bool:

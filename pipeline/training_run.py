@@ -15,9 +15,11 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from cskd.config import Config, to_yaml
+from cskd.config.pins import TEACHER, pinned
 from cskd.dataset.inventory import Inventory
 from cskd.errors import ConfigError
 from cskd.files.durable import put
+from cskd.files.hub import record_pins
 from cskd.files.scratch import new_scratch
 from cskd.files.writer import Writer
 from cskd.loading.feed import fed
@@ -45,7 +47,7 @@ from cskd.pipeline.online import open_baseline, open_online
 from cskd.pipeline.precheck import TRAINING, refuse
 from cskd.pipeline.run_state import PROGRESS, RunState, named_bests
 from cskd.pipeline.setup import Setup, from_images, half_notes, open_cached, with_best
-from cskd.pipeline.show.progress import Notes, Pool
+from cskd.pipeline.show.progress import Notes, Pool, say
 from cskd.store.cache import Cache
 from cskd.store.format import RESOLVED
 from cskd.store.replay_check import check_versions
@@ -208,6 +210,7 @@ def open_run(
     """Views, targets, student, plan and optimiser of a config, and where an earlier run of it stopped."""
     output, notes = Path(config.train.output), Notes(quiet)
     states = ResumeStates(output / "resume", keep=config.train.keep)
+    config = _pinned(config, ranks, online, quiet)
     record = next(iter(states.infos().values()), None)
     config, as_before = as_begun(config, record)
     settings = config.train
@@ -266,6 +269,17 @@ def open_run(
         notes=notes.all,
         writer=writer,
     )
+
+
+def _pinned(config: Config, ranks: Ranks, online: bool, quiet: bool) -> Config:
+    """The config with a commit in each address of the hub that the run reads: the first rank decides which, and writes it down
+    where the others, and a resume, read it."""
+    keys, output = ("cache.path", "student.init", *(TEACHER if online else ())), Path(config.train.output)
+    if ranks.first:
+        config, pins = pinned(config, keys, output, lambda line: say([line], quiet))
+        record_pins(output, pins)
+    ranks.barrier()
+    return config if ranks.first else pinned(config, keys, output)[0]
 
 
 def _open_views(

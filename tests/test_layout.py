@@ -30,6 +30,7 @@ DISTRIBUTIONS = {
     "PIL": "pillow",
     "annotated_types": "annotated-types",
     "google_crc32c": "google-crc32c",
+    "huggingface_hub": "huggingface-hub",
     "importlinter": "import-linter",
     "sklearn": "scikit-learn",
 }

@@ -28,6 +28,7 @@ PATHS = (
     *("data.train", "data.val", "teacher.model", "teacher.weights", "teacher.classes"),
     *("cache.path", "student.model", "student.init", "train.output"),
 )  # a model may be the path of a file
+READ_FROM_HUB = ("teacher.model", "teacher.weights", "teacher.classes", "cache.path", "student.init")  # see docs/HUB.md
 NEWER = {  # keys of older versions
     **{"teacher.autocast": "teacher.precision", "teacher.dtype": "teacher.precision"},
     "train.tensorboard": "train.trackers",
@@ -217,12 +218,19 @@ def _with_local_paths(config: Config, wrong: list[CskdError]) -> Config:
         if not isinstance(text, str) or text.startswith(_OF_TIMM):
             continue
         try:
-            local = local_text(text, key)
+            local = local_text(text, key, hub=key in READ_FROM_HUB)
         except PathError as e:
             wrong.append(e)
             continue
         if local != text:
             config = dataclasses.replace(config, **{section: dataclasses.replace(of, **{name: local})})
+    own = [("cache.codecs", name) for name in config.cache.codecs]  # each may be the place of a user's own code
+    own += [(f"train.caches.{name}", path) for name, path in config.train.caches.items()]
+    for key, text in [*own, *((f"loss.terms[{i}].own", term.own) for i, term in enumerate(config.loss.terms))]:
+        try:
+            local_text(text or "", key)
+        except PathError as e:
+            wrong.append(e)
     return config
 
 

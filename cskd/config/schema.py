@@ -85,10 +85,11 @@ class TeacherConfig(Section):
     """The CNN whose outputs are cached."""
 
     model: str = ""
-    """A timm name, `torchvision:NAME`, `path/to/file.py:build`, `package.module:build`, or the name of an entry point of
-    `cskd.teachers`."""
+    """A timm name, `torchvision:NAME`, `path/to/file.py:build`, `package.module:build`, the name of an entry point of
+    `cskd.teachers`, or the `hf://` address of a timm model."""
     weights: str | None = None
-    """A file of weights, or `FILE:KEY` for those under a key of it; `hub` = timm's or torchvision's own; null = as built."""
+    """A file of weights, `FILE:KEY` for those under a key of it, or an `hf://` address; `hub` = timm's or torchvision's own;
+    null = as built."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments for timm's or torchvision's constructor, or for `build()`."""
     input_size: Annotated[int | None, Le(8192), Unit("pixels")] = None
@@ -184,8 +185,8 @@ class CacheConfig(Section):
     """Where the cache lies and what it holds."""
 
     path: Annotated[str, Unit("folder")] = ""
-    """Folder of the cache. Empty, or nothing there yet: `loss.method: none` trains from `data.train` alone, with no cache and no
-    teacher."""
+    """Folder of the cache; one that is only read may be an `hf://` address. Empty, or nothing there yet: `loss.method: none` trains
+    from `data.train` alone, with no cache and no teacher."""
     views: Annotated[int, Ge(1), Le(100_000), Unit("views per image")] = 6
     """Views that stage 1 makes."""
     codecs: Annotated[list[str], Len(1), Predicate(distinct)] = field(default_factory=lambda: ["envelope"])
@@ -218,7 +219,7 @@ class StudentConfig(Section):
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments for `timm.create_model`."""
     init: str | None = None
-    """Checkpoint to start from, or `FILE:KEY`; position embeddings are resized to this student's grid."""
+    """Checkpoint to start from, `FILE:KEY`, or an `hf://` address; position embeddings are resized to this student's grid."""
     mean: Rgb = None
     """Subtracted from the pixels; null = the model's own."""
     std: Rgb = None

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cskd.errors import CskdError, one_line
+from cskd.files.paths import local_path
 from cskd.files.read import read_file
 from cskd.near import absent, did_you_mean
 
@@ -56,7 +57,7 @@ def load_own(text: str, key: str, group: str, kind: str, error: type[CskdError] 
     """
     if ".py:" in text:
         where, _, name = text.rpartition(":")
-        module = _of_file(Path(where).expanduser(), key, name, error)
+        module = _of_file(local_path(where, key), key, name, error)
     elif match := _IN_MODULE.fullmatch(text):
         where, name = match.groups()
         try:

@@ -1,4 +1,6 @@
-"""Which texts are paths of this machine. An address such as s3://bucket/x would become the folder ./s3:/bucket/x."""
+"""Which texts are paths of this machine. An address such as s3://bucket/x would become the folder ./s3:/bucket/x.
+
+Where a path is only read, it may be an address of the Hugging Face hub (`cskd.files.hub`): hub=True."""
 
 from __future__ import annotations
 
@@ -7,28 +9,36 @@ import re
 from pathlib import Path
 
 from cskd.errors import PathError
+from cskd.files.hub import FORM, is_hub, local_copy, parse_address
 
 # Two letters or more: C:/data is a drive. One slash is enough: a Path has lost the second one already.
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
 _SHOWN = 100  # characters of an address that a refusal quotes
 
 
-def local_text(text: str, what: str) -> str:
+def local_text(text: str, what: str, hub: bool = False) -> str:
     """A path as it was written, with `~` replaced by the home folder: only shells do that, and not in `--set key=~/x`.
 
-    Args:    what names the key or argument.
-    Raises:  PathError for an address of any scheme.
+    Args:    what names the key or argument. hub: an address of the hub will do, which is then given in its usual form.
+    Raises:  PathError for an address of any other scheme. Nothing is downloaded.
     """
+    if is_hub(text) and hub:
+        return str(parse_address(text, what))
     if address := _ADDRESS.match(text):
         scheme = address[1].lower()
-        local = f"write {'/' + text[address.end() :]}"
-        cure = local if scheme == "file" else "copy or mount it here, and give that path"
-        raise PathError(f"{what} {text[:_SHOWN]!r} is an address ({scheme}:), expected a local path; {cure[:120]}")
+        cure = {
+            "file": f"write {'/' + text[address.end() :]}",
+            "hf": "the hub is only read, as cache.path, student.init or the teacher; write here, and `cskd push` it",
+        }.get(scheme, "copy or mount it here, and give that path")
+        expected = f"a local path or {FORM}" if hub else "a local path"
+        raise PathError(f"{what} {text[:_SHOWN]!r} is an address ({scheme}:), expected {expected}; {cure[:120]}")
     return os.path.expanduser(text) if text.startswith("~") else text
 
 
-def local_path(path: str | Path, what: str) -> Path:
-    """The same as a `Path`; an empty text, which would be the current folder, is refused too."""
+def local_path(path: str | Path, what: str, hub: bool = False) -> Path:
+    """The same as a `Path`; an empty text, which would be the current folder, is refused too. Of an address its copy on this
+    machine, downloaded where it is not there yet: HubError, see `cskd.files.hub.local_copy`."""
     if not str(path):
         raise PathError(f"{what} is empty, expected a path; give one ('.' is the current folder)")
-    return Path(local_text(str(path), what))
+    text = local_text(str(path), what, hub)
+    return local_copy(parse_address(text, what), what) if is_hub(text) else Path(text)

@@ -275,13 +275,13 @@ def refuse_other_identity(cache: Cache, identity: Identity) -> None:
 
 
 def open_cache(root: str | Path, data: Path | None = None, images: bool = True) -> Cache:
-    """Open a cache for reading. `data`: folder of the image shards, where they have moved.
+    """Open a cache for reading; `root` may be an address of the hub, whose copy is `Cache.root`. `data`: folder of the image shards, where they have moved.
 
     images: False where none will be read: what lies today where they were is then not looked at.
 
     Raises:  CacheError when there is none, when it is of another format, or its manifest is damaged.
     """
-    root = local_path(root, "the cache")
+    root = local_path(root, "the cache", hub=True)
     manifest = read_manifest(root)
     shards = data or Path(manifest.data or ".")
     if not (root / INVENTORY).is_dir():

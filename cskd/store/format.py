@@ -16,6 +16,7 @@
       units/b00012/v0003.draft.5c21….zarr.zip
                                         of a unit that is not whole yet; only while stage 1 runs, or was interrupted
                                         (see cskd/store/draft.py)
+      hub.json                          which commits its teacher's addresses on the hub stood for (see cskd/files/hub.py)
       claims/                           who is making what; only while stage 1 runs (see cskd/files/claims.py)
       commits/b00012/v0003.json         the only thing that makes a unit exist (see cskd/store/commit.py)
 
@@ -44,6 +45,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cskd.files.hub import PINS
 
 FORMAT = 1
 CONTAINERS = {"zarr": ".zarr.zip", "webdataset": ".tar"}  # the files of units, and how their names end
@@ -82,7 +85,7 @@ SEAL = "sealed.json"
 INVENTORY = "inventory"
 TABLES = "codecs"
 # All of a cache's folder.
-OWN_NAMES = (MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, INVENTORY, TABLES, "units", "commits", "claims")
+OWN_NAMES = (MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, INVENTORY, TABLES, PINS, "units", "commits", "claims")
 
 
 def unit_file(block: int, view: int, codec: str, digest: str, container: str = "zarr") -> PurePosixPath:

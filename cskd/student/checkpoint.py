@@ -158,10 +158,11 @@ def timm_config(student: Student, classes: Sequence[str], crop_pct: float) -> di
 def load_student(path: Path) -> tuple[Student, dict[str, Any]]:
     """A trained student, in evaluation mode on the CPU, and its config.json.
 
-    Args:    path of a run's folder (its model.safetensors is taken), or of one of the weight files in it.
+    Args:    path of a run's folder (its model.safetensors is taken), or of one of the weight files in it; or the address of
+             either on the hub.
     Raises:  StudentError when something is missing, damaged or does not fit together.
     """
-    path = local_path(path, "the checkpoint")
+    path = local_path(path, "the checkpoint", hub=True)
     weights = path / MODEL if path.is_dir() else path
     beside = weights.with_name("config.json")
     for file in (weights, beside):

@@ -16,9 +16,11 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from cskd.config import TeacherConfig
-from cskd.errors import TeacherError, one_line
+from cskd.errors import CskdError, TeacherError, one_line
 from cskd.files.checkpoint import given_file
+from cskd.files.hub import is_hub, local_copy, parse_address, pin
 from cskd.files.own_code import OwnCode, entry_point_names, load_own, names_own_code, neighbours_of
+from cskd.files.paths import local_path
 from cskd.files.weights import READ_BY_TIMM, misfit, read_weights
 from cskd.near import did_you_mean
 
@@ -42,14 +44,20 @@ def build(config: TeacherConfig) -> Built:
     Raises:  TeacherError for an unknown name, a missing file or function, kwargs the constructor refuses, weights that
              can't be read or don't fit.
     """
-    code, torchvision = _own(config.model), config.model.startswith(TORCHVISION)
+    hub, torchvision = is_hub(config.model), config.model.startswith(TORCHVISION)
+    code = None if hub else _own(config.model)
     own = code is not None
-    built = _from_own(config, code) if code is not None else (_from_torchvision if torchvision else _from_timm)(config)
+    if code is not None:
+        built = _from_own(config, code)
+    else:
+        built = (_from_hub if hub else _from_torchvision if torchvision else _from_timm)(config)
     if config.weights is None:
         note = "the weights are those that build() gave" if own else "the weights are random: set teacher.weights"
         built.notes.append(note)
     elif config.weights != "hub":
         built.notes += load_weights(built.model, Path(config.weights))
+    elif hub:
+        built.notes += load_weights(built.model, Path(built.source["model"]))
     elif own:
         raise TeacherError("teacher.weights: 'hub' is for timm models; give a file, or load the weights in build()")
     else:
@@ -65,11 +73,7 @@ def build_model(name: str, kwargs: dict[str, Any], pretrained: bool = False) -> 
 
     Raises:  TeacherError for an unknown name (with the nearest known one), kwargs it refuses, weights out of reach.
     """
-    for key in kwargs.keys() & READ_BY_TIMM:
-        raise TeacherError(
-            f"teacher.kwargs has {key}: {kwargs[key]!r}, by which timm would read a file of its own choice; leave it out, "
-            "set teacher.weights"
-        )
+    _refuse_files(kwargs)
     if ":" in name and not pretrained:
         raise TeacherError(
             f"teacher.model {name!r} names a place to load from, which is only done with teacher.weights: hub; give a timm "
@@ -93,14 +97,48 @@ def build_model(name: str, kwargs: dict[str, Any], pretrained: bool = False) -> 
     return model
 
 
+def _refuse_files(kwargs: dict[str, Any]) -> None:
+    for key in kwargs.keys() & READ_BY_TIMM:
+        raise TeacherError(
+            f"teacher.kwargs has {key}: {kwargs[key]!r}, by which timm would read a file of its own choice; leave it out, "
+            "set teacher.weights"
+        )
+
+
+def _from_hub(config: TeacherConfig) -> Built:
+    """A timm model by the config.json of a repository of the hub, with random weights: no code of a repository is run."""
+    _refuse_files(config.kwargs)
+    address = parse_address(config.model, "teacher.model")
+    if ".py" in address.path:
+        raise TeacherError(
+            f"teacher.model {str(address)[:100]!r} is code, and no code of a repository is run; download the file, read it, and "
+            "give its own path: path/to/file.py:build"
+        )
+    address = pin(address, "teacher.model")
+    try:
+        model: nn.Module = timm.create_model(f"local-dir:{local_copy(address, 'teacher.model')}", **config.kwargs)
+    except CskdError:
+        raise
+    except Exception as e:  # a config.json of anything, kwargs that a constructor refuses
+        raise TeacherError(
+            f"teacher.model {str(address)[:100]!r} is no repository of a timm model with teacher.kwargs {config.kwargs}: "
+            f"{one_line(e, 100)}; give one whose config.json names an architecture of timm"
+        ) from None
+    return _built_by_timm(model, str(address), config.kwargs)
+
+
 def _from_timm(config: TeacherConfig) -> Built:
     if not config.model:
         raise TeacherError("teacher.model is empty; give a timm name such as resnet50, or path/to/file.py:build")
     model = build_model(config.model, config.kwargs, pretrained=config.weights == "hub")
+    return _built_by_timm(model, config.model, config.kwargs)
+
+
+def _built_by_timm(model: nn.Module, name: str, kwargs: dict[str, Any]) -> Built:
     resolve: Callable[..., dict[str, Any]] = resolve_model_data_config
     stated = resolve(model)
     stated["input_size"] = stated["input_size"][-1]
-    return Built(model, {"model": config.model, "kwargs": dict(config.kwargs)}, stated)
+    return Built(model, {"model": name, "kwargs": dict(kwargs)}, stated)
 
 
 def _from_torchvision(config: TeacherConfig) -> Built:
@@ -191,7 +229,7 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
 def weight_file(path: Path) -> Path:
     """The file that `teacher.weights` names. TeacherError where there is none."""
     try:
-        return given_file(path)
+        return given_file(local_path(path, "teacher.weights", hub=True))
     except ValueError as e:
         raise TeacherError(f"teacher.weights: {e}; give a .safetensors or .pth file, or 'hub'") from None
 

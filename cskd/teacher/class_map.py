@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from cskd.dataset.classes import MAX_CLASS_BYTES, MAX_CLASSES, parse_classes
 from cskd.errors import DataError, TeacherError
+from cskd.files.paths import local_path
 from cskd.files.read import read_file
 from cskd.near import absent, did_you_mean
 
@@ -111,12 +112,13 @@ def _ranks(word: str, class_names: Sequence[str], outputs: int) -> list[int]:
 
 def _from_file(path: Path, class_names: Sequence[str], outputs: int) -> list[int]:
     try:
-        names = parse_classes(read_file(path.expanduser(), MAX_CLASS_BYTES), str(path))
+        path = local_path(path, "teacher.classes", hub=True)
+        names = parse_classes(read_file(path, MAX_CLASS_BYTES), str(path))
     except DataError as e:
         raise TeacherError(f"teacher.classes: {e}") from None
     except FileNotFoundError:
         raise TeacherError(
-            f"teacher.classes: no file {absent(path.expanduser())}; give one class name a line, a list of outputs, shift:N, or one "
+            f"teacher.classes: no file {absent(path)}; give one class name a line, a list of outputs, shift:N, or one "
             f"of {', '.join(ORDERS)}"
         ) from None
     except (OSError, ValueError, RuntimeError) as e:  # RuntimeError: no home folder for a ~

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from cskd.errors import CacheError, counted
 from cskd.files import claims
+from cskd.files.paths import local_path
 from cskd.pipeline.show.progress import print_lines
 from cskd.store.cache import open_cache
 from cskd.store.commit import record_names
@@ -45,6 +46,7 @@ def gc(path: Path, older_than: float = YOUNG, dry_run: bool = False, data: Path 
     Raises:  CacheError where a commit record is damaged: what it spoke of can't be told from left-overs; and where files
              were wanted that may be of a writer that lives.
     """
+    path = local_path(path, "CACHE")
     cache = open_cache(path, data=data, images=False)
     writers = claims.held(path)
     if writers and older_than < claims.LEASE:

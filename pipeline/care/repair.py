@@ -21,6 +21,7 @@ from cskd.dataset.inventory import open_inventory
 from cskd.dataset.inventory_format import check_copy, copy_inventory, read_header
 from cskd.errors import CacheError, CskdError, DataError, counted
 from cskd.files.durable import json_bytes, sync
+from cskd.files.paths import local_path
 from cskd.files.read import read_file
 from cskd.near import absent
 from cskd.pipeline.cache_teacher import cache_teacher
@@ -57,6 +58,7 @@ def repair(path: Path, data: Path | None = None, quiet: bool = False) -> RepairR
              there: then the damaged units are withdrawn, and stay missing; PathError while another process makes or repairs
              the cache.
     """
+    path = local_path(path, "CACHE")
     with sole_repair(path):
         return _repair(path, data, quiet)
 

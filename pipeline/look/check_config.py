@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.text import Text
 
 from cskd.config import read_config
+from cskd.config.pins import TEACHER, pinned
 from cskd.errors import MOST, CskdError, counted, fitted, printable, shown
+from cskd.files.hub import is_hub
 from cskd.pipeline.precheck import CHECKS, Finding, findings
 from cskd.pipeline.setup import Setup, open_cached
 from cskd.pipeline.show.progress import print_lines
@@ -48,8 +50,13 @@ def check_config(path: str | Path, overrides: list[str] | None = None) -> Config
     except CskdError as e:
         return _report([Row("config", "wrong", shown(e), [])])
     rows = [Row("config", "wrong", shown(e), []) for e in wrong] or [Row("config", "ok", str(path), [])]
+    try:
+        config, _ = pinned(config, () if is_hub(config.cache.path) else TEACHER, Path(config.cache.path))
+    except (CskdError, OSError) as e:
+        return _report([*rows, Row("the hub", "wrong", shown(e), [])])
     setup = Setup(config)
-    if not config.teacher.model and config.cache.path and (Path(config.cache.path) / MANIFEST).exists():
+    made = not config.teacher.model and config.cache.path and (Path(config.cache.path) / MANIFEST).exists()
+    if made or is_hub(config.cache.path):  # on the hub it can only be read
         try:
             setup = Setup(config, source=(cache := open_cached(config)))
             rows.append(

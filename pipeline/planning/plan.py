@@ -22,6 +22,7 @@ from rich.text import Text
 
 from cskd.config import Config
 from cskd.errors import ConfigError
+from cskd.files.paths import local_text
 from cskd.files.scratch import GB
 from cskd.loading.plan import PlanSpec
 from cskd.loading.sources import LiveViews
@@ -96,6 +97,7 @@ def plan(
     begun, notes = time.perf_counter(), Notes(quiet)
     if launched().count > 1:
         raise ConfigError("cskd plan measures one device; run it without torchrun or srun, and divide by the ranks")
+    local_text(config.cache.path, "cache.path")  # what is planned is to make it
     if config.loss.method == "none":
         raise ConfigError("loss.method is none, which needs no teacher and no cache; set the method to plan for")
     if not config.student.model:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from cskd.config import from_dict, load_config
 from cskd.config.load import PATHS
 from cskd.dataset.inventory import open_inventory
 from cskd.errors import PathError
+from cskd.files.own_code import load_own
 from cskd.files.paths import local_path, local_text
 from cskd.packing.index import index
 from cskd.packing.pack import pack
@@ -62,6 +64,22 @@ def test_no_key_that_is_a_path_is_left_out() -> None:
     no_path = {"recipe.randaugment", "cache.device", "cache.codecs", "train.device", "train.opt", "train.best"}
     no_path |= {"teacher.kwargs", "student.kwargs"}  # those of timm that name files are refused as such
     assert texts - no_path == set(PATHS)
+
+
+@pytest.mark.parametrize("address", [*ADDRESSES, "hf://me/net"])
+def test_an_address_is_no_place_of_own_code(address: str) -> None:
+    place = f"{address}/own.py:Own"
+    keys: dict[str, dict[str, Any]] = {
+        "loss.terms[1].own": {"loss": {"terms": [{}, {"own": place}]}},
+        "cache.codecs": {"cache": {"codecs": [place]}},
+        "train.caches.other": {"train": {"caches": {"other": place}}},
+    }
+    for key, raw in keys.items():
+        with pytest.raises(PathError) as caught:
+            from_dict(raw)
+        assert str(caught.value).startswith(f"{key} '{place}' is an address (")
+    with pytest.raises(PathError, match="is an address"):
+        load_own(place, "K", "cskd.losses", "function")
 
 
 @pytest.mark.parametrize(
@@ -120,6 +138,7 @@ def test_the_plain_path_is_the_cure_for_a_file_address() -> None:
         ("repair cache --data X", "--data"),
         ("gc X", "CACHE"),
         ("gc cache --data X", "--data"),
+        ("push X me/net", "RUN|CACHE"),
     ],
 )
 def test_an_address_is_refused_by_every_command_before_anything_is_made(
@@ -140,8 +159,15 @@ def test_an_address_is_refused_by_every_command_before_anything_is_made(
     assert [path.name for path in empty.iterdir()] == ["c.yaml"]
 
 
+FROM_HUB = {
+    ("evaluate", "checkpoint"),
+    ("inspect", "cache"),
+    ("verify", "cache"),
+}  # which only read, and may lie on the hub
+
+
 def test_no_argument_that_is_a_path_goes_unchecked() -> None:
-    """Every parameter of every command that becomes a Path has the parser that refuses addresses."""
+    """Every parameter of every command that becomes a Path has the parser that refuses addresses, and but for three the hub's."""
     import typing
 
     for command in cli.app.registered_commands:
@@ -152,6 +178,15 @@ def test_no_argument_that_is_a_path_goes_unchecked() -> None:
                 assert about.parser is not None, f"{command.callback.__name__} {name}"
                 with pytest.raises(PathError):
                     about.parser("s3://bucket/x")
+                if (command.callback.__name__, name) in FROM_HUB:
+                    assert about.parser("hf://datasets/a/b") == Path("hf://datasets/a/b")
+                    with pytest.raises(PathError, match="is no address of the hub"):
+                        about.parser("hf://a")
+                else:
+                    with pytest.raises(
+                        PathError, match=r"is an address \(hf:\), expected a local path; the hub is only read"
+                    ):
+                        about.parser("hf://datasets/a/b")
 
 
 def test_the_library_refuses_what_the_command_line_refuses(empty: Path) -> None:

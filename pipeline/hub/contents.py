@@ -1,0 +1,236 @@
+"""Which files of a run or a cache go to the hub, and how: nothing but what is listed here leaves this machine.
+
+Texts are given without the folders of this machine: of an absolute path its last name stays. A manifest without them is another
+file with the same fingerprint; units, records and seal are the same bytes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from cskd.config import to_yaml
+from cskd.config.yaml_text import read_yaml
+from cskd.dataset.inventory_format import DTYPES, HEADER, header_bytes, header_hash, read_header
+from cskd.errors import CacheError, HubError, PathError, StudentError, counted
+from cskd.files import claims
+from cskd.files.durable import json_bytes
+from cskd.files.folders import kind_of
+from cskd.files.read import parse_json, read_file
+from cskd.files.writer import LOCK, by
+from cskd.near import absent
+from cskd.pipeline.hub.cards import CARD, cache_card, run_card
+from cskd.store.cache import Cache, open_cache
+from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, commit_file
+from cskd.store.seal import check_seal, read_seal
+from cskd.student.checkpoint import MODEL
+
+# Limits and recommendations of the hub, https://huggingface.co/docs/hub/repositories-recommendations
+MOST_FILES, MOST_IN_FOLDER, LARGEST = 100_000, 10_000, 50_000_000_000
+WEIGHTS = "model_*.safetensors"
+_OF_A_RUN = (MODEL, WEIGHTS, "config.json", RESOLVED, "*.jsonl", "*.csv", CARD)
+_PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.svg", "*.gif", "*.webp")
+# The folders before the last name of an absolute path inside a text; of https://host/a/b none.
+_FOLDERS = re.compile(r"""(?<![\w:/.~*-])~?/(?:[^\s/'",;:()\[\]{}]+/)+(?=[^\s/])""")
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """path: in the repository. source: a file of this machine, or the bytes themselves. last: after all others, since it makes the
+    repository be a run or a cache. fixed: its name holds the hash of its bytes. made: here, of the facts; a card that somebody
+    wrote on the hub stays."""
+
+    path: str
+    source: Path | bytes
+    size: int
+    last: bool = False
+    fixed: bool = False
+    made: bool = False
+
+
+@dataclass(frozen=True)
+class Contents:
+    """stale: pattern of what is removed from the repository where it is not among the files. fingerprint: of a cache."""
+
+    kind: Literal["run", "cache"]
+    files: list[HubFile]
+    stale: re.Pattern[str]
+    fingerprint: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def contents_of(source: Path, repo: str, allow_incomplete: bool) -> Contents:
+    """What goes to the hub of a run's or a cache's folder.
+
+    Raises:  PathError where it is neither, or is being written; CacheError for a cache that is not whole; StudentError for a run
+             without weights; HubError over the hub's limits.
+    """
+    kind = kind_of(source)
+    if kind == "run":
+        found = _run(source, repo)
+    elif kind == "cache":
+        found = _cache(source, repo, allow_incomplete)
+    else:
+        what = (
+            absent(source)
+            if not source.exists()
+            else f"{source}, {f'a folder of kind {kind}' if kind else 'which is neither'}"
+        )
+        raise PathError(f"RUN|CACHE is {what}; expected the folder of a run (train.output) or of a cache (cache.path)")
+    _refuse_limits(source, found.files)
+    return found
+
+
+def _run(folder: Path, repo: str) -> Contents:
+    if (owner := claims.holder(folder / LOCK)) is not None:
+        raise PathError(f"{folder} is being trained{by(owner)}; push it when that has ended")
+    for name in (MODEL, "config.json", RESOLVED):
+        if not (folder / name).is_file():
+            raise StudentError(f"{folder} has no {name}; `cskd train` writes it at the end of an epoch")
+    files = []
+    for path in sorted({path for pattern in (*_OF_A_RUN, *_PICTURES) for path in folder.glob(pattern)}):
+        if path.name.startswith(".") or not path.is_file():
+            continue
+        data = _without_folders(path)
+        last = path.name in ("config.json", CARD)
+        files.append(HubFile(path.name, data or path, len(data) if data else path.stat().st_size, last=last))
+    if not (folder / CARD).is_file():
+        files.append(_made(CARD, run_card(folder, repo).encode()))
+    return Contents("run", files, re.compile(r"model_\w+\.safetensors"))
+
+
+def _without_folders(path: Path) -> bytes | None:
+    """The bytes of a text without folders of this machine; None where it has none."""
+    try:
+        data = read_file(path) if path.name in (RESOLVED, "config.json", "metrics.jsonl", "metrics.csv") else None
+        if path.name == RESOLVED and data:
+            return to_yaml(plain(read_yaml(data.decode(), str(path)))).encode()
+        if path.name == "config.json" and data:
+            facts = parse_json(data)
+            facts["cskd"]["changed"] = plain(facts["cskd"]["changed"])
+            return (json.dumps(facts, indent=2) + "\n").encode()
+        if path.name == "metrics.jsonl" and data:
+            rows = [json.loads(line) for line in data.decode().splitlines()]
+            return "".join(json.dumps(_plain_row(row)) + "\n" for row in rows).encode()
+        if path.name == "metrics.csv" and data:
+            table = list(csv.DictReader(io.StringIO(data.decode(), newline="")))
+            out = io.StringIO(newline="")
+            writer = csv.DictWriter(out, list(table[0]))
+            writer.writeheader()
+            writer.writerows(map(_plain_row, table))
+            return out.getvalue().encode()
+    except KeyError:
+        return None
+    except (OSError, ValueError, TypeError, IndexError) as e:
+        raise StudentError(f"{path} can't be read ({str(e)[:100]}); restore it, or train again") from None
+    return None
+
+
+def _plain_row(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"changed": plain(row["changed"])} if "changed" in row else row
+
+
+def plain(value: Any) -> Any:
+    """A value of JSON in which no text names a folder of this machine."""
+    if isinstance(value, str):
+        return PurePosixPath(value).name if value.startswith(("/", "~/")) else _FOLDERS.sub("", value)
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _cache(folder: Path, repo: str, allow_incomplete: bool) -> Contents:
+    cache = open_cache(folder, images=False)
+    seal, missing, notes = read_seal(cache), cache.missing(), list[str]()
+    whole = seal is not None and seal.views >= cache.views and not missing
+    if not whole and not allow_incomplete:
+        units = cache.blocks * cache.views
+        state = f"lacks {len(missing):,} of {units:,} units" if missing else "is not sealed"
+        raise CacheError(
+            f"{folder} {state}; finish it with `cskd cache-teacher {folder / RESOLVED}`, or push what there is with "
+            "--allow-incomplete"
+        )
+    if seal is not None and not missing:
+        check_seal(cache, seal)
+    if not whole:
+        notes.append(f"incomplete: {counted(len(missing), 'unit')} missing, not sealed")
+    units_and_records = list(_units(cache))
+    header = {key: value for key, value in read_header(folder / INVENTORY).items() if key not in ("root", "hash")}
+    header |= {"made": plain(header.get("made", {})), "notes": plain(header.get("notes", []))}
+    manifest = replace(
+        cache.manifest,
+        data=None,
+        config=plain(dict(cache.manifest.config)),
+        notes=plain(list(cache.manifest.notes)) if cache.manifest.notes else None,
+    )
+    written = json_bytes(manifest.sealed)
+    total = sum(file.size for file in units_and_records)
+    files = [
+        *units_and_records,
+        *(_file(folder, f"{INVENTORY}/{name}.npy") for name in DTYPES),
+        _made(f"{INVENTORY}/{HEADER}", header_bytes(header | {"hash": header_hash(header)})),
+        _made(RESOLVED, manifest.resolved.encode()),
+        _made(CARD, cache_card(cache, repo, total, whole).encode()),
+        *((replace(_file(folder, SEAL), last=True),) if whole else ()),
+        _made(MANIFEST_COPY, written),
+        _made(MANIFEST, written),
+    ]
+    stale = re.compile(rf"(?:units|commits)/.*|{re.escape(SEAL)}" if whole else "$^")
+    return Contents("cache", files, stale, cache.fingerprint, tuple(notes))
+
+
+def _units(cache: Cache) -> Iterator[HubFile]:
+    """The files of every unit that is there, and its record. CacheError for one that is not as recorded."""
+    for block in range(cache.blocks):
+        for view in range(cache.views):
+            commit = cache.commit_of(block, view)
+            if commit is None:
+                continue
+            for unit in commit.files:
+                file = replace(_file(cache.root, unit.path), fixed=True)
+                if file.size != unit.size:
+                    raise CacheError(
+                        f"{cache.root / unit.path} has {file.size:,} bytes, its record says {unit.size:,}; run `cskd verify "
+                        f"{cache.root}`"
+                    )
+                yield file
+            yield _file(cache.root, str(commit_file(block, view)))
+
+
+def _file(root: Path, path: str) -> HubFile:
+    try:
+        return HubFile(path, root / path, (root / path).stat().st_size)
+    except FileNotFoundError:
+        raise CacheError(f"{root / path} is not there; run `cskd verify {root}`") from None
+
+
+def _made(path: str, data: bytes) -> HubFile:
+    return HubFile(path, data, len(data), last=True, made=path == CARD)
+
+
+def _refuse_limits(source: Path, files: list[HubFile]) -> None:
+    """HubError over what a repository of the hub can take."""
+    if len(files) > MOST_FILES:
+        raise HubError(
+            f"{source} has {len(files):,} files, a repository of the hub at most {MOST_FILES:,}; cache fewer views or one codec, or "
+            "share it by other means"
+        )
+    folders: dict[str, int] = {}
+    for file in files:
+        folder = file.path.rpartition("/")[0]
+        folders[folder] = folders.get(folder, 0) + 1
+        if file.size > LARGEST:
+            raise HubError(
+                f"{source}/{file.path} has {file.size:,} bytes, the hub takes files of at most {LARGEST:,}; make smaller blocks "
+                "(cskd pack --block)"
+            )
+    if (most := max(folders.items(), key=lambda at: at[1]))[1] > MOST_IN_FOLDER:
+        raise HubError(
+            f"{source}/{most[0]} has {most[1]:,} files, a folder on the hub at most {MOST_IN_FOLDER:,}; cache fewer views or one codec"
+        )
