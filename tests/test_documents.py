@@ -24,6 +24,7 @@ GROUP: Any = typer.main.get_command(app)
 SECTIONS = tuple(name for name in Config.__dataclass_fields__ if name != "given")
 BLOCKS = [block for document in DOCUMENTS for block in blocks(document)]
 FILES = {block.saved_as: block.text for block in BLOCKS if block.saved_as}
+HOWTOS = [page for page in DOCUMENTS if page.parent.name == "howto" and any(b.language in SHELL for b in blocks(page))]
 HISTORY = ("CHANGELOG.md", "LOG.md")  # what they name may be gone
 
 
@@ -150,7 +151,7 @@ def test_every_piece_of_a_config_has_keys_that_exist_and_values_that_they_take()
 
 def test_every_key_that_the_prose_names_exists() -> None:
     """`train.epochs` in inline code; a module of that name is fine, too."""
-    keys = {"teacher.autocast", "teacher.dtype", "train.tensorboard"}  # of older versions, still read
+    keys = set(FILES) | {"teacher.autocast", "teacher.dtype", "train.tensorboard"}  # of older versions, still read
     keys |= {f"{s}.{key}" for s in SECTIONS for key in type(getattr(Config(), s)).__dataclass_fields__}
     named = re.compile(rf"(?<![\w./-])((?:{'|'.join(SECTIONS)})\.[a-z][a-z_0-9]*)(?![\w./])")
     gone = [
@@ -189,7 +190,7 @@ def tutorial(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", sorted((ROOT / "docs/howto").glob("*.md")), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", HOWTOS, ids=lambda page: page.stem)
 def test_the_commands_of_the_tutorial_and_then_of_each_how_to_run(page: Path, tutorial: Path, tmp_path: Path) -> None:
     folder = tmp_path / "reader"
     shutil.copytree(tutorial, folder)
