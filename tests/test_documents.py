@@ -15,6 +15,7 @@ import pytest
 import typer.main
 import yaml
 
+import cskd
 from cskd.cli import app
 from cskd.config import from_dict, load_config
 from cskd.config.schema import Config
@@ -100,6 +101,44 @@ def test_a_call_that_would_fail_is_found(line: str, says: str, tmp_path: Path) -
     (block,) = blocks(ROOT / "x.md", f"text\n\n```{language}\n{line}\n```\n")
     (arguments,) = of_cskd(block.script)
     assert says in wrong(arguments, tmp_path)
+
+
+def test_every_example_of_help_and_of_a_configs_header_is_one_that_works(tmp_path: Path) -> None:
+    texts = {
+        name: command.epilog.removeprefix("Example: ") for name, command in GROUP.commands.items() if command.epilog
+    }
+    for path in ROOT.glob("configs/*.yaml"):
+        head = path.read_text(encoding="utf-8").partition("\n\n")[0]
+        texts[path.name] = "\n".join(
+            re.sub(r" {4,}[(\d].*", "", line[4:]) for line in head.splitlines() if line[:4] == "#   "
+        )
+    calls = [(where, arguments) for where, text in texts.items() for arguments in of_cskd(text)]
+    assert [(where, error) for where, arguments in calls if (error := wrong(arguments, tmp_path))] == []
+    assert len(calls) > len(GROUP.commands)
+
+
+def test_the_page_of_commands_has_every_option_with_its_default_in_tables_of_two_columns() -> None:
+    spec = importlib.util.spec_from_file_location("site_conf", ROOT / "docs/conf.py")
+    assert spec and spec.loader
+    spec.loader.exec_module(conf := importlib.util.module_from_spec(spec))
+    for name, command in GROUP.commands.items():
+        page = conf._command(name, command)
+        rows = [re.split(r"(?<!\\)\|", line) for line in page.splitlines() if line.startswith("| `")]
+        assert {len(row) for row in rows} == {4}, name
+        for parameter in command.params:
+            words = parameter.opts if parameter.param_type_name == "option" else [parameter.metavar or parameter.name]
+            shown = [row[2] for row in rows if words[0] in re.split(r"[` ,]", row[1].replace("\\|", "|"))]
+            default = parameter.default if isinstance(parameter.default, int | float | str) else None
+            expected = f"[default: {default}" if default is not None and not isinstance(default, bool) else ""
+            assert shown and expected in shown[0], (name, words)
+
+
+def test_every_public_name_of_the_library_is_on_its_page() -> None:
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    homes = {name: cskd._HOME[name] for name in cskd.__all__ if name in cskd._HOME}
+    documented = set(re.findall(r"automodule:: (\S+)", page))
+    classes = set(re.findall(r"autoclass:: cskd\.(\w+)", page))
+    assert {name for name, home in homes.items() if home not in documented} - classes == set()
 
 
 def test_marks_are_known_and_reasons_are_few() -> None:
