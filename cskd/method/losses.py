@@ -77,7 +77,7 @@ class Term(Protocol):
     """A term of a user's own: the mean over the rows of a batch, a float scalar with a gradient.
 
     `heads`, where it has such an attribute, names what it trains of the student's outputs beyond what the method trains, out of
-    'class', 'distillation' and 'patches'; patch logits are there for 'cskd-*' and for a term that names 'patches'.
+    'class', 'distillation' and 'patches'; patch logits are there for the methods of CSKD and for a term that names 'patches'.
     """
 
     def __call__(
@@ -91,9 +91,9 @@ class DistillationLoss:
     Hard terms are cross entropies with the teacher's classes, mean over images (and cells). Soft terms are
     tau^2 * KL(teacher || student) of softmax(logits / tau), summed over classes, and then, by `soft_reduction`:
 
-        'consistent'  both are means: the distillation term over B images, the patch term over B * h * w cells.
-        'paper'       what the authors' code divides by: the distillation term by B * K, the patch term by B alone,
-                      which weighs K * h * w (49,000) times more against the other than in 'consistent'.
+    - 'consistent': both are means, the distillation term over B images, the patch term over B * h * w cells.
+    - 'paper': what the authors' code divides by, the distillation term by B * K, the patch term by B alone, which weighs
+      K * h * w (49,000) times more against the other than in 'consistent'.
 
     A ViT without a distillation token has one head that serves all terms. With 'none' the class head is trained alone, as
     in DeiT's and the CSKD authors' code; with `baseline_head: mean` the mean of the logits of a distilled student's two
