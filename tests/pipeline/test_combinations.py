@@ -113,8 +113,8 @@ def test_every_row_is_tried_has_a_source_and_is_short() -> None:
 
 MOUNTS = """\
 22 1 254:0 / / rw,relatime - ext4 /dev/vda rw,discard
-30 22 0:27 / /home rw - nfs4 server:/home rw,vers=4.2,addr=10.0.0.1
-31 30 0:28 / /home/my\\040data rw shared:5 - fuse.sshfs me@host:/x rw,user_id=0
+30 22 0:27 / /net rw - nfs4 server:/net rw,vers=4.2,addr=10.0.0.1
+31 30 0:28 / /net/my\\040data rw shared:5 - fuse.sshfs me@host:/x rw,user_id=0
 32 22 0:29 / /dev/shm rw - tmpfs tmpfs rw,size=64k
 33 22 0:30 / /dev/shm rw - ramfs none rw
 """
@@ -124,9 +124,9 @@ MOUNTS = """\
     ("folder", "kind"),
     [
         ("/srv/x", "ext4"),
-        ("/home/me/runs", "nfs4"),
-        ("/home/my data/caches", "fuse.sshfs"),
-        ("/homes", "ext4"),
+        ("/net/me/runs", "nfs4"),
+        ("/net/my data/caches", "fuse.sshfs"),
+        ("/nets", "ext4"),
         ("/dev/shm/x", "ramfs"),
     ],
 )
