@@ -64,9 +64,10 @@ def _commands() -> str:
 def _command(name: str, command: Any) -> str:
     context = command.make_context(f"cskd {name}", [], resilient_parsing=True)
     options = [record for p in command.get_params(context) if (record := p.get_help_record(context))]
-    rows = "".join(f"| `{names}` | {_cell(text)} |\n" for names, text in options)
+    rows = "".join(f"| `{_cell(names)}` | {_cell(text)} |\n" for names, text in options)
     usage = " ".join([f"cskd {name}", *command.collect_usage_pieces(context)])
-    return f"## {name}\n\n{command.help or ''}\n\n```text\n{usage}\n```\n\n| option | |\n|---|---|\n{rows}"
+    example = f"\n\n{command.epilog.replace('Example: ', 'Example: `')}`" if command.epilog else ""
+    return f"## {name}\n\n{command.help or ''}{example}\n\n```text\n{usage}\n```\n\n| option | |\n|---|---|\n{rows}"
 
 
 def _cell(text: str) -> str:

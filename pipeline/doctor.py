@@ -10,7 +10,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -28,6 +28,8 @@ from cskd.loading.need import shared_bytes
 from cskd.machine.cores import usable_cores
 from cskd.machine.launch import launched
 from cskd.machine.threads import WAITING, Threads, choose_threads, users_count
+from cskd.pipeline.combinations import COMBINATIONS
+from cskd.pipeline.machine_facts import Facts, gather
 
 DEIT_TINY = "deit_tiny_distilled_patch16_224"
 MOST_IMAGES = 256  # of a step that is measured: enough to fill a GPU
@@ -118,7 +120,11 @@ def _decoder(config: Config) -> Iterator[Check]:
     if turbo:
         yield Check("JPEG decoder", f"libjpeg-turbo {turbo}")
     else:
-        advice = "Pillow's own wheels bring libjpeg-turbo, several times as fast: pip install --force-reinstall pillow"
+        # python-pillow/Pillow#6262, #6264: it decodes to other pixels than libjpeg-turbo.
+        advice = (
+            "Pillow's own wheels bring libjpeg-turbo, several times as fast, and of the pixels that caches made elsewhere are of: "
+            "pip install --force-reinstall pillow"
+        )
         yield Check("JPEG decoder", f"libjpeg {found}" if found else "none", "warn" if found else "fail", advice)
 
 
@@ -276,8 +282,19 @@ def loader_row(model: str, taken: float, made: float, cores: int) -> Check:
     return _row("loader", value, cores >= needed, advice)
 
 
-PROBES: dict[str, Callable[[Config], Iterator[Check]]] = {
+def _combinations(config: Config) -> list[Check]:
+    return combination_rows(gather(config, _loader_threads(config).workers))
+
+
+def combination_rows(facts: Facts) -> list[Check]:
+    """A row for each known bad combination that is here, or one that says that none is."""
+    rows = [Check(c.name, found, c.state, f"{c.harm}; {c.remedy}") for c in COMBINATIONS if (found := c.found(facts))]
+    return rows or [Check("bad combinations", f"none of the {len(COMBINATIONS)} that are known")]
+
+
+PROBES: dict[str, Callable[[Config], Iterable[Check]]] = {
     "versions": _versions,
+    "bad combinations": _combinations,
     "JPEG decoder": _decoder,
     "crc32c": _checksum,
     "processes": _processes,

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from importlinter.cli import lint_imports
 
+from tests.documents import DOCUMENTS, blocks
+
 ROOT = Path(__file__).resolve().parent.parent
 LINKS = {
     "cli.py": "../cli.py",
@@ -203,6 +205,7 @@ def test_every_module_that_a_document_names_exists() -> None:
         "/path/to/model.py",
         "/cskd/cli.py",
     ]
+    modules += [f"/{block.saved_as}" for document in DOCUMENTS for block in blocks(document) if block.saved_as]
     gone = [
         f"{named(path)}:{i}: {name}"
         for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]

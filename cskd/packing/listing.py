@@ -193,7 +193,7 @@ class Lister:
                 self._image(path, shown, number, member.offset, member.size)
             else:
                 self.rest.add(path, Place(place.path, member.offset, member.size, zipped))
-        self.rest.folders |= {_joined(below, folder) for folder in folders if not is_hidden(folder)}
+        self.rest.folders |= {_joined(below, folder) for folder in folders if folder and not is_hidden(folder)}
 
     def archives(self, split: str | None) -> bool:
         """List the archives that were found as folders of their names; with `split` those of that split where one is named so.

@@ -39,8 +39,11 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_one_data_set_has_one_id_in_whatever_it_comes(tmp_path: Path, source: Path) -> None:
+    with tarfile.open(tmp_path / "h.tar", "w") as out:
+        out.add(source, ".")  # as `tar cf h.tar .`: the first member is the folder itself
     sources = {
         "folder": source,
+        "tar of .": tmp_path / "h.tar",
         "parent": folder(tmp_path / "parent", prefixed("deep/train/")) and tmp_path / "parent",
         "tar": tar(tmp_path / "a.tar", FILES),
         "tar of a folder": tar(tmp_path / "b.tar", prefixed("data/train/")),
