@@ -18,8 +18,7 @@ from PIL import Image
 from cskd.codecs import Arrays, Codec
 from cskd.codecs.base import BLEND_ONE, quantise_blend
 from cskd.errors import CacheError, CskdError, DataError
-from cskd.pipeline.look.inspection import MixingFacts, SampleFacts
-from cskd.pipeline.look.pictures import (
+from cskd.pipeline.draw.pictures import (
     GAP,
     class_key,
     class_map,
@@ -32,7 +31,8 @@ from cskd.pipeline.look.pictures import (
     scale_bar,
     stack,
 )
-from cskd.pipeline.look.wordnet import readable
+from cskd.pipeline.draw.wordnet import readable
+from cskd.pipeline.look.inspection import MixingFacts, SampleFacts
 from cskd.store.cache import Cache
 from cskd.store.format import Unit
 from cskd.teacher.arithmetic import BLENDS
