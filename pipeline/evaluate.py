@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -39,6 +41,14 @@ class HeadScores:
     top5: float
 
 
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Labels of images, `UNREADABLE_LABEL` of those that could not be decoded, and what a head takes them for: int64 [N] each."""
+
+    label: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+
+
 @dataclass(frozen=True)
 class EvalReport:
     """`cskd eval`: images of the data set and the scores of every head; all that the figures depend on."""
@@ -62,14 +72,17 @@ def score_heads(
     inputs: InputMaker,
     autocast_setting: str,
     ranks: Ranks,
+    found: dict[str, Found] | None = None,
 ) -> tuple[dict[str, HeadScores], int]:
     """Evaluate students on the next `count` batches of this rank; results are summed over all ranks.
 
     Args:    models: prefix -> student, '' for the live weights and 'ema.' for their average; each is left in training mode.
+             found: where given, gets by prefix what the score's head says of each image of all ranks.
     Returns: prefix + head -> scores, and how many of the images could not be decoded.
     Raises:  NotFiniteError on every rank for logits with NaN or an infinity.
     """
     hits: dict[str, Tensor] = {}
+    said: dict[str, list[Tensor]] = {prefix: [] for prefix in models}
     seen = torch.zeros(2, dtype=torch.int64, device=inputs.device)  # images, and those that are unreadable
     for model in models.values():
         model.eval()
@@ -81,7 +94,10 @@ def score_heads(
             with autocast(autocast_setting, inputs.device):
                 out = model(pixels, (1, 1))
             for head, logits in eval_heads(out, model.trained).items():
-                top = logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None]
+                best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+                if found is not None and head == score_head(model.trained):
+                    said[prefix].append(torch.stack([label, best[:, 0]], 1))
+                top = best == label[:, None]
                 odd = (~logits.isfinite().all(1)).sum()
                 both = torch.stack([top[:, 0].sum(), top.any(1).sum(), odd])
                 hits[prefix + head] = hits.get(prefix + head, torch.zeros_like(both)) + both
@@ -99,6 +115,10 @@ def score_heads(
                 "the weights have diverged; evaluate earlier ones",
             )
         scores[name] = HeadScores(100 * first / images, 100 * five / images)
+    if found is not None:
+        for prefix, parts in said.items():
+            rows = ranks.joined(torch.cat(parts)).cpu().numpy()
+            found[prefix] = Found(rows[:, 0], rows[:, 1])
     return scores, unreadable
 
 
