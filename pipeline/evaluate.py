@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cskd.config import RecipeConfig
 from cskd.dataset.inventory import open_inventory
-from cskd.errors import DataError, NotFiniteError
+from cskd.errors import DataError, NotFiniteError, PathError
 from cskd.loading.feed import fed
 from cskd.loading.sources import Batch
 from cskd.loading.stage2 import UNREADABLE_LABEL, BatchMaker, eval_tasks
@@ -24,7 +24,11 @@ from cskd.machine.arithmetic import arithmetic, autocast, float32_products, half
 from cskd.machine.devices import pick_device
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import choose_threads, computing_with
+from cskd.pipeline.draw.confusion import Confusion, draw_confusion, to_csv
+from cskd.pipeline.draw.pictures import png
+from cskd.pipeline.draw.wordnet import readable
 from cskd.pipeline.out_of_memory import Probe, explained, nothing_to_lower
+from cskd.pipeline.outputs import TABLE, refuse_file, save_file
 from cskd.pipeline.show.progress import Progress
 from cskd.student import Student, eval_heads
 from cskd.student.checkpoint import load_student
@@ -131,11 +135,18 @@ def evaluate_checkpoint(
     device_name: str,
     quiet: bool,
     autocast_setting: str = "none",
+    confusion: Path | None = None,
 ) -> EvalReport:
     """Scores of a result folder of `cskd train` on a packed data set.
 
-    autocast_setting: as in `train.autocast`; 'none' is float32, on CUDA without tf32.
+    autocast_setting: as in `train.autocast`; 'none' is float32, on CUDA without tf32. confusion: a PNG that is written, with
+    a CSV of its name next to it, of what the score takes each class for.
     """
+    if confusion is not None and confusion.suffix.lower() == ".csv":
+        raise PathError(f"--confusion is {confusion}, expected the path of a PNG; the table is written next to it")
+    files = {} if confusion is None else {"--confusion": confusion, TABLE: confusion.with_suffix(".csv")}
+    for option, path in files.items():
+        refuse_file(path, option)
     device = pick_device(device_name)
     val = open_inventory(data)
     val.check_shards()
@@ -155,6 +166,8 @@ def evaluate_checkpoint(
     exact = float32_products(False, device)
     progress_bar = Progress("eval", total=len(val), unit="images", quiet=quiet)
 
+    found: dict[str, Found] = {}
+
     def advise(probe: Probe) -> str:
         fits = probe([batch >> i for i in range(1, batch.bit_length())], lambda rows: _forward(student, rows, device))
         return f" with {batch:,} images at once; set --batch {f'{fits}, which fit' if fits else 'to less'}"
@@ -167,8 +180,14 @@ def evaluate_checkpoint(
             InputMaker(student.mean, student.std, device),
             autocast_setting,
             Ranks(),
+            found,
         )
         computed = arithmetic(autocast_setting, device)
+    if confusion is not None:
+        step = int(facts.get("cskd", {}).get("step", 0))
+        drawn = [Confusion.of("evaluated", step, found[""].label, found[""].predicted)]
+        save_file(confusion, "--confusion", png(draw_confusion(drawn, readable(val.classes))))
+        save_file(files[TABLE], TABLE, to_csv(drawn, val.classes))
     return EvalReport(
         checkpoint=str(checkpoint),
         images=len(val),

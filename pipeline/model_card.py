@@ -46,6 +46,7 @@ class About:
     views: int  # of each image
     teacher: str = ""  # '' without one
     teacher_top1: float | None = None  # per cent
+    cache: str = ""  # '' without one
     codec: str = ""  # that the targets were read from
     online: bool = False
     ranks: int = 1
@@ -108,9 +109,10 @@ def model_card(
 
 
 def escaped(text: str) -> str:
-    """A text of anyone as Markdown that shows it as it is, on one line; a table's cell may hold it, too."""
+    """A text of anyone as Markdown that shows it as it is, on one line; a table's cell or an item of a list may begin with it."""
     line = "".join(c if c.isprintable() else " " for c in text)
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~$&^=:@-])", r"\\\1", line)
+    line = re.sub(r"([\\`*_\[\]<>#|~$&]|:(?=\w+:))", r"\\\1", line)
+    return re.sub(r"^(\s*)([-+=]|\d+(?=[.)]))", lambda m: f"{m[1]}&#{ord(m[2][0])};{m[2][1:]}", line)
 
 
 def _front_matter(name: str, facts: Mapping[str, Any], scores: _Scores | None, config: Config) -> str:
@@ -130,17 +132,21 @@ def _front_matter(name: str, facts: Mapping[str, Any], scores: _Scores | None, c
         fields["datasets"] = [known]
     fields["metrics"] = ["accuracy"]
     if scores:
-        shown = Path(config.data.val).resolve().name or "validation images"
         metrics = [
             {"type": "accuracy", "name": f"top-1 accuracy in %, {head}", "value": round(top1, 3)}
             for head, (top1, _) in scores.heads.items()
             if not head.endswith(UNTRAINED)
         ]
-        dataset = {"type": known or "imagefolder", "name": known or shown, "split": "validation"}
+        dataset = {"type": known or "imagefolder", "name": known or _folder(config.data.val), "split": "validation"}
         task = {"type": "image-classification", "name": "Image Classification"}
         fields["model-index"] = [{"name": name, "results": [{"task": task, "dataset": dataset, "metrics": metrics}]}]
     said = "# license: which one is yours to say, for example: mit\n"
     return f"---\n{said}{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=1000)}---\n"
+
+
+def _folder(path: str) -> str:
+    """The last two names of a path: 'pets/val'. What lies above them is nobody's business."""
+    return "/".join(Path(path).resolve().parts[-2:])
 
 
 def known_dataset(classes: Sequence[str]) -> str:
@@ -181,6 +187,7 @@ def _use(facts: Mapping[str, Any]) -> str:
 
 ```python
 import json
+from pathlib import Path
 
 import timm
 import torch
@@ -188,11 +195,12 @@ from PIL import Image
 
 model = {create_call(facts)}.eval()
 prepare = timm.data.create_transform({prepared}, interpolation={how["interpolation"]!r})
-classes = json.load(open("config.json", encoding="utf-8"))["label_names"]
+classes = json.loads(Path("config.json").read_text("utf-8"))["label_names"]
 
 
 def predict(path):
-    image = prepare(Image.open(path).convert("RGB"))
+    with Image.open(path) as file:
+        image = prepare(file.convert("RGB"))
     with torch.no_grad():
         shares = model(image[None]).softmax(1)[0]
     return {{classes[c]: float(shares[c]) for c in shares.topk(min(5, len(classes))).indices}}
@@ -234,16 +242,17 @@ def _score_table(facts: Mapping[str, Any], scores: Sequence[_Scores], about: Abo
     if not scores:
         return "It was not evaluated: `data.val` was empty."
     score, own = facts["cskd"]["heads"]["score"], scores[0]
+    own_name = f"{escaped(own.name)}, top-1 %"
     lines = [
         f"On {about.val_images:,} validation images. **{escaped(score)}** is what timm's forward computes.\n",
-        f"| head, or average of heads | {' | '.join(f'{escaped(s.name)}, top-1 %' for s in scores)} | top-5 % |",
+        f"| head, or average of heads | {' | '.join([own_name, 'top-5 %', *(f'{s.name}, top-1 %' for s in scores[1:])])} |",
         f"|---|{'---:|' * (len(scores) + 1)}",
     ]
     for head, (top1, top5) in own.heads.items():
         name = escaped(head.removesuffix(UNTRAINED)) + (" (not trained)" if head.endswith(UNTRAINED) else "")
         others = [f"{s.heads[head][0]:.2f}" if head in s.heads else "" for s in scores[1:]]
         cells = [f"**{name}**", f"**{top1:.2f}**"] if head == score else [name, f"{top1:.2f}"]
-        lines.append(f"| {' | '.join([*cells, *others, f'{top5:.2f}'])} |")
+        lines.append(f"| {' | '.join([*cells, f'{top5:.2f}', *others])} |")
     return "\n".join(lines)
 
 
@@ -255,12 +264,14 @@ def _training(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], confi
     mixing = f"mixup {recipe.mixup:g}, cutmix {recipe.cutmix:g}" if recipe.mixes else "no mixing"
     views = f"crop {recipe.crop}, flip {recipe.flip:g}, {recipe.randaugment or 'no randaugment'}, erase {recipe.erase:g}, {mixing}"
     method = loss.method + (f", decay {loss.decay}" if loss.method.startswith("cskd") else "")
+    method += f", alpha {loss.alpha:g}" if loss.method != "none" else ""
+    method += f", tau {loss.tau:g}" if loss.method.endswith("soft") else ""
     table = {
-        "data": f"{Path(config.data.train).name or 'images of the cache'}, {about.images:,} images, {about.views} views of each",
+        "data": f"{_folder(config.data.train) if config.data.train else 'images of the cache'}, {about.images:,} images, {about.views} views of each",
         "teacher": teacher,
-        "cache": "none, the teacher ran at every step" if about.online else Path(config.cache.path).name or "none",
-        "targets": about.codec or "labels" if not about.online else "live",
-        "method": f"{method}, alpha {loss.alpha:g}, smoothing {loss.smoothing:g}",
+        "cache": "none, the teacher ran at every step" if about.online else about.cache or "none",
+        "targets": about.codec or ("the teacher's, live" if about.online else "labels"),
+        "method": f"{method}, smoothing {loss.smoothing:g}",
         "epochs": f"{(rows[-1]['epoch'] + 1) if rows else 0} of {train.epochs}, {facts['cskd']['step']:,} steps of "
         f"{train.global_batch:,} views",
         "optimiser": f"{train.opt}, lr {train.lr:g}, weight decay {train.weight_decay:g}, warm-up {train.warmup_epochs:g} epochs",

@@ -7,7 +7,6 @@ again. Nothing here ever stops a run: what fails is said once.
 from __future__ import annotations
 
 import contextlib
-import io
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ import timm
 import torch
 
 import cskd
+from cskd.config import to_dict
 from cskd.errors import one_line
 from cskd.files.durable import put
 from cskd.files.read import parse_json, read_file
@@ -29,7 +29,7 @@ from cskd.method.losses import HardTargets, SoftTargets
 from cskd.pipeline.conflicts import CONFUSION, CONFUSION_TABLE, FIRST_BATCH, RESULTS
 from cskd.pipeline.draw.confusion import Confusion, draw_confusion, from_csv, to_csv
 from cskd.pipeline.draw.first_batch import SHOWN, SeenBatch, draw_batch
-from cskd.pipeline.draw.pictures import Picture
+from cskd.pipeline.draw.pictures import Picture, png
 from cskd.pipeline.draw.results import draw_results
 from cskd.pipeline.draw.wordnet import readable
 from cskd.pipeline.evaluate import Found
@@ -110,11 +110,16 @@ class RunFolder:
 
     def _about(self) -> About:
         run = self._run
-        teacher, top1, codec = Path(run.config.teacher.model).name, None, ""
+        about, top1, cache, codec = to_dict(run.config.teacher), None, "", ""
         if isinstance(run.views, Cache):
             manifest = run.views.manifest
-            teacher = Path(str(manifest.config["teacher"].get("model", ""))).name
+            about, cache = (
+                dict(manifest.config["teacher"]),
+                f"{run.views.root.name}, fingerprint {run.views.fingerprint[:16]}",
+            )
             top1 = None if manifest.clean_top1 is None else 100 * manifest.clean_top1
+        weights = Path(str(about.get("weights") or "")).name
+        teacher = Path(str(about.get("model", ""))).name + (f" with {weights}" if weights else "")
         if isinstance(run.targets, CachedTargets):
             codec = run.targets.codec
         gpu = f", {torch.cuda.get_device_name(run.device)}" if run.device.type == "cuda" else ""
@@ -124,6 +129,7 @@ class RunFolder:
             views=run.plan.views,
             teacher="" if run.config.loss.method == "none" else teacher,
             teacher_top1=top1,
+            cache=cache,
             codec=codec,
             online=run.targets.runs_teacher,
             ranks=run.ranks.count,
@@ -139,9 +145,7 @@ class RunFolder:
         return self._run.writer is not None
 
     def _save(self, name: str, picture: Picture) -> None:
-        file = io.BytesIO()
-        picture.save(file, format="PNG")
-        put(self._run.output / name, file.getvalue())
+        put(self._run.output / name, png(picture))
 
     @contextlib.contextmanager
     def _making(self, name: str) -> Iterator[None]:

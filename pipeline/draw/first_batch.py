@@ -71,16 +71,17 @@ def _tile(batch: SeenBatch, i: int, names: Sequence[str]) -> Picture:
     others = [c for c, _ in counts.most_common() if c not in known]
     key = ClassKey((*known, *others[:KEPT]))
     width = side if cells is None else 2 * side + 4
-    lines = 1 + mixed + (batch.image_class is not None) + (0 if cells is None else 2)
+    apart = (side + 4, 0) if cells is not None else (0, _LINE)  # from one label of a pair to the other
+    lines = 1 + (mixed and cells is None) + (batch.image_class is not None) + (0 if cells is None else 2)
     tile = Image.new("RGB", (width, side + 6 + lines * _LINE), PAPER)
     tile.paste(seen, (0, 0))
     if cells is not None:
         tile.paste(class_map(cells, key, side, over=seen), (side + 4, 0))
     draw, y = ImageDraw.Draw(tile), side + 6
     pair = [(label, f"{share:.2f} {names[label]}"), (partner, f"{1 - share:.2f} {names[partner]}")]
-    for c, text in pair if mixed else [(label, names[label])]:
-        _entry(draw, (0, y), key.colour(c), "", text, width)
-        y += _LINE
+    for n, (c, text) in enumerate(pair if mixed else [(label, names[label])]):
+        _entry(draw, (n * apart[0], y + n * apart[1]), key.colour(c), "", text, side - 4 if mixed else width)
+    y += _LINE + mixed * apart[1]
     if batch.image_class is not None:
         found = int(batch.image_class[i])
         _entry(draw, (0, y), key.colour(found), "", f"teacher: {names[found]}", width)

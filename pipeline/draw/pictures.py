@@ -8,6 +8,7 @@ Shapes: h w teacher grid, S side of a panel in pixels.
 
 from __future__ import annotations
 
+import io
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -204,6 +205,13 @@ def photo(pixels_HWC: NDArray[np.uint8], side: int) -> Picture:
     """An image at the panel's size."""
     resample = Image.Resampling.LANCZOS if pixels_HWC.shape[0] >= 64 else Image.Resampling.NEAREST
     return Image.fromarray(pixels_HWC).resize((side, side), resample)
+
+
+def png(picture: Picture) -> bytes:
+    """The file of a picture; the same bytes for the same picture and version of Pillow."""
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    return file.getvalue()
 
 
 @cache
