@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,6 @@ class About:
     online: bool = False
     ranks: int = 1
     machine: str = ""
-    versions: Mapping[str, str] = field(default_factory=dict)
     changes: Sequence[str] = ()  # by resumes
 
 
@@ -278,7 +277,7 @@ def _training(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], confi
         "views": f"{recipe.size} x {recipe.size} pixels, {views}",
         "seeds": f"train.seed {train.seed}, recipe.seed {recipe.seed}",
         "teacher forwards": f"{rows[-1].get('teacher_forwards', 0):,}" if rows else "0",
-        "versions": ", ".join(f"{name} {version}" for name, version in about.versions.items()),
+        "versions": f"cskd {facts['cskd']['version']}, torch {facts['cskd']['torch']}, timm {facts['cskd']['timm']}",
         "machine": about.machine,
         "wall time": duration(sum(float(row.get("seconds", 0.0)) for row in rows)),
     }

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 
-import cskd
 from cskd.config import to_dict
 from cskd.errors import one_line
 from cskd.files.durable import put
@@ -134,7 +132,6 @@ class RunFolder:
             online=run.targets.runs_teacher,
             ranks=run.ranks.count,
             machine=f"{platform.system()} {platform.machine()}, {usable_cores().count} cores{gpu}",
-            versions={"cskd": cskd.__version__, "torch": torch.__version__, "timm": timm.__version__},
             changes=run.state.said(),
         )
 

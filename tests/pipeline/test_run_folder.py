@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,8 @@ def snippet(card: str) -> str:
 def same_as_snippet(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model of the card's snippet gives what the student's score is, and names the class with the largest share."""
     monkeypatch.chdir(folder)
-    names: dict[str, Any] = {}
-    exec(snippet((folder / CARD).read_text(encoding="utf-8")), names)
+    (folder.parent / "use.py").write_text(snippet((folder / CARD).read_text(encoding="utf-8")), encoding="utf-8")
+    names = runpy.run_path(str(folder.parent / "use.py"))
     student, facts = load_student(folder)
     draw = np.random.default_rng(0)
     Image.fromarray(draw.integers(0, 256, (45, 50, 3), dtype=np.uint8)).save(folder.parent / "image.png")

@@ -118,7 +118,7 @@ def test_best_weights_that_were_lost_are_not_claimed(
     with monkeypatch.context() as patch:
         scored(patch, 90.0)
         train(dataclasses.replace(run, train=dataclasses.replace(run.train, max_steps=5)), quiet=True)
-    next((tmp_path / "resume").glob("best-*")).write_bytes(b"damaged")
+    next((tmp_path / "resume").glob("best-*.safetensors")).write_bytes(b"damaged")
     with monkeypatch.context() as patch:
         scored(patch, 10.0, 20.0, 15.0)
         report = train(run, quiet=True)
