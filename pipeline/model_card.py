@@ -294,5 +294,6 @@ def _training(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], confi
 def _again(config: Config, about: About) -> str:
     ranks = f"torchrun --nproc-per-node {about.ranks} --no-python " if about.ranks > 1 else ""
     command = f"{ranks}cskd train resolved.yaml{' --online' if about.online else ''} --set train.output=again"
-    first = "cskd cache-teacher resolved.yaml\n" if about.codec else ""
+    made_by = "resolved.yaml" if config.teacher.model else "CACHE/resolved.yaml  # CACHE: cache.path in resolved.yaml"
+    first = f"cskd cache-teacher {made_by}\n" if about.codec else ""
     return f"With the data at the paths that `resolved.yaml` names:\n\n```bash\n{first}{command}\n```"

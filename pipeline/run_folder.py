@@ -62,7 +62,7 @@ class RunFolder:
             batch, targets = begun
             seen = _seen(batch, targets, step.criterion.uses_patches)
             blend = f", blend {self._run.blend(0)['blend']:.2f}" if seen.cells is not None else ""
-            taught = "mixed views, labels" if targets is None else f"mixed views, labels and targets (epoch 1{blend})"
+            taught = "views with their labels" if targets is None else f"views with labels and targets (epoch 1{blend})"
             self._save(FIRST_BATCH, draw_batch(seen, self._names, f"first batch as the student saw it: {taught}"))
 
     def evaluated(self, step: int) -> None:

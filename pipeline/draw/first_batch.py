@@ -93,7 +93,7 @@ def _tile(batch: SeenBatch, i: int, names: Sequence[str]) -> Picture:
     shown = shown if len(shown) == len(counts) else shown[:3]
     entries = [(key.colour(c), key.letter(c), f"{counts[c]} {names[c]}") for c in shown]
     if rest := sum(counts.values()) - sum(counts[c] for c in shown):
-        entries.append((OTHER, "", f"{rest} others"))
+        entries.append((OTHER, "", f"{rest} other{'s' * (rest > 1)}"))
     for n, (colour, letter, text) in enumerate(entries):
         x = n % 2 * (side + 4)
         _entry(draw, (x, y + n // 2 * _LINE), colour, letter, text, side - 4, faint=True)

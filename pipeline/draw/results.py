@@ -22,7 +22,8 @@ def draw_results(rows: Sequence[Row], title: str = "") -> Picture:
     and so is a chart without a point. Raises ValueError where no chart is left."""
     score = next((str(row["score"]) for row in reversed(rows) if "score" in row), "")
     names = list(dict.fromkeys(name for row in rows for name in row))
-    losses = [name for name in names if name == "loss" or name.startswith("loss_")]
+    # A method without a term logs 0 for it.
+    losses = [n for n in names if n == "loss" or (n.startswith("loss_") and any(row.get(n) for row in rows))]
     heads = [name for name in names if name.startswith("top1.")]
     bare = list(dict.fromkeys(_head(name) for name in heads))
     colour = {head: COLOURS[i % len(COLOURS)] for i, head in enumerate(sorted(bare, key=lambda h: h != _head(score)))}
