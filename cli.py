@@ -5,30 +5,21 @@ Exit codes: 0; 1 failed, and says why in one line; 2 usage; 130 / 143 interrupte
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import signal
-import socket
-import sys
-import threading
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.completion import completion_init, get_completion_script  # type: ignore[attr-defined]  # it imports both
 from typer.core import TyperGroup
 
 import cskd
-from cskd.errors import CskdError, fitted, limit_said, one_line, printable, said
 from cskd.files.paths import local_path
-from cskd.machine.launch import command_line, launched
+from cskd.machine.ending import ended
+from cskd.pipeline.show.report import print_report as _print
 
-_leaving = threading.Lock()  # never given back
-
-GRACE = 20.0  # seconds a run that was interrupted has to end by itself
+COMPLETE = "_CSKD_COMPLETE"  # by which the script of `cskd completion` asks for what may come next
 
 app = typer.Typer(
     name="cskd",
@@ -39,6 +30,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Distil a CNN into a ViT from a teacher cache that is computed once (CSKD, arXiv 2307.08500).",
 )
+
+START, DATA, STAGES, CACHES, CONFIGS = "Begin", "Data", "Stages", "Caches", "Configs and shell"  # groups of --help
+
+
+def _command(group: str, example: str, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command of a group, with a line of its help that can be typed as it is."""
+    return app.command(name, rich_help_panel=group, epilog=f"Example: {example}")
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no progress.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; repeatable.")]
@@ -55,7 +54,9 @@ def _path(name: str) -> Callable[[str], Path]:
 
 ConfigPath = Annotated[
     Path,
-    typer.Argument(metavar="CONFIG", parser=_path("CONFIG"), help="YAML config; the shipped ones are in configs/."),
+    typer.Argument(
+        metavar="CONFIG", parser=_path("CONFIG"), help="YAML config; `cskd configs` lists those to begin from."
+    ),
 ]
 CachePath = Annotated[
     Path, typer.Argument(metavar="CACHE", parser=_path("CACHE"), help="Folder made by cskd cache-teacher.")
@@ -83,7 +84,7 @@ def options(
         raise typer.Exit
 
 
-@app.command()
+@_command(START, "cskd demo")
 def demo(
     out: Annotated[Path, typer.Argument(parser=_path("OUT"), help="Folder for everything it makes.")] = Path("demo"),
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of every student.")] = None,
@@ -95,7 +96,7 @@ def demo(
     _print(run_demo(out, epochs=epochs, quiet=json_), json_, render)
 
 
-@app.command()
+@_command(DATA, "cskd pack /data/imagenet/train data/imagenet/train")
 def pack(
     src: Annotated[
         Path,
@@ -134,7 +135,7 @@ def pack(
     _print(report, json_, render)
 
 
-@app.command()
+@_command(DATA, "cskd index /data/shards --classes names.txt")
 def index(
     shards: Annotated[
         list[Path],
@@ -171,7 +172,25 @@ def index(
     _print(report, json_, render)
 
 
-@app.command(name="cache-teacher")
+@_command(STAGES, "cskd plan my.yaml --students 4")
+def plan(
+    config: ConfigPath,
+    set_: Set = None,
+    students: Annotated[int, typer.Option(min=1, help="Students that will be trained from the cache.")] = 1,
+    images: Annotated[
+        int | None, typer.Option(min=4, help="Training images, where they are not packed yet; default: ImageNet's.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds that each stage is watched for.")] = 8.0,
+    json_: Json = False,
+) -> None:
+    """What a config will take on this machine, measured in about a minute, and whether a cache pays; caches nothing."""
+    from cskd.config import load_config
+    from cskd.pipeline.planning.plan import plan, render
+
+    _print(plan(load_config(config, set_), students, images, seconds, quiet=json_), json_, render)
+
+
+@_command(STAGES, "cskd cache-teacher my.yaml --set cache.device=cuda:1", name="cache-teacher")
 def cache_teacher(config: ConfigPath, set_: Set = None, json_: Json = False) -> None:
     """Stage 1: run the teacher once over every view. The same command resumes."""
     from cskd.config import load_config
@@ -180,7 +199,7 @@ def cache_teacher(config: ConfigPath, set_: Set = None, json_: Json = False) -> 
     _print(cache_teacher(load_config(config, set_), quiet=json_), json_, render)
 
 
-@app.command()
+@_command(STAGES, "cskd train my.yaml --set train.epochs=100")
 def train(
     config: ConfigPath,
     set_: Set = None,
@@ -195,7 +214,7 @@ def train(
     _print(train(load_config(config, set_), verify_replay=verify_replay, online=online, quiet=json_), json_, render)
 
 
-@app.command(name="eval")
+@_command(STAGES, "cskd eval runs/mine data/imagenet/val", name="eval")
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(parser=_path("CHECKPOINT"), help="Result folder of cskd train.")],
     data: Annotated[Path, typer.Argument(parser=_path("DATA"), help="Folder made by cskd pack.")],
@@ -224,7 +243,7 @@ def evaluate(
     _print(report, json_, render)
 
 
-@app.command()
+@_command(CACHES, "cskd inspect caches/mine --sample 0 --png map.png")
 def inspect(
     cache: CachePath,
     data: Data = None,
@@ -255,7 +274,7 @@ def inspect(
     _print(facts, json_, render)
 
 
-@app.command()
+@_command(CACHES, "cskd verify caches/mine --images --replay 100")
 def verify(
     cache: Annotated[
         Path,
@@ -288,7 +307,7 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command()
+@_command(CACHES, "cskd repair caches/mine")
 def repair(cache: CachePath, data: Data = None, json_: Json = False) -> None:
     """Withdraw what is damaged in a cache, and make only that again; exit code 0 when it is whole."""
     from cskd.pipeline.care.repair import render, repair
@@ -296,7 +315,7 @@ def repair(cache: CachePath, data: Data = None, json_: Json = False) -> None:
     _print(repair(cache, data=data, quiet=json_), json_, render)
 
 
-@app.command()
+@_command(CACHES, "cskd gc caches/mine --dry-run")
 def gc(
     cache: CachePath,
     older_than: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Leave younger files alone.")] = 3600.0,
@@ -310,7 +329,7 @@ def gc(
     _print(gc(cache, older_than=older_than, dry_run=dry_run, data=data), json_, render)
 
 
-@app.command()
+@_command(START, "cskd doctor my.yaml")
 def doctor(
     config: Annotated[
         Path | None,
@@ -329,7 +348,48 @@ def doctor(
         raise typer.Exit(1)
 
 
-@app.command()
+@_command(CONFIGS, "cskd config my.yaml --set train.epochs=100")
+def config(config: ConfigPath, set_: Set = None, json_: Json = False) -> None:
+    """Every value of a config with where it comes from: a default, a line of the file, or --set; YAML that can be used again."""
+    from cskd.config.origins import as_yaml, resolve
+
+    resolved = resolve(config, set_)
+    _print(resolved, json_, lambda report, console: print(as_yaml(report), end=""))
+
+
+@_command(CONFIGS, "cskd configs cifar10 > my.yaml")
+def configs(
+    name: Annotated[str | None, typer.Argument(help="Print that one; without it all are listed.")] = None,
+    copy: Annotated[bool, typer.Option("--copy", help="Write it to NAME.yaml in the current folder.")] = False,
+    json_: Json = False,
+) -> None:
+    """The configs that come with the program: a list, the text of one, or a copy of it to change."""
+    from cskd.config.shipped import as_text, copy_config, shipped, shipped_config
+
+    if copy:
+        print(copy_config(name, Path()))
+    elif name and not json_:
+        print(shipped_config(name).text, end="")
+    else:
+        _print(
+            shipped_config(name) if name else shipped(), json_, lambda report, console: print(as_text(report), end="")
+        )
+
+
+@_command(CONFIGS, "cskd completion bash > ~/.local/share/bash-completion/completions/cskd")
+def completion(
+    shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="The shell that completes.")],
+) -> None:
+    """The script that has a shell complete commands and options: to be sourced, or put where the shell looks for such."""
+    names = {
+        "prog_name": "cskd",
+        "complete_var": COMPLETE,
+        "shell": shell,
+    }  # no call of a shell, as `shell=` says elsewhere
+    print(get_completion_script(**names))
+
+
+@_command(START, "cskd check my.yaml")
 def check(config: ConfigPath, set_: Set = None, json_: Json = False) -> None:
     """All that both stages will ask of a config, before days of the teacher; exit code 1 when something is wrong."""
     from cskd.pipeline.look.check_config import check_config, render
@@ -340,161 +400,12 @@ def check(config: ConfigPath, set_: Set = None, json_: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def _print(report: Any, as_json: bool, render: Any) -> None:
-    import dataclasses
-
-    if not launched().speaks:
-        return
-    if as_json:
-        print(json.dumps(report.facts if hasattr(report, "facts") else dataclasses.asdict(report)))
-    else:
-        from rich.console import Console
-
-        render(_printable(report), Console())
-
-
-def _printable(value: Any) -> Any:
-    """A report whose texts can be shown: names come from other people's files, and may hold what controls a terminal."""
-    import dataclasses
-
-    if isinstance(value, str):
-        return printable(value)
-    if isinstance(value, dict):
-        return {_printable(k): _printable(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_printable(v) for v in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _printable(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **fields)
-    return value
-
-
-def _interrupted(signum: int, frame: FrameType | None) -> NoReturn:
-    """The first Ctrl-C or SIGTERM unwinds; see `_second_signal` for what ends a run that does not."""
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, _leave)
-    raise SystemExit(128 + signum)
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end what runs inside, in GRACE seconds at most; a second one ends it at once.
-
-    Python runs handlers between two steps of the main thread, which a long call into a library holds up; a signal's number
-    is written to a socket at once, and a thread reads it.
-    """
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    watch = threading.Thread(target=_second_signal, args=(reader,), name="interrupts", daemon=True)
-    watch.start()
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, _interrupted)
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(before)
-        writer.close()
-        watch.join()
-        reader.close()
-
-
-def _second_signal(reader: socket.socket) -> None:
-    """Leave at the second signal, or when the first was GRACE seconds ago: a library may have swallowed it, or hang while it
-    ends its threads. Every file of a run is whole or absent at any moment, so nothing is lost."""
-    first = 0
-    while True:
-        try:
-            numbers = reader.recv(64)
-        except TimeoutError:
-            _leave(first, None)
-        if not numbers:  # the run has ended
-            return
-        for number in numbers:
-            if number in (signal.SIGINT, signal.SIGTERM):
-                if first:
-                    _leave(number, None)
-                first = number
-                reader.settimeout(GRACE)
-
-
-def _leave(signum: int, frame: FrameType | None) -> NoReturn:
-    """At once, and with one line: the handler and the thread that watches may both come here."""
-    if _leaving.acquire(timeout=1.0):
-        _say_how_to_go_on()
-    os._exit(128 + signum)
-
-
-def _say_how_to_go_on() -> None:
-    """One line, by the first of several ranks."""
-    if launched().speaks:
-        print(f"\ninterrupted; go on with: {command_line(sys.argv[1:])}", file=sys.stderr, flush=True)
-
-
-def _leave_ranks(code: object) -> None:
-    """End here where this is a rank that others wait for, or that waits for others: it has said what it had to say."""
-    if (ranks := sys.modules.get("cskd.machine.ranks")) is not None:
-        ranks.leave(code if isinstance(code, int) else 1)
-
-
-def _debugged(error: Exception) -> None:
-    """With --debug, raise it again; in a rank, show it and leave."""
-    if "--debug" in sys.argv:
-        if "cskd.machine.ranks" in sys.modules:
-            traceback.print_exception(error)
-            _leave_ranks(1)
-        raise error
-
-
 def main() -> None:
     """Entry point of the `cskd` script."""
-    code: object = 0
-    try:
-        with _interrupts():
-            code = app(standalone_mode=False) or 0
-    except (CskdError, OSError) as e:
-        _debugged(e)
-        print(fitted(f"cskd: {e if isinstance(e, CskdError) else said(e)}"), file=sys.stderr)
-        code = 1
-    except KeyboardInterrupt:
-        code = 130
-    except SystemExit as e:
-        code = e.code or 0
-    except Exception as e:
-        code = _usage_or_bug(e)
-    if code in (130, 143):
-        _say_how_to_go_on()
-    _leave_ranks(code)
-    sys.exit(code if isinstance(code, int) else 1)
-
-
-def _usage_or_bug(error: Exception) -> int:
-    """Click's own errors show themselves; anything else is ours: a line that names the file with the traceback."""
-    if hasattr(error, "show") and hasattr(error, "exit_code"):
-        error.show()
-        return int(error.exit_code)
-    if type(error).__name__ in ("Exit", "Abort"):
-        return 130 if type(error).__name__ == "Abort" else int(getattr(error, "exit_code", 0))
-    _debugged(error)
-    if limit := limit_said(error):
-        print(fitted(f"cskd: {limit}"), file=sys.stderr)
-        return 1
-    print(fitted(f"cskd: unexpected {one_line(error, 100)}; {_logged(error)}"), file=sys.stderr)
-    return 1
-
-
-def _logged(error: Exception) -> str:
-    """Where the traceback of a bug is, in words: a file of its own among the temporary ones."""
-    import tempfile
-
-    told = "".join(traceback.format_exception(error))
-    try:
-        number, name = tempfile.mkstemp(prefix="cskd-", suffix=".log")
-        with os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"cskd {cskd.__version__}, Python {sys.version}\n{command_line(sys.argv[1:])}\n\n{told}")
-    except OSError:
-        return "run `cskd --debug ...` for the traceback"
-    return f"the traceback is in {name}, please report it"
+    if COMPLETE in os.environ:
+        completion_init()
+        app(prog_name="cskd", complete_var=COMPLETE)  # answers, and ends the process
+    ended(lambda: app(standalone_mode=False))
 
 
 if __name__ == "__main__":

@@ -73,5 +73,22 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "\\<")
 
 
+def _paragraphs(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Our docstrings say `Args:    text` with the text's next lines below it: each such part is a paragraph here."""
+    out: list[str] = []
+    in_part = False
+    for line in lines:
+        if part := re.match(r"(Args|Returns|Raises|Source|Shapes): +(?=\S)", line):
+            out += ["", f"**{part[1]}.** {line[part.end() :]}"]
+            in_part = True
+        elif in_part and line.startswith(" "):
+            out.append(line.strip())
+        else:
+            in_part = False
+            out.append(line)
+    lines[:] = out
+
+
 def setup(app: Any) -> None:
     app.connect("source-read", _read_source)
+    app.connect("autodoc-process-docstring", _paragraphs)

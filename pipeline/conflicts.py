@@ -11,19 +11,18 @@ from typing import Any
 import torch
 
 from cskd.config import Config, LossConfig, StudentConfig, TrainConfig, to_dict
-from cskd.dataset.images import POLICY
 from cskd.dataset.inventory import Inventory
-from cskd.errors import CacheError, ConfigError
+from cskd.errors import ConfigError
 from cskd.files.folders import MARKER, mark
 from cskd.files.read import refuse_links
 from cskd.files.writer import LOCK
 from cskd.loading.sources import ViewSource
 from cskd.machine.arithmetic import half
+from cskd.method.losses import own_terms
 from cskd.pipeline.show.trackers import RECORD
-from cskd.store.cache import Cache, differences, first_difference
+from cskd.store.cache import Cache, differences
 from cskd.store.format import RESOLVED
 from cskd.student.checkpoint import MODEL, MODEL_BEST, MODEL_EMA, MODEL_LAST
-from cskd.views.recipe import RECIPE_CODE_VERSION
 
 # Facts of the teacher that a config for training may repeat; weights may lie elsewhere, batch and device don't matter.
 _TEACHER = ("model", "kwargs", "input_size", "mean", "std", "classes", "dense", "grid")
@@ -84,38 +83,6 @@ def refuse_conflicts(config: Config, cache: Cache) -> None:
                 )
 
 
-def refuse_other_code(cache: Cache) -> None:
-    """CacheError when this version of the program reads or augments images in another way than stage 1 did."""
-    now = {"recipe_code": RECIPE_CODE_VERSION, "images": POLICY}
-    difference = first_difference({name: getattr(cache.identity, name) for name in now}, now)
-    if difference:
-        key, old, new = difference
-        raise CacheError(
-            f"{cache.root} was made with {key} = {old!r}, this version of cskd has {new!r}: its views would not replay; "
-            "train with the version it was made with, or cache again"
-        )
-
-
-def usable_views(cache: Cache, wanted: int) -> int:
-    """How many of a cache's first views a run feeds: `train.views`, or all of them.
-
-    Raises:  CacheError while one of them lacks a unit, with the command that makes it; ConfigError past the last view.
-    """
-    if wanted > cache.views:
-        raise ConfigError(f"train.views is {wanted}, {cache.root} has {cache.views}; cache more, or use fewer")
-    views = wanted or cache.views
-    missing = cache.missing(list(range(views)))
-    if missing:
-        (block, view), whole = missing[0], cache.blocks * views
-        ready = min(v for _, v in missing)
-        instead = f", or train on the first {ready} views with --set train.views={ready}" if ready else ""
-        raise CacheError(
-            f"{cache.root} lacks {len(missing)} of {whole} units, the first is block {block}, view {view}; "
-            f"finish it with `cskd cache-teacher {cache.root / RESOLVED}`{instead}"
-        )
-    return views
-
-
 def own_output(output: Path) -> None:
     """Make the folder of a run. Raises as `refuse_foreign`."""
     refuse_foreign(output)
@@ -159,6 +126,8 @@ def run_identity(
         "device": device.type,
         "val": val.id if val is not None else None,
     }
+    if own := own_terms(config.loss):
+        facts["term_code"] = {term.name: term.sha256 for term in own}
     return dict(json.loads(json.dumps(facts)))
 
 

@@ -221,9 +221,9 @@ def _threads(config: Config) -> Iterator[Check]:
     name = user[0] if user else ""
     advice = f"threads beyond the cores wait for each other: unset {name}, or set it to {threads.share} at most"
     yield _row("threads", str(threads), not user or threads.count <= threads.share, advice)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    busy = load > BUSY * threads.cores.count
-    yield Check("load", f"{load:.1f}", advice="other work runs here now, which slows what follows down" if busy else "")
+    load = load_row(threads.cores.count)
+    busy = bool(load.advice)
+    yield load
     one = steps_per_second(1, SECONDS)
     if threads.count == 1:
         yield Check("speed", f"{one:.0f} steps/s of a small network with 1 thread")
@@ -236,6 +236,13 @@ def _threads(config: Config) -> Iterator[Check]:
     when = "next to the other work" if busy else "on this machine"
     advice = f"several threads are slower than one {when}: set train.threads: 1 and cache.threads: 1"
     yield _row("speed", value, several >= SLOWER * one, advice)
+
+
+def load_row(cores: int) -> Check:
+    """That of the processes that want to run now, with advice where they slow down what is measured here."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    advice = "other work runs here now, which slows what is measured" if load > BUSY * cores else ""
+    return Check("load", f"{load:.1f}", advice=advice)
 
 
 def _loader(config: Config) -> Iterator[Check]:

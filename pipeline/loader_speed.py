@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -23,13 +25,13 @@ CLASSES = 1000
 WARM = 3  # steps that are not counted: the first ones choose kernels and allocate
 
 
-def views_per_second(recipe: RecipeConfig, seconds: float) -> float:
-    """Views that this thread makes of a JPEG of ImageNet's size, as a loader worker: decoded, augmented, checked."""
-    data = _photo()
+def views_per_second(recipe: RecipeConfig, seconds: float, images: Sequence[bytes] = ()) -> float:
+    """Views that this thread makes as a loader worker: decoded, augmented, checked. images: encoded; none: of ImageNet's size."""
+    encoded = itertools.cycle(images or [photo()])
     seeds = mix64_array(np.arange(1 << 12, dtype=np.uint64)).tolist()
     done, clock = 0, time.perf_counter()
     while time.perf_counter() - clock < seconds or not done:
-        image = decode(data)
+        image = decode(next(encoded))
         height, width = image.shape[:2]
         pixel_crc(apply(image, sample_params(seeds[done % len(seeds)], height, width, recipe)))
         done += 1
@@ -60,11 +62,10 @@ def images_per_second(
     return done * batch / (time.perf_counter() - clock)
 
 
-def _photo() -> bytes:
-    """A JPEG with edges and noise, of about as many bytes as ImageNet's have."""
-    height, width = PHOTO
-    y, x = np.mgrid[:height, :width]
-    waves = 127 + 60 * np.sin(x / 23) * np.cos(y / 17) + 40 * ((x // 50 + y // 50) % 2)
+def photo(height: int = PHOTO[0], width: int = PHOTO[1], number: int = 0) -> bytes:
+    """A JPEG with edges and noise, of about as many bytes as ImageNet's have; each number has another pattern."""
+    y, x = np.mgrid[:height, :width] + 7 * number
+    waves = 127 + 60 * np.sin(x / (23 + number % 11)) * np.cos(y / 17) + 40 * ((x // 50 + y // 50) % 2)
     noise = (mix64_array(np.arange(height * width * 3, dtype=np.uint64)) % 25).reshape(height, width, 3)
     pixels = np.clip(waves[:, :, None] + noise.astype(float) - 12, 0, 255).astype(np.uint8)
     out = io.BytesIO()

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cskd.codecs import Codec, get_codec
+from cskd.codecs import Codec, get_codec, known_own
 from cskd.config import Config, RecipeConfig, TrainConfig
 from cskd.dataset.inventory import Inventory, evenly, open_inventory
 from cskd.errors import CacheError, ConfigError, DataError, ImageError, StudentError, one_line
@@ -29,11 +29,12 @@ from cskd.machine.devices import named_device, pick_device
 from cskd.machine.launch import launched
 from cskd.machine.threads import Threads, choose_threads
 from cskd.method.losses import DistillationLoss
-from cskd.pipeline.conflicts import refuse_conflicts, refuse_other_code, usable_views
+from cskd.pipeline.conflicts import refuse_conflicts
 from cskd.store.cache import Cache, open_cache
 from cskd.store.format import MANIFEST
 from cskd.store.identity import Identity, identity_of
 from cskd.store.manifest import read_manifest
+from cskd.store.usable import refuse_other_code, usable_views
 from cskd.student import Student, build_student
 from cskd.student.best import score_asked
 from cskd.student.optim import Optimisation
@@ -93,7 +94,9 @@ class Setup:
     @cached_property
     def codecs(self) -> dict[str, Codec]:
         """Those that stage 1 will write."""
-        return {name: get_codec(name, len(self.inventory.classes), (1, 1)) for name in self.config.cache.codecs}
+        return {
+            name: get_codec(known_own(name), len(self.inventory.classes), (1, 1)) for name in self.config.cache.codecs
+        }
 
     @cached_property
     def views(self) -> ViewSource:
@@ -244,6 +247,8 @@ def device_of(
 
 def open_cached(config: Config) -> Cache:
     """The cache that stage 2 reads, which the config must not contradict. Raises CacheError, ConfigError, DataError."""
+    for name in config.cache.codecs:
+        known_own(name)
     cache = open_cache(config.cache.path, data=Path(config.data.train) if config.data.train else None)
     cache.inventory.check_shards()
     refuse_conflicts(config, cache)

@@ -32,6 +32,7 @@ from cskd.loading.tasks import RunTasks
 from cskd.machine.arithmetic import arithmetic
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import Threads, begun_with
+from cskd.method.losses import terms_of
 from cskd.near import absent
 from cskd.pipeline.conflicts import (
     as_begun,
@@ -55,8 +56,6 @@ from cskd.student.heads import score_head
 from cskd.student.optim import Optimisation, average_notes
 from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import InputMaker
-
-TERMS = ("label", "dist", "patch")  # of the loss, as logged
 
 
 @dataclass(frozen=True)
@@ -232,7 +231,9 @@ def open_run(
     loaded = states.load(student, optimisation)
     ranks.refuse_differing(loaded.step if loaded else 0, device)
     stop = min(settings.epochs * plan.steps, settings.max_steps or 1 << 62)
-    state = RunState(ranks, device, TERMS, len(views.inventory.classes), optimisation.scaler is not None)
+    state = RunState(
+        ranks, device, terms_of(config.loss), len(views.inventory.classes), optimisation.scaler is not None
+    )
     if loaded:
         begun = {name: value for name, value in loaded.info.items() if name != PROGRESS}
         notes.add(loaded.warnings)

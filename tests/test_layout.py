@@ -24,7 +24,7 @@ LINKS = {
 }  # in cskd/, for what lies at the root
 SOURCES = sorted(p for top in ("cskd", "pipeline") for p in (ROOT / top).rglob("*.py") if not p.is_symlink())
 SOURCES.append(ROOT / "cli.py")
-SCRIPTS = sorted(p for top in ("benchmarks", "tests") for p in (ROOT / top).rglob("*.py"))
+SCRIPTS = sorted(p for top in ("benchmarks", "examples", "tests") for p in (ROOT / top).rglob("*.py"))
 DISTRIBUTIONS = {
     "yaml": "pyyaml",
     "PIL": "pillow",
@@ -42,6 +42,7 @@ PROGRAMS = {
     "sphinx",
     "types-pyyaml",
 }  # of the dev extra: run, never imported
+BELOW = {"accelerate", "matplotlib"}  # of the examples extra: imported by another library, or in a notebook
 LONGEST = 550  # lines: the ceiling of a spine
 
 
@@ -71,9 +72,29 @@ def test_imports_keep_to_the_layers(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert lint_imports(no_cache=True) == 0, capsys.readouterr().out
 
 
+def test_no_module_takes_from_the_top_of_the_package_more_than_its_version() -> None:
+    """The contracts leave out what `cskd` offers, which may be of any floor."""
+    taken = set()
+    for path in SOURCES:
+        nodes = list(ast.walk(tree(path)))
+        whole = any(isinstance(n, ast.Import) and any(a.name == "cskd" for a in n.names) for n in nodes)
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom) and node.module == "cskd":
+                taken |= {f"{named(path)}: {alias.name}" for alias in node.names}
+            elif whole and isinstance(node, ast.Attribute) and ast.unparse(node.value) == "cskd":
+                taken.add(f"{named(path)}: {node.attr}")
+    assert {one for one in taken if not one.endswith(": __version__")} == set()
+
+
 @pytest.mark.parametrize("module", ["cskd", "cskd.config", "cskd.errors", "cskd.dataset.inventory", "cskd.seeds"])
 def test_light_modules_load_no_torch(module: str) -> None:
     run_python(f"import {module}, sys; assert not {{'torch', 'timm', 'zarr'}} & set(sys.modules)")
+
+
+def test_what_the_package_offers_is_listed_without_loading_it() -> None:
+    run_python(
+        "import cskd, sys; dir(cskd), cskd.__all__, cskd.CskdError; assert not {'torch', 'numpy'} & set(sys.modules)"
+    )
 
 
 def test_help_loads_no_torch() -> None:
@@ -165,6 +186,7 @@ def test_no_file_is_too_long_to_be_read_in_one_go() -> None:
 def test_no_shipped_text_holds_a_path_of_somebodys_machine() -> None:
     private = re.compile(r"(?<![\w.$}])/(home|root|Users|tmp|work|mnt)/\w")
     texts = [*SOURCES, *SCRIPTS, *ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("configs/*.yaml")]
+    texts += ROOT.glob("examples/*.ipynb")
     found = [
         f"{named(path)}:{i}: {line.strip()}"
         for path in texts
@@ -214,17 +236,18 @@ def test_what_the_code_imports_is_declared_and_what_is_declared_is_imported() ->
     assert declared - used == set()
 
 
-def test_what_tests_benchmarks_and_documents_import_is_declared_for_development_and_no_more() -> None:
+def test_what_tests_benchmarks_examples_and_documents_import_is_declared_for_development_and_no_more() -> None:
     documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
     blocks = re.findall(r"```python\n(.*?)```", "".join(d.read_text(encoding="utf-8") for d in documents), re.DOTALL)
     modules = {module for path in SCRIPTS for module in imports(path)}
     modules |= {name for block in blocks for name in re.findall(r"^(?:import|from) (\w+)", block, re.M)}
-    third_party = modules - set(sys.stdlib_module_names) - {"cskd", "tests", "benchmarks"}
+    third_party = modules - set(sys.stdlib_module_names) - {"cskd", "tests", "benchmarks", "examples"}
     used = {DISTRIBUTIONS.get(module, module) for module in third_party}
     declared = distributions(project()["project"]["dependencies"]) | optional()
-    dev = distributions(project()["project"]["optional-dependencies"]["dev"])
+    extras = project()["project"]["optional-dependencies"]
+    dev, shown = distributions(extras["dev"]), distributions(extras["examples"])
     assert used - declared - dev == set()
-    assert dev - used - PROGRAMS == {"cskd"}
+    assert dev - used - PROGRAMS == {"cskd"} and shown - used <= BELOW
 
 
 def test_what_is_installed_lies_under_the_name_cskd() -> None:
@@ -261,7 +284,7 @@ def test_a_users_own_cli_and_pipeline_that_come_first_do_not_get_in_the_way(code
 
 def test_every_dependency_has_its_reason_beside_it() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    for name in ("dependencies", "demo", "dev"):
+    for name in ("dependencies", "demo", "examples", "dev"):
         block = re.search(rf"^{name} = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)
         assert block
         assert [line for line in block[1].splitlines() if not re.search(r'",\s+# \w', line)] == []

@@ -111,6 +111,16 @@ class EnvelopeCodec(Codec):
         """`hard` of the samples at `index`: all are looked up, which costs less than taking ragged rows apart."""
         return self.hard(arrays, blend).take(index, 0)
 
+    def segments(self, arrays: Arrays, sample: int, row: int, col: int) -> list[tuple[int, int]]:
+        """The upper envelope of one cell: (class, blend in 2^-16 from which it wins), the first from 0, blends rising."""
+        one = self.take(arrays, np.array([sample]))
+        listed = listed_classes(one)
+        of_cell = slice(
+            *np.cumsum(np.append(0, one["n_extra"].reshape(-1)))[[row * self.grid[1] + col + i for i in (0, 1)]]
+        )
+        won = zip(listed[one["extra"][of_cell]].tolist(), one["start"][of_cell].tolist(), strict=True)
+        return [(int(one["global_class"][0]), 0), *((cls, start + 1) for cls, start in won)]
+
     def _pieces(self, arrays: Arrays) -> Iterator[tuple[slice, Arrays]]:
         """Runs of samples, and their counts and segments: small enough to stay in a core's cache, and for their
         temporaries to be memory used before, since that of a whole unit comes from the system, page by page, each time."""

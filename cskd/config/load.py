@@ -11,14 +11,14 @@ import os
 import re
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 
 from cskd.config.schema import Config, Precision
-from cskd.config.yaml_text import MAX_BYTES, Words, as_read, misread, read_yaml
+from cskd.config.yaml_text import EXPECTED, MAX_BYTES, Words, as_read, misread, read_yaml
 from cskd.errors import ConfigError, CskdError, PathError, shortened, why
 from cskd.files.paths import local_path, local_text
 from cskd.files.read import check_depth, read_file
@@ -28,48 +28,109 @@ PATHS = (
     *("data.train", "data.val", "teacher.model", "teacher.weights", "teacher.classes"),
     *("cache.path", "student.model", "student.init", "train.output"),
 )  # a model may be the path of a file
-_OLD = {"teacher": {"autocast", "dtype"}, "train": {"tensorboard"}}  # keys of older versions, by section
+NEWER = {  # keys of older versions
+    **{"teacher.autocast": "teacher.precision", "teacher.dtype": "teacher.precision"},
+    "train.tensorboard": "train.trackers",
+}
 _OF_TIMM = "local-dir:"  # one of its own ways to name a model
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML config, apply `section.key=value` overrides (values in YAML), expand `${NAME:-default}` in strings.
+def load_config(
+    config: str | os.PathLike[str] | Mapping[str, Any] | Config,
+    overrides: Sequence[str] | Mapping[str, Any] | None = None,
+) -> Config:
+    """The config of a YAML file, or of a nested dict; `${NAME:-default}` in its strings is expanded.
 
     Relative paths in it stay as they are: they are of the folder that the program is started in, not of the config's.
 
+    Args:    overrides, as `--set` has them: 'section.key=value' (values in YAML), or a dict {'section.key': value}.
     Raises:  ConfigError for a missing or malformed file, an unknown key, a wrong type, an unset variable.
     """
-    return _whole(*read_config(path, overrides))
+    return _whole(*read_config(config, overrides))
 
 
-def read_config(path: str | Path, overrides: list[str] | None = None) -> tuple[Config, list[CskdError]]:
+def read_config(
+    config: str | os.PathLike[str] | Mapping[str, Any] | Config,
+    overrides: Sequence[str] | Mapping[str, Any] | None = None,
+) -> tuple[Config, list[CskdError]]:
     """A config as `load_config` reads it, with all that is wrong with its keys; those have their defaults.
 
     Raises:  ConfigError for a file that can't be read at all.
     """
-    path = local_path(path, "CONFIG")
+    if isinstance(config, Config) and not overrides:
+        return config, []
     words: Words = {}
-    try:
-        raw = read_yaml(read_file(path, MAX_BYTES).decode(), str(path), words)
-    except FileNotFoundError:
-        raise ConfigError(f"no config at {absent(path)}; give the path of a YAML file, as in configs/") from None
-    except OSError as e:
-        raise ConfigError(f"{path} can't be read: {why(e)}") from None
-    except ValueError as e:  # of UTF-8, of YAML, or a zero byte in the path
-        raise ConfigError(
-            f"{path} is not readable YAML: {shortened(' '.join(str(e).split()), 120)}; expected a file such as those in configs/"
-        ) from None
-    if not isinstance(raw, dict | None):
-        raise ConfigError(f"{path} holds a {type(raw).__name__}, expected sections such as 'teacher:' and 'train:'")
-    raw, wrong = raw or {}, list[CskdError]()
-    for override in overrides or []:
+    raw, wrong = _raw(config, words), list[CskdError]()
+    if isinstance(overrides, str) or not isinstance(overrides, Mapping | Sequence | None):
+        raise ConfigError(f"overrides is {_short(overrides)}, expected a list of 'section.key=value', or a dict")
+    for override in overrides.items() if isinstance(overrides, Mapping) else overrides or []:
         try:
             _override(raw, override, words)
         except ConfigError as e:
             wrong.append(e)
-    config, more = _read(raw, words)
-    return config, wrong + more
+    read, more = _read(raw, words)
+    return read, wrong + more
+
+
+def _raw(config: Any, words: Words) -> dict[str, Any]:
+    """The nested dict that a config is, or that its file holds; it may be changed."""
+    if isinstance(config, Config):
+        return _written_keys(config)
+    if isinstance(config, Mapping):
+        return dict(_as_yaml_has_it(config))
+    if not isinstance(config, str | os.PathLike):
+        raise ConfigError(
+            f"the config is a {type(config).__name__}, expected the path of a YAML file, or a dict of sections"
+        )
+    path = local_path(os.fspath(config), "CONFIG")
+    raw = read_yaml(config_text(path), str(path), words)
+    if not isinstance(raw, dict | None):
+        raise ConfigError(f"{path} holds a {type(raw).__name__}, expected sections such as 'teacher:' and 'train:'")
+    return raw or {}
+
+
+def _as_yaml_has_it(value: Any, levels: int = 20) -> Any:
+    """A value out of Python in the types of YAML, copied: paths become texts, tuples lists, NumPy's numbers Python's."""
+    if isinstance(value, Mapping) and levels:
+        return {key: _as_yaml_has_it(v, levels - 1) for key, v in value.items()}
+    if isinstance(value, list | tuple) and levels:
+        return [_as_yaml_has_it(v, levels - 1) for v in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return value.item()
+    return value
+
+
+def _written_keys(config: Config) -> dict[str, Any]:
+    """The keys of a config that were written, or differ from the default."""
+    ours, defaults = to_dict(config), to_dict(Config())
+    return {
+        section: {
+            key: value
+            for key, value in keys.items()
+            if f"{section}.{key}" in config.given or value != defaults[section][key]
+        }
+        for section, keys in ours.items()
+    }
+
+
+def config_text(path: str | Path) -> str:
+    """The text of a config. Raises ConfigError for a file that is missing, or is none of text."""
+    path = local_path(path, "CONFIG")
+    try:
+        return read_file(path, MAX_BYTES).decode()
+    except FileNotFoundError:
+        raise ConfigError(
+            f"no config at {absent(path)}; give the path of a YAML file; `cskd configs` lists those to begin from"
+        ) from None
+    except OSError as e:
+        raise ConfigError(f"{path} can't be read: {why(e)}") from None
+    except ValueError as e:  # of UTF-8, or a zero byte in the path
+        raise ConfigError(
+            f"{path} is not readable YAML: {shortened(' '.join(str(e).split()), 120)}; {EXPECTED}"
+        ) from None
 
 
 def from_dict(raw: dict[str, Any]) -> Config:
@@ -95,8 +156,10 @@ def _read(raw: dict[str, Any], words: Words) -> tuple[Config, list[CskdError]]:
         raw = _in_todays_words(raw)
     except ConfigError as e:
         wrong.append(e)
-        old = {s: keys for s, keys in _OLD.items() if isinstance(raw.get(s), dict)}
-        raw |= {section: {k: v for k, v in raw[section].items() if k not in keys} for section, keys in old.items()}
+        raw = {
+            s: {k: v for k, v in keys.items() if f"{s}.{k}" not in NEWER} if isinstance(keys, dict) else keys
+            for s, keys in raw.items()
+        }
     given = frozenset(f"{s}.{key}" for s, section in raw.items() if isinstance(section, dict) for key in section)
     config = _build(Config, raw, "", _Reading(words, wrong))
     assert isinstance(config, Config)
@@ -117,7 +180,7 @@ def _in_todays_words(raw: dict[str, Any]) -> dict[str, Any]:
             {"trackers": ["tensorboard"]} if train["tensorboard"] else {}
         )
         raw = {**raw, "train": train}
-    old = _OLD["teacher"] & teacher.keys() if isinstance(teacher, dict) else set()
+    old = {key for key in teacher if f"teacher.{key}" in NEWER} if isinstance(teacher, dict) else set()
     if not isinstance(teacher, dict) or not old:
         return raw
     autocast, dtype = teacher.get("autocast", "none"), teacher.get("dtype", "float32")
@@ -163,10 +226,14 @@ def _with_local_paths(config: Config, wrong: list[CskdError]) -> Config:
     return config
 
 
-def _override(raw: dict[str, Any], text: str, words: Words) -> None:
-    key, eq, value = text.partition("=")
+def _override(raw: dict[str, Any], override: str | tuple[str, Any], words: Words) -> None:
+    """Set one key: by 'section.key=value' in YAML, or by the key and a value out of Python."""
+    if not isinstance(override, str | tuple):
+        raise ConfigError(f"override {_short(override)} is no text, expected 'section.key=value'")
+    key, eq, text = override.partition("=") if isinstance(override, str) else (str(override[0]), "=", "")
+    said = f"--set {shortened(override, 100)}" if isinstance(override, str) else f"override {_short(key)}"
     if not eq or not key.strip():
-        raise ConfigError(f"--set {_short(text)} is not KEY=VALUE, for example --set train.epochs=10")
+        raise ConfigError(f"--set {_short(override)} is not KEY=VALUE, for example --set train.epochs=10")
     key = key.strip()
     *sections, last = key.split(".")
     at = raw
@@ -175,17 +242,18 @@ def _override(raw: dict[str, Any], text: str, words: Words) -> None:
         if below is None:
             below = at[section] = {}
         if not isinstance(below, dict):
-            raise ConfigError(
-                f"--set {shortened(text, 100)}: {section} holds a value, not keys; write all of it in the file"
-            )
+            raise ConfigError(f"{said}: {section} holds a value, not keys; write all of it in the file")
         at = below
     for under in [word for word in words if word == key or word.startswith((f"{key}.", f"{key}["))]:
         del words[under]
+    if not isinstance(override, str):
+        at[last] = _as_yaml_has_it(override[1])
+        return
     try:
-        at[last] = read_yaml(value, "it", words, key)
+        at[last] = read_yaml(text, "it", words, key)
     except ConfigError as e:
         raise ConfigError(
-            f"--set {shortened(text, 80)}: {_short(value, 60)} is no value in YAML ({e}); put the value in quotes"
+            f"--set {shortened(override, 80)}: {_short(text, 60)} is no value in YAML ({e}); put the value in quotes"
         ) from None
 
 

@@ -10,6 +10,7 @@ never end.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -34,6 +35,11 @@ def rising(pair: list[float]) -> bool:
 def distinct(codecs: list[str]) -> bool:
     """each codec once (topk10 is topk:10)"""
     return len({name.replace(":", "") for name in codecs}) == len(codecs)
+
+
+def weighted(terms: dict[str, Any]) -> bool:
+    """a finite weight for each"""
+    return all(type(weight) in (int, float) and math.isfinite(weight) for weight in terms.values())
 
 
 def once(names: list[str]) -> bool:
@@ -72,7 +78,8 @@ class TeacherConfig(Section):
     """The CNN whose outputs are cached."""
 
     model: str = ""
-    """A timm name, `torchvision:NAME`, or `path/to/file.py:build`."""
+    """A timm name, `torchvision:NAME`, `path/to/file.py:build`, `package.module:build`, or the name of an entry point of
+    `cskd.teachers`."""
     weights: str | None = None
     """A file of weights, or `FILE:KEY` for those under a key of it; `hub` = timm's or torchvision's own; null = as built."""
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -174,7 +181,8 @@ class CacheConfig(Section):
     views: Annotated[int, Ge(1), Le(100_000), Unit("views per image")] = 6
     """Views that stage 1 makes."""
     codecs: Annotated[list[str], Len(1), Predicate(distinct)] = field(default_factory=lambda: ["envelope"])
-    """How the teacher's outputs are kept: `envelope`, `int8`, `topk10`, `topk:K`."""
+    """How the teacher's outputs are kept: `envelope`, `int8`, `topk10`, `topk:K`, or a codec of your own as
+    `path/to/file.py:Class`, `package.module:Class`, or the name of an entry point of `cskd.codecs`; see docs/LIBRARY.md."""
     max_quarantine: Share = 0.001
     """Unreadable images beyond this share stop stage 1."""
     save_seconds: Annotated[float, Ge(0), Le(86_400), Unit("seconds")] = 30.0
@@ -228,6 +236,9 @@ class LossConfig(Section):
     """Label smoothing, of the label term only."""
     soft_reduction: Literal["consistent", "paper"] = "consistent"
     """What the soft terms are divided by; see cskd/method/losses.py."""
+    terms: Annotated[dict[str, Any], Predicate(weighted)] = field(default_factory=dict)
+    """Terms of your own that are added, each with its weight: `path/to/file.py:function`, `package.module:function`, or the name
+    of an entry point of `cskd.losses`; see docs/LIBRARY.md."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,6 +17,7 @@ from cskd.errors import ConfigError, shortened
 MAX_BYTES = 1 << 19  # PyYAML reads about 100 kB a second; a list of 65,535 classes takes 450 kB
 MAX_YAML_VALUES = 100_000  # once every alias is written out
 MAX_YAML_DEPTH = 32
+EXPECTED = "expected a file such as those that `cskd configs` lists"
 _TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 # A number to YAML 1.2, to people and to JSON, which YAML 1.1 takes for text: it wants a point, and a sign after the e.
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|0o[0-7]+")
@@ -103,7 +104,7 @@ def _why(error: Exception, text: str) -> str:
     mark = getattr(error, "problem_mark", None)
     said = " ".join(str(getattr(error, "problem", None) or error).split())
     if mark is None:
-        return f"{shortened(said, 160)}; expected a file such as those in configs/"
+        return f"{shortened(said, 160)}; {EXPECTED}"
     lines = text.splitlines()
     line = lines[mark.line] if mark.line < len(lines) else ""
     where = f"line {mark.line + 1}"
@@ -115,7 +116,7 @@ def _why(error: Exception, text: str) -> str:
         return f"{where}, or the one before, is no 'key: value'; write a colon and a space after the key"
     if "could not determine a constructor" in said or "undefined alias" in said or "cannot start any token" in said:
         return f"{where}: {shortened(said, 120)}; put a text that begins with a sign in quotes"
-    return f"{where}: {shortened(said, 120)}; expected a file such as those in configs/"
+    return f"{where}: {shortened(said, 120)}; {EXPECTED}"
 
 
 def _size(node: yaml.Node, known: dict[int, int], depth: int, origin: str) -> int:

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import forkserver
@@ -96,7 +97,8 @@ class Stream(Generic[T, R]):
             collate_fn=_as_it_is,
             worker_init_fn=partial(_begin_worker, stream, self._prefetch) if self._workers else None,
         )
-        results = iter(loader)
+        with _apart_from_main(self._worker):
+            results = iter(loader)
         lent, lends = deque[SharedBatch](), self._lend_to is not None and self._workers > 0
         try:
             while True:
@@ -156,6 +158,22 @@ def why_died(text: str, exit_codes: Sequence[int | None]) -> str | None:
         f"a worker process died ({said}), expected it to live as long as the run; often memory ran out: run the same command "
         "again, with fewer workers (train.workers, cache.workers)"
     )
+
+
+@contextmanager
+def _apart_from_main(worker: Worker[Any, Any]) -> Iterator[None]:
+    """Start workers that do not import the main script again, as they do by default: a script that calls `cskd.train` without
+    `if __name__ == "__main__"` would do so in each of them. Nothing of ours is in there, unless the worker itself is."""
+    main = sys.modules["__main__"]
+    hidden = {} if type(worker).__module__ == "__main__" else {"__spec__": None, "__file__": None}
+    before = {name: getattr(main, name) for name in hidden if hasattr(main, name)}
+    for name in before:
+        setattr(main, name, hidden[name])
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(main, name, value)
 
 
 def _begin_worker(stream: int, prefetch: int, worker: int) -> None:

@@ -40,6 +40,14 @@ def blend_at(epoch: int, epochs: int, decay: Decay) -> int:
     return quantise_blend(blends[decay])
 
 
+def blend_schedule(epoch: int, epochs: int, decay: Decay = "linear") -> float:
+    """The blend of an epoch as a share, 1 = local: what `cskd train` teaches at, since `blend_at` rounds it to 2^-16.
+
+    Args, Raises, Source: as `blend_at`.
+    """
+    return blend_at(epoch, epochs, decay) / BLEND_ONE
+
+
 def ckf_blend(dense_BKhw: Tensor, global_BK: Tensor, blend: float) -> Tensor:
     """Mix each cell's logits with the image's, for soft targets.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,12 @@ from torch import Tensor
 
 from cskd.codecs.base import BLEND_ONE
 from cskd.config.schema import LossConfig
-from cskd.errors import StudentError
+from cskd.errors import ConfigError, StudentError
+from cskd.files.own_code import load_own
 from cskd.method.ckf import ckf_blend
+
+TERMS = ("label", "dist", "patch")
+HEADS = ("class", "distillation", "patches")  # what can be trained of a student's outputs
 
 
 class StudentOutput(NamedTuple):
@@ -57,19 +61,45 @@ class SoftTargets:
     blend: int | None = None  # 0..65536 (see `cskd.method.ckf.blend_at`); None: `dense_logits` is blended already
 
 
+@dataclass(frozen=True)
+class OwnTerm:
+    """A loaded term of a user's own: the text that names it in the config, its name in logs, where and what it is."""
+
+    text: str
+    name: str
+    where: str
+    sha256: str
+    value: Term
+    heads: tuple[str, ...]
+
+
+class Term(Protocol):
+    """A term of a user's own: the mean over the rows of a batch, a float scalar with a gradient.
+
+    `heads`, where it has such an attribute, names what it trains of the student's outputs beyond what the method trains, out of
+    'class', 'distillation' and 'patches'; patch logits are there for the methods of CSKD and for a term that names 'patches'.
+    """
+
+    def __call__(
+        self, output: StudentOutput, labels: MixedLabels, targets: HardTargets | SoftTargets | None
+    ) -> Tensor: ...
+
+
 class DistillationLoss:
-    """The loss that a config asks for; stateless, so one serves all epochs.
+    """The loss that a config asks for; it keeps nothing between calls, so one serves all epochs.
 
     Hard terms are cross entropies with the teacher's classes, mean over images (and cells). Soft terms are
     tau^2 * KL(teacher || student) of softmax(logits / tau), summed over classes, and then, by `soft_reduction`:
 
-        'consistent'  both are means: the distillation term over B images, the patch term over B * h * w cells.
-        'paper'       what the authors' code divides by: the distillation term by B * K, the patch term by B alone,
-                      which weighs K * h * w (49,000) times more against the other than in 'consistent'.
+    - 'consistent': both are means, the distillation term over B images, the patch term over B * h * w cells.
+    - 'paper': what the authors' code divides by, the distillation term by B * K, the patch term by B alone, which weighs
+      K * h * w (49,000) times more against the other than in 'consistent'.
 
     A ViT without a distillation token has one head that serves all terms. With 'none' the class head is trained alone, as
     in DeiT's and the CSKD authors' code; with `baseline_head: mean` the mean of the logits of a distilled student's two
     heads, as timm does outside `distilled_training`: then both tokens learn. See `trained_heads`.
+
+    Terms of a user's own (`loss.terms`) are added to all of that, each with its weight.
 
     Source: cskd.py of the CSKD authors' code and losses.py of DeiT's for the two divisors and the class head of 'none'.
     """
@@ -77,8 +107,10 @@ class DistillationLoss:
     def __init__(self, config: LossConfig) -> None:
         self.config = config
         self.distils = config.method != "none"
-        self.uses_patches = config.method.startswith("cskd")
         self.soft = config.method.endswith("soft")
+        self.own = own_terms(config)
+        self._patch_term = config.method.startswith("cskd")
+        self.uses_patches = self._patch_term or "patches" in _own_heads(self.own)
 
     def __call__(
         self, output: StudentOutput, labels: MixedLabels, targets: HardTargets | SoftTargets | None = None
@@ -87,10 +119,24 @@ class DistillationLoss:
 
         Args:    targets HardTargets for '-hard' methods, SoftTargets for '-soft'; not read for 'none'.
         Returns: the total, a float scalar; and the terms 'label', 'dist', 'patch' that the method has, detached scalars
-                 before alpha and patch_weight.
+                 before alpha and patch_weight, and those of own terms.
         Raises:  TypeError for the wrong kind of targets; ValueError where patch logits or cell targets are missing;
                  StudentError where the two differ in grid.
         """
+        total, terms = self._of_method(output, labels, targets)
+        for term in self.own:
+            value = term.value(output, labels, targets)
+            if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
+                found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise StudentError(
+                    f"loss.terms: {term.where} gave a {found}, expected a float scalar: a mean over the batch"
+                )
+            total, terms[term.name] = total + self.config.terms[term.text] * value, value.detach()
+        return total, terms
+
+    def _of_method(
+        self, output: StudentOutput, labels: MixedLabels, targets: HardTargets | SoftTargets | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         c = self.config
         cls = _full(output.cls_logits)
         dist = cls if output.dist_logits is None else _full(output.dist_logits)
@@ -100,7 +146,7 @@ class DistillationLoss:
             return total, {"label": total.detach()}
         terms = {"label": label_loss(cls, labels, c.smoothing), "dist": self._distillation(dist, targets)}
         total = (1 - c.alpha) * terms["label"] + c.alpha * terms["dist"]
-        if self.uses_patches:
+        if self._patch_term:
             terms["patch"] = self._patches(output.patch_logits, targets)
             total = total + c.patch_weight * terms["patch"]
         return total, {name: term.detach() for name, term in terms.items()}
@@ -135,24 +181,56 @@ class DistillationLoss:
         return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True) * tau**2
 
 
+def own_terms(config: LossConfig) -> list[OwnTerm]:
+    """The terms of a user's own, loaded. Raises ConfigError where one can't be, or has the name of another one."""
+    found: list[OwnTerm] = []
+    for text in config.terms:
+        code = load_own(text, "loss.terms", "cskd.losses", "function", ConfigError)
+        if code is None or not callable(code.value):
+            what = "no entry point of cskd.losses" if code is None else f"a {type(code.value).__name__}"
+            raise ConfigError(
+                f"loss.terms: {text!r} is {what}, expected path/to/file.py:function or package.module:function"
+            )
+        if code.name in (*TERMS, *(term.name for term in found)):
+            raise ConfigError(f"loss.terms: {text!r} has the name of another term, {code.name!r}; rename the function")
+        heads = tuple(getattr(code.value, "heads", ()))
+        if wrong := [head for head in heads if head not in HEADS]:
+            raise ConfigError(
+                f"loss.terms: {text!r} trains {wrong[0]!r}, expected of {', '.join(HEADS)}; mend its `heads`"
+            )
+        found.append(OwnTerm(text, code.name, code.where, code.sha256, code.value, heads))
+    return found
+
+
+def terms_of(config: LossConfig) -> tuple[str, ...]:
+    """Names of all terms that a loss may have, as logged."""
+    return (*TERMS, *(term.name for term in own_terms(config)))
+
+
+def _own_heads(own: list[OwnTerm]) -> set[str]:
+    return {head for term in own for head in term.heads}
+
+
 def trained_heads(config: LossConfig, distilled: bool) -> tuple[str, ...]:
     """What a loss trains of a student's outputs, out of 'class', 'distillation' and 'patches'.
 
     Args:    distilled whether the student has a distillation token; without one its head is that of the class token.
     """
+    own = _own_heads(own_terms(config)) - (set() if distilled else {"distillation"})
     if config.method == "none":
-        return ("class", "distillation") if distilled and config.baseline_head == "mean" else ("class",)
-    trains = {
-        "class": not distilled or config.alpha < 1,
-        "distillation": distilled and config.alpha > 0,
-        "patches": config.method.startswith("cskd") and config.patch_weight > 0,
-    }
-    return tuple(name for name, yes in trains.items() if yes)
+        trains = {"class": True, "distillation": distilled and config.baseline_head == "mean", "patches": False}
+    else:
+        trains = {
+            "class": not distilled or config.alpha < 1,
+            "distillation": distilled and config.alpha > 0,
+            "patches": config.method.startswith("cskd") and config.patch_weight > 0,
+        }
+    return tuple(name for name, yes in trains.items() if yes or name in own)
 
 
 def unread_keys(method: str, given: Collection[str]) -> list[str]:
     """Which of the keys of the section `loss` that a config gives its method does not read."""
-    read = {"method", "smoothing", "alpha" if method != "none" else "baseline_head"}
+    read = {"method", "smoothing", "terms", "alpha" if method != "none" else "baseline_head"}
     read |= {"decay", "patch_weight"} if method.startswith("cskd") else set()
     read |= {"tau", "soft_reduction"} if method.endswith("soft") else set()
     return sorted(key for key in given if key.startswith("loss.") and key.removeprefix("loss.") not in read)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Self
 
-from cskd.codecs import get_codec
+from cskd.codecs import get_codec, known_own
+from cskd.codecs.own import own_codec_hash
 from cskd.config import RecipeConfig, from_dict, to_dict
 from cskd.dataset.classes import MAX_CLASSES
 from cskd.dataset.images import POLICY
@@ -55,6 +56,7 @@ class Identity(Facts):
     codecs: Sequence[str]
     classes: str | None = None  # sha256 of the class names
     recipe_code: int | None = None  # version of the code that makes views by the recipe
+    codec_code: Mapping[str, str] | None = None  # codec -> sha256 of the file it is in, of a user's own ones
     images: Mapping[str, str] | None = None  # how images are read: `cskd.dataset.images.POLICY`
 
     @cached_property
@@ -98,7 +100,9 @@ def identity_of(
     grid: tuple[int, int],
     codecs: Sequence[str],
 ) -> Identity:
-    """The identity of the cache that stage 1 makes of these. teacher: `Fingerprint.facts`."""
+    """The identity of the cache that stage 1 makes of these. teacher: `Fingerprint.facts`; codecs: as a config names them."""
+    names = [get_codec(known_own(text), len(inventory.classes), grid).name for text in codecs]
+    own = {name: code for name in names if (code := own_codec_hash(name)) is not None}
     facts = {
         "inventory": inventory.id,
         "classes": hashlib.sha256("\n".join(inventory.classes).encode()).hexdigest(),
@@ -107,6 +111,7 @@ def identity_of(
         "images": POLICY,
         "teacher": teacher,
         "grid": grid,
-        "codecs": [get_codec(name, len(inventory.classes), grid).name for name in codecs],
+        "codecs": names,
+        **({"codec_code": own} if own else {}),
     }
     return Identity.of(json.loads(json.dumps(facts)))

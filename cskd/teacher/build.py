@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
-import importlib.util
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,12 @@ from torch import Tensor, nn
 from cskd.config import TeacherConfig
 from cskd.errors import TeacherError, one_line
 from cskd.files.checkpoint import given_file
-from cskd.files.read import read_file
+from cskd.files.own_code import OwnCode, entry_point_names, load_own, names_own_code, neighbours_of
 from cskd.files.weights import READ_BY_TIMM, misfit, read_weights
-from cskd.near import absent, did_you_mean
+from cskd.near import did_you_mean
 
 TORCHVISION = "torchvision:"
+GROUP = "cskd.teachers"  # of entry points
 
 
 @dataclass
@@ -43,8 +42,9 @@ def build(config: TeacherConfig) -> Built:
     Raises:  TeacherError for an unknown name, a missing file or function, kwargs the constructor refuses, weights that
              can't be read or don't fit.
     """
-    own, torchvision = ".py:" in config.model, config.model.startswith(TORCHVISION)
-    built = (_from_file if own else _from_torchvision if torchvision else _from_timm)(config)
+    code, torchvision = _own(config.model), config.model.startswith(TORCHVISION)
+    own = code is not None
+    built = _from_own(config, code) if code is not None else (_from_torchvision if torchvision else _from_timm)(config)
     if config.weights is None:
         note = "the weights are those that build() gave" if own else "the weights are random: set teacher.weights"
         built.notes.append(note)
@@ -77,7 +77,7 @@ def build_model(name: str, kwargs: dict[str, Any], pretrained: bool = False) -> 
         )
     known = timm.list_models()
     if ":" not in name and name.partition(".")[0] not in known:
-        hint = did_you_mean(name, known) or "timm.list_models() lists them"
+        hint = did_you_mean(name, [*known, *entry_point_names(GROUP)]) or "timm.list_models() lists them"
         raise TeacherError(
             f"teacher.model {name!r} is no timm model; {hint.rstrip('?')}; torchvision's are torchvision:NAME, your own is path/to/file.py:build"
         )
@@ -133,77 +133,36 @@ def _from_torchvision(config: TeacherConfig) -> Built:
     return Built(model, {"model": config.model, "kwargs": dict(config.kwargs)}, stated)
 
 
-def _from_file(config: TeacherConfig) -> Built:
-    """Import path/to/file.py under a name made of its hash, and call the function after the colon."""
-    where, _, function = config.model.rpartition(":")
-    path = Path(where).expanduser()
-    try:
-        digest = hashlib.sha256(read_file(path)).hexdigest()
-    except OSError as e:
-        said = f"no file {absent(path)}" if not path.exists() else f"{path} can't be read ({e.strerror})"
-        raise TeacherError(f"teacher.model: {said}; give path/to/file.py:build") from None
-    name = f"cskd_teacher_{digest[:16]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None  # the name ends in .py
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and torch.compile look modules up by name
-    with _neighbours_of(path) as neighbours:
-        try:
-            spec.loader.exec_module(module)
-        except SystemExit:
-            del sys.modules[name]
-            raise TeacherError(
-                f"teacher.model: {path} ends the program when it is imported; put what it runs under if __name__ == '__main__'"
-            ) from None
-        except Exception as e:
-            del sys.modules[name]
-            raise TeacherError(f"teacher.model: importing {path} failed: {one_line(e)}") from None
-        maker = getattr(module, function, None)
-        if not callable(maker):
-            hint = did_you_mean(function, [name for name, one in vars(module).items() if callable(one)])
-            raise TeacherError(
-                f"teacher.model: {path} has no function {function!r}; {hint or 'it must return a torch.nn.Module'}"
-            )
+def _own(model: str) -> OwnCode | None:
+    """The code that `teacher.model` names by its place, or by an entry point that has no timm name."""
+    if model.startswith(TORCHVISION):
+        return None
+    if names_own_code(model) or (model and ":" not in model and model.partition(".")[0] not in timm.list_models()):
+        return load_own(model, "teacher.model", GROUP, "function", TeacherError)
+    return None
+
+
+def _from_own(config: TeacherConfig, code: OwnCode) -> Built:
+    """Call the user's function."""
+    where, maker = code.where, code.value
+    if not callable(maker):  # of an entry point
+        raise TeacherError(f"teacher.model: {where} is no function; it must return a torch.nn.Module")
+    with neighbours_of(code.file) if code.file else contextlib.nullcontext(dict[str, str]()) as called:
         try:
             model = maker(**config.kwargs)
         except (Exception, SystemExit) as e:
-            raise TeacherError(f"teacher.model: {path}:{function} with {config.kwargs} failed: {one_line(e)}") from None
+            raise TeacherError(f"teacher.model: {where} with {config.kwargs} failed: {one_line(e)}") from None
+    neighbours = code.neighbours | called
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps; teacher.compile does that
     if isinstance(model, torch.jit.ScriptModule):
-        raise TeacherError(
-            f"teacher.model: {path}:{function} returned a TorchScript module; return the plain nn.Module"
-        )
+        raise TeacherError(f"teacher.model: {where} returned a TorchScript module; return the plain nn.Module")
     if not isinstance(model, nn.Module):
-        raise TeacherError(f"teacher.model: {path}:{function} returned a {type(model).__name__}, not a torch.nn.Module")
+        raise TeacherError(f"teacher.model: {where} returned a {type(model).__name__}, not a torch.nn.Module")
     stated = dict(getattr(model, "pretrained_cfg", None) or {})
     if isinstance(stated.get("input_size"), tuple | list):
         stated["input_size"] = stated["input_size"][-1]
-    source = {"model": function, "file_sha256": digest, "kwargs": dict(config.kwargs)}
+    source = {"model": code.name, "file_sha256": code.sha256, "kwargs": dict(config.kwargs)}
     return Built(model, source | ({"neighbours": neighbours} if neighbours else {}), stated)
-
-
-@contextlib.contextmanager
-def _neighbours_of(path: Path) -> Iterator[dict[str, str]]:
-    """Lets a file import modules of its own folder; gives the sha256 of each by its path there, when the block has ended.
-
-    They leave sys.modules again: another folder may have modules of the same names, and a second loading sees the files as
-    they are then.
-    """
-    folder, before, found = path.resolve().parent, set(sys.modules), dict[str, str]()
-    sys.path.insert(0, str(folder))
-    importlib.invalidate_caches()
-    try:
-        yield found
-    finally:
-        sys.path.remove(str(folder))
-        for name in set(sys.modules) - before:
-            file = Path(getattr(sys.modules[name], "__file__", None) or "/").resolve()
-            if file == path.resolve() or not file.is_relative_to(folder) or name.partition(".")[0] == "cskd":
-                continue
-            inside = file.relative_to(folder)
-            if not any(part in ("site-packages", "dist-packages") or part.startswith(".") for part in inside.parts):
-                found[inside.as_posix()] = hashlib.sha256(read_file(file)).hexdigest()
-                del sys.modules[name]
 
 
 def load_weights(model: nn.Module, path: Path) -> list[str]:

@@ -28,8 +28,13 @@ class ViewMaker:
 
     def view(self, image_HWC: Image, seed: int) -> Image:
         """The view of that seed: uint8 [size, size, 3]."""
+        return self.made(image_HWC, seed)[1]
+
+    def made(self, image_HWC: Image, seed: int) -> tuple[ViewParams, Image]:
+        """The view of that seed, and how it was made."""
         height, width = image_HWC.shape[:2]
-        return apply(image_HWC, sample_params(seed, height, width, self.recipe))
+        params = sample_params(seed, height, width, self.recipe)
+        return params, apply(image_HWC, params)
 
 
 def clean_view(image_HWC: Image, size: int, crop_pct: float) -> Image:

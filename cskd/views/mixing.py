@@ -19,6 +19,7 @@ from cskd.dataset.inventory import Inventory
 from cskd.seeds import Draws, hash64, permutation, view_seeds
 
 NONE, MIXUP, CUTMIX = 0, 1, 2
+MODES = {NONE: "unmixed", MIXUP: "mixup", CUTMIX: "cutmix"}  # in words
 ONE = 65536  # lambda is stored in units of 1 / ONE
 UNMIXED = (NONE, 0, (0, 0, 0, 0))
 MATCHINGS = np.array([[1, 0, 3, 2], [2, 3, 0, 1], [3, 2, 1, 0]])  # [matching, place in the quad] -> partner's place

@@ -25,8 +25,9 @@ from rich.text import Text
 from cskd.codecs.base import quantise_blend
 from cskd.dataset.inventory import evenly
 from cskd.errors import CacheError, CskdError, counted, printable
+from cskd.loading.cached_views import find_sample
 from cskd.pipeline.look.html_page import write_page
-from cskd.pipeline.look.inspect_sample import describe_sample, find_sample, sample_picture, sheet
+from cskd.pipeline.look.inspect_sample import describe_sample, sample_picture, sheet
 from cskd.pipeline.look.inspection import (
     Agreement,
     CodecFacts,

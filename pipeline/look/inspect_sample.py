@@ -17,7 +17,7 @@ from PIL import Image
 
 from cskd.codecs import Arrays, Codec
 from cskd.codecs.base import BLEND_ONE, quantise_blend
-from cskd.errors import CacheError, CskdError, DataError
+from cskd.errors import CacheError, CskdError
 from cskd.pipeline.draw.pictures import (
     GAP,
     class_key,
@@ -38,9 +38,7 @@ from cskd.store.format import Unit
 from cskd.teacher.arithmetic import BLENDS
 from cskd.views.digest import Recorded, check_view, pixel_crc
 from cskd.views.maker import ViewMaker
-from cskd.views.mixing import CUTMIX, MIXUP, NONE, own_share
-
-MODES = {NONE: "unmixed", MIXUP: "mixup", CUTMIX: "cutmix"}
+from cskd.views.mixing import MODES, NONE, own_share
 
 
 @dataclass(frozen=True)
@@ -67,20 +65,6 @@ class CachedView:
     def share(self) -> float:
         """The sample's own share of pixels and label."""
         return float(own_share(self.fields["mode"], self.fields["lam"]))
-
-
-def find_sample(cache: Cache, sample: str | int) -> int:
-    """The index of a sample given by its key, or by its number. Raises DataError when there is none."""
-    n = cache.inventory.n
-    if isinstance(sample, str):
-        try:
-            return cache.inventory.find(sample)
-        except DataError:
-            if not sample.isdecimal():
-                raise
-    if not 0 <= int(sample) < n:
-        raise DataError(f"no sample number {sample}, expected a key or a number in 0..{n - 1}")
-    return int(sample)
 
 
 def cached_view(cache: Cache, sample: int, view: int) -> CachedView:

@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 
 import cskd.packing.payloads
-from cskd.cli import _printable
 from cskd.config import from_dict, load_config
 from cskd.config.yaml_text import read_yaml
 from cskd.dataset.image_limits import refuse_bombs
@@ -28,6 +27,7 @@ from cskd.packing.tars import decompressed, members
 from cskd.pipeline.care.gc import gc
 from cskd.pipeline.conflicts import own_output
 from cskd.pipeline.pack import PackReport
+from cskd.pipeline.show.report import shown
 from cskd.store.cache import create_cache
 from cskd.store.manifest import Manifest
 from cskd.store.unit_layout import frame_size
@@ -64,7 +64,7 @@ def test_what_is_printed_controls_no_terminal() -> None:
     assert printable(odd) == "a\\x1b[2J\\n\\r\\x07\\x9b\\u202e\\ud800\\u2028é"
     assert str(DataError(odd)) == printable(odd) == printable(printable(odd))
     report = PackReport(odd, "id", 1, 1, 1, 1, 1, 1, 1.0, [odd])
-    assert _printable(report) == PackReport(printable(odd), "id", 1, 1, 1, 1, 1, 1, 1.0, [printable(odd)])
+    assert shown(report) == PackReport(printable(odd), "id", 1, 1, 1, 1, 1, 1, 1.0, [printable(odd)])
 
 
 def test_aliases_may_be_written_but_not_multiply() -> None:

@@ -17,6 +17,7 @@ import yaml
 
 from cskd import cli
 from cskd.config import to_yaml
+from cskd.machine import ending
 from cskd.pipeline.care.verify import verify
 from cskd.pipeline.show.metrics import read_metrics
 from cskd.store.cache import open_cache
@@ -295,7 +296,7 @@ def test_stage_1_that_is_interrupted_drops_its_unit_at_once_and_resumes(
         process.send_signal(kind)
         clock = time.monotonic()
         out, err = process.communicate(timeout=60)
-        assert time.monotonic() - clock < cli.GRACE
+        assert time.monotonic() - clock < ending.GRACE
     finally:
         if process.poll() is None:
             process.kill()
@@ -340,6 +341,7 @@ def test_an_interrupt_that_a_library_swallows_ends_the_run_all_the_same(grace: f
     code = f"""
 import os, signal, sys, time
 from cskd import cli
+from cskd.machine import ending
 def deaf(standalone_mode):
     for _ in range({signals}):
         try:
@@ -348,7 +350,7 @@ def deaf(standalone_mode):
         except SystemExit:
             pass
     time.sleep(60)
-cli.app, cli.GRACE, sys.argv = deaf, {grace}, ["cskd", "train", "a b.yaml"]
+cli.app, ending.GRACE, sys.argv = deaf, {grace}, ["cskd", "train", "a b.yaml"]
 cli.main()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -25,12 +25,13 @@ from cskd.codecs.base import BLEND_ONE
 from cskd.codecs.winners import Winners
 from cskd.dataset.inventory import Inventory
 from cskd.errors import CacheError, PathError
+from cskd.loading.cached_views import find_sample
 from cskd.method.ckf import blend_at
 from cskd.pipeline.look.html_data import DECAYS, STEPS
 from cskd.pipeline.look.html_figures import Figures
 from cskd.pipeline.look.html_page import embedded, page_of
 from cskd.pipeline.look.inspect_cache import inspect
-from cskd.pipeline.look.inspect_sample import cached_view, find_sample, margin, replay
+from cskd.pipeline.look.inspect_sample import cached_view, margin, replay
 from cskd.pipeline.outputs import PAGE_START
 from cskd.store.cache import Cache
 from tests.caches import make_tiny_cache

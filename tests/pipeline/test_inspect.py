@@ -17,12 +17,12 @@ from rich.console import Console
 
 from cskd.codecs.base import direct_hard, quantise_blend
 from cskd.errors import CacheError, CodecError, DataError, ReplayError
+from cskd.loading.cached_views import find_sample
 from cskd.pipeline.look.inspect_cache import inspect, render
 from cskd.pipeline.look.inspect_sample import (
     cached_view,
     describe_sample,
     entropy,
-    find_sample,
     margin,
     replay,
     sample_picture,

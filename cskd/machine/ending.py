@@ -1,0 +1,153 @@
+"""How a command ends: interrupts, the exit code, and the one line that says why.
+
+Exit codes: 0; 1 failed, and says why in one line; 2 usage; 130 / 143 interrupted, and prints the line that resumes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import NoReturn
+
+import cskd
+from cskd.errors import CskdError, fitted, limit_said, one_line, said
+from cskd.machine.launch import command_line, launched
+
+GRACE = 20.0  # seconds a run that was interrupted has to end by itself
+
+_leaving = threading.Lock()  # never given back
+
+
+def ended(command: Callable[[], object]) -> NoReturn:
+    """Run a command of the program, and leave with its exit code; whatever it raises is told in one line."""
+    code: object = 0
+    try:
+        with _interrupts():
+            code = command() or 0
+    except (CskdError, OSError) as e:
+        _debugged(e)
+        print(fitted(f"cskd: {e if isinstance(e, CskdError) else said(e)}"), file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit as e:
+        code = e.code or 0
+    except Exception as e:
+        code = _usage_or_bug(e)
+    if code in (130, 143):
+        _say_how_to_go_on()
+    _leave_ranks(code)
+    sys.exit(code if isinstance(code, int) else 1)
+
+
+def _interrupted(signum: int, frame: FrameType | None) -> NoReturn:
+    """The first Ctrl-C or SIGTERM unwinds; see `_second_signal` for what ends a run that does not."""
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, _leave)
+    raise SystemExit(128 + signum)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end what runs inside, in GRACE seconds at most; a second one ends it at once.
+
+    Python runs handlers between two steps of the main thread, which a long call into a library holds up; a signal's number
+    is written to a socket at once, and a thread reads it.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    watch = threading.Thread(target=_second_signal, args=(reader,), name="interrupts", daemon=True)
+    watch.start()
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, _interrupted)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        writer.close()
+        watch.join()
+        reader.close()
+
+
+def _second_signal(reader: socket.socket) -> None:
+    """Leave at the second signal, or when the first was GRACE seconds ago: a library may have swallowed it, or hang while it
+    ends its threads. Every file of a run is whole or absent at any moment, so nothing is lost."""
+    first = 0
+    while True:
+        try:
+            numbers = reader.recv(64)
+        except TimeoutError:
+            _leave(first, None)
+        if not numbers:  # the run has ended
+            return
+        for number in numbers:
+            if number in (signal.SIGINT, signal.SIGTERM):
+                if first:
+                    _leave(number, None)
+                first = number
+                reader.settimeout(GRACE)
+
+
+def _leave(signum: int, frame: FrameType | None) -> NoReturn:
+    """At once, and with one line: the handler and the thread that watches may both come here."""
+    if _leaving.acquire(timeout=1.0):
+        _say_how_to_go_on()
+    os._exit(128 + signum)
+
+
+def _say_how_to_go_on() -> None:
+    """One line, by the first of several ranks."""
+    if launched().speaks:
+        print(f"\ninterrupted; go on with: {command_line(sys.argv[1:])}", file=sys.stderr, flush=True)
+
+
+def _leave_ranks(code: object) -> None:
+    """End here where this is a rank that others wait for, or that waits for others: it has said what it had to say."""
+    if (ranks := sys.modules.get("cskd.machine.ranks")) is not None:
+        ranks.leave(code if isinstance(code, int) else 1)
+
+
+def _debugged(error: Exception) -> None:
+    """With --debug, raise it again; in a rank, show it and leave."""
+    if "--debug" in sys.argv:
+        if "cskd.machine.ranks" in sys.modules:
+            traceback.print_exception(error)
+            _leave_ranks(1)
+        raise error
+
+
+def _usage_or_bug(error: Exception) -> int:
+    """Click's own errors show themselves; anything else is ours: a line that names the file with the traceback."""
+    if hasattr(error, "show") and hasattr(error, "exit_code"):
+        error.show()
+        return int(error.exit_code)
+    if type(error).__name__ in ("Exit", "Abort"):
+        return 130 if type(error).__name__ == "Abort" else int(getattr(error, "exit_code", 0))
+    _debugged(error)
+    if limit := limit_said(error):
+        print(fitted(f"cskd: {limit}"), file=sys.stderr)
+        return 1
+    print(fitted(f"cskd: unexpected {one_line(error, 100)}; {_logged(error)}"), file=sys.stderr)
+    return 1
+
+
+def _logged(error: Exception) -> str:
+    """Where the traceback of a bug is, in words: a file of its own among the temporary ones."""
+    import tempfile
+
+    told = "".join(traceback.format_exception(error))
+    try:
+        number, name = tempfile.mkstemp(prefix="cskd-", suffix=".log")
+        with os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"cskd {cskd.__version__}, Python {sys.version}\n{command_line(sys.argv[1:])}\n\n{told}")
+    except OSError:
+        return "run `cskd --debug ...` for the traceback"
+    return f"the traceback is in {name}, please report it"

@@ -1,0 +1,1 @@
+"""What a config will cost on this machine, before anything is cached: `cskd plan`."""
