@@ -265,6 +265,7 @@ def _training(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], confi
     method = loss.method + (f", decay {loss.decay}" if loss.method.startswith("cskd") else "")
     method += f", alpha {loss.alpha:g}" if loss.method != "none" else ""
     method += f", tau {loss.tau:g}" if loss.method.endswith("soft") else ""
+    method += "".join(f", term {name} times {weight:g}" for name, weight in loss.terms.items())
     table = {
         "data": f"{_folder(config.data.train) if config.data.train else 'images of the cache'}, {about.images:,} images, {about.views} views of each",
         "teacher": teacher,
