@@ -97,8 +97,9 @@ def chart(
         _dashes(draw, [(left, place.y(value)), (right, place.y(value))], FAINT, SCALE)
     for line in sorted(drawn, key=lambda one: one.heavy):
         if line.low is not None and line.high is not None:
-            edge = place.points(line.x, line.high) + place.points(line.x, line.low)[::-1]
-            if len(line.x) > 1:
+            on = line.high >= scale.low
+            edge = place.points(line.x[on], line.high[on]) + place.points(line.x[on], line.low[on])[::-1]
+            if len(edge) > 2:
                 draw.polygon(edge, (*line.colour, 45))
         shown = line.y >= scale.low
         points, thick = place.points(line.x[shown], line.y[shown]), SCALE * (3 if line.heavy else 2) - 1
