@@ -16,7 +16,7 @@ from typing import Literal
 
 from cskd.errors import ConfigError, CskdError, counted, shown
 from cskd.loading.targets import codec_for
-from cskd.method.losses import unread_keys
+from cskd.method.losses import needs, unread_keys
 from cskd.pipeline.conflicts import as_begun, refuse_other_run, run_identity
 from cskd.pipeline.outputs import refuse_cache_output, refuse_run_output, refuse_without_links
 from cskd.pipeline.run_state import PROGRESS
@@ -180,10 +180,17 @@ def _loss(setup: Setup) -> Found:
     loss = setup.config.loss
     found: list[str] = [loss.method]
     if setup.makes_cache:
-        found.append(f"from codec {codec_for(loss.method, setup.codecs, 'cache.codecs')}")
+        found.append(f"from codec {' and '.join(_read_codecs(setup))}")
     if unread := unread_keys(loss.method, setup.config.given):
         found.append(f"which does not read {', '.join(unread)}")
     return ", ".join(found), []
+
+
+def _read_codecs(setup: Setup) -> list[str]:
+    loss = setup.config.loss
+    hard, soft = codec_for(loss, setup.codecs, "cache.codecs")
+    read = [hard] if needs(loss).hard != "none" or not soft else []
+    return list(dict.fromkeys([*read, *([soft] if soft else [])]))
 
 
 def _train_output(setup: Setup) -> Found:

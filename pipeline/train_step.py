@@ -84,7 +84,7 @@ class TrainStep:
         reseed_step(run.config.train.seed, step, number)
         with autocast(run.config.train.autocast, run.device):
             out = net(self.inputs.mixed(part), run.views.grid if self.criterion.uses_patches else None)
-        loss_and_terms = self.criterion(out, mixed_labels(part, run.device), targets)
+        loss_and_terms = self.criterion(out, mixed_labels(part, run.device), targets, epoch)
         seconds["student"] += time.perf_counter() - clock
         return loss_and_terms
 

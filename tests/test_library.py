@@ -46,7 +46,7 @@ def sections(base: Path) -> dict[str, Any]:
             "model": "vit_tiny_patch16_224",
             "kwargs": {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2},
         },
-        "loss": {"method": "cskd-soft", "terms": {f"{OWN}:entropy": 0.5}},
+        "loss": {"method": "cskd-soft", "terms": [{"own": f"{OWN}:entropy", "weight": 0.5}]},
         "train": {"output": base / "run", "epochs": 1, "global_batch": 8, "workers": 0, "warmup_epochs": 0},
     }
 
@@ -89,7 +89,7 @@ def test_the_stages_run_as_functions_with_own_teacher_codec_and_term(
     total = 0.5 * row["loss_label"] + 0.5 * row["loss_dist"] + row["loss_patch"] + 0.5 * row["loss_entropy"]
     assert row["loss"] == pytest.approx(total, rel=1e-4)
     with pytest.raises(ConfigError, match=r"loss\.terms"):
-        cskd.train(sections(base), {"loss.terms": {}, "train.max_steps": 3}, quiet=True)
+        cskd.train(sections(base), {"loss.terms": [], "train.max_steps": 3}, quiet=True)
     targets = cskd.ReplayDataset(base / "cache", codecs=[f"{OWN}:Float16"])[0].targets
     assert torch.equal(targets.at(0.5), targets.logits_at(0.5).argmax(0))
 
@@ -179,18 +179,18 @@ def test_own_parts_that_can_not_be_are_refused_by_the_key_that_names_them(
     tmp_path: Path, base: Path, what: str, part: str
 ) -> None:
     from cskd.codecs import known_own
-    from cskd.method.losses import own_terms
+    from cskd.method.losses import expanded, own_terms
     from cskd.teacher.build import build
 
     file = tmp_path / "mine.py"
     if what != "absent":
         file.write_text(BAD[what])
     text = f"{file}:{'label' if what == 'twice' and part == 'term' else part}"
-    raw: dict[str, Any] = {"teacher": {"model": text}, "loss": {"terms": {text: 1}}}
+    raw: dict[str, Any] = {"teacher": {"model": text}, "loss": {"terms": [{"own": text}]}}
     tries: dict[str, Any] = {
         "Mine": lambda: known_own(text),
         "build": lambda: build(from_dict(raw).teacher),
-        "term": lambda: own_terms(from_dict(raw).loss),
+        "term": lambda: (own_terms(from_dict(raw).loss), expanded(from_dict(raw).loss)),
     }
     key = {"Mine": "cache.codecs", "build": "teacher.model", "term": "loss.terms"}[part]
     with pytest.raises(cskd.CskdError, match=key) as caught:
@@ -201,7 +201,7 @@ def test_own_parts_that_can_not_be_are_refused_by_the_key_that_names_them(
 @pytest.mark.parametrize("value", ["x", float("inf"), True, None, [1]])
 def test_a_weight_of_a_term_is_a_number(value: Any) -> None:
     with pytest.raises(ConfigError, match=r"loss\.terms"):
-        from_dict({"loss": {"terms": {"a.py:b": value}}})
+        from_dict({"loss": {"terms": [{"own": "a.py:b", "weight": value}]}})
 
 
 def test_a_cache_never_says_which_code_runs(base: Path, tmp_path: Path) -> None:
@@ -244,7 +244,9 @@ def test_entry_points_and_modules_name_own_parts(package: str, monkeypatch: pyte
     for model in ("tinycnn", f"{package}:build"):
         built = build(from_dict({"teacher": {"model": model, "kwargs": {"classes": 3}}}).teacher)
         assert built.model.fc.out_features == 3 and len(built.source["file_sha256"]) == 64  # type: ignore[union-attr]
-    terms = own_terms(from_dict({"loss": {"terms": {"calm": 1, f"{package}:entropy": 0.5}}}).loss)
+    terms = own_terms(
+        from_dict({"loss": {"terms": [{"own": "calm"}, {"own": f"{package}:entropy", "weight": 0.5}]}}).loss
+    )
     assert [term.name for term in terms] == ["calm", "entropy"]
     with pytest.raises(cskd.CskdError, match=r"teacher\.model.*absentpkg"):
         build(from_dict({"teacher": {"model": "absentpkg.models:build"}}).teacher)

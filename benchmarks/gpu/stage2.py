@@ -24,7 +24,7 @@ from cskd.loading.targets import mixed_labels
 from cskd.machine.arithmetic import autocast
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import choose_threads, computing_with
-from cskd.method.losses import DistillationLoss, HardTargets, MixedLabels
+from cskd.method.losses import DistillationLoss, HardTargets, MixedLabels, needs
 from cskd.pipeline.online import UNREADABLE_FILE
 from cskd.pipeline.training_run import open_run
 from cskd.student import build_student
@@ -96,7 +96,7 @@ def bare(bench: Bench, student: str, name: str, method: str, **train: Any) -> fl
     x = torch.randn(run.batch, 3, bench.sizes.pixels, bench.sizes.pixels, device=device)
     y = torch.randint(bench.sizes.classes, (run.batch,), device=device)
     labels, targets = MixedLabels(y, y, torch.ones(run.batch, device=device)), None
-    if criterion.distils:
+    if needs(config.loss).hard != "none":
         targets = HardTargets(y, y[:, None, None].expand(-1, *grid).contiguous())
     clock = 0.0
     for step in range(run.warm + run.steps):

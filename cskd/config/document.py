@@ -33,7 +33,13 @@ _COLUMNS = ("key", "type", "bounds", "default", "unit", "meaning")
 def page() -> str:
     """The whole page, as Markdown."""
     sections = {name: kind for name, kind in fields(Config).items() if dataclasses.is_dataclass(kind)}
-    return "\n".join([_HEAD, *(_section(name, typing.cast(type, kind)) for name, kind in sections.items())])
+    pages = [_HEAD]
+    for name, kind in sections.items():
+        pages.append(_section(name, typing.cast(type, kind)))
+        for key, of in typing.get_type_hints(kind).items():
+            if typing.get_origin(of) is list and dataclasses.is_dataclass(item := typing.get_args(of)[0]):
+                pages.append(_section(f"{name}.{key}[]", typing.cast(type, item)))
+    return "\n".join(pages)
 
 
 def _section(name: str, section: type) -> str:

@@ -459,5 +459,6 @@ def describe(kind: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is list:
-        return "a list, each " + describe(typing.get_args(kind)[0])
+        each = typing.get_args(kind)[0]
+        return "a list of mappings" if dataclasses.is_dataclass(each) else "a list, each " + describe(each)
     return _TYPE_NAMES.get(kind, "a mapping")

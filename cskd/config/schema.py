@@ -10,7 +10,6 @@ never end.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -20,7 +19,7 @@ from cskd.config.bounds import check
 from cskd.config.rand_string import parse_rand_string
 from cskd.errors import ConfigError
 
-Method = Literal["none", "deit-hard", "deit-soft", "cskd-hard", "cskd-soft"]
+Method = Literal["none", "deit-hard", "deit-soft", "cskd-hard", "cskd-soft", "terms"]
 Decay = Literal["linear", "quadratic", "cosine", "local", "global"]
 Autocast = Literal["auto", "none", "bf16", "fp16"]
 Precision = Literal["auto", "float32", "tf32", "bf16", "fp16", "float64"]
@@ -35,11 +34,6 @@ def rising(pair: list[float]) -> bool:
 def distinct(codecs: list[str]) -> bool:
     """each codec once (topk10 is topk:10)"""
     return len({name.replace(":", "") for name in codecs}) == len(codecs)
-
-
-def weighted(terms: dict[str, Any]) -> bool:
-    """a finite weight for each"""
-    return all(type(weight) in (int, float) and math.isfinite(weight) for weight in terms.values())
 
 
 def once(names: list[str]) -> bool:
@@ -60,7 +54,12 @@ class Section:
     """The fields of one section. ConfigError for a value outside its bounds."""
 
     def __post_init__(self) -> None:
-        check(type(self).__name__.removesuffix("Config").lower(), self)
+        check(self.key_of(), self)
+
+    @classmethod
+    def key_of(cls) -> str:
+        """By which messages name it."""
+        return cls.__name__.removesuffix("Config").lower()
 
 
 @dataclass(frozen=True)
@@ -215,12 +214,88 @@ class StudentConfig(Section):
 
 
 @dataclass(frozen=True)
+class LossTerm(Section):
+    """One term of the loss: which head of the student is taught what, how, and when. Items of `loss.terms`."""
+
+    head: Literal["class", "distillation", "mean", "patches"] = "class"
+    """Whose logits: those of the class token, of the distillation token, the mean of these two, or of the patch tokens. A ViT without
+    a distillation token has one head, which stands for the first three."""
+    target: Literal["label", "global", "cells"] = "label"
+    """What they are taught: the mixed label; the teacher's output for the image; or for each cell, blended by `decay`, which is for
+    the patches."""
+    kind: Literal["ce", "kl", "dkd"] = "ce"
+    """`ce`: cross entropy with the label, or with the teacher's class. `kl`: tau^2 KL of the teacher's distribution. `dkd`: decoupled KD,
+    the KL of target and other classes apart (CVPR 2022), of global outputs."""
+    weight: Annotated[float, Ge(0), Unit("weight")] = 1.0
+    """What the term is multiplied by."""
+    tau: Annotated[float, Gt(0), Unit("temperature")] = 1.0
+    """Temperature of `kl` and `dkd`."""
+    standardise: bool = False
+    """`kl` and `dkd`: bring the logits of each row, teacher's and student's, to mean 0 and standard deviation 1 first (CVPR 2024)."""
+    smoothing: Annotated[float, Ge(0), Lt(1), Unit("share")] = 0.0
+    """Label smoothing of `ce` with labels."""
+    divisor: Literal["rows", "paper"] = "rows"
+    """What a sum over rows is divided by: their number, or what the CSKD authors' code divides by; see `loss.soft_reduction`."""
+    dkd_alpha: Annotated[float, Ge(0), Unit("weight")] = 1.0
+    """`dkd`: weight of the KL of target against all others."""
+    dkd_beta: Annotated[float, Ge(0), Unit("weight")] = 8.0
+    """`dkd`: weight of the KL among the other classes."""
+    decay: Decay | None = None
+    """How the blend of `cells` goes from local to global; null = as `loss.decay`."""
+    epochs: Annotated[list[Annotated[float, Ge(0)]] | None, Len(2, 2), Predicate(rising), Unit("epochs")] = None
+    """[first, end]: the term counts in epochs first .. end - 1 of the run, from 0; null = in all. With it a loss has stages."""
+    own: str = ""
+    """A term of your own in place of all that: `path/to/file.py:function`, `package.module:function`, or the name of an entry point
+    of `cskd.losses`; see docs/LIBRARY.md."""
+    name: str = ""
+    """In logs; empty = made of the keys above."""
+
+    def refuse_misfit(self, key: str) -> None:
+        """ConfigError, by this key, for values that do not fit together."""
+        if self.own:
+            read = {"own", "weight", "epochs", "name"}
+            other = [
+                f for f, d in LossTerm.__dataclass_fields__.items() if f not in read and getattr(self, f) != d.default
+            ]
+            if other:
+                raise ConfigError(
+                    f"{key}: a term with own: {self.own!r} does not read {', '.join(other)}; leave them out"
+                )
+            return
+        fits = {
+            ("label", "ce"),
+            ("global", "ce"),
+            ("global", "kl"),
+            ("global", "dkd"),
+            ("cells", "ce"),
+            ("cells", "kl"),
+        }
+        if (self.target, self.kind) not in fits:
+            kinds = ", ".join(kind for target, kind in sorted(fits) if target == self.target)
+            raise ConfigError(f"{key}: a term with target {self.target} has kind {self.kind}, expected {kinds}")
+        if (self.head == "patches") != (self.target == "cells"):
+            raise ConfigError(
+                f"{key}: a term teaches {self.head} by {self.target}; cells are for patches, and patches are taught by cells: to teach "
+                "them the image's output, set target: cells, decay: global"
+            )
+
+    @classmethod
+    def key_of(cls) -> str:
+        return "loss.terms[]"
+
+    @property
+    def title(self) -> str:
+        """Its name in logs."""
+        return self.name or self.own.rpartition(":")[2] or f"{self.head}_{self.target}_{self.kind}"
+
+
+@dataclass(frozen=True)
 class LossConfig(Section):
     """The method: what the student is taught. Section 3 of the paper."""
 
     method: Method = "cskd-hard"
     """`none`: labels only. `deit`: one teacher output per view. `cskd`: one per cell, too. `hard`: the teacher's class;
-    `soft`: its distribution."""
+    `soft`: its distribution. Each stands for a few terms; `terms`: those of `loss.terms` alone."""
     baseline_head: Literal["class", "mean"] = "class"
     """What method `none` trains of a student with a distillation token: `class`, the class head alone, as the baselines of
     DeiT and of the CSKD authors; `mean`, the mean of the logits of both heads, as timm outside of distillation."""
@@ -236,12 +311,17 @@ class LossConfig(Section):
     """Label smoothing, of the label term only."""
     soft_reduction: Literal["consistent", "paper"] = "consistent"
     """What the soft terms are divided by; see cskd/method/losses.py."""
-    terms: Annotated[dict[str, Any], Predicate(weighted)] = field(default_factory=dict)
-    """Terms of your own that are added, each with its weight: `path/to/file.py:function`, `package.module:function`, or the name
-    of an entry point of `cskd.losses`; see docs/LIBRARY.md."""
+    terms: list[LossTerm] = field(default_factory=list)
+    """Terms that are added to those of the method; their keys are below, in `loss.terms[]`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for i, term in enumerate(self.terms):
+            term.refuse_misfit(f"loss.terms[{i}]")
+        if self.method == "terms" and not self.terms:
+            raise ConfigError(
+                "loss.method is terms and loss.terms is empty; list them, as in loss.terms: [{head: class, target: label}]"
+            )
         if self.method != "none" and self.baseline_head != "class":
             raise ConfigError(
                 f"loss.baseline_head is {self.baseline_head!r} and loss.method {self.method}, which does not read it; "

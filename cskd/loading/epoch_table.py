@@ -2,7 +2,7 @@
 
 A folder of .npy columns, memory-mapped and shared by all workers, so that they never open a unit. Hard targets: one
 table per epoch, the units evaluated once at the epoch's blend (h*w uint16 per sample), in two parts where a run begins. Soft
-targets: the codec's own arrays, one table per window of blocks, decoded on the device.
+targets: the codec's own arrays, one table per window of blocks, decoded on the device. A loss may read both.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def table_bounds(
     """
     first, n = begin or 0, len(plan.sample) if end is None else end
     windows = sorted({stop for e in plan.ends if first < (stop := -(-int(e) // batch) * batch) < n} | {n})
-    ends = windows if spec.kind == "soft" else [n] if begin is None else sorted({windows[0], n})
+    ends = windows if spec.soft_codec else [n] if begin is None else sorted({windows[0], n})
     return list(zip([first, *ends[:-1]], ends, strict=True))
 
 
@@ -83,7 +83,10 @@ def build_table(
                 f"block {block}, view {of_view} quarantines other samples than the run was planned with; "
                 "`cskd verify` finds which of its units to make again"
             )
-        wanted = _targets(source, spec, unit.targets, found)
+        arrays = {spec.codec: unit.targets}
+        if spec.soft_codec and spec.soft_codec != spec.codec:
+            arrays[spec.soft_codec] = source.read(block, of_view, spec.soft_codec).targets
+        wanted = _targets(source, spec, arrays, found)
         targets = list(wanted)
         for name, value in ({name: unit.fields[name].take(found, 0) for name in COPIED} | wanted).items():
             if name not in columns:
@@ -125,15 +128,18 @@ def _units(
 
 
 def _targets(
-    source: ViewSource, spec: TargetSpec, arrays: dict[str, NDArray[Any]], found: NDArray[np.int64]
+    source: ViewSource, spec: TargetSpec, arrays: dict[str, dict[str, NDArray[Any]]], found: NDArray[np.int64]
 ) -> dict[str, NDArray[Any]]:
-    """Columns of a unit's rows `found`."""
-    if spec.kind == "none":
-        return {}
-    codec = source.codecs[spec.codec]
-    if spec.kind == "soft":
-        return {f"target.{name}": array for name, array in codec.take(arrays, found).items()}
-    wanted: dict[str, NDArray[Any]] = {"global_class": codec.global_class(arrays)[found]}
-    if spec.kind == "cells":
-        wanted["cell_class"] = codec.hard_at(arrays, found, spec.blend)
+    """Columns of a unit's rows `found`; arrays: its targets by codec."""
+    wanted: dict[str, NDArray[Any]] = {}
+    if spec.kind in ("global", "cells"):
+        codec, of_codec = source.codecs[spec.codec], arrays[spec.codec]
+        wanted["global_class"] = codec.global_class(of_codec)[found]
+        if spec.kind == "cells":
+            wanted["cell_class"] = codec.hard_at(of_codec, found, spec.blend)
+        for decay, blend in spec.blends:
+            wanted[f"cell_class.{decay}"] = codec.hard_at(of_codec, found, blend)
+    if name := spec.soft_codec:
+        taken = source.codecs[name].take(arrays[name], found)
+        wanted |= {f"target.{field}": array for field, array in taken.items()}
     return wanted

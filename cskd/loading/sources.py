@@ -17,7 +17,7 @@ from torch import Tensor
 from cskd.codecs import Codec
 from cskd.config import RecipeConfig
 from cskd.dataset.inventory import Inventory
-from cskd.method.losses import HardTargets, SoftTargets
+from cskd.method.losses import AnyTargets
 from cskd.store.format import Unit
 from cskd.views.digest import Recorded
 from cskd.views.mixing import drawn_fields
@@ -28,11 +28,21 @@ Batch = dict[str, Tensor]  # see `cskd.loading.stage2`
 @dataclass(frozen=True)
 class TargetSpec:
     """Which targets the loss reads: 'none', 'global' (argmax g), 'cells' (and the CKF target of each cell at `blend`,
-    in 1/65536), or 'soft' (the codec's arrays)."""
+    in 1/65536), or 'soft' (the codec's arrays).
+
+    also: a codec whose arrays are read beside classes. blends: of cells at further decays, by their names.
+    """
 
     kind: str
     codec: str
     blend: int
+    also: str = ""
+    blends: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def soft_codec(self) -> str:
+        """Of the arrays that are read; '' where none are."""
+        return self.codec if self.kind == "soft" else self.also
 
 
 class ViewSource(Protocol):
@@ -112,5 +122,5 @@ class TargetSource(Protocol):
     def spec(self, epoch: int) -> TargetSpec:
         """What the epoch table holds."""
 
-    def of(self, batch: Batch, epoch: int, device: torch.device) -> HardTargets | SoftTargets | None:
+    def of(self, batch: Batch, epoch: int, device: torch.device) -> AnyTargets:
         """The targets of a batch, on the device; None: only labels are taught."""

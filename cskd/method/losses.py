@@ -1,29 +1,31 @@
 """What the student is taught: the label's term, the distillation token's and the patch tokens'.
 
+A loss is a weighted sum of terms. A method stands for a few:
+
     total = (1 - alpha) * CE(class head, label) + alpha * distillation term + patch_weight * patch term
 
-Methods: 'none' only the label; 'deit-*' the first two terms; 'cskd-*' all three.
+'none' is the label alone; 'deit-*' the first two; 'cskd-*' all three; 'terms' those of `loss.terms`, which are added to the others.
 Shapes: B batch, K classes, h w teacher grid (7 7).
 Source: arXiv 2307.08500, section 3; DeiT, arXiv 2012.12877, section 4.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cskd.codecs.base import BLEND_ONE
-from cskd.config.schema import LossConfig
-from cskd.errors import ConfigError, StudentError
+from cskd.config.schema import Decay, LossConfig, LossTerm
+from cskd.errors import ConfigError, StudentError, shortened
 from cskd.files.own_code import load_own
 from cskd.method.ckf import ckf_blend
 
-TERMS = ("label", "dist", "patch")
+TERMS = ("label", "dist", "patch")  # of the methods, as logged
 HEADS = ("class", "distillation", "patches")  # what can be trained of a student's outputs
 
 
@@ -50,6 +52,9 @@ class HardTargets:
 
     global_class: Tensor  # int64 [B], argmax of the teacher's ordinary output
     cell_class: Tensor | None = None  # int64 [B, h, w], the CKF target; 'cskd-hard' needs it
+    more: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # by decay, where terms have one of their own: the same at its blend
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,24 @@ class SoftTargets:
     global_logits: Tensor  # float32 [B, K]
     dense_logits: Tensor | None = None  # float32 [B, K, h, w]; 'cskd-soft' needs it
     blend: int | None = None  # 0..65536 (see `cskd.method.ckf.blend_at`); None: `dense_logits` is blended already
+    more: Mapping[str, int] = field(default_factory=dict)  # blends by decay, where terms have one of their own
+
+
+@dataclass(frozen=True)
+class BothTargets:
+    """For a loss with terms of both kinds."""
+
+    hard: HardTargets
+    soft: SoftTargets
+
+
+AnyTargets = HardTargets | SoftTargets | BothTargets | None
 
 
 @dataclass(frozen=True)
 class OwnTerm:
-    """A loaded term of a user's own: the text that names it in the config, its name in logs, where and what it is."""
+    """A loaded term of a user's own: its name in logs, where and what it is."""
 
-    text: str
     name: str
     where: str
     sha256: str
@@ -80,9 +96,7 @@ class Term(Protocol):
     'class', 'distillation' and 'patches'; patch logits are there for the methods of CSKD and for a term that names 'patches'.
     """
 
-    def __call__(
-        self, output: StudentOutput, labels: MixedLabels, targets: HardTargets | SoftTargets | None
-    ) -> Tensor: ...
+    def __call__(self, output: StudentOutput, labels: MixedLabels, targets: AnyTargets) -> Tensor: ...
 
 
 class DistillationLoss:
@@ -99,112 +113,203 @@ class DistillationLoss:
     in DeiT's and the CSKD authors' code; with `baseline_head: mean` the mean of the logits of a distilled student's two
     heads, as timm does outside `distilled_training`: then both tokens learn. See `trained_heads`.
 
-    Terms of a user's own (`loss.terms`) are added to all of that, each with its weight.
-
     Source: cskd.py of the CSKD authors' code and losses.py of DeiT's for the two divisors and the class head of 'none'.
     """
 
     def __init__(self, config: LossConfig) -> None:
-        self.config = config
-        self.distils = config.method != "none"
-        self.soft = config.method.endswith("soft")
-        self.own = own_terms(config)
-        self._patch_term = config.method.startswith("cskd")
-        self.uses_patches = self._patch_term or "patches" in _own_heads(self.own)
+        self.config, self.terms = config, expanded(config)
+        own = own_terms(config)
+        self._own = {one.name: one for one in own}
+        self.uses_patches = any(term.head == "patches" for term in self.terms) or "patches" in _own_heads(own)
 
     def __call__(
-        self, output: StudentOutput, labels: MixedLabels, targets: HardTargets | SoftTargets | None = None
+        self, output: StudentOutput, labels: MixedLabels, targets: AnyTargets = None, epoch: int | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch.
 
-        Args:    targets HardTargets for '-hard' methods, SoftTargets for '-soft'; not read for 'none'.
-        Returns: the total, a float scalar; and the terms 'label', 'dist', 'patch' that the method has, detached scalars
-                 before alpha and patch_weight, and those of own terms.
+        Args:    targets HardTargets for '-hard' methods, SoftTargets for '-soft', BothTargets for terms of both kinds; not read
+                 for 'none'. epoch, from 0: which terms count, of those that have `epochs`; None: all.
+        Returns: the total, a float scalar; and each term by its name, detached scalars before their weights.
         Raises:  TypeError for the wrong kind of targets; ValueError where patch logits or cell targets are missing;
                  StudentError where the two differ in grid.
         """
-        total, terms = self._of_method(output, labels, targets)
-        for term in self.own:
-            value = term.value(output, labels, targets)
-            if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
-                found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise StudentError(
-                    f"loss.terms: {term.where} gave a {found}, expected a float scalar: a mean over the batch"
-                )
-            total, terms[term.name] = total + self.config.terms[term.text] * value, value.detach()
+        total: Tensor | None = None
+        idle: list[Tensor] = []
+        terms: dict[str, Tensor] = {}
+        for term in self.terms:
+            if epoch is not None and not counts(term, epoch):
+                if not term.own:  # its head has a gradient all the same, of zero: ranks wait for one of every parameter
+                    idle.append(_logits(term.head, output).sum() * 0.0)
+                continue
+            value = (
+                self._own_value(term, output, labels, targets)
+                if term.own
+                else self._value(term, output, labels, targets)
+            )
+            total = term.weight * value if total is None else total + term.weight * value
+            terms[term.title] = value.detach()
+        for nothing in idle:
+            total = nothing if total is None else total + nothing
+        assert total is not None  # a loss has at least one term
         return total, terms
 
-    def _of_method(
-        self, output: StudentOutput, labels: MixedLabels, targets: HardTargets | SoftTargets | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        c = self.config
-        cls = _full(output.cls_logits)
-        dist = cls if output.dist_logits is None else _full(output.dist_logits)
-        if not self.distils:
-            alone = dist is cls or c.baseline_head == "class"
-            total = label_loss(cls if alone else (cls + dist) / 2, labels, c.smoothing)
-            return total, {"label": total.detach()}
-        terms = {"label": label_loss(cls, labels, c.smoothing), "dist": self._distillation(dist, targets)}
-        total = (1 - c.alpha) * terms["label"] + c.alpha * terms["dist"]
-        if self._patch_term:
-            terms["patch"] = self._patches(output.patch_logits, targets)
-            total = total + c.patch_weight * terms["patch"]
-        return total, {name: term.detach() for name, term in terms.items()}
-
-    def _distillation(self, logits_BK: Tensor, targets: HardTargets | SoftTargets | None) -> Tensor:
-        if not self.soft:
-            return F.cross_entropy(logits_BK, _hard(targets).global_class)
-        kl = self._kl_sum(logits_BK, _soft(targets).global_logits)
-        return kl / (logits_BK.numel() if self.config.soft_reduction == "paper" else len(logits_BK))
-
-    def _patches(self, logits_BKhw: Tensor | None, targets: HardTargets | SoftTargets | None) -> Tensor:
-        if logits_BKhw is None:
-            raise ValueError("no patch logits: the student was called without a teacher grid")
-        logits_BKhw = _full(logits_BKhw)
-        grid = tuple(logits_BKhw.shape[-2:])
-        if not self.soft:
-            cells = _cells(_hard(targets).cell_class, grid)
-            rows = logits_BKhw.permute(0, 2, 3, 1).flatten(0, 2)  # as they lie in memory: half the time on a CPU
+    def _value(self, term: LossTerm, output: StudentOutput, labels: MixedLabels, targets: AnyTargets) -> Tensor:
+        """A term before its weight, mean over the batch."""
+        logits = _logits(term.head, output)
+        if term.target == "label":
+            return label_loss(logits, labels, term.smoothing)
+        if term.kind == "ce":
+            hard = _hard(targets)
+            if term.target == "global":
+                return F.cross_entropy(logits, hard.global_class)
+            cells = _cells(hard.more.get(term.decay or "", hard.cell_class), logits.shape[-2:])
+            rows = logits.permute(0, 2, 3, 1).flatten(0, 2)  # as they lie in memory: half the time on a CPU
             return F.cross_entropy(rows, cells.flatten())
         soft = _soft(targets)
-        dense = _cells(soft.dense_logits, grid)
-        if soft.blend is not None:
-            dense = ckf_blend(dense, soft.global_logits, soft.blend / BLEND_ONE)
-        kl, batch = self._kl_sum(logits_BKhw, dense), len(logits_BKhw)
-        return kl / (batch if self.config.soft_reduction == "paper" else batch * grid[0] * grid[1])
+        teacher, count = soft.global_logits, len(logits)
+        if term.target == "cells":
+            teacher, blend = _cells(soft.dense_logits, logits.shape[-2:]), soft.more.get(term.decay or "", soft.blend)
+            if blend is not None:
+                teacher = ckf_blend(teacher, soft.global_logits, blend / BLEND_ONE)
+            count *= 1 if term.divisor == "paper" else logits.shape[-2] * logits.shape[-1]
+        elif term.divisor == "paper":
+            count = logits.numel()
+        student, teacher = logits, _full(teacher)
+        if term.standardise:
+            student, teacher = standardised(student), standardised(teacher)
+        if term.kind == "dkd":
+            return dkd_loss(student, teacher, labels.label, term.tau, term.dkd_alpha, term.dkd_beta)
+        return kl_sum(student, teacher, term.tau) / count
 
-    def _kl_sum(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """tau^2 * KL(teacher || student) over axis 1, summed over everything else."""
-        tau = self.config.tau
-        log_student = F.log_softmax(student / tau, dim=1)
-        log_teacher = F.log_softmax(_full(teacher) / tau, dim=1)
-        return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True) * tau**2
+    def _own_value(self, term: LossTerm, output: StudentOutput, labels: MixedLabels, targets: AnyTargets) -> Tensor:
+        own = self._own[term.title]
+        value = own.value(output, labels, targets)
+        if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
+            found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise StudentError(
+                f"loss.terms: {own.where} gave a {found}, expected a float scalar: a mean over the batch"
+            )
+        return value
+
+
+def expanded(config: LossConfig) -> list[LossTerm]:
+    """The terms that a loss is the weighted sum of, in this order: those of its method, then `loss.terms`.
+
+    Raises:  ConfigError where two have one name.
+    """
+    c = config
+    label = LossTerm("class", "label", weight=1 - c.alpha, smoothing=c.smoothing, name="label")
+    kind: Literal["kl", "ce"] = "kl" if c.method.endswith("soft") else "ce"
+    taught = LossTerm(tau=c.tau, divisor="paper" if c.soft_reduction == "paper" else "rows")
+    dist = replace(taught, head="distillation", target="global", kind=kind, weight=c.alpha, name="dist")
+    of_method: list[LossTerm] = []
+    if c.method == "none":
+        of_method = [replace(label, head=c.baseline_head, weight=1.0)]
+    elif c.method != "terms":
+        of_method = [label, dist]
+    if c.method.startswith("cskd"):
+        of_method.append(
+            replace(taught, head="patches", target="cells", kind=kind, weight=c.patch_weight, name="patch")
+        )
+    terms = [*of_method, *c.terms]
+    names = [term.title for term in terms]
+    if twice := [term for term in c.terms if names.count(term.title) > 1]:
+        own = f", of {shortened(twice[0].own, 80)}" if twice[0].own else ""
+        raise ConfigError(
+            f"loss.terms: {twice[0].title!r}{own} is the name of another term too; give it one by its key name"
+        )
+    return terms
+
+
+def counts(term: LossTerm, epoch: int) -> bool:
+    """Whether a term counts in an epoch, from 0."""
+    return term.epochs is None or term.epochs[0] <= epoch < term.epochs[1]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a loss reads of a teacher. hard: classes of the image, or of cells too; soft: logits; decays: of terms that have their own."""
+
+    hard: Literal["none", "global", "cells"]
+    soft: bool
+    decays: tuple[Decay, ...]  # of cells' classes
+    soft_decays: tuple[Decay, ...]
+
+
+def needs(config: LossConfig) -> Needs:
+    """What a loss reads of a teacher."""
+    terms = [term for term in expanded(config) if not term.own]
+    hard = {term.target for term in terms if term.kind == "ce"}
+    of_cells = [term for term in terms if term.target == "cells" and term.decay is not None]
+    return Needs(
+        "cells" if "cells" in hard else "global" if "global" in hard else "none",
+        any(term.kind != "ce" for term in terms),
+        tuple(dict.fromkeys(t.decay for t in of_cells if t.decay and t.kind == "ce")),
+        tuple(dict.fromkeys(t.decay for t in of_cells if t.decay and t.kind != "ce")),
+    )
+
+
+def kl_sum(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
+    """tau^2 * KL(teacher || student) of softmax(logits / tau) over axis 1, summed over everything else."""
+    log_student = F.log_softmax(student / tau, dim=1)
+    log_teacher = F.log_softmax(teacher / tau, dim=1)
+    return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True) * tau**2
+
+
+def standardised(logits: Tensor) -> Tensor:
+    """Logits with mean 0 and standard deviation 1 over axis 1: only their order and relations are taught.
+
+    Source: logit standardisation, arXiv 2403.01427, which divides by the temperature afterwards.
+    """
+    centred = logits - logits.mean(1, keepdim=True)
+    return centred / (centred.square().mean(1, keepdim=True).sqrt() + 1e-7)
+
+
+def dkd_loss(student: Tensor, teacher: Tensor, label: Tensor, tau: float, alpha: float, beta: float) -> Tensor:
+    """Decoupled KD: tau^2 * (alpha * KL of (target, all others) + beta * KL among the others), mean over the batch.
+
+    Args:    student, teacher float [B, K], K > 1; label int64 [B], the target; of a mixed image, the label of its own share.
+    Source:  arXiv 2203.08679. There the other classes' logits are masked by -1000; here they are left out.
+    """
+    at = label[:, None]
+    log_student, log_teacher = (F.log_softmax(logits / tau, dim=1) for logits in (student, teacher))
+    own_student, own_teacher = log_student.gather(1, at), log_teacher.gather(1, at)
+    others = torch.ones_like(student, dtype=torch.bool).scatter(1, at, False)
+    rest_student, rest_teacher = (logits[others].view(len(logits), -1) / tau for logits in (student, teacher))
+    log_rest_student, log_rest_teacher = (F.log_softmax(rest, dim=1) for rest in (rest_student, rest_teacher))
+    mass_student, mass_teacher = (
+        logs[others].view(len(logs), -1).logsumexp(1, keepdim=True) for logs in (log_student, log_teacher)
+    )
+    pair_student, pair_teacher = torch.cat([own_student, mass_student], 1), torch.cat([own_teacher, mass_teacher], 1)
+    target = F.kl_div(pair_student, pair_teacher, reduction="sum", log_target=True)
+    other = F.kl_div(log_rest_student, log_rest_teacher, reduction="sum", log_target=True)
+    return (alpha * target + beta * other) * tau**2 / len(student)
 
 
 def own_terms(config: LossConfig) -> list[OwnTerm]:
-    """The terms of a user's own, loaded. Raises ConfigError where one can't be, or has the name of another one."""
+    """The terms of a user's own, loaded, in order. Raises ConfigError where one can't be."""
     found: list[OwnTerm] = []
-    for text in config.terms:
-        code = load_own(text, "loss.terms", "cskd.losses", "function", ConfigError)
+    for term in config.terms:
+        if not term.own:
+            continue
+        code = load_own(term.own, "loss.terms", "cskd.losses", "function", ConfigError)
         if code is None or not callable(code.value):
             what = "no entry point of cskd.losses" if code is None else f"a {type(code.value).__name__}"
             raise ConfigError(
-                f"loss.terms: {text!r} is {what}, expected path/to/file.py:function or package.module:function"
+                f"loss.terms: {term.own!r} is {what}, expected path/to/file.py:function or package.module:function"
             )
-        if code.name in (*TERMS, *(term.name for term in found)):
-            raise ConfigError(f"loss.terms: {text!r} has the name of another term, {code.name!r}; rename the function")
         heads = tuple(getattr(code.value, "heads", ()))
         if wrong := [head for head in heads if head not in HEADS]:
             raise ConfigError(
-                f"loss.terms: {text!r} trains {wrong[0]!r}, expected of {', '.join(HEADS)}; mend its `heads`"
+                f"loss.terms: {term.own!r} trains {wrong[0]!r}, expected of {', '.join(HEADS)}; mend its `heads`"
             )
-        found.append(OwnTerm(text, code.name, code.where, code.sha256, code.value, heads))
+        found.append(OwnTerm(term.title, code.where, code.sha256, code.value, heads))
     return found
 
 
 def terms_of(config: LossConfig) -> tuple[str, ...]:
-    """Names of all terms that a loss may have, as logged."""
-    return (*TERMS, *(term.name for term in own_terms(config)))
+    """Names of all terms that a loss may have, as logged; the methods' first."""
+    return tuple(dict.fromkeys((*TERMS, *(term.title for term in expanded(config)))))
 
 
 def _own_heads(own: list[OwnTerm]) -> set[str]:
@@ -216,22 +321,26 @@ def trained_heads(config: LossConfig, distilled: bool) -> tuple[str, ...]:
 
     Args:    distilled whether the student has a distillation token; without one its head is that of the class token.
     """
-    own = _own_heads(own_terms(config)) - (set() if distilled else {"distillation"})
-    if config.method == "none":
-        trains = {"class": True, "distillation": distilled and config.baseline_head == "mean", "patches": False}
-    else:
-        trains = {
-            "class": not distilled or config.alpha < 1,
-            "distillation": distilled and config.alpha > 0,
-            "patches": config.method.startswith("cskd") and config.patch_weight > 0,
-        }
-    return tuple(name for name, yes in trains.items() if yes or name in own)
+    return read_heads(config, distilled, weightless=False)
+
+
+def read_heads(config: LossConfig, distilled: bool, weightless: bool = True) -> tuple[str, ...]:
+    """What a loss reads of a student's outputs, as `trained_heads`; with `weightless`, what has a weight of 0, too."""
+    trains = _own_heads(own_terms(config))
+    for term in expanded(config):
+        if (term.weight > 0 or weightless) and not term.own:
+            trains |= {"class", "distillation"} if term.head == "mean" else {term.head}
+    if not distilled and "distillation" in trains:
+        trains = trains - {"distillation"} | {"class"}
+    return tuple(name for name in HEADS if name in trains)
 
 
 def unread_keys(method: str, given: Collection[str]) -> list[str]:
     """Which of the keys of the section `loss` that a config gives its method does not read."""
-    read = {"method", "smoothing", "terms", "alpha" if method != "none" else "baseline_head"}
-    read |= {"decay", "patch_weight"} if method.startswith("cskd") else set()
+    read = {"method", "terms"} | ({"smoothing"} if method != "terms" else set())
+    read |= {"baseline_head"} if method == "none" else {"alpha"} if method != "terms" else set()
+    read |= {"decay"} if method.startswith("cskd") or method == "terms" else set()
+    read |= {"patch_weight"} if method.startswith("cskd") else set()
     read |= {"tau", "soft_reduction"} if method.endswith("soft") else set()
     return sorted(key for key in given if key.startswith("loss.") and key.removeprefix("loss.") not in read)
 
@@ -256,13 +365,30 @@ def _full(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
-def _hard(targets: HardTargets | SoftTargets | None) -> HardTargets:
+def _logits(head: str, output: StudentOutput) -> Tensor:
+    """Those of a head, [B, K] or [B, K, h, w]."""
+    if head == "patches":
+        if output.patch_logits is None:
+            raise ValueError("no patch logits: the student was called without a teacher grid")
+        return _full(output.patch_logits)
+    cls = _full(output.cls_logits)
+    if head == "class" or output.dist_logits is None:
+        return cls
+    dist = _full(output.dist_logits)
+    return dist if head == "distillation" else (cls + dist) / 2
+
+
+def _hard(targets: AnyTargets) -> HardTargets:
+    if isinstance(targets, BothTargets):
+        return targets.hard
     if not isinstance(targets, HardTargets):
         raise TypeError(f"targets are {type(targets).__name__}, expected HardTargets for a '-hard' method")
     return targets
 
 
-def _soft(targets: HardTargets | SoftTargets | None) -> SoftTargets:
+def _soft(targets: AnyTargets) -> SoftTargets:
+    if isinstance(targets, BothTargets):
+        return targets.soft
     if not isinstance(targets, SoftTargets):
         raise TypeError(f"targets are {type(targets).__name__}, expected SoftTargets for a '-soft' method")
     return targets

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from cskd.config.schema import LossConfig
-from cskd.method.losses import trained_heads
+from cskd.method.losses import expanded, trained_heads
 
 HEADS = ("class", "distillation", "patches")
 UNTRAINED = ".untrained"  # after the name of a head that the loss did not train
@@ -38,7 +38,7 @@ def untrained_note(loss: LossConfig, name: str, distilled: bool) -> str:
     if not idle:
         return ""
     why = f"loss.method {loss.method}"
-    if loss.method != "none" and loss.alpha in (0.0, 1.0):
+    if loss.method not in ("none", "terms") and loss.alpha in (0.0, 1.0):
         why += f" with loss.alpha {loss.alpha:g}"
     if loss.method.startswith("cskd") and loss.patch_weight == 0:
         why += " with loss.patch_weight 0"
@@ -50,10 +50,11 @@ def untrained_note(loss: LossConfig, name: str, distilled: bool) -> str:
 
 def shared_head_note(loss: LossConfig, name: str, distilled: bool) -> str:
     """What a distilling method means for a student without a distillation token, in one line; '' where there is one."""
-    if distilled or loss.method == "none":
+    taught = {term.target for term in expanded(loss) if term.weight > 0 and not term.own}
+    if distilled or len(taught) < 2:
         return ""
-    targets = {"the label": loss.alpha < 1, "the teacher's class": loss.alpha > 0}
-    targets["the cells"] = "patches" in trained_heads(loss, distilled)
+    words = {"label": "the label", "global": "the teacher's class", "cells": "the cells"}
+    targets = {word: target in taught for target, word in words.items()}
     return (
         f"{name} has no distillation token: its one head is taught {' and '.join(t for t, on in targets.items() if on)}"
     )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from cskd.config.schema import LossConfig, StudentConfig
 from cskd.errors import StudentError
 from cskd.files.weights import READ_BY_TIMM
-from cskd.method.losses import StudentOutput, trained_heads
+from cskd.method.losses import StudentOutput, read_heads, trained_heads
 from cskd.near import did_you_mean
 from cskd.student.heads import HEADS, UNTRAINED, heads_of, shared_head_note, untrained_note
 from cskd.student.warm_start import start_from
@@ -69,7 +69,7 @@ class Student(nn.Module):
 
     def freeze_unused(self, loss: LossConfig) -> None:
         """Ask for no gradient of a head that the loss does not read: DistributedDataParallel waits for each one asked for."""
-        if loss.method == "none" and self.distilled and "distillation" not in trained_heads(loss, self.distilled):
+        if self.distilled and not {"distillation", "patches"} & set(read_heads(loss, self.distilled)):
             cast(nn.Module, self.backbone.head_dist).requires_grad_(False)
 
     def forward(self, images: Tensor, teacher_grid: Grid | None = None) -> StudentOutput:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cskd.config import Config
+from cskd.config import Config, from_dict
 from cskd.errors import CacheError, ConfigError
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.train import train
@@ -57,6 +59,41 @@ def test_a_student_of_the_cache_and_one_of_the_live_teacher_are_equal(base: Path
     assert weights(online.output) == weights(cached.output)
     assert (cached.teacher_forwards, online.teacher_forwards > 0) == (0, method != "none")
     assert cached.top1 == online.top1
+
+
+TERMS = [
+    {"head": "class", "target": "label", "weight": 0.5, "smoothing": 0.1},
+    {"head": "patches", "target": "cells", "name": "fused"},
+    {"head": "patches", "target": "cells", "decay": "local", "weight": 0.5, "name": "local", "epochs": [1, 3]},
+    {"head": "distillation", "target": "global"},
+]
+
+
+def test_terms_with_decays_of_their_own_are_equal_from_the_cache_and_live(base: Path) -> None:
+    loss = from_dict({"loss": {"method": "terms", "terms": TERMS}}).loss
+    runs = [replace(settings(base, f"{name} terms"), loss=loss) for name in ("cached", "online")]
+    cached, online = train(runs[0], quiet=True), train(runs[1], online=True, quiet=True)
+    assert weights(online.output) == weights(cached.output)
+    rows = [json.loads(line) for line in (Path(cached.output) / "metrics.jsonl").read_text().splitlines()]
+    assert [row.get("loss_local", 0) > 0 for row in rows] == [False, True, True, False]
+
+
+def test_classes_and_logits_in_one_loss_come_from_the_codecs_that_are_exact_for_them(base: Path) -> None:
+    soft = {"head": "distillation", "target": "global", "kind": "kl", "tau": 2.0}
+    loss = from_dict({"loss": {"method": "terms", "terms": [*TERMS[:2], soft]}}).loss
+    cache = {"codecs": ["envelope", "int8"], "path": str(base / "both")}
+    one_step = {"max_steps": 1}
+    runs = [replace(settings(base, f"{n} both", cache=cache, train=one_step), loss=loss) for n in ("cached", "online")]
+    cache_teacher(runs[0], quiet=True)
+    rows = []
+    for run, online in zip(runs, (False, True), strict=True):
+        report = train(run, online=online, quiet=True)
+        rows.append(json.loads((Path(report.output) / "metrics.jsonl").read_text().splitlines()[0]))
+    assert [rows[0][f"loss_{name}"] for name in ("class_label_ce", "fused")] == [
+        rows[1][f"loss_{name}"] for name in ("class_label_ce", "fused")
+    ]
+    of_soft = [row["loss_distillation_global_kl"] for row in rows]
+    assert 0 < abs(of_soft[0] - of_soft[1]) < 0.01 * of_soft[1]  # what int8 rounds
 
 
 def test_another_decay_gives_another_student(base: Path) -> None:

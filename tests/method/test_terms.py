@@ -1,0 +1,162 @@
+"""Single terms of a loss against their formulas in float64, and what a loss asks of a teacher."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cskd.config import LossConfig, from_dict
+from cskd.config.schema import LossTerm
+from cskd.errors import ConfigError
+from cskd.method.losses import (
+    BothTargets,
+    DistillationLoss,
+    HardTargets,
+    MixedLabels,
+    SoftTargets,
+    StudentOutput,
+    expanded,
+    needs,
+    trained_heads,
+)
+
+B, K, H, W = 5, 7, 2, 3
+Array = NDArray[np.float64]
+
+
+def softmax(v: Array) -> Array:
+    e = np.exp(v - v.max(-1, keepdims=True))
+    p: Array = e / e.sum(-1, keepdims=True)
+    return p
+
+
+def kl(p: Array, q: Array) -> float:
+    return float((p * np.log(p / q)).sum(-1).mean())
+
+
+@pytest.fixture
+def batch() -> tuple[StudentOutput, MixedLabels, BothTargets]:
+    generator = torch.Generator().manual_seed(3)
+
+    def logits(*shape: int) -> Tensor:
+        return 2 * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    output = StudentOutput(logits(B, K), logits(B, K), logits(B, K, H, W))
+    label, partner = torch.randint(K, (2, B), generator=generator)
+    labels = MixedLabels(label, partner, torch.rand(B, generator=generator))
+    glob, dense = logits(B, K), logits(B, K, H, W)
+    mixture = 0.25 * dense + 0.75 * glob[:, :, None, None]
+    hard = HardTargets(glob.argmax(1), mixture.argmax(1), {"local": dense.argmax(1)})
+    return output, labels, BothTargets(hard, SoftTargets(glob, dense, 1 << 14, {"local": 1 << 16}))
+
+
+def value(term: LossTerm, batch: tuple[StudentOutput, MixedLabels, BothTargets]) -> float:
+    total, terms = DistillationLoss(LossConfig("terms", terms=[term]))(*batch)
+    assert total == pytest.approx(term.weight * terms[term.title])
+    return float(total)
+
+
+def term(*args: Any, **kwargs: Any) -> LossTerm:
+    return LossTerm(*args, **kwargs)
+
+
+def test_a_kl_of_standardised_logits(batch: tuple[StudentOutput, MixedLabels, BothTargets]) -> None:
+    output, _, targets = batch
+    z = [
+        (v - v.mean(1, keepdims=True)) / v.std(1, keepdims=True)
+        for v in (targets.soft.global_logits.numpy(), output.cls_logits.numpy())
+    ]
+    stated = 9 * kl(softmax(z[0] / 3), softmax(z[1] / 3))
+    assert value(term("class", "global", "kl", tau=3.0, standardise=True), batch) == pytest.approx(stated, rel=1e-5)
+    moved = output._replace(cls_logits=output.cls_logits * 5 + 2)
+    assert value(term("class", "global", "kl", tau=3.0, standardise=True), (moved, *batch[1:])) == pytest.approx(
+        stated, rel=1e-5
+    )
+
+
+def test_decoupled_kd(batch: tuple[StudentOutput, MixedLabels, BothTargets]) -> None:
+    output, labels, targets = batch
+    tau, alpha, beta = 4.0, 0.7, 2.5
+    assert output.dist_logits is not None
+    logits = [v.numpy() / tau for v in (targets.soft.global_logits, output.dist_logits)]
+    target = other = 0.0
+    for b, t in enumerate(labels.label.tolist()):
+        p, q = (softmax(v[b]) for v in logits)
+        target += kl(np.array([p[t], 1 - p[t]]), np.array([q[t], 1 - q[t]])) / B
+        other += kl(softmax(np.delete(logits[0][b], t)), softmax(np.delete(logits[1][b], t))) / B
+    stated = tau**2 * (alpha * target + beta * other)
+    one = term("distillation", "global", "dkd", tau=tau, dkd_alpha=alpha, dkd_beta=beta)
+    assert value(one, batch) == pytest.approx(stated, rel=1e-9)
+    # KL(p || q) = KL of the pair + (1 - p_t) * KL among the others: with that weight in place of beta it is plain KD.
+    plain = value(term("distillation", "global", "kl", tau=tau), batch) / tau**2
+    assert plain == pytest.approx(kl(softmax(logits[0]), softmax(logits[1])), rel=1e-9)
+
+
+@pytest.mark.parametrize("decay", [None, "local"])
+def test_cells_at_a_decay_of_their_own(batch: tuple[StudentOutput, MixedLabels, BothTargets], decay: Any) -> None:
+    output, _, targets = batch
+    assert output.patch_logits is not None and targets.soft.dense_logits is not None
+    share = 1.0 if decay else 0.25
+    mixture = share * targets.soft.dense_logits + (1 - share) * targets.soft.global_logits[:, :, None, None]
+    p, q = (softmax(v.numpy().transpose(0, 2, 3, 1)) for v in (mixture, output.patch_logits))
+    assert value(term("patches", "cells", "kl", decay=decay), batch) == pytest.approx(kl(p, q), rel=1e-9)
+    chosen = np.take_along_axis(q, mixture.argmax(1).numpy()[..., None], -1)
+    assert value(term("patches", "cells", "ce", decay=decay), batch) == pytest.approx(-np.log(chosen).mean(), rel=1e-9)
+
+
+def test_hard_and_soft_terms_in_one_loss_and_stages(batch: tuple[StudentOutput, MixedLabels, BothTargets]) -> None:
+    """The authors' two switches: hard for the token, soft for the cells, or the other way round."""
+    both = [
+        term("distillation", "global", "ce", weight=0.5),
+        term("patches", "cells", "kl", weight=2.0, tau=2.0, epochs=[0, 3]),
+        term("class", "label", weight=0.5, smoothing=0.1, epochs=[3, 9]),
+    ]
+    config = LossConfig("terms", terms=both)
+    loss = DistillationLoss(config)
+    alone = [value(one, batch) for one in both]
+    for epoch, counted in ((0, [0, 1]), (2, [0, 1]), (3, [0, 2]), (9, [0])):
+        total, terms = loss(*batch, epoch=epoch)
+        assert total == pytest.approx(sum(alone[i] for i in counted)) and len(terms) == len(counted)
+    assert needs(config) == type(needs(config))("global", True, (), ())
+    assert trained_heads(config, True) == ("class", "distillation", "patches")
+
+
+@pytest.mark.parametrize("method", ["none", "deit-hard", "deit-soft", "cskd-hard", "cskd-soft"])
+def test_a_method_written_out_as_terms_is_the_method_to_the_last_bit(
+    batch: tuple[StudentOutput, MixedLabels, BothTargets], method: Any
+) -> None:
+    output, labels, targets = batch
+    config = LossConfig(method, alpha=0.3, patch_weight=1.7, tau=2.0, soft_reduction="paper")
+    of = targets.soft if method.endswith("soft") else targets.hard
+    stated = DistillationLoss(config)(output, labels, of)
+    written = DistillationLoss(LossConfig("terms", terms=expanded(config)))(output, labels, targets)
+    assert torch.equal(stated[0], written[0]) and stated[1].keys() == written[1].keys()
+
+
+@pytest.mark.parametrize(
+    ("item", "says"),
+    [
+        ({"target": "cells"}, "cells are for patches"),
+        ({"head": "patches", "target": "global"}, "target: cells, decay: global"),
+        ({"kind": "kl"}, "expected ce"),
+        ({"head": "patches", "target": "cells", "kind": "dkd"}, "expected ce, kl"),
+        ({"tau": 0}, "loss.terms[].tau is 0"),
+        ({"own": "a.py:b", "tau": 2}, "does not read tau"),
+        ({"heads": "class"}, "unknown key 'loss.terms[0].heads'; did you mean 'loss.terms[0].head'?"),
+        ({"epochs": [3]}, "loss.terms[].epochs"),
+        ({"name": "label"}, "is the name of another term"),
+        ("kl", "loss.terms[0] is 'kl', expected a section of keys"),
+    ],
+)
+def test_terms_that_can_not_be_are_refused_by_name(item: Any, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        expanded(from_dict({"loss": {"terms": [item]}}).loss)
+    assert says in str(caught.value) and len(str(caught.value)) <= 300
+
+
+def test_a_loss_of_no_terms_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"loss\.terms is empty"):
+        LossConfig("terms")
