@@ -115,7 +115,7 @@ def escaped(text: str) -> str:
 
 
 def _front_matter(name: str, facts: Mapping[str, Any], scores: _Scores | None, config: Config) -> str:
-    method = config.loss.method
+    distilled = config.loss.method != "none" or bool(config.loss.terms)
     fields: dict[str, Any] = {
         "library_name": "timm",
         "pipeline_tag": "image-classification",
@@ -123,7 +123,7 @@ def _front_matter(name: str, facts: Mapping[str, Any], scores: _Scores | None, c
             "image-classification",
             "timm",
             "vit",
-            *(["knowledge-distillation", "cskd"] if method != "none" else []),
+            *(["knowledge-distillation", "cskd"] if distilled else []),
         ],
     }
     known = known_dataset(facts["label_names"])
@@ -162,7 +162,9 @@ def _what(facts: Mapping[str, Any], config: Config, about: About) -> str:
         "deit": "distilled from a CNN by DeiT's method (arXiv 2012.12877), one teacher output for each view",
         "cskd": "distilled from a CNN by Cumulative Spatial Knowledge Distillation (arXiv 2307.08500), one target for each "
         "cell of the teacher's last feature map",
+        "terms": "trained with a loss of its own",
     }[config.loss.method.partition("-")[0]]
+    taught += f", with {len(config.loss.terms)} more terms of the loss" if config.loss.terms else ""
     names = ", ".join(escaped(name) for name in classes) if len(classes) <= NAMED else "`label_names` in `config.json`"
     height, width = facts["cskd"]["image_size"]
     return (
@@ -263,9 +265,9 @@ def _training(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], confi
     mixing = f"mixup {recipe.mixup:g}, cutmix {recipe.cutmix:g}" if recipe.mixes else "no mixing"
     views = f"crop {recipe.crop}, flip {recipe.flip:g}, {recipe.randaugment or 'no randaugment'}, erase {recipe.erase:g}, {mixing}"
     method = loss.method + (f", decay {loss.decay}" if loss.method.startswith("cskd") else "")
-    method += f", alpha {loss.alpha:g}" if loss.method != "none" else ""
+    method += f", alpha {loss.alpha:g}" if loss.method not in ("none", "terms") else ""
     method += f", tau {loss.tau:g}" if loss.method.endswith("soft") else ""
-    method += "".join(f", term {name} times {weight:g}" for name, weight in loss.terms.items())
+    method += "".join(f", term {term.title} times {term.weight:g}" for term in loss.terms)
     table = {
         "data": f"{_folder(config.data.train) if config.data.train else 'images of the cache'}, {about.images:,} images, {about.views} views of each",
         "teacher": teacher,

@@ -23,7 +23,7 @@ from cskd.files.read import parse_json, read_file
 from cskd.loading.targets import CachedTargets
 from cskd.machine.cores import usable_cores
 from cskd.method.ckf import hard_targets
-from cskd.method.losses import HardTargets, SoftTargets
+from cskd.method.losses import AnyTargets, BothTargets, HardTargets, SoftTargets, needs
 from cskd.pipeline.conflicts import CONFUSION, CONFUSION_TABLE, FIRST_BATCH, RESULTS
 from cskd.pipeline.draw.confusion import Confusion, draw_confusion, from_csv, to_csv
 from cskd.pipeline.draw.first_batch import SHOWN, SeenBatch, draw_batch
@@ -60,8 +60,9 @@ class RunFolder:
             return
         with self._making(FIRST_BATCH):
             batch, targets = begun
-            seen = _seen(batch, targets, step.criterion.uses_patches)
-            blend = f", blend {self._run.blend(0)['blend']:.2f}" if seen.cells is not None else ""
+            blends = self._run.blend(0)
+            seen = _seen(batch, targets, bool(blends))
+            blend = f", blend {next(iter(blends.values())):.2f}" if seen.cells is not None else ""
             taught = "views with their labels" if targets is None else f"views with labels and targets (epoch 1{blend})"
             self._save(FIRST_BATCH, draw_batch(seen, self._names, f"first batch as the student saw it: {taught}"))
 
@@ -108,6 +109,7 @@ class RunFolder:
 
     def _about(self) -> About:
         run = self._run
+        reads = needs(run.config.loss)
         about, top1, cache, codec = to_dict(run.config.teacher), None, "", ""
         if isinstance(run.views, Cache):
             manifest = run.views.manifest
@@ -118,14 +120,14 @@ class RunFolder:
             top1 = None if manifest.clean_top1 is None else 100 * manifest.clean_top1
         weights = Path(str(about.get("weights") or "")).name
         teacher = Path(str(about.get("model", ""))).name + (f" with {weights}" if weights else "")
-        if isinstance(run.targets, CachedTargets):
-            codec = run.targets.codec
+        if isinstance(run.targets, CachedTargets) and (reads.soft or reads.hard != "none"):
+            codec = ", ".join(dict.fromkeys(filter(None, (run.targets.codec, run.targets.soft_codec))))
         gpu = f", {torch.cuda.get_device_name(run.device)}" if run.device.type == "cuda" else ""
         return About(
             images=len(run.views.inventory),
             val_images=len(run.val) if run.val is not None else 0,
             views=run.plan.views,
-            teacher="" if run.config.loss.method == "none" else teacher,
+            teacher=teacher if reads.soft or reads.hard != "none" else "",
             teacher_top1=top1,
             cache=cache,
             codec=codec,
@@ -158,21 +160,22 @@ class RunFolder:
             self._spent += time.perf_counter() - clock
 
 
-def _seen(batch: Mapping[str, torch.Tensor], targets: HardTargets | SoftTargets | None, cells: bool) -> SeenBatch:
+def _seen(batch: Mapping[str, torch.Tensor], targets: AnyTargets, cells: bool) -> SeenBatch:
     """The first `SHOWN` views of a batch, an even number, in which partners stand next to each other."""
     few = {name: t[:SHOWN] for name, t in batch.items() if name not in ("seconds",) and not name.startswith("target.")}
     pixels = mixed_pixels(few, few["pixels"].device).permute(0, 2, 3, 1).round().to(torch.uint8)
     found = class_map = None
+    if isinstance(targets, BothTargets):
+        shown = targets.hard.cell_class is not None or targets.hard.more
+        targets = targets.hard if shown else targets.soft
     if isinstance(targets, HardTargets):
-        found, class_map = (
-            targets.global_class[:SHOWN],
-            None if targets.cell_class is None else targets.cell_class[:SHOWN],
-        )
+        found = targets.global_class[:SHOWN]
+        class_map = next((c[:SHOWN] for c in (targets.cell_class, *targets.more.values()) if c is not None), None)
     elif isinstance(targets, SoftTargets):
-        image = targets.global_logits[:SHOWN]
+        image, blend = targets.global_logits[:SHOWN], next(iter((*targets.more.values(), targets.blend)))
         found = image.argmax(1)
-        if targets.dense_logits is not None and targets.blend is not None:
-            class_map = hard_targets(targets.dense_logits[:SHOWN], image, targets.blend)
+        if targets.dense_logits is not None and blend is not None:
+            class_map = hard_targets(targets.dense_logits[:SHOWN], image, blend)
     return SeenBatch(
         pixels=np.ascontiguousarray(pixels.cpu().numpy()),
         label=few["label"].cpu().numpy(),

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cskd.loading.sources import Batch
 from cskd.loading.targets import mixed_labels
 from cskd.machine.arithmetic import autocast
-from cskd.method.losses import DistillationLoss, HardTargets, SoftTargets
+from cskd.method.losses import AnyTargets, DistillationLoss
 from cskd.pipeline.out_of_memory import Probe
 from cskd.pipeline.setup import even_divisors
 from cskd.pipeline.training_run import TrainingRun
@@ -36,9 +36,7 @@ class TrainStep:
         self.inputs = InputMaker(run.student.mean, run.student.std, run.device)
         self._net = run.network()
         self._latest: tuple[Batch, int, int] | None = None  # what `advice` tries a part of
-        self.begun: tuple[Batch, HardTargets | SoftTargets | None] | None = (
-            None  # the run's first micro-batch, till the next
-        )
+        self.begun: tuple[Batch, AnyTargets] | None = None  # the run's first micro-batch, till the next
 
     def __call__(
         self, batch: Batch, epoch: int, step: int, seconds: dict[str, float]

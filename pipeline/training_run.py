@@ -32,7 +32,8 @@ from cskd.loading.tasks import RunTasks
 from cskd.machine.arithmetic import arithmetic
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import Threads, begun_with
-from cskd.method.losses import terms_of
+from cskd.method.ckf import blend_at
+from cskd.method.losses import expanded, terms_of
 from cskd.near import absent
 from cskd.pipeline.conflicts import (
     as_begun,
@@ -113,10 +114,14 @@ class TrainingRun:
         return exported_prefix(self.config, self.state.shown) + score_head(self.student.trained)
 
     def blend(self, epoch: int) -> dict[str, float]:
-        """What the row of metrics says of the blend of an epoch, as a share; nothing for methods without cells."""
-        if not self.config.loss.method.startswith("cskd"):
-            return {}
-        return {"blend": self.targets.spec(epoch).blend / BLEND_ONE}
+        """What the row of metrics says of the blends of an epoch, as shares: 'blend' by `loss.decay`, 'blend.linear' and the like of
+        terms with a decay of their own; nothing where no term is of cells."""
+        loss = self.config.loss
+        decays = dict.fromkeys(term.decay for term in expanded(loss) if term.target == "cells" and not term.own)
+        return {
+            f"blend.{own}" if own else "blend": blend_at(epoch, self.config.train.epochs, own or loss.decay) / BLEND_ONE
+            for own in decays
+        }
 
     @property
     def arithmetic(self) -> str:

@@ -32,11 +32,15 @@ def draw_results(rows: Sequence[Row], title: str = "") -> Picture:
         _line(rows, n, colour[_head(n)], n[len("top1.") :], n.startswith(f"top1.{AVERAGED}"), n == f"top1.{score}")
         for n in heads
     ]
+    blends = [
+        _line(rows, n, COLOURS[i % len(COLOURS)], n.removeprefix("blend").removeprefix("."))
+        for i, n in enumerate(n for n in names if n == "blend" or n.startswith("blend."))
+    ]
     charts = [
         ("loss of training, mean over the epoch", terms, Axis(logarithmic=True)),
         ("top-1 on validation images, %", top1, Axis(telling_low([line.y for line in top1]))),
         ("learning rate at the end of the epoch", [_line(rows, "lr", COLOURS[0], "")], Axis(low=0.0)),
-        ("blend: share of a cell's own logits in its target", [_line(rows, "blend", COLOURS[0], "")], BLENDS),
+        ("blend: share of a cell's own logits in its target", blends, BLENDS),
     ]
     panels = [
         chart(name, lines, y_axis=axis, size=PANEL) for name, lines, axis in charts if any(len(x.y) for x in lines)

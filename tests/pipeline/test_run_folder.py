@@ -35,6 +35,8 @@ PICTURES = ("results.png", "confusion.png", "train_batch0.png")
 BEST = {"epochs": 2, "export": "best", "best": "top1.ema.all"}
 PLAIN = {"model": "vit_tiny_patch16_224", "kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}}
 
+TERM = {"head": "patches", "target": "cells", "kind": "kl", "decay": "cosine"}
+
 
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -47,9 +49,9 @@ def run(cached: Path) -> Path:
     return cached / "done"
 
 
-def other(cached: Path, output: Path, method: str, student: dict[str, Any], **changes: Any) -> Config:
+def other(cached: Path, output: Path, loss: dict[str, Any], student: dict[str, Any]) -> Config:
     """A short run of another method or student."""
-    made = config(cached, "x", loss={"method": method}, student=student, train={"max_steps": 1, **changes})
+    made = config(cached, "x", loss=loss, student=student, train={"max_steps": 1})
     return dataclasses.replace(made, train=dataclasses.replace(made.train, output=str(output)))
 
 
@@ -82,26 +84,26 @@ def test_a_run_leaves_pictures_and_a_card_that_loads_its_student(run: Path, monk
 
 
 @pytest.mark.parametrize(
-    ("method", "student", "changes"),
+    ("loss", "student", "blends"),
     [
-        ("none", {}, {}),
-        ("deit-hard", PLAIN, {"ema": None}),
-        ("cskd-soft", {}, {"export": "live"}),
+        ({"method": "none"}, {}, []),
+        ({"method": "deit-hard"}, PLAIN, []),
+        ({"method": "deit-hard", "terms": [TERM]}, {}, ["blend.cosine"]),
     ],
-    ids=["none", "deit, one head", "soft, live weights"],
+    ids=["none", "one head", "hard and soft terms"],
 )
 def test_the_snippet_loads_every_kind_of_student(
     cached: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    method: str,
+    loss: dict[str, Any],
     student: dict[str, Any],
-    changes: dict[str, Any],
+    blends: list[str],
 ) -> None:
-    """One head doubled and one silenced, one head alone, and averaged weights that are not exported."""
-    train(other(cached, tmp_path / "run", method, student, **changes), quiet=True)
+    """One head doubled and one silenced, one head alone, and two."""
+    train(other(cached, tmp_path / "run", loss, student), quiet=True)
     assert (tmp_path / "run" / "train_batch0.png").exists()
-    assert ("blend" in read_metrics(tmp_path / "run")[0]) == method.startswith("cskd")
+    assert [name for name in read_metrics(tmp_path / "run")[0] if name.startswith("blend")] == blends
     same_as_snippet(tmp_path / "run", monkeypatch)
 
 
