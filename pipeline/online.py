@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cskd.config import Config
 from cskd.dataset.inventory import Inventory
-from cskd.errors import ImageError
+from cskd.errors import ConfigError, ImageError
 from cskd.files.durable import put
 from cskd.loading.sources import LiveViews
 from cskd.loading.stream import Stream
@@ -44,6 +44,8 @@ def open_online(
 
     notes: gets what a user should know, each before the work that it is about.
     """
+    if config.train.caches:
+        raise ConfigError("train.caches is for targets of caches, and --online runs one teacher; leave one of them out")
     setup = Setup(config, online=True)
     ahead = refuse(BEFORE_TEACHER, setup)
     inventory, maker = setup.inventory, setup.maker

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from cskd.errors import ConfigError, CskdError, counted, shown
-from cskd.loading.targets import codec_for
+from cskd.loading.targets import codec_for, refuse_unnamed
 from cskd.method.losses import needs, unread_keys
 from cskd.pipeline.conflicts import as_begun, refuse_other_run, run_identity
 from cskd.pipeline.outputs import refuse_cache_output, refuse_run_output, refuse_without_links
@@ -179,6 +179,7 @@ def _val_images(setup: Setup) -> Found:
 def _loss(setup: Setup) -> Found:
     loss = setup.config.loss
     found: list[str] = [loss.method]
+    refuse_unnamed(loss, setup.config.train.caches)
     if setup.makes_cache:
         found.append(f"from codec {' and '.join(_read_codecs(setup))}")
     if unread := unread_keys(loss.method, setup.config.given):

@@ -20,6 +20,8 @@ from cskd.codecs import Codec, get_codec, known_own
 from cskd.config import Config, RecipeConfig, TrainConfig
 from cskd.dataset.inventory import Inventory, evenly, open_inventory
 from cskd.errors import CacheError, ConfigError, DataError, ImageError, StudentError, one_line
+from cskd.files.paths import local_path
+from cskd.loading.joined import JoinedCaches
 from cskd.loading.need import PREFETCH, refuse_little_memory
 from cskd.loading.plan import PlanSpec
 from cskd.loading.raw_batches import batch_bytes, refuse_device_views
@@ -245,13 +247,22 @@ def device_of(
     return device, notes
 
 
-def open_cached(config: Config) -> Cache:
-    """The cache that stage 2 reads, which the config must not contradict. Raises CacheError, ConfigError, DataError."""
+def open_cached(config: Config) -> Cache | JoinedCaches:
+    """The caches that stage 2 reads, which the config must not contradict. Raises CacheError, ConfigError, DataError."""
     for name in config.cache.codecs:
         known_own(name)
-    cache = open_cache(config.cache.path, data=Path(config.data.train) if config.data.train else None)
+    cache = _open_one(config, Path(config.cache.path), first=True)
+    if not config.train.caches:
+        return cache
+    paths = {name: local_path(path, f"train.caches.{name}") for name, path in config.train.caches.items()}
+    return JoinedCaches(cache, {name: _open_one(config, path) for name, path in paths.items()})
+
+
+def _open_one(config: Config, path: Path, first: bool = False) -> Cache:
+    cache = open_cache(path, data=Path(config.data.train) if config.data.train else None)
     cache.inventory.check_shards()
-    refuse_conflicts(config, cache)
+    if first:
+        refuse_conflicts(config, cache)
     refuse_other_code(cache)
     usable_views(cache, config.train.views)
     return cache

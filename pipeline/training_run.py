@@ -48,6 +48,7 @@ from cskd.pipeline.precheck import TRAINING, refuse
 from cskd.pipeline.run_state import PROGRESS, RunState, named_bests
 from cskd.pipeline.setup import Setup, half_notes, open_cached, with_best
 from cskd.pipeline.show.progress import Notes, Pool
+from cskd.store.cache import Cache
 from cskd.store.format import RESOLVED
 from cskd.store.replay_check import check_versions
 from cskd.student import Student
@@ -308,6 +309,7 @@ def _open_views(
             "cache: --set cache.path="
         )
     cache = open_cached(config)
-    notes.add(cache.manifest.notes or [])
-    notes.add(check_versions(cache) if verify_replay else [])
+    first = cache if isinstance(cache, Cache) else cache.first
+    notes.add(first.manifest.notes or [])
+    notes.add(check_versions(first) if verify_replay else [])
     return cache, CachedTargets(cache, config.loss, config.train.epochs)

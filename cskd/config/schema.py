@@ -10,6 +10,7 @@ never end.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -34,6 +35,13 @@ def rising(pair: list[float]) -> bool:
 def distinct(codecs: list[str]) -> bool:
     """each codec once (topk10 is topk:10)"""
     return len({name.replace(":", "") for name in codecs}) == len(codecs)
+
+
+def folders(caches: dict[str, Any]) -> bool:
+    """a folder for each name of a-z, 0-9, _ and -"""
+    return all(
+        re.fullmatch("[a-z0-9_-]{1,40}", name) and isinstance(path, str) and path for name, path in caches.items()
+    )
 
 
 def once(names: list[str]) -> bool:
@@ -240,6 +248,8 @@ class LossTerm(Section):
     """`dkd`: weight of the KL of target against all others."""
     dkd_beta: Annotated[float, Ge(0), Unit("weight")] = 8.0
     """`dkd`: weight of the KL among the other classes."""
+    cache: str = ""
+    """Whose teacher, by a name in `train.caches`; empty = that of `cache.path`."""
     decay: Decay | None = None
     """How the blend of `cells` goes from local to global; null = as `loss.decay`."""
     epochs: Annotated[list[Annotated[float, Ge(0)]] | None, Len(2, 2), Predicate(rising), Unit("epochs")] = None
@@ -273,6 +283,8 @@ class LossTerm(Section):
         if (self.target, self.kind) not in fits:
             kinds = ", ".join(kind for target, kind in sorted(fits) if target == self.target)
             raise ConfigError(f"{key}: a term with target {self.target} has kind {self.kind}, expected {kinds}")
+        if self.cache and self.target == "label":
+            raise ConfigError(f"{key}: a term with target label reads no cache; leave cache: {self.cache} out")
         if (self.head == "patches") != (self.target == "cells"):
             raise ConfigError(
                 f"{key}: a term teaches {self.head} by {self.target}; cells are for patches, and patches are taught by cells: to teach "
@@ -286,7 +298,8 @@ class LossTerm(Section):
     @property
     def title(self) -> str:
         """Its name in logs."""
-        return self.name or self.own.rpartition(":")[2] or f"{self.head}_{self.target}_{self.kind}"
+        of = f"{self.cache}_" if self.cache else ""
+        return self.name or self.own.rpartition(":")[2] or f"{self.head}_{of}{self.target}_{self.kind}"
 
 
 @dataclass(frozen=True)
@@ -345,6 +358,9 @@ class TrainConfig(Section):
     grad_checkpointing: bool = False
     """Keep only the input of each block of the student and compute the rest again in the backward pass: the same gradients, a
     fraction of the memory, about a third more time."""
+    caches: Annotated[dict[str, Any], Predicate(folders)] = field(default_factory=dict)
+    """Further caches of the same views, name: folder, each made with a teacher of its own from the same images and recipe;
+    terms of the loss read them by `cache`."""
     views: Annotated[int, Ge(0), Unit("views per image")] = 0
     """Use the first so many views of the cache; 0 = all, which must be finished. Without a cache 0 = as many as the run needs,
     so that no view is used twice."""

@@ -21,10 +21,12 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from cskd.codecs import Arrays
 from cskd.errors import CacheError
 from cskd.files.scratch import reserve
 from cskd.loading.plan import EpochPlan
 from cskd.loading.sources import TargetSpec, ViewSource
+from cskd.store.format import Unit
 
 UNMAP = 32  # units after which the pages written so far are left to the system: no table then grows the process
 COPIED = ("seed", "digest", "mode", "lam", "box")
@@ -48,7 +50,13 @@ def table_bounds(
     """
     first, n = begin or 0, len(plan.sample) if end is None else end
     windows = sorted({stop for e in plan.ends if first < (stop := -(-int(e) // batch) * batch) < n} | {n})
-    ends = windows if spec.soft_codec else [n] if begin is None else sorted({windows[0], n})
+    ends = (
+        windows
+        if any(of.soft_codec for of in spec.by_cache.values())
+        else [n]
+        if begin is None
+        else sorted({windows[0], n})
+    )
     return list(zip([first, *ends[:-1]], ends, strict=True))
 
 
@@ -75,20 +83,17 @@ def build_table(
         if ended is not None and ended.is_set():
             shutil.rmtree(temp)
             raise CancelledError
-        unit = source.read(block, of_view, spec.codec)
         position = sample[rows] - source.inventory.block_range(block)[0]
-        found = np.searchsorted(unit.position, position)
-        if not np.array_equal(unit.position.take(found, mode="clip"), position):
-            raise CacheError(
-                f"block {block}, view {of_view} quarantines other samples than the run was planned with; "
-                "`cskd verify` finds which of its units to make again"
-            )
-        arrays = {spec.codec: unit.targets}
-        if spec.soft_codec and spec.soft_codec != spec.codec:
-            arrays[spec.soft_codec] = source.read(block, of_view, spec.soft_codec).targets
-        wanted = _targets(source, spec, arrays, found)
+        unit, found = _read(source, block, of_view, spec.codec, position)
+        copied, wanted = {name: unit.fields[name].take(found, 0) for name in COPIED}, dict[str, NDArray[Any]]()
+        for cache, of_cache in spec.by_cache.items():
+            arrays = {spec.codec: (unit.targets, found)}
+            for codec in {of_cache.codec, of_cache.soft_codec} - {"", *arrays}:
+                arrays[codec] = _joined(source, block, of_view, codec, position, copied)
+            taken = _targets(source, of_cache, arrays)
+            wanted |= {prefixed(cache, name): column for name, column in taken.items()}
         targets = list(wanted)
-        for name, value in ({name: unit.fields[name].take(found, 0) for name in COPIED} | wanted).items():
+        for name, value in (copied | wanted).items():
             if name not in columns:
                 columns[name] = np.lib.format.open_memmap(
                     temp / f"{name}.npy", "w+", value.dtype, (stop - first, *value.shape[1:])
@@ -127,19 +132,57 @@ def _units(
         yield int(block[rows[0]]), int(view[rows[0]]), rows
 
 
+def prefixed(cache: str, name: str) -> str:
+    """A column of a further cache, by its name."""
+    return f"{cache}.{name}" if cache else name
+
+
+def _read(
+    source: ViewSource, block: int, view: int, codec: str, position: NDArray[np.int64]
+) -> tuple[Unit, NDArray[np.int64]]:
+    """A unit, and its rows of these positions in the block. CacheError where it lacks one."""
+    unit = source.read(block, view, codec)
+    found = np.searchsorted(unit.position, position)
+    if not np.array_equal(unit.position.take(found, mode="clip"), position):
+        raise CacheError(
+            f"block {block}, view {view} quarantines other samples than the run was planned with; "
+            "`cskd verify` finds which of its units to make again"
+        )
+    return unit, found
+
+
+def _joined(
+    source: ViewSource,
+    block: int,
+    view: int,
+    codec: str,
+    position: NDArray[np.int64],
+    first: dict[str, NDArray[Any]],
+) -> tuple[Arrays, NDArray[np.int64]]:
+    """Targets of a further codec, and their rows. CacheError where its teacher saw other pixels than the first one's."""
+    unit, found = _read(source, block, view, codec, position)
+    for name, column in first.items():
+        if not np.array_equal(unit.fields[name].take(found, 0), column):
+            raise CacheError(
+                f"block {block}, view {view}: {codec.replace('/', ' and its codec ')} has another {name} than the first cache; "
+                "its teacher saw other views: make it again from the same images, recipe and cskd"
+            )
+    return unit.targets, found
+
+
 def _targets(
-    source: ViewSource, spec: TargetSpec, arrays: dict[str, dict[str, NDArray[Any]]], found: NDArray[np.int64]
+    source: ViewSource, spec: TargetSpec, arrays: dict[str, tuple[Arrays, NDArray[np.int64]]]
 ) -> dict[str, NDArray[Any]]:
-    """Columns of a unit's rows `found`; arrays: its targets by codec."""
+    """Columns that a spec names; arrays: by codec, the targets of a unit and their rows."""
     wanted: dict[str, NDArray[Any]] = {}
     if spec.kind in ("global", "cells"):
-        codec, of_codec = source.codecs[spec.codec], arrays[spec.codec]
+        codec, (of_codec, found) = source.codecs[spec.codec], arrays[spec.codec]
         wanted["global_class"] = codec.global_class(of_codec)[found]
         if spec.kind == "cells":
             wanted["cell_class"] = codec.hard_at(of_codec, found, spec.blend)
         for decay, blend in spec.blends:
             wanted[f"cell_class.{decay}"] = codec.hard_at(of_codec, found, blend)
     if name := spec.soft_codec:
-        taken = source.codecs[name].take(arrays[name], found)
+        taken = source.codecs[name].take(*arrays[name])
         wanted |= {f"target.{field}": array for field, array in taken.items()}
     return wanted

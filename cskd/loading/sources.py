@@ -30,7 +30,8 @@ class TargetSpec:
     """Which targets the loss reads: 'none', 'global' (argmax g), 'cells' (and the CKF target of each cell at `blend`,
     in 1/65536), or 'soft' (the codec's arrays).
 
-    also: a codec whose arrays are read beside classes. blends: of cells at further decays, by their names.
+    also: a codec whose arrays are read beside classes. blends: of cells at further decays, by their names. others: the same of
+    further caches, by name.
     """
 
     kind: str
@@ -38,11 +39,17 @@ class TargetSpec:
     blend: int
     also: str = ""
     blends: tuple[tuple[str, int], ...] = ()
+    others: tuple[tuple[str, TargetSpec], ...] = ()
 
     @property
     def soft_codec(self) -> str:
         """Of the arrays that are read; '' where none are."""
         return self.codec if self.kind == "soft" else self.also
+
+    @property
+    def by_cache(self) -> dict[str, TargetSpec]:
+        """That of each cache by its name, '' of the first."""
+        return {"": self, **dict(self.others)}
 
 
 class ViewSource(Protocol):

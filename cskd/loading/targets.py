@@ -5,7 +5,8 @@ Shapes: B batch, K classes, h w teacher grid (7 7).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,22 +15,24 @@ from cskd.codecs import Codec
 from cskd.config import LossConfig
 from cskd.config.schema import Decay
 from cskd.errors import ConfigError, TeacherError
+from cskd.loading.epoch_table import prefixed
+from cskd.loading.joined import JoinedCaches
 from cskd.loading.sources import Batch, TargetSpec
 from cskd.method.ckf import blend_at, hard_targets
-from cskd.method.losses import AnyTargets, BothTargets, HardTargets, MixedLabels, SoftTargets, needs
+from cskd.method.losses import AnyTargets, BothTargets, HardTargets, MixedLabels, OfOne, SoftTargets, needs
 from cskd.store.cache import Cache
 from cskd.teacher.model import Teacher
 from cskd.views.mix_pixels import mixed_pixels
 
 
-def codec_for(loss: LossConfig, codecs: Mapping[str, Codec], where: str) -> tuple[str, str]:
-    """The codecs that a loss reads classes and logits from: those that are exact for it where there are any.
+def codec_for(loss: LossConfig, codecs: Mapping[str, Codec], where: str, cache: str = "") -> tuple[str, str]:
+    """The codecs that a loss reads classes and logits from: those that are exact for it where there are any. cache: its name.
 
     Returns: (for classes, for logits); the second is '' where no logits are read, the first may be any where no classes are.
     Raises:  ConfigError when soft terms find hard targets only; `where` names what holds the codecs.
     """
     exact = next((name for name, codec in codecs.items() if codec.exact_hard), next(iter(codecs)))
-    if not needs(loss).soft:
+    if not needs(loss, cache).soft:
         return exact, ""
     soft = next((name for name, codec in codecs.items() if codec.soft), None)
     if soft is None:
@@ -40,11 +43,21 @@ def codec_for(loss: LossConfig, codecs: Mapping[str, Codec], where: str) -> tupl
     return exact, soft
 
 
-class _Targets:
-    """What a loss needs, epoch by epoch."""
+def refuse_unnamed(loss: LossConfig, caches: Collection[str]) -> None:
+    """ConfigError for a term that reads a cache which train.caches does not name."""
+    for i, term in enumerate(loss.terms):
+        if term.cache and term.cache not in caches:
+            known = ", ".join(name for name in caches if name) or "none"
+            raise ConfigError(
+                f"loss.terms[{i}].cache is {term.cache!r}, expected a name in train.caches, which has {known}; add it there"
+            )
 
-    def __init__(self, config: LossConfig, epochs: int) -> None:
-        self._config, self._epochs, self.needs = config, epochs, needs(config)
+
+class _Targets:
+    """What a loss needs of one teacher, epoch by epoch."""
+
+    def __init__(self, config: LossConfig, epochs: int, cache: str = "") -> None:
+        self._config, self._epochs, self.needs = config, epochs, needs(config, cache)
 
     def blend(self, epoch: int, decay: Decay | None = None) -> int:
         return blend_at(epoch, self._epochs, decay or self._config.decay)
@@ -56,41 +69,70 @@ class _Targets:
         return SoftTargets(global_BK, dense_BKhw, self.blend(epoch), self.blends(epoch, self.needs.soft_decays))
 
 
-class CachedTargets(_Targets):
-    """Targets of a loss from a cache. Raises ConfigError when the cache holds no codec that the loss can read."""
+class _OfCache(_Targets):
+    """Those of one of the caches."""
 
-    runs_teacher = False
-
-    def __init__(self, cache: Cache, config: LossConfig, epochs: int) -> None:
-        super().__init__(config, epochs)
-        self._codecs = cache.codecs
-        self.codec, self.soft_codec = codec_for(config, cache.codecs, str(cache.root))
+    def __init__(self, name: str, cache: Cache, config: LossConfig, epochs: int) -> None:
+        super().__init__(config, epochs, name)
+        self._name, self._codecs = name, cache.codecs
+        self.codec, self.soft_codec = codec_for(config, cache.codecs, str(cache.root), name)
 
     def spec(self, epoch: int) -> TargetSpec:
-        if self.needs.hard == "none" and self.soft_codec:
-            return TargetSpec("soft", self.soft_codec, self.blend(epoch))
+        hard, soft = (f"{self._name}/{c}" if self._name and c else c for c in (self.codec, self.soft_codec))
+        if self.needs.hard == "none" and soft:
+            return TargetSpec("soft", soft, self.blend(epoch))
         blends = tuple(self.blends(epoch, self.needs.decays).items())
-        return TargetSpec(self.needs.hard, self.codec, self.blend(epoch), self.soft_codec, blends)
+        return TargetSpec(self.needs.hard, hard, self.blend(epoch), soft, blends)
 
-    def of(self, batch: Batch, epoch: int, device: torch.device) -> AnyTargets:
+    def of(self, batch: Batch, epoch: int, device: torch.device) -> OfOne:
+        def moved(name: str) -> Tensor | None:
+            column = batch.get(prefixed(self._name, name))
+            return None if column is None else column.to(device, non_blocking=True)
+
         hard = soft = None
         if self.needs.hard != "none":
-            names = {f"cell_class.{decay}": str(decay) for decay in self.needs.decays}
-            cells, more = batch.get("cell_class"), {key: batch[name] for name, key in names.items()}
-            hard = HardTargets(
-                batch["global_class"].to(device, non_blocking=True),
-                None if cells is None else cells.to(device, non_blocking=True),
-                {key: t.to(device, non_blocking=True) for key, t in more.items()},
-            )
+            more = {
+                str(decay): cells for decay in self.needs.decays if (cells := moved(f"cell_class.{decay}")) is not None
+            }
+            image = moved("global_class")
+            assert image is not None
+            hard = HardTargets(image, moved("cell_class"), more)
         if self.needs.soft:
+            prefix = prefixed(self._name, "target.")
             stored = {
-                name.removeprefix("target."): t.to(device, non_blocking=True)
+                name.removeprefix(prefix): t.to(device, non_blocking=True)
                 for name, t in batch.items()
-                if name.startswith("target.")
+                if name.startswith(prefix)
             }
             dense_BKhw, global_BK = self._codecs[self.soft_codec].logits_torch(stored)
             soft = self.soft(global_BK, dense_BKhw, epoch)
         return _both(hard, soft)
+
+
+class CachedTargets:
+    """Targets of a loss from a cache, or from several that are joined. Raises ConfigError when one holds no codec that the loss can
+    read, when a term names a cache that is not there, and when its cells are not those of the first."""
+
+    runs_teacher = False
+
+    def __init__(self, cache: Cache | JoinedCaches, config: LossConfig, epochs: int) -> None:
+        caches = {"": cache} if isinstance(cache, Cache) else {"": cache.first, **cache.others}
+        refuse_unnamed(config, caches)
+        for term in config.terms:
+            if term.target == "cells" and caches[term.cache].grid != cache.grid:
+                raise ConfigError(
+                    f"loss.terms: {term.title} reads cells of {caches[term.cache].root}, {caches[term.cache].grid}, and those of "
+                    f"{caches[''].root} are {cache.grid}; make both with one teacher.grid"
+                )
+        self._of = {name: _OfCache(name, one, config, epochs) for name, one in caches.items()}
+
+    def spec(self, epoch: int) -> TargetSpec:
+        others = tuple((name, of.spec(epoch)) for name, of in self._of.items() if name)
+        return replace(self._of[""].spec(epoch), others=others)
+
+    def of(self, batch: Batch, epoch: int, device: torch.device) -> AnyTargets:
+        found = {name: of.of(batch, epoch, device) for name, of in self._of.items()}
+        return found if len(found) > 1 else found[""]
 
 
 class LiveTargets(_Targets):
@@ -122,7 +164,7 @@ class LiveTargets(_Targets):
         return _both(hard, self.soft(global_BK, dense_BKhw, epoch) if self.needs.soft else None)
 
 
-def _both(hard: HardTargets | None, soft: SoftTargets | None) -> AnyTargets:
+def _both(hard: HardTargets | None, soft: SoftTargets | None) -> OfOne:
     return BothTargets(hard, soft) if hard is not None and soft is not None else hard or soft
 
 

@@ -75,7 +75,8 @@ class BothTargets:
     soft: SoftTargets
 
 
-AnyTargets = HardTargets | SoftTargets | BothTargets | None
+OfOne = HardTargets | SoftTargets | BothTargets | None
+AnyTargets = OfOne | Mapping[str, OfOne]  # of one teacher; or of each cache by its name, '' of the first
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Term(Protocol):
     'class', 'distillation' and 'patches'; patch logits are there for the methods of CSKD and for a term that names 'patches'.
     """
 
-    def __call__(self, output: StudentOutput, labels: MixedLabels, targets: AnyTargets) -> Tensor: ...
+    def __call__(self, output: StudentOutput, labels: MixedLabels, targets: OfOne) -> Tensor: ...
 
 
 class DistillationLoss:
@@ -128,7 +129,7 @@ class DistillationLoss:
         """The loss of a batch.
 
         Args:    targets HardTargets for '-hard' methods, SoftTargets for '-soft', BothTargets for terms of both kinds; not read
-                 for 'none'. epoch, from 0: which terms count, of those that have `epochs`; None: all.
+                 for 'none'; of several caches, those of each by its name. epoch, from 0: which terms count, of those that have `epochs`; None: all.
         Returns: the total, a float scalar; and each term by its name, detached scalars before their weights.
         Raises:  TypeError for the wrong kind of targets; ValueError where patch logits or cell targets are missing;
                  StudentError where the two differ in grid.
@@ -158,6 +159,8 @@ class DistillationLoss:
         logits = _logits(term.head, output)
         if term.target == "label":
             return label_loss(logits, labels, term.smoothing)
+        if isinstance(targets, Mapping):
+            targets = targets[term.cache]
         if term.kind == "ce":
             hard = _hard(targets)
             if term.target == "global":
@@ -183,7 +186,7 @@ class DistillationLoss:
 
     def _own_value(self, term: LossTerm, output: StudentOutput, labels: MixedLabels, targets: AnyTargets) -> Tensor:
         own = self._own[term.title]
-        value = own.value(output, labels, targets)
+        value = own.value(output, labels, targets[""] if isinstance(targets, Mapping) else targets)
         if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
             found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise StudentError(
@@ -236,9 +239,9 @@ class Needs:
     soft_decays: tuple[Decay, ...]
 
 
-def needs(config: LossConfig) -> Needs:
-    """What a loss reads of a teacher."""
-    terms = [term for term in expanded(config) if not term.own]
+def needs(config: LossConfig, cache: str = "") -> Needs:
+    """What a loss reads of a teacher; cache: the name of its cache."""
+    terms = [term for term in expanded(config) if not term.own and term.cache == cache and term.target != "label"]
     hard = {term.target for term in terms if term.kind == "ce"}
     of_cells = [term for term in terms if term.target == "cells" and term.decay is not None]
     return Needs(
@@ -378,7 +381,7 @@ def _logits(head: str, output: StudentOutput) -> Tensor:
     return dist if head == "distillation" else (cls + dist) / 2
 
 
-def _hard(targets: AnyTargets) -> HardTargets:
+def _hard(targets: OfOne) -> HardTargets:
     if isinstance(targets, BothTargets):
         return targets.hard
     if not isinstance(targets, HardTargets):
@@ -386,7 +389,7 @@ def _hard(targets: AnyTargets) -> HardTargets:
     return targets
 
 
-def _soft(targets: AnyTargets) -> SoftTargets:
+def _soft(targets: OfOne) -> SoftTargets:
     if isinstance(targets, BothTargets):
         return targets.soft
     if not isinstance(targets, SoftTargets):

@@ -56,7 +56,7 @@ def check_config(path: str | Path, overrides: list[str] | None = None) -> Config
                 Row(
                     "the cache",
                     "ok",
-                    f"{cache.root}, {counted(cache.views, 'view')} of {cache.inventory.n:,} images",
+                    f"{config.cache.path}, {counted(cache.views, 'view')} of {cache.inventory.n:,} images",
                     [],
                 )
             )

@@ -1,0 +1,145 @@
+"""A student taught by two teachers: two caches of the same views, joined by block, view and sample."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cskd.config import Config, from_dict
+from cskd.errors import CacheError, ConfigError
+from cskd.loading.epoch_table import build_table, open_table
+from cskd.loading.joined import JoinedCaches
+from cskd.loading.plan import PlanSpec, epoch_plan
+from cskd.loading.targets import CachedTargets
+from cskd.method.losses import needs
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.setup import open_cached
+from cskd.pipeline.train import train
+from tests.caches import make_tiny_data
+from tests.pipeline.test_pipeline import TEACHER, config
+
+TERMS: list[dict[str, Any]] = [
+    {"head": "class", "target": "label", "weight": 0.5},
+    {"head": "distillation", "target": "global", "weight": 0.5},
+    {"head": "patches", "target": "cells", "cache": "second"},
+    {"head": "class", "target": "global", "cache": "second", "kind": "kl", "weight": 0.1},
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("joined")
+    for name, seed in (("first", 1), ("second", 4)):
+        (folder / f"{name}.py").write_text(TEACHER.replace("manual_seed(1)", f"manual_seed({seed})"))
+    make_tiny_data(folder / "train", n=24, block=12, shard=12)
+    for name in ("first", "second"):
+        cache_teacher(settings(folder, name), quiet=True)
+    return folder
+
+
+def settings(base: Path, teacher: str = "first", terms: Any = TERMS, **sections: Any) -> Config:
+    codecs = ["envelope"] if teacher == "first" else ["envelope", "int8"]
+    made = config(
+        base,
+        sections.pop("run", "run"),
+        data={"val": ""},
+        teacher={"model": f"{base / f'{teacher}.py'}:build", "batch": 8, "min_top1": 0.0},
+        cache={"path": str(base / f"cache {teacher}"), "codecs": codecs, **sections.pop("cache", {})},
+        train={"epochs": 2, "caches": {"second": str(base / "cache second")}, **sections.pop("train", {})},
+        **sections,
+    )
+    return replace(made, loss=from_dict({"loss": {"method": "terms", "terms": terms}}).loss)
+
+
+def test_targets_of_both_come_to_one_batch_and_are_those_of_each_cache(base: Path, tmp_path: Path) -> None:
+    both = open_cached(settings(base))
+    assert isinstance(both, JoinedCaches) and list(both.codecs) == ["envelope", "second/envelope", "second/int8"]
+    plan = epoch_plan(PlanSpec.over(both, settings(base).train), 1)
+    tables = {}
+    for name, source in (("both", both), ("second", both.others["second"])):
+        loss = settings(base).loss
+        if name == "second":
+            loss = from_dict(
+                {
+                    "loss": {
+                        "method": "terms",
+                        "terms": [{k: v for k, v in t.items() if k != "cache"} for t in TERMS[2:]],
+                    }
+                }
+            ).loss
+        spec = CachedTargets(source, loss, 2).spec(1)
+        tables[name] = open_table(build_table(source, plan, spec, 0, 8, tmp_path / name))
+    for column in ("cell_class", "global_class", *[t for t in tables["second"].targets if t.startswith("target.")]):
+        if column in tables["second"].targets:
+            found = tables["both"].columns[f"second.{column}"]
+            assert np.array_equal(found, tables["second"].columns[column])
+    assert not np.array_equal(tables["both"].columns["global_class"], tables["second"].columns["global_class"])
+    assert needs(settings(base).loss, "second").hard == "cells" and needs(settings(base).loss).hard == "global"
+
+
+def test_a_student_of_two_teachers_is_the_same_after_a_restart_and_another_without_the_second(base: Path) -> None:
+    whole = train(settings(base, run="whole"), quiet=True)
+    train(settings(base, run="cut", train={"max_steps": 3}), quiet=True)
+    cut = train(settings(base, run="cut"), quiet=True)
+    alone = train(settings(base, run="alone", terms=TERMS[:2]), quiet=True)
+    digests = [
+        hashlib.sha256((Path(r.output) / "model.safetensors").read_bytes()).hexdigest() for r in (whole, cut, alone)
+    ]
+    assert digests[0] == digests[1] != digests[2]
+    row = json.loads((base / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["loss_patches_second_cells_ce"] > 0 and row["loss_class_second_global_kl"] > 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [({"seed": 7}, "recipe"), ({"erase": 0.5}, "recipe")],
+)
+def test_caches_of_other_views_are_refused_with_what_differs(
+    base: Path, tmp_path: Path, recipe: Any, says: str
+) -> None:
+    other = {"path": str(tmp_path / "other"), "views": 3}
+    cache_teacher(settings(base, "second", cache=other, recipe=recipe), quiet=True)
+    with pytest.raises(CacheError, match=f"train.caches.second: .*{says}.*same images by the same recipe"):
+        open_cached(settings(base, train={"caches": {"second": other["path"]}}))
+
+
+def test_a_view_that_the_second_teacher_saw_otherwise_is_refused_by_the_field(base: Path, tmp_path: Path) -> None:
+    both = open_cached(settings(base))
+    assert isinstance(both, JoinedCaches)
+    plan = epoch_plan(PlanSpec.over(both, settings(base).train), 0)
+    spec = CachedTargets(both, settings(base).loss, 2).spec(0)
+    read = both.others["second"].read
+
+    def altered(block: int, view: int, codec: str) -> Any:
+        unit = read(block, view, codec)
+        unit.fields["digest"] = unit.fields["digest"] + np.uint32(block == 1)
+        return unit
+
+    both.others["second"].read = altered  # type: ignore[method-assign]
+    with pytest.raises(CacheError, match=r"block 1, view \d: second and its codec \w+ has another digest"):
+        build_table(both, plan, spec, 0, len(plan.sample), tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    ("terms", "train_", "says"),
+    [
+        ([{**TERMS[2], "cache": "third"}], {}, r"loss\.terms\[0\]\.cache is 'third'.*second"),
+        (TERMS, {"caches": {}}, r"loss\.terms\[2\]\.cache is 'second'.*none"),
+        ([*TERMS[:2]], {"caches": {"a/b": "x"}}, r"train\.caches"),
+        ([{**TERMS[1], "kind": "kl"}], {}, "needs the teacher's logits"),
+    ],
+)
+def test_caches_that_do_not_fit_the_terms_are_refused(base: Path, terms: Any, train_: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        train(settings(base, run="refused", terms=terms, train=train_), quiet=True)
+
+
+def test_a_live_teacher_is_one(base: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.caches.*--online"):
+        train(settings(base, run="live"), online=True, quiet=True)
