@@ -45,7 +45,6 @@ class About:
     val_images: int  # 0: none
     views: int  # of each image
     teacher: str = ""  # '' without one
-    teacher_top1: float | None = None  # per cent
     cache: str = ""  # '' without one
     codec: str = ""  # that the targets were read from
     online: bool = False
@@ -259,9 +258,6 @@ def _score_table(facts: Mapping[str, Any], scores: Sequence[_Scores], about: Abo
 
 def _training(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], config: Config, about: About) -> str:
     train, recipe, loss = config.train, config.recipe, config.loss
-    teacher = "none" if not about.teacher else about.teacher
-    if about.teacher_top1 is not None:
-        teacher += f", top-1 {about.teacher_top1:.2f} % on clean images"
     mixing = f"mixup {recipe.mixup:g}, cutmix {recipe.cutmix:g}" if recipe.mixes else "no mixing"
     views = f"crop {recipe.crop}, flip {recipe.flip:g}, {recipe.randaugment or 'no randaugment'}, erase {recipe.erase:g}, {mixing}"
     method = loss.method + (f", decay {loss.decay}" if loss.method.startswith("cskd") else "")
@@ -270,7 +266,7 @@ def _training(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], confi
     method += "".join(f", term {term.title} times {term.weight:g}" for term in loss.terms)
     table = {
         "data": f"{_folder(config.data.train) if config.data.train else 'images of the cache'}, {about.images:,} images, {about.views} views of each",
-        "teacher": teacher,
+        "teacher": about.teacher or "none",
         "cache": "none, the teacher ran at every step" if about.online else about.cache or "none",
         "targets": about.codec or ("the teacher's, live" if about.online else "labels"),
         "method": f"{method}, smoothing {loss.smoothing:g}",

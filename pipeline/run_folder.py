@@ -20,7 +20,7 @@ from cskd.config import to_dict
 from cskd.errors import one_line
 from cskd.files.durable import put
 from cskd.files.read import parse_json, read_file
-from cskd.loading.targets import CachedTargets
+from cskd.loading.joined import JoinedCaches
 from cskd.machine.cores import usable_cores
 from cskd.method.ckf import hard_targets
 from cskd.method.losses import AnyTargets, BothTargets, HardTargets, SoftTargets, needs
@@ -109,28 +109,21 @@ class RunFolder:
 
     def _about(self) -> About:
         run = self._run
-        reads = needs(run.config.loss)
-        about, top1, cache, codec = to_dict(run.config.teacher), None, "", ""
-        if isinstance(run.views, Cache):
-            manifest = run.views.manifest
-            about, cache = (
-                dict(manifest.config["teacher"]),
-                f"{run.views.root.name}, fingerprint {run.views.fingerprint[:16]}",
-            )
-            top1 = None if manifest.clean_top1 is None else 100 * manifest.clean_top1
-        weights = Path(str(about.get("weights") or "")).name
-        teacher = Path(str(about.get("model", ""))).name + (f" with {weights}" if weights else "")
-        if isinstance(run.targets, CachedTargets) and (reads.soft or reads.hard != "none"):
-            codec = ", ".join(dict.fromkeys(filter(None, (run.targets.codec, run.targets.soft_codec))))
+        reads, spec, views = needs(run.config.loss), run.targets.spec(0), run.views
+        taught = reads.soft or reads.hard != "none"
+        caches = [views] if isinstance(views, Cache) else []
+        if isinstance(views, JoinedCaches):
+            caches = [views.first, *views.others.values()]
+        codecs = [name for s in (spec, *(other for _, other in spec.others)) for name in (s.codec, s.soft_codec)]
+        teachers = [_teacher(c.manifest.config["teacher"], c.manifest.clean_top1) for c in caches]
         gpu = f", {torch.cuda.get_device_name(run.device)}" if run.device.type == "cuda" else ""
         return About(
             images=len(run.views.inventory),
             val_images=len(run.val) if run.val is not None else 0,
             views=run.plan.views,
-            teacher=teacher if reads.soft or reads.hard != "none" else "",
-            teacher_top1=top1,
-            cache=cache,
-            codec=codec,
+            teacher="; ".join(teachers or [_teacher(to_dict(run.config.teacher), None)]) if taught else "",
+            cache="; ".join(f"{c.root.name}, fingerprint {c.fingerprint[:16]}" for c in caches),
+            codec=", ".join(dict.fromkeys(filter(None, codecs))) if taught else "",
             online=run.targets.runs_teacher,
             ranks=run.ranks.count,
             machine=f"{platform.system()} {platform.machine()}, {usable_cores().count} cores{gpu}",
@@ -160,11 +153,26 @@ class RunFolder:
             self._spent += time.perf_counter() - clock
 
 
+def _teacher(config: Mapping[str, Any], clean_top1: float | None) -> str:
+    """A teacher in words; clean_top1: a share, as a manifest has it."""
+    weights, known = (
+        Path(str(config.get("weights") or "")).name,
+        f", top-1 {100 * (clean_top1 or 0):.2f} % on clean images",
+    )
+    return (
+        Path(str(config.get("model", ""))).name
+        + (f" with {weights}" if weights else "")
+        + known * (clean_top1 is not None)
+    )
+
+
 def _seen(batch: Mapping[str, torch.Tensor], targets: AnyTargets, cells: bool) -> SeenBatch:
     """The first `SHOWN` views of a batch, an even number, in which partners stand next to each other."""
     few = {name: t[:SHOWN] for name, t in batch.items() if name not in ("seconds",) and not name.startswith("target.")}
     pixels = mixed_pixels(few, few["pixels"].device).permute(0, 2, 3, 1).round().to(torch.uint8)
     found = class_map = None
+    if isinstance(targets, Mapping):  # of several caches: those of the first
+        targets = targets[""]
     if isinstance(targets, BothTargets):
         shown = targets.hard.cell_class is not None or targets.hard.more
         targets = targets.hard if shown else targets.soft
