@@ -17,10 +17,12 @@ import argparse
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cskd.codecs import Arrays, Codec, get_codec
+from cskd.codecs import Arrays, Codec, Outputs, get_codec
 from cskd.codecs.base import BLEND_ONE
+from cskd.codecs.features import FeaturesCodec
+from cskd.codecs.measured import Measured, measure, together
 from cskd.config import load_config
-from cskd.errors import CacheError, CskdError
+from cskd.errors import CacheError, CskdError, TeacherError
 from cskd.loading.stage1 import ChunkMaker, chunks
 from cskd.machine.devices import pick_device
 from cskd.pipeline.show.progress import Progress
@@ -48,7 +52,20 @@ ROOT = Path(__file__).resolve().parent.parent
 # Shapes: R rows of a unit, K classes, h w teacher grid, n cells (h * w), Q blends
 
 Dims = dict[str, tuple[str, ...]]
-CODECS = ("envelope", "int8", "topk10")
+CODECS = ("envelope", "int8", "topk10", "features8", "featurespca384", "featurespca384b5", "featurespca384b6")
+OF_IMAGE = ("global16", "global8", "global4", "globaltop100", "globaltop10")
+# Of other programs that keep one vector per augmented view: bytes as their documentation gives them; 0: it gives none.
+DOCUMENTED = (
+    ("TinyViT, top 100", 404, "4 + 4k: seed, float16 and int16; github.com/microsoft/Cream/tree/main/TinyViT"),
+    ("TinyViT, top 10", 44, "the same with k = 10"),
+    (
+        "dataset reinforcement",
+        65,
+        "65 to 104: downloads of 33.4 to 53.3 GB, 400 views of 1.28 M; github.com/apple/ml-dr",
+    ),
+    ("FKD, top 5", 0, "with box and flip of each of 500 crops; no size is stated; github.com/szq0214/FKD"),
+)
+KL_ROWS = 16  # views whose divergence is computed at a time
 
 
 @dataclass
@@ -60,12 +77,17 @@ class Score:
     target_bytes: int = 0
     lookups: int = 0
     mismatches: int = 0
+    errors: list[Measured] = field(default_factory=list)
+    tables: int = 0  # bytes that all units share, once per cache
 
     def facts(self) -> dict[str, Any]:
-        return {
+        error = together(self.errors)
+        measured = {} if error is None else {"kl": error.kl, "largest_error": error.largest, "wrong": error.wrong}
+        return measured | {
+            "table_bytes": self.tables,
             "bytes_per_view": self.target_bytes / self.views,
             "unit_bytes_per_view": self.unit_bytes / self.views,
-            "hard_agreement": 1 - self.mismatches / self.lookups,
+            "hard_agreement": 1 - self.mismatches / self.lookups if self.lookups else None,
             "mismatches": self.mismatches,
             "lookups": self.lookups,
         }
@@ -76,12 +98,13 @@ class Run:
     """The benchmark's results so far."""
 
     scores: dict[str, Score] = field(default_factory=dict)
+    tables: dict[str, Arrays] = field(default_factory=dict)  # that codecs were fitted
     stored_equal: int = 0  # views whose stored arrays are those of the teacher run again
     stored_views: int = 0
 
     def add(
         self, name: str, unit: tuple[Arrays, Arrays], dims: Dims, about: dict[str, Any], wrong: int, n: int
-    ) -> None:
+    ) -> Score:
         """One unit of a codec: its fields and targets, packed as the cache would pack them; `wrong` of n lookups."""
         fields, targets = unit
         about = {"codec": name, **about}
@@ -92,6 +115,7 @@ class Run:
         score.target_bytes += whole - len(pack_unit(fields, {}, dims, about))
         score.mismatches += wrong
         score.lookups += n
+        return score
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -147,7 +171,7 @@ def _compare(cache: Cache, views: int, blends: NDArray[np.int64]) -> Run:
     if missing:
         raise CacheError(f"{cache.root} misses {len(missing)} units; run `cskd cache-teacher` again to finish it")
     K = len(cache.classes)
-    codecs = {name: get_codec(name, K, cache.grid) for name in CODECS if name != "topk10" or K > 10}
+    codecs = {name: get_codec(name, K, cache.grid) for name in _names(K, _has_classifier(teacher))}
     maker = ChunkMaker(ViewMaker(cache.inventory, cache.recipe), cache.inventory.id)
     run = Run()
     with Progress("codec benchmark", views * cache.inventory.n, "views") as progress:
@@ -155,23 +179,42 @@ def _compare(cache: Cache, views: int, blends: NDArray[np.int64]) -> Run:
             first, stop = cache.inventory.block_range(block)
             for view in range(views):
                 stored = cache.read(block, view, next(iter(cache.codecs)))
-                dense, image = _teacher_again(cache, teacher, maker, block, view, stored, config.teacher.batch)
-                _compare_unit(cache, run, codecs, block, view, stored.fields, dense, image, blends)
+                outputs = _teacher_again(cache, teacher, maker, block, view, stored, config.teacher.batch)
+                _compare_unit(cache, run, codecs, block, view, stored.fields, outputs, blends, teacher)
                 progress.update(first * views + (view + 1) * (stop - first))
     return run
 
 
+def _names(classes: int, has_classifier: bool) -> list[str]:
+    """The codecs that can hold what such a teacher gives."""
+    kept = []
+    for name in (*CODECS, *OF_IMAGE):
+        top = re.search(r"top(?:k)?([0-9]+)$", name)
+        if (top is None or int(top[1]) < classes) and (has_classifier or not name.startswith("features")):
+            kept.append(name)
+    return kept
+
+
+def _has_classifier(teacher: Teacher) -> bool:
+    try:
+        teacher.classifier("features8")
+    except TeacherError:
+        return False
+    return True
+
+
 def _teacher_again(
     cache: Cache, teacher: Teacher, maker: ChunkMaker, block: int, view: int, unit: Unit, batch: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dense float32 [R, K, h, w] and global float32 [R, K] logits of a unit's rows, from replayed pixels in stage 1's
-    batches. Raises ReplayError where a digest differs."""
+) -> Outputs:
+    """What stage 1 handed to the codecs for a unit's rows, from replayed pixels in its batches. Raises ReplayError where a
+    digest differs."""
     first, stop = cache.inventory.block_range(block)
     order = quads(stop - first, cache.recipe, cache.inventory.id, block, view // cache.recipe.mix_group)
     row_of = np.full(stop - first, -1)
     row_of[unit.position] = np.arange(len(unit.position))
     dense = torch.empty(len(unit.position), len(cache.classes), *cache.grid)
     image = torch.empty(len(unit.position), len(cache.classes))
+    maps = torch.empty(0)
     for task in chunks(block, (view,), first, order, batch):
         made = maker(task)
         rows = row_of[task.position]
@@ -188,9 +231,16 @@ def _teacher_again(
             partner[i] = place[int(unit.fields["partner"][rows[i]])]
         tensors = (torch.from_numpy(a).to(teacher.device) for a in (partner, *fields.values()))
         pixels = mix_pixels(made.pixels[0].to(teacher.device), *tensors)
-        local, whole = teacher.in_batches(pixels)
-        dense[rows[good]], image[rows[good]] = local[good].cpu(), whole[good].cpu()
-    return dense, image
+        local, whole, features = teacher.with_features(pixels)
+        maps = maps if len(maps) else torch.empty(len(unit.position), *features.shape[1:])
+        dense[rows[good]], image[rows[good]], maps[rows[good]] = (
+            local[good].cpu(),
+            whole[good].cpu(),
+            features[good].cpu(),
+        )
+    label, partner = unit.fields["label"].astype(np.int64), unit.fields["partner"]
+    other = np.where(partner < 0, label, cache.inventory.label[first:stop][np.maximum(partner, 0)])
+    return Outputs(dense, image, torch.from_numpy(np.stack([label, other], 1)), maps)
 
 
 def _check_digests(cache: Cache, unit: Unit, view: int, samples: Any, rows: Any, crcs: Any) -> None:
@@ -208,17 +258,29 @@ def _compare_unit(
     block: int,
     view: int,
     fields: Arrays,
-    dense: torch.Tensor,
-    image: torch.Tensor,
+    outputs: Outputs,
     blends: NDArray[np.int64],
+    teacher: Teacher,
 ) -> None:
     names = {name: dims for name, (_, dims) in UNIT_FIELDS.items()}
     about = {"block": block, "view": view, "inventory": cache.inventory.id}
+    dense, image = outputs.dense, outputs.image
     truth = direct_targets(dense.numpy(), image.numpy(), blends)
     for name, codec in codecs.items():
-        arrays = codec.encode(dense, image)
-        wrong = int((_targets_of(codec, arrays, blends) != truth).sum())
-        run.add(name, (fields, arrays), {**names, **codec.dimensions}, about, wrong, truth.size)
+        if isinstance(codec, FeaturesCodec) and name not in run.scores:  # as stage 1 fits them: on the first unit
+            key = name.partition("b")[0]  # bits change no tables
+            if key not in run.tables:
+                fit_on = [outputs.features[: codec.fitted_on]] if outputs.features is not None else []
+                run.tables[key] = codec.fit(*teacher.classifier(name), fit_on)
+            tables = run.tables[key]
+            codec.use_tables(partial(dict, tables))
+            run.scores[name] = Score(tables=sum(a.nbytes for a in tables.values()))
+        arrays = codec.encode_outputs(outputs)
+        packed = codec.pack(arrays)
+        wrong = int((_targets_of(codec, arrays, blends) != truth).sum()) if codec.cells else 0
+        lookups = truth.size if codec.cells else 0
+        score = run.add(name, (fields, packed), {**names, **codec.packed_dimensions}, about, wrong, lookups)
+        score.errors += _errors(codec, arrays, outputs)
         if name in cache.codecs:
             run.stored_views += len(image)
             run.stored_equal += _equal_views(codec, cache.read(block, view, name).targets, arrays)
@@ -226,6 +288,16 @@ def _compare_unit(
     dims = {"dense": ("sample", "class", "row", "col"), "global": ("sample", "class")}
     wrong = int((direct_targets(half["dense"], half["global"], blends) != truth).sum())
     run.add("float16", (fields, half), {**names, **dims}, about, wrong, truth.size)
+
+
+def _errors(codec: Codec, arrays: Arrays, outputs: Outputs) -> list[Measured]:
+    """What stage 1 measures on a few views, of all."""
+    found = []
+    for i in range(0, len(outputs.image), KL_ROWS):
+        part = np.arange(i, min(i + KL_ROWS, len(outputs.image)))
+        some = Outputs(outputs.dense[part], outputs.image[part])
+        found.append(measure(codec, codec.take(arrays, part), some, len(part)))
+    return [error for error in found if error is not None]
 
 
 def direct_targets(dense_RKhw: NDArray[Any], global_RK: NDArray[Any], blends: NDArray[np.int64]) -> NDArray[np.uint16]:
@@ -253,7 +325,10 @@ def _targets_of(codec: Codec, arrays: Arrays, blends: NDArray[np.int64]) -> NDAr
     R = len(codec.global_class(arrays))
     if codec.exact_hard:
         return np.stack([codec.hard(arrays, int(blend)).reshape(R, -1) for blend in blends])
-    found = direct_targets(*codec.logits(arrays), blends)
+    found = np.empty((len(blends), R, codec.grid[0] * codec.grid[1]), np.uint16)
+    for i in range(0, R, KL_ROWS):  # decoded maps are large
+        part = np.arange(i, min(i + KL_ROWS, R))
+        found[:, part] = direct_targets(*codec.logits(codec.take(arrays, part)), blends)
     found[blends == 0] = codec.global_class(arrays)[:, None]
     return found
 
@@ -278,14 +353,27 @@ def _print_table(cache: Cache, run: Run, facts: dict[str, dict[str, Any]], blend
     print(
         f"views whose stored arrays equal those of the teacher run again: {run.stored_equal:,} of {run.stored_views:,}"
     )
-    print(f"{'codec':<10}{'targets':>12}{'whole unit':>12}{'agreement':>13}{'wrong of lookups':>26}")
-    print(f"{'':<10}{'bytes/view':>12}{'bytes/view':>12}")
+    print("KL: mean over cells and five blends from 0 to 1, nats, of softmax of the decoded logits from the teacher's")
+    print(
+        f"{'codec':<18}{'targets':>12}{'whole unit':>12}{'KL':>10}{'agreement':>13}{'wrong of lookups':>26}{'tables':>10}"
+    )
+    print(f"{'':<18}{'bytes/view':>12}{'bytes/view':>12}{'':>61}{'MB':>10}")
     for name, row in facts.items():
-        wrong = f"{row['mismatches']:,} of {row['lookups']:,}"
-        print(
-            f"{name:<10}{row['bytes_per_view']:>12,.0f}{row['unit_bytes_per_view']:>12,.0f}"
-            f"{row['hard_agreement']:>13.6f}{wrong:>26}"
-        )
+        if row["lookups"]:
+            wrong = f"{row['mismatches']:,} of {row['lookups']:,}"
+            kl = f"{row['kl']:.4f}" if "kl" in row else ""
+            print(
+                f"{name:<18}{row['bytes_per_view']:>12,.0f}{row['unit_bytes_per_view']:>12,.0f}{kl:>10}"
+                f"{row['hard_agreement']:>13.6f}{wrong:>26}{row['table_bytes'] / 1e6:>10.1f}"
+            )
+    print(
+        f"{'of the image alone':<28}{'bytes/view':>12}{'KL':>10}   cskd's hold both labels' logits, mean and std (20 bytes) too"
+    )
+    for name, row in facts.items():
+        if not row["lookups"]:
+            print(f"{name:<28}{row['bytes_per_view']:>12,.0f}{row['kl']:>10.4f}")
+    for name, size, source in DOCUMENTED:
+        print(f"{name:<28}{size or '-':>12}{'':>10}   {source}")
 
 
 def _machine() -> Iterator[str]:

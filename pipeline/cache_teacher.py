@@ -28,6 +28,7 @@ from cskd.loading.stage1 import ChunkMaker
 from cskd.machine.launch import launched
 from cskd.machine.threads import Threads, begun_with, brief_turns, choose_threads, computing_with
 from cskd.pipeline.clean_check import clean_check
+from cskd.pipeline.codec_tables import fit_tables, refit_lost, refuse_head
 from cskd.pipeline.measure_precision import measure_precision
 from cskd.pipeline.out_of_memory import Probe, explained, nothing_to_lower
 from cskd.pipeline.precheck import BEFORE_TEACHER, WITH_TEACHER, refuse
@@ -158,6 +159,7 @@ def _open_or_create(
     """The cache of this config: identity compared, the teacher's outputs on the probe images compared too."""
     root = Path(config.cache.path)
     identity = identity_of(inventory, config.recipe, teacher.fingerprint.facts, teacher.grid, config.cache.codecs)
+    refuse_head(identity, teacher)
     manifest, probe = Manifest(identity=identity, views=config.cache.views), teacher.probe()
     new = not (root / MANIFEST).exists()
     if new:
@@ -173,10 +175,12 @@ def _open_or_create(
             notes=[*about_images, *teacher.notes, *check.notes, *precision.notes],
             precision=precision.facts,
             probe=probe,
+            tables=fit_tables(root, identity, teacher, maker),
             threads=lanes_of(teacher.device, torch.get_num_threads(), teacher.reentrant)[1],
             versions=library_versions(),
         )
     cache = create_cache(root, manifest, inventory)
+    refit_lost(cache, teacher, maker)
     write_resolved(root, cache.manifest)
     notes.add(cache.manifest.notes or [])
     notes.add([] if new else check_versions(cache))

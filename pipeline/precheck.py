@@ -17,6 +17,7 @@ from typing import Literal
 from cskd.errors import ConfigError, CskdError, counted, shown
 from cskd.loading.targets import codec_for, refuse_unnamed
 from cskd.method.losses import needs, unread_keys
+from cskd.pipeline.codec_tables import refuse_head
 from cskd.pipeline.conflicts import as_begun, refuse_other_run, run_identity
 from cskd.pipeline.outputs import refuse_cache_output, refuse_run_output, refuse_without_links
 from cskd.pipeline.run_state import PROGRESS
@@ -162,6 +163,7 @@ def _teacher(setup: Setup) -> Found:
 
 
 def _begun_cache(setup: Setup) -> Found:
+    refuse_head(setup.identity, setup.teacher)
     if not setup.begun:
         return "will be begun", []
     cache = open_cache(setup.config.cache.path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,9 +97,12 @@ class Setup:
     @cached_property
     def codecs(self) -> dict[str, Codec]:
         """Those that stage 1 will write."""
-        return {
-            name: get_codec(known_own(name), len(self.inventory.classes), (1, 1)) for name in self.config.cache.codecs
-        }
+        classes = len(self.inventory.classes)
+        codecs = {name: get_codec(known_own(name), classes, (1, 1)) for name in self.config.cache.codecs}
+        names = Counter(codec.name for codec in codecs.values())
+        if twice := [name for name, codec in codecs.items() if names[codec.name] > 1]:
+            raise ConfigError(f"cache.codecs lists {' and '.join(twice)}, which are one codec; leave one of them out")
+        return codecs
 
     @cached_property
     def views(self) -> ViewSource:

@@ -16,12 +16,15 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cskd.codecs import Arrays
+from cskd.codecs import Arrays, Outputs
+from cskd.codecs.features import FeaturesCodec
+from cskd.codecs.measured import Measured, measure
 from cskd.config import Config
 from cskd.files.claims import Claims
 from cskd.loading.feed import DeviceBatch
@@ -109,6 +112,13 @@ class _Pass:
         return self.rows == len(self.order) * len(self.views)
 
 
+class _Encoded(NamedTuple):
+    """Arrays by codec, and the errors that were measured."""
+
+    targets: dict[str, Arrays]
+    errors: dict[str, Measured]
+
+
 @dataclass(frozen=True)
 class _Encoding:
     """One view of a chunk, under way in a lane; position int64 and crc int64 of its good rows."""
@@ -119,7 +129,7 @@ class _Encoding:
     rows: int  # bad ones included
     position: NDArray[np.int64]
     crc: NDArray[np.int64]
-    targets: Future[tuple[dict[str, Arrays], float, float]]
+    targets: Future[tuple[_Encoded, float, float]]
 
 
 class UnitLine:
@@ -216,7 +226,8 @@ class UnitLine:
             unit = work.units[work.views.index(view)]
             unit.drop(np.array(list(bad), np.int64))
             mixing = tuple(torch.from_numpy(field) for field in unit.mixing_rows(position))
-            targets = self._lanes.submit(self._targets, chunk, v, mixing, good)
+            labels = torch.from_numpy(unit.label_rows(position[good]))
+            targets = self._lanes.submit(self._targets, chunk, v, mixing, good, labels)
             crc = chunk.crc[v][good]
             self._underway.append(_Encoding(work, place, unit, len(position), position[good], crc, targets))
         work.to_come -= 1
@@ -248,35 +259,56 @@ class UnitLine:
         return f"interrupted: {lost:,} views that the teacher was at are lost{seconds}; those before them are kept"
 
     def _targets(
-        self, chunk: ChunkViews, view: int, mixing: tuple[torch.Tensor, ...], good: NDArray[np.int64]
-    ) -> tuple[dict[str, Arrays], float, float]:
+        self,
+        chunk: ChunkViews,
+        view: int,
+        mixing: tuple[torch.Tensor, ...],
+        good: NDArray[np.int64],
+        labels_B2: torch.Tensor,
+    ) -> tuple[_Encoded, float, float]:
         """In a lane: mix a view of a chunk as the student's input is mixed, run the teacher on it, padded to a fixed size, and
-        encode the rows `good`.
+        encode the rows `good`, whose labels and their partners' are `labels_B2`.
 
-        Returns: arrays by codec, and the seconds of teacher and encoding.
+        Returns: what is stored, and the seconds of teacher and encoding.
         """
         if len(good) == 0:
-            dense_BKhw, global_BK = (torch.zeros(0, self._teacher.classes, *grid) for grid in (self._teacher.grid, ()))
-            return {name: codec.encode(dense_BKhw, global_BK) for name, codec in self._cache.codecs.items()}, 0.0, 0.0
+            return self._encoded(self._no_outputs()), 0.0, 0.0
         begun, device = time.perf_counter(), self._teacher.device
         if isinstance(chunk.batch, DeviceBatch):
             chunk.batch.enter()
         inputs = [to_device(t, device) for t in (chunk.pixels[view], *mixing)]
         keep = to_device(torch.from_numpy(good), device)
+        made: tuple[torch.Tensor, ...]
         with self._lanes.launching():
             pixels = mix_pixels(*inputs)
-            dense_BKhw, global_BK = self._teacher.in_batches(pixels)
-            if len(good) < len(dense_BKhw):
-                dense_BKhw, global_BK = dense_BKhw[keep], global_BK[keep]
+            if any(codec.reads_features for codec in self._cache.codecs.values()):
+                made = self._teacher.with_features(pixels)
+            else:
+                made = self._teacher.in_batches(pixels)
+            if len(good) < len(pixels):
+                made = tuple(output[keep] for output in made)
         middle = time.perf_counter()
-        encoded = {name: codec.encode(dense_BKhw, global_BK) for name, codec in self._cache.codecs.items()}
+        encoded = self._encoded(Outputs(made[0], made[1], labels_B2, *made[2:]))
         return encoded, middle - begun, time.perf_counter() - middle
+
+    def _encoded(self, outputs: Outputs) -> _Encoded:
+        codecs = self._cache.codecs
+        targets = {name: codec.encode_outputs(outputs) for name, codec in codecs.items()}
+        errors = {name: measure(codec, targets[name], outputs) for name, codec in codecs.items()}
+        return _Encoded(targets, {name: error for name, error in errors.items() if error is not None})
+
+    def _no_outputs(self) -> Outputs:
+        """Of a batch without a readable image."""
+        K, grid = self._teacher.classes, self._teacher.grid
+        channels = [codec.channels for codec in self._cache.codecs.values() if isinstance(codec, FeaturesCodec)]
+        maps = torch.zeros(0, channels[0], *grid) if channels else None
+        return Outputs(torch.zeros(0, K, *grid), torch.zeros(0, K), torch.zeros(0, 2, dtype=torch.int64), maps)
 
     def _collect(self) -> None:
         """Take the oldest batch's targets; the last one of a pass sends it to the writer."""
         batch = self._underway[0]  # and taken away last: an interrupt may come at any line, and `keep` begins here
         encoded, forward, encode = batch.targets.result()
-        batch.unit.add(batch.position, batch.crc, encoded, batch.place)
+        batch.unit.add(batch.position, batch.crc, encoded.targets, batch.place, encoded.errors)
         batch.work.came[batch.unit, batch.place] = batch.rows
         self.images += batch.rows
         self.unreadable += batch.rows - len(batch.position)
@@ -314,7 +346,7 @@ class UnitLine:
             work.draft.exception()  # waits: another writer may be at it, and no draft may come after the commit
         clock = time.perf_counter()
         for view, unit in zip(work.views, work.units, strict=True):
-            self._cache.add_unit(work.block, view, *unit.finish(), work.quarantine)
+            self._cache.add_unit(work.block, view, *unit.finish(), work.quarantine, unit.errors)
             remove_drafts(self._cache.root, work.block, view)
         self._claims.release([work.claim])
         return len(work.views), time.perf_counter() - clock

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 
-from cskd.codecs.base import Arrays, Codec
+from cskd.codecs.base import Arrays, Codec, Outputs
 from cskd.codecs.own import VARIABLE, known_own, own_codec
 from cskd.errors import CodecError, shortened
 from cskd.near import did_you_mean
 
-__all__ = ["Arrays", "Codec", "get_codec", "known_own"]
+__all__ = ["Arrays", "Codec", "Outputs", "get_codec", "known_own"]
 
 
 def get_codec(name: str, classes: int, grid: tuple[int, int]) -> Codec:
-    """A codec by its name: 'envelope', 'int8', 'topk:K' (or 'topkK', K classes per cell), or that of a user's own.
+    """A codec by its name: 'envelope', 'int8', 'topk:K', 'global:BITS', 'global:topK', 'features:BITS', 'features:pcaR[:BITS]',
+    or that of a user's own. The name that a codec has in a cache is without the colon, and is known, too.
 
     Never by a place, since names come out of caches, too: `known_own` gives the name of what a config says.
 
@@ -31,10 +32,24 @@ def get_codec(name: str, classes: int, grid: tuple[int, int]) -> Codec:
         from cskd.codecs.topk import TopkCodec
 
         return TopkCodec(int(match[1]), classes, grid)
+    if match := re.fullmatch(r"global:?(top:?)?([1-9]\d{0,5})", name):
+        from cskd.codecs.global_logits import GlobalBitsCodec, GlobalTopkCodec
+
+        return (GlobalTopkCodec if match[1] else GlobalBitsCodec)(int(match[2]), classes, grid)
+    if match := re.fullmatch(r"features:?([1-9]\d{0,5})", name):
+        from cskd.codecs.features import FeaturesBitsCodec
+
+        return FeaturesBitsCodec(int(match[1]), classes, grid)
+    if match := re.fullmatch(r"features:?pca([1-9]\d{0,4})(?:[:b]([1-9]\d?))?", name):
+        from cskd.codecs.features_pca import DEFAULT_BITS, FeaturesPcaCodec
+
+        return FeaturesPcaCodec(int(match[1]), int(match[2] or DEFAULT_BITS), classes, grid)
     if (own := own_codec(name, classes, grid)) is not None:
         return own
-    hint = did_you_mean(name, ("envelope", "int8", "topk:10"))
+    hint = did_you_mean(
+        name, ("envelope", "int8", "topk:10", "global:8", "global:top10", "features:8", "features:pca384")
+    )
     raise CodecError(
-        f"unknown codec {shortened(repr(name), 40)}; {hint and f'{hint} '}the known ones are envelope, int8 and topk:10 (any number "
-        f"of classes), one of your own is set by {VARIABLE}=path/to/file.py:Class"
+        f"unknown codec {shortened(repr(name), 40)}; {hint and f'{hint} '}the known ones are envelope, int8 and topk:10 (also "
+        f"features:8, features:pca384; of the image alone global:8, global:top10); your own: {VARIABLE}=path/to/file.py:Class"
     )

@@ -69,6 +69,17 @@ def direct_hard(dense_BKhw: Tensor, global_BK: Tensor, blend: int) -> Tensor:
     return winner[:, 0]
 
 
+class Outputs(NamedTuple):
+    """What stage 1 knows of a batch. A codec that stores logits alone reads the first two, by `encode`."""
+
+    dense: Tensor  # float32 [B, K, h, w], logits of each cell
+    image: Tensor  # float32 [B, K], logits of the image
+    labels: Tensor | None = None  # int64 [B, 2]: of the sample, and of the one it is mixed with (its own where unmixed)
+    features: Tensor | None = (
+        None  # float32 [B, C, h, w], the map that the classifier is applied to, for codecs that store it
+    )
+
+
 class Field(NamedTuple):
     """One stored array: its dtypes (the first is the usual one) and the names of its dimensions."""
 
@@ -81,7 +92,9 @@ class Codec(ABC):
 
     exact_hard: ClassVar[bool]  # are hard CKF targets those of `direct_hard`, at every blend
     soft: ClassVar[bool]  # can it give logits, for soft targets
-    error: ClassVar[str]  # the error it makes, in words
+    cells: ClassVar[bool] = True  # are they of each cell; False: of the image, which every cell then shows
+    reads_features: ClassVar[bool] = False  # does it store the feature map, see `cskd.codecs.features`
+    error: str  # it makes, in words
     name: str
     fields: dict[str, Field]
 
@@ -100,6 +113,10 @@ class Codec(ABC):
     @abstractmethod
     def encode(self, dense_BKhw: Tensor, global_BK: Tensor) -> Arrays:
         """Float32 logits of a batch, on any device, as arrays. Raises CodecError as `validate_logits`."""
+
+    def encode_outputs(self, outputs: Outputs) -> Arrays:
+        """`encode` of all that stage 1 knows of a batch, for a codec that stores more than logits."""
+        return self.encode(outputs.dense, outputs.image)
 
     def hard(self, arrays: Arrays, blend: int) -> U16:
         """Hard CKF targets at blend / 65536, here of the decoded logits: uint16 [N, h, w]."""
@@ -133,6 +150,10 @@ class Codec(ABC):
         """`logits` of a batch on the tensors' device: float32 [B, K, h, w] and [B, K]."""
         raise CodecError(f"codec '{self.name}' holds no logits for soft targets; cache 'int8' or 'topk:10' as well")
 
+    def global_logits_torch(self, tensors: dict[str, Tensor]) -> Tensor:
+        """The global logits of `logits_torch` alone: float32 [B, K]."""
+        return self.logits_torch(tensors)[1]
+
     def global_class(self, arrays: Arrays) -> U16:
         """The argmax of the teacher's ordinary output, exact, the lowest class on ties: uint16 [N]."""
         return arrays["global_class"]
@@ -165,6 +186,19 @@ class Codec(ABC):
     def _length(self, dim: str, n: int) -> int | None:
         """Length of a named dimension; None where it differs from unit to unit."""
         return {"sample": n, "row": self.grid[0], "col": self.grid[1], "class": self.classes}.get(dim)
+
+    @property
+    def packed_dimensions(self) -> dict[str, tuple[str, ...]]:
+        """`dimensions` of what `pack` gives."""
+        return self.dimensions
+
+    def pack(self, arrays: Arrays) -> Arrays:
+        """The arrays of a whole unit as they are written to its file, where zstd compresses them."""
+        return arrays
+
+    def unpack(self, packed: Arrays, n: int) -> Arrays:
+        """The arrays of n samples that `pack` was given. Raises CodecError for what it can't have given."""
+        return packed
 
     def validate_logits(self, dense_BKhw: Tensor, global_BK: Tensor) -> None:
         """Raises CodecError unless both are finite float32 logits of the codec's classes and grid."""

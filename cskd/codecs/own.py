@@ -20,9 +20,9 @@ from cskd.files.own_code import OwnCode, load_own, names_own_code
 GROUP = "cskd.codecs"
 VARIABLE = "CSKD_CODECS"
 _KEY = "cache.codecs"
-_NAME = re.compile(
-    r"(?!(?:envelope|int8|topk\d*)$)[a-z0-9]{1,32}"
-)  # as part of a file name; those of the package are taken
+_TAKEN = r"(?:envelope|int8|topk\d*|global(?:top)?\d*|features(?:pca)?\d*(?:b\d*)?)"  # by the package
+_NAME = re.compile(rf"(?!{_TAKEN}$)[a-z0-9]{{1,32}}")  # as part of a file name
+_OF_PACKAGE = re.compile(r"(?:topk|global|features):?(?:top|pca)?:?[\d:]*")  # where a colon stands before no class
 _known: dict[str, OwnCode] = {}
 
 
@@ -70,7 +70,7 @@ def own_codec_hash(name: str) -> str | None:
 
 def known_own(text: str) -> str:
     """The name of the codec that a config's text means. Raises CodecError as `register_codec`."""
-    return register_codec(text) if names_own_code(text) else text
+    return register_codec(text) if names_own_code(text) and not _OF_PACKAGE.fullmatch(text) else text
 
 
 def _made(own: OwnCode, classes: int, grid: tuple[int, int]) -> Codec:

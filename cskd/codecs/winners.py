@@ -58,6 +58,9 @@ def winners(codec: Codec, arrays: Arrays) -> Winners:
     """The winners of all samples of a codec's arrays. Logits are decoded as a whole: take a few samples of such a codec."""
     if isinstance(codec, EnvelopeCodec):
         return _of_envelope(arrays)
+    if not codec.cells:
+        image, none = codec.global_class(arrays), np.zeros(0, np.uint16)
+        return Winners(image, np.zeros((len(image), *codec.grid), np.int64), none, none)
     import torch
 
     dense_NKhw, global_NK = codec.logits(arrays)

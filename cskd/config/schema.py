@@ -188,8 +188,10 @@ class CacheConfig(Section):
     views: Annotated[int, Ge(1), Le(100_000), Unit("views per image")] = 6
     """Views that stage 1 makes."""
     codecs: Annotated[list[str], Len(1), Predicate(distinct)] = field(default_factory=lambda: ["envelope"])
-    """How the teacher's outputs are kept: `envelope`, `int8`, `topk10`, `topk:K`, or a codec of your own as
-    `path/to/file.py:Class`, `package.module:Class`, or the name of an entry point of `cskd.codecs`; see docs/LIBRARY.md."""
+    """How the teacher's outputs are kept: `envelope` (hard targets, exact), `int8`, `topk:K` (soft ones of each cell),
+    `features:BITS`, `features:pcaR`, `features:pcaR:BITS` (soft ones from the feature map; BITS 4 unless given), `global:BITS`,
+    `global:topK` (of the image alone), or a codec of your own as `path/to/file.py:Class`, `package.module:Class`, or the name
+    of an entry point of `cskd.codecs`; see docs/LIBRARY.md. Several in one cache: `[envelope, features:pca384]`."""
     max_quarantine: Share = 0.001
     """Unreadable images beyond this share stop stage 1."""
     save_seconds: Annotated[float, Ge(0), Le(86_400), Unit("seconds")] = 30.0

@@ -32,7 +32,7 @@ class Targets:
     """The teacher's targets of one view, or of a batch of B: then every shape below begins with B.
 
     A blend is a share in [0, 1]: 1 = each cell's own output, 0 = the whole image's. Results lie on `device`. What a cache
-    holds decides what can be asked: hard targets always, exact ones from `envelope`; logits from `int8` or `topk`.
+    holds decides what can be asked: hard targets always, exact ones from `envelope`; logits from any other; cells from any but `global`.
     """
 
     codecs: Mapping[str, Codec]
@@ -52,11 +52,11 @@ class Targets:
 
     def at(self, blend: float) -> Tensor:
         """The class that each cell is taught, the CKF target: int64 [h, w]. Raises CodecError outside of [0, 1]."""
-        return self._given(self._hard.hard(self._numpy(self._hard), quantise_blend(blend)))
+        return self._given(self._hard.hard(self._numpy(self._hard), _with_cells(self._hard, quantise_blend(blend))))
 
     def logits_at(self, blend: float) -> Tensor:
         """Logits that each cell is taught: float32 [K, h, w]. Raises CodecError as `at` and as `image_logits`."""
-        share = quantise_blend(blend) / BLEND_ONE
+        share = _with_cells(self._soft, quantise_blend(blend)) / BLEND_ONE
         dense_BKhw, global_BK = self._logits()
         return self._one(ckf_blend(dense_BKhw, global_BK, share))
 
@@ -66,7 +66,7 @@ class Targets:
 
     def soft(self, blend: float) -> SoftTargets:
         """What `DistillationLoss` reads for a '-soft' method. Raises CodecError as `logits_at`."""
-        quantised = quantise_blend(blend)
+        quantised = _with_cells(self._soft, quantise_blend(blend))
         dense_BKhw, global_BK = self._logits()
         return SoftTargets(self._one(global_BK), self._one(dense_BKhw), quantised)
 
@@ -113,12 +113,17 @@ class Targets:
 
     @property
     def _hard(self) -> Codec:
-        """The codec that hard targets are read from: an exact one where there is one."""
-        return min(self.codecs.values(), key=lambda codec: not codec.exact_hard)
+        """The codec that hard targets are read from: an exact one where there is one, else one that has cells."""
+        return min(self.codecs.values(), key=lambda codec: (not codec.exact_hard, not codec.cells))
+
+    @property
+    def _soft(self) -> Codec:
+        """The codec that logits are read from: one that has cells where there is one."""
+        return min(self.codecs.values(), key=lambda codec: (not codec.soft, not codec.cells))  # without any it refuses
 
     def _logits(self) -> tuple[Tensor, Tensor]:
         """Dense [B, K, h, w] and global [B, K] logits, float32, on the device."""
-        codec = next((codec for codec in self.codecs.values() if codec.soft), self._hard)  # the last one refuses
+        codec = self._soft
         wide = {k: t.long() if t.dtype == torch.uint16 else t for k, t in self.arrays[codec.name].items()}
         return codec.logits_torch({k: t.to(self.device, non_blocking=True) for k, t in wide.items()})
 
@@ -130,6 +135,16 @@ class Targets:
 
     def _one(self, result: Tensor) -> Tensor:
         return result[0] if self.single else result
+
+
+def _with_cells(codec: Codec, blend: int) -> int:
+    """The blend. CodecError where it asks for cells and the codec has the image's targets alone."""
+    if blend and not codec.cells:
+        raise CodecError(
+            f"codec '{codec.name}' has the image's targets alone, which are those of blend 0; cache a codec with cells as well: "
+            "envelope for hard targets, features:pca384 or int8 for soft ones"
+        )
+    return blend
 
 
 @dataclass(frozen=True)

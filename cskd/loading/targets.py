@@ -19,28 +19,50 @@ from cskd.loading.epoch_table import prefixed
 from cskd.loading.joined import JoinedCaches
 from cskd.loading.sources import Batch, TargetSpec
 from cskd.method.ckf import blend_at, hard_targets
-from cskd.method.losses import AnyTargets, BothTargets, HardTargets, MixedLabels, OfOne, SoftTargets, needs
+from cskd.method.losses import AnyTargets, BothTargets, HardTargets, MixedLabels, OfOne, SoftTargets, expanded, needs
 from cskd.store.cache import Cache
 from cskd.teacher.model import Teacher
 from cskd.views.mix_pixels import mixed_pixels
 
 
 def codec_for(loss: LossConfig, codecs: Mapping[str, Codec], where: str, cache: str = "") -> tuple[str, str]:
-    """The codecs that a loss reads classes and logits from: those that are exact for it where there are any. cache: its name.
+    """The codecs that a loss reads classes and logits from: those that are exact for it where there are any, and hold no more
+    than it asks for. cache: the name of theirs.
 
     Returns: (for classes, for logits); the second is '' where no logits are read, the first may be any where no classes are.
-    Raises:  ConfigError when soft terms find hard targets only; `where` names what holds the codecs.
+    Raises:  ConfigError when soft terms find hard targets only, or terms of cells the image's targets only; `where` names what
+             holds the codecs.
     """
-    exact = next((name for name, codec in codecs.items() if codec.exact_hard), next(iter(codecs)))
+    hard = _fitting(loss, codecs, where, cache, soft=False)
     if not needs(loss, cache).soft:
-        return exact, ""
-    soft = next((name for name, codec in codecs.items() if codec.soft), None)
-    if soft is None:
+        return hard, ""
+    if not any(codec.soft for codec in codecs.values()):
+        more = "int8" if reads_cells(loss, soft=True, cache=cache) else "global:8"
         raise ConfigError(
             f"loss.method {loss.method} needs the teacher's logits and {where} holds only {list(codecs)}; cache with "
-            "cache.codecs: [envelope, int8], or use a '-hard' method"
+            f"cache.codecs: [envelope, {more}], or use a '-hard' method"
         )
-    return exact, soft
+    return hard, _fitting(loss, {name: codec for name, codec in codecs.items() if codec.soft}, where, cache, soft=True)
+
+
+def reads_cells(loss: LossConfig, soft: bool, cache: str = "") -> bool:
+    """Whether a loss asks a cache for classes, or logits, that differ from cell to cell."""
+    return any(
+        term.target == "cells" and (term.kind != "ce") == soft and (term.decay or loss.decay) != "global"
+        for term in expanded(loss)
+        if not term.own and term.cache == cache
+    )
+
+
+def _fitting(loss: LossConfig, codecs: Mapping[str, Codec], where: str, cache: str, soft: bool) -> str:
+    cells = reads_cells(loss, soft, cache)
+    if cells and not any(codec.cells for codec in codecs.values()):
+        raise ConfigError(
+            f"loss.method {loss.method} teaches cells and {where} holds {list(codecs)}, of which none has more than the image's "
+            f"targets alone; cache with cache.codecs: [{'int8' if soft else 'envelope'}], or set loss.method: deit-soft, "
+            "deit-hard, or loss.decay: global"
+        )
+    return min(codecs, key=lambda name: (codecs[name].cells != cells, not soft and not codecs[name].exact_hard))
 
 
 def refuse_unnamed(loss: LossConfig, caches: Collection[str]) -> None:
@@ -104,7 +126,12 @@ class _OfCache(_Targets):
                 for name, t in batch.items()
                 if name.startswith(prefix)
             }
-            dense_BKhw, global_BK = self._codecs[self.soft_codec].logits_torch(stored)
+            codec = self._codecs[self.soft_codec]
+            if codec.cells:
+                dense_BKhw, global_BK = codec.logits_torch(stored)
+            else:
+                global_BK = codec.global_logits_torch(stored)
+                dense_BKhw = global_BK[:, :, None, None].expand(-1, -1, *codec.grid)
             soft = self.soft(global_BK, dense_BKhw, epoch)
         return _both(hard, soft)
 

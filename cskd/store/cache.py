@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cskd.codecs import Arrays, Codec, get_codec
+from cskd.codecs.features import FeaturesCodec
+from cskd.codecs.measured import Measured
 from cskd.config import RecipeConfig
 from cskd.dataset.inventory import Inventory, open_inventory
 from cskd.dataset.inventory_format import copy_inventory
-from cskd.errors import CacheError
+from cskd.errors import CacheError, CodecError
 from cskd.files.durable import make_folder
 from cskd.files.paths import local_path
 from cskd.files.read import refuse_links
@@ -25,6 +28,7 @@ from cskd.store.commit import Commit, again, publish, read_commit, record_names,
 from cskd.store.format import INVENTORY, MANIFEST, OWN_NAMES, UNIT_FIELDS, Unit, commit_file, record_name
 from cskd.store.identity import Identity
 from cskd.store.manifest import Manifest, begin_manifest, complete_manifest, read_manifest, write_manifest
+from cskd.store.tables import read_tables
 from cskd.store.unit import content_hash, pack_unit, read_unit
 from cskd.views.digest import Recorded
 from cskd.views.mixing import NONE, partners, quads
@@ -44,6 +48,9 @@ class Cache:
         self.codecs: dict[str, Codec] = {
             name: get_codec(name, len(self.classes), self.grid) for name in self.identity.codecs
         }
+        for name, codec in self.codecs.items():
+            if isinstance(codec, FeaturesCodec):
+                codec.use_tables(partial(read_tables, root, name, (manifest.tables or {}).get(name, "")))
         self._known: dict[int, tuple[set[str], dict[int, frozenset[int]]]] = {}  # see `_records`
 
     @property
@@ -52,8 +59,8 @@ class Cache:
 
     @property
     def hard_codec(self) -> str:
-        """The codec to read hard targets from: an exact one where there is one."""
-        return min(self.codecs, key=lambda name: not self.codecs[name].exact_hard)
+        """The codec to read hard targets from: an exact one where there is one, else one that has cells."""
+        return min(self.codecs, key=lambda name: (not self.codecs[name].exact_hard, not self.codecs[name].cells))
 
     def commit_of(self, block: int, view: int, exact: bool = False) -> Commit | None:
         """The unit's commit record, None while it is missing. CacheError when damaged or of another identity.
@@ -122,8 +129,9 @@ class Cache:
         fields: dict[str, NDArray[Any]],
         targets: dict[str, Arrays],
         quarantine: dict[int, str],
+        errors: Mapping[str, Measured] | None = None,
     ) -> Commit:
-        """Write and commit one unit; rows in block order without the quarantined ones."""
+        """Write and commit one unit; rows in block order without the quarantined ones. errors: of each codec, as measured."""
         first, stop = self.inventory.block_range(block)
         rows = len(fields["key_hash"])
         if rows + len(quarantine) != stop - first:
@@ -137,7 +145,7 @@ class Cache:
         for name, codec in self.codecs.items():
             codec.check(targets[name], rows, len(self.classes))
             about = {"codec": name, "block": block, "view": view, "inventory": self.inventory.id}
-            data = pack_unit(fields, targets[name], {**names, **codec.dimensions}, about)
+            data = pack_unit(fields, codec.pack(targets[name]), {**names, **codec.packed_dimensions}, about)
             empty = pack_unit(fields, {}, names, about)
             files.append(write_file(self.root, block, view, name, data, len(data) - len(empty)))
         commit = Commit(
@@ -149,6 +157,7 @@ class Cache:
             samples=stop - first,
             cached=rows,
             quarantine={str(i): reason for i, reason in sorted(quarantine.items())},
+            stats={name: error.facts for name, error in (errors or {}).items()},
         )
         publish(self.root, commit)
         return commit
@@ -202,6 +211,10 @@ class Cache:
                 f"{path}: sample '{self.inventory.key(first + int(position[row]))}' has partner {fields['partner'][row]}, "
                 f"the recipe says {partner[row]} (places in the block); {self._again(block, view)}"
             )
+        try:
+            targets = self.codecs[codec].unpack(targets, len(position))
+        except CodecError as e:
+            raise CacheError(f"{path}: {e}; {self._again(block, view)}") from None
         self.codecs[codec].check(targets, len(position), len(self.classes))
         return Unit(position, fields, targets)
 
@@ -215,6 +228,8 @@ class Cache:
                  exist, where their records have been read already.
         """
         h = hashlib.sha256(self.fingerprint.encode())
+        for name, digest in sorted((self.manifest.tables or {}).items()):  # units mean nothing without
+            h.update(f"{name}:{digest};".encode())
         for block in range(self.blocks):
             for view in range(self.views if views is None else views):
                 if hashes is not None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cskd.codecs.measured import Measured
 from cskd.errors import CacheError
 from cskd.files.durable import json_bytes, json_hash, put
 from cskd.files.read import parse_json, read_file
@@ -47,6 +48,12 @@ class Commit:
     cached: int
     quarantine: dict[str, str]  # position in the block -> reason
     format: int = FORMAT
+    stats: dict[str, dict[str, float]] = field(default_factory=dict)  # codec -> `cskd.codecs.measured.Measured.facts`
+
+    @property
+    def errors(self) -> dict[str, Measured]:
+        """The error of each codec, as it was measured when the unit was made; empty of what an older version made."""
+        return {name: Measured.of(facts) for name, facts in self.stats.items()}
 
 
 def write_file(root: Path, block: int, view: int, codec: str, data: bytes, target_bytes: int) -> UnitFile:
@@ -64,7 +71,7 @@ def publish(root: Path, commit: Commit) -> bool:
 
 def record_bytes(commit: Commit) -> bytes:
     """A record as it lies on disk; the same commit always gives the same bytes."""
-    facts = {**asdict(commit), "stats": {}}  # which format 1 has, and nothing was ever put into
+    facts = asdict(commit)
     return json_bytes({"commit": facts, "sha256": json_hash(facts)})
 
 
@@ -100,8 +107,6 @@ def _parse(raw: Any, path: Path, block: int, view: int) -> Commit:
         body = raw["commit"]
         if json_hash(body) != raw["sha256"]:
             raise CacheError(f"{path} does not match its own hash; {again(path)}")
-        if body.pop("stats") != {}:
-            raise ValueError("its stats are not empty")
         commit = Commit(**{**body, "files": [UnitFile(**f) for f in body["files"]]})
         check_commit(commit)
     except (KeyError, TypeError, AttributeError):
@@ -148,6 +153,9 @@ def check_commit(commit: Commit) -> None:
         known = re.fullmatch(r"0|[1-9]\d{0,11}", position) and int(position) < commit.samples
         need(bool(known) and isinstance(reason, str), f"it quarantines {position[:40]!r}, expected one of its samples")
     need(commit.cached + len(commit.quarantine) == commit.samples, "its counts do not add up")
+    need(isinstance(commit.stats, dict), "its stats are no mapping")
+    need(commit.stats.keys() <= {file.codec for file in commit.files}, "it measured codecs that it has no file of")
+    _ = commit.errors
     for file in commit.files:
         known = isinstance(file.codec, str) and _CODEC.fullmatch(file.codec) and _is_hash(file.sha256)
         need(bool(known) and count(file.size) and count(file.target_bytes), "a file of it has no codec, size or sha256")

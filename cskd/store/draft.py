@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cskd.codecs import Arrays
+from cskd.codecs.measured import Measured, together
 from cskd.errors import CskdError
 from cskd.files.durable import put
 from cskd.files.read import parse_json
@@ -38,6 +39,7 @@ class Rows:
     position: NDArray[np.int64]
     crc: NDArray[np.int64]
     targets: dict[str, Arrays]
+    errors: dict[str, Measured] = field(default_factory=dict)  # by codec, measured when they were encoded
 
 
 def write_draft(
@@ -53,6 +55,7 @@ def write_draft(
         "batch": batch,
         "places": [place for part in parts for place in part.places],
         "position": np.concatenate([part.position for part in parts]).tolist(),
+        "errors": {name: list(error) for name, error in errors_of(parts).items()},
         "unreadable": {str(position): reason for position, reason in unreadable.items()},
     }
     fields: Arrays = {
@@ -62,11 +65,18 @@ def write_draft(
     targets = Arrays()
     dimensions: dict[str, tuple[str, ...]] = {"about": ("byte",), "crc": ("sample",)}
     for number, (name, codec) in enumerate(cache.codecs.items()):
-        for field, array in codec.concat([part.targets[name] for part in parts]).items():
-            targets[f"c{number}_{field}"] = array
-            dimensions[f"c{number}_{field}"] = codec.dimensions[field]
+        for key, array in codec.concat([part.targets[name] for part in parts]).items():
+            targets[f"c{number}_{key}"] = array
+            dimensions[f"c{number}_{key}"] = codec.dimensions[key]
     data = pack_unit(fields, targets, dimensions, {"draft": f"block {block}, view {view}"})
     put(cache.root / draft_file(block, view, hashlib.sha256(data).hexdigest()), data)
+
+
+def errors_of(parts: Sequence[Rows]) -> dict[str, Measured]:
+    """The error of each codec over all rows, where it was measured."""
+    names = dict.fromkeys(name for part in parts for name in part.errors)
+    found = {name: together(part.errors[name] for part in parts if name in part.errors) for name in names}
+    return {name: error for name, error in found.items() if error is not None}
 
 
 def read_drafts(
@@ -121,4 +131,5 @@ def _read(
     }
     for name, codec in cache.codecs.items():
         codec.check(targets[name], len(position), len(cache.classes))
-    return Rows(places, position, fields["crc"].astype(np.int64), targets), bad
+    errors = {name: Measured(*error) for name, error in about["errors"].items() if name in cache.codecs}
+    return Rows(places, position, fields["crc"].astype(np.int64), targets, errors), bad

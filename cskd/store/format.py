@@ -6,6 +6,8 @@
       manifest.copy.json                the same once more, for `cskd repair`
       resolved.yaml                     the config that made it
       sealed.json                       once all units are there: counts, and the hash over their content (cskd/store/seal.py)
+      codecs/features8.3b1d….safetensors    what all units of a codec share, and once more as `….copy.safetensors`; its hash is
+                                        in the manifest (see cskd/store/tables.py)
       inventory/                        copy of the data set's inventory (see cskd/dataset/inventory.py)
       units/b00012/v0003.envelope.0f3a….zarr.zip
                                         one view of one block, one codec; named by the hash of its bytes; never rewritten
@@ -73,8 +75,9 @@ MANIFEST, MANIFEST_COPY = "manifest.json", "manifest.copy.json"
 RESOLVED = "resolved.yaml"
 SEAL = "sealed.json"
 INVENTORY = "inventory"
+TABLES = "codecs"
 # All of a cache's folder.
-OWN_NAMES = (MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, INVENTORY, "units", "commits", "claims")
+OWN_NAMES = (MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, INVENTORY, TABLES, "units", "commits", "claims")
 
 
 def unit_file(block: int, view: int, codec: str, digest: str) -> PurePosixPath:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,9 @@ class Manifest(Facts):
     notes: Sequence[str] | None = None  # what there was to know of teacher and images
     precision: Mapping[str, Any] | None = None  # `cskd.teacher.arithmetic.Precision.facts`
     probe: Mapping[str, Any] | None = None  # `cskd.teacher.model.Teacher.probe`
+    tables: Mapping[str, str] | None = (
+        None  # codec -> sha256 of its tables, see `cskd.store.tables`; None: none has any
+    )
     threads: int | None = None  # of arithmetic in one forward
     versions: Mapping[str, str] | None = None  # of libraries
 
@@ -61,6 +65,7 @@ class Manifest(Facts):
         if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
             raise ValueError(f"its notes are {str(notes)[:40]}, expected texts")
         _check_precision(raw.get("precision"))
+        _check_tables(raw.get("tables", {}), identity)
         if top1 is not None and not isinstance(top1, int | float):
             raise ValueError(f"its clean_top1 is {str(top1)[:40]}")
         if (data := raw.get("clean_data")) not in (None, "val", "train"):
@@ -143,6 +148,12 @@ def read_manifest(root: Path, name: str = MANIFEST) -> Manifest:
 def _check_views(views: object) -> None:
     if type(views) is not int or not 1 <= views <= MAX_VIEWS:
         raise ValueError(f"its views are {str(views)[:40]}, expected 1 to {MAX_VIEWS}")
+
+
+def _check_tables(tables: object, identity: Identity) -> None:
+    known = isinstance(tables, dict) and set(tables) <= set(identity.codecs)
+    if not known or not all(isinstance(h, str) and re.fullmatch(r"[0-9a-f]{64}", h) for h in tables.values()):  # type: ignore[attr-defined]
+        raise ValueError(f"its tables are {str(tables)[:40]}, expected a sha256 for codecs that it has")
 
 
 def _check_probe(probe: object) -> None:

@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cskd.codecs import Arrays, Codec
+from cskd.codecs.measured import Measured
 from cskd.config import RecipeConfig
 from cskd.dataset.inventory import Inventory
 from cskd.seeds import view_seeds
-from cskd.store.draft import Rows
+from cskd.store.draft import Rows, errors_of
 from cskd.views.digest import view_digest
 from cskd.views.mixing import NONE, Mixing, mixing
 
@@ -58,17 +59,25 @@ class UnitBuilder:
         partner = np.where(mode == NONE, rows, row_of[m.partner[position]])
         return partner, mode, m.lam[position].astype(np.int64), m.box[position].astype(np.int64)
 
+    def label_rows(self, position: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The labels of the samples at these positions, and of those that they are mixed with (their own where unmixed):
+        int64 [n, 2]."""
+        partner = self.mixing.partner[position]
+        both: NDArray[np.int64] = np.stack([position, np.where(partner < 0, position, partner)], 1)
+        return np.asarray(self._labels[both], np.int64)
+
     def add(
         self,
         position: NDArray[np.int64],
         crc: NDArray[np.int64],
         encoded: dict[str, Arrays],
         place: int | None = None,
+        errors: dict[str, Measured] | None = None,
     ) -> None:
         """Targets and pixel digests of some good samples, by their positions in the block. place: where in the order their batch
         begins; a batch that comes twice, since an interrupt came in between, counts once."""
         place = len(self._parts) if place is None else place
-        self._parts[place] = Rows((place,), position, crc, encoded)
+        self._parts[place] = Rows((place,), position, crc, encoded, errors or {})
 
     def restore(self, drafts: list[Rows]) -> set[int]:
         """Go on from what drafts hold. Returns: the places of their batches."""
@@ -81,6 +90,11 @@ class UnitBuilder:
         new = self._parts.keys() - self._saved
         self._saved |= new
         return [self._parts[place] for place in sorted(new)]
+
+    @property
+    def errors(self) -> dict[str, Measured]:
+        """What the codecs' errors were, over all rows."""
+        return errors_of([self._parts[place] for place in sorted(self._parts)])
 
     def finish(self) -> tuple[dict[str, NDArray[Any]], dict[str, Arrays]]:
         """View fields and targets of every codec, rows in block order."""

@@ -91,6 +91,7 @@ class Teacher:
 
     classes: int  # K, after the class map
     grid: tuple[int, int]  # h, w of the dense logits
+    own_grid: tuple[int, int]  # of the network's last feature map
     preprocess: Preprocess
     device: torch.device
     image_size: int  # pixels of the recipe's views
@@ -129,7 +130,7 @@ class Teacher:
         Args:    float32 [B, 3, H, W], RGB in 0..255, at the recipe's size; resized to the teacher's where that differs.
         Returns: dense float32 [B, K, h, w] (K innermost in memory), global float32 [B, K].
         """
-        return self.in_batches(pixels_BCHW) if self.fingerprint.compile else self._forward(pixels_BCHW)
+        return self.in_batches(pixels_BCHW) if self.fingerprint.compile else self._forward(pixels_BCHW)[:2]
 
     @torch.no_grad()
     def in_batches(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,20 +138,50 @@ class Teacher:
 
         A logit's last bits depend on how many rows one forward has: stage 1 and a live teacher keep to this number.
         """
+        return self.with_features(pixels_BCHW)[:2]
+
+    @torch.no_grad()
+    def with_features(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`in_batches`, and the feature map that the head is applied to: float32 [B, C, h, w], pooled to the grid.
+
+        The map means something only where the teacher has a `classifier`.
+        """
         parts = [self._padded(part) for part in torch.split(pixels_BCHW, self.batch)]
         if len(parts) == 1:
             return parts[0]
-        dense_BKhw, global_BK = (torch.cat(part) for part in zip(*parts, strict=True))
-        return dense_BKhw, global_BK
+        dense_BKhw, global_BK, features_BChw = (torch.cat(part) for part in zip(*parts, strict=True))
+        return dense_BKhw, global_BK, features_BChw
 
-    def _padded(self, part_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    def classifier(self, codec: str) -> tuple[Tensor, Tensor]:
+        """Weight [K, C] and bias [K] of the one layer that makes a cell's logits of its features, float32.
+
+        Raises:  TeacherError, naming the codec that asks, where the head is of another form.
+        """
+        layer, pools = self.head.classifier, any(n % m for n, m in zip(self.own_grid, self.grid, strict=True))
+        if layer is None or pools:
+            what = (
+                f"pools {self.own_grid} unevenly to teacher.grid {self.grid}"
+                if pools
+                else f"is {self.head.layers[-80:]}"
+            )
+            raise TeacherError(
+                f"codec '{codec}' needs a teacher whose head is a mean over the cells and one linear layer; this one's {what}; "
+                "set cache.codecs: [envelope, int8]"
+            )
+        weight_KC = layer.weight.detach().flatten(1)
+        bias_K = torch.zeros_like(weight_KC[:, 0]) if layer.bias is None else layer.bias.detach()
+        if self.rows is not None:
+            weight_KC, bias_K = weight_KC[self.rows], bias_K[self.rows]
+        return weight_KC.float(), bias_K.float()
+
+    def _padded(self, part_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows = len(part_BCHW)
         if rows < self.batch:
             part_BCHW = torch.cat([part_BCHW, part_BCHW[:1].expand(self.batch - rows, -1, -1, -1)])
-        dense_BKhw, global_BK = self._forward(part_BCHW)
-        return dense_BKhw[:rows], global_BK[:rows]
+        dense_BKhw, global_BK, features_BChw = self._forward(part_BCHW)
+        return dense_BKhw[:rows], global_BK[:rows], features_BChw[:rows]
 
-    def _forward(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         features = self._features(self.backbone, pixels_BCHW)
         with computing_in(self.head_precision, self.device):
             dense_BKhw, global_BK = self.head.dense(features)
@@ -158,7 +189,9 @@ class Teacher:
                 dense_BKhw, global_BK = dense_BKhw[:, self.rows], global_BK[:, self.rows]
             if self.pools:
                 dense_BKhw = F.adaptive_avg_pool2d(dense_BKhw, self.grid)
-        return dense_BKhw.float(), global_BK.float()
+                if self.head.classifier is not None:
+                    features = F.adaptive_avg_pool2d(features, self.grid)
+        return dense_BKhw.float(), global_BK.float(), features.float()
 
     @torch.no_grad()
     def forward_global(self, pixels_BCHW: Tensor) -> Tensor:
@@ -265,6 +298,7 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
     return Teacher(
         classes=len(class_names),
         grid=grid,
+        own_grid=own_grid,
         preprocess=preprocess,
         device=device,
         image_size=image_size,

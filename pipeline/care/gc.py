@@ -14,8 +14,16 @@ from cskd.files import claims
 from cskd.pipeline.show.progress import print_lines
 from cskd.store.cache import open_cache
 from cskd.store.commit import record_names
+from cskd.store.tables import COPIES, tables_file
 
-LEFT = ("units/*/*", "commits/*/.*.tmp", ".*.tmp", ".inventory.partial*/*", "claims/*")  # where left-overs can be
+LEFT = (
+    "units/*/*",
+    "codecs/*",
+    "commits/*/.*.tmp",
+    ".*.tmp",
+    ".inventory.partial*/*",
+    "claims/*",
+)  # where left-overs can be
 YOUNG = 3600.0  # seconds: what is younger may be of a writer that lives
 
 
@@ -44,7 +52,7 @@ def gc(path: Path, older_than: float = YOUNG, dry_run: bool = False, data: Path 
             f"{path} is being written to ({writers} claims have an owner that lives), expected none with --older-than "
             f"{older_than:g}; wait until `cskd cache-teacher` has ended, or take --older-than {claims.LEASE:g} or more"
         )
-    kept = set()
+    kept = {path / tables_file(*of, copy) for of in (cache.manifest.tables or {}).items() for copy in COPIES}
     for block in range(cache.blocks):
         # Those too that a manifest put back from an older day does not know.
         for name in filter(re.compile(r"v\d{4,6}\.json").fullmatch, sorted(record_names(cache.root, block))):

@@ -29,7 +29,8 @@ LOOKED_UP_BLENDS = tuple(range(0, BLEND_ONE + 1, BLEND_ONE // 16))
 
 @dataclass(frozen=True)
 class Recomputed:
-    """What came of running the teacher again. Lookups are hard targets: one a cell and blend, at 17 blends."""
+    """What came of running the teacher again. Lookups are hard targets: one a cell and blend, at 17 blends; at blend 0 alone
+    where the cache has no cells."""
 
     views: int
     lookups: int
@@ -77,7 +78,8 @@ def recompute(cache: Cache, count: int, device: str, quiet: bool) -> Recomputed:
             f"{cache.root}: the teacher's {field} was {old!r}, now it is {new!r}; give it back its files and versions"
         )
     soft = next((name for name, codec in cache.codecs.items() if codec.soft), None)
-    hard = next((name for name, codec in cache.codecs.items() if codec.exact_hard), next(iter(cache.codecs)))
+    hard = cache.hard_codec
+    blends = LOOKED_UP_BLENDS if cache.codecs[hard].cells else (0,)
     maker = ViewMaker(cache.inventory, cache.recipe)
     views = lookups = differing = 0
     margin, largest = 0.0, 0.0
@@ -91,16 +93,17 @@ def recompute(cache: Cache, count: int, device: str, quiet: bool) -> Recomputed:
             for part in np.array_split(rows, -(-len(rows) // teacher.batch)):
                 dense_BKhw, global_BK = _logits(maker, teacher, unit, cache.inventory.block_range(block)[0], part)
                 stored = cache.codecs[hard].take(targets[hard], part)
-                for blend in LOOKED_UP_BLENDS:
+                for blend in blends:
                     wrong, by = _differing(dense_BKhw, global_BK, blend, cache.codecs[hard].hard(stored, blend))
                     lookups, differing, margin = lookups + dense_BKhw[:, 0].numel(), differing + wrong, max(margin, by)
                 if soft:
-                    kept = cache.codecs[soft].take(targets[soft], part)
-                    arrays = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in kept.items()}
-                    for found, now in zip(
-                        cache.codecs[soft].logits_torch(arrays), (dense_BKhw, global_BK), strict=True
-                    ):
-                        largest = max(largest, float((found - now).abs().max()))
+                    rows_of = cache.codecs[soft].take(targets[soft], part)
+                    arrays = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in rows_of.items()}
+                    found = [cache.codecs[soft].global_logits_torch(arrays)]
+                    if cache.codecs[soft].cells:
+                        found.append(cache.codecs[soft].logits_torch(arrays)[0])
+                    for kept, now in zip(found, (global_BK, dense_BKhw), strict=False):
+                        largest = max(largest, float((kept - now).abs().max()))
                 views += len(part)
                 progress.update(min(views, total))
     return Recomputed(

@@ -32,6 +32,7 @@ from cskd.store.commit import read_commit
 from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, commit_file
 from cskd.store.manifest import Manifest, read_manifest, write_manifest, write_resolved
 from cskd.store.seal import Seal, read_seal, seal_cache
+from cskd.store.tables import restore_tables
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ def repair(path: Path, data: Path | None = None, quiet: bool = False) -> RepairR
 def _repair(path: Path, data: Path | None, quiet: bool) -> RepairReport:
     restored = _restore_manifests(path) + _restore_inventory(path, data)
     cache = open_cache(path, data=data, images=False)
+    for name, digest in (cache.manifest.tables or {}).items():
+        restored += restore_tables(path, name, digest)
     if wrong := wrong_resolved(cache):
         restored.append(f"{RESOLVED}: {wrong}")
         write_resolved(path, cache.manifest)

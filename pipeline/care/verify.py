@@ -28,6 +28,7 @@ from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import Commit, UnitFile, record_names
 from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, Unit, commit_file
 from cskd.store.seal import Seal, check_seal, read_seal
+from cskd.store.tables import COPIES, read_tables
 from cskd.store.unit import content_hash
 
 _TO_SEAL = " (the same `cskd cache-teacher` command once more does it)"
@@ -227,6 +228,12 @@ def check_frame(cache: Cache) -> list[str]:
         check_copy(cache.root / INVENTORY)
     except CskdError as e:
         errors.append(f"{e}; `cskd repair` copies it again")
+    for name, digest in (cache.manifest.tables or {}).items():
+        for copy in COPIES:
+            try:
+                read_tables(cache.root, name, digest, copy)
+            except CacheError as e:
+                errors.append(str(e))
     if wrong := wrong_resolved(cache):
         errors.append(f"{cache.root / RESOLVED} {wrong}; `cskd repair` writes it again")
     return errors

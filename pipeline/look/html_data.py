@@ -287,7 +287,7 @@ def _crop(crop: Any, padding: int, height: int, width: int, size: int) -> list[f
 
 
 def _soft_codec(cache: Cache) -> str | None:
-    return next((name for name, codec in cache.codecs.items() if codec.soft), None)
+    return next((name for name, codec in cache.codecs.items() if codec.soft and codec.cells), None)
 
 
 def _finished(sample: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ Nothing in the cache is changed. Launch: `cskd inspect caches/imagenet_sample --
 from __future__ import annotations
 
 import io
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cskd.codecs.base import quantise_blend
+from cskd.codecs.measured import Measured, together
 from cskd.dataset.inventory import evenly
 from cskd.errors import CacheError, CskdError, counted, printable
 from cskd.loading.cached_views import find_sample
@@ -169,7 +170,10 @@ def _is_sealed(cache: Cache, present: int) -> bool:
 
 def _codecs(cache: Cache, commits: Iterable[Commit]) -> dict[str, CodecFacts]:
     size, targets, rows = Counter[str](), Counter[str](), Counter[str]()
+    errors: defaultdict[str, list[Measured]] = defaultdict(list)
     for commit in commits:
+        for name, error in commit.errors.items():
+            errors[name].append(error)
         for file in commit.files:
             size[file.codec] += file.size
             targets[file.codec] += file.target_bytes
@@ -181,7 +185,9 @@ def _codecs(cache: Cache, commits: Iterable[Commit]) -> dict[str, CodecFacts]:
             unit_bytes_per_view=size[name] / max(1, rows[name]),
             exact_hard=codec.exact_hard,
             soft=codec.soft,
+            cells=codec.cells,
             error=codec.error,
+            measured=None if (over_all := together(errors[name])) is None else over_all.facts,
         )
         for name, codec in cache.codecs.items()
     }
@@ -315,12 +321,15 @@ def _lines(facts: Inspection) -> Iterable[tuple[str, str]]:
         state += ", sealed" if facts.sealed else ", not sealed"
     yield "units", state
     for name, codec in facts.codecs.items():
-        hard = "exact hard targets" if codec.exact_hard else "approximate hard targets"
         yield (
             f"codec {name}",
             f"{codec.target_bytes_per_view:,.0f} bytes a view, {codec.unit_bytes_per_view:,.0f} with seeds and "
-            f"digests, {codec.bytes / 1e6:,.1f} MB in all; {hard}{', soft ones' if codec.soft else ''}",
+            f"digests, {codec.bytes / 1e6:,.1f} MB in all; {codec.gives}",
         )
+        if (off := codec.measured) is not None:
+            wrong = f", {100 * off['wrong']:.2g} % of hard targets wrong" if codec.cells else ""
+            largest = f"logits off by {off['largest']:.2g} at most"
+            yield "", f"(measured on {off['views']:,} views: KL {off['kl']:.2g} nats{wrong}, {largest})"
     bad = facts.quarantined
     more = "; all: --quarantined" if bad.samples > len(bad.first) else ""
     yield "quarantined", f"{bad.samples:,}" + "".join(f"; '{one.key}': {one.reason}" for one in bad.first) + more

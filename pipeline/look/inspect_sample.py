@@ -255,7 +255,7 @@ def _panels(
 
 def _values(cache: Cache, cached: CachedView, side: int) -> tuple[NDArray[np.float64], Image.Image, str, str, float]:
     """The panel of numbers: entropy where a codec holds logits, else the margin. Map, scale, title, note, upper end."""
-    soft = [name for name, codec in cache.codecs.items() if codec.soft]
+    soft = [name for name, codec in cache.codecs.items() if codec.soft and codec.cells]
     if soft:
         values = entropy(cache.codecs[soft[0]], cached.targets[soft[0]])
         top = float(np.log(len(cache.classes)))

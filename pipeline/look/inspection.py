@@ -62,7 +62,18 @@ class CodecFacts:
     unit_bytes_per_view: float
     exact_hard: bool
     soft: bool
+    cells: bool  # False: the image's targets alone
     error: str
+    measured: Mapping[str, float] | None = (
+        None  # `cskd.codecs.measured.Measured.facts`, of when its units were made; None: exact, or made by an older version
+    )
+
+    @property
+    def gives(self) -> str:
+        """The targets that training can read from it, in words."""
+        if not self.cells:
+            return "of the image alone: its class, its logits"
+        return f"{'exact' if self.exact_hard else 'approximate'} hard targets{', soft ones' if self.soft else ''}"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cskd.codecs import Arrays, Codec, get_codec
+from cskd.codecs import Arrays, Codec, Outputs, get_codec
 from cskd.config import Config, TrainConfig, to_dict
 from cskd.dataset.inventory import Inventory
 from cskd.errors import CodecError
@@ -26,6 +26,7 @@ from cskd.loading.targets import LiveTargets
 from cskd.machine.arithmetic import float32_products
 from cskd.machine.ranks import running_ranks
 from cskd.machine.threads import Threads, brief_turns, choose_threads, computing_with
+from cskd.pipeline.codec_tables import fit_tables
 from cskd.pipeline.evaluate import score_heads
 from cskd.pipeline.loader_speed import images_per_second
 from cskd.pipeline.measure_precision import first_views
@@ -145,6 +146,7 @@ def new_cache(root: Path, config: Config, inventory: Inventory, teacher: Teacher
         config=to_dict(config),
         data=str(inventory.root),
         versions=library_versions(),
+        tables=fit_tables(root, identity, teacher, ViewMaker(inventory, config.recipe)),
     )
     return create_cache(root, manifest, inventory)
 
@@ -190,7 +192,7 @@ def codec_sizes(cache: Cache, teacher: Teacher, maker: ViewMaker, views: int, ch
     """Bytes per view of each codec, by its growth from half of some views to all of them: what every unit has once is left out."""
     unit = cache.read(0, 0, cache.hard_codec)
     pixels = first_views(maker, min(SIZED, views), 1)[: len(unit.position)]
-    dense, glob = (t.cpu() for t in teacher.in_batches(pixels.to(teacher.device)))
+    dense, glob, maps = (t.cpu() for t in teacher.with_features(pixels.to(teacher.device)))
     rows = len(dense)
     fields: Arrays = {name: unit.fields[name][:rows] for name in UNIT_FIELDS}
     names = {name: dims for name, (_, dims) in UNIT_FIELDS.items()}
@@ -198,12 +200,12 @@ def codec_sizes(cache: Cache, teacher: Teacher, maker: ViewMaker, views: int, ch
     sizes: list[CodecSize] = []
     for name in dict.fromkeys([*here, *CODECS]):
         try:
-            codec = get_codec(name, len(cache.classes), cache.grid)
+            codec = cache.codecs.get(name) or get_codec(name, len(cache.classes), cache.grid)
         except CodecError:
             continue  # more classes per cell than there are
         if codec.name not in [size.codec for size in sizes]:
-            whole = codec.encode(dense, glob)
-            growth = _growth(fields, whole, codec, {**names, **codec.dimensions}, rows)
+            whole = codec.encode_outputs(Outputs(dense, glob, features=maps))
+            growth = _growth(fields, whole, codec, {**names, **codec.packed_dimensions}, rows)
             alone = _growth(fields, {}, codec, names, rows)
             sizes.append(CodecSize(codec.name, growth - alone, growth, codec.exact_hard, codec.soft, name in here))
     return sizes
@@ -212,7 +214,7 @@ def codec_sizes(cache: Cache, teacher: Teacher, maker: ViewMaker, views: int, ch
 def _growth(fields: Arrays, targets: Arrays, codec: Codec, names: dict[str, tuple[str, ...]], rows: int) -> float:
     def packed(count: int) -> int:
         some = np.arange(count)
-        part = codec.take(targets, some) if targets else {}
+        part = codec.pack(codec.take(targets, some)) if targets else {}
         return len(pack_unit({name: a[:count] for name, a in fields.items()}, part, names, {}))
 
     return (packed(rows) - packed(rows // 2)) / (rows - rows // 2)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import benchmarks.codec
 from benchmarks.codec import direct_targets, main
 from cskd.codecs import Arrays
 from cskd.codecs.base import direct_hard
@@ -60,12 +61,25 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_finds_the_envelope_exact_and_ends_with_one_json_line(
-    finished: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    few = (
+        "envelope",
+        "int8",
+        "topk10",
+        "featurespca4",
+        "topk12",
+        "globaltop12",
+    )  # the last two hold more than 11 classes
+    monkeypatch.setattr(benchmarks.codec, "CODECS", few)
+    monkeypatch.setattr(benchmarks.codec, "OF_IMAGE", ("global8",))
     assert main([str(finished / "cache"), "--blends", "16"]) == 0
     out = capsys.readouterr().out
     facts = json.loads(out.splitlines()[-1])
-    assert list(facts) == ["envelope", "int8", "topk10", "float16"]
+    assert list(facts) == ["envelope", "int8", "topk10", "featurespca4", "global8", "float16"]
+    of_image = facts.pop("global8")
+    assert 0 < of_image["kl"] < 1e-4 and of_image["lookups"] == 0
+    assert 0 < facts["int8"]["kl"] < facts["featurespca4"]["kl"] and facts["featurespca4"]["table_bytes"] > 0
     assert facts["envelope"]["hard_agreement"] == 1.0 and facts["envelope"]["mismatches"] == 0
     cache = open_cache(finished / "cache")
     assert all(row["lookups"] == 22 * 2 * 16 * np.prod(cache.grid) for row in facts.values())

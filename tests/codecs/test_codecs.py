@@ -18,7 +18,7 @@ from cskd.codecs import Codec, get_codec
 from cskd.codecs.base import BLEND_ONE, Arrays, direct_hard, quantise_blend
 from cskd.errors import CodecError
 
-NAMES = ["envelope", "int8", "topk:3"]
+NAMES = ["envelope", "int8", "topk:3", "global:8", "global:top3"]
 K, GRID = 12, (2, 3)
 
 
@@ -74,7 +74,7 @@ def test_taking_part_of_a_unit_with_wide_counts_gives_the_narrow_dtype_again() -
 def test_every_array_has_a_name_for_each_of_its_dimensions(codec: Codec) -> None:
     arrays = codec.encode(*logits(5))
     assert {name: a.ndim for name, a in arrays.items()} == {name: len(d) for name, d in codec.dimensions.items()}
-    lengths = {"sample": 5, "row": 2, "col": 3, "class": K}
+    lengths = {"sample": 5, "row": 2, "col": 3, "class": K, "whose": 2}
     for name, dims in codec.dimensions.items():
         assert all(lengths.get(d, s) == s for d, s in zip(dims, arrays[name].shape, strict=True)), name
 

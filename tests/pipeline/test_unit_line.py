@@ -199,7 +199,7 @@ def test_a_batch_that_an_interrupt_finds_half_counted_counts_once(monkeypatch: p
 
     monkeypatch.setattr(UnitLine, "_finish", finished)
     unit, targets, rows = Unit(), Future[Any](), np.arange(4)
-    targets.set_result(({}, 0.0, 0.0))
+    targets.set_result((unit_line._Encoded({}, {}), 0.0, 0.0))
     work = unit_line._Pass(0, 0, np.arange(8), [unit], (0,), Path("claim"))  # type: ignore[list-item]
     line = UnitLine.__new__(UnitLine)
     line.images = line.unreadable = 0

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from cskd.codecs.base import BLEND_ONE
+from cskd.codecs.bits import pack_levels, unpack_levels
 from cskd.store.cache import Cache
 from cskd.store.format import UNIT_FIELDS
 from cskd.teacher.arithmetic import unchanged
@@ -21,7 +22,7 @@ from cskd.views.mixing import CUTMIX, MIXUP, NONE
 from tests.caches import make_tiny_cache
 
 TEXT = (Path(__file__).resolve().parent.parent.parent / "docs" / "FORMAT.md").read_text(encoding="utf-8")
-OPEN, TARGETS, REPLAY, XARRAY = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+OPEN, TARGETS, PACKED, REPLAY, XARRAY = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 @pytest.fixture
@@ -55,6 +56,18 @@ def test_the_documents_code_reads_what_the_program_reads(cache: Cache) -> None:
     for blend in {0, 1, 32768, BLEND_ONE, *starts.tolist(), *(starts + 1).tolist()}:
         np.testing.assert_array_equal(names["hard_targets"](unit.targets, blend), codec.hard(unit.targets, blend))
     assert (names["halfway"] != names["hard_targets"](unit.targets, 0)).any()
+
+
+@pytest.mark.parametrize("bits", [3, 8, 16])
+def test_the_documents_unpacking_gives_the_numbers_that_the_program_gives(
+    bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    numbers = run("import numpy as np", PACKED)["numbers"]
+    packed, low, step = pack_levels(torch.randn(4, 2, 13, generator=torch.Generator().manual_seed(bits)), bits)
+    found = numbers(packed.numpy(), low.numpy(), step.numpy(), 13, bits)
+    np.testing.assert_array_equal(found, unpack_levels(packed, low, step, 13, bits))
+    assert found.dtype == np.float32
 
 
 def test_the_documents_replay_is_what_the_teacher_saw_to_the_last_bit(cache: Cache) -> None:

@@ -120,7 +120,9 @@ function drawOverview() {
       ...Object.entries(facts.codecs).map(([name, codec]) => [
         name,
         `${bytes(codec.target_bytes_per_view)} a view, ${bytes(codec.unit_bytes_per_view)} with seeds and digests; ` +
-          `${codec.exact_hard ? "exact hard targets" : "approximate hard targets"}${codec.soft ? ", soft ones" : ", no soft ones"}`,
+          (codec.cells
+            ? `${codec.exact_hard ? "exact hard targets" : "approximate hard targets"}${codec.soft ? ", soft ones" : ", no soft ones"}`
+            : "of the image alone: its class, its logits"),
       ]),
       [
         "Soft targets",
