@@ -251,12 +251,18 @@ def evaluate(
         Literal["none", "bf16", "fp16", "auto"],
         typer.Option(help="none: float32; auto: bf16, or fp16, where the device gains by it."),
     ] = "none",
+    confusion: Annotated[
+        Path | None,
+        typer.Option(
+            parser=_path("--confusion"), help="Write here what each class is taken for: a PNG, and a CSV of its name."
+        ),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Top-1 and top-5 of every head of a trained student, and of their averages."""
     from cskd.pipeline.evaluate import evaluate_checkpoint, render
 
-    report = evaluate_checkpoint(checkpoint, data, batch, workers, crop_pct, device, json_, autocast)
+    report = evaluate_checkpoint(checkpoint, data, batch, workers, crop_pct, device, json_, autocast, confusion)
     _print(report, json_, render)
 
 

@@ -29,7 +29,11 @@ from cskd.student.checkpoint import MODEL, MODEL_BEST, MODEL_EMA, MODEL_LAST
 # Facts of the teacher that a config for training may repeat; weights may lie elsewhere, batch and device don't matter.
 _TEACHER = ("model", "kwargs", "input_size", "mean", "std", "classes", "dense", "grid")
 # Files of a run that replace what has their name; the folders next to them hold names of their own.
-_RUN_FILES = (MODEL, MODEL_LAST, MODEL_EMA, MODEL_BEST, "config.json", "metrics.jsonl", "metrics.csv", RECORD)
+RESULTS, CONFUSION, CONFUSION_TABLE, FIRST_BATCH = "results.png", "confusion.png", "confusion.csv", "train_batch0.png"
+_RUN_FILES = (
+    *(MODEL, MODEL_LAST, MODEL_EMA, MODEL_BEST, "config.json", "metrics.jsonl", "metrics.csv", RECORD),
+    *(RESULTS, CONFUSION, CONFUSION_TABLE, FIRST_BATCH),
+)
 RUN_NAMES = (*_RUN_FILES, RESOLVED, PINS, "unreadable.json", "resume", "scratch", "tensorboard", "wandb", MARKER, LOCK)
 # Keys that don't change which numbers a run ends with: they may differ when it is resumed.
 _FREE = (

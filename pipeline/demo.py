@@ -35,7 +35,7 @@ from cskd.files.writer import sole_writer
 from cskd.loading.stream import end_with_main
 from cskd.machine.threads import choose_threads, computing_with
 from cskd.pipeline.cache_teacher import cache_teacher
-from cskd.pipeline.demo_curve import Curve, draw_curves, refuse_without_matplotlib
+from cskd.pipeline.demo_curve import Curve, draw_curves
 from cskd.pipeline.demo_data import CLASSES, SIZE, digits, write_images
 from cskd.pipeline.demo_teacher import MEAN_STD, TEACHER, train_teacher
 from cskd.pipeline.intervals import Difference, paired_difference, spread
@@ -110,7 +110,6 @@ def run_demo(
     if epochs is not None:
         settings = replace(settings, epochs=epochs)
     refuse_output(out, "demo", "OUT")
-    refuse_without_matplotlib()
     with sole_writer(out, "give another folder"):
         return _run(out, settings, processes or choose_threads().count, quiet)
 

@@ -43,7 +43,6 @@ PACKAGES = (
 )
 OPTIONAL = {
     "scikit-learn": "cskd demo: pip install 'cskd[demo]'",
-    "matplotlib": "cskd demo: pip install 'cskd[demo]'",
     **{name: f"train.trackers: pip install 'cskd[{name}]'" for name in get_args(Tracker)},
 }
 

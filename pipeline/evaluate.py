@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from cskd.config import RecipeConfig
 from cskd.dataset.inventory import open_inventory
-from cskd.errors import DataError, NotFiniteError
+from cskd.errors import DataError, NotFiniteError, PathError
 from cskd.loading.feed import fed
 from cskd.loading.sources import Batch
 from cskd.loading.stage2 import UNREADABLE_LABEL, BatchMaker, eval_tasks
@@ -22,7 +24,11 @@ from cskd.machine.arithmetic import arithmetic, autocast, float32_products, half
 from cskd.machine.devices import pick_device
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import choose_threads, computing_with
+from cskd.pipeline.draw.confusion import Confusion, draw_confusion, to_csv
+from cskd.pipeline.draw.pictures import png
+from cskd.pipeline.draw.wordnet import readable
 from cskd.pipeline.out_of_memory import Probe, explained, nothing_to_lower
+from cskd.pipeline.outputs import TABLE, refuse_file, save_file
 from cskd.pipeline.show.progress import Progress
 from cskd.student import Student, eval_heads
 from cskd.student.checkpoint import load_student
@@ -37,6 +43,14 @@ class HeadScores:
 
     top1: float
     top5: float
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Labels of images, `UNREADABLE_LABEL` of those that could not be decoded, and what a head takes them for: int64 [N] each."""
+
+    label: NDArray[np.int64]
+    predicted: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -62,14 +76,17 @@ def score_heads(
     inputs: InputMaker,
     autocast_setting: str,
     ranks: Ranks,
+    found: dict[str, Found] | None = None,
 ) -> tuple[dict[str, HeadScores], int]:
     """Evaluate students on the next `count` batches of this rank; results are summed over all ranks.
 
     Args:    models: prefix -> student, '' for the live weights and 'ema.' for their average; each is left in training mode.
+             found: where given, gets by prefix what the score's head says of each image of all ranks.
     Returns: prefix + head -> scores, and how many of the images could not be decoded.
     Raises:  NotFiniteError on every rank for logits with NaN or an infinity.
     """
     hits: dict[str, Tensor] = {}
+    said: dict[str, list[Tensor]] = {prefix: [] for prefix in models}
     seen = torch.zeros(2, dtype=torch.int64, device=inputs.device)  # images, and those that are unreadable
     for model in models.values():
         model.eval()
@@ -81,7 +98,10 @@ def score_heads(
             with autocast(autocast_setting, inputs.device):
                 out = model(pixels, (1, 1))
             for head, logits in eval_heads(out, model.trained).items():
-                top = logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None]
+                best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+                if found is not None and head == score_head(model.trained):
+                    said[prefix].append(torch.stack([label, best[:, 0]], 1))
+                top = best == label[:, None]
                 odd = (~logits.isfinite().all(1)).sum()
                 both = torch.stack([top[:, 0].sum(), top.any(1).sum(), odd])
                 hits[prefix + head] = hits.get(prefix + head, torch.zeros_like(both)) + both
@@ -99,6 +119,10 @@ def score_heads(
                 "the weights have diverged; evaluate earlier ones",
             )
         scores[name] = HeadScores(100 * first / images, 100 * five / images)
+    if found is not None:
+        for prefix, parts in said.items():
+            rows = ranks.joined(torch.cat(parts)).cpu().numpy()
+            found[prefix] = Found(rows[:, 0], rows[:, 1])
     return scores, unreadable
 
 
@@ -111,11 +135,18 @@ def evaluate_checkpoint(
     device_name: str,
     quiet: bool,
     autocast_setting: str = "none",
+    confusion: Path | None = None,
 ) -> EvalReport:
     """Scores of a result folder of `cskd train` on a packed data set.
 
-    autocast_setting: as in `train.autocast`; 'none' is float32, on CUDA without tf32.
+    autocast_setting: as in `train.autocast`; 'none' is float32, on CUDA without tf32. confusion: a PNG that is written, with
+    a CSV of its name next to it, of what the score takes each class for.
     """
+    if confusion is not None and confusion.suffix.lower() == ".csv":
+        raise PathError(f"--confusion is {confusion}, expected the path of a PNG; the table is written next to it")
+    files = {} if confusion is None else {"--confusion": confusion, TABLE: confusion.with_suffix(".csv")}
+    for option, path in files.items():
+        refuse_file(path, option)
     device = pick_device(device_name)
     val = open_inventory(data)
     val.check_shards()
@@ -135,6 +166,8 @@ def evaluate_checkpoint(
     exact = float32_products(False, device)
     progress_bar = Progress("eval", total=len(val), unit="images", quiet=quiet)
 
+    found: dict[str, Found] = {}
+
     def advise(probe: Probe) -> str:
         fits = probe([batch >> i for i in range(1, batch.bit_length())], lambda rows: _forward(student, rows, device))
         return f" with {batch:,} images at once; set --batch {f'{fits}, which fit' if fits else 'to less'}"
@@ -147,8 +180,14 @@ def evaluate_checkpoint(
             InputMaker(student.mean, student.std, device),
             autocast_setting,
             Ranks(),
+            found,
         )
         computed = arithmetic(autocast_setting, device)
+    if confusion is not None:
+        step = int(facts.get("cskd", {}).get("step", 0))
+        drawn = [Confusion.of("evaluated", step, found[""].label, found[""].predicted)]
+        save_file(confusion, "--confusion", png(draw_confusion(drawn, readable(val.classes))))
+        save_file(files[TABLE], TABLE, to_csv(drawn, val.classes))
     return EvalReport(
         checkpoint=str(checkpoint),
         images=len(val),

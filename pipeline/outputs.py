@@ -24,13 +24,21 @@ from cskd.files.scratch import clear_scratch
 from cskd.files.writer import LOCK, Writer, by, sole_writer
 from cskd.machine.ranks import Ranks
 from cskd.pipeline.conflicts import RUN_NAMES, refuse_foreign
+from cskd.pipeline.draw.confusion import to_csv
 from cskd.pipeline.show.progress import say
 from cskd.store.format import OWN_NAMES
 
 FIRST_SPEAKS = 3.0  # seconds: torchrun ends all ranks once one has ended, and the first one knows why
 PAGE_START = b"<!doctype html>\n<!-- made by cskd inspect --html -->\n"
 # Loose files that commands write: what they are, and how each begins. Only one that begins so is replaced.
-FILES = {"--png": ("PNG", b"\x89PNG\r\n\x1a\n"), "--html": ("page of `cskd inspect`", PAGE_START)}
+_PNG = ("PNG", b"\x89PNG\r\n\x1a\n")
+TABLE = "--confusion, its table"
+FILES = {
+    "--png": _PNG,
+    "--confusion": _PNG,
+    TABLE: ("table of `cskd eval --confusion`", to_csv([], [])),
+    "--html": ("page of `cskd inspect`", PAGE_START),
+}
 
 
 def refuse_cache_output(config: Config) -> None:

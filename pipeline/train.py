@@ -28,6 +28,7 @@ from cskd.machine.ranks import running_ranks
 from cskd.machine.threads import brief_turns, choose_threads, computing_with
 from cskd.pipeline.out_of_memory import explained, nothing_to_lower
 from cskd.pipeline.outputs import sole_run
+from cskd.pipeline.run_folder import RunFolder
 from cskd.pipeline.run_state import stopped
 from cskd.pipeline.setup import device_of
 from cskd.pipeline.show.metrics import MetricsLog, reached
@@ -101,7 +102,7 @@ def _train(run: TrainingRun, update: TrainStep, quiet: bool) -> TrainReport:
         run.notes.append(line)
         say([line], quiet)
 
-    log = MetricsLog(folder, epochs.start)
+    log, shown = MetricsLog(folder, epochs.start), RunFolder(run, tell)
     with (
         tasks,
         closing(Trackers(names, folder, epochs.start, to_dict(config), tell)) as trackers,
@@ -118,6 +119,7 @@ def _train(run: TrainingRun, update: TrainStep, quiet: bool) -> TrainReport:
                 clock = time.perf_counter()
                 step += 1
                 state.add(loss, terms, step, run.optimisation.skipped)
+                shown.first_batch(update)
                 seconds["student"] += time.perf_counter() - clock
                 progress.update(step * plan.global_batch, loss=state.mean_loss)
                 if config.train.save_every and step % config.train.save_every == 0 and step < end:
@@ -126,12 +128,14 @@ def _train(run: TrainingRun, update: TrainStep, quiet: bool) -> TrainReport:
             if run.writer is not None:
                 run.writer.check()
             row: dict[str, Any] = {"epoch": epoch, "step": step, "lr": run.optimisation.lr} | state.row()
+            row |= run.blend(epoch)
             if changes := state.said(epoch * plan.steps, step):
                 row["changed"] = "; ".join(changes)
             state.shown = state.best
             if run.evaluates(epoch):
                 clock = time.perf_counter()
-                row |= run.evaluate(batches, update.inputs, step)
+                row |= run.evaluate(batches, update.inputs, step, shown.found)
+                shown.evaluated(step)
                 seconds["evaluate"] += time.perf_counter() - clock
             tasks.retire(epoch)
             log.add(row | {"seconds": state.seconds, "teacher_forwards": state.teacher_forwards})
@@ -141,7 +145,9 @@ def _train(run: TrainingRun, update: TrainStep, quiet: bool) -> TrainReport:
             weights = run.export(step)
             if step % plan.steps == 0:  # an epoch that `max_steps` cut goes on when the run does
                 state.end(scored=run.scheduled(epoch))
+            shown.draw(log.rows)
             run.save(step)  # last: a run that is killed before it comes back here, and does not take the epoch for done
+        shown.draw(log.rows, last=True)
         last, best = log.rows[-1] if log.rows else {}, reached(log.rows, run.score)
     images = (step - run.step) * plan.global_batch
     return TrainReport(
@@ -185,7 +191,9 @@ def render(report: TrainReport, console: Console) -> None:
         lines.append(report.reached)
     if report.weights:
         weights = Path(report.output) / "model.safetensors"
-        lines.append(f"{weights} ({report.weights}), next to it config.json for timm, metrics.csv and resume/")
+        lines.append(
+            f"{weights} ({report.weights}), next to it config.json for timm, README.md, results.png and metrics.csv"
+        )
     if report.steps:
         lines.append(report.bound_by)
     print_lines(console, *lines)

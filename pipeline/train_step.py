@@ -21,7 +21,7 @@ from cskd.loading.sources import Batch
 from cskd.loading.targets import mixed_labels
 from cskd.machine.arithmetic import autocast
 from cskd.method.agreement import agreement, cells_term
-from cskd.method.losses import AGREEMENT, DistillationLoss
+from cskd.method.losses import AGREEMENT, AnyTargets, DistillationLoss
 from cskd.pipeline.out_of_memory import Probe
 from cskd.pipeline.setup import even_divisors
 from cskd.pipeline.training_run import TrainingRun
@@ -38,6 +38,7 @@ class TrainStep:
         self._cells = cells_term(run.config.loss)
         self._net = run.network()
         self._latest: tuple[Batch, int, int] | None = None  # what `advice` tries a part of
+        self.begun: tuple[Batch, AnyTargets] | None = None  # the run's first micro-batch, till the next
 
     def __call__(
         self, batch: Batch, epoch: int, step: int, seconds: dict[str, float]
@@ -78,6 +79,8 @@ class TrainStep:
         targets = run.targets.of(part, epoch, run.device)
         seconds["teacher"] += time.perf_counter() - clock
         clock = time.perf_counter()
+        if number == 0:
+            self.begun = (part, targets) if step == 0 else None
         reseed_step(run.config.train.seed, step, number)
         with autocast(run.config.train.autocast, run.device):
             out = net(self.inputs.mixed(part), run.views.grid if self.criterion.uses_patches else None)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from cskd.codecs.base import BLEND_ONE
 from cskd.config import Config, to_yaml
 from cskd.config.pins import TEACHER, pinned
 from cskd.dataset.inventory import Inventory
@@ -34,7 +35,8 @@ from cskd.machine.arithmetic import arithmetic
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import Threads, begun_with
 from cskd.method.agreement import cells_term
-from cskd.method.losses import AGREEMENT, needs_teacher, terms_of
+from cskd.method.ckf import blend_at
+from cskd.method.losses import AGREEMENT, expanded, needs_teacher, terms_of
 from cskd.pipeline.conflicts import (
     as_begun,
     changed_on_resume,
@@ -42,7 +44,7 @@ from cskd.pipeline.conflicts import (
     refuse_other_run,
     run_identity,
 )
-from cskd.pipeline.evaluate import score_heads
+from cskd.pipeline.evaluate import Found, score_heads
 from cskd.pipeline.online import open_baseline, open_online
 from cskd.pipeline.precheck import TRAINING, refuse
 from cskd.pipeline.run_state import PROGRESS, RunState, named_bests
@@ -114,6 +116,16 @@ class TrainingRun:
         """The evaluated head, or average of heads, that is the run's score: what timm computes from model.safetensors."""
         return exported_prefix(self.config, self.state.shown) + score_head(self.student.trained)
 
+    def blend(self, epoch: int) -> dict[str, float]:
+        """What the row of metrics says of the blends of an epoch, as shares: 'blend' by `loss.decay`, 'blend.linear' and the like of
+        terms with a decay of their own; nothing where no term is of cells."""
+        loss = self.config.loss
+        decays = dict.fromkeys(term.decay for term in expanded(loss) if term.target == "cells" and not term.own)
+        return {
+            f"blend.{own}" if own else "blend": blend_at(epoch, self.config.train.epochs, own or loss.decay) / BLEND_ONE
+            for own in decays
+        }
+
     @property
     def arithmetic(self) -> str:
         """What the student computes in."""
@@ -179,10 +191,15 @@ class TrainingRun:
         classes, best, changed = self.views.inventory.classes, self.state.shown, self.state.said()
         return export(self.output, self.student, self.optimisation, self.config, classes, step, best, changed)
 
-    def evaluate(self, batches: Iterator[Batch], inputs: InputMaker, step: int) -> dict[str, Any]:
-        """Score every head after `step` updates, and keep the best weights. Returns: what the row of metrics says of it."""
+    def evaluate(
+        self, batches: Iterator[Batch], inputs: InputMaker, step: int, found: dict[str, Found] | None = None
+    ) -> dict[str, Any]:
+        """Score every head after `step` updates, and keep the best weights. Returns: what the row of metrics says of it.
+
+        found: as of `score_heads`.
+        """
         models, count = self.models, len(self.eval_tasks)
-        scores, unreadable = score_heads(models, batches, count, inputs, self.config.train.autocast, self.ranks)
+        scores, unreadable = score_heads(models, batches, count, inputs, self.config.train.autocast, self.ranks, found)
         top1 = {f"top1.{name}": score.top1 for name, score in scores.items()}
         top5 = {f"top5.{name}": score.top5 for name, score in scores.items()}
         self.state.shown = self._improved(top1 | top5, step)

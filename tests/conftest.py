@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -39,3 +40,14 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     base = tmp_path_factory.getbasetemp()
     for name in ("HF_HOME", "TORCH_HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, str(base / name.lower()))
+
+
+@pytest.fixture(autouse=True)
+def blank_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of tests leave blank pictures, which spares 0.15 s each, except where pictures are what is tested."""
+    module = sys.modules.get("cskd.pipeline.run_folder")
+    if module is not None and request.path.stem not in ("test_run_folder", "test_resumed_run"):
+        from PIL import Image
+
+        for name in ("draw_results", "draw_confusion", "draw_batch"):
+            monkeypatch.setattr(module, name, lambda *_: Image.new("RGB", (1, 1)))

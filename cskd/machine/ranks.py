@@ -52,6 +52,18 @@ class Ranks:
         """Sum of a whole number over all ranks."""
         return int(self.sum(torch.tensor(count, dtype=torch.int64, device=device)))
 
+    def joined(self, x: Tensor) -> Tensor:
+        """The rows of all ranks in the order of the ranks, int64 or float [n, ...] of each, whose n may differ."""
+        if self.count == 1:
+            return x
+        sizes = torch.zeros(self.count, dtype=torch.int64, device=x.device)
+        sizes[self.rank] = len(x)
+        each = self.sum(sizes).tolist()
+        whole = x.new_zeros((sum(each), *x.shape[1:]))
+        start = sum(each[: self.rank])
+        whole[start : start + len(x)] = x
+        return self.sum(whole)
+
     def refuse_differing(self, step: int, device: torch.device) -> None:
         """StudentError on every rank when they would resume from different steps, as where one can't read the newest state."""
         steps = self.sum(torch.tensor([step, step * step], dtype=torch.int64, device=device)).tolist()

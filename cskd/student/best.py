@@ -69,10 +69,10 @@ class BestWeights:
             return False
 
     def keep(self, bests: Collection[Best]) -> None:
-        """Remove the files of all others."""
-        kept = {self.path(best) for best in bests}
-        for path in self.folder.glob("best-*.safetensors"):
-            if path not in kept:
+        """Remove the files of all others, and what lies next to them under their names."""
+        kept = {self.path(best).stem for best in bests}
+        for path in (*self.folder.glob("best-*.safetensors"), *self.folder.glob("best-*.csv")):
+            if path.stem not in kept:
                 path.unlink(missing_ok=True)
 
 

@@ -28,11 +28,11 @@ from cskd.codecs.winners import winners
 from cskd.dataset.inventory import evenly
 from cskd.errors import CacheError, CskdError
 from cskd.method.ckf import blend_at
+from cskd.pipeline.draw.pictures import CLASS_COLOURS, OTHER
+from cskd.pipeline.draw.wordnet import readable
 from cskd.pipeline.look.html_figures import Figures, meant_labels
 from cskd.pipeline.look.inspect_sample import CachedView, entropy, read_units, replay, view_of
-from cskd.pipeline.look.pictures import CLASS_COLOURS, OTHER
 from cskd.pipeline.look.views_shown import Said, draw_samples, view_key
-from cskd.pipeline.look.wordnet import readable
 from cskd.store.cache import Cache
 from cskd.store.commit import Commit
 from cskd.store.format import Unit

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cskd.codecs.base import quantise_blend
 from cskd.codecs.winners import Winners
+from cskd.pipeline.draw.confusion import mistakes
 from cskd.teacher.arithmetic import BLENDS
 from cskd.views.mixing import NONE, ONE
 
@@ -76,7 +77,7 @@ class Figures:
                 for i in order
             ],
             "right": sum(n for (label, found), n in self._pairs.items() if label == found),
-            "mistakes": [[*pair, n] for pair, n in self._pairs.most_common() if pair[0] != pair[1]][:MISTAKES],
+            "mistakes": [list(mistake) for mistake in mistakes(self._pairs, MISTAKES)],
             "matrix": self._matrix(shown),
         }
 

@@ -14,9 +14,7 @@ from PIL import Image
 
 from cskd.codecs.base import BLEND_ONE, quantise_blend
 from cskd.errors import CacheError
-from cskd.pipeline.look.inspect_sample import CachedView, entropy, margin
-from cskd.pipeline.look.inspection import percent
-from cskd.pipeline.look.pictures import (
+from cskd.pipeline.draw.pictures import (
     GAP,
     Picture,
     class_map,
@@ -32,8 +30,10 @@ from cskd.pipeline.look.pictures import (
     stack,
     veil_map,
 )
+from cskd.pipeline.draw.wordnet import readable
+from cskd.pipeline.look.inspect_sample import CachedView, entropy, margin
+from cskd.pipeline.look.inspection import percent
 from cskd.pipeline.look.views_shown import Look, look_at
-from cskd.pipeline.look.wordnet import readable
 from cskd.store.cache import Cache
 from cskd.teacher.arithmetic import BLENDS
 from cskd.views.maker import ViewMaker

@@ -16,8 +16,8 @@ from rich.text import Text
 
 from cskd.dataset.inventory import evenly
 from cskd.errors import counted, printable
+from cskd.pipeline.draw.pictures import INK, PAPER, Paint, is_bright
 from cskd.pipeline.look.inspection import ClassFacts, EpochAgreement, SampleFacts, StudentFacts, percent
-from cskd.pipeline.look.pictures import INK, PAPER, Paint, is_bright
 
 NAME_CELLS = 14  # terminal columns a class name may take
 LEAST_NAME = 6  # columns of a name below which cells get letters

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from cskd.codecs.base import BLEND_ONE
 from cskd.codecs.winners import Winners, winners
 from cskd.errors import CskdError
+from cskd.pipeline.draw.pictures import UNUSED, ClassKey, class_key
+from cskd.pipeline.draw.wordnet import readable
 from cskd.pipeline.look.inspect_sample import CachedView, read_units, refuse_view, replay, view_of
 from cskd.pipeline.look.inspection import ClassFacts, MixingFacts, SampleFacts, StudentCells
-from cskd.pipeline.look.pictures import UNUSED, ClassKey, class_key
-from cskd.pipeline.look.wordnet import readable
 from cskd.seeds import hash64, permutation
 from cskd.store.cache import Cache
 from cskd.views.digest import Recorded

@@ -110,6 +110,8 @@ def rows(run: Path) -> list[dict[str, object]]:
 def test_a_run_goes_on_with_another_number_of_ranks_and_says_so(base: Path, one: Steps) -> None:
     """Cut inside an epoch; the epoch's losses are means over all of its steps all the same."""
     first = feed(base, "two of three", 2, 0, 6)
+    counted = (base / "two of three" / "confusion.csv").read_text().splitlines()[1:]
+    assert sum(int(line.rpartition(",")[2]) for line in counted) == 12  # of both ranks
     then = feed(base, "one of three", 1, 0, 0, output="two of three")
     assert first + then == one
     noted = json.loads((base / "two of three" / "config.json").read_text())["cskd"]["changed"]

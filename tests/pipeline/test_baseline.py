@@ -301,8 +301,8 @@ def test_an_evaluation_says_what_it_was_computed_in(base: Path, monkeypatch: pyt
     assert read_metrics(base / "bf16")[-1]["arithmetic"] == "bf16"
     for asked, want in ((None, "float32"), ("none", "float32"), ("bf16", "bf16"), ("auto", "bf16")):
         seen.clear()
-        more = {} if asked is None else {"autocast_setting": asked}
-        report = evaluate_checkpoint(base / "bf16", base / "val", 8, 0, 0.5, "cpu", True, **more)
+        more = () if asked is None else (asked,)
+        report = evaluate_checkpoint(base / "bf16", base / "val", 8, 0, 0.5, "cpu", True, *more)
         assert (report.arithmetic, set(seen)) == (want, {want == "bf16"})
         assert (report.device, report.size, report.crop_pct) == ("cpu", [32, 32], 0.5)
         console = Console(width=200, record=True, file=io.StringIO())

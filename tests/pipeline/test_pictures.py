@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cskd.pipeline.look import pictures
-from cskd.pipeline.look.pictures import (
+from cskd.pipeline.draw import pictures
+from cskd.pipeline.draw.pictures import (
     CLASS_COLOURS,
     OTHER,
     UNUSED,
@@ -20,7 +20,7 @@ from cskd.pipeline.look.pictures import (
     panel,
     scalar_map,
 )
-from cskd.pipeline.look.wordnet import readable
+from cskd.pipeline.draw.wordnet import readable
 
 
 @pytest.mark.parametrize(("h", "w", "side"), [(1, 1, 224), (7, 7, 224), (7, 7, 300), (3, 5, 224), (14, 14, 224)])

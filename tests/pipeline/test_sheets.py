@@ -10,8 +10,8 @@ from PIL import Image
 
 from cskd.codecs.base import BLEND_ONE
 from cskd.errors import CacheError
+from cskd.pipeline.draw.pictures import CLASS_COLOURS, fitted_photo, veil_map
 from cskd.pipeline.look.inspect_cache import inspect
-from cskd.pipeline.look.pictures import CLASS_COLOURS, fitted_photo, veil_map
 from cskd.pipeline.look.sheets import MOST_TILES, contact_sheet
 from cskd.pipeline.look.views_shown import draw_samples, look_at, sample_facts
 from cskd.store.cache import Cache

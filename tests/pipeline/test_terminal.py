@@ -11,6 +11,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from cskd.pipeline.draw.pictures import CLASS_COLOURS, OTHER
 from cskd.pipeline.look.inspection import (
     ClassFacts,
     EpochAgreement,
@@ -19,7 +20,6 @@ from cskd.pipeline.look.inspection import (
     StudentCells,
     StudentFacts,
 )
-from cskd.pipeline.look.pictures import CLASS_COLOURS, OTHER
 from cskd.pipeline.look.terminal import MAPS, render_samples, render_student, shows_colours
 
 MAP_START, MAP_STOP = "targets at blend", "cells"

@@ -93,7 +93,7 @@ def test_the_best_weights_are_those_of_the_best_epoch_also_after_a_resume(
     assert tensors(tmp_path / "run" / "model.safetensors") == tensors(tmp_path / "epoch 1" / "model.safetensors")
     facts = json.loads((tmp_path / "run" / "config.json").read_text())["cskd"]
     assert (facts["best"]["name"], facts["best"]["score"], facts["best"]["step"]) == ("top1.class", 70.0, 10)
-    assert [p.name for p in (tmp_path / "run" / "resume").glob("best-*")] == ["best-00000010.safetensors"]
+    assert [p.name for p in (tmp_path / "run" / "resume").glob("best-*.safetensors")] == ["best-00000010.safetensors"]
 
 
 def test_the_score_of_an_epoch_that_max_steps_cut_does_not_count_when_the_run_goes_on(
@@ -118,7 +118,7 @@ def test_best_weights_that_were_lost_are_not_claimed(
     with monkeypatch.context() as patch:
         scored(patch, 90.0)
         train(dataclasses.replace(run, train=dataclasses.replace(run.train, max_steps=5)), quiet=True)
-    next((tmp_path / "resume").glob("best-*")).write_bytes(b"damaged")
+    next((tmp_path / "resume").glob("best-*.safetensors")).write_bytes(b"damaged")
     with monkeypatch.context() as patch:
         scored(patch, 10.0, 20.0, 15.0)
         report = train(run, quiet=True)

@@ -8,6 +8,7 @@ Shapes: h w teacher grid, S side of a panel in pixels.
 
 from __future__ import annotations
 
+import io
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -257,6 +258,13 @@ def fitted_photo(pixels_HWC: NDArray[np.uint8], side: int) -> Picture:
     out = Image.new("RGB", (side, side), MAT)
     out.paste(Image.fromarray(pixels_HWC).resize(size, resample), ((side - size[0]) // 2, (side - size[1]) // 2))
     return out
+
+
+def png(picture: Picture) -> bytes:
+    """The file of a picture; the same bytes for the same picture and version of Pillow."""
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    return file.getvalue()
 
 
 @cache
