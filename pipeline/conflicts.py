@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from cskd.config import Config, LossConfig, StudentConfig, TrainConfig, to_dict
+from cskd.config.schema import LossTerm
 from cskd.dataset.inventory import Inventory
 from cskd.errors import ConfigError
 from cskd.files.folders import MARKER, mark
@@ -221,8 +222,15 @@ def _filled(begun: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
             before = {k.partition(".")[2]: v for k, v in _BEFORE.items() if k.startswith(f"{section}.")}
             brought = json.loads(json.dumps(to_dict(cls()))) | before
             known = {k: v for k, v in brought.items() if k in now[section]}
+            if section == "loss" and isinstance(terms := begun["loss"].get("terms"), list):
+                begun = begun | {"loss": begun["loss"] | {"terms": [_of_term(term) for term in terms]}}
             filled[section] = known | {k: v for k, v in begun[section].items() if section != "train" or k not in _FREE}
     return {key: now[key] for key in _NOTED if key in now} | filled
+
+
+def _of_term(term: Any) -> Any:
+    """A recorded term of a loss with what keys that it lacks stand for, as `_filled`."""
+    return json.loads(json.dumps(to_dict(LossTerm()))) | term if isinstance(term, dict) else term
 
 
 def _written(value: Any) -> str:

@@ -259,7 +259,7 @@ def _best(setup: Setup) -> Found:
 
 def _grid(setup: Setup) -> Found:
     notes = setup.student_notes()
-    if not setup.trains_patches:
+    if not setup.on_grid:
         return f"{setup.config.loss.method} reads the image's logits alone", notes
     student = setup.student
     return "{} x {} {} on {} x {} of the teacher".format(*student.patch_grid, student.cells, *setup.grid), notes

@@ -23,7 +23,7 @@ from cskd.files.read import parse_json, read_file
 from cskd.loading.joined import JoinedCaches
 from cskd.machine.cores import usable_cores
 from cskd.method.ckf import hard_targets
-from cskd.method.losses import AnyTargets, BothTargets, HardTargets, SoftTargets, needs
+from cskd.method.losses import AnyTargets, BothTargets, HardTargets, SoftTargets, logit_targets, needs
 from cskd.pipeline.conflicts import CONFUSION, CONFUSION_TABLE, FIRST_BATCH, RESULTS
 from cskd.pipeline.draw.confusion import Confusion, draw_confusion, from_csv, to_csv
 from cskd.pipeline.draw.first_batch import SHOWN, SeenBatch, draw_batch
@@ -110,7 +110,7 @@ class RunFolder:
     def _about(self) -> About:
         run = self._run
         reads, spec, views = needs(run.config.loss), run.targets.spec(0), run.views
-        taught = reads.soft or reads.hard != "none"
+        taught = not reads.nothing
         caches = [views] if isinstance(views, Cache) else []
         if isinstance(views, JoinedCaches):
             caches = [views.first, *views.others.values()]
@@ -173,6 +173,7 @@ def _seen(batch: Mapping[str, torch.Tensor], targets: AnyTargets, cells: bool) -
     found = class_map = None
     if isinstance(targets, Mapping):  # of several caches: those of the first
         targets = targets[""]
+    targets = logit_targets(targets)
     if isinstance(targets, BothTargets):
         shown = targets.hard.cell_class is not None or targets.hard.more
         targets = targets.hard if shown else targets.soft

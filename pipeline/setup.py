@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from cskd.machine.arithmetic import half
 from cskd.machine.devices import named_device, pick_device
 from cskd.machine.launch import launched
 from cskd.machine.threads import Threads, choose_threads
+from cskd.method.features import MapShape
 from cskd.method.losses import DistillationLoss, needs_teacher
 from cskd.pipeline.conflicts import refuse_conflicts
 from cskd.store.cache import Cache, open_cache
@@ -43,6 +44,7 @@ from cskd.store.usable import refuse_other_code, usable_views
 from cskd.student import Student, build_student
 from cskd.student.best import score_asked
 from cskd.student.optim import Optimisation
+from cskd.student.projections import Projections, token_width
 from cskd.teacher.model import Teacher, load_teacher
 from cskd.views.fit import evaluation_notes
 from cskd.views.maker import ViewMaker
@@ -64,6 +66,7 @@ class Setup:
     threads: Threads | None = None
     ranks: int = 1
     online: bool = False  # the teacher runs at every step of stage 2
+    maps: Mapping[str, MapShape] = field(default_factory=dict)  # feature maps that its loss reads, by cache
 
     @property
     def begun(self) -> bool:
@@ -78,8 +81,10 @@ class Setup:
         return not (self.online or baseline or self.source is not None)
 
     @property
-    def trains_patches(self) -> bool:
-        return DistillationLoss(self.config.loss).uses_patches
+    def on_grid(self) -> bool:
+        """Whether the loss compares cells of the student with the teacher's."""
+        loss = DistillationLoss(self.config.loss)
+        return loss.uses_patches or any(term.target == "features" for term in self.config.loss.terms)
 
     @cached_property
     def inventory(self) -> Inventory:
@@ -153,7 +158,18 @@ class Setup:
     @cached_property
     def optimisation(self) -> Optimisation:
         train = self.config.train if self.device is not None else dataclasses.replace(self.config.train, ema=None)
-        return Optimisation(self.student, train, self.plan.steps)
+        return Optimisation(self.student, train, self.plan.steps, self.projections)
+
+    @cached_property
+    def projections(self) -> Projections | None:
+        """Of terms of features; None where there are none, and where their teacher's width is not known yet."""
+        if not self.maps:
+            return None
+        for term in self.config.loss.terms:
+            if term.target == "features":
+                self.student.check_grid(self.maps[term.cache].grid)
+        width, seed = token_width(self.student), self.config.train.seed
+        return Projections(self.config.loss, width, self.maps, seed).to(self.device)
 
     @cached_property
     def cache_device(self) -> tuple[torch.device, list[str]]:
@@ -190,7 +206,7 @@ class Setup:
 
     def student_notes(self) -> list[str]:
         """What a user should know of the student on the teacher's grid. StudentError where the patches are too few."""
-        return self.student.grid_notes(self.grid) if self.trains_patches else []
+        return self.student.grid_notes(self.grid) if self.on_grid else []
 
     @cached_property
     def train_device(self) -> torch.device:

@@ -109,7 +109,8 @@ class TrainStep:
         batch, epoch, step = self._latest
         try:
             part = micro_batches(batch, rows)[0]
-            loss, _ = self._loss(self.run.student, part, epoch, step, 0, dict.fromkeys(("teacher", "student"), 0.0))
+            plain = self.run.with_projections(self.run.student)
+            loss, _ = self._loss(plain, part, epoch, step, 0, dict.fromkeys(("teacher", "student"), 0.0))
             loss.backward()  # type: ignore[no-untyped-call]
         finally:
             self.run.optimisation.optimizer.zero_grad(set_to_none=True)

@@ -58,6 +58,7 @@ from cskd.student.best import Best, BestWeights
 from cskd.student.checkpoint import ResumeStates, TrainState, export, exported_prefix
 from cskd.student.heads import score_head
 from cskd.student.optim import Optimisation, average_notes
+from cskd.student.projections import Taught
 from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import InputMaker
 
@@ -135,9 +136,15 @@ class TrainingRun:
         """The student as the loop calls it: compiled where asked for, its gradients averaged over ranks."""
         self.student.freeze_unused(self.config.loss)
         net: torch.nn.Module = torch.compile(self.student) if self.config.train.compile else self.student  # type: ignore[assignment]
+        net = self.with_projections(net)
         if self.ranks.count == 1:
             return net
         return DistributedDataParallel(net, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def with_projections(self, student: torch.nn.Module) -> torch.nn.Module:
+        """The student, or a form of it, with the projections that terms of features have."""
+        projections = self.optimisation.projections
+        return student if projections is None else Taught(student, projections)
 
     def batches(self) -> tuple[RunTasks, Iterator[Batch]]:
         """Every batch of the run, training and evaluation, in the order the loop reads them."""
@@ -233,7 +240,7 @@ def open_run(
     settings = config.train
     alone = from_images(config, record)
     views, targets = _open_views(config, device, ranks, verify_replay, online, alone, quiet, notes)
-    setup = Setup(config, views, device, threads, ranks.count, online)
+    setup = Setup(config, views, device, threads, ranks.count, online, targets.maps)
     ahead = refuse(TRAINING, setup)
     student, plan, val, optimisation = setup.student, setup.plan, setup.val, setup.optimisation
     notes.add([*ahead.notes, *as_before, *half_notes(settings.autocast, device)])

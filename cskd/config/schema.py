@@ -25,6 +25,14 @@ Decay = Literal["linear", "quadratic", "cosine", "local", "global"]
 Autocast = Literal["auto", "none", "bf16", "fp16"]
 Precision = Literal["auto", "float32", "tf32", "bf16", "fp16", "float64"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+_OF_FEATURES = ("mse", "smooth_l1", "cosine")
+KINDS = {  # of a term of the loss, by its target
+    "label": ("ce",),
+    "global": ("ce", "kl", "dkd"),
+    "cells": ("ce", "kl"),
+    "features": _OF_FEATURES,
+    "pooled": _OF_FEATURES,
+}
 
 
 def rising(pair: list[float]) -> bool:
@@ -232,21 +240,27 @@ class StudentConfig(Section):
 class LossTerm(Section):
     """One term of the loss: which head of the student is taught what, how, and when. Items of `loss.terms`."""
 
-    head: Literal["class", "distillation", "mean", "patches"] = "class"
+    head: Literal["class", "distillation", "mean", "patches", "tokens"] = "class"
     """Whose logits: those of the class token, of the distillation token, the mean of these two, or of the patch tokens. A ViT without
-    a distillation token has one head, which stands for the first three."""
-    target: Literal["label", "global", "cells"] = "label"
+    a distillation token has one head, which stands for the first three. `tokens`: no logits, the last patch tokens themselves,
+    before any head."""
+    target: Literal["label", "global", "cells", "features", "pooled"] = "label"
     """What they are taught: the mixed label; the teacher's output for the image; or for each cell, blended by `decay`, which is for
-    the patches."""
-    kind: Literal["ce", "kl", "dkd"] = "ce"
+    the patches. For the tokens: `features`, the teacher's last feature map, cell by cell; `pooled`, its mean over the cells."""
+    kind: Literal["ce", "kl", "dkd", "mse", "smooth_l1", "cosine"] = "ce"
     """`ce`: cross entropy with the label, or with the teacher's class. `kl`: tau^2 KL of the teacher's distribution. `dkd`: decoupled KD,
-    the KL of target and other classes apart (CVPR 2022), of global outputs."""
+    the KL of target and other classes apart (CVPR 2022), of global outputs. Of features: `mse`, the mean squared difference; `smooth_l1`,
+    half of it below a difference of 1, absolute above; `cosine`, 1 - cosine over the channels."""
+    projection: Literal["linear", "orthogonal"] = "linear"
+    """From the student's width to the teacher's, for features: a linear layer, or one whose matrix is orthogonal (VkD, CVPR 2024). It is
+    trained with the student and not exported."""
     weight: Annotated[float, Ge(0), Unit("weight")] = 1.0
     """What the term is multiplied by."""
     tau: Annotated[float, Gt(0), Unit("temperature")] = 1.0
     """Temperature of `kl` and `dkd`."""
     standardise: bool = False
-    """`kl` and `dkd`: bring the logits of each row, teacher's and student's, to mean 0 and standard deviation 1 first (CVPR 2024)."""
+    """`kl` and `dkd`: bring the logits of each row, teacher's and student's, to mean 0 and standard deviation 1 first (CVPR 2024). Of
+    features: bring the teacher's to mean 0 and variance 1 over the channels, as a layer norm without weights (VkD)."""
     smoothing: Annotated[float, Ge(0), Lt(1), Unit("share")] = 0.0
     """Label smoothing of `ce` with labels."""
     divisor: Literal["rows", "paper"] = "rows"
@@ -279,17 +293,23 @@ class LossTerm(Section):
                     f"{key}: a term with own: {self.own!r} does not read {', '.join(other)}; leave them out"
                 )
             return
-        fits = {
-            ("label", "ce"),
-            ("global", "ce"),
-            ("global", "kl"),
-            ("global", "dkd"),
-            ("cells", "ce"),
-            ("cells", "kl"),
-        }
-        if (self.target, self.kind) not in fits:
-            kinds = ", ".join(kind for target, kind in sorted(fits) if target == self.target)
-            raise ConfigError(f"{key}: a term with target {self.target} has kind {self.kind}, expected {kinds}")
+        kinds = KINDS[self.target]
+        if self.kind not in kinds:
+            raise ConfigError(
+                f"{key}: a term with target {self.target} has kind {self.kind}, expected {', '.join(kinds)}; set kind: {kinds[0]}"
+            )
+        if (self.head == "tokens") != self.of_features:
+            raise ConfigError(
+                f"{key}: a term teaches {self.head} by {self.target}; set head: tokens with target: features or pooled, which "
+                "are for the tokens alone, and a head that has logits with any other"
+            )
+        unread = (
+            ("tau", "smoothing", "divisor", "dkd_alpha", "dkd_beta", "decay") if self.of_features else ("projection",)
+        )
+        if other := [f for f in unread if getattr(self, f) != LossTerm.__dataclass_fields__[f].default]:
+            raise ConfigError(
+                f"{key}: a term with target {self.target} does not read {', '.join(other)}; leave {'it' if len(other) == 1 else 'them'} out"
+            )
         if self.cache and self.target == "label":
             raise ConfigError(f"{key}: a term with target label reads no cache; leave cache: {self.cache} out")
         if (self.head == "patches") != (self.target == "cells"):
@@ -301,6 +321,11 @@ class LossTerm(Section):
     @classmethod
     def key_of(cls) -> str:
         return "loss.terms[]"
+
+    @property
+    def of_features(self) -> bool:
+        """Whether it reads the teacher's feature map."""
+        return not self.own and self.target in ("features", "pooled")
 
     @property
     def title(self) -> str:
@@ -338,9 +363,10 @@ class LossConfig(Section):
         super().__post_init__()
         for i, term in enumerate(self.terms):
             term.refuse_misfit(f"loss.terms[{i}]")
-        if self.method == "terms" and not self.terms:
+        if self.method == "terms" and all(term.of_features for term in self.terms):
             raise ConfigError(
-                "loss.method is terms and loss.terms is empty; list them, as in loss.terms: [{head: class, target: label}]"
+                f"loss.method is terms and loss.terms {'teaches no head' if self.terms else 'is empty'}; list them, as in "
+                "loss.terms: [{head: class, target: label}]"
             )
         if self.method != "none" and self.baseline_head != "class":
             raise ConfigError(

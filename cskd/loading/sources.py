@@ -17,6 +17,7 @@ from torch import Tensor
 from cskd.codecs import Codec
 from cskd.config import RecipeConfig
 from cskd.dataset.inventory import Inventory
+from cskd.method.features import MapShape
 from cskd.method.losses import AnyTargets
 from cskd.store.format import Unit
 from cskd.views.digest import Recorded
@@ -125,6 +126,10 @@ class TargetSource(Protocol):
     @property
     def runs_teacher(self) -> bool:
         """Whether a teacher runs at every step."""
+
+    @property
+    def maps(self) -> Mapping[str, MapShape]:
+        """Of the feature maps that the loss reads, by name of their cache."""
 
     def spec(self, epoch: int) -> TargetSpec:
         """What the epoch table holds."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cskd.codecs import Codec
+from cskd.codecs.features import FeaturesBitsCodec, FeaturesCodec
 from cskd.config import LossConfig
 from cskd.config.schema import Decay
 from cskd.errors import ConfigError, TeacherError
@@ -19,7 +20,18 @@ from cskd.loading.epoch_table import prefixed
 from cskd.loading.joined import JoinedCaches
 from cskd.loading.sources import Batch, TargetSpec
 from cskd.method.ckf import blend_at, hard_targets
-from cskd.method.losses import AnyTargets, BothTargets, HardTargets, MixedLabels, OfOne, SoftTargets, expanded, needs
+from cskd.method.features import MapShape
+from cskd.method.losses import (
+    AnyTargets,
+    BothTargets,
+    FeatureTargets,
+    HardTargets,
+    MixedLabels,
+    OfOne,
+    SoftTargets,
+    expanded,
+    needs,
+)
 from cskd.store.cache import Cache
 from cskd.teacher.model import Teacher
 from cskd.views.mix_pixels import mixed_pixels
@@ -27,13 +39,16 @@ from cskd.views.mix_pixels import mixed_pixels
 
 def codec_for(loss: LossConfig, codecs: Mapping[str, Codec], where: str, cache: str = "") -> tuple[str, str]:
     """The codecs that a loss reads classes and logits from: those that are exact for it where there are any, and hold no more
-    than it asks for. cache: the name of theirs.
+    than it asks for. Where it reads features, the codec of these gives logits, too. cache: the name of theirs.
 
-    Returns: (for classes, for logits); the second is '' where no logits are read, the first may be any where no classes are.
-    Raises:  ConfigError when soft terms find hard targets only, or terms of cells the image's targets only; `where` names what
-             holds the codecs.
+    Returns: (for classes, for logits and features); the second is '' where neither is read, the first may be any where no classes
+             are.
+    Raises:  ConfigError when soft terms find hard targets only, terms of cells the image's targets only, or terms of features
+             no codec of them; `where` names what holds the codecs.
     """
     hard = _fitting(loss, codecs, where, cache, soft=False)
+    if needs(loss, cache).features:
+        return hard, _of_features(loss, codecs, where, cache)
     if not needs(loss, cache).soft:
         return hard, ""
     if not any(codec.soft for codec in codecs.values()):
@@ -43,6 +58,20 @@ def codec_for(loss: LossConfig, codecs: Mapping[str, Codec], where: str, cache: 
             f"cache.codecs: [envelope, {more}], or use a '-hard' method"
         )
     return hard, _fitting(loss, {name: codec for name, codec in codecs.items() if codec.soft}, where, cache, soft=True)
+
+
+def _of_features(loss: LossConfig, codecs: Mapping[str, Codec], where: str, cache: str) -> str:
+    """The codec whose feature maps are nearest to the teacher's. ConfigError where there is none."""
+    found = {name: codec for name, codec in codecs.items() if isinstance(codec, FeaturesCodec)}
+    if not found:
+        term = next(term for term in loss.terms if term.of_features and term.cache == cache)
+        raise ConfigError(
+            f"loss.terms: {term.title} needs the teacher's features and {where} holds only {list(codecs)}; cache with "
+            "cache.codecs: [envelope, features:8]"
+        )
+    return max(
+        found, key=lambda name: getattr(found[name], "bits", 0) if isinstance(found[name], FeaturesBitsCodec) else 0
+    )
 
 
 def reads_cells(loss: LossConfig, soft: bool, cache: str = "") -> bool:
@@ -99,6 +128,14 @@ class _OfCache(_Targets):
         self._name, self._codecs = name, cache.codecs
         self.codec, self.soft_codec = codec_for(config, cache.codecs, str(cache.root), name)
 
+    @property
+    def map(self) -> MapShape | None:
+        """Of the feature maps that are read; None where none are."""
+        codec = self._codecs.get(self.soft_codec)
+        return (
+            MapShape(codec.channels, codec.grid) if self.needs.features and isinstance(codec, FeaturesCodec) else None
+        )
+
     def spec(self, epoch: int) -> TargetSpec:
         hard, soft = (f"{self._name}/{c}" if self._name and c else c for c in (self.codec, self.soft_codec))
         if self.needs.hard == "none" and soft:
@@ -119,7 +156,8 @@ class _OfCache(_Targets):
             image = moved("global_class")
             assert image is not None
             hard = HardTargets(image, moved("cell_class"), more)
-        if self.needs.soft:
+        features = None
+        if self.needs.soft or self.needs.features:
             prefix = prefixed(self._name, "target.")
             stored = {
                 name.removeprefix(prefix): t.to(device, non_blocking=True)
@@ -127,13 +165,16 @@ class _OfCache(_Targets):
                 if name.startswith(prefix)
             }
             codec = self._codecs[self.soft_codec]
-            if codec.cells:
-                dense_BKhw, global_BK = codec.logits_torch(stored)
-            else:
-                global_BK = codec.global_logits_torch(stored)
-                dense_BKhw = global_BK[:, :, None, None].expand(-1, -1, *codec.grid)
-            soft = self.soft(global_BK, dense_BKhw, epoch)
-        return _both(hard, soft)
+            if isinstance(codec, FeaturesCodec) and self.needs.features:
+                features = codec.features_torch(stored)
+            if self.needs.soft:
+                if codec.cells:
+                    dense_BKhw, global_BK = codec.logits_torch(stored)
+                else:
+                    global_BK = codec.global_logits_torch(stored)
+                    dense_BKhw = global_BK[:, :, None, None].expand(-1, -1, *codec.grid)
+                soft = self.soft(global_BK, dense_BKhw, epoch)
+        return _joined(hard, soft, features)
 
 
 class CachedTargets:
@@ -152,6 +193,7 @@ class CachedTargets:
                     f"{caches[''].root} are {cache.grid}; make both with one teacher.grid"
                 )
         self._of = {name: _OfCache(name, one, config, epochs) for name, one in caches.items()}
+        self.maps = {name: of.map for name, of in self._of.items() if of.map is not None}
 
     def spec(self, epoch: int) -> TargetSpec:
         others = tuple((name, of.spec(epoch)) for name, of in self._of.items() if name)
@@ -170,14 +212,17 @@ class LiveTargets(_Targets):
     def __init__(self, teacher: Teacher, config: LossConfig, epochs: int) -> None:
         super().__init__(config, epochs)
         self._teacher = teacher
+        self.maps: dict[str, MapShape] = {}
+        if self.needs.features:
+            self.maps[""] = MapShape(teacher.feature_channels("loss.terms of features"), teacher.grid)
 
     def spec(self, epoch: int) -> TargetSpec:
         return TargetSpec("none", "", self.blend(epoch))
 
     def of(self, batch: Batch, epoch: int, device: torch.device) -> AnyTargets:
-        if self.needs.hard == "none" and not self.needs.soft:
+        if self.needs.nothing:
             return None
-        dense_BKhw, global_BK = self._teacher.in_batches(mixed_pixels(batch, device))
+        dense_BKhw, global_BK, features_BChw = self._teacher.with_features(mixed_pixels(batch, device))
         if not bool(dense_BKhw.isfinite().all() & global_BK.isfinite().all()):  # codecs refuse the same in stage 1
             raise TeacherError("the teacher's logits hold NaN or an infinity; check its weights and teacher.precision")
         hard = None
@@ -188,17 +233,19 @@ class LiveTargets(_Targets):
             blends = self.blends(epoch, self.needs.decays)
             more = {decay: hard_targets(dense_BKhw, global_BK, blend) for decay, blend in blends.items()}
             hard = HardTargets(global_class, cells, more)
-        return _both(hard, self.soft(global_BK, dense_BKhw, epoch) if self.needs.soft else None)
+        soft = self.soft(global_BK, dense_BKhw, epoch) if self.needs.soft else None
+        return _joined(hard, soft, features_BChw if self.needs.features else None)
 
 
-def _both(hard: HardTargets | None, soft: SoftTargets | None) -> OfOne:
-    return BothTargets(hard, soft) if hard is not None and soft is not None else hard or soft
+def _joined(hard: HardTargets | None, soft: SoftTargets | None, features: Tensor | None) -> OfOne:
+    logits = BothTargets(hard, soft) if hard is not None and soft is not None else hard or soft
+    return logits if features is None else FeatureTargets(features, logits)
 
 
 class NoTargets:
     """Of a run that is taught nothing but labels: neither cache nor teacher is asked."""
 
-    runs_teacher = False
+    runs_teacher, maps = False, dict[str, MapShape]()
 
     def spec(self, epoch: int) -> TargetSpec:
         return TargetSpec("none", "", 0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from cskd.codecs.base import BLEND_ONE
 from cskd.config.schema import LossConfig, LossTerm
 from cskd.method.ckf import ckf_blend
-from cskd.method.losses import AnyTargets, BothTargets, HardTargets, SoftTargets, expanded
+from cskd.method.losses import AnyTargets, BothTargets, HardTargets, SoftTargets, expanded, logit_targets
 
 ROWS = 64  # views whose soft targets are blended at a time: a batch of 1,024 with 1,000 classes takes 200 MB
 
@@ -32,6 +32,7 @@ def agreement(patch_BKhw: Tensor, targets: AnyTargets, term: LossTerm) -> Tensor
     said_Bhw = patch_BKhw.argmax(1)
     if isinstance(targets, Mapping):
         targets = targets[term.cache]
+    targets = logit_targets(targets)
     hard, soft = (targets.hard, targets.soft) if isinstance(targets, BothTargets) else (targets, targets)
     if term.kind == "ce":
         assert isinstance(hard, HardTargets) and hard.cell_class is not None

@@ -24,6 +24,7 @@ from cskd.config.schema import Decay, LossConfig, LossTerm
 from cskd.errors import ConfigError, StudentError, shortened
 from cskd.files.own_code import load_own
 from cskd.method.ckf import ckf_blend
+from cskd.method.features import feature_loss
 
 TERMS = ("label", "dist", "patch")  # of the methods, as logged
 AGREEMENT = "agreement"  # logged next to them, see `cskd.method.agreement`
@@ -36,6 +37,8 @@ class StudentOutput(NamedTuple):
     cls_logits: Tensor  # [B, K]
     dist_logits: Tensor | None = None  # [B, K]; None for a ViT without a distillation token
     patch_logits: Tensor | None = None  # [B, K, h, w], pooled to the teacher grid; None when none was asked for
+    tokens: Tensor | None = None  # [B, H, W, C], the last patch tokens on the student's grid; None when not asked for
+    projected: Mapping[str, Tensor] | None = None  # by name of a term of features, see `cskd.student.projections`
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,15 @@ class BothTargets:
     soft: SoftTargets
 
 
-OfOne = HardTargets | SoftTargets | BothTargets | None
+@dataclass(frozen=True)
+class FeatureTargets:
+    """For a loss with terms of features, next to what its other terms read."""
+
+    features: Tensor  # float32 [B, C, h, w], the teacher's last feature map
+    logits: HardTargets | SoftTargets | BothTargets | None = None
+
+
+OfOne = HardTargets | SoftTargets | BothTargets | FeatureTargets | None
 AnyTargets = OfOne | Mapping[str, OfOne]  # of one teacher; or of each cache by its name, '' of the first
 
 
@@ -129,8 +140,8 @@ class DistillationLoss:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch.
 
-        Args:    targets HardTargets for '-hard' methods, SoftTargets for '-soft', BothTargets for terms of both kinds; not read
-                 for 'none'; of several caches, those of each by its name. epoch, from 0: which terms count, of those that have `epochs`; None: all.
+        Args:    targets HardTargets for '-hard' methods, SoftTargets for '-soft', BothTargets for terms of both kinds, in
+                 FeatureTargets for terms of features; not read for 'none'; of several caches, those of each by its name. epoch, from 0: which terms count, of those that have `epochs`; None: all.
         Returns: the total, a float scalar; and each term by its name, detached scalars before their weights.
         Raises:  TypeError for the wrong kind of targets; ValueError where patch logits or cell targets are missing;
                  StudentError where the two differ in grid.
@@ -141,7 +152,9 @@ class DistillationLoss:
         for term in self.terms:
             if epoch is not None and not counts(term, epoch):
                 if not term.own:  # its head has a gradient all the same, of zero: ranks wait for one of every parameter
-                    idle.append(_logits(term.head, output).sum() * 0.0)
+                    idle.append(
+                        (_projected(term, output) if term.of_features else _logits(term.head, output)).sum() * 0.0
+                    )
                 continue
             value = (
                 self._own_value(term, output, labels, targets)
@@ -157,11 +170,13 @@ class DistillationLoss:
 
     def _value(self, term: LossTerm, output: StudentOutput, labels: MixedLabels, targets: AnyTargets) -> Tensor:
         """A term before its weight, mean over the batch."""
+        if isinstance(targets, Mapping):
+            targets = targets[term.cache]
+        if term.of_features:
+            return feature_loss(_projected(term, output), _features(targets), term)
         logits = _logits(term.head, output)
         if term.target == "label":
             return label_loss(logits, labels, term.smoothing)
-        if isinstance(targets, Mapping):
-            targets = targets[term.cache]
         if term.kind == "ce":
             hard = _hard(targets)
             if term.target == "global":
@@ -241,17 +256,24 @@ def counts(term: LossTerm, epoch: int) -> bool:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a loss reads of a teacher. hard: classes of the image, or of cells too; soft: logits; decays: of terms that have their own."""
+    """What a loss reads of a teacher. hard: classes of the image, or of cells too; soft: logits; decays: of terms that have their own;
+    features: the feature map."""
 
     hard: Literal["none", "global", "cells"]
     soft: bool
     decays: tuple[Decay, ...]  # of cells' classes
     soft_decays: tuple[Decay, ...]
+    features: bool = False
+
+    @property
+    def nothing(self) -> bool:
+        return self.hard == "none" and not self.soft and not self.features
 
 
 def needs(config: LossConfig, cache: str = "") -> Needs:
     """What a loss reads of a teacher; cache: the name of its cache."""
-    terms = [term for term in expanded(config) if not term.own and term.cache == cache and term.target != "label"]
+    read = [term for term in expanded(config) if not term.own and term.cache == cache and term.target != "label"]
+    terms = [term for term in read if not term.of_features]
     hard = {term.target for term in terms if term.kind == "ce"}
     of_cells = [term for term in terms if term.target == "cells" and term.decay is not None]
     return Needs(
@@ -259,6 +281,7 @@ def needs(config: LossConfig, cache: str = "") -> Needs:
         any(term.kind != "ce" for term in terms),
         tuple(dict.fromkeys(t.decay for t in of_cells if t.decay and t.kind == "ce")),
         tuple(dict.fromkeys(t.decay for t in of_cells if t.decay and t.kind != "ce")),
+        len(terms) < len(read),
     )
 
 
@@ -391,7 +414,27 @@ def _logits(head: str, output: StudentOutput) -> Tensor:
     return dist if head == "distillation" else (cls + dist) / 2
 
 
+def logit_targets(targets: OfOne) -> HardTargets | SoftTargets | BothTargets | None:
+    """Those of classes and logits alone."""
+    return targets.logits if isinstance(targets, FeatureTargets) else targets
+
+
+def _projected(term: LossTerm, output: StudentOutput) -> Tensor:
+    if output.projected is None or term.title not in output.projected:
+        raise ValueError(
+            f"no projected tokens for {term.title}: call the student's projections, cskd.student.projections"
+        )
+    return _full(output.projected[term.title])
+
+
+def _features(targets: OfOne) -> Tensor:
+    if not isinstance(targets, FeatureTargets):
+        raise TypeError(f"targets are {type(targets).__name__}, expected FeatureTargets for a term of features")
+    return targets.features
+
+
 def _hard(targets: OfOne) -> HardTargets:
+    targets = logit_targets(targets)
     if isinstance(targets, BothTargets):
         return targets.hard
     if not isinstance(targets, HardTargets):
@@ -400,6 +443,7 @@ def _hard(targets: OfOne) -> HardTargets:
 
 
 def _soft(targets: OfOne) -> SoftTargets:
+    targets = logit_targets(targets)
     if isinstance(targets, BothTargets):
         return targets.soft
     if not isinstance(targets, SoftTargets):

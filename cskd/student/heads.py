@@ -50,7 +50,7 @@ def untrained_note(loss: LossConfig, name: str, distilled: bool) -> str:
 
 def shared_head_note(loss: LossConfig, name: str, distilled: bool) -> str:
     """What a distilling method means for a student without a distillation token, in one line; '' where there is one."""
-    taught = {term.target for term in expanded(loss) if term.weight > 0 and not term.own}
+    taught = {term.target for term in expanded(loss) if term.weight > 0 and not (term.own or term.of_features)}
     if distilled or len(taught) < 2:
         return ""
     words = {"label": "the label", "global": "the teacher's class", "cells": "the cells"}

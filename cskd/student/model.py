@@ -76,31 +76,36 @@ class Student(nn.Module):
         if self.distilled and not {"distillation", "patches"} & set(read_heads(loss, self.distilled)):
             cast(nn.Module, self.backbone.head_dist).requires_grad_(False)
 
-    def forward(self, images: Tensor, teacher_grid: Grid | None = None) -> StudentOutput:
+    def forward(self, images: Tensor, teacher_grid: Grid | None = None, tokens: bool = False) -> StudentOutput:
         """Logits of every head.
 
         Args:    images float32 [B, 3, H, W], normalised; teacher_grid (h, w), None = no patch logits, (1, 1) = their
-                 mean over the image, which is all that evaluation needs.
+                 mean over the image, which is all that evaluation needs; tokens: give the patch tokens, too.
         Returns: float32 logits whatever the autocast: a loss in bf16 would be too coarse.
         Raises:  StudentError for a teacher grid finer than the patch grid.
         """
         vit = self.backbone
-        tokens = vit.forward_features(images)  # [B, prefix + N, C], after the final norm
+        features = vit.forward_features(images)  # [B, prefix + N, C], after the final norm
         pooled = dist = patches = None
+        own, grid = features[:, vit.num_prefix_tokens :], self._grid_at((images.shape[-2], images.shape[-1]))
         if teacher_grid is not None:
             self.check_grid(teacher_grid)
-            grid = self._grid_at((images.shape[-2], images.shape[-1]))
-            pooled = pool_tokens(tokens[:, vit.num_prefix_tokens :], grid, teacher_grid)  # [B, h, w, C]
+            pooled = pool_tokens(own, grid, teacher_grid)  # [B, h, w, C]
         if isinstance(vit, VisionTransformerDistilled):
-            cls = vit.head(vit.head_drop(tokens[:, 0]))
-            dist = vit.head_dist(vit.head_drop(tokens[:, 1])).float()
+            cls = vit.head(vit.head_drop(features[:, 0]))
+            dist = vit.head_dist(vit.head_drop(features[:, 1])).float()
             if pooled is not None:
                 patches = vit.head_dist(vit.head_drop(pooled))
         else:
-            cls = vit.forward_head(tokens)
+            cls = vit.forward_head(features)
             if pooled is not None:
                 patches = vit.head(vit.head_drop(vit.fc_norm(pooled)))
-        return StudentOutput(cls.float(), dist, None if patches is None else patches.permute(0, 3, 1, 2).float())
+        return StudentOutput(
+            cls.float(),
+            dist,
+            None if patches is None else patches.permute(0, 3, 1, 2).float(),
+            own.reshape(len(own), *grid, -1) if tokens else None,
+        )
 
     def check_grid(self, teacher_grid: Grid) -> None:
         """StudentError when the teacher's grid is finer than the student's: a token can't be split."""
@@ -204,16 +209,16 @@ class MapStudent(Student):
             )
         self.notes = [*about, *self.notes]
 
-    def forward(self, images: Tensor, teacher_grid: Grid | None = None) -> StudentOutput:
+    def forward(self, images: Tensor, teacher_grid: Grid | None = None, tokens: bool = False) -> StudentOutput:
         """As `Student.forward`, of images of the size that the layout was measured with."""
         features = self.backbone.forward_features(images)
         cls, patches = self.backbone.forward_head(features), None
-        if teacher_grid is not None:
+        cells = self.layout.cells(features) if tokens or teacher_grid is not None else None
+        if teacher_grid is not None and cells is not None:
             self.check_grid(teacher_grid)
-            cells = self.layout.cells(features)
             pooled = pool_tokens(cells.flatten(1, 2), (cells.shape[1], cells.shape[2]), teacher_grid)
             patches = cell_logits(self.backbone, self.layout, pooled).permute(0, 3, 1, 2).float()
-        return StudentOutput(cls.float(), None, patches)
+        return StudentOutput(cls.float(), None, patches, cells if tokens else None)
 
     def _norm(self) -> str:
         return ""  # what `measure` found of the head is said already
@@ -247,7 +252,7 @@ def eval_heads(output: StudentOutput, trained: Collection[str] = HEADS) -> dict[
     'all' averages two. Without patch logits there is neither 'patches' nor 'all'. A head that is not in `trained` is called
     so ('patches.untrained') and is part of no average: where two of three are left, their average has their names.
     """
-    cls, dist, patch = output
+    cls, dist, patch = output[:3]
     found = {"class": cls, "distillation": dist, "patches": None if patch is None else patch.mean((2, 3))}
     logits = {name: head for name, head in found.items() if head is not None}
     heads = {name if name in trained else name + UNTRAINED: head for name, head in logits.items()}

@@ -20,6 +20,7 @@ from cskd.machine.arithmetic import half
 from cskd.near import did_you_mean
 from cskd.seeds import hash64
 from cskd.student.model import Student
+from cskd.student.projections import Projections
 
 NOTED = 0.01  # share of the weights that a run starts with, of which a user is told
 FUSED = ("adam", "adamw", "sgd", "momentum")  # torch's own, which have one kernel for all parameters on CUDA
@@ -31,7 +32,7 @@ class Optimisation:
     `averaged` is the student with exponentially averaged weights (None where `train.ema` is null): a copy of the live
     ones at the first update, then decay * average + (1 - decay) * live. With `train.ema_warmup` the decay of update n is
     1 - n ** (-2/3) until that reaches `train.ema` (timm's ModelEmaV3); without it is `train.ema` from the second on, as
-    in DeiT. Weight decay skips biases, norms, tokens and position embeddings, as timm's models ask for.
+    in DeiT. `projections` are optimised with the student, and not averaged. Weight decay skips biases, norms, tokens and position embeddings, as timm's models ask for.
 
     In fp16 gradients below 6e-8 would be 0: `scaler` multiplies the loss, and divides the gradients before they are clipped and
     used. An update whose gradients are not finite is left out and the scale halved; `skipped` says of the latest update
@@ -40,9 +41,11 @@ class Optimisation:
     Raises: ConfigError for an optimiser timm doesn't know, or a warm-up that is longer than the training.
     """
 
-    def __init__(self, student: Student, config: TrainConfig, steps_per_epoch: int) -> None:
+    def __init__(
+        self, student: Student, config: TrainConfig, steps_per_epoch: int, projections: Projections | None = None
+    ) -> None:
         refuse_schedule(config)
-        self.student = student
+        self.student, self.projections = student, projections
         self.clip_grad = config.clip_grad
         self.peak_lr = scaled_lr(config)
         device = next(student.parameters()).device
@@ -55,6 +58,8 @@ class Optimisation:
             raise ConfigError(
                 f"train.opt is {config.opt!r}, which can't be had ({one_line(e)}); timm.optim.list_optimizers() lists the names"
             ) from e
+        for group in projections.groups(config.weight_decay) if projections is not None else ():
+            self.optimizer.add_param_group(group)
         warm_up: dict[str, Any] = {"warmup_lr": config.warmup_lr, "warmup_epochs": config.warmup_epochs}
         self._schedule, _ = create_scheduler_v2(
             self.optimizer,
@@ -108,7 +113,8 @@ class Optimisation:
         if self.clip_grad is not None:
             if self.scaler is not None:
                 self.scaler.unscale_(self.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.clip_grad)
+            parts = [self.student, *([] if self.projections is None else [self.projections])]
+            norm = torch.nn.utils.clip_grad_norm_([p for part in parts for p in part.parameters()], self.clip_grad)
         if self.scaler is None:
             self.optimizer.step()
         else:

@@ -1,7 +1,8 @@
 """Resume states: all that the next step depends on, in one safetensors file without pickle.
 
-A state is finite: NaN would be resumed from for ever. A file holds `model/NAME`, `ema/NAME`, `optimizer/NAME/KEY` and, where an optimiser has them, `group/INDEX/KEY`; its
-metadata a JSON of the rest and a digest over all of it. A state is there whole or not at all.
+A state is finite: NaN would be resumed from for ever. A file holds `model/NAME`, `ema/NAME`, `projection/NAME` where a loss has terms of
+features, `optimizer/NAME/KEY` and, where an optimiser has them, `group/INDEX/KEY`; its metadata a JSON of the rest and a digest
+over all of it. A state is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ class ResumeStates:
         found, warnings = self._found(), []
         for step, path in found:
             try:
-                check_safetensors(path, 4 * sum(p.nbytes for p in student.parameters()))
+                check_safetensors(path, 4 * sum(p.nbytes for p in _parameters(student, optimisation).values()))
                 tensors, body = _read(path)
             except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
                 warnings.append(f"{path} is damaged ({' '.join(str(e).split())}); continuing from an earlier state")
@@ -189,6 +190,8 @@ def _flatten(student: Student, optimisation: Optimisation) -> tuple[Tensors, lis
     tensors = {f"model/{k}": v for k, v in student.backbone.state_dict().items()}
     if optimisation.averaged is not None:
         tensors |= {f"ema/{k}": v for k, v in optimisation.averaged.backbone.state_dict().items()}
+    if optimisation.projections is not None:
+        tensors |= {f"projection/{k}": v for k, v in optimisation.projections.state_dict().items()}
     groups: list[dict[str, Any]] = []
     numbers: dict[str, Any] = {}
     for i, (names, group) in enumerate(_groups(student, optimisation)):
@@ -212,9 +215,16 @@ def state_tensors(student: Student, optimisation: Optimisation) -> Tensors:
     return _flatten(student, optimisation)[0]
 
 
+def _parameters(student: Student, optimisation: Optimisation) -> dict[str, torch.nn.Parameter]:
+    """All that is optimised, by name."""
+    own = optimisation.projections
+    found = {f"projection/{name}": p for name, p in own.named_parameters()} if own is not None else {}
+    return dict(student.backbone.named_parameters()) | found
+
+
 def _groups(student: Student, optimisation: Optimisation) -> Iterator[tuple[list[str], dict[str, Any]]]:
     """Each parameter group with its parameters' names."""
-    name_of = {id(p): name for name, p in student.backbone.named_parameters()}
+    name_of = {id(p): name for name, p in _parameters(student, optimisation).items()}
     for group in optimisation.optimizer.param_groups:
         yield [name_of[id(p)] for p in group["params"]], group
 
@@ -266,15 +276,17 @@ def digest(tensors: Tensors, body: str) -> str:
 
 def _restore(path: Path, student: Student, optimisation: Optimisation, tensors: Tensors, body: dict[str, Any]) -> None:
     """Put a state into student and optimisation, once it is certain that it fits both."""
-    parts = {"model": student.backbone} | ({"ema": optimisation.averaged.backbone} if optimisation.averaged else {})
-    for part in ("model", "ema"):
+    averaged = None if optimisation.averaged is None else optimisation.averaged.backbone
+    every = {"model": student.backbone, "ema": averaged, "projection": optimisation.projections}
+    parts = {name: module for name, module in every.items() if module is not None}
+    for part in every:
         own = {k: v.shape for k, v in parts[part].state_dict().items()} if part in parts else {}
         saved = {k.removeprefix(f"{part}/"): v.shape for k, v in tensors.items() if k.startswith(f"{part}/")}
         if own != saved:
             odd = sorted(k for k in own.keys() | saved.keys() if own.get(k) != saved.get(k))[0]
             raise StudentError(
                 f"{path} is of another config ({part} {odd}: {_size(saved, odd)} there, {_size(own, odd)} here); "
-                "restore student and train.ema as they were, or set another train.output"
+                "restore student, train.ema and loss.terms as they were, or set another train.output"
             )
     kind = type(optimisation.optimizer).__name__
     if body["optimizer"] != kind:

@@ -157,6 +157,18 @@ class Teacher:
 
         Raises:  TeacherError, naming the codec that asks, where the head is of another form.
         """
+        layer = self._linear_head(f"codec '{codec}' needs", "set cache.codecs: [envelope, int8]")
+        weight_KC = layer.weight.detach().flatten(1)
+        bias_K = torch.zeros_like(weight_KC[:, 0]) if layer.bias is None else layer.bias.detach()
+        if self.rows is not None:
+            weight_KC, bias_K = weight_KC[self.rows], bias_K[self.rows]
+        return weight_KC.float(), bias_K.float()
+
+    def feature_channels(self, what: str) -> int:
+        """C of the feature map. TeacherError as `classifier`; what: asks for it."""
+        return int(self._linear_head(f"{what} need", "take such a teacher, or terms of its logits").weight.shape[1])
+
+    def _linear_head(self, needs: str, mend: str) -> Any:
         layer, pools = self.head.classifier, any(n % m for n, m in zip(self.own_grid, self.grid, strict=True))
         if layer is None or pools:
             what = (
@@ -165,14 +177,9 @@ class Teacher:
                 else f"is {self.head.layers[-80:]}"
             )
             raise TeacherError(
-                f"codec '{codec}' needs a teacher whose head is a mean over the cells and one linear layer; this one's {what}; "
-                "set cache.codecs: [envelope, int8]"
+                f"{needs} a teacher whose head is a mean over the cells and one linear layer; this one's {what}; {mend}"
             )
-        weight_KC = layer.weight.detach().flatten(1)
-        bias_K = torch.zeros_like(weight_KC[:, 0]) if layer.bias is None else layer.bias.detach()
-        if self.rows is not None:
-            weight_KC, bias_K = weight_KC[self.rows], bias_K[self.rows]
-        return weight_KC.float(), bias_K.float()
+        return layer
 
     def _padded(self, part_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows = len(part_BCHW)
