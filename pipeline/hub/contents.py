@@ -26,6 +26,7 @@ from cskd.files.read import parse_json, read_file
 from cskd.files.writer import LOCK, by
 from cskd.near import absent
 from cskd.pipeline.hub.cards import CARD, cache_card, run_card
+from cskd.pipeline.model_card import unedited
 from cskd.store.cache import Cache, open_cache
 from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, commit_file
 from cskd.store.seal import check_seal, read_seal
@@ -43,8 +44,8 @@ _FOLDERS = re.compile(r"""(?<![\w:/.~*-])~?/(?:[^\s/'",;:()\[\]{}]+/)+(?=[^\s/])
 @dataclass(frozen=True)
 class HubFile:
     """path: in the repository. source: a file of this machine, or the bytes themselves. last: after all others, since it makes the
-    repository be a run or a cache. fixed: its name holds the hash of its bytes. made: here, of the facts; a card that somebody
-    wrote on the hub stays."""
+    repository be a run or a cache. fixed: its name holds the hash of its bytes. made: generated; a card that somebody wrote on
+    the hub stays."""
 
     path: str
     source: Path | bytes
@@ -99,7 +100,8 @@ def _run(folder: Path, repo: str) -> Contents:
             continue
         data = _without_folders(path)
         last = path.name in ("config.json", CARD)
-        files.append(HubFile(path.name, data or path, len(data) if data else path.stat().st_size, last=last))
+        made = path.name == CARD and unedited(path.read_bytes())
+        files.append(HubFile(path.name, data or path, len(data) if data else path.stat().st_size, last, made=made))
     if not (folder / CARD).is_file():
         files.append(_made(CARD, run_card(folder, repo).encode()))
     return Contents("run", files, re.compile(r"model_\w+\.safetensors"))
