@@ -37,6 +37,7 @@ from cskd.store.format import MANIFEST, OWN_NAMES
 from cskd.store.manifest import write_resolved
 from cskd.store.seal import seal_cache
 from cskd.store.sidecar import ShardKeys, Sidecars, sidecar_name
+from cskd.store.tables import copy_tables
 from cskd.store.tars import write_tar
 from cskd.store.unit import content_hash
 from cskd.store.usable import refuse_other_code
@@ -166,6 +167,7 @@ def export_cache(path: Path, out: Path, container: str, views: int | None = None
     config: dict[str, Any] = {**cache.manifest.config}
     config["cache"] = {**config["cache"], "container": container, "path": str(out), "views": count}
     kept = None if container == "zarr" else container
+    copy_tables(cache.root, out, cache.manifest.tables or {})
     made = create_cache(out, replace(cache.manifest, container=kept, views=count, config=config), cache.inventory)
     write_resolved(out, made.manifest)
     commits, new = _commits(cache, count), set[Place]()
