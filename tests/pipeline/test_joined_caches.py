@@ -19,6 +19,7 @@ from cskd.loading.plan import PlanSpec, epoch_plan
 from cskd.loading.targets import CachedTargets
 from cskd.method.losses import needs
 from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.look.inspect_cache import inspect
 from cskd.pipeline.setup import open_cached
 from cskd.pipeline.train import train
 from tests.caches import make_tiny_data
@@ -92,6 +93,9 @@ def test_a_student_of_two_teachers_is_the_same_after_a_restart_and_another_witho
         hashlib.sha256((Path(r.output) / "model.safetensors").read_bytes()).hexdigest() for r in (whole, cut, alone)
     ]
     assert digests[0] == digests[1] != digests[2]
+    for cache in ("first", "second"):  # its views are those of each of its caches
+        facts = inspect(base / f"cache {cache}", student=base / "whole", sample="0").student
+        assert facts is not None and not any("another cache" in note for note in facts.notes)
     row = json.loads((base / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["loss_patches_second_cells_ce"] > 0 and row["loss_class_second_global_kl"] > 0
 
