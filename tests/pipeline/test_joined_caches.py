@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cskd.config import Config, from_dict
+from cskd.config import Config, from_dict, to_yaml
 from cskd.errors import CacheError, ConfigError
 from cskd.loading.epoch_table import build_table, open_table
 from cskd.loading.joined import JoinedCaches
@@ -19,6 +19,7 @@ from cskd.loading.plan import PlanSpec, epoch_plan
 from cskd.loading.targets import CachedTargets
 from cskd.method.losses import needs
 from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.look.check_config import check_config
 from cskd.pipeline.look.inspect_cache import inspect
 from cskd.pipeline.setup import open_cached
 from cskd.pipeline.train import train
@@ -147,3 +148,11 @@ def test_caches_that_do_not_fit_the_terms_are_refused(base: Path, terms: Any, tr
 def test_a_live_teacher_is_one(base: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.caches.*--online"):
         train(settings(base, run="live"), online=True, quiet=True)
+
+
+@pytest.mark.parametrize("term", [{**TERMS[1], "kind": "kl"}, {**TERMS[2], "kind": "kl"}], ids=["first", "second"])
+def test_check_says_that_a_cache_lacks_what_a_term_reads(base: Path, tmp_path: Path, term: dict[str, Any]) -> None:
+    made = settings(base, terms=[*TERMS[:2], term], train={"caches": {"second": str(base / "cache first")}})
+    (tmp_path / "c.yaml").write_text(to_yaml(made))
+    report = check_config(tmp_path / "c.yaml")
+    assert not report.ok and "needs the teacher's logits and" in str(report)
