@@ -28,8 +28,9 @@ from cskd.near import absent
 from cskd.pipeline.hub.cards import CARD, cache_card, run_card
 from cskd.pipeline.model_card import unedited
 from cskd.store.cache import Cache, open_cache
-from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, commit_file
+from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, TABLES, commit_file
 from cskd.store.seal import check_seal, read_seal
+from cskd.store.tables import COPIES, read_tables, tables_file
 from cskd.student.checkpoint import MODEL
 
 # Limits and recommendations of the hub, https://huggingface.co/docs/hub/repositories-recommendations
@@ -174,6 +175,7 @@ def _cache(folder: Path, repo: str, allow_incomplete: bool) -> Contents:
     written = json_bytes(manifest.sealed)
     total = sum(file.size for file in units_and_records)
     files = [
+        *_tables(cache),
         *units_and_records,
         *(_file(folder, f"{INVENTORY}/{name}.npy") for name in DTYPES),
         _made(f"{INVENTORY}/{HEADER}", header_bytes(header | {"hash": header_hash(header)})),
@@ -183,8 +185,16 @@ def _cache(folder: Path, repo: str, allow_incomplete: bool) -> Contents:
         _made(MANIFEST_COPY, written),
         _made(MANIFEST, written),
     ]
-    stale = re.compile(rf"(?:units|commits)/.*|{re.escape(SEAL)}" if whole else "$^")
+    stale = re.compile(rf"(?:units|commits|{TABLES})/.*|{re.escape(SEAL)}" if whole else "$^")
     return Contents("cache", files, stale, cache.fingerprint, tuple(notes))
+
+
+def _tables(cache: Cache) -> Iterator[HubFile]:
+    """Both copies of what the units of a codec share. CacheError for one that is not as it was written."""
+    for codec, digest in (cache.manifest.tables or {}).items():
+        for copy in COPIES:
+            read_tables(cache.root, codec, digest, copy)
+            yield replace(_file(cache.root, str(tables_file(codec, digest, copy))), fixed=True)
 
 
 def _units(cache: Cache) -> Iterator[HubFile]:
