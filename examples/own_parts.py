@@ -2,7 +2,7 @@
 
     teacher: {model: "examples/own_parts.py:build", weights: mine.safetensors}
     cache:   {codecs: [envelope, "examples/own_parts.py:Float16"]}
-    loss:    {method: cskd-hard, terms: {"examples/own_parts.py:entropy": 0.1}}
+    loss:    {method: cskd-hard, terms: [{own: "examples/own_parts.py:entropy", weight: 0.1}]}
 
 An installed package says the same by entry points of the groups cskd.teachers, cskd.codecs and cskd.losses.
 """

@@ -38,8 +38,8 @@ BUSY = 0.5  # processes that want to run, per core: more than the doctor itself 
 SLOWER = 0.8  # of one thread's speed: less than that is not noise
 # cskd's dependencies, and torchvision, which timm needs.
 PACKAGES = (
-    *("numpy", "torch", "torchvision", "timm", "webdataset", "zarr", "numcodecs", "pillow", "simplejpeg"),
-    *("google-crc32c", "safetensors", "pyyaml", "annotated-types", "typer", "rich"),
+    *("numpy", "torch", "torchvision", "timm", "webdataset", "zarr", "numcodecs", "pcodec", "pillow", "simplejpeg"),
+    *("google-crc32c", "safetensors", "pyyaml", "annotated-types", "huggingface-hub", "typer", "rich"),
 )
 OPTIONAL = {
     "scikit-learn": "cskd demo: pip install 'cskd[demo]'",

@@ -66,7 +66,7 @@ def put_card(folder: Path, text: str) -> str:
     path = folder / CARD
     if path.is_symlink() or path.exists():
         try:
-            generated = not path.is_symlink() and _unedited(path.read_bytes())
+            generated = not path.is_symlink() and unedited(path.read_bytes())
         except OSError:
             generated = False
         if not generated:
@@ -79,7 +79,8 @@ def put_card(folder: Path, text: str) -> str:
     return ""
 
 
-def _unedited(data: bytes) -> bool:
+def unedited(data: bytes) -> bool:
+    """Whether a card is one that was generated, as it was."""
     found = _MARK.search(data.decode("utf-8", errors="replace"))
     return found is not None and hashlib.sha256(data[: -len(found[0])]).hexdigest() == found[1]
 

@@ -189,6 +189,9 @@ def _loss(setup: Setup) -> Found:
     refuse_unnamed(loss, setup.config.train.caches)
     if setup.makes_cache:
         found.append(f"from codec {' and '.join(_read_codecs(setup))}")
+    for name, path in setup.config.train.caches.items():
+        if (Path(path) / "manifest.json").exists():  # else it is still to be made
+            codec_for(loss, open_cache(path, images=False).codecs, path, name)
     if unread := unread_keys(loss.method, setup.config.given):
         found.append(f"which does not read {', '.join(unread)}")
     return ", ".join(found), []

@@ -38,7 +38,7 @@ class JoinedCaches:
                     f"train.caches.{name}: {cache.root} has {key} {its!r}, {first.root} has {theirs!r}; both must be made of the same "
                     "images by the same recipe"
                 )
-        self.fingerprint = json_hash({"": first.fingerprint, **{n: c.fingerprint for n, c in others.items()}})
+        self.fingerprint = joined_fingerprint({"": first.fingerprint, **{n: c.fingerprint for n, c in others.items()}})
         self.codecs: dict[str, Codec] = {
             **first.codecs,
             **{f"{n}/{codec}": of for n, cache in others.items() for codec, of in cache.codecs.items()},
@@ -72,3 +72,8 @@ class JoinedCaches:
     def recorded(self) -> Recorded:
         """By the first one: all saw the same."""
         return self.first.recorded()
+
+
+def joined_fingerprint(prints: Mapping[str, str]) -> str:
+    """Of several caches. prints: name in train.caches, '' of cache.path -> fingerprint."""
+    return json_hash(dict(prints))

@@ -7,6 +7,7 @@ tables of its own, the one whose manifest is put in place first decides for all.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 import safetensors.numpy
@@ -49,19 +50,31 @@ def read_tables(root: Path, codec: str, digest: str, copy: str = "") -> Arrays:
         raise CacheError(f"{path} {why}; `cskd repair` restores it from its second copy") from None
 
 
+def copy_tables(source: Path, out: Path, tables: Mapping[str, str]) -> None:
+    """Give another cache's folder the tables of this one; tables: codec -> sha256. CacheError where both copies are not as written."""
+    for codec, digest in tables.items():
+        write_tables(out, codec, _either(source, codec, digest)[0])
+
+
 def restore_tables(root: Path, codec: str, digest: str) -> list[str]:
     """Mend one copy by the other; one line for each that was not as it was written. CacheError where both are not."""
-    wrong, right = {}, None
+    right, wrong = _either(root, codec, digest)
+    if wrong:
+        write_tables(root, codec, right)
+    return wrong
+
+
+def _either(root: Path, codec: str, digest: str) -> tuple[Arrays, list[str]]:
+    """The tables by either copy, and one line for each copy that is not as it was written. CacheError where both are not."""
+    wrong, right = list[str](), None
     for copy in COPIES:
         try:
             right = read_tables(root, codec, digest, copy)
         except CacheError as e:
-            wrong[str(tables_file(codec, digest, copy))] = str(e).partition("; `cskd")[0].removeprefix(f"{root}/")
+            wrong.append(str(e).partition("; `cskd")[0].removeprefix(f"{root}/"))
     if right is None:
         raise CacheError(
             f"{root}: both copies of {tables_file(codec, digest)} are lost, which all its units need; the same `cskd "
             "cache-teacher` command fits them again where the teacher and the libraries are as they were"
         )
-    if wrong:
-        write_tables(root, codec, right)
-    return list(wrong.values())
+    return right, wrong

@@ -23,7 +23,7 @@ from cskd.codecs.base import quantise_blend
 from cskd.dataset.images import decoded_size
 from cskd.dataset.inventory import Inventory
 from cskd.dataset.shard_reader import ShardReader
-from cskd.errors import CacheError, ConfigError, DataError, ImageError, counted
+from cskd.errors import CacheError, CodecError, ConfigError, DataError, ImageError, counted
 from cskd.files.claims import Claims
 from cskd.files.durable import json_bytes, put
 from cskd.files.folders import mark, refuse_output
@@ -37,6 +37,7 @@ from cskd.store.format import MANIFEST, OWN_NAMES
 from cskd.store.manifest import write_resolved
 from cskd.store.seal import seal_cache
 from cskd.store.sidecar import ShardKeys, Sidecars, sidecar_name
+from cskd.store.tables import copy_tables
 from cskd.store.tars import write_tar
 from cskd.store.unit import content_hash
 from cskd.store.usable import refuse_other_code
@@ -87,9 +88,9 @@ def export(
         return export_cache(path, out, container, views, quiet)
     if envelope and blends is not None:
         raise ConfigError("--envelope holds every blend, so that --blends says nothing; leave one of them out")
-    words = "1 0.5 0" if blends is None else " ".join([*blends, *more_blends])
+    words = " ".join([*(blends or ()), *more_blends])
     try:
-        chosen = [float(word) for word in words.replace(",", " ").split()]
+        chosen = None if blends is None else [float(word) for word in words.replace(",", " ").split()]
     except ValueError:
         raise ConfigError(f"--blends {words!r} is no list of numbers; write it like 1,0.5,0") from None
     return export_targets(path, out, data, chosen, envelope, views, quiet)
@@ -99,23 +100,29 @@ def export_targets(
     path: Path,
     out: Path,
     data: Path | None = None,
-    blends: Sequence[float] = (1.0, 0.5, 0.0),
+    blends: Sequence[float] | None = None,
     envelope: bool = False,
     views: int | None = None,
     quiet: bool = False,
 ) -> ExportReport:
     """Write the targets of a cache as tars that join its image shards by key; see `cskd.store.sidecar`.
 
-    Args:    data: folder of the image shards, where they have moved. blends: of the classes of cells; envelope: every blend
-             instead. views: only the first so many.
+    Args:    data: folder of the image shards, where they have moved. blends: of the classes of cells, by default 1, 0.5 and 0, or 0
+             alone where the cache holds the image's targets alone; envelope: every blend instead. views: only the first so many.
     Raises:  CacheError, DataError, CodecError for a blend outside [0, 1], PathError for an `out` of another kind or export.
     """
     begun = time.perf_counter()
-    for blend in blends:
-        quantise_blend(blend)
+    cache = open_cache(path, data=data)
+    cells = cache.codecs[cache.hard_codec].cells
+    if blends is None:
+        blends = (1.0, 0.5, 0.0) if cells else (0.0,)
     if not blends and not envelope:
         raise ConfigError("--blends names no blend; give some, such as 1,0.5,0, or --envelope for all of them")
-    cache = open_cache(path, data=data)
+    if (any([quantise_blend(blend) for blend in blends]) or envelope) and not cells:
+        raise CodecError(
+            f"{path} holds the image's targets alone, which are those of blend 0; leave --blends and --envelope out, or cache a codec "
+            "with cells as well, such as envelope"
+        )
     count = _views(cache, views)
     refuse_other_code(cache)
     cache.inventory.check_shards()
@@ -166,6 +173,7 @@ def export_cache(path: Path, out: Path, container: str, views: int | None = None
     config: dict[str, Any] = {**cache.manifest.config}
     config["cache"] = {**config["cache"], "container": container, "path": str(out), "views": count}
     kept = None if container == "zarr" else container
+    copy_tables(cache.root, out, cache.manifest.tables or {})
     made = create_cache(out, replace(cache.manifest, container=kept, views=count, config=config), cache.inventory)
     write_resolved(out, made.manifest)
     commits, new = _commits(cache, count), set[Place]()

@@ -26,9 +26,11 @@ from cskd.files.read import parse_json, read_file
 from cskd.files.writer import LOCK, by
 from cskd.near import absent
 from cskd.pipeline.hub.cards import CARD, cache_card, run_card
+from cskd.pipeline.model_card import unedited
 from cskd.store.cache import Cache, open_cache
-from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, commit_file
+from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, TABLES, commit_file
 from cskd.store.seal import check_seal, read_seal
+from cskd.store.tables import COPIES, read_tables, tables_file
 from cskd.student.checkpoint import MODEL
 
 # Limits and recommendations of the hub, https://huggingface.co/docs/hub/repositories-recommendations
@@ -43,8 +45,8 @@ _FOLDERS = re.compile(r"""(?<![\w:/.~*-])~?/(?:[^\s/'",;:()\[\]{}]+/)+(?=[^\s/])
 @dataclass(frozen=True)
 class HubFile:
     """path: in the repository. source: a file of this machine, or the bytes themselves. last: after all others, since it makes the
-    repository be a run or a cache. fixed: its name holds the hash of its bytes. made: here, of the facts; a card that somebody
-    wrote on the hub stays."""
+    repository be a run or a cache. fixed: its name holds the hash of its bytes. made: generated; a card that somebody wrote on
+    the hub stays."""
 
     path: str
     source: Path | bytes
@@ -99,7 +101,8 @@ def _run(folder: Path, repo: str) -> Contents:
             continue
         data = _without_folders(path)
         last = path.name in ("config.json", CARD)
-        files.append(HubFile(path.name, data or path, len(data) if data else path.stat().st_size, last=last))
+        made = path.name == CARD and unedited(path.read_bytes())
+        files.append(HubFile(path.name, data or path, len(data) if data else path.stat().st_size, last, made=made))
     if not (folder / CARD).is_file():
         files.append(_made(CARD, run_card(folder, repo).encode()))
     return Contents("run", files, re.compile(r"model_\w+\.safetensors"))
@@ -172,6 +175,7 @@ def _cache(folder: Path, repo: str, allow_incomplete: bool) -> Contents:
     written = json_bytes(manifest.sealed)
     total = sum(file.size for file in units_and_records)
     files = [
+        *_tables(cache),
         *units_and_records,
         *(_file(folder, f"{INVENTORY}/{name}.npy") for name in DTYPES),
         _made(f"{INVENTORY}/{HEADER}", header_bytes(header | {"hash": header_hash(header)})),
@@ -181,8 +185,16 @@ def _cache(folder: Path, repo: str, allow_incomplete: bool) -> Contents:
         _made(MANIFEST_COPY, written),
         _made(MANIFEST, written),
     ]
-    stale = re.compile(rf"(?:units|commits)/.*|{re.escape(SEAL)}" if whole else "$^")
+    stale = re.compile(rf"(?:units|commits|{TABLES})/.*|{re.escape(SEAL)}" if whole else "$^")
     return Contents("cache", files, stale, cache.fingerprint, tuple(notes))
+
+
+def _tables(cache: Cache) -> Iterator[HubFile]:
+    """Both copies of what the units of a codec share. CacheError for one that is not as it was written."""
+    for codec, digest in (cache.manifest.tables or {}).items():
+        for copy in COPIES:
+            read_tables(cache.root, codec, digest, copy)
+            yield replace(_file(cache.root, str(tables_file(codec, digest, copy))), fixed=True)
 
 
 def _units(cache: Cache) -> Iterator[HubFile]:

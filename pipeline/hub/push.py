@@ -23,6 +23,7 @@ from cskd.files.paths import local_path
 from cskd.files.read import parse_json, read_file
 from cskd.pipeline.hub.cards import CARD, MADE
 from cskd.pipeline.hub.contents import Contents, HubFile, contents_of
+from cskd.pipeline.model_card import unedited
 from cskd.pipeline.show.progress import Progress, print_lines
 from cskd.store.format import MANIFEST
 
@@ -210,8 +211,9 @@ def _refuse_another(
 
 
 def _ours(api: Any, where: dict[str, Any]) -> bool:
-    """Whether the card in the repository is one that this module made."""
-    return MADE.encode() in read_file(api.hf_hub_download(filename=CARD, **where))
+    """Whether the card in the repository is one that was generated."""
+    data = read_file(api.hf_hub_download(filename=CARD, **where))
+    return MADE.encode() in data or unedited(data)
 
 
 def _same(file: HubFile, there: Any) -> bool:

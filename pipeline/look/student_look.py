@@ -22,6 +22,7 @@ from cskd.config import Config, load_config
 from cskd.dataset.inventory import evenly
 from cskd.errors import CskdError, StudentError
 from cskd.files.paths import local_path
+from cskd.loading.joined import joined_fingerprint
 from cskd.machine.arithmetic import float32_products
 from cskd.machine.devices import pick_device
 from cskd.method.losses import AGREEMENT
@@ -30,6 +31,7 @@ from cskd.pipeline.look.views_shown import Look, Said
 from cskd.pipeline.show.metrics import read_metrics
 from cskd.store.cache import Cache
 from cskd.store.format import MANIFEST, RESOLVED
+from cskd.store.manifest import read_manifest
 from cskd.student import Student
 from cskd.student.checkpoint import MODEL, ResumeStates, load_student
 from cskd.views.mix_pixels import normalise
@@ -160,11 +162,25 @@ def _open(cache: Cache, path: Path) -> Run:
             notes.append(f"{folder / RESOLVED} can't be read, so epochs are not known: {e}")
     run = Run(str(path), folder, student, facts, config, notes)
     trained_from = next((info.get("cache") for info in ResumeStates(folder / "resume").infos().values()), None)
-    if trained_from is not None and trained_from != cache.fingerprint:
+    if trained_from is not None and trained_from not in (cache.fingerprint, _joined(cache, config)):
         notes.append(f"it was trained from another cache than {cache.root}, so these views were none of its own")
     if "patches" not in student.trained:
         notes.append(f"loss.method {run.about.get('method', 'unknown')} did not teach its patch tokens")
     return run
+
+
+def _joined(cache: Cache, config: Config | None) -> str:
+    """By what a run of several caches knows its views, where this is one of them; '' of others."""
+    if config is None or not config.train.caches:
+        return ""
+    try:
+        paths = {"": config.cache.path, **config.train.caches}
+        prints = {
+            name: read_manifest(local_path(p, "cache", hub=True)).identity.fingerprint for name, p in paths.items()
+        }
+    except (CskdError, OSError):
+        return ""
+    return joined_fingerprint(prints) if cache.fingerprint in prints.values() else ""
 
 
 def _refuse_other_classes(cache: Cache, path: Path, names: Sequence[str]) -> None:

@@ -172,7 +172,8 @@ def test_a_misspelt_choice_is_answered_with_the_nearest() -> None:
 def test_all_methods_and_decays_are_accepted() -> None:
     for method in typing.get_args(Method):
         for decay in typing.get_args(Decay):
-            assert from_dict({"loss": {"method": method, "decay": decay}}).loss.decay == decay
+            terms = [{"target": "label"}] if method == "terms" else []
+            assert from_dict({"loss": {"method": method, "decay": decay, "terms": terms}}).loss.decay == decay
 
 
 def test_numbers_are_read_as_people_write_them(write: Write) -> None:

@@ -112,8 +112,8 @@ def test_a_damaged_folder_is_still_known(home: Path, damage: str) -> None:
         (home / "old_run" / MARKER).write_bytes(b"\xff{")
         assert kind_of(home / "old_run") == "run"
     else:
-        (home / "images" / MARKER).write_text('{"kind": "export", "version": 2, "more": []}')
-        with pytest.raises(PathError, match="is a folder of kind 'export'"):
+        (home / "images" / MARKER).write_text('{"kind": "of tomorrow", "version": 2, "more": []}')
+        with pytest.raises(PathError, match="is a folder of kind 'of tomorrow'"):
             refuse_output(home / "images", "run", "train.output")
 
 

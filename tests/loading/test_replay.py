@@ -149,7 +149,7 @@ def test_another_implementation_of_one_op_is_refused(base: Path, monkeypatch: py
 def test_another_recipe_code_or_image_policy_is_refused_before_the_first_step(
     base: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: object
 ) -> None:
-    monkeypatch.setattr(f"cskd.pipeline.conflicts.{name}", value)
+    monkeypatch.setattr(f"cskd.store.usable.{name}", value)
     with pytest.raises(CacheError, match=r"was made with (recipe_code = 1|images\..* = .*), this version of cskd has"):
         run(base)
 

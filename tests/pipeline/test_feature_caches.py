@@ -13,10 +13,12 @@ import torch
 from cskd.codecs.features import FeaturesCodec
 from cskd.errors import CacheError, ConfigError, TeacherError
 from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.care.export import export_cache
 from cskd.pipeline.care.gc import gc
 from cskd.pipeline.care.recompute import recompute
 from cskd.pipeline.care.repair import repair
 from cskd.pipeline.care.verify import verify
+from cskd.pipeline.hub.contents import contents_of
 from cskd.pipeline.train import train
 from cskd.store.cache import Cache, open_cache
 from cskd.store.tables import write_tables
@@ -73,6 +75,20 @@ def test_tables_that_are_damaged_or_lost_come_back_from_their_other_copy(base: P
     assert len(report.restored) == 2 and not report.withdrawn and report.rebuilt == 0
     assert [f.read_bytes() for f in files] == before
     assert verify(copied, quiet=True).errors == []
+
+
+def test_tables_go_where_the_units_go(base: Path, copied: Path, tmp_path: Path) -> None:
+    """To the hub both copies; into another container both, although one was lost here."""
+    names = {f"codecs/{file.name}" for file in (copied / "codecs").iterdir()}
+    found = {file.path for file in contents_of(copied, "me/cache", False).files}
+    assert len(names) == 4 and {name for name in found if name.startswith("codecs/")} == names
+    next((copied / "codecs").glob("features8.*")).unlink()
+    with pytest.raises(CacheError, match="is missing; `cskd repair`"):
+        contents_of(copied, "me/cache", False)
+    made = export_cache(copied, tmp_path / "tars", "webdataset", quiet=True)
+    assert made.content_root == open_cache(base / "cache").content_root()
+    assert verify(tmp_path / "tars", data=base / "train", quiet=True, replay=2, again=2).errors == []
+    assert {f"codecs/{file.name}" for file in (tmp_path / "tars" / "codecs").iterdir()} == names
 
 
 def test_tables_of_which_both_copies_are_lost_are_fitted_again_the_same(base: Path, copied: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from cskd.errors import CodecError, ConfigError
 from cskd.loading.replay_dataset import ReplayDataset
 from cskd.loading.targets import codec_for
 from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.care.export import export
 from cskd.pipeline.care.recompute import recompute
 from cskd.pipeline.care.verify import verify
 from cskd.pipeline.look.inspect_cache import inspect
@@ -98,3 +100,12 @@ def test_the_library_gives_the_image_s_targets_and_refuses_cells(base: Path) -> 
         with pytest.raises(CodecError, match="image's targets alone, which are those of blend 0") as no:
             ask(0.5)
         assert len(str(no.value)) <= 300
+
+
+@pytest.mark.parametrize("asked", [{"blends": ["1,0"]}, {"envelope": True}])
+def test_targets_of_cells_are_not_exported_where_there_are_none(base: Path, tmp_path: Path, asked: Any) -> None:
+    with pytest.raises(CodecError, match="those of blend 0; leave --blends"):
+        export(base / "cache", tmp_path / "out", quiet=True, **asked)
+    assert not (tmp_path / "out").exists()
+    export(base / "cache", tmp_path / "out", quiet=True)
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["blends"] == [0.0]

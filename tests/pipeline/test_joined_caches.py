@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cskd.config import Config, from_dict
+from cskd.config import Config, from_dict, to_yaml
 from cskd.errors import CacheError, ConfigError
 from cskd.loading.epoch_table import build_table, open_table
 from cskd.loading.joined import JoinedCaches
@@ -19,6 +19,8 @@ from cskd.loading.plan import PlanSpec, epoch_plan
 from cskd.loading.targets import CachedTargets
 from cskd.method.losses import needs
 from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.look.check_config import check_config
+from cskd.pipeline.look.inspect_cache import inspect
 from cskd.pipeline.setup import open_cached
 from cskd.pipeline.train import train
 from tests.caches import make_tiny_data
@@ -92,6 +94,9 @@ def test_a_student_of_two_teachers_is_the_same_after_a_restart_and_another_witho
         hashlib.sha256((Path(r.output) / "model.safetensors").read_bytes()).hexdigest() for r in (whole, cut, alone)
     ]
     assert digests[0] == digests[1] != digests[2]
+    for cache in ("first", "second"):  # its views are those of each of its caches
+        facts = inspect(base / f"cache {cache}", student=base / "whole", sample="0").student
+        assert facts is not None and not any("another cache" in note for note in facts.notes)
     row = json.loads((base / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["loss_patches_second_cells_ce"] > 0 and row["loss_class_second_global_kl"] > 0
 
@@ -143,3 +148,11 @@ def test_caches_that_do_not_fit_the_terms_are_refused(base: Path, terms: Any, tr
 def test_a_live_teacher_is_one(base: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.caches.*--online"):
         train(settings(base, run="live"), online=True, quiet=True)
+
+
+@pytest.mark.parametrize("term", [{**TERMS[1], "kind": "kl"}, {**TERMS[2], "kind": "kl"}], ids=["first", "second"])
+def test_check_says_that_a_cache_lacks_what_a_term_reads(base: Path, tmp_path: Path, term: dict[str, Any]) -> None:
+    made = settings(base, terms=[*TERMS[:2], term], train={"caches": {"second": str(base / "cache first")}})
+    (tmp_path / "c.yaml").write_text(to_yaml(made))
+    report = check_config(tmp_path / "c.yaml")
+    assert not report.ok and "needs the teacher's logits and" in str(report)

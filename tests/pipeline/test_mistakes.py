@@ -74,12 +74,15 @@ MISTAKES = [
     ("cache-teacher DIR/new.yaml --set teacher.model=DIR/script.py:build", ["a TorchScript module", "plain nn.Module"]),
     ("verify DIR/source --images", ["no inventory at DIR/source", "make one with 'cskd pack' or 'cskd index'"]),
     ("train", ["Missing argument 'CONFIG'."]),
-    ("train DIR/none.yaml", ["no config at DIR/none.yaml", "give the path of a YAML file, as in configs/"]),
+    ("train DIR/none.yaml", ["no config at DIR/none.yaml", "give the path of a YAML file; `cskd configs` lists"]),
     ("train DIR", ["DIR can't be read", "give another path"]),
     ("train DIR/tabs.yaml", ["DIR/tabs.yaml is not readable YAML", "put spaces there"]),
     ("train DIR/twice.yaml", ["DIR/twice.yaml has the key train twice", "leave one out"]),
     ("train DIR/list.yaml", ["DIR/list.yaml holds a list", "cted sections such as 'teacher:' and 'train:'"]),
-    ("train DIR/short.tar", ["DIR/short.tar is not readable YAML", "expected a file such as those in configs/"]),
+    (
+        "train DIR/short.tar",
+        ["DIR/short.tar is not readable YAML", "expected a file such as those that `cskd configs` lists"],
+    ),
     ("trian DIR/c.yaml", ["No such command 'trian'. Did you mean 'train'?"]),
     ("train DIR/c.yaml --sett train.epochs=3", ["No such option: --sett (Possible options: --set)"]),
     ("train DIR/c.yaml --set train.epoch=3", ["unknown key 'train.epoch'", "did you mean 'train.epochs'?"]),
@@ -320,7 +323,7 @@ MISTAKES = [
         "eval DIR/cache DIR/val",
         ["no file DIR/cache/model.safetensors", "give the folder of a run, or a weight file in it"],
     ),
-    ("doctor DIR/none.yaml", ["no config at DIR/none.yaml", "give the path of a YAML file, as in configs/"]),
+    ("doctor DIR/none.yaml", ["no config at DIR/none.yaml", "give the path of a YAML file; `cskd configs` lists"]),
 ]
 
 

@@ -200,7 +200,7 @@ def test_a_run_is_a_model_of_timm_and_a_start_for_others(base: Path, hub: Hub, t
     files = hub.repos["model", "me/run"].files()
     assert set(files) == {
         *("model.safetensors", "config.json", "resolved.yaml", "metrics.csv", "metrics.jsonl"),
-        *("curves.png", "confusion.csv", "README.md"),
+        *("curves.png", "results.png", "confusion.png", "train_batch0.png", "confusion.csv", "README.md"),
     }
     assert not [name for name, data in files.items() if str(base).encode() in data or b"/tmp" in data]
     assert json.loads(files["config.json"])["cskd"]["changed"] == ["student.init changed from a.pth to b.pth at step 3"]

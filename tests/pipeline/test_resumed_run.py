@@ -278,7 +278,7 @@ def test_what_sets_a_source_of_views_back_can_be_done() -> None:
     """A baseline has no cache to set back, and a run with the teacher next to it reads none."""
     for begun, now, back in (
         ({"cache": "none, a"}, {"cache": "none, b"}, "restore data.train, recipe and teacher"),
-        ({"cache": "none, a"}, {"cache": "b"}, "empty cache.path"),
+        ({"cache": "none, a"}, {"cache": "b"}, "restore loss.method none"),
         ({"online": True, "cache": "a"}, {"online": True, "cache": "b"}, "restore data.train, recipe and teacher"),
     ):
         with pytest.raises(ConfigError, match=back):
