@@ -222,7 +222,11 @@ class LiveTargets(_Targets):
     def of(self, batch: Batch, epoch: int, device: torch.device) -> AnyTargets:
         if self.needs.nothing:
             return None
-        dense_BKhw, global_BK, features_BChw = self._teacher.with_features(mixed_pixels(batch, device))
+        pixels, features_BChw = mixed_pixels(batch, device), None
+        if self.needs.features:
+            dense_BKhw, global_BK, features_BChw = self._teacher.with_features(pixels)
+        else:
+            dense_BKhw, global_BK = self._teacher.in_batches(pixels)
         if not bool(dense_BKhw.isfinite().all() & global_BK.isfinite().all()):  # codecs refuse the same in stage 1
             raise TeacherError("the teacher's logits hold NaN or an infinity; check its weights and teacher.precision")
         hard = None
@@ -234,7 +238,7 @@ class LiveTargets(_Targets):
             more = {decay: hard_targets(dense_BKhw, global_BK, blend) for decay, blend in blends.items()}
             hard = HardTargets(global_class, cells, more)
         soft = self.soft(global_BK, dense_BKhw, epoch) if self.needs.soft else None
-        return _joined(hard, soft, features_BChw if self.needs.features else None)
+        return _joined(hard, soft, features_BChw)
 
 
 def _joined(hard: HardTargets | None, soft: SoftTargets | None, features: Tensor | None) -> OfOne:

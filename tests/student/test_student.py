@@ -156,9 +156,9 @@ def test_a_model_that_can_not_be_taught_is_refused_with_the_reason(
 def test_logits_are_float32_under_bf16_autocast() -> None:
     student = build()
     with torch.autocast("cpu", torch.bfloat16):
-        output = student(images(), (4, 4))
-    assert [v.dtype for v in output] == [torch.float32] * 3
-    full = student(images(), (4, 4))
+        output = student(images(), (4, 4))[:3]
+    assert [v.dtype for v in output if v is not None] == [torch.float32] * 3
+    full = student(images(), (4, 4))[:3]
     assert all(0 < (a - b).abs().max() < 0.2 for a, b in zip(output, full, strict=True))  # it did run in bf16
 
 
