@@ -326,7 +326,7 @@ def test_timm_computes_the_heads_that_were_trained_and_no_other(tmp_path: Path, 
         note for note in warm.notes if note.endswith(f"only the heads {' and '.join(student.trained)} were trained")
     ]
     assert len(only) == ("+" not in score)
-    for own, other in zip(warm(images, (2, 2)), averaged(images, (2, 2)), strict=True):
+    for own, other in zip(warm(images, (2, 2))[:3], averaged(images, (2, 2))[:3], strict=True):
         assert torch.equal(own, other)
 
 
