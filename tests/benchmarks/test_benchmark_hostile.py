@@ -26,6 +26,7 @@ def run(*arguments: str, before: str = "") -> tuple[int, dict[str, int], str]:
     return done.returncode, json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
+@pytest.mark.slow
 def test_every_kind_of_mutated_input_is_read_or_refused() -> None:
     status, counts, err = run("--count", "420", "--no-curated")
     assert (status, counts["hostile"], counts["hostile_failed"]) == (0, 420, 0), err

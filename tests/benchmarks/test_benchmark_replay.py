@@ -25,6 +25,7 @@ def prove(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict
     return status, json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_every_way_to_make_a_view_gives_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, result = prove(tmp_path, capsys)
     assert (status, result["differences"], result["pairs"]) == (0, 0, 48 * 3)
@@ -32,6 +33,7 @@ def test_every_way_to_make_a_view_gives_the_same(tmp_path: Path, capsys: pytest.
     assert {"workers 1", "start method spawn", "ranks 4", "batch 24", "repeats 3"} <= result["variants"].keys()
 
 
+@pytest.mark.slow
 def test_a_view_that_depends_on_its_worker_is_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

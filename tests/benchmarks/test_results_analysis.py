@@ -224,6 +224,7 @@ def test_an_analysis_has_every_epoch_of_every_run(
             assert picture.width >= 900 * 0.7 and picture.width <= WIDTH * 150
 
 
+@pytest.mark.slow
 def test_many_runs_with_names_of_any_kind_can_be_drawn(base: Path, tmp_path: Path) -> None:
     facts = analysis.analyse([open_run(base / "cskd")], 4, torch.device("cpu"))
     run = facts["runs"]["cskd"]

@@ -140,6 +140,7 @@ def test_a_buffer_is_sent_once_and_again_where_it_has_grown(start: str, monkeypa
     assert {name for name, _ in sent[:3]} == {name for name, _ in sent[3:]}
 
 
+@pytest.mark.slow
 def test_streams_at_once_do_not_read_each_others_buffers() -> None:
     one = Stream(Counter(), range(50), 2, 1)
     runs = [iter(one), iter(Stream(Counter(), range(100, 150), 1, 1)), iter(one)]
@@ -153,6 +154,7 @@ def shared_mappings() -> int:
     return maps.read_text().count("/torch_") if maps.exists() else 0
 
 
+@pytest.mark.slow
 def test_a_stream_that_has_ended_leaves_no_buffer_mapped() -> None:
     gc.collect()  # streams of other tests, whose tracebacks kept them
     before = shared_mappings()

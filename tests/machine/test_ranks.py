@@ -107,6 +107,7 @@ def rows(run: Path) -> list[dict[str, object]]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(run)]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_ranks_and_says_so(base: Path, one: Steps) -> None:
     """Cut inside an epoch; the epoch's losses are means over all of its steps all the same."""
     first = feed(base, "two of three", 2, 0, 6)

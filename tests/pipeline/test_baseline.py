@@ -160,6 +160,7 @@ def test_views_are_those_of_a_cache_to_be_and_bad_images_are_left_out_as_by_stag
     assert weights(tmp_path / "before") == weights(tmp_path / "after")
 
 
+@pytest.mark.slow
 def test_two_ranks_train_the_class_head_alone(base: Path, tmp_path: Path) -> None:
     """DistributedDataParallel waits for the gradient of every parameter: the head that gets none is frozen."""
     (tmp_path / "c.yaml").write_text(to_yaml(alone(base, "ranks", train={"output": str(tmp_path / "run")})))
@@ -258,6 +259,7 @@ def old_run(monkeypatch: pytest.MonkeyPatch, settings: Config) -> None:
         train(settings, quiet=True)
 
 
+@pytest.mark.slow
 def test_an_old_baseline_is_refused_by_name_or_goes_on_with_what_it_was_begun_with(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +275,7 @@ def test_an_old_baseline_is_refused_by_name_or_goes_on_with_what_it_was_begun_wi
 @pytest.mark.parametrize(
     ("model", "method"), [("deit_tiny_distilled_patch16_224", "cskd-hard"), ("vit_tiny_patch16_224", "none")]
 )
+@pytest.mark.slow
 def test_old_runs_whose_loss_is_the_same_go_on(
     base: Path, monkeypatch: pytest.MonkeyPatch, model: str, method: str
 ) -> None:

@@ -246,6 +246,7 @@ def test_help_loads_no_torch() -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX")
 @pytest.mark.parametrize("kind", ["ctrl-c", "kill -9"])
+@pytest.mark.slow
 def test_a_run_with_workers_that_is_cut_resumes_where_it_stood(made: Path, tmp_path: Path, run: Any, kind: str) -> None:
     """Ctrl-C reaches every process of the terminal, none of which may print a traceback; kill -9 only the main one."""
     output = tmp_path / "run"

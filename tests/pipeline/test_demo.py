@@ -64,6 +64,7 @@ def test_no_scan_for_choosing_the_settings_is_in_the_demo() -> None:
         digits(0)
 
 
+@pytest.mark.slow
 def test_a_whole_demo_of_two_seeds_and_what_is_done_is_used_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,7 @@ NORMAL = "set teacher.mean: [0.485, 0.456, 0.406], teacher.std: [0.229, 0.224, 0
         ("bgr", "reverse the channels in build(): x[:, [2, 1, 0]]"),
     ],
 )
+@pytest.mark.slow
 def test_a_cifar_teacher_names_what_was_set_wrongly(
     sample_data: Path, wrong: dict[str, Any] | str, cure: str | None
 ) -> None:
