@@ -183,6 +183,9 @@ def _targets(
         for decay, blend in spec.blends:
             wanted[f"cell_class.{decay}"] = codec.hard_at(of_codec, found, blend)
     if name := spec.soft_codec:
-        taken = source.codecs[name].take(*arrays[name])
-        wanted |= {f"target.{field}": array for field, array in taken.items()}
+        codec = source.codecs[name]
+        for key, array in codec.take(*arrays[name]).items():
+            # A codec may store units narrower than others, and one column holds them all.
+            widest = np.result_type(*codec.fields[key].dtypes)
+            wanted[f"target.{key}"] = array.astype(widest, copy=False)
     return wanted

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
-from cskd.codecs.base import BLEND_ONE
+from cskd.codecs.base import BLEND_ONE, Arrays, Field
 from cskd.errors import CacheError
 from cskd.loading.epoch_table import build_table, open_table, table_bounds
 from cskd.loading.plan import PlanSpec, epoch_plan
@@ -18,6 +21,7 @@ from cskd.loading.sources import TargetSpec
 from cskd.loading.stage2 import EvalTask, TrainTask
 from cskd.loading.tasks import RunTasks
 from cskd.store.cache import Cache
+from cskd.store.format import Unit
 from tests.caches import make_tiny_cache
 
 CELLS = TargetSpec("cells", "envelope", BLEND_ONE // 3)
@@ -63,6 +67,29 @@ def test_a_row_is_its_units_row_and_its_cells_are_looked_up_at_the_blend(
             np.testing.assert_array_equal(table.columns[name][i], unit.fields[name][row])
         cells = cache.codecs["envelope"].hard(unit.targets, CELLS.blend)
         np.testing.assert_array_equal(table.columns["cell_class"][i], cells[row])
+
+
+@pytest.mark.parametrize("wide", [0, 1])
+def test_units_that_are_stored_in_other_widths_share_a_column(cache: Cache, tmp_path: Path, wide: int) -> None:
+    """As those of `features:pca`: int8 where all numbers of a unit fit, else int16."""
+
+    def read(block: int, view: int, codec: str) -> Unit:
+        unit = cache.read(block, view, "envelope")
+        array = np.full(len(unit.position), *((300, np.int16) if view == wide else (100, np.int8)))
+        return replace(unit, targets={"x": array})
+
+    class Codec:
+        fields: ClassVar[dict[str, Field]] = {"x": Field(("int8", "int16"), ("sample",))}
+
+        def take(self, arrays: Arrays, index: np.ndarray) -> Arrays:
+            return {"x": arrays["x"][index]}
+
+    source: Any = SimpleNamespace(inventory=cache.inventory, codecs={"narrowing": Codec()}, read=read)
+    plan = epoch_plan(replace(spec_of(cache), repeats=3), 0)
+    table = build_table(source, plan, TargetSpec("soft", "narrowing", 0), 0, len(plan.sample), tmp_path / "table")
+    found = open_table(table).columns
+    assert set(found["view"].tolist()) == {0, 1, 2}
+    np.testing.assert_array_equal(found["target.x"], np.where(found["view"] == wide, 300, 100))
 
 
 @pytest.mark.parametrize("start, stop", [(0, 5), (1, 9), (2, 3), (4, 4), (7, 20)])

@@ -201,8 +201,8 @@ def test_a_key_of_the_baseline_is_refused_where_it_means_nothing() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_half_precision_logits_give_a_float32_loss(x: Values, method: Method) -> None:
-    half = StudentOutput(*(torch.from_numpy(x[n]).bfloat16() for n in ("cls", "dist", "patch")))
-    full = StudentOutput(*(v.float() for v in half if v is not None))
+    cls, dist, patch = (torch.from_numpy(x[n]).bfloat16() for n in ("cls", "dist", "patch"))
+    half, full = StudentOutput(cls, dist, patch), StudentOutput(cls.float(), dist.float(), patch.float())
     labels, targets = targets_of(
         {n: np.float32(v) if np.asarray(v).dtype == float else v for n, v in x.items()}, method, True
     )
