@@ -181,6 +181,12 @@ def test_the_search_for_unsafe_loading_finds_it(code: str, tmp_path: Path, monke
     assert list(unsafe(path))
 
 
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them by it."""
+    names = [p.name for p in (ROOT / "tests").rglob("test_*.py")]
+    assert [name for name in set(names) if names.count(name) > 1] == []
+
+
 def test_no_file_is_too_long_to_be_read_in_one_go() -> None:
     lengths = {named(p): len(p.read_text(encoding="utf-8").splitlines()) for p in SOURCES + SCRIPTS}
     assert {name: n for name, n in lengths.items() if n > LONGEST} == {}
