@@ -16,7 +16,7 @@ from typing import Literal
 
 from cskd.errors import ConfigError, CskdError, counted, shown
 from cskd.loading.targets import codec_for, refuse_unnamed
-from cskd.method.losses import needs, unread_keys
+from cskd.method.losses import needs, refuse_gaps, unread_keys
 from cskd.pipeline.codec_tables import refuse_head
 from cskd.pipeline.conflicts import as_begun, refuse_other_container, refuse_other_run, run_identity
 from cskd.pipeline.outputs import refuse_cache_output, refuse_run_output, refuse_without_links
@@ -187,12 +187,13 @@ def _loss(setup: Setup) -> Found:
     loss = setup.config.loss
     found: list[str] = [loss.method]
     refuse_unnamed(loss, setup.config.train.caches)
+    refuse_gaps(loss, setup.config.train.epochs)
     if setup.makes_cache:
         found.append(f"from codec {' and '.join(_read_codecs(setup))}")
     for name, path in setup.config.train.caches.items():
         if (Path(path) / "manifest.json").exists():  # else it is still to be made
             codec_for(loss, open_cache(path, images=False).codecs, path, name)
-    if unread := unread_keys(loss.method, setup.config.given):
+    if unread := unread_keys(loss, setup.config.given):
         found.append(f"which does not read {', '.join(unread)}")
     return ", ".join(found), []
 

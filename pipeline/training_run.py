@@ -36,7 +36,7 @@ from cskd.machine.ranks import Ranks
 from cskd.machine.threads import Threads, begun_with
 from cskd.method.agreement import cells_term
 from cskd.method.ckf import blend_at
-from cskd.method.losses import AGREEMENT, expanded, needs_teacher, terms_of
+from cskd.method.losses import AGREEMENT, expanded, needs_teacher, refuse_gaps, terms_of
 from cskd.pipeline.conflicts import (
     as_begun,
     changed_on_resume,
@@ -246,6 +246,7 @@ def open_run(
     notes.add([*ahead.notes, *as_before, *half_notes(settings.autocast, device)])
     config = with_best(config, student)
     identity = run_identity(config, views, plan.views, ranks.count, online, device, val)
+    refuse_gaps(config.loss, settings.epochs)
     loaded = states.load(student, optimisation)
     ranks.refuse_differing(loaded.step if loaded else 0, device)
     stop = min(settings.epochs * plan.steps, settings.max_steps or 1 << 62)

@@ -151,10 +151,12 @@ class DistillationLoss:
         terms: dict[str, Tensor] = {}
         for term in self.terms:
             if epoch is not None and not counts(term, epoch):
-                if not term.own:  # its head has a gradient all the same, of zero: ranks wait for one of every parameter
-                    idle.append(
-                        (_projected(term, output) if term.of_features else _logits(term.head, output)).sum() * 0.0
-                    )
+                # Its heads have a gradient all the same, of zero: ranks wait for one of every parameter.
+                if term.of_features:
+                    idle.append(_projected(term, output).sum() * 0.0)
+                else:
+                    heads = self._own[term.title].heads if term.own else (term.head,)
+                    idle += [_logits(head, output).sum() * 0.0 for head in heads]
                 continue
             value = (
                 self._own_value(term, output, labels, targets)
@@ -165,8 +167,7 @@ class DistillationLoss:
             terms[term.title] = value.detach()
         for nothing in idle:
             total = nothing if total is None else total + nothing
-        assert total is not None  # a loss has at least one term
-        return total, terms
+        return output.cls_logits.sum() * 0.0 if total is None else total, terms
 
     def _value(self, term: LossTerm, output: StudentOutput, labels: MixedLabels, targets: AnyTargets) -> Tensor:
         """A term before its weight, mean over the batch."""
@@ -371,11 +372,28 @@ def read_heads(config: LossConfig, distilled: bool, weightless: bool = True) -> 
     return tuple(name for name in HEADS if name in trains)
 
 
-def unread_keys(method: str, given: Collection[str]) -> list[str]:
-    """Which of the keys of the section `loss` that a config gives its method does not read."""
+def refuse_gaps(config: LossConfig, epochs: int) -> None:
+    """ConfigError for an epoch of a run, from 0, in which no term counts."""
+    terms = expanded(config)
+    borders = {
+        0,
+        *(-int(-edge // 1) for term in terms for edge in term.epochs or ()),
+    }  # where a term begins, or has ended
+    for epoch in sorted(border for border in borders if border < epochs):
+        if not any(counts(term, epoch) for term in terms):
+            raise ConfigError(
+                f"loss.terms: no term counts in epoch {epoch} of 0 to {epochs - 1}; mend their epochs"
+                + (f", or set train.epochs={epoch}" if epoch else "")
+            )
+
+
+def unread_keys(loss: LossConfig, given: Collection[str]) -> list[str]:
+    """Which of the keys of the section `loss` that a config gives its method and terms do not read."""
+    method = loss.method
     read = {"method", "terms"} | ({"smoothing"} if method != "terms" else set())
     read |= {"baseline_head"} if method == "none" else {"alpha"} if method != "terms" else set()
-    read |= {"decay"} if method.startswith("cskd") or method == "terms" else set()
+    fused = any(term.target == "cells" and term.decay is None for term in expanded(loss))
+    read |= {"decay"} if fused else set()
     read |= {"patch_weight"} if method.startswith("cskd") else set()
     read |= {"tau", "soft_reduction"} if method.endswith("soft") else set()
     return sorted(key for key in given if key.startswith("loss.") and key.removeprefix("loss.") not in read)

@@ -1,5 +1,6 @@
 """Single terms of a loss against their formulas in float64, and what a loss asks of a teacher."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,9 @@ from cskd.method.losses import (
     StudentOutput,
     expanded,
     needs,
+    refuse_gaps,
     trained_heads,
+    unread_keys,
 )
 
 B, K, H, W = 5, 7, 2, 3
@@ -160,3 +163,37 @@ def test_terms_that_can_not_be_are_refused_by_name(item: Any, says: str) -> None
 def test_a_loss_of_no_terms_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"loss\.terms is empty"):
         LossConfig("terms")
+
+
+@pytest.mark.parametrize(
+    ("windows", "gap"),
+    [([[1, 9]], 0), ([[0, 3], [4, 9]], 3), ([[0, 2.5], [2.5, 9]], None), ([[0, 5]], 5), ([[0, 9]], None)],
+)
+def test_an_epoch_in_which_no_term_counts_is_refused(windows: list[list[float]], gap: int | None) -> None:
+    config = LossConfig("terms", terms=[term(epochs=w, name=f"t{i}") for i, w in enumerate(windows)])
+    if gap is None:
+        refuse_gaps(config, 9)
+    else:
+        with pytest.raises(ConfigError, match=rf"no term counts in epoch {gap} of 0 to 8"):
+            refuse_gaps(config, 9)
+
+
+def test_keys_that_terms_read_are_not_called_unread() -> None:
+    given = ["loss.method", "loss.terms", "loss.decay"]
+    cells = [term("patches", "cells")]
+    assert unread_keys(LossConfig("deit-hard", terms=cells), given) == []
+    assert unread_keys(LossConfig("deit-hard"), given) == ["loss.decay"]
+
+
+def test_heads_of_an_idle_term_of_ones_own_have_a_gradient_of_zero(
+    batch: tuple[StudentOutput, MixedLabels, BothTargets], tmp_path: Path
+) -> None:
+    file = tmp_path / "own.py"
+    file.write_text("def t(output, labels, targets):\n    return output.patch_logits.mean()\nt.heads = ('patches',)\n")
+    output, labels, targets = batch
+    assert output.patch_logits is not None
+    patches = output.patch_logits.clone().requires_grad_()
+    loss = DistillationLoss(LossConfig("terms", terms=[term(), term(own=f"{file}:t", epochs=[3, 9])]))
+    total, terms = loss(output._replace(patch_logits=patches), labels, targets, epoch=0)
+    total.backward()
+    assert patches.grad is not None and not patches.grad.any() and list(terms) == ["class_label_ce"]
