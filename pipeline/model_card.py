@@ -19,6 +19,7 @@ import yaml
 
 from cskd.config import Config
 from cskd.files.durable import put
+from cskd.method.losses import needs_teacher
 from cskd.pipeline.show.progress import duration
 from cskd.student.heads import UNTRAINED
 
@@ -115,14 +116,14 @@ def escaped(text: str) -> str:
 
 
 def _front_matter(name: str, facts: Mapping[str, Any], scores: _Scores | None, config: Config) -> str:
-    distilled = config.loss.method != "none" or bool(config.loss.terms)
+    distilled = needs_teacher(config.loss)
     fields: dict[str, Any] = {
         "library_name": "timm",
         "pipeline_tag": "image-classification",
         "tags": [
             "image-classification",
             "timm",
-            "vit",
+            *(["vit"] if facts["architecture"].startswith(("vit_", "deit_", "deit3_")) else []),
             *(["knowledge-distillation", "cskd"] if distilled else []),
         ],
     }
@@ -162,13 +163,13 @@ def _what(facts: Mapping[str, Any], config: Config, about: About) -> str:
         "deit": "distilled from a CNN by DeiT's method (arXiv 2012.12877), one teacher output for each view",
         "cskd": "distilled from a CNN by Cumulative Spatial Knowledge Distillation (arXiv 2307.08500), one target for each "
         "cell of the teacher's last feature map",
-        "terms": "trained with a loss of its own",
+        "terms": "distilled with a loss of its own terms" if needs_teacher(config.loss) else "trained on labels alone",
     }[config.loss.method.partition("-")[0]]
     taught += f", with {len(config.loss.terms)} more terms of the loss" if config.loss.terms else ""
     names = ", ".join(escaped(name) for name in classes) if len(classes) <= NAMED else "`label_names` in `config.json`"
     height, width = facts["cskd"]["image_size"]
     return (
-        f"A vision transformer of timm, `{facts['architecture']}`, for images of {height} x {width} pixels, {taught}.\n\n"
+        f"A model of timm, `{facts['architecture']}`, for images of {height} x {width} pixels, {taught}.\n\n"
         f"It tells {len(classes):,} classes apart: {names}."
     )
 

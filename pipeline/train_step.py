@@ -20,8 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cskd.loading.sources import Batch
 from cskd.loading.targets import mixed_labels
 from cskd.machine.arithmetic import autocast
-from cskd.method.agreement import agreement, cells_term
-from cskd.method.losses import AGREEMENT, AnyTargets, DistillationLoss
+from cskd.method.losses import AnyTargets, DistillationLoss, cells_term
 from cskd.pipeline.out_of_memory import Probe
 from cskd.pipeline.setup import even_divisors
 from cskd.pipeline.training_run import TrainingRun
@@ -33,9 +32,8 @@ class TrainStep:
     """The steps of a run. `inputs` is what an evaluation makes its images with, too."""
 
     def __init__(self, run: TrainingRun) -> None:
-        self.run, self.criterion = run, DistillationLoss(run.config.loss)
+        self.run, self.criterion = run, DistillationLoss(run.config.loss, cells_term(run.config.loss))
         self.inputs = InputMaker(run.student.mean, run.student.std, run.device)
-        self._cells = cells_term(run.config.loss)
         self._net = run.network()
         self._latest: tuple[Batch, int, int] | None = None  # what `advice` tries a part of
         self.begun: tuple[Batch, AnyTargets] | None = None  # the run's first micro-batch, till the next
@@ -85,8 +83,6 @@ class TrainStep:
         with autocast(run.config.train.autocast, run.device):
             out = net(self.inputs.mixed(part), run.views.grid if self.criterion.uses_patches else None)
         loss, terms = self.criterion(out, mixed_labels(part, run.device), targets, epoch)
-        if self._cells is not None and out.patch_logits is not None:
-            terms[AGREEMENT] = agreement(out.patch_logits, targets, self._cells)
         seconds["student"] += time.perf_counter() - clock
         return loss, terms
 

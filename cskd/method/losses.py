@@ -27,7 +27,7 @@ from cskd.method.ckf import ckf_blend
 from cskd.method.features import feature_loss
 
 TERMS = ("label", "dist", "patch")  # of the methods, as logged
-AGREEMENT = "agreement"  # logged next to them, see `cskd.method.agreement`
+AGREEMENT = "agreement"  # logged next to them, see `agreement`
 HEADS = ("class", "distillation", "patches")  # what can be trained of a student's outputs
 
 
@@ -129,8 +129,9 @@ class DistillationLoss:
     Source: cskd.py of the CSKD authors' code and losses.py of DeiT's for the two divisors and the class head of 'none'.
     """
 
-    def __init__(self, config: LossConfig) -> None:
-        self.config, self.terms = config, expanded(config)
+    def __init__(self, config: LossConfig, watched: LossTerm | None = None) -> None:
+        """watched: a term of cells, whose `agreement` is among the values of a call, whether it counts or not."""
+        self.config, self.terms, self._watched = config, expanded(config), watched
         own = own_terms(config)
         self._own = {one.name: one for one in own}
         self.uses_patches = any(term.head == "patches" for term in self.terms) or "patches" in _own_heads(own)
@@ -150,6 +151,9 @@ class DistillationLoss:
         idle: list[Tensor] = []
         terms: dict[str, Tensor] = {}
         for term in self.terms:
+            cells = _cell_target(term, output, targets) if term.target == "cells" and not term.own else None
+            if cells is not None and term == self._watched:
+                terms[AGREEMENT] = agreement(_logits(term.head, output), cells)
             if epoch is not None and not counts(term, epoch):
                 # Its heads have a gradient all the same, of zero: ranks wait for one of every parameter.
                 if term.of_features:
@@ -161,7 +165,7 @@ class DistillationLoss:
             value = (
                 self._own_value(term, output, labels, targets)
                 if term.own
-                else self._value(term, output, labels, targets)
+                else self._value(term, output, labels, targets, cells)
             )
             total = term.weight * value if total is None else total + term.weight * value
             terms[term.title] = value.detach()
@@ -169,8 +173,10 @@ class DistillationLoss:
             total = nothing if total is None else total + nothing
         return output.cls_logits.sum() * 0.0 if total is None else total, terms
 
-    def _value(self, term: LossTerm, output: StudentOutput, labels: MixedLabels, targets: AnyTargets) -> Tensor:
-        """A term before its weight, mean over the batch."""
+    def _value(
+        self, term: LossTerm, output: StudentOutput, labels: MixedLabels, targets: AnyTargets, cells: Tensor | None
+    ) -> Tensor:
+        """A term before its weight, mean over the batch. cells: the target of a term of cells."""
         if isinstance(targets, Mapping):
             targets = targets[term.cache]
         if term.of_features:
@@ -179,18 +185,12 @@ class DistillationLoss:
         if term.target == "label":
             return label_loss(logits, labels, term.smoothing)
         if term.kind == "ce":
-            hard = _hard(targets)
-            if term.target == "global":
-                return F.cross_entropy(logits, hard.global_class)
-            cells = _cells(hard.more.get(term.decay or "", hard.cell_class), logits.shape[-2:])
+            if cells is None:
+                return F.cross_entropy(logits, _hard(targets).global_class)
             rows = logits.permute(0, 2, 3, 1).flatten(0, 2)  # as they lie in memory: half the time on a CPU
             return F.cross_entropy(rows, cells.flatten())
-        soft = _soft(targets)
-        teacher, count = soft.global_logits, len(logits)
-        if term.target == "cells":
-            teacher, blend = _cells(soft.dense_logits, logits.shape[-2:]), soft.more.get(term.decay or "", soft.blend)
-            if blend is not None:
-                teacher = ckf_blend(teacher, soft.global_logits, blend / BLEND_ONE)
+        teacher, count = _soft(targets).global_logits if cells is None else cells, len(logits)
+        if cells is not None:
             count *= 1 if term.divisor == "paper" else logits.shape[-2] * logits.shape[-1]
         elif term.divisor == "paper":
             count = logits.numel()
@@ -430,6 +430,32 @@ def _logits(head: str, output: StudentOutput) -> Tensor:
         return cls
     dist = _full(output.dist_logits)
     return dist if head == "distillation" else (cls + dist) / 2
+
+
+def cells_term(loss: LossConfig) -> LossTerm | None:
+    """The first term of a loss that teaches patch tokens the teacher's cells; None where none does: nothing to agree with."""
+    return next((t for t in expanded(loss) if not t.own and (t.head, t.target) == ("patches", "cells")), None)
+
+
+@torch.no_grad()
+def agreement(patch_BKhw: Tensor, target: Tensor) -> Tensor:
+    """Share of the cells of a batch whose largest patch logit is that of the target's class: float32 scalar in [0, 1].
+
+    Args:    target int64 [B, h, w], classes; or float [B, K, h, w], blended logits, of which the largest counts.
+    """
+    return (patch_BKhw.argmax(1) == (target if target.ndim == 3 else target.argmax(1))).float().mean()
+
+
+def _cell_target(term: LossTerm, output: StudentOutput, targets: AnyTargets) -> Tensor:
+    """What a term of cells teaches at its blend: classes [B, h, w], or logits [B, K, h, w]."""
+    grid = _logits(term.head, output).shape[-2:]
+    of_one = targets[term.cache] if isinstance(targets, Mapping) else targets
+    if term.kind == "ce":
+        hard = _hard(of_one)
+        return _cells(hard.more.get(term.decay or "", hard.cell_class), grid)
+    soft = _soft(of_one)
+    dense, blend = _cells(soft.dense_logits, grid), soft.more.get(term.decay or "", soft.blend)
+    return dense if blend is None else ckf_blend(dense, soft.global_logits, blend / BLEND_ONE)
 
 
 def logit_targets(targets: OfOne) -> HardTargets | SoftTargets | BothTargets | None:

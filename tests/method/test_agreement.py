@@ -6,24 +6,47 @@ import dataclasses
 
 import pytest
 import torch
+from torch import Tensor
 
 from cskd.codecs.base import BLEND_ONE, direct_hard
 from cskd.config import LossConfig
 from cskd.config.schema import LossTerm
 from cskd.errors import ConfigError
-from cskd.method import agreement as module
-from cskd.method.agreement import agreement, cells_term
-from cskd.method.losses import BothTargets, HardTargets, SoftTargets
+from cskd.method.losses import (
+    AGREEMENT,
+    AnyTargets,
+    BothTargets,
+    DistillationLoss,
+    HardTargets,
+    MixedLabels,
+    SoftTargets,
+    StudentOutput,
+    cells_term,
+)
 
 HARD = LossTerm("patches", "cells", kind="ce")
 SOFT = LossTerm("patches", "cells", kind="kl", decay="quadratic")
 
 
+def agreement(patch: Tensor, targets: AnyTargets, term: LossTerm) -> Tensor:
+    """As a loss that watches the term gives it, in an epoch in which the term does not count, too."""
+    term = dataclasses.replace(term, epochs=[1, 2])
+    label = torch.zeros(len(patch), dtype=torch.int64)
+    loss = DistillationLoss(LossConfig("terms", terms=[term]), watched=term)
+    values = [
+        loss(StudentOutput(patch.mean((2, 3)), None, patch), MixedLabels(label, label, label.float()), targets, epoch)[
+            1
+        ]
+        for epoch in (0, 1)
+    ]
+    assert torch.equal(values[0][AGREEMENT], values[1][AGREEMENT]) and len(values[1]) == 2
+    return values[0][AGREEMENT]
+
+
 @pytest.mark.parametrize("blend", [None, 0, 20_000, BLEND_ONE])
 def test_it_is_counted_cell_by_cell_against_the_target_of_the_blend(
-    blend: int | None, monkeypatch: pytest.MonkeyPatch
+    blend: int | None,
 ) -> None:
-    monkeypatch.setattr(module, "ROWS", 2)
     draw = torch.Generator().manual_seed(0)
     patch, dense = torch.randn(5, 6, 3, 2, generator=draw), torch.randn(5, 6, 3, 2, generator=draw)
     image = torch.randn(5, 6, generator=draw)
