@@ -153,7 +153,7 @@ def _open_or_make(path: Path, data: Path | None) -> Cache:
 
         shards = path.parent / f"{path.name}_data"
         pack_data(Path(source) / "data" / "imagenet-sample.tar", shards)
-        overrides = [f"data.train={shards}", f"cache.path={path}"]
+        overrides = [f"data.train={shards}", f"data.val={shards}", f"cache.path={path}"]
         cache_teacher(load_config(ROOT / "configs" / "imagenet_sample.yaml", overrides))
     return open_cache(path, data)
 

@@ -137,8 +137,8 @@ def export_targets(
     hashes: dict[str, str] = {}
     images = lru_cache(maxsize=1)(lambda block: _keys_of(cache, block))
 
-    def absent() -> list[Place]:
-        return [place for place in commits if not all((out / name).is_file() for name in names[place])]
+    def made(place: Place) -> bool:
+        return all((out / name).is_file() for name in names[place])
 
     def make(block: int, view: int) -> None:
         sidecars = Sidecars(cache, commits[block, view], images(block), chosen)
@@ -148,7 +148,7 @@ def export_targets(
             put(out / name, file.getvalue())
             hashes[name] = hashlib.sha256(file.getvalue()).hexdigest()
 
-    _make_all(cache, out, absent, make, quiet)
+    _make_all(cache, out, list(commits), made, make, quiet)
     tars = [name for names_ in names.values() for name in names_]
     _write_sums(out, tars, hashes)
     return _report(cache, out, "webdataset", commits, count, [out / name for name in tars], len(hashes), begun)
@@ -178,9 +178,6 @@ def export_cache(path: Path, out: Path, container: str, views: int | None = None
     write_resolved(out, made.manifest)
     commits, new = _commits(cache, count), set[Place]()
 
-    def absent() -> list[Place]:
-        return sorted(set(made.missing()) & commits.keys())
-
     def make(block: int, view: int) -> None:
         commit = commits[block, view]
         units = {name: cache.unit_of(commit, name) for name in cache.codecs}
@@ -192,7 +189,7 @@ def export_cache(path: Path, out: Path, container: str, views: int | None = None
         made.add_unit(block, view, fields, targets, {int(i): why for i, why in commit.quarantine.items()})
         new.add((block, view))
 
-    _make_all(cache, out, absent, make, quiet)
+    _make_all(cache, out, list(commits), lambda place: made.commit_of(*place) is not None, make, quiet)
     files = [out / file.path for place in commits for file in _commit(made, place).files]
     root = made.content_root() if made.missing() else seal_cache(made, 1.0).content_root
     report = _report(cache, out, container, commits, count, files, len(new) * len(cache.codecs), begun)
@@ -223,26 +220,32 @@ def _commit(cache: Cache, place: Place) -> Commit:
 
 
 def _make_all(
-    cache: Cache, out: Path, absent: Callable[[], list[Place]], make: Callable[[int, int], None], quiet: bool
+    cache: Cache,
+    out: Path,
+    places: list[Place],
+    made: Callable[[Place], bool],
+    make: Callable[[int, int], None],
+    quiet: bool,
 ) -> None:
-    """Make what is absent, unit by unit, with every other process that is at it."""
+    """Make what is not made, unit by unit, with every other process that is at it."""
     sizes = [stop - first for first, stop in map(cache.inventory.block_range, range(cache.blocks))]
-    todo = absent()
+    todo = [place for place in places if not made(place)]
     total = sum(sizes[block] for block, _ in todo)
     done = 0
     with Claims(out) as claims, Progress("export", total, "views", quiet=quiet) as progress:
         while todo:
-            made = 0
+            before = done
             for block, view in todo:
                 claim = claims.take(f"b{block:05d}.v{view:04d}")
                 if claim is None:
                     continue
-                make(block, view)
+                if not made((block, view)):  # others may have made it since
+                    make(block, view)
                 claims.release([claim])
-                made += sizes[block]
-                progress.update(done + made)
-            todo = absent()
-            if todo and not made:
+                done += sizes[block]
+                progress.update(done)
+            todo = [place for place in todo if not made(place)]
+            if todo and done == before:
                 time.sleep(POLL_WAIT)
             done = total - sum(sizes[block] for block, _ in todo)
             progress.update(done)
