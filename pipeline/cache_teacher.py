@@ -24,7 +24,7 @@ from rich.console import Console
 from cskd.config import Config, to_dict
 from cskd.config.pins import TEACHER, pinned, record_pins
 from cskd.dataset.inventory import Inventory
-from cskd.errors import CacheError
+from cskd.errors import CacheError, counted
 from cskd.files.paths import location_text
 from cskd.loading.feed import fed
 from cskd.loading.stage1 import ChunkMaker
@@ -136,7 +136,7 @@ def _fill(
                 tell(made, by_others + made, total)
 
         show(before)
-        while passes := missing_passes(cache, worker_number()):
+        while passes := missing_passes(cache, worker_number(), line.met):
             maker_of_chunks, tasks = ChunkMaker(maker, inventory.id), line.tasks(passes)
             results = fed(maker_of_chunks, tasks, teacher.device, threads.workers)
             units, by_others = line.units, total - views_left(cache) - line.images - line.restored
@@ -145,8 +145,11 @@ def _fill(
                 show(by_others)
             line.drain()
             show(by_others)
-            if line.units == units:
+            if line.units == units and not line.met:
                 time.sleep(POLL_WAIT)  # others are making all that is missing
+    if line.wasted:
+        notes.add([f"{counted(line.wasted, 'unit')} of this process had been made by another one meanwhile"])
+        notes.say()
     return CacheReport(
         cache=cache.location,
         units=line.units,

@@ -56,7 +56,7 @@ def gc(path: Path, older_than: float = YOUNG, dry_run: bool = False, data: Path 
     writers = claims.held(cache.root) if local else 0
     if writers and older_than < claims.LEASE:
         raise CacheError(
-            f"{path} is being written to ({writers} claims have an owner that lives), expected none with --older-than "
+            f"{cache.location} is being written to ({writers} claims have an owner that lives), expected none with --older-than "
             f"{older_than:g}; wait until `cskd cache-teacher` has ended, or take --older-than {claims.LEASE:g} or more"
         )
     kept = {str(tables_file(*of, copy)) for of in (cache.manifest.tables or {}).items() for copy in COPIES}
