@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import hashlib
 import json
+import logging
 import os
 import platform
 import tempfile
@@ -137,6 +138,7 @@ def slow_s3(latency: float) -> Iterator[str]:
     """A bucket of an S3 of this process, each request of which takes so many seconds more."""
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -291,7 +291,7 @@ def test_each_record_is_read_once_by_a_loop_that_asks_what_is_missing(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stage 1 asks after every pass: with 47,100 units that must not be 47,100 files each time."""
-    read = []
+    read = list[tuple[int, int]]()
 
     def counted(root: Place, wanted: Sequence[tuple[int, int]]) -> list[Commit | None]:
         read.extend(wanted)
