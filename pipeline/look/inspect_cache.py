@@ -157,7 +157,8 @@ def _commits(cache: Cache) -> tuple[dict[tuple[int, int], Commit], dict[tuple[in
     """All commit records by (block, view), and why those that can't be used can't."""
     commits: dict[tuple[int, int], Commit] = {}
     errors: dict[tuple[int, int], str] = {}
-    there = {about.key for about in cache.storage.list("units")}
+    web = cache.location.startswith(("http:", "https:"))  # a web server has no list of its files
+    there = set() if web else {about.key for about in cache.storage.list("units")}
     for unit in ((block, view) for block in range(cache.blocks) for view in range(cache.views)):
         try:
             commit = cache.commit_of(*unit)
@@ -166,7 +167,7 @@ def _commits(cache: Cache) -> tuple[dict[tuple[int, int], Commit], dict[tuple[in
             continue
         if commit is not None:
             commits[unit] = commit
-            if absent := [file.path for file in commit.files if file.path not in there]:
+            if not web and (absent := [file.path for file in commit.files if file.path not in there]):
                 errors[unit] = f"{absent[0]} is not there; run `cskd repair {cache.location}`"
     return commits, errors
 

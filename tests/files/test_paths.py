@@ -215,6 +215,6 @@ def test_the_library_refuses_what_the_command_line_refuses(empty: Path) -> None:
         lambda: load_config("s3://b/x.yaml"),
         lambda: run_demo(Path("s3://b/x")),
     ):
-        with pytest.raises(PathError, match="is (an|no) address"):
+        with pytest.raises(PathError, match=r"is (an|no) address"):
             call()
     assert [path.name for path in empty.iterdir()] == ["src"]
