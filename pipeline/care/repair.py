@@ -153,7 +153,7 @@ def _restore_manifests(storage: Storage) -> list[str]:
     if not any(_is_there(storage, name) for name in (MANIFEST, MANIFEST_COPY)):
         missing = isinstance(storage, Posix) and not storage.root.exists()
         where = absent(Path(path)) if missing else path
-        raise CacheError(f"no cache at {where}; give the place that cache.path names")
+        raise CacheError(f"no cache at {where}; give the folder that cache.path names")
     if not found:
         raise CacheError(f"{path}: both copies of its manifest are damaged; {MANIFEST}: {wrong[MANIFEST]}")
     right = _that_of_the_records(storage, list(found.values()))
