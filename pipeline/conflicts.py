@@ -20,7 +20,7 @@ from cskd.files.read import refuse_links
 from cskd.files.writer import LOCK
 from cskd.loading.sources import ViewSource
 from cskd.machine.arithmetic import half
-from cskd.method.losses import own_terms
+from cskd.method.terms import own_terms
 from cskd.pipeline.show.trackers import RECORD
 from cskd.store.cache import Cache, differences
 from cskd.store.format import RESOLVED

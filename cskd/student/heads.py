@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from cskd.config.schema import LossConfig
-from cskd.method.losses import expanded, trained_heads
+from cskd.method.terms import expanded, trained_heads
 
 HEADS = ("class", "distillation", "patches")
 UNTRAINED = ".untrained"  # after the name of a head that the loss did not train

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from cskd.config.schema import LossConfig, StudentConfig
 from cskd.errors import StudentError
 from cskd.files.weights import READ_BY_TIMM
-from cskd.method.losses import StudentOutput, read_heads, trained_heads
+from cskd.method.losses import StudentOutput
+from cskd.method.terms import read_heads, trained_heads
 from cskd.near import did_you_mean
 from cskd.student.cells import Layout, cell_logits, measure
 from cskd.student.heads import HEADS, UNTRAINED, heads_of, shared_head_note, untrained_note
