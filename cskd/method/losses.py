@@ -24,7 +24,7 @@ from cskd.config.schema import LossConfig, LossTerm
 from cskd.errors import StudentError
 from cskd.method.ckf import ckf_blend
 from cskd.method.features import feature_loss
-from cskd.method.terms import AGREEMENT, counts, expanded, own_terms
+from cskd.method.terms import AGREEMENT, TOKEN, counts, expanded, own_terms
 
 
 class StudentOutput(NamedTuple):
@@ -35,6 +35,7 @@ class StudentOutput(NamedTuple):
     patch_logits: Tensor | None = None  # [B, K, h, w], pooled to the teacher grid; None when none was asked for
     tokens: Tensor | None = None  # [B, H, W, C], the last patch tokens on the student's grid; None when not asked for
     projected: Mapping[str, Tensor] | None = None  # by name of a term of features, see `cskd.student.projections`
+    token_logits: Mapping[str, Tensor] | None = None  # [B, K] each, by names of `student.tokens`; None without them
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Term(Protocol):
     """A term of a user's own: the mean over the rows of a batch, a float scalar with a gradient.
 
     `heads`, where it has such an attribute, names what it trains of the student's outputs beyond what the method trains, out of
-    'class', 'distillation' and 'patches'; patch logits are there for the methods of CSKD and for a term that names 'patches'.
+    'class', 'distillation', 'token:NAME' and 'patches'; patch logits are there for the methods of CSKD and for a term that names 'patches'.
     """
 
     def __call__(self, output: StudentOutput, labels: MixedLabels, targets: OfOne) -> Tensor: ...
@@ -261,11 +262,17 @@ def _logits(head: str, output: StudentOutput) -> Tensor:
         if output.patch_logits is None:
             raise ValueError("no patch logits: the student was called without a teacher grid")
         return _full(output.patch_logits)
+    tokens = output.token_logits or {}
+    if head.startswith(TOKEN):
+        if head.removeprefix(TOKEN) not in tokens:
+            raise ValueError(f"no logits of {head}: the student has the tokens {', '.join(tokens) or 'none'}")
+        return _full(tokens[head.removeprefix(TOKEN)])
     cls = _full(output.cls_logits)
-    if head == "class" or output.dist_logits is None:
-        return cls
-    dist = _full(output.dist_logits)
-    return dist if head == "distillation" else (cls + dist) / 2
+    dist = cls if output.dist_logits is None else _full(output.dist_logits)
+    if head != "mean":
+        return dist if head == "distillation" else cls
+    others = [*([] if output.dist_logits is None else [dist]), *map(_full, tokens.values())]
+    return sum(others, cls) / (1 + len(others)) if others else cls
 
 
 @torch.no_grad()

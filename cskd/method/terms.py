@@ -5,17 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from cskd.config.schema import Decay, LossConfig, LossTerm
 from cskd.errors import ConfigError, shortened
 from cskd.files.own_code import load_own
+from cskd.near import did_you_mean
 
 TERMS = ("label", "dist", "patch")  # of the methods, as logged
 AGREEMENT = "agreement"  # logged next to them, see `agreement`
 HEADS = ("class", "distillation", "patches")  # what can be trained of a student's outputs
+TOKEN = "token:"  # before the name of a token of `student.tokens`: its head
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,9 @@ def own_terms(config: LossConfig) -> list[OwnTerm]:
                 f"loss.terms: {term.own!r} is {what}, expected path/to/file.py:function or package.module:function"
             )
         heads = tuple(getattr(code.value, "heads", ()))
-        if wrong := [head for head in heads if head not in HEADS]:
+        if wrong := [head for head in heads if head not in HEADS and not str(head).startswith(TOKEN)]:
             raise ConfigError(
-                f"loss.terms: {term.own!r} trains {wrong[0]!r}, expected of {', '.join(HEADS)}; mend its `heads`"
+                f"loss.terms: {term.own!r} trains {wrong[0]!r}, expected of {', '.join(HEADS)}, {TOKEN}NAME; mend its `heads`"
             )
         found.append(OwnTerm(term.title, code.where, code.sha256, code.value, heads))
     return found
@@ -133,23 +135,49 @@ def _own_heads(own: list[OwnTerm]) -> set[str]:
     return {head for term in own for head in term.heads}
 
 
-def trained_heads(config: LossConfig, distilled: bool) -> tuple[str, ...]:
-    """What a loss trains of a student's outputs, out of 'class', 'distillation' and 'patches'.
+def all_heads(tokens: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names of the heads that a student may have, whose tokens these are, in the order they are reported."""
+    return (*HEADS[:2], *(TOKEN + name for name in tokens), *HEADS[2:])
 
-    Args:    distilled whether the student has a distillation token; without one its head is that of the class token.
+
+def trained_heads(config: LossConfig, distilled: bool, tokens: Sequence[str] = ()) -> tuple[str, ...]:
+    """What a loss trains of a student's outputs, out of `all_heads`.
+
+    Args:    distilled whether the student has a distillation token; without one its head is that of the class token; tokens its
+             tokens by name.
     """
-    return read_heads(config, distilled, weightless=False)
+    return read_heads(config, distilled, tokens, weightless=False)
 
 
-def read_heads(config: LossConfig, distilled: bool, weightless: bool = True) -> tuple[str, ...]:
+def read_heads(
+    config: LossConfig, distilled: bool, tokens: Sequence[str] = (), weightless: bool = True
+) -> tuple[str, ...]:
     """What a loss reads of a student's outputs, as `trained_heads`; with `weightless`, what has a weight of 0, too."""
     trains = _own_heads(own_terms(config))
     for term in expanded(config):
         if (term.weight > 0 or weightless) and not term.own:
-            trains |= {"class", "distillation"} if term.head == "mean" else {term.head}
+            trains |= set(all_heads(tokens)) - {"patches"} if term.head == "mean" else {term.head}
     if not distilled and "distillation" in trains:
         trains = trains - {"distillation"} | {"class"}
-    return tuple(name for name in HEADS if name in trains)
+    return tuple(name for name in all_heads(tokens) if name in trains)
+
+
+def refuse_other_tokens(config: LossConfig, model: str, tokens: Sequence[str]) -> None:
+    """ConfigError for a token that the loss names and the student has not, and for a student with tokens whose class head, which is
+    what timm's model predicts with, no term trains."""
+    named = [term.head for term in config.terms] + [head for one in own_terms(config) for head in one.heads]
+    for head in named:
+        if head.startswith(TOKEN) and head not in all_heads(tokens):
+            has = f"of {', '.join(tokens)}" if tokens else "and student.tokens is empty"
+            hint = did_you_mean(head.removeprefix(TOKEN), tokens)
+            raise ConfigError(
+                f"loss.terms has head {head}, expected one {has}; list it in student.tokens{hint and f', or: {hint}'}"
+            )
+    if tokens and "class" not in trained_heads(config, False, tokens):
+        raise ConfigError(
+            f"the loss does not train the class head of {model}, which is what timm's model predicts with; add a term to "
+            "loss.terms with head: class, or head: mean"
+        )
 
 
 def refuse_gaps(config: LossConfig, epochs: int) -> None:
