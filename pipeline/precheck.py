@@ -16,7 +16,7 @@ from typing import Literal
 
 from cskd.errors import ConfigError, CskdError, counted, shown
 from cskd.loading.targets import codec_for, refuse_unnamed
-from cskd.method.losses import needs, refuse_gaps, unread_keys
+from cskd.method.terms import needs, refuse_gaps, unread_keys
 from cskd.pipeline.codec_tables import refuse_head
 from cskd.pipeline.conflicts import as_begun, refuse_other_container, refuse_other_run, run_identity
 from cskd.pipeline.outputs import refuse_cache_output, refuse_run_output, refuse_without_links

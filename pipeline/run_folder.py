@@ -23,7 +23,8 @@ from cskd.files.read import parse_json, read_file
 from cskd.loading.joined import JoinedCaches
 from cskd.machine.cores import usable_cores
 from cskd.method.ckf import hard_targets
-from cskd.method.losses import AnyTargets, BothTargets, HardTargets, SoftTargets, logit_targets, needs
+from cskd.method.losses import AnyTargets, BothTargets, HardTargets, SoftTargets, logit_targets
+from cskd.method.terms import needs
 from cskd.pipeline.conflicts import CONFUSION, CONFUSION_TABLE, FIRST_BATCH, RESULTS
 from cskd.pipeline.draw.confusion import Confusion, draw_confusion, from_csv, to_csv
 from cskd.pipeline.draw.first_batch import SHOWN, SeenBatch, draw_batch

@@ -34,7 +34,8 @@ from cskd.machine.devices import named_device, pick_device
 from cskd.machine.launch import launched
 from cskd.machine.threads import Threads, choose_threads
 from cskd.method.features import MapShape
-from cskd.method.losses import DistillationLoss, needs_teacher
+from cskd.method.losses import DistillationLoss
+from cskd.method.terms import needs_teacher
 from cskd.pipeline.conflicts import refuse_conflicts
 from cskd.store.cache import Cache, open_cache
 from cskd.store.format import MANIFEST

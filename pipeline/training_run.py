@@ -35,7 +35,7 @@ from cskd.machine.arithmetic import arithmetic
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import Threads, begun_with
 from cskd.method.ckf import blend_at
-from cskd.method.losses import AGREEMENT, cells_term, expanded, needs_teacher, refuse_gaps, terms_of
+from cskd.method.terms import AGREEMENT, cells_term, expanded, needs_teacher, refuse_gaps, terms_of
 from cskd.pipeline.conflicts import (
     as_begun,
     changed_on_resume,

@@ -52,6 +52,18 @@ def folders(caches: dict[str, Any]) -> bool:
     )
 
 
+def tokens_named(names: list[str]) -> bool:
+    """each once, of a-z, 0-9 and _, a letter first"""
+    return once(names) and all(re.fullmatch("[a-z][a-z0-9_]{0,39}", name) for name in names)
+
+
+def with_logits_or_tokens(head: str) -> bool:
+    """class, distillation, mean, patches, tokens, or token:NAME"""
+    return head in ("class", "distillation", "mean", "patches", "tokens") or (
+        head.startswith("token:") and tokens_named([head[6:]])
+    )
+
+
 def once(names: list[str]) -> bool:
     """each once"""
     return len(set(names)) == len(names)
@@ -226,6 +238,9 @@ class StudentConfig(Section):
     """A timm name: a ViT, or another model whose last features have a grid of cells (docs/STUDENTS.md)."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments for `timm.create_model`."""
+    tokens: Annotated[list[str], Len(0, 16), Predicate(tokens_named)] = field(default_factory=list[str])
+    """Names of distillation tokens for a plain ViT, one for each teacher: register tokens, each with a head of its own that terms of
+    the loss call `token:NAME` (docs/STUDENTS.md)."""
     init: str | None = None
     """Checkpoint to start from, `FILE:KEY`, or an `hf://` address; position embeddings are resized to this student's grid."""
     mean: Rgb = None
@@ -240,9 +255,9 @@ class StudentConfig(Section):
 class LossTerm(Section):
     """One term of the loss: which head of the student is taught what, how, and when. Items of `loss.terms`."""
 
-    head: Literal["class", "distillation", "mean", "patches", "tokens"] = "class"
-    """Whose logits: those of the class token, of the distillation token, the mean of these two, or of the patch tokens. A ViT without
-    a distillation token has one head, which stands for the first three. `tokens`: no logits, the last patch tokens themselves,
+    head: Annotated[str, Predicate(with_logits_or_tokens)] = "class"
+    """Whose logits: those of the class token, of the distillation token, of the token NAME of `student.tokens` (`token:NAME`), the
+    mean of all these, or of the patch tokens. A ViT without a distillation token has one head, which stands for it. `tokens`: no logits, the last patch tokens themselves,
     before any head."""
     target: Literal["label", "global", "cells", "features", "pooled"] = "label"
     """What they are taught: the mixed label; the teacher's output for the image; or for each cell, blended by `decay`, which is for
@@ -331,7 +346,9 @@ class LossTerm(Section):
     def title(self) -> str:
         """Its name in logs."""
         of = f"{self.cache}_" if self.cache else ""
-        return self.name or self.own.rpartition(":")[2] or f"{self.head}_{of}{self.target}_{self.kind}"
+        return (
+            self.name or self.own.rpartition(":")[2] or f"{self.head.replace(':', '_')}_{of}{self.target}_{self.kind}"
+        )
 
 
 @dataclass(frozen=True)

@@ -21,17 +21,8 @@ from cskd.loading.joined import JoinedCaches
 from cskd.loading.sources import Batch, TargetSpec
 from cskd.method.ckf import blend_at, hard_targets
 from cskd.method.features import MapShape
-from cskd.method.losses import (
-    AnyTargets,
-    BothTargets,
-    FeatureTargets,
-    HardTargets,
-    MixedLabels,
-    OfOne,
-    SoftTargets,
-    expanded,
-    needs,
-)
+from cskd.method.losses import AnyTargets, BothTargets, FeatureTargets, HardTargets, MixedLabels, OfOne, SoftTargets
+from cskd.method.terms import expanded, needs
 from cskd.store.cache import Cache
 from cskd.teacher.model import Teacher
 from cskd.views.mix_pixels import mixed_pixels

@@ -18,7 +18,8 @@ from torch.nn.utils.parametrizations import orthogonal
 
 from cskd.config.schema import LossConfig
 from cskd.method.features import MapShape
-from cskd.method.losses import StudentOutput, expanded
+from cskd.method.losses import StudentOutput
+from cskd.method.terms import expanded
 from cskd.seeds import hash64
 from cskd.student.model import Student, pool_tokens
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from cskd.config import LossConfig
 from cskd.config.schema import LossTerm
 from cskd.errors import ConfigError, StudentError
-from cskd.method.losses import DistillationLoss, FeatureTargets, HardTargets, MixedLabels, StudentOutput, needs
+from cskd.method.losses import DistillationLoss, FeatureTargets, HardTargets, MixedLabels, StudentOutput
+from cskd.method.terms import needs
 
 B, C, H, W, K = 3, 6, 2, 4, 5
 Array = NDArray[np.float64]

@@ -17,7 +17,7 @@ from cskd.loading.epoch_table import build_table, open_table
 from cskd.loading.joined import JoinedCaches
 from cskd.loading.plan import PlanSpec, epoch_plan
 from cskd.loading.targets import CachedTargets
-from cskd.method.losses import needs
+from cskd.method.terms import needs
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.look.check_config import check_config
 from cskd.pipeline.look.inspect_cache import inspect
