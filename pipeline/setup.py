@@ -111,6 +111,10 @@ class Setup:
         names = Counter(codec.name for codec in codecs.values())
         if twice := [name for name, codec in codecs.items() if names[codec.name] > 1]:
             raise ConfigError(f"cache.codecs lists {' and '.join(twice)}, which are one codec; leave one of them out")
+        if not any(codec.has_classes for codec in codecs.values()):
+            raise ConfigError(
+                f"cache.codecs is {list(codecs)}: maps of stages, and no targets of classes, which each cache has; add envelope"
+            )
         return codecs
 
     @cached_property

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cskd.codecs import Arrays, Codec, Outputs, get_codec
+from cskd.codecs import Arrays, Codec, get_codec
+from cskd.codecs.stages import stages_of
 from cskd.config import Config, TrainConfig, to_dict
 from cskd.dataset.inventory import Inventory
 from cskd.errors import CodecError
@@ -192,8 +193,8 @@ def codec_sizes(cache: Cache, teacher: Teacher, maker: ViewMaker, views: int, ch
     """Bytes per view of each codec, by its growth from half of some views to all of them: what every unit has once is left out."""
     unit = cache.read(0, 0, cache.hard_codec)
     pixels = first_views(maker, min(SIZED, views), 1)[: len(unit.position)]
-    dense, glob, maps = (t.cpu() for t in teacher.with_features(pixels.to(teacher.device)))
-    rows = len(dense)
+    outputs = teacher.outputs_of(pixels.to(teacher.device), stages_of(cache.codecs))
+    rows = len(outputs.dense)
     fields: Arrays = {name: unit.fields[name][:rows] for name in UNIT_FIELDS}
     names = {name: dims for name, (_, dims) in UNIT_FIELDS.items()}
     here = list(cache.codecs)
@@ -204,7 +205,7 @@ def codec_sizes(cache: Cache, teacher: Teacher, maker: ViewMaker, views: int, ch
         except CodecError:
             continue  # more classes per cell than there are
         if codec.name not in [size.codec for size in sizes]:
-            whole = codec.encode_outputs(Outputs(dense, glob, features=maps))
+            whole = codec.encode_outputs(outputs)
             growth = _growth(fields, whole, codec, {**names, **codec.packed_dimensions}, rows)
             alone = _growth(fields, {}, codec, names, rows)
             sizes.append(CodecSize(codec.name, growth - alone, growth, codec.exact_hard, codec.soft, name in here))
