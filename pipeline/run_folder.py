@@ -115,7 +115,9 @@ class RunFolder:
         caches = [views] if isinstance(views, Cache) else []
         if isinstance(views, JoinedCaches):
             caches = [views.first, *views.others.values()]
-        codecs = [name for s in (spec, *(other for _, other in spec.others)) for name in (s.codec, s.soft_codec)]
+        codecs = [
+            name for s in (spec, *(other for _, other in spec.others)) for name in (s.codec, s.soft_codec, *s.maps)
+        ]
         teachers = [_teacher(c.manifest.config["teacher"], c.manifest.clean_top1) for c in caches]
         gpu = f", {torch.cuda.get_device_name(run.device)}" if run.device.type == "cuda" else ""
         return About(

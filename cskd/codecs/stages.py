@@ -71,6 +71,11 @@ class StageCodec(TabledCodec):
         self.stage = stage
 
     @property
+    def keeps(self) -> tuple[int, int]:
+        """By which codecs of one stage are sorted, the one that keeps most last."""
+        raise NotImplementedError
+
+    @property
     def channels(self) -> int:
         return int(self.tables()["shape"][0])
 
@@ -121,6 +126,10 @@ class StageBitsCodec(StageCodec):
         self.bits, self.fields = bits, dict(MAP_FIELDS)
         self.error = f"a number is off by at most (max - min of its cell) / {2 * (2**bits - 1)}"
 
+    @property
+    def keeps(self) -> tuple[int, int]:
+        return 1 << 20, self.bits
+
     def encode_outputs(self, outputs: Outputs) -> Arrays:
         """A batch as arrays. Raises CodecError for what is not finite float32 of the codec's shape."""
         return pack_map(self._validated(outputs), self.bits)
@@ -146,6 +155,10 @@ class StagePcaCodec(StreamedCodec, StageCodec):
         self.error = (
             "what its directions leave out, and half a step; its units record the share of the variance that is lost"
         )
+
+    @property
+    def keeps(self) -> tuple[int, int]:
+        return self.rank, int(-self.scale * 64)
 
     def fit(self, maps: Sequence[Tensor]) -> Arrays:
         import torch

@@ -5,7 +5,7 @@ Shapes: B batch, K classes, h w teacher grid (7 7).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from cskd.codecs import Codec
 from cskd.codecs.features import FeaturesBitsCodec, FeaturesCodec
+from cskd.codecs.stages import StageCodec
 from cskd.config import LossConfig
-from cskd.config.schema import Decay
+from cskd.config.schema import Decay, LossTerm
 from cskd.errors import ConfigError, TeacherError
 from cskd.loading.epoch_table import prefixed
 from cskd.loading.joined import JoinedCaches
@@ -37,6 +38,7 @@ def codec_for(loss: LossConfig, codecs: Mapping[str, Codec], where: str, cache: 
     Raises:  ConfigError when soft terms find hard targets only, terms of cells the image's targets only, or terms of features
              no codec of them; `where` names what holds the codecs.
     """
+    codecs = {name: codec for name, codec in codecs.items() if codec.has_classes}
     hard = _fitting(loss, codecs, where, cache, soft=False)
     if needs(loss, cache).features:
         return hard, _of_features(loss, codecs, where, cache)
@@ -44,11 +46,39 @@ def codec_for(loss: LossConfig, codecs: Mapping[str, Codec], where: str, cache: 
         return hard, ""
     if not any(codec.soft for codec in codecs.values()):
         more = "int8" if reads_cells(loss, soft=True, cache=cache) else "global:8"
+        who, other = _asking(loss, cache, lambda term: term.kind != "ce")
         raise ConfigError(
-            f"loss.method {loss.method} needs the teacher's logits and {where} holds only {list(codecs)}; cache with "
-            f"cache.codecs: [envelope, {more}], or use a '-hard' method"
+            f"{who} needs the teacher's logits and {where} holds only {list(codecs)}; cache with cache.codecs: [envelope, {more}], or "
+            f"use {other or 'kind: ce'}"
         )
     return hard, _fitting(loss, {name: codec for name, codec in codecs.items() if codec.soft}, where, cache, soft=True)
+
+
+def stage_codecs(loss: LossConfig, codecs: Mapping[str, Codec], where: str, cache: str = "") -> dict[str, str]:
+    """The codec that each stage which a loss reads comes from, of several the one that keeps most. ConfigError where there is none."""
+    chosen: dict[str, str] = {}
+    for stage in needs(loss, cache).stages:
+        found = {n: c for n, c in codecs.items() if isinstance(c, StageCodec) and c.stage == stage}
+        if not found:
+            title = next(t.title for t in loss.terms if t.stage == stage and t.cache == cache)
+            there = [f"{c.stage!r}" for c in codecs.values() if isinstance(c, StageCodec)]
+            raise ConfigError(
+                f"loss.terms: {title} needs the teacher's stage {stage!r} and {where} holds {', '.join(there) or 'no stage'}; cache with "
+                f"cache.codecs: [envelope, 'stage:{stage}:8'], or :pca64, which is smaller"
+            )
+        chosen[stage] = max(found, key=lambda name: found[name].keeps)
+    return chosen
+
+
+def _asking(loss: LossConfig, cache: str, which: Callable[[LossTerm], bool]) -> tuple[str, str]:
+    """Who asks for targets of a cache, in words: the method, or a term of the list; and what else the method could be, '' of a term."""
+    own = [
+        term for term in loss.terms if not term.own and term.cache == cache and term.target != "label" and which(term)
+    ]
+    by_method = loss.method not in ("none", "terms") and not cache
+    if by_method or not own:
+        return f"loss.method {loss.method}", "a '-hard' method"
+    return f"loss.terms: {own[0].title}", ""
 
 
 def _of_features(loss: LossConfig, codecs: Mapping[str, Codec], where: str, cache: str) -> str:
@@ -77,10 +107,11 @@ def reads_cells(loss: LossConfig, soft: bool, cache: str = "") -> bool:
 def _fitting(loss: LossConfig, codecs: Mapping[str, Codec], where: str, cache: str, soft: bool) -> str:
     cells = reads_cells(loss, soft, cache)
     if cells and not any(codec.cells for codec in codecs.values()):
+        who, by_method = _asking(loss, cache, lambda term: term.target == "cells" and (term.kind != "ce") == soft)
+        other = "loss.method: deit-soft, deit-hard, or loss.decay: global" if by_method else "its decay: global"
         raise ConfigError(
-            f"loss.method {loss.method} teaches cells and {where} holds {list(codecs)}, of which none has more than the image's "
-            f"targets alone; cache with cache.codecs: [{'int8' if soft else 'envelope'}], or set loss.method: deit-soft, "
-            "deit-hard, or loss.decay: global"
+            f"{who} teaches cells and {where} holds {list(codecs)}, of which none has more than the image's targets alone; cache with "
+            f"cache.codecs: [{'int8' if soft else 'envelope'}], or set {other}"
         )
     return min(codecs, key=lambda name: (codecs[name].cells != cells, not soft and not codecs[name].exact_hard))
 
@@ -93,6 +124,12 @@ def refuse_unnamed(loss: LossConfig, caches: Collection[str]) -> None:
             raise ConfigError(
                 f"loss.terms[{i}].cache is {term.cache!r}, expected a name in train.caches, which has {known}; add it there"
             )
+    read = {term.cache for term in loss.terms}
+    if unread := [name for name in caches if name and name not in read]:
+        raise ConfigError(
+            f"train.caches.{unread[0]} is read by no term of the loss; leave it out, or read it: loss.terms: [{{head: class, target: "
+            f"global, kind: kl, cache: {unread[0]}}}]"
+        )
 
 
 class _Targets:
@@ -118,21 +155,28 @@ class _OfCache(_Targets):
         super().__init__(config, epochs, name)
         self._name, self._codecs = name, cache.codecs
         self.codec, self.soft_codec = codec_for(config, cache.codecs, str(cache.root), name)
+        self.stages = stage_codecs(config, cache.codecs, str(cache.root), name)
 
     @property
-    def map(self) -> MapShape | None:
-        """Of the feature maps that are read; None where none are."""
-        codec = self._codecs.get(self.soft_codec)
-        return (
-            MapShape(codec.channels, codec.grid) if self.needs.features and isinstance(codec, FeaturesCodec) else None
-        )
+    def maps(self) -> dict[str, MapShape]:
+        """Of the maps that are read, by `map_name` of a term."""
+        found, codec = dict[str, MapShape](), self._codecs.get(self.soft_codec)
+        if self.needs.features and isinstance(codec, FeaturesCodec):
+            found[self._name] = MapShape(codec.channels, codec.grid)
+        for stage, codec_name in self.stages.items():
+            of = self._codecs[codec_name]
+            assert isinstance(of, StageCodec)
+            found[f"{self._name}:{stage}"] = MapShape(of.channels, of.map_grid)
+        return found
 
     def spec(self, epoch: int) -> TargetSpec:
-        hard, soft = (f"{self._name}/{c}" if self._name and c else c for c in (self.codec, self.soft_codec))
+        hard, soft, *maps = (
+            f"{self._name}/{c}" if self._name and c else c for c in (self.codec, self.soft_codec, *self.stages.values())
+        )
         if self.needs.hard == "none" and soft:
-            return TargetSpec("soft", soft, self.blend(epoch))
+            return TargetSpec("soft", soft, self.blend(epoch), maps=tuple(maps))
         blends = tuple(self.blends(epoch, self.needs.decays).items())
-        return TargetSpec(self.needs.hard, hard, self.blend(epoch), soft, blends)
+        return TargetSpec(self.needs.hard, hard, self.blend(epoch), soft, blends, tuple(maps))
 
     def of(self, batch: Batch, epoch: int, device: torch.device) -> OfOne:
         def moved(name: str) -> Tensor | None:
@@ -148,13 +192,17 @@ class _OfCache(_Targets):
             assert image is not None
             hard = HardTargets(image, moved("cell_class"), more)
         features = None
-        if self.needs.soft or self.needs.features:
-            prefix = prefixed(self._name, "target.")
-            stored = {
+
+        def stored_of(what: str) -> dict[str, Tensor]:
+            prefix = prefixed(self._name, f"{what}.")
+            return {
                 name.removeprefix(prefix): t.to(device, non_blocking=True)
                 for name, t in batch.items()
                 if name.startswith(prefix)
             }
+
+        if self.needs.soft or self.needs.features:
+            stored = stored_of("target")
             codec = self._codecs[self.soft_codec]
             if isinstance(codec, FeaturesCodec) and self.needs.features:
                 features = codec.features_torch(stored)
@@ -165,7 +213,12 @@ class _OfCache(_Targets):
                     global_BK = codec.global_logits_torch(stored)
                     dense_BKhw = global_BK[:, :, None, None].expand(-1, -1, *codec.grid)
                 soft = self.soft(global_BK, dense_BKhw, epoch)
-        return _joined(hard, soft, features)
+        stages = dict[str, Tensor]()
+        for stage, name in self.stages.items():
+            of = self._codecs[name]
+            assert isinstance(of, StageCodec)
+            stages[stage] = of.map_torch(stored_of(f"map.{name}"))
+        return _joined(hard, soft, features, stages)
 
 
 class CachedTargets:
@@ -184,7 +237,7 @@ class CachedTargets:
                     f"{caches[''].root} are {cache.grid}; make both with one teacher.grid"
                 )
         self._of = {name: _OfCache(name, one, config, epochs) for name, one in caches.items()}
-        self.maps = {name: of.map for name, of in self._of.items() if of.map is not None}
+        self.maps = {name: shape for of in self._of.values() for name, shape in of.maps.items()}
 
     def spec(self, epoch: int) -> TargetSpec:
         others = tuple((name, of.spec(epoch)) for name, of in self._of.items() if name)
@@ -206,6 +259,8 @@ class LiveTargets(_Targets):
         self.maps: dict[str, MapShape] = {}
         if self.needs.features:
             self.maps[""] = MapShape(teacher.feature_channels("loss.terms of features"), teacher.grid)
+        for stage in self.needs.stages:
+            self.maps[f":{stage}"] = MapShape(*teacher.stages.shape(stage))
 
     def spec(self, epoch: int) -> TargetSpec:
         return TargetSpec("none", "", self.blend(epoch))
@@ -213,11 +268,10 @@ class LiveTargets(_Targets):
     def of(self, batch: Batch, epoch: int, device: torch.device) -> AnyTargets:
         if self.needs.nothing:
             return None
-        pixels, features_BChw = mixed_pixels(batch, device), None
-        if self.needs.features:
-            dense_BKhw, global_BK, features_BChw = self._teacher.with_features(pixels)
-        else:
-            dense_BKhw, global_BK = self._teacher.in_batches(pixels)
+        dense_BKhw, global_BK, _, maps, stages = self._teacher.outputs_of(
+            mixed_pixels(batch, device), self.needs.stages
+        )
+        features_BChw = maps if self.needs.features else None
         if not bool(dense_BKhw.isfinite().all() & global_BK.isfinite().all()):  # codecs refuse the same in stage 1
             raise TeacherError("the teacher's logits hold NaN or an infinity; check its weights and teacher.precision")
         hard = None
@@ -229,12 +283,14 @@ class LiveTargets(_Targets):
             more = {decay: hard_targets(dense_BKhw, global_BK, blend) for decay, blend in blends.items()}
             hard = HardTargets(global_class, cells, more)
         soft = self.soft(global_BK, dense_BKhw, epoch) if self.needs.soft else None
-        return _joined(hard, soft, features_BChw)
+        return _joined(hard, soft, features_BChw, stages)
 
 
-def _joined(hard: HardTargets | None, soft: SoftTargets | None, features: Tensor | None) -> OfOne:
+def _joined(
+    hard: HardTargets | None, soft: SoftTargets | None, features: Tensor | None, stages: Mapping[str, Tensor]
+) -> OfOne:
     logits = BothTargets(hard, soft) if hard is not None and soft is not None else hard or soft
-    return logits if features is None else FeatureTargets(features, logits)
+    return logits if features is None and not stages else FeatureTargets(features, logits, stages)
 
 
 class NoTargets:

@@ -38,7 +38,7 @@ class Stages:
     run: Callable[[], Any]
     built: Callable[[], tuple[nn.Module, Tensor]] | None = None
     compiled: bool = False
-    _watched: set[str] = field(default_factory=set)
+    _watched: dict[str, tuple[int, tuple[int, int]]] = field(default_factory=dict)  # channels and grid
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _seen: threading.local = field(default_factory=threading.local)
 
@@ -64,7 +64,12 @@ class Stages:
                 for handle in handles:
                     handle.remove()
                 raise
-            self._watched.update(new)
+            self._watched |= {n: (maps[n].shape[1], (maps[n].shape[2], maps[n].shape[3])) for n in new}
+
+    def shape(self, name: str) -> tuple[int, tuple[int, int]]:
+        """Channels and grid of a stage. TeacherError as `watch`."""
+        self.watch([name])
+        return self._watched[name]
 
     @contextlib.contextmanager
     def seen(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
