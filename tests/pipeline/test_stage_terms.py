@@ -127,5 +127,5 @@ def test_a_stage_that_no_codec_holds_and_a_block_beyond_the_depth_are_refused(
 
 
 def test_a_cache_of_stages_alone_is_refused(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no targets of classes.*add envelope"):
+    with pytest.raises(ConfigError, match=r"no targets of classes.*add envelope"):
         cache_teacher(config(base, cache={"codecs": CODECS[:1], "path": str(tmp_path / "cache")}), quiet=True)
