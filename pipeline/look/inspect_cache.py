@@ -257,7 +257,8 @@ def _measure(
     for kind, count_of in cells.items():
         if count_of["samples"]:
             own, own_or_partner = (
-                {f"{a:g}": count_of[f"{labels} {a:g}"] / count_of["cells"] for a in BLENDS} for labels in AGREEMENT
+                {f"{a:g}": count_of[f"{labels} {a:g}"] / count_of["cells"] for a in _blends(cache, name)}
+                for labels in AGREEMENT
             )
             agreement[kind] = Agreement(count_of["samples"], own, own_or_partner)
     found = Segments(1 + segments["extra"] / segments["cells"], most) if segments["cells"] else None
@@ -270,7 +271,7 @@ def _count_agreement(cache: Cache, block: int, unit: Unit, name: str, cells: dic
     unmixed = unit.fields["mode"] == NONE
     first, stop = cache.inventory.block_range(block)
     partner = np.where(unmixed, own, cache.inventory.label[first:stop][np.where(unmixed, 0, unit.fields["partner"])])
-    for blend in BLENDS:
+    for blend in _blends(cache, name):
         hard = cache.codecs[name].hard(unit.targets, quantise_blend(blend))
         is_own = hard == own[:, None, None]
         is_either = is_own | (hard == partner[:, None, None])
@@ -279,6 +280,11 @@ def _count_agreement(cache: Cache, block: int, unit: Unit, name: str, cells: dic
                 cells[kind][f"{what} {blend:g}"] += int(agrees[rows].sum())
     for kind, rows in (("mixed", ~unmixed), ("unmixed", unmixed)):
         cells[kind].update(samples=int(rows.sum()), cells=int(rows.sum()) * cache.grid[0] * cache.grid[1])
+
+
+def _blends(cache: Cache, codec: str) -> tuple[float, ...]:
+    """Where classes are counted: a codec of the image's alone gives every cell that one, at any blend."""
+    return BLENDS if cache.codecs[codec].cells else (0.0,)
 
 
 def _drawn(
@@ -389,8 +395,9 @@ def _lines(facts: Inspection) -> Iterable[tuple[str, str]]:
         if kind == "mixed":
             shares["own or partner's"] = agreement.own_or_partner
         values = [f"{label} {' / '.join(f'{100 * s:.1f}' for s in of.values())} %" for label, of in shares.items()]
-        blends = " / ".join(agreement.own)
-        yield f"cells, {kind}", f"{', '.join(values)} at blends {blends} ({agreement.samples:,} views)"
+        of_cells = any(codec.cells for codec in facts.codecs.values())
+        blends = f" at blends {' / '.join(agreement.own)}" if of_cells else ""
+        yield f"{'cells' if of_cells else 'images'}, {kind}", f"{', '.join(values)}{blends} ({agreement.samples:,} views)"
     if facts.measured_units < units.present:
         yield "", f"(segments and agreement from {facts.measured_units} of the units)"
     for error in facts.errors[:LISTED]:
