@@ -293,6 +293,8 @@ class LossTerm(Section):
     """`dkd`: weight of the KL among the other classes."""
     cache: str = ""
     """Whose teacher, by a name in `train.caches`; empty = that of `cache.path`."""
+    live: bool = False
+    """Of a stage: its map is not in the cache; the first layers of the cache's teacher, no others, run at every step."""
     decay: Decay | None = None
     """How the blend of `cells` goes from local to global; null = as `loss.decay`."""
     epochs: Annotated[list[float | None] | None, Len(2, 2), Predicate(span), Unit("epochs")] = None
@@ -349,6 +351,7 @@ class LossTerm(Section):
         """The keys that a term of its target and kind reads."""
         read = {"head", "target", "kind", "weight", "cache", "epochs", "name"}
         read |= {"projection", "standardise"} if self.of_features else set()
+        read |= {"live"} if self.stage and not self.cache else set()
         read |= {"resize"} if self.of_features and self.target != "pooled" else set()
         read |= {"tau", "standardise"} if self.kind in ("kl", "dkd") else set()
         read |= {"divisor"} if self.kind == "kl" else {"dkd_alpha", "dkd_beta"} if self.kind == "dkd" else set()

@@ -57,7 +57,8 @@ def codec_for(loss: LossConfig, codecs: Mapping[str, Codec], where: str, cache: 
 def stage_codecs(loss: LossConfig, codecs: Mapping[str, Codec], where: str, cache: str = "") -> dict[str, str]:
     """The codec that each stage which a loss reads comes from, of several the one that keeps most. ConfigError where there is none."""
     chosen: dict[str, str] = {}
-    for stage in needs(loss, cache).stages:
+    asked = needs(loss, cache)
+    for stage in [stage for stage in asked.stages if stage not in asked.live]:
         found = {n: c for n, c in codecs.items() if isinstance(c, StageCodec) and c.stage == stage}
         if not found:
             title = next(t.title for t in loss.terms if t.stage == stage and t.cache == cache)
@@ -225,9 +226,10 @@ class CachedTargets:
     """Targets of a loss from a cache, or from several that are joined. Raises ConfigError when one holds no codec that the loss can
     read, when a term names a cache that is not there, and when its cells are not those of the first."""
 
-    runs_teacher = False
-
-    def __init__(self, cache: Cache | JoinedCaches, config: LossConfig, epochs: int) -> None:
+    def __init__(
+        self, cache: Cache | JoinedCaches, config: LossConfig, epochs: int, live: Teacher | None = None
+    ) -> None:
+        """live: the teacher of the first cache, of which the first layers run for the terms that are live."""
         caches = {"": cache} if isinstance(cache, Cache) else {"": cache.first, **cache.others}
         refuse_unnamed(config, caches)
         for term in config.terms:
@@ -238,6 +240,9 @@ class CachedTargets:
                 )
         self._of = {name: _OfCache(name, one, config, epochs) for name, one in caches.items()}
         self.maps = {name: shape for of in self._of.values() for name, shape in of.maps.items()}
+        self._live, self._stages, self.runs_teacher = live, needs(config).live if live else (), live is not None
+        if live is not None:
+            self.maps |= {f":{stage}": MapShape(*live.stages.shape(stage)) for stage in self._stages}
 
     def spec(self, epoch: int) -> TargetSpec:
         others = tuple((name, of.spec(epoch)) for name, of in self._of.items() if name)
@@ -245,6 +250,9 @@ class CachedTargets:
 
     def of(self, batch: Batch, epoch: int, device: torch.device) -> AnyTargets:
         found = {name: of.of(batch, epoch, device) for name, of in self._of.items()}
+        if self._live is not None:
+            maps = self._live.stages_of(mixed_pixels(batch, device), self._stages)
+            found[""] = _with_stages(found[""], maps)
         return found if len(found) > 1 else found[""]
 
 
@@ -291,6 +299,12 @@ def _joined(
 ) -> OfOne:
     logits = BothTargets(hard, soft) if hard is not None and soft is not None else hard or soft
     return logits if features is None and not stages else FeatureTargets(features, logits, stages)
+
+
+def _with_stages(targets: OfOne, maps: dict[str, Tensor]) -> OfOne:
+    if isinstance(targets, FeatureTargets):
+        return replace(targets, stages={**targets.stages, **maps})
+    return FeatureTargets(None, targets, maps)
 
 
 class NoTargets:

@@ -76,7 +76,7 @@ def counts(term: LossTerm, epoch: int) -> bool:
 @dataclass(frozen=True)
 class Needs:
     """What a loss reads of a teacher. hard: classes of the image, or of cells too; soft: logits; decays: of terms that have their own;
-    features: the last feature map; stages: the earlier ones whose maps are read."""
+    features: the last feature map; stages: the earlier ones whose maps are read, live: those of them that no cache has."""
 
     hard: Literal["none", "global", "cells"]
     soft: bool
@@ -84,6 +84,7 @@ class Needs:
     soft_decays: tuple[Decay, ...]
     features: bool = False
     stages: tuple[str, ...] = ()
+    live: tuple[str, ...] = ()
 
     @property
     def nothing(self) -> bool:
@@ -103,6 +104,7 @@ def needs(config: LossConfig, cache: str = "") -> Needs:
         tuple(dict.fromkeys(t.decay for t in of_cells if t.decay and t.kind != "ce")),
         any(term.of_features and not term.stage for term in read),
         tuple(dict.fromkeys(term.stage for term in read if term.stage)),
+        tuple(dict.fromkeys(term.stage for term in read if term.stage and term.live)),
     )
 
 

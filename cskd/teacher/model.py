@@ -161,6 +161,16 @@ class Teacher:
         """
         return joined([self._padded(part, stages) for part in torch.split(pixels_BCHW, self.batch)])
 
+    @torch.no_grad()
+    def stages_of(self, pixels_BCHW: Tensor, stages: Sequence[str]) -> dict[str, Tensor]:
+        """The maps of `outputs_of` alone, by forwards of the same size that end where the last of them is there."""
+        parts = []
+        for part in torch.split(pixels_BCHW, self.batch):
+            with self.stages.seen(stages, alone=True) as maps:
+                self._forward(self._whole(part))
+            parts.append({name: x[: len(part)] for name, x in maps.items()})
+        return {name: torch.cat([part[name] for part in parts]) for name in stages}
+
     def classifier(self, codec: str) -> tuple[Tensor, Tensor]:
         """Weight [K, C] and bias [K] of the one layer that makes a cell's logits of its features, float32.
 
@@ -190,12 +200,14 @@ class Teacher:
             )
         return layer
 
+    def _whole(self, part_BCHW: Tensor) -> Tensor:
+        more = self.batch - len(part_BCHW)
+        return torch.cat([part_BCHW, part_BCHW[:1].expand(more, -1, -1, -1)]) if more else part_BCHW
+
     def _padded(self, part_BCHW: Tensor, stages: Sequence[str]) -> Outputs:
         rows = len(part_BCHW)
-        if rows < self.batch:
-            part_BCHW = torch.cat([part_BCHW, part_BCHW[:1].expand(self.batch - rows, -1, -1, -1)])
         with self.stages.seen(stages) as maps:
-            dense_BKhw, global_BK, features_BChw = self._forward(part_BCHW)
+            dense_BKhw, global_BK, features_BChw = self._forward(self._whole(part_BCHW))
         whole = Outputs(dense_BKhw, global_BK, None, features_BChw, maps)
         return whole if rows == self.batch else taken(whole, slice(rows))
 

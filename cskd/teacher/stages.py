@@ -26,6 +26,10 @@ FUSED = (
 )
 
 
+class Enough(Exception):
+    """Raised inside a forward that has gone as far as it was asked to."""
+
+
 @dataclass
 class Stages:
     """Of one network, which several threads may run at once: each sees its own maps.
@@ -72,18 +76,43 @@ class Stages:
         return self._watched[name]
 
     @contextlib.contextmanager
-    def seen(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-        """Around forwards in this thread: float32 [B, C, h, w] of the last one, by stage."""
+    def seen(self, names: Sequence[str], alone: bool = False) -> Iterator[dict[str, Tensor]]:
+        """Around a forward in this thread: float32 [B, C, h, w], by stage. alone: it ends where all have been seen."""
         if not names:
             yield {}
             return
         self.watch(names)
-        with self._watching(names) as maps:
+        with self._watching(names, alone) as maps, contextlib.suppress(Enough):
             yield maps
 
+    def truncate(self, names: Sequence[str]) -> tuple[int, int]:
+        """Let go of the parameters of all modules that a forward up to these stages does not enter: after that `seen` must be asked
+        for these `alone`. Returns: the parameters that are left, and those that there were."""
+        entered = set[nn.Module]()
+        every = sum(p.numel() for p in self.model.parameters())
+        handles = [m.register_forward_pre_hook(lambda module, _: entered.add(module)) for m in self.model.modules()]
+        try:
+            with self.seen(names, alone=True) as before:
+                self.run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        idle = [m for m in self.model.modules() if entered.isdisjoint(m.modules())]
+        kept = {id(p) for m in self.model.modules() if m not in idle for p in m.parameters(recurse=False)}
+        for module in idle:
+            for name, parameter in module.named_parameters(recurse=False):
+                if id(parameter) not in kept:  # else another module shares it
+                    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        with self.seen(names, alone=True) as after:
+            self.run()
+        if not all(torch.equal(before[name], after[name]) for name in names):
+            raise TeacherError(f"the teacher gives another map of stage {names[0]} without its later layers; cache the stage instead")
+        return sum(p.numel() for p in self.model.parameters() if not p.is_meta), every
+
     @contextlib.contextmanager
-    def _watching(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    def _watching(self, names: Sequence[str], alone: bool = False) -> Iterator[dict[str, Tensor]]:
         self._seen.maps, self._seen.names, self._seen.times = {}, set(names), Counter[str]()
+        self._seen.alone = alone
         try:
             yield self._seen.maps
         finally:
@@ -99,6 +128,8 @@ class Stages:
             with torch._C.DisableTorchFunction():  # else a backbone that is watched would see these calls, too
                 maps[name] = as_map(out, name, nhwc)
             self._seen.times[name] += 1
+            if self._seen.alone and maps.keys() == self._seen.names:
+                raise Enough
 
         return see
 
