@@ -127,7 +127,7 @@ class RunFolder:
             teacher="; ".join(teachers or [_teacher(to_dict(run.config.teacher), None)]) if taught else "",
             cache="; ".join(f"{c.root.name}, fingerprint {c.fingerprint[:16]}" for c in caches),
             codec=", ".join(dict.fromkeys(filter(None, codecs))) if taught else "",
-            online=run.targets.runs_teacher,
+            online=run.targets.runs_teacher and not any(codecs),
             ranks=run.ranks.count,
             machine=f"{platform.system()} {platform.machine()}, {usable_cores().count} cores{gpu}",
             changes=run.state.said(),

@@ -133,6 +133,18 @@ def refuse_unnamed(loss: LossConfig, caches: Collection[str]) -> None:
         )
 
 
+def refuse_other_cells(loss: LossConfig, grids: Mapping[str, tuple[str, tuple[int, int]]]) -> None:
+    """ConfigError for a term of cells that are not those of the first. grids: of each cache by name, what it is and its grid."""
+    first, expected = grids[""]
+    for term in loss.terms:
+        where, found = grids[term.cache]
+        if term.target == "cells" and found != expected:
+            raise ConfigError(
+                f"loss.terms: {term.title} reads cells of {where}, {found}, and those of {first} are {expected}; make both with one "
+                "teacher.grid"
+            )
+
+
 class _Targets:
     """What a loss needs of one teacher, epoch by epoch."""
 
@@ -232,12 +244,7 @@ class CachedTargets:
         """live: the teacher of the first cache, of which the first layers run for the terms that are live."""
         caches = {"": cache} if isinstance(cache, Cache) else {"": cache.first, **cache.others}
         refuse_unnamed(config, caches)
-        for term in config.terms:
-            if term.target == "cells" and caches[term.cache].grid != cache.grid:
-                raise ConfigError(
-                    f"loss.terms: {term.title} reads cells of {caches[term.cache].root}, {caches[term.cache].grid}, and those of "
-                    f"{caches[''].root} are {cache.grid}; make both with one teacher.grid"
-                )
+        refuse_other_cells(config, {name: (str(one.root), one.grid) for name, one in caches.items()})
         self._of = {name: _OfCache(name, one, config, epochs) for name, one in caches.items()}
         self.maps = {name: shape for of in self._of.values() for name, shape in of.maps.items()}
         self._live, self._stages, self.runs_teacher = live, needs(config).live if live else (), live is not None
@@ -257,23 +264,24 @@ class CachedTargets:
 
 
 class LiveTargets(_Targets):
-    """Targets of a loss from the teacher, run on the very images the student sees, in batches of the size stage 1 uses."""
+    """Targets of a loss from the teacher, run on the very images the student sees, in batches of the size stage 1 uses. cache: its
+    name in `train.caches`, where it is not the first."""
 
     runs_teacher = True
 
-    def __init__(self, teacher: Teacher, config: LossConfig, epochs: int) -> None:
-        super().__init__(config, epochs)
+    def __init__(self, teacher: Teacher, config: LossConfig, epochs: int, cache: str = "") -> None:
+        super().__init__(config, epochs, cache)
         self._teacher = teacher
         self.maps: dict[str, MapShape] = {}
         if self.needs.features:
-            self.maps[""] = MapShape(teacher.feature_channels("loss.terms of features"), teacher.grid)
+            self.maps[cache] = MapShape(teacher.feature_channels("loss.terms of features"), teacher.grid)
         for stage in self.needs.stages:
-            self.maps[f":{stage}"] = MapShape(*teacher.stages.shape(stage))
+            self.maps[f"{cache}:{stage}"] = MapShape(*teacher.stages.shape(stage))
 
     def spec(self, epoch: int) -> TargetSpec:
         return TargetSpec("none", "", self.blend(epoch))
 
-    def of(self, batch: Batch, epoch: int, device: torch.device) -> AnyTargets:
+    def of(self, batch: Batch, epoch: int, device: torch.device) -> OfOne:
         if self.needs.nothing:
             return None
         dense_BKhw, global_BK, _, maps, stages = self._teacher.outputs_of(
@@ -292,6 +300,26 @@ class LiveTargets(_Targets):
             hard = HardTargets(global_class, cells, more)
         soft = self.soft(global_BK, dense_BKhw, epoch) if self.needs.soft else None
         return _joined(hard, soft, features_BChw, stages)
+
+
+class LiveTeachers:
+    """Targets of a loss from several teachers that run live. Raises ConfigError as `CachedTargets`."""
+
+    runs_teacher = True
+
+    def __init__(self, teachers: Mapping[str, Teacher], config: LossConfig, epochs: int) -> None:
+        """teachers: by name in `train.caches`, '' the first."""
+        refuse_unnamed(config, teachers)
+        grids = {name: (f"the teacher {name or 'of the config'}", of.grid) for name, of in teachers.items()}
+        refuse_other_cells(config, grids)
+        self._of = {name: LiveTargets(teacher, config, epochs, name) for name, teacher in teachers.items()}
+        self.maps = {name: shape for of in self._of.values() for name, shape in of.maps.items()}
+
+    def spec(self, epoch: int) -> TargetSpec:
+        return self._of[""].spec(epoch)
+
+    def of(self, batch: Batch, epoch: int, device: torch.device) -> AnyTargets:
+        return {name: of.of(batch, epoch, device) for name, of in self._of.items()}
 
 
 def _joined(

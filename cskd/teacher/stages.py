@@ -106,7 +106,9 @@ class Stages:
         with self.seen(names, alone=True) as after:
             self.run()
         if not all(torch.equal(before[name], after[name]) for name in names):
-            raise TeacherError(f"the teacher gives another map of stage {names[0]} without its later layers; cache the stage instead")
+            raise TeacherError(
+                f"the teacher gives another map of stage {names[0]} without its later layers; cache the stage instead"
+            )
         return sum(p.numel() for p in self.model.parameters() if not p.is_meta), every
 
     @contextlib.contextmanager

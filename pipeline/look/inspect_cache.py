@@ -397,7 +397,10 @@ def _lines(facts: Inspection) -> Iterable[tuple[str, str]]:
         values = [f"{label} {' / '.join(f'{100 * s:.1f}' for s in of.values())} %" for label, of in shares.items()]
         of_cells = any(codec.cells for codec in facts.codecs.values())
         blends = f" at blends {' / '.join(agreement.own)}" if of_cells else ""
-        yield f"{'cells' if of_cells else 'images'}, {kind}", f"{', '.join(values)}{blends} ({agreement.samples:,} views)"
+        yield (
+            f"{'cells' if of_cells else 'images'}, {kind}",
+            f"{', '.join(values)}{blends} ({agreement.samples:,} views)",
+        )
     if facts.measured_units < units.present:
         yield "", f"(segments and agreement from {facts.measured_units} of the units)"
     for error in facts.errors[:LISTED]:
