@@ -37,7 +37,8 @@ def expanded(config: LossConfig) -> list[LossTerm]:
     c = config
     label = LossTerm("class", "label", weight=1 - c.alpha, smoothing=c.smoothing, name="label")
     kind: Literal["kl", "ce"] = "kl" if c.method.endswith("soft") else "ce"
-    taught = LossTerm(tau=c.tau, divisor="paper" if c.soft_reduction == "paper" else "rows")
+    divisor: Literal["rows", "paper"] = "paper" if c.soft_reduction == "paper" else "rows"
+    taught = LossTerm(tau=c.tau, divisor=divisor) if kind == "kl" else LossTerm()
     dist = replace(taught, head="distillation", target="global", kind=kind, weight=c.alpha, name="dist")
     of_method: list[LossTerm] = []
     if c.method == "none":

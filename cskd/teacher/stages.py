@@ -26,7 +26,7 @@ FUSED = (
 )
 
 
-class Enough(Exception):
+class Enough(BaseException):
     """Raised inside a forward that has gone as far as it was asked to."""
 
 

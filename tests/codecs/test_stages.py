@@ -91,7 +91,7 @@ def test_more_bits_and_directions_lose_less_and_that_is_what_is_measured() -> No
         assert from_facts(found.facts) == pytest.approx(found, rel=1e-5)
         lost.append(found.lost)
     assert lost == sorted(lost, reverse=True) and lost[0] > 100 * lost[-1]
-    assert together([MeasuredMap(1, 0.5, 2.0), MeasuredMap(3, 0.1, 1.0)]) == (4, pytest.approx(0.2), 2.0)
+    assert together([MeasuredMap(1, 0.5, 2.0), MeasuredMap(3, 0.1, 1.0)]) == pytest.approx(MeasuredMap(4, 0.2, 2.0))
 
 
 def test_maps_of_another_shape_or_not_finite_are_refused() -> None:

@@ -176,7 +176,7 @@ def test_a_term_of_a_stage_is_its_formula_from_a_blocks_tokens(grid: tuple[int, 
     aligner = Projections(config, 3, {":s2": MapShape(C, (4, 4))}, seed=0).double()
     output = aligner(StudentOutput(torch.zeros(B, K).double(), blocks={1: torch.from_numpy(tokens)}))
     total, terms = DistillationLoss(config)(output, LABELS, FeatureTargets(None, None, {"s2": torch.from_numpy(maps)}))
-    weight, bias = (p.detach().numpy() for p in (aligner[0].weight, aligner[0].bias))
+    weight, bias = (aligner.get_parameter(name).detach().numpy() for name in ("0.weight", "0.bias"))
     student = np.moveaxis(tokens @ weight.T + bias, -1, 1)
     both = (max(grid[0], 4), max(grid[1], 4)) if resize == "finer" else (4, 4)
     for axis in (2, 3) if resize == "teacher" else ():

@@ -67,6 +67,31 @@ def test_live_stages_are_those_of_the_cache_within_its_error_and_hard_targets_th
         assert torch.equal(cached.logits.cell_class, live.logits.cell_class)  # type: ignore[union-attr,arg-type]
 
 
+def test_first_layers_run_live_in_stage_1s_arithmetic_and_the_rest_is_let_go(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cached map is the live one within its error, the live one is the online one to the bit, and its forwards are counted."""
+    seen: dict[str, list[Any]] = {}
+    for name, kind, online in (("first layers", CachedTargets, False), ("online", LiveTargets, True)):
+        plain, maps = kind.of, seen.setdefault(name, [])  # type: ignore[attr-defined]
+
+        def watched(self: Any, *args: Any, plain: Any = plain, maps: list[Any] = maps) -> Any:
+            maps.append(plain(self, *args))
+            return maps[-1]
+
+        monkeypatch.setattr(kind, "of", watched)
+        terms: list[dict[str, Any]] = [
+            CONV | {"live": True, "target": "stage:body.0"},
+            CONV | {"target": "stage:body.1", "name": "kept"},
+        ]
+        found = train(settings(base, name, terms, max_steps=1), online=online, quiet=True)
+        assert found.teacher_forwards == 8
+        assert any("up to body.0, with 224 of its 1,165 parameters" in note for note in found.notes) != online
+    (live,), (online_,) = seen.values()
+    assert torch.equal(live.stages["body.0"], online_.stages["body.0"])
+    assert torch.equal(live.logits.cell_class, online_.logits.cell_class)
+
+
 def test_aligners_are_trained_and_logged_and_not_exported(base: Path) -> None:
     train(settings(base, "through", [CONV, RELU], max_steps=0), quiet=True)
     with safe_open(sorted((base / "through" / "resume").glob("step-*"))[-1], "pt") as found:
