@@ -19,7 +19,7 @@ import yaml
 
 from cskd.config import Config
 from cskd.files.durable import put
-from cskd.method.losses import needs_teacher
+from cskd.method.terms import needs_teacher
 from cskd.pipeline.show.progress import duration
 from cskd.student.heads import UNTRAINED
 

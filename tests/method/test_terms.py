@@ -12,19 +12,8 @@ from torch import Tensor
 from cskd.config import LossConfig, from_dict
 from cskd.config.schema import LossTerm
 from cskd.errors import ConfigError
-from cskd.method.losses import (
-    BothTargets,
-    DistillationLoss,
-    HardTargets,
-    MixedLabels,
-    SoftTargets,
-    StudentOutput,
-    expanded,
-    needs,
-    refuse_gaps,
-    trained_heads,
-    unread_keys,
-)
+from cskd.method.losses import BothTargets, DistillationLoss, HardTargets, MixedLabels, SoftTargets, StudentOutput
+from cskd.method.terms import expanded, needs, refuse_gaps, trained_heads, unread_keys
 
 B, K, H, W = 5, 7, 2, 3
 Array = NDArray[np.float64]
