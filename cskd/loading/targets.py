@@ -259,6 +259,7 @@ class CachedTargets:
         found = {name: of.of(batch, epoch, device) for name, of in self._of.items()}
         if self._live is not None:
             maps = self._live.stages_of(mixed_pixels(batch, device), self._stages)
+            _refuse_odd(maps)
             found[""] = _with_stages(found[""], maps)
         return found if len(found) > 1 else found[""]
 
@@ -290,6 +291,7 @@ class LiveTargets(_Targets):
         features_BChw = maps if self.needs.features else None
         if not bool(dense_BKhw.isfinite().all() & global_BK.isfinite().all()):  # codecs refuse the same in stage 1
             raise TeacherError("the teacher's logits hold NaN or an infinity; check its weights and teacher.precision")
+        _refuse_odd(stages)
         hard = None
         if self.needs.hard != "none":
             global_class = hard_targets(global_BK[:, :, None, None], global_BK, 0)[:, 0, 0]
@@ -327,6 +329,14 @@ def _joined(
 ) -> OfOne:
     logits = BothTargets(hard, soft) if hard is not None and soft is not None else hard or soft
     return logits if features is None and not stages else FeatureTargets(features, logits, stages)
+
+
+def _refuse_odd(maps: Mapping[str, Tensor]) -> None:
+    """TeacherError where a map holds what is no number, which the codecs of stages refuse in stage 1."""
+    if odd := [name for name, x in maps.items() if not bool(x.isfinite().all())]:
+        raise TeacherError(
+            f"the teacher's map of stage {odd[0]} holds NaN or an infinity; check its weights and teacher.precision"
+        )
 
 
 def _with_stages(targets: OfOne, maps: dict[str, Tensor]) -> OfOne:

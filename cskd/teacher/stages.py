@@ -86,10 +86,10 @@ class Stages:
             yield maps
 
     def truncate(self, names: Sequence[str]) -> tuple[int, int]:
-        """Let go of the parameters of all modules that a forward up to these stages does not enter: after that `seen` must be asked
-        for these `alone`. Returns: the parameters that are left, and those that there were."""
+        """Let go of the numbers of all modules that a forward up to these stages does not enter: after that `seen` must be asked for
+        these `alone`. Returns: how many numbers of parameters and buffers are left, and how many there were."""
         entered = set[nn.Module]()
-        every = sum(p.numel() for p in self.model.parameters())
+        every = _numbers(self.model)
         handles = [m.register_forward_pre_hook(lambda module, _: entered.add(module)) for m in self.model.modules()]
         try:
             with self.seen(names, alone=True) as before:
@@ -98,18 +98,22 @@ class Stages:
             for handle in handles:
                 handle.remove()
         idle = [m for m in self.model.modules() if entered.isdisjoint(m.modules())]
-        kept = {id(p) for m in self.model.modules() if m not in idle for p in m.parameters(recurse=False)}
+        kept = {id(t) for m in self.model.modules() if m not in idle for t in _own(m).values()}
         for module in idle:
-            for name, parameter in module.named_parameters(recurse=False):
-                if id(parameter) not in kept:  # else another module shares it
-                    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+            for name, tensor in _own(module).items():
+                if id(tensor) in kept:  # another module shares it
+                    continue
+                if name in module._parameters:
+                    module._parameters[name] = nn.Parameter(tensor.to("meta"), requires_grad=False)
+                else:
+                    module._buffers[name] = tensor.to("meta")
         with self.seen(names, alone=True) as after:
             self.run()
         if not all(torch.equal(before[name], after[name]) for name in names):
             raise TeacherError(
                 f"the teacher gives another map of stage {names[0]} without its later layers; cache the stage instead"
             )
-        return sum(p.numel() for p in self.model.parameters() if not p.is_meta), every
+        return _numbers(self.model), every
 
     @contextlib.contextmanager
     def _watching(self, names: Sequence[str], alone: bool = False) -> Iterator[dict[str, Tensor]]:
@@ -151,6 +155,17 @@ class Stages:
                     f"stage {name} of the folded teacher is not what the network gives there: what follows it was fused into it; name "
                     "the module around it, or set teacher.fold: false"
                 )
+
+
+def _own(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own parameters and buffers."""
+    return {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+
+
+def _numbers(model: nn.Module) -> int:
+    """In parameters and buffers that are in memory, each once."""
+    held = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() for t in held.values() if not t.is_meta)
 
 
 def stage_of(model: nn.Module, name: str) -> nn.Module:
