@@ -1,8 +1,9 @@
 """Forward and backward of one rank's share of a step, micro-batch by micro-batch, up to the update.
 
-A step is a sum over micro-batches in fixed order. All terms of the loss are means over rows and all micro-batches have as many,
-so that the mean of their losses is the loss of the batch. Random draws inside the student belong to the micro-batch: it does not
-matter which rank computes it.
+A step is a sum over micro-batches in fixed order. All terms of the loss are means over rows, so that the mean of the losses of
+micro-batches, weighted by their rows, is the loss of the batch. Random draws inside the student belong to the micro-batch: it does
+not matter which rank computes it. Ranks may have different numbers of micro-batches: DistributedDataParallel averages over ranks,
+and the losses are scaled so that the mean over the rows of the global batch comes out.
 
 Shapes: B views of a rank's batch.
 """
@@ -43,19 +44,22 @@ class TrainStep:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One update from a batch; `step` from 0. seconds: those of 'teacher' and 'student' are added to.
 
-        Returns: the loss of the batch on this rank and its terms, detached scalars.
+        Returns: what this rank adds to the loss of the batch and to its terms, whose mean over ranks they are: detached scalars.
         """
         self._latest = batch, epoch, step
         run = self.run
         parts = micro_batches(batch, run.micro_batch)
-        first, count = run.ranks.rank * len(parts), len(parts)
+        share = run.plan.share(run.ranks.rank)
+        first, count = share.numbers.start, len(parts)
         losses, all_terms = [], []
         for i, part in enumerate(parts):
             apart = isinstance(self._net, DistributedDataParallel) and i + 1 < count
             with self._net.no_sync() if apart else contextlib.nullcontext():  # type: ignore[operator]
                 loss, terms = self._loss(self._net, part, epoch, step, first + i, seconds)
                 clock = time.perf_counter()
-                loss = loss / count if count > 1 else loss
+                divisor = share.divisor(len(part["label"]))
+                if divisor != 1:
+                    loss, terms = loss / divisor, {name: term / divisor for name, term in terms.items()}
                 if i + 1 < count:
                     run.optimisation.accumulate(loss)
                 else:
@@ -66,7 +70,7 @@ class TrainStep:
         if count == 1:
             return losses[0], all_terms[0]
         return torch.stack(losses).sum(), {
-            name: torch.stack([t[name] for t in all_terms]).mean() for name in all_terms[0]
+            name: torch.stack([t[name] for t in all_terms]).sum() for name in all_terms[0]
         }
 
     def _loss(
@@ -91,7 +95,7 @@ class TrainStep:
         run, settings = self.run, self.run.config.train
         rows = run.micro_batch
         run.optimisation.optimizer.zero_grad(set_to_none=True)
-        fits = probe(_halves(run.plan.global_batch // run.ranks.count, rows), self._attempt)
+        fits = probe(_halves(run.plan.share(run.ranks.rank).rows, rows), self._attempt)
         keys = [f"train.micro_batch={fits}" if fits else "a smaller train.micro_batch"] if rows > 2 else []
         keys += [] if settings.grad_checkpointing else ["train.grad_checkpointing=true"]
         keys += ["a smaller teacher.batch"] if run.targets.runs_teacher else []
@@ -113,9 +117,10 @@ class TrainStep:
 
 
 def micro_batches(batch: Batch, rows: int) -> list[Batch]:
-    """A batch in parts of `rows` views, in order; `rows` is even and divides it, so that both views of a mixed pair are in one."""
+    """A batch in parts of `rows` views, in order, the last of which may have fewer; `rows` is even, so that both views of a mixed
+    pair are in one."""
     whole = len(batch["label"])
-    if rows == whole:
+    if rows >= whole:
         return [batch]
     parts = [{name: t[i : i + rows] for name, t in batch.items()} for i in range(0, whole, rows)]
     return [part | {"partner": part["partner"] - i * rows} for i, part in enumerate(parts)]
