@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cskd.loading.sources import Batch
 from cskd.loading.targets import mixed_labels
 from cskd.machine.arithmetic import autocast
-from cskd.method.losses import AnyTargets, DistillationLoss, cells_term
+from cskd.method.losses import AnyTargets, DistillationLoss, StudentOutput, cells_term
 from cskd.pipeline.out_of_memory import Probe
 from cskd.pipeline.setup import even_divisors
 from cskd.pipeline.training_run import TrainingRun
@@ -36,6 +36,7 @@ class TrainStep:
         self.run, self.criterion = run, DistillationLoss(run.config.loss, cells_term(run.config.loss))
         self.inputs = InputMaker(run.student.mean, run.student.std, run.device)
         self._net = run.network()
+        self._settled = not isinstance(self._net, DistributedDataParallel)
         self._latest: tuple[Batch, int, int] | None = None  # what `advice` tries a part of
         self.begun: tuple[Batch, AnyTargets] | None = None  # the run's first micro-batch, till the next
 
@@ -51,6 +52,8 @@ class TrainStep:
         parts = micro_batches(batch, run.micro_batch)
         share = run.plan.share(run.ranks.rank)
         first, count = share.numbers.start, len(parts)
+        if not self._settled:
+            self._settle(parts[0])
         losses, all_terms = [], []
         for i, part in enumerate(parts):
             apart = isinstance(self._net, DistributedDataParallel) and i + 1 < count
@@ -73,6 +76,19 @@ class TrainStep:
             name: torch.stack([t[name] for t in all_terms]).sum() for name in all_terms[0]
         }
 
+    def _settle(self, part: Batch) -> None:
+        """Go forward and backward once, for nothing. After its first backward pass DistributedDataParallel orders its buckets anew,
+        and with three ranks or more the order in which sums are added up follows from them: so that is done before the first
+        step of a process, and a run that goes on adds up as one that nothing stopped."""
+        buffers = [(buffer, buffer.clone()) for buffer in self._net.buffers()]  # as batch norms have
+        out = self._forward(self._net, part)
+        torch.stack([t.float().sum() for t in _tensors(out) if t.requires_grad]).sum().backward()  # type: ignore[no-untyped-call]
+        self.run.optimisation.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        self._settled = True
+
     def _loss(
         self, net: torch.nn.Module, part: Batch, epoch: int, step: int, number: int, seconds: dict[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -84,11 +100,17 @@ class TrainStep:
         if number == 0:
             self.begun = (part, targets) if step == 0 else None
         reseed_step(run.config.train.seed, step, number)
-        with autocast(run.config.train.autocast, run.device):
-            out = net(self.inputs.mixed(part), run.views.grid if self.criterion.uses_patches else None)
+        out = self._forward(net, part)
         loss, terms = self.criterion(out, mixed_labels(part, run.device), targets, epoch)
         seconds["student"] += time.perf_counter() - clock
         return loss, terms
+
+    def _forward(self, net: torch.nn.Module, part: Batch) -> StudentOutput:
+        with autocast(self.run.config.train.autocast, self.run.device):
+            out: StudentOutput = net(
+                self.inputs.mixed(part), self.run.views.grid if self.criterion.uses_patches else None
+            )
+        return out
 
     def advice(self, probe: Probe) -> str:
         """After a step that there was no memory for: the micro-batch that there is memory for, and the keys to set."""
@@ -114,6 +136,15 @@ class TrainStep:
             loss.backward()  # type: ignore[no-untyped-call]
         finally:
             self.run.optimisation.optimizer.zero_grad(set_to_none=True)
+
+
+def _tensors(output: object) -> Iterator[Tensor]:
+    """All of what a student gives."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | tuple):
+        for one in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(one)
 
 
 def micro_batches(batch: Batch, rows: int) -> list[Batch]:

@@ -453,7 +453,7 @@ class TrainConfig(Section):
     """What evaluation sees of an image."""
     keep: Annotated[int, Ge(1), Le(1_000_000), Unit("files")] = 2
     """Newest resume states that are kept."""
-    save_every: Annotated[int | str, Predicate(interval), Unit("steps, or a time")] = "15min"
+    save_every: Annotated[int | str, Predicate(interval)] = "15min"
     """From one resume state to the next inside an epoch; 0 = only at its end."""
     window: Annotated[int, Ge(1), Le(1_000_000), Unit("blocks")] = 8
     """Blocks within which quads are shuffled."""
