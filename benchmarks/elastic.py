@@ -48,7 +48,7 @@ IMAGES, BATCH, MICRO, EPOCHS, SAVE = 96, 8, 2, 2, 3
 EPOCH = IMAGES // BATCH  # steps
 KILL = EPOCH + 5  # steps that are done when the agent is killed: in the second epoch, two after a state
 PAUSE = 0.3  # seconds that a step takes at least, so that something happens while the run is on
-PATIENCE = 400.0  # seconds for anything that is waited for
+PATIENCE = 900.0  # seconds for anything that is waited for
 RENDEZVOUS = "is_host=0,last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"  # quick, for one machine
 
 
@@ -56,7 +56,9 @@ RENDEZVOUS = "is_host=0,last_call_timeout=3,keep_alive_interval=1,keep_alive_max
 class Fed:
     """What one rank was fed in one step. rows: (sample, view)."""
 
-    stretch: tuple[int, int]  # when its process group was formed: restarts of the agent, and ranks
+    stretch: tuple[
+        int, int
+    ]  # between two losses: the step of the state that it went on from, 0 for none, and its ranks
     at: float
     agent: int  # process
     rank: int
@@ -158,9 +160,9 @@ def with_a_loss(folder: Path, lose: int, back: bool) -> tuple[bool, list[str]]:
             os.kill(child, signal.SIGKILL)
         os.kill(gone, signal.SIGKILL)
         agents = [one for one in agents if one.pid != gone]
-        print(f"killed the agent of rank {lose} and its worker after step {done(folder)}")
+        print(f"killed the agent of rank {lose} and its worker after step {done(folder)}", flush=True)
         if back:
-            wait_for(lambda: max(one.stretch for one in fed(folder / "record"))[0] > 0, agents, "the one that is left")
+            wait_for(lambda: any(one.stretch[1] == 1 for one in fed(folder / "record")), agents, "the one that is left")
             agents.append(agent(folder, store.port, 2))
         for one in agents:
             one.wait(PATIENCE)
@@ -194,15 +196,14 @@ def record(folder: Path, pause: float) -> None:
     """From now on write down each step of this process, once it is done."""
     folder.mkdir(exist_ok=True)
     real: Callable[..., Any] = TrainStep.__call__
-    about = [[int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "WORLD_SIZE")], time.time()]
-    here = [os.getppid(), int(os.environ.get("RANK", 0))]
 
     def recorded(self: TrainStep, batch: dict[str, Tensor], epoch: int, step: int, seconds: Any) -> Any:
         rows = list(zip(batch["sample"].tolist(), batch["view"].tolist(), strict=True))
         time.sleep(pause)
         result = real(self, batch, epoch, step, seconds)
         with (folder / f"{os.getpid()}.jsonl").open("a") as out:
-            print(json.dumps([*about, *here, step, rows]), file=out)
+            stretch = [self.run.state.resumed or 0, self.run.ranks.count]
+            print(json.dumps([stretch, time.time(), os.getppid(), self.run.ranks.rank, step, rows]), file=out)
         return result
 
     setattr(cskd.pipeline.train_step.TrainStep, "__call__", recorded)  # noqa: B010
@@ -234,7 +235,7 @@ def sequence(run: list[Fed]) -> tuple[dict[int, list[tuple[int, int]]], list[str
         for one in run:
             if one.stretch == stretch:
                 steps.setdefault(one.step, []).append(one)
-        whole = {step: parts for step, parts in steps.items() if len(parts) == max(1, stretch[1])}
+        whole = {step: parts for step, parts in steps.items() if len(parts) == stretch[1]}
         again = sorted(set(led) & set(whole))
         led |= {step: [row for part in parts for row in part.rows] for step, parts in whole.items()}
         ranks = f"{stretch[1]} rank{'s' if stretch[1] != 1 else ''}"
