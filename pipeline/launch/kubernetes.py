@@ -154,7 +154,9 @@ def _command(job: Job, stage: int) -> list[str]:
     if stage == 1:
         return there.command(1)
     host = f"{job.name}-stage2-0.{job.name}-stage2"
-    return there.torchrun(["--rdzv-id", job.name, "--rdzv-endpoint", f"{host}:{PORT}"])
+    # Seconds for all pods to come: one may have the image and a machine long before the others.
+    patience = ["--rdzv-conf", "read_timeout=600,join_timeout=1800"]
+    return there.torchrun(["--rdzv-id", job.name, "--rdzv-endpoint", f"{host}:{PORT}", *patience])
 
 
 def _resources(job: Job, stage: int) -> dict[str, Any]:

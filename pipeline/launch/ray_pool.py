@@ -55,8 +55,8 @@ class Pool:
         """Train, and leave with an exit code."""
         _leave(self.train)
 
-    def make_cache(self, watch: Callable[[list[Any]], None] | None = None) -> CacheReport:
-        """Stage 1. watch: called now and then with the actors, for tests.
+    def make_cache(self) -> CacheReport:
+        """Stage 1.
 
         Raises:  ConfigError where there is no Ray; what an actor found wrong, if a user can mend it; CskdError when all died.
         """
@@ -76,8 +76,6 @@ class Pool:
                         self._take(ray, call, calls.pop(call), reports, lost)
                     seen, progress.total, begun = ray.get(board.state.remote())
                     progress.update(seen, actors=f"{begun} of {self.actors}")
-                    if watch is not None:
-                        watch(actors)
         finally:
             for one in [*actors, board]:
                 ray.kill(one)
@@ -209,9 +207,6 @@ class _Worker:
             return "error", str(e)
         except OSError as e:
             return "error", said(e)
-
-    def pid(self) -> int:
-        return os.getpid()
 
 
 class _Node:

@@ -48,6 +48,8 @@ work=$!
 wait "$work"
 """
 
+_WHERE = ("--rdzv-id", "ID", "--rdzv-endpoint", "ENDPOINT")  # in whose place the script has variables
+
 _SUBMIT = """\
 #!/bin/bash
 # Submits {what}.
@@ -123,13 +125,18 @@ def _work(job: Job, stage: int) -> str:
         command = shlex.join([*inside, *job.torchrun([])])
     else:
         before = (
-            'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)\n'
+            'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)  # has the store by which all find each other\n'
             "port=$((20000 + SLURM_JOB_ID % 10000))  # two jobs may share a machine\n\n"
         )
-        where = ["--rdzv-id", "@ID@", "--rdzv-endpoint", "@ENDPOINT@"]
-        run = shlex.join([*inside, *job.torchrun(where)])
-        run = run.replace(shlex.join(where), '--rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head:$port"', 1)
-        command = f"srun --ntasks-per-node=1 --cpus-per-task={job.cpus(2)} --kill-on-bad-exit=1 \\\n  {run}"
+        program, *rest = job.torchrun([*_WHERE])
+        rest_of_it = shlex.join(rest).replace(
+            shlex.join(_WHERE), '--rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head:$port"', 1
+        )
+        start = f'exec {shlex.join([*inside, program])} --rdzv-conf "is_host=$((SLURM_NODEID == 0))" "$@"'
+        command = (
+            f"srun --ntasks-per-node=1 --cpus-per-task={job.cpus(2)} --kill-on-bad-exit=1 \\\n"
+            f"  bash -c {shlex.quote(start)} stage2 \\\n  {rest_of_it}"
+        )
         terminate = 'scancel --signal=TERM "$SLURM_JOB_ID"  # the tasks on all machines'
     return before + _WORK.format(notice=NOTICE, what=what, terminate=terminate, job=number, command=command)
 

@@ -1,0 +1,73 @@
+"""A pool of three actors on a Ray of this machine; two of them are killed in the middle."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from benchmarks.launch.bench import UNITS, WORKERS, Bench, until
+from cskd.pipeline.launch.launch import launch
+from cskd.pipeline.launch.options import Options
+
+NAME = "Ray"
+
+
+def missing() -> str:
+    """Why it can't run here, or nothing."""
+    return "" if importlib.util.find_spec("ray") else "ray is not installed (pip install 'cskd[ray]')"
+
+
+def actors(folder: Path) -> list[int]:
+    """The processes of actors that work in a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            ours = (process / "cmdline").read_bytes().startswith(b"ray::_Worker") and (
+                process / "cwd"
+            ).resolve() == folder
+        except OSError:
+            continue
+        found += [int(process.name)] if ours else []
+    return sorted(found)
+
+
+def run(bench: Bench, folder: Path) -> dict[str, Any]:
+    """Stage 1 with two kills, then stage 2 with torchrun on one machine, since there is one."""
+    import ray
+
+    cluster = ray.init(
+        address="local", num_cpus=WORKERS, include_dashboard=False, log_to_driver=False, logging_level="error"
+    )
+    try:
+        with contextlib.chdir(bench.folder):
+            return _run(bench, folder, cluster.address_info["address"])
+    finally:
+        ray.shutdown()
+
+
+def _run(bench: Bench, folder: Path, address: str) -> dict[str, Any]:
+    options = {**bench.options(address).__dict__, "nodes": 1}
+    report = launch("ray", bench.config, bench.sets(NAME), Path("launch/ray"), Options(**options))
+    with (folder / "ray.log").open("w+") as log:
+        driver = subprocess.Popen(["bash", "-c", report.run], stdout=log, stderr=log)
+        killed = []
+        for share in (0.2, 0.5):
+            until(lambda share=share: bench.units(NAME) >= share * UNITS or driver.poll() is not None, "units")  # type: ignore[misc]
+            if working := [pid for pid in actors(bench.folder) if pid not in killed]:
+                os.kill(working[0], signal.SIGKILL)
+                killed.append(working[0])
+        code = driver.wait(1800)
+        log.seek(0)
+        text = log.read()
+    return {
+        "killed": len(killed),
+        "exit_code": code,
+        "content_root": bench.sealed(NAME),
+        "trained": bench.trained(NAME),
+        "log": text,
+    }
