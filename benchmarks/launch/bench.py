@@ -11,10 +11,11 @@ import numpy as np
 from PIL import Image
 
 from cskd.config import load_config
-from cskd.files.read import parse_json, read_file
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.launch.options import Options
 from cskd.pipeline.pack import pack_data
+from cskd.store.cache import open_cache
+from cskd.store.seal import read_seal
 
 IMAGES, BLOCK, VIEWS = 96, 24, 9
 UNITS = IMAGES // BLOCK * VIEWS
@@ -88,9 +89,9 @@ class Bench:
         return len(list((self.folder / f"cache of {name}" / "commits").glob("*/*.json")))
 
     def sealed(self, name: str) -> str:
-        """The content root in the seal of a cache."""
-        seal = self.folder / f"cache of {name}" / "sealed.json"
-        return str(parse_json(read_file(seal))["content_root"]) if seal.exists() else "not sealed"
+        """The content root of a cache that is sealed."""
+        cache = open_cache(self.folder / f"cache of {name}")
+        return cache.content_root() if read_seal(cache) else "not sealed"
 
     def trained(self, name: str) -> bool:
         return (self.folder / f"run of {name}" / "model.safetensors").exists()
