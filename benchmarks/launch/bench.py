@@ -65,12 +65,13 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / 'it\'s $HOME, in "two" words'
-        noise = np.random.default_rng(0)
-        for i in range(IMAGES):
-            path = self.folder / "images" / "abcd"[i % 4] / f"{i:03d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(noise.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(path)
-        pack_data(self.folder / "images", self.folder / "data", shard_size=BLOCK, block=BLOCK, quiet=True)
+        if not (self.folder / "data").exists():
+            noise = np.random.default_rng(0)
+            for i in range(IMAGES):
+                path = self.folder / "images" / "abcd"[i % 4] / f"{i:03d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(noise.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(path)
+            pack_data(self.folder / "images", self.folder / "data", shard_size=BLOCK, block=BLOCK, quiet=True)
         (self.folder / "net.py").write_text(_TEACHER)
         self.config = self.folder / "tiny.yaml"
         self.config.write_text(_CONFIG)

@@ -17,6 +17,10 @@ from cskd.pipeline.launch.options import Options
 NAME = "Ray"
 
 
+# Seconds that Ray waits for its own processes, for a machine that is busy
+_PATIENT = {"RAY_raylet_start_wait_time_s": "600", "RAY_worker_register_timeout_seconds": "600"}
+
+
 def missing() -> str:
     """Why it can't run here, or nothing."""
     return "" if importlib.util.find_spec("ray") else "ray is not installed (pip install 'cskd[ray]')"
@@ -38,6 +42,7 @@ def actors(folder: Path) -> list[int]:
 
 def run(bench: Bench, folder: Path) -> dict[str, Any]:
     """Stage 1 with two kills, then stage 2 with torchrun on one machine, since there is one."""
+    os.environ.update(_PATIENT)
     import ray
 
     cluster = ray.init(

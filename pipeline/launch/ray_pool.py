@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from cskd.config import load_config
 from cskd.config.load import config_text
 from cskd.errors import ConfigError, CskdError, fitted, one_line, said
+from cskd.machine.ending import logged
 from cskd.machine.launch import WORKER, launched, without_launch
 from cskd.pipeline.cache_teacher import CacheReport, cache_teacher
 from cskd.pipeline.show.progress import Progress, say
@@ -61,10 +62,10 @@ class Pool:
         Raises:  ConfigError where there is no Ray; what an actor found wrong, if a user can mend it; CskdError when all died.
         """
         ray = self._connected()
-        board = ray.remote(num_cpus=0)(_Board).remote()
+        board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Board).remote()
         actor = ray.remote(**self._options(), max_restarts=self.retries, max_task_retries=self.retries)(_Worker)
         text = config_text(self.config)
-        actors = [actor.remote(number, self.folder, self.env) for number in range(self.actors)]
+        actors = [actor.remote(number, self.folder) for number in range(self.actors)]
         calls = {one.work.remote(text, self.sets, board): number for number, one in enumerate(actors)}
         reports: list[CacheReport] = []
         lost: list[str] = []
@@ -109,7 +110,7 @@ class Pool:
                 for i in range(self.actors):
                     nodes.append(
                         node.options(scheduling_strategy=strategy(group, placement_group_bundle_index=i)).remote(
-                            i, self.folder, self.env
+                            self.folder
                         )
                     )
                 endpoint = ray.get(nodes[0].endpoint.remote())
@@ -147,11 +148,15 @@ class Pool:
                     f"no Ray cluster at {self.address!r} ({one_line(e, 80)}); `ray start --head`, or launch with --address"
                 )
             ) from e
+        has = ray.cluster_resources()
+        if lacks := [f"{n:g} {what}" for what, n in self._bundle().items() if has.get(what, 0) < n]:
+            say([f"the cluster has no machine with {', '.join(lacks)} by now; this waits for one"])
         return ray
 
     def _options(self) -> dict[str, Any]:
         memory = {} if self.memory_gib is None else {"memory": self.memory_gib << 30}
-        return {"num_cpus": self.cpus, "num_gpus": self.gpus, **memory, **self.extra}
+        env = {"runtime_env": {"env_vars": self.env}} if self.env else {}  # is there before torch is loaded
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus, **memory, **env, **self.extra}
 
     def _bundle(self) -> dict[str, float]:
         options = self._options()
@@ -184,9 +189,8 @@ class _Board:
 class _Worker:
     """Stage 1 in this process, from the place of its number on."""
 
-    def __init__(self, number: int, folder: str, env: dict[str, str]) -> None:
+    def __init__(self, number: int, folder: str) -> None:
         os.chdir(folder)
-        os.environ.update(env)
         without_launch(os.environ)
         os.environ[WORKER] = str(number)
         self._number = number
@@ -212,9 +216,8 @@ class _Worker:
 class _Node:
     """torchrun, or one process alone, on this machine."""
 
-    def __init__(self, number: int, folder: str, env: dict[str, str]) -> None:
+    def __init__(self, folder: str) -> None:
         os.chdir(folder)
-        os.environ.update(env)
         without_launch(os.environ)
 
     def endpoint(self) -> str:
@@ -257,6 +260,8 @@ def _leave(work: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)
+    except Exception as e:
+        sys.exit(fitted(f"cskd: unexpected {one_line(e, 100)}; {logged(e)}"))
     sys.exit(0)
 
 
