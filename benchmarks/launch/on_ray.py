@@ -17,8 +17,8 @@ from cskd.pipeline.launch.options import Options
 NAME = "Ray"
 
 
-# Seconds that Ray waits for its own processes, for a machine that is busy
-_PATIENT = {"RAY_raylet_start_wait_time_s": "600", "RAY_worker_register_timeout_seconds": "600"}
+# For a machine that is busy: seconds that Ray waits for its processes, and no killing of them when memory is short
+_PATIENT = {"RAY_worker_register_timeout_seconds": "600", "RAY_memory_monitor_refresh_ms": "0"}
 
 
 def missing() -> str:
@@ -45,14 +45,29 @@ def run(bench: Bench, folder: Path) -> dict[str, Any]:
     os.environ.update(_PATIENT)
     import ray
 
-    cluster = ray.init(
-        address="local", num_cpus=WORKERS, include_dashboard=False, log_to_driver=False, logging_level="error"
-    )
+    address = _started(ray)
     try:
         with contextlib.chdir(bench.folder):
-            return _run(bench, folder, cluster.address_info["address"])
+            return _run(bench, folder, address)
     finally:
         ray.shutdown()
+
+
+def _started(ray: Any, tries: int = 10) -> str:
+    """The address of a Ray on this machine. It gives up by itself after half a minute, which a busy machine may need."""
+    for _ in range(tries - 1):
+        try:
+            return _init(ray)
+        except Exception as e:
+            if "timed out during startup" not in str(e):
+                raise
+            ray.shutdown()
+    return _init(ray)
+
+
+def _init(ray: Any) -> str:
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+    return str(ray.init(address="local", num_cpus=WORKERS, **quiet).address_info["address"])
 
 
 def _run(bench: Bench, folder: Path, address: str) -> dict[str, Any]:
