@@ -180,6 +180,11 @@ def _window(
 def rank_share(plan: EpochPlan, global_batch: int, rank: int, ranks: int) -> EpochPlan:
     """The rows of one rank: its contiguous, even share of every batch."""
     share = global_batch // ranks
-    sample = plan.sample.reshape(-1, ranks, share)[:, rank].reshape(-1)
-    view = plan.view.reshape(-1, ranks, share)[:, rank].reshape(-1)
-    return EpochPlan(sample, view, np.minimum(-(-plan.ends // global_batch) * share, len(sample)))
+    return batch_part(plan, global_batch, rank * share, (rank + 1) * share)
+
+
+def batch_part(plan: EpochPlan, global_batch: int, first: int, stop: int) -> EpochPlan:
+    """Rows first .. stop-1 of every batch."""
+    sample = plan.sample.reshape(-1, global_batch)[:, first:stop].reshape(-1)
+    view = plan.view.reshape(-1, global_batch)[:, first:stop].reshape(-1)
+    return EpochPlan(sample, view, np.minimum(-(-plan.ends // global_batch) * (stop - first), len(sample)))
