@@ -4,7 +4,8 @@
 
 ImageNet x 300 views, by DeiT's `repeats: 3`. How often each file is read comes from running the program's own table code for
 every simulated node (of 128 nodes, 8 evenly spread), all its ranks at once, on a small made cache, and counting what is opened;
-so does what a start opens. That is multiplied by the sizes and counts of ImageNet. Every constant is measured here, measured elsewhere by a command that is
+so does what a start opens. That is multiplied by the sizes and counts of ImageNet. Every constant is measured here, measured
+elsewhere by a command that is
 named, or sourced; the table of them says which. Nothing ran on a real cloud.
 
 Without --write the tables are printed, else put between the markers of the page. One JSON line comes last. About 3 minutes.

@@ -35,7 +35,7 @@ from cskd.machine.arithmetic import arithmetic
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import Threads, begun_with
 from cskd.method.ckf import blend_at
-from cskd.method.losses import AGREEMENT, cells_term, expanded, needs_teacher, refuse_gaps, terms_of
+from cskd.method.terms import AGREEMENT, cells_term, expanded, needs_teacher, refuse_gaps, terms_of
 from cskd.pipeline.conflicts import (
     as_begun,
     changed_on_resume,
@@ -44,6 +44,7 @@ from cskd.pipeline.conflicts import (
     run_identity,
 )
 from cskd.pipeline.evaluate import Found, score_heads
+from cskd.pipeline.live_stages import first_layers
 from cskd.pipeline.online import open_baseline, open_online
 from cskd.pipeline.precheck import TRAINING, refuse
 from cskd.pipeline.run_state import PROGRESS, RunState, named_bests
@@ -335,4 +336,5 @@ def _open_views(
     first = cache if isinstance(cache, Cache) else cache.first
     notes.add(first.manifest.notes or [])
     notes.add(check_versions(first) if verify_replay else [])
-    return cache, CachedTargets(cache, config.loss, config.train.epochs)
+    live = first_layers(first, config.loss, device, notes)
+    return cache, CachedTargets(cache, config.loss, config.train.epochs, live)
