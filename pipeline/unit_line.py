@@ -359,15 +359,16 @@ class UnitLine:
         """In the writer: one commit per view, then the claim is given back. Returns units and seconds."""
         if work.draft is not None:
             work.draft.exception()  # waits: another writer may be at it, and no draft may come after the commit
-        clock = time.perf_counter()
+        clock, made = time.perf_counter(), 0
         for view, unit in zip(work.views, work.units, strict=True):
             if not has_claims(self._cache) and self._cache.commit_of(work.block, view) is not None:
                 self.wasted, self.met = self.wasted + 1, True
                 continue
             self._cache.add_unit(work.block, view, *unit.finish(), work.quarantine, unit.errors)
             remove_drafts(self._cache, work.block, view)
+            made += 1
         self._claims.release([work.claim])
-        return len(work.views), time.perf_counter() - clock
+        return made, time.perf_counter() - clock
 
     def _committed(self) -> None:
         units, seconds = self._writing.popleft().result()
