@@ -36,6 +36,7 @@ class StudentOutput(NamedTuple):
     tokens: Tensor | None = None  # [B, H, W, C], the last patch tokens on the student's grid; None when not asked for
     projected: Mapping[str, Tensor] | None = None  # by name of a term of features, see `cskd.student.projections`
     token_logits: Mapping[str, Tensor] | None = None  # [B, K] each, by names of `student.tokens`; None without them
+    blocks: Mapping[int, Tensor] | None = None  # [B, H, W, C] of each block that was asked for, before the final norm
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,11 @@ class BothTargets:
 class FeatureTargets:
     """For a loss with terms of features, next to what its other terms read."""
 
-    features: Tensor  # float32 [B, C, h, w], the teacher's last feature map
+    features: Tensor | None  # float32 [B, C, h, w], the teacher's last feature map; None where only stages are read
     logits: HardTargets | SoftTargets | BothTargets | None = None
+    stages: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # maps of earlier stages, each with channels and grid of its own
 
 
 OfOne = HardTargets | SoftTargets | BothTargets | FeatureTargets | None
@@ -167,7 +171,7 @@ class DistillationLoss:
         if isinstance(targets, Mapping):
             targets = targets[term.cache]
         if term.of_features:
-            return feature_loss(_projected(term, output), _features(targets), term)
+            return feature_loss(_projected(term, output), _features(targets, term), term)
         logits = _logits(term.head, output)
         if term.target == "label":
             return label_loss(logits, labels, term.smoothing)
@@ -309,10 +313,13 @@ def _projected(term: LossTerm, output: StudentOutput) -> Tensor:
     return _full(output.projected[term.title])
 
 
-def _features(targets: OfOne) -> Tensor:
+def _features(targets: OfOne, term: LossTerm) -> Tensor:
     if not isinstance(targets, FeatureTargets):
         raise TypeError(f"targets are {type(targets).__name__}, expected FeatureTargets for a term of features")
-    return targets.features
+    found = targets.stages.get(term.stage) if term.stage else targets.features
+    if found is None:
+        raise ValueError(f"no map for {term.title}: the targets have the stages {list(targets.stages)}")
+    return found
 
 
 def _hard(targets: OfOne) -> HardTargets:

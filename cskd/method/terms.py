@@ -39,7 +39,8 @@ def expanded(config: LossConfig) -> list[LossTerm]:
     c = config
     label = LossTerm("class", "label", weight=1 - c.alpha, smoothing=c.smoothing, name="label")
     kind: Literal["kl", "ce"] = "kl" if c.method.endswith("soft") else "ce"
-    taught = LossTerm(tau=c.tau, divisor="paper" if c.soft_reduction == "paper" else "rows")
+    divisor: Literal["rows", "paper"] = "paper" if c.soft_reduction == "paper" else "rows"
+    taught = LossTerm(tau=c.tau, divisor=divisor) if kind == "kl" else LossTerm()
     dist = replace(taught, head="distillation", target="global", kind=kind, weight=c.alpha, name="dist")
     of_method: list[LossTerm] = []
     if c.method == "none":
@@ -71,23 +72,26 @@ def needs_teacher(config: LossConfig) -> bool:
 
 def counts(term: LossTerm, epoch: int) -> bool:
     """Whether a term counts in an epoch, from 0."""
-    return term.epochs is None or term.epochs[0] <= epoch < term.epochs[1]
+    first, end = term.epochs or (0, None)
+    return (first or 0) <= epoch and (end is None or epoch < end)
 
 
 @dataclass(frozen=True)
 class Needs:
     """What a loss reads of a teacher. hard: classes of the image, or of cells too; soft: logits; decays: of terms that have their own;
-    features: the feature map."""
+    features: the last feature map; stages: the earlier ones whose maps are read, live: those of them that no cache has."""
 
     hard: Literal["none", "global", "cells"]
     soft: bool
     decays: tuple[Decay, ...]  # of cells' classes
     soft_decays: tuple[Decay, ...]
     features: bool = False
+    stages: tuple[str, ...] = ()
+    live: tuple[str, ...] = ()
 
     @property
     def nothing(self) -> bool:
-        return self.hard == "none" and not self.soft and not self.features
+        return self.hard == "none" and not self.soft and not self.features and not self.stages
 
 
 def needs(config: LossConfig, cache: str = "") -> Needs:
@@ -101,7 +105,9 @@ def needs(config: LossConfig, cache: str = "") -> Needs:
         any(term.kind != "ce" for term in terms),
         tuple(dict.fromkeys(t.decay for t in of_cells if t.decay and t.kind == "ce")),
         tuple(dict.fromkeys(t.decay for t in of_cells if t.decay and t.kind != "ce")),
-        len(terms) < len(read),
+        any(term.of_features and not term.stage for term in read),
+        tuple(dict.fromkeys(term.stage for term in read if term.stage)),
+        tuple(dict.fromkeys(term.stage for term in read if term.stage and term.live)),
     )
 
 
@@ -185,7 +191,7 @@ def refuse_gaps(config: LossConfig, epochs: int) -> None:
     terms = expanded(config)
     borders = {
         0,
-        *(-int(-edge // 1) for term in terms for edge in term.epochs or ()),
+        *(-int(-edge // 1) for term in terms for edge in term.epochs or () if edge is not None),
     }  # where a term begins, or has ended
     for epoch in sorted(border for border in borders if border < epochs):
         if not any(counts(term, epoch) for term in terms):
@@ -210,3 +216,8 @@ def unread_keys(loss: LossConfig, given: Collection[str]) -> list[str]:
 def cells_term(loss: LossConfig) -> LossTerm | None:
     """The first term of a loss that teaches patch tokens the teacher's cells; None where none does: nothing to agree with."""
     return next((t for t in expanded(loss) if not t.own and (t.head, t.target) == ("patches", "cells")), None)
+
+
+def blocks_of(config: LossConfig) -> tuple[int, ...]:
+    """The student's blocks whose tokens a loss reads, each once; -1 the last one."""
+    return tuple(dict.fromkeys(term.block for term in expanded(config) if term.block is not None))

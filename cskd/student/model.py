@@ -9,7 +9,8 @@ Source: arXiv 2307.08500, section 3; models/vision_transformer.py of the authors
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from cskd.files.weights import READ_BY_TIMM
 from cskd.method.losses import StudentOutput
 from cskd.method.terms import HEADS, TOKEN, read_heads, refuse_other_tokens, trained_heads
 from cskd.near import did_you_mean
+from cskd.student.blocks import depth_of, of_blocks
 from cskd.student.cells import Layout, cell_logits, measure
 from cskd.student.heads import UNTRAINED, heads_of, shared_head_note, untrained_note
 from cskd.student.tokens import add_heads, refuse_tokens, token_logits
@@ -88,16 +90,19 @@ class Student(nn.Module):
         ):
             head.requires_grad_(TOKEN + token in read_heads(loss, False, self.tokens))
 
-    def forward(self, images: Tensor, teacher_grid: Grid | None = None, tokens: bool = False) -> StudentOutput:
+    def forward(
+        self, images: Tensor, teacher_grid: Grid | None = None, tokens: bool = False, blocks: Sequence[int] = ()
+    ) -> StudentOutput:
         """Logits of every head.
 
         Args:    images float32 [B, 3, H, W], normalised; teacher_grid (h, w), None = no patch logits, (1, 1) = their
-                 mean over the image, which is all that evaluation needs; tokens: give the patch tokens, too.
+                 mean over the image, which is all that evaluation needs; tokens: give the patch tokens, too; blocks: give those of
+                 these blocks, -1 the last, see `refuse_blocks`.
         Returns: float32 logits whatever the autocast: a loss in bf16 would be too coarse.
         Raises:  StudentError for a teacher grid finer than the patch grid.
         """
         vit = self.backbone
-        features = vit.forward_features(images)  # [B, prefix + N, C], after the final norm
+        features, found = self._features(images, blocks)  # [B, prefix + N, C], after the final norm
         pooled = dist = patches = None
         own, grid = features[:, vit.num_prefix_tokens :], self._grid_at((images.shape[-2], images.shape[-1]))
         if teacher_grid is not None:
@@ -118,7 +123,35 @@ class Student(nn.Module):
             None if patches is None else patches.permute(0, 3, 1, 2).float(),
             own.reshape(len(own), *grid, -1) if tokens else None,
             token_logits=token_logits(vit, self.tokens, features) if self.tokens else None,
+            blocks=found,
         )
+
+    def _features(self, images: Tensor, blocks: Sequence[int]) -> tuple[Tensor, dict[int, Tensor] | None]:
+        """The last features, and [B, H, W, C] of blocks."""
+        if not blocks:
+            return self.backbone.forward_features(images), None
+        features, maps = of_blocks(self.backbone, images, sorted({n % self.depth for n in blocks}))
+        return features, {n: maps[n % self.depth].permute(0, 2, 3, 1) for n in blocks}
+
+    @cached_property
+    def depth(self) -> int:
+        """How many blocks, or stages, timm's forward_intermediates gives; 0 where the model has no such method."""
+        return depth_of(self.backbone, self.image_size)
+
+    def refuse_blocks(self, blocks: Sequence[int]) -> None:
+        """StudentError for a block that there is not."""
+        if not blocks:
+            return
+        if not self.depth:
+            raise StudentError(
+                f"loss.terms: student {self.config.model} does not give the tokens of its blocks (timm's forward_intermediates); "
+                "teach head: tokens, or take another model"
+            )
+        if max(blocks) >= self.depth:
+            raise StudentError(
+                f"loss.terms: head block:{max(blocks)}, and student {self.config.model} has blocks 0 to {self.depth - 1}; name one of "
+                "these, or block:last"
+            )
 
     def check_grid(self, teacher_grid: Grid) -> None:
         """StudentError when the teacher's grid is finer than the student's: a token can't be split."""
@@ -222,16 +255,18 @@ class MapStudent(Student):
             )
         self.notes = [*about, *self.notes]
 
-    def forward(self, images: Tensor, teacher_grid: Grid | None = None, tokens: bool = False) -> StudentOutput:
+    def forward(
+        self, images: Tensor, teacher_grid: Grid | None = None, tokens: bool = False, blocks: Sequence[int] = ()
+    ) -> StudentOutput:
         """As `Student.forward`, of images of the size that the layout was measured with."""
-        features = self.backbone.forward_features(images)
+        features, found = self._features(images, blocks)
         cls, patches = self.backbone.forward_head(features), None
         cells = self.layout.cells(features) if tokens or teacher_grid is not None else None
         if teacher_grid is not None and cells is not None:
             self.check_grid(teacher_grid)
             pooled = pool_tokens(cells.flatten(1, 2), (cells.shape[1], cells.shape[2]), teacher_grid)
             patches = cell_logits(self.backbone, self.layout, pooled).permute(0, 3, 1, 2).float()
-        return StudentOutput(cls.float(), None, patches, cells if tokens else None)
+        return StudentOutput(cls.float(), None, patches, cells if tokens else None, blocks=found)
 
     def _norm(self) -> str:
         return ""  # what `measure` found of the head is said already

@@ -56,7 +56,7 @@ def settings(base: Path, teacher: str = "first", terms: Any = TERMS, **sections:
         base,
         sections.pop("run", "run"),
         data={"val": ""},
-        teacher={"model": f"{base / f'{teacher}.py'}:build", "batch": 8, "min_top1": 0.0},
+        teacher={"model": f"{base / f'{teacher}.py'}:build", "batch": 8, "min_top1": 0.0, "precision": "float64"},
         cache={"path": str(base / f"cache {teacher}"), "codecs": codecs, **sections.pop("cache", {})},
         train={"epochs": 2, "caches": {"second": str(base / "cache second")}, **sections.pop("train", {})},
         **sections,
@@ -194,9 +194,26 @@ def test_caches_that_do_not_fit_the_terms_are_refused(base: Path, terms: Any, tr
         train(settings(base, run="refused", terms=terms, train=train_), quiet=True)
 
 
-def test_a_live_teacher_is_one(base: Path) -> None:
-    with pytest.raises(ConfigError, match=r"train\.caches.*--online"):
-        train(settings(base, run="live"), online=True, quiet=True)
+def test_a_student_of_two_live_teachers_is_that_of_their_caches(base: Path) -> None:
+    live = train(settings(base, run="live", terms=TERMS[:3]), online=True, quiet=True)
+    cached = train(settings(base, run="cached", terms=TERMS[:3]), quiet=True)
+    digests = [hashlib.sha256((Path(r.output) / "model.safetensors").read_bytes()).hexdigest() for r in (live, cached)]
+    assert digests[0] == digests[1]
+    assert (live.teacher_forwards > 0, cached.teacher_forwards) == (True, 0)
+
+
+def test_a_second_live_teacher_is_that_of_its_cache(base: Path, tmp_path: Path) -> None:
+    other = {"path": str(tmp_path / "other"), "views": 3}
+    cache_teacher(settings(base, "second", cache=other, recipe={"seed": 7}), quiet=True)
+    with pytest.raises(CacheError, match=r"train.caches.second: .*recipe.*this config has"):
+        train(settings(base, run="live 2", train={"caches": {"second": other["path"]}}), online=True, quiet=True)
+    source = (base / "second.py").read_text()
+    (base / "second.py").write_text(source.replace("manual_seed(4)", "manual_seed(5)"))
+    try:
+        with pytest.raises(CacheError, match=r"the teacher's .* was .*, now it is"):
+            train(settings(base, run="live 2"), online=True, quiet=True)
+    finally:
+        (base / "second.py").write_text(source)
 
 
 @pytest.mark.parametrize("term", [{**TERMS[1], "kind": "kl"}, {**TERMS[2], "kind": "kl"}], ids=["first", "second"])
