@@ -21,10 +21,10 @@ from cskd.dataset.inventory import Inventory
 from cskd.errors import ConfigError
 from cskd.files.durable import put
 from cskd.files.hub import record_pins
-from cskd.files.scratch import new_scratch
 from cskd.files.writer import Writer
 from cskd.loading.feed import fed
 from cskd.loading.need import prefetch_of
+from cskd.loading.node_scratch import node_scratch
 from cskd.loading.plan import PlanSpec
 from cskd.loading.raw_batches import DeviceViews, RawBatchMaker
 from cskd.loading.sources import Batch, TargetSource, ViewSource
@@ -39,6 +39,7 @@ from cskd.method.terms import AGREEMENT, cells_term, expanded, needs_teacher, re
 from cskd.pipeline.conflicts import (
     as_begun,
     changed_on_resume,
+    micro_batch_begun,
     own_output,
     refuse_other_run,
     run_identity,
@@ -154,7 +155,7 @@ class TrainingRun:
             self.plan,
             targets=self.targets.spec,
             evaluate=lambda epoch: self.eval_tasks if self.evaluates(epoch) else [],
-            scratch=new_scratch(self.output, self.ranks.rank),
+            scratch=node_scratch(self.output, settings.scratch, self.ranks, self.device),
             ahead=self.workers * prefetch_of(self.workers, settings.prefetch),
             start=self.step,
             stop=self.stop,
@@ -240,18 +241,19 @@ def open_run(
     settings = config.train
     alone = from_images(config, record)
     views, targets = _open_views(config, device, ranks, verify_replay, online, alone, quiet, notes)
-    setup = Setup(config, views, device, threads, ranks.count, online, targets.maps)
+    setup = Setup(config, views, device, threads, ranks.count, online, targets.maps, micro_batch_begun(record))
     ahead = refuse(TRAINING, setup)
     student, plan, val, optimisation = setup.student, setup.plan, setup.val, setup.optimisation
     notes.add([*ahead.notes, *as_before, *half_notes(settings.autocast, device)])
     config = with_best(config, student)
-    identity = run_identity(config, views, plan.views, ranks.count, online, device, val)
+    identity = run_identity(config, views, plan.views, ranks.count, online, device, val, setup.micro_batch)
     refuse_gaps(config.loss, settings.epochs)
     loaded = states.load(student, optimisation)
     ranks.refuse_differing(loaded.step if loaded else 0, device)
     stop = min(settings.epochs * plan.steps, settings.max_steps or 1 << 62)
     terms = (*terms_of(config.loss), *([AGREEMENT] if cells_term(config.loss) else []))
-    state = RunState(ranks, device, terms, len(views.inventory.classes), optimisation.scaler is not None)
+    scaled, weight = optimisation.scaler is not None, plan.share(ranks.rank).weight
+    state = RunState(ranks, device, terms, len(views.inventory.classes), scaled, weight)
     if loaded:
         begun = {name: value for name, value in loaded.info.items() if name != PROGRESS}
         notes.add(loaded.warnings)

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Len, Lt, MultipleOf, Predicate, Unit
 
 from cskd.config.bounds import check
+from cskd.config.every import interval
 from cskd.config.rand_string import parse_rand_string
 from cskd.errors import ConfigError
 
@@ -447,13 +448,17 @@ class TrainConfig(Section):
 
     output: Annotated[str, Unit("folder")] = ""
     """Folder of the run."""
+    scratch: Annotated[str, Unit("folder")] = ""
+    """Folder on a local disk, there already, for the tables of the targets of the epochs under way: one for all ranks of a machine;
+    empty = that of temporary files."""
     epochs: Annotated[int, Ge(1), Le(1_000_000), Unit("epochs")] = 300
     """Length of the schedule."""
     global_batch: Annotated[int, Ge(1), Le(1 << 24), Unit("views")] = 1024
-    """Views of one step over all ranks; each rank has an even number."""
+    """Views of one step over all ranks, an even number."""
     micro_batch: Annotated[int | None, Ge(2), MultipleOf(2), Unit("views")] = None
-    """Views of one forward and backward; a step adds up the gradients of as many as its batch has. Takes less memory and gives
-    the same step up to rounding; divides the batch of a rank. null = all of them at once."""
+    """Views of one forward and backward; a step adds up the gradients of as many as its batch has, shared among the ranks. Takes
+    less memory and gives the same step up to rounding, with any number of ranks. null = the views of a rank at once, as many as
+    when the run was begun."""
     grad_checkpointing: bool = False
     """Keep only the input of each block of the student and compute the rest again in the backward pass: the same gradients, a
     fraction of the memory, about a third more time."""
@@ -517,8 +522,8 @@ class TrainConfig(Section):
     """What evaluation sees of an image."""
     keep: Annotated[int, Ge(1), Le(1_000_000), Unit("files")] = 2
     """Newest resume states that are kept."""
-    save_every: Annotated[int, Ge(0), Unit("steps")] = 0
-    """Steps from one resume state to the next inside an epoch; 0 = only at its end."""
+    save_every: Annotated[int | str, Predicate(interval)] = "15min"
+    """From one resume state to the next inside an epoch; 0 = only at its end."""
     window: Annotated[int, Ge(1), Le(1_000_000), Unit("blocks")] = 8
     """Blocks within which quads are shuffled."""
     max_steps: Annotated[int, Ge(0), Unit("steps")] = 0
