@@ -18,6 +18,18 @@ from annotated_types import Ge, Gt, Le, Len, Lt, MultipleOf, Predicate, Unit
 
 from cskd.config.bounds import check
 from cskd.config.every import interval
+from cskd.config.predicates import (
+    KINDS,
+    OF_MAPS,
+    distinct,
+    folders,
+    is_head,
+    is_target,
+    once,
+    rising,
+    span,
+    tokens_named,
+)
 from cskd.config.rand_string import parse_rand_string
 from cskd.errors import ConfigError
 
@@ -26,59 +38,6 @@ Decay = Literal["linear", "quadratic", "cosine", "local", "global"]
 Autocast = Literal["auto", "none", "bf16", "fp16"]
 Precision = Literal["auto", "float32", "tf32", "bf16", "fp16", "float64"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
-_OF_FEATURES = ("mse", "smooth_l1", "cosine")
-HEADS = ("class", "distillation", "mean", "patches", "tokens")  # of a term of the loss, and block:N
-KINDS = {  # of a term of the loss, by its target
-    "label": ("ce",),
-    "global": ("ce", "kl", "dkd"),
-    "cells": ("ce", "kl"),
-    "features": _OF_FEATURES,
-    "pooled": _OF_FEATURES,
-}
-
-
-def rising(pair: list[float]) -> bool:
-    """[low, high] with low <= high"""
-    return pair[0] <= pair[1]
-
-
-def span(pair: list[float | None]) -> bool:
-    """[first, end], first below end, null to the end"""
-    first, end = pair
-    return first is not None and first >= 0 and (end is None or first <= end)
-
-
-def is_head(name: str) -> bool:
-    """one of class, distillation, mean, patches, tokens, token:NAME, block:N, block:last"""
-    return name in HEADS or re.fullmatch(r"block:(last|\d{1,4})|token:[a-z][a-z0-9_]{0,39}", name) is not None
-
-
-def is_target(name: str) -> bool:
-    """one of label, global, cells, features, pooled, stage:NAME"""
-    return name in KINDS or re.fullmatch(r"stage:[A-Za-z0-9_][A-Za-z0-9_.]{0,63}", name) is not None
-
-
-def distinct(codecs: list[str]) -> bool:
-    """each codec once (topk10 is topk:10)"""
-    return len({name.replace(":", "") for name in codecs}) == len(codecs)
-
-
-def folders(caches: dict[str, Any]) -> bool:
-    """a folder for each name of a-z, 0-9, _ and -"""
-    return all(
-        re.fullmatch("[a-z0-9_-]{1,40}", name) and isinstance(path, str) and path for name, path in caches.items()
-    )
-
-
-def tokens_named(names: list[str]) -> bool:
-    """each once, of a-z, 0-9 and _, a letter first"""
-    return once(names) and all(re.fullmatch("[a-z][a-z0-9_]{0,39}", name) for name in names)
-
-
-def once(names: list[str]) -> bool:
-    """each once"""
-    return len(set(names)) == len(names)
-
 
 Probability = Annotated[float, Ge(0), Le(1), Unit("probability")]
 Share = Annotated[float, Ge(0), Le(1), Unit("share")]
@@ -328,7 +287,7 @@ class LossTerm(Section):
                     f"{key}: a term with own: {self.own!r} does not read {', '.join(other)}; leave them out"
                 )
             return
-        kinds = _OF_FEATURES if self.stage else KINDS[self.target]
+        kinds = OF_MAPS if self.stage else KINDS[self.target]
         if self.kind not in kinds:
             raise ConfigError(
                 f"{key}: a term with target {self.target} has kind {self.kind}, expected {', '.join(kinds)}; set kind: {kinds[0]}"
