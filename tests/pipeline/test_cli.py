@@ -342,7 +342,7 @@ def test_an_interrupt_that_a_library_swallows_ends_the_run_all_the_same(grace: f
     code = f"""
 import os, signal, sys, time
 from cskd import cli
-from cskd.machine import ending, stops
+from cskd.machine import ending
 def deaf(standalone_mode):
     for _ in range({signals}):
         try:
