@@ -21,25 +21,28 @@ from cskd.files.read import refuse_links
 from cskd.files.writer import LOCK
 from cskd.loading.sources import ViewSource
 from cskd.machine.arithmetic import half
-from cskd.method.losses import own_terms
+from cskd.method.terms import own_terms
 from cskd.pipeline.show.trackers import RECORD
 from cskd.store.cache import Cache, differences
 from cskd.store.format import RESOLVED
 from cskd.store.manifest import read_manifest
 from cskd.student.checkpoint import MODEL, MODEL_BEST, MODEL_EMA, MODEL_LAST
+from cskd.student.tokens import heads_file
 
 # Facts of the teacher that a config for training may repeat; weights may lie elsewhere, batch and device don't matter.
 _TEACHER = ("model", "kwargs", "input_size", "mean", "std", "classes", "dense", "grid")
 # Files of a run that replace what has their name; the folders next to them hold names of their own.
 RESULTS, CONFUSION, CONFUSION_TABLE, FIRST_BATCH = "results.png", "confusion.png", "confusion.csv", "train_batch0.png"
 _RUN_FILES = (
-    *(MODEL, MODEL_LAST, MODEL_EMA, MODEL_BEST, "config.json", "metrics.jsonl", "metrics.csv", RECORD),
+    *(MODEL, MODEL_LAST, MODEL_EMA, MODEL_BEST),
+    *(heads_file(Path(name)).name for name in (MODEL, MODEL_LAST, MODEL_EMA, MODEL_BEST)),
+    *("config.json", "metrics.jsonl", "metrics.csv", RECORD),
     *(RESULTS, CONFUSION, CONFUSION_TABLE, FIRST_BATCH),
 )
 RUN_NAMES = (*_RUN_FILES, RESOLVED, PINS, "unreadable.json", "resume", "scratch", "tensorboard", "wandb", MARKER, LOCK)
 # Keys that don't change which numbers a run ends with: they may differ when it is resumed.
 _FREE = (
-    "output", "workers", "threads", "device", "eval_every", "keep", "save_every", "max_steps", "trackers", "prefetch",
+    "output", "scratch", "workers", "threads", "device", "eval_every", "keep", "save_every", "max_steps", "trackers", "prefetch",
     "export", "augment", "caches",  # of these the fingerprints decide
 )  # fmt: skip
 # What else may differ when a run is resumed, with what a note says of it: all of it is read again at every step, so the

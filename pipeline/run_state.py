@@ -17,7 +17,7 @@ from torch import Tensor
 from cskd.errors import ConfigError, NotFiniteError, StudentError
 from cskd.files.weights import first_not_finite
 from cskd.machine.ranks import Ranks
-from cskd.method.losses import AGREEMENT
+from cskd.method.terms import AGREEMENT
 from cskd.pipeline.conflicts import change_note
 from cskd.student import Student
 from cskd.student.best import Best, BestWeights

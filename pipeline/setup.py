@@ -35,7 +35,8 @@ from cskd.machine.devices import named_device, pick_device
 from cskd.machine.launch import launched
 from cskd.machine.threads import Threads, choose_threads
 from cskd.method.features import MapShape
-from cskd.method.losses import DistillationLoss, needs_teacher
+from cskd.method.losses import DistillationLoss
+from cskd.method.terms import blocks_of, needs_teacher
 from cskd.pipeline.conflicts import refuse_conflicts
 from cskd.store.cache import Cache, open_cache
 from cskd.store.format import MANIFEST
@@ -45,7 +46,7 @@ from cskd.store.usable import refuse_other_code, usable_views
 from cskd.student import Student, build_student
 from cskd.student.best import score_asked
 from cskd.student.optim import Optimisation
-from cskd.student.projections import Projections, token_width
+from cskd.student.projections import Projections, token_widths
 from cskd.teacher.model import Teacher, load_teacher
 from cskd.views.fit import evaluation_notes
 from cskd.views.maker import ViewMaker
@@ -112,6 +113,10 @@ class Setup:
         names = Counter(codec.name for codec in codecs.values())
         if twice := [name for name, codec in codecs.items() if names[codec.name] > 1]:
             raise ConfigError(f"cache.codecs lists {' and '.join(twice)}, which are one codec; leave one of them out")
+        if not any(codec.has_classes for codec in codecs.values()):
+            raise ConfigError(
+                f"cache.codecs is {list(codecs)}: maps of stages, and no targets of classes, which each cache has; add envelope"
+            )
         return codecs
 
     @cached_property
@@ -149,6 +154,7 @@ class Setup:
                 student = build_student(config.student, classes, size)
             student.to("meta")
         student.taught_by(config.loss)
+        student.refuse_blocks(blocks_of(config.loss))
         if self.device is not None and self.device.type == "cpu" and half(config.train.autocast, self.device) == "bf16":
             student.unfuse_attention()
         if config.train.grad_checkpointing:
@@ -170,8 +176,8 @@ class Setup:
         for term in self.config.loss.terms:
             if term.target == "features":
                 self.student.check_grid(self.maps[term.cache].grid)
-        width, seed = token_width(self.student), self.config.train.seed
-        return Projections(self.config.loss, width, self.maps, seed).to(self.device)
+        loss, seed = self.config.loss, self.config.train.seed
+        return Projections(loss, token_widths(self.student, loss), self.maps, seed).to(self.device)
 
     @cached_property
     def cache_device(self) -> tuple[torch.device, list[str]]:

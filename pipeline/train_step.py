@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from cskd.loading.sources import Batch
 from cskd.loading.targets import mixed_labels
 from cskd.machine.arithmetic import autocast
-from cskd.method.losses import AnyTargets, DistillationLoss, StudentOutput, cells_term
+from cskd.method.losses import AnyTargets, DistillationLoss, StudentOutput
+from cskd.method.terms import cells_term
 from cskd.pipeline.out_of_memory import Probe
 from cskd.pipeline.setup import even_divisors
 from cskd.pipeline.training_run import TrainingRun

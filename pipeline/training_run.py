@@ -21,10 +21,10 @@ from cskd.dataset.inventory import Inventory
 from cskd.errors import ConfigError
 from cskd.files.durable import put
 from cskd.files.hub import record_pins
-from cskd.files.scratch import new_scratch
 from cskd.files.writer import Writer
 from cskd.loading.feed import fed
 from cskd.loading.need import prefetch_of
+from cskd.loading.node_scratch import node_scratch
 from cskd.loading.plan import PlanSpec
 from cskd.loading.raw_batches import DeviceViews, RawBatchMaker
 from cskd.loading.sources import Batch, TargetSource, ViewSource
@@ -35,7 +35,7 @@ from cskd.machine.arithmetic import arithmetic
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import Threads, begun_with
 from cskd.method.ckf import blend_at
-from cskd.method.losses import AGREEMENT, cells_term, expanded, needs_teacher, refuse_gaps, terms_of
+from cskd.method.terms import AGREEMENT, cells_term, expanded, needs_teacher, refuse_gaps, terms_of
 from cskd.pipeline.conflicts import (
     as_begun,
     changed_on_resume,
@@ -45,6 +45,7 @@ from cskd.pipeline.conflicts import (
     run_identity,
 )
 from cskd.pipeline.evaluate import Found, score_heads
+from cskd.pipeline.live_stages import first_layers
 from cskd.pipeline.online import open_baseline, open_online
 from cskd.pipeline.precheck import TRAINING, refuse
 from cskd.pipeline.run_state import PROGRESS, RunState, named_bests
@@ -154,7 +155,7 @@ class TrainingRun:
             self.plan,
             targets=self.targets.spec,
             evaluate=lambda epoch: self.eval_tasks if self.evaluates(epoch) else [],
-            scratch=new_scratch(self.output, self.ranks.rank),
+            scratch=node_scratch(self.output, settings.scratch, self.ranks, self.device),
             ahead=self.workers * prefetch_of(self.workers, settings.prefetch),
             start=self.step,
             stop=self.stop,
@@ -337,4 +338,5 @@ def _open_views(
     first = cache if isinstance(cache, Cache) else cache.first
     notes.add(first.manifest.notes or [])
     notes.add(check_versions(first) if verify_replay else [])
-    return cache, CachedTargets(cache, config.loss, config.train.epochs)
+    live = first_layers(first, config.loss, device, notes)
+    return cache, CachedTargets(cache, config.loss, config.train.epochs, live)

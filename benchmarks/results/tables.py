@@ -8,7 +8,6 @@ Without --write the tables are printed. A block of the page is replaced from `<!
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.results.students import METHODS, all_runs
+from benchmarks.marked import fill
+from benchmarks.results.students import METHODS, PRESETS, all_runs
 from benchmarks.results.sweep import TALLY, read_tally
 from cskd.pipeline.intervals import Difference, paired_difference
 
-REFERENCES = ("none", "deit-hard", "cskd-linear")  # that every method is compared with
+REFERENCES = ("none", "deit-hard", "cskd-linear", "cskd")  # that every method is compared with
 Row = dict[str, Any]
 
 
@@ -30,22 +30,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, help="page whose blocks are replaced")
     args = parser.parse_args(arguments)
     rows = read_tally(args.tally)
-    tables = {name: "\n".join(table) for name, table in all_tables(rows).items()}
+    tables = all_tables(rows)
     if args.write is None:
-        print("\n\n".join(f"{name}\n\n{table}" for name, table in tables.items()))
+        print("\n\n".join("\n".join([name, "", *table]) for name, table in tables.items()))
         return 0
-    page = args.write.read_text()
-    for name, block in re.findall(r"(?s)<!-- table ([\w-]+) -->\n(.*?)<!-- end -->", page):
-        if name not in tables:
-            print(
-                f"benchmarks/results/tables.py: {args.write} asks for table {name}, known: {', '.join(tables)}",
-                file=sys.stderr,
-            )
-            return 1
-        page = page.replace(
-            f"<!-- table {name} -->\n{block}<!-- end -->", f"<!-- table {name} -->\n{tables[name]}\n<!-- end -->"
-        )
-    args.write.write_text(page)
+    try:
+        args.write.write_text(fill(args.write.read_text(), tables, str(args.write)))
+    except KeyError as e:
+        print(f"benchmarks/results/tables.py: {e.args[0]}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -74,7 +67,7 @@ class Question:
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = {(row["method"], row["seed"]): row for row in rows}
-        self.methods = [m for m in METHODS if any(method == m for method, _ in self.rows)]
+        self.methods = [m for m in dict.fromkeys([*METHODS, *PRESETS]) if any(method == m for method, _ in self.rows)]
 
     def seeds(self, *methods: str) -> list[int]:
         """Seeds that all the methods have."""
@@ -85,17 +78,18 @@ class Question:
 
     def scores(self) -> list[str]:
         """Mean and spread of the score, and what it is above each reference over the seeds both have."""
+        references = [method for method in REFERENCES if method in self.methods]
         lines = [
             "| method | seeds | top-1 % | sd | of head | "
-            + " | ".join(f"minus {r}" for r in REFERENCES)
+            + " | ".join(f"minus {r}" for r in references)
             + " | s, fastest |",
-            "|---|---|---|---|---|" + "---|" * len(REFERENCES) + "---|",
+            "|---|---|---|---|---|" + "---|" * len(references) + "---|",
         ]
         for method in self.methods:
             seeds = self.seeds(method)
             tops = self.values(method, score, seeds)
             spread = f"{np.std(tops, ddof=1):.2f}" if len(tops) > 1 else "-"
-            against = [self._against(method, other) for other in REFERENCES]
+            against = [self._against(method, other) for other in references]
             seconds = min(self.values(method, lambda row: row["seconds"], seeds))
             head = self.rows[method, seeds[0]]["score"]
             cells = [method, str(len(seeds)), f"{np.mean(tops):.2f}", spread, head, *against, f"{seconds:.0f}"]

@@ -230,7 +230,7 @@ def test_memory_that_ends_in_the_backward_pass_is_tried_as_a_whole_step(
 def test_stage_1_names_the_batch_that_fits_and_what_it_means(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: Path
 ) -> None:
-    full_above(monkeypatch, Teacher, "in_batches", 4)
+    full_above(monkeypatch, Teacher, "outputs_of", 4)
     monkeypatch.setattr("cskd.pipeline.cache_teacher.clean_check", _Check)
     made = dataclasses.replace(
         config(cached), cache=dataclasses.replace(config(cached).cache, path=str(tmp_path / "c"))
