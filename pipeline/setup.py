@@ -397,12 +397,8 @@ def micro_batch_of(settings: TrainConfig, ranks: int = 1, begun_with: int | None
     begun_with: by the record of the run that goes on; None: it is a new one.
     """
     batch, asked = settings.global_batch, settings.micro_batch
-    if batch % 2 or batch < 2 * ranks:
-        near = max(2 * ranks, batch // 2 * 2)
-        raise ConfigError(
-            f"train.global_batch is {batch} on {ranks} rank(s), expected an even number of at least {2 * ranks}, two views per "
-            f"rank; use {near}"
-        )
+    if batch % 2 or batch < 2 * ranks:  # of which the plan tells
+        return asked or 2
     if asked is None:
         if begun_with is None or begun_with % 2 or not 2 <= begun_with <= batch:  # of a record that is none
             return even_grain(batch, ranks)
