@@ -15,7 +15,7 @@ from typer.completion import completion_init, get_completion_script  # type: ign
 from typer.core import TyperGroup
 
 import cskd
-from cskd.files.paths import local_path, local_text
+from cskd.files.paths import is_remote, local_path, local_text, location_text
 from cskd.machine.ending import ended
 from cskd.pipeline.launch.options import Cluster, Options, takes
 from cskd.pipeline.show.report import print_report as _print
@@ -44,11 +44,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; repeatable.")]
 
 
-def _path(name: str, hub: bool = False) -> Callable[[str], Path]:
+def _path(name: str, hub: bool = False, objects: bool = False) -> Callable[[str], Path]:
     """The parser of a path: an address such as s3://... is refused by the name of its argument. hub: one of the hub is checked, and
-    downloaded by `local_path` when the command begins."""
+    downloaded by `local_path` when the command begins. objects: one of an object store is checked and kept."""
 
     def path(text: str) -> Path:
+        if objects and is_remote(text):
+            return Path(location_text(text, name))
         return Path(local_text(text, name, hub)) if hub and text else local_path(text, name)
 
     return path
@@ -61,14 +63,19 @@ ConfigPath = Annotated[
     ),
 ]
 CachePath = Annotated[
-    Path, typer.Argument(metavar="CACHE", parser=_path("CACHE"), help="Folder made by cskd cache-teacher.")
+    Path,
+    typer.Argument(
+        metavar="CACHE",
+        parser=_path("CACHE", objects=True),
+        help="Folder made by cskd cache-teacher, or its s3://, gs:// or az:// address.",
+    ),
 ]
 HubCachePath = Annotated[
     Path,
     typer.Argument(
         metavar="CACHE",
-        parser=_path("CACHE", hub=True),
-        help="Folder made by cskd cache-teacher, or its hf:// address.",
+        parser=_path("CACHE", hub=True, objects=True),
+        help="Folder made by cskd cache-teacher, or its hf://, s3://, gs:// or az:// address.",
     ),
 ]
 Data = Annotated[
@@ -329,7 +336,7 @@ def inspect(
     from cskd.pipeline.look.inspect_cache import inspect, render
     from cskd.pipeline.look.quarantined import list_quarantined, render_list
 
-    cache = local_path(cache, "CACHE", hub=True)
+    cache = cache if is_remote(cache) else local_path(cache, "CACHE", hub=True)
     if quarantined:
         _print(list_quarantined(cache, data), json_, render_list)
         return
@@ -354,8 +361,8 @@ def verify(
         Path,
         typer.Argument(
             metavar="CACHE|DATA",
-            parser=_path("CACHE", hub=True),
-            help="Folder made by cskd cache-teacher, pack or index; of a cache its hf:// address, too.",
+            parser=_path("CACHE", hub=True, objects=True),
+            help="Folder made by cskd cache-teacher, pack or index; of a cache its hf:// or s3:// address, too.",
         ),
     ],
     data: Data = None,
@@ -371,7 +378,7 @@ def verify(
     from cskd.pipeline.care import verify, verify_images
 
     report: Any
-    cache = local_path(cache, "CACHE", hub=True)
+    cache = cache if is_remote(cache) else local_path(cache, "CACHE", hub=True)
     if verify_images.is_data(cache, images):
         report = verify_images.verify_images(cache, images, data, bool(replay or recompute), quiet=json_)
         _print(report, json_, verify_images.render)

@@ -22,6 +22,6 @@ def recorded_teacher(cache: Cache, device: torch.device) -> Teacher:
     if different:
         field, old, new = different
         raise CacheError(
-            f"{cache.root}: the teacher's {field} was {old!r}, now it is {new!r}; give it back its files and versions"
+            f"{cache.location}: the teacher's {field} was {old!r}, now it is {new!r}; give it back its files and versions"
         )
     return teacher

@@ -27,11 +27,12 @@ from cskd.codecs.features import FeaturesCodec
 from cskd.codecs.measured import AnyMeasured, measure
 from cskd.codecs.stages import StageCodec, stages_of
 from cskd.config import Config
-from cskd.files.claims import Claims
+from cskd.files.claims import Claims, NoClaims
 from cskd.loading.feed import DeviceBatch
 from cskd.loading.stage1 import Chunk, ChunkViews, chunks
 from cskd.machine.side_stream import to_device
 from cskd.machine.threads import Threads
+from cskd.pipeline.passes import Passes, elsewhere, has_claims, missing_passes
 from cskd.pipeline.show.progress import Pool, duration, say
 from cskd.store.cache import Cache
 from cskd.store.draft import Rows, read_drafts, remove_drafts, write_draft
@@ -43,6 +44,8 @@ from cskd.teacher.stages import taken
 from cskd.views.mix_pixels import mix_pixels
 from cskd.views.mixing import quads
 
+PATIENCE = 60.0  # seconds that are waited at most for a pass of another process
+
 
 @contextlib.contextmanager
 def unit_line(
@@ -53,7 +56,7 @@ def unit_line(
     writers, lost = writers_of(threads.share), ""
     writer = ThreadPoolExecutor(writers, "write")
     try:
-        with Claims(cache.root) as claims, contextlib.ExitStack() as stack:
+        with Claims(cache.root) if has_claims(cache) else NoClaims() as claims, contextlib.ExitStack() as stack:
             stack.callback(writer.shutdown)
             lanes = stack.enter_context(Lanes(teacher.device, teacher.reentrant))
             line = UnitLine(cache, teacher, config, threads.workers, claims, lanes, writer, writers)
@@ -71,25 +74,6 @@ def writers_of(cores: int) -> int:
     """Threads that compress and commit, each a pass at a time. One keeps up with a CPU's teacher; a GPU's fills several with
     whole maps, which are a hundred times as large as envelopes."""
     return max(1, min(4, cores // 4))
-
-
-def missing_passes(cache: Cache, first: int = 0) -> list[tuple[int, tuple[int, ...]]]:
-    """(block, views) of each pass: the missing views of one mixing group of one block, made from one decoding.
-
-    first: which of them comes first, counted on from the last to the first again: of several processes each begins elsewhere.
-    """
-    by_pass: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
-    for block, view in cache.missing():
-        by_pass[view // cache.recipe.mix_group, block].append(view)
-    passes = [(block, tuple(views)) for (_, block), views in sorted(by_pass.items())]
-    begin = first % max(1, len(passes))
-    return passes[begin:] + passes[:begin]
-
-
-def views_left(cache: Cache) -> int:
-    """Views that have no unit yet."""
-    sizes = np.diff(cache.inventory.blocks)
-    return sum(int(sizes[block]) for block, _ in cache.missing())
 
 
 @dataclass(eq=False)
@@ -148,13 +132,15 @@ class UnitLine:
         teacher: Teacher,
         config: Config,
         workers: int,
-        claims: Claims,
+        claims: Claims | NoClaims,
         lanes: Lanes,
         writer: ThreadPoolExecutor,
         writers: int,
     ) -> None:
         self.images = self.units = 0  # whose targets are in, and committed
         self.unreadable = 0  # of the images
+        self.met = False  # without claims: what another process makes was next
+        self.wasted = 0  # units that another process had made meanwhile
         self.restored = 0  # views that a run before had made of passes it did not finish
         self._saved = time.monotonic()  # when the latest pass or draft was handed to a writer
         self._first_chunk = self._last_commit = 0.0  # when it came, when it was done
@@ -179,16 +165,35 @@ class UnitLine:
             Pool.of(self._writers, self._seconds, "write"),
         ]
 
-    def tasks(self, passes: list[tuple[int, tuple[int, ...]]]) -> Iterator[Chunk]:
+    def missing(self, number: int) -> Passes:
+        """What is left to make, in the order of this process, see `missing_passes`."""
+        passes = missing_passes(self._cache, number)
+        if not self.met:
+            return passes
+        self.met = False
+        passes, under_way = elsewhere(
+            self._cache, sorted(passes, key=lambda p: (p[1][0] // self._cache.recipe.mix_group, p[0]))
+        )
+        if under_way:  # a pass's time, in which others finish it, unless they have died
+            time.sleep(min(PATIENCE, self.seconds / max(1, self.units) * len(passes[0][1])))
+            passes, _ = elsewhere(self._cache, missing_passes(self._cache))
+        return passes
+
+    def tasks(self, passes: Passes) -> Iterator[Chunk]:
         """The tasks of every pass that no other process is at, each claimed when its first one is drawn: while those before
         it run."""
         cache, group = self._cache, self._cache.recipe.mix_group
         for block, views in passes:
+            if self.met:
+                return
             claim = self._claims.take(f"b{block:05d}.g{views[0] // group:04d}")
             if claim is None:
                 continue
-            views = tuple(v for v in views if cache.commit_of(block, v) is None)  # others may have made some since
-            if not views:
+            left = tuple(v for v in views if cache.commit_of(block, v) is None)  # others may have made some since
+            if left != views and not has_claims(cache):
+                self.met = True
+                return
+            if not (views := left):
                 self._claims.release([claim])
                 continue
             first, stop = cache.inventory.block_range(block)
@@ -335,6 +340,8 @@ class UnitLine:
 
     def _save(self, work: _Pass) -> None:
         """Send what is in of a pass, and in no draft yet, to the writer."""
+        if not has_claims(self._cache):  # nor drafts: whoever makes the pass next can't know that this process does not
+            return
         new = {view: rows for view, unit in zip(work.views, work.units, strict=True) if (rows := unit.unsaved())}
         if new:
             work.draft = self._writer.submit(self._write_drafts, work, new, dict(work.quarantine))
@@ -354,8 +361,11 @@ class UnitLine:
             work.draft.exception()  # waits: another writer may be at it, and no draft may come after the commit
         clock = time.perf_counter()
         for view, unit in zip(work.views, work.units, strict=True):
+            if not has_claims(self._cache) and self._cache.commit_of(work.block, view) is not None:
+                self.wasted, self.met = self.wasted + 1, True
+                continue
             self._cache.add_unit(work.block, view, *unit.finish(), work.quarantine, unit.errors)
-            remove_drafts(self._cache.root, work.block, view)
+            remove_drafts(self._cache, work.block, view)
         self._claims.release([work.claim])
         return len(work.views), time.perf_counter() - clock
 

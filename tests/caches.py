@@ -76,9 +76,11 @@ def make_tiny_cache(
     skip: Sequence[tuple[int, int]] = (),
     classes: Sequence[str] = CLASSES,
     size: int = 32,
+    place: str | None = None,
     block: int = 5,
 ) -> Cache:
-    """folder/data with shards, folder/cache with units of `views` views, `block` samples to a block as far as shards allow it.
+    """folder/data with shards, folder/cache (or `place`) with units of `views` views, `block` samples to a block as far as shards
+    allow it.
 
     quarantine: samples without targets. skip: (block, view) of units that are not made.
     Logits are `random_logits(..., seed=1000 * block + view)` in the order of the unit's rows.
@@ -95,8 +97,8 @@ def make_tiny_cache(
         clean_top1=0.5,
         clean_images=n,
     )
-    cache = create_cache(folder / "cache", manifest, inventory)
-    write_resolved(cache.root, cache.manifest)
+    cache = create_cache(place or folder / "cache", manifest, inventory)
+    write_resolved(cache.storage, cache.manifest)
     maker = ViewMaker(inventory, recipe)
     for block in range(cache.blocks):
         first, stop = cache.inventory.block_range(block)

@@ -20,7 +20,7 @@ import yaml
 from cskd.config.schema import Config, Precision
 from cskd.config.yaml_text import EXPECTED, MAX_BYTES, Words, as_read, misread, read_yaml
 from cskd.errors import ConfigError, CskdError, PathError, shortened, why
-from cskd.files.paths import local_path, local_text
+from cskd.files.paths import local_path, local_text, location_text
 from cskd.files.read import check_depth, read_file
 from cskd.near import absent, did_you_mean, nearest
 
@@ -29,6 +29,7 @@ PATHS = (
     *("cache.path", "student.model", "student.init", "train.output", "train.scratch"),
 )  # a model may be the path of a file
 READ_FROM_HUB = ("teacher.model", "teacher.weights", "teacher.classes", "cache.path", "student.init")  # see docs/HUB.md
+ON_OBJECT_STORES = ("cache.path",)  # see docs/STORAGE.md
 NEWER = {  # keys of older versions
     **{"teacher.autocast": "teacher.precision", "teacher.dtype": "teacher.precision"},
     "train.tensorboard": "train.trackers",
@@ -218,7 +219,8 @@ def _with_local_paths(config: Config, wrong: list[CskdError]) -> Config:
         if not isinstance(text, str) or text.startswith(_OF_TIMM):
             continue
         try:
-            local = local_text(text, key, hub=key in READ_FROM_HUB)
+            hub = key in READ_FROM_HUB
+            local = location_text(text, key, hub=hub) if key in ON_OBJECT_STORES else local_text(text, key, hub)
         except PathError as e:
             wrong.append(e)
             continue
@@ -228,7 +230,7 @@ def _with_local_paths(config: Config, wrong: list[CskdError]) -> Config:
     own += [(f"train.caches.{name}", path) for name, path in config.train.caches.items()]
     for key, text in [*own, *((f"loss.terms[{i}].own", term.own) for i, term in enumerate(config.loss.terms))]:
         try:
-            local_text(text or "", key)
+            (location_text if key.startswith("train.caches.") else local_text)(text or "", key)
         except PathError as e:
             wrong.append(e)
     return config

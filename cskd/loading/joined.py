@@ -31,7 +31,7 @@ class JoinedCaches:
         """Raises CacheError where another cache is of other images, or of other views of them."""
         self.first, self.others = first, dict(others)
         for name, cache in others.items():
-            refuse_other_views(name, cache, first.identity, str(first.root))
+            refuse_other_views(name, cache, first.identity, first.location)
         self.fingerprint = joined_fingerprint({"": first.fingerprint, **{n: c.fingerprint for n, c in others.items()}})
         self.codecs: dict[str, Codec] = {
             **first.codecs,
@@ -74,7 +74,7 @@ def refuse_other_views(name: str, cache: Cache, first: Identity, where: str) -> 
     if difference := first_difference(expected, found):
         key, theirs, its = difference
         raise CacheError(
-            f"train.caches.{name}: {cache.root} has {key} {its!r}, {where} has {theirs!r}; both must be made of the same images by "
+            f"train.caches.{name}: {cache.location} has {key} {its!r}, {where} has {theirs!r}; both must be made of the same images by "
             "the same recipe"
         )
 

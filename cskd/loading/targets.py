@@ -167,8 +167,8 @@ class _OfCache(_Targets):
     def __init__(self, name: str, cache: Cache, config: LossConfig, epochs: int) -> None:
         super().__init__(config, epochs, name)
         self._name, self._codecs = name, cache.codecs
-        self.codec, self.soft_codec = codec_for(config, cache.codecs, str(cache.root), name)
-        self.stages = stage_codecs(config, cache.codecs, str(cache.root), name)
+        self.codec, self.soft_codec = codec_for(config, cache.codecs, cache.location, name)
+        self.stages = stage_codecs(config, cache.codecs, cache.location, name)
 
     @property
     def maps(self) -> dict[str, MapShape]:
@@ -244,7 +244,7 @@ class CachedTargets:
         """live: the teacher of the first cache, of which the first layers run for the terms that are live."""
         caches = {"": cache} if isinstance(cache, Cache) else {"": cache.first, **cache.others}
         refuse_unnamed(config, caches)
-        refuse_other_cells(config, {name: (str(one.root), one.grid) for name, one in caches.items()})
+        refuse_other_cells(config, {name: (one.location, one.grid) for name, one in caches.items()})
         self._of = {name: _OfCache(name, one, config, epochs) for name, one in caches.items()}
         self.maps = {name: shape for of in self._of.values() for name, shape in of.maps.items()}
         self._live, self._stages, self.runs_teacher = live, needs(config).live if live else (), live is not None

@@ -33,11 +33,12 @@ from cskd.pipeline.evaluate import score_heads
 from cskd.pipeline.loader_speed import images_per_second
 from cskd.pipeline.measure_precision import first_views
 from cskd.pipeline.outputs import sole_run
+from cskd.pipeline.passes import missing_passes
 from cskd.pipeline.setup import even_divisors, micro_batch_of
 from cskd.pipeline.show.progress import bound_by
 from cskd.pipeline.train_step import TrainStep, micro_batches
 from cskd.pipeline.training_run import TrainingRun, open_run
-from cskd.pipeline.unit_line import missing_passes, unit_line
+from cskd.pipeline.unit_line import unit_line
 from cskd.store.cache import Cache, create_cache
 from cskd.store.format import UNIT_FIELDS
 from cskd.store.identity import identity_of
