@@ -26,7 +26,7 @@ from cskd.config.pins import TEACHER, pinned
 from cskd.dataset.inventory import Inventory
 from cskd.errors import CacheError
 from cskd.files.hub import record_pins
-from cskd.files.paths import local_text
+from cskd.files.paths import is_remote, local_text
 from cskd.loading.feed import fed
 from cskd.loading.stage1 import ChunkMaker
 from cskd.machine.launch import launched, worker_number
@@ -39,6 +39,7 @@ from cskd.pipeline.precheck import BEFORE_TEACHER, WITH_TEACHER, refuse
 from cskd.pipeline.setup import Setup, device_of
 from cskd.pipeline.show.progress import Notes, Progress, bound_by, duration, print_lines, say
 from cskd.pipeline.unit_line import missing_passes, unit_line, views_left
+from cskd.storage.node_cache import use_node_cache
 from cskd.store.cache import Cache, create_cache
 from cskd.store.format import MANIFEST
 from cskd.store.identity import identity_of
@@ -79,6 +80,7 @@ def cache_teacher(config: Config, quiet: bool = False, tell: Tell | None = None)
 
     tell: called again and again with how far the work is; then no progress is shown.
     """
+    use_node_cache(config.data.node_cache, config.data.node_cache_gb)
     device, moved = device_of(config, "cache")
     gpu = device.type == "cuda"
     threads = choose_threads(config.cache.threads, "cache.threads", config.cache.workers, gpu=gpu)
@@ -198,7 +200,7 @@ def _open_or_create(
         manifest = replace(
             manifest,
             config=_without_devices(config),
-            data=str(Path(config.data.train).resolve()),
+            data=config.data.train if is_remote(config.data.train) else str(Path(config.data.train).resolve()),
             clean_top1=check.top1,
             clean_images=check.images,
             clean_data=check.data,

@@ -19,7 +19,7 @@ from cskd.files import claims
 from cskd.files.durable import NO_LINKS, hard_link_error, put
 from cskd.files.folders import refuse_output
 from cskd.files.hub import is_hub
-from cskd.files.paths import local_path
+from cskd.files.paths import is_remote, local_path
 from cskd.files.scratch import clear_scratch
 from cskd.files.writer import LOCK, Writer, by, sole_writer
 from cskd.machine.ranks import Ranks
@@ -162,7 +162,7 @@ def _other_paths(config: Config, output: str) -> dict[str, Path]:
     for key in sorted(key for key in PATHS if not key.endswith(".model")):
         section, _, name = key.partition(".")
         value = getattr(getattr(config, section), name)
-        if not isinstance(value, str) or is_hub(value) or (key, value) == ("teacher.weights", "hub"):
+        if not isinstance(value, str) or is_hub(value) or is_remote(value) or (key, value) == ("teacher.weights", "hub"):
             continue
         if value and key != output:
             paths[key] = Path(value).expanduser()

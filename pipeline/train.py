@@ -36,6 +36,7 @@ from cskd.pipeline.show.progress import Progress, bound_by, print_lines, say, ti
 from cskd.pipeline.show.trackers import Trackers
 from cskd.pipeline.train_step import TrainStep
 from cskd.pipeline.training_run import TrainingRun, open_run
+from cskd.storage.node_cache import use_node_cache
 from cskd.teacher.model import teacher_images
 
 
@@ -63,6 +64,7 @@ def train(config: Config, verify_replay: bool = True, online: bool = False, quie
 
     verify_replay: check every view against the digest in the cache. online: no cache, the teacher runs at every step.
     """
+    use_node_cache(config.data.node_cache, config.data.node_cache_gb)
     device, notes = device_of(config, "train")
     quiet = quiet or not launched().speaks
     say(notes, quiet)

@@ -20,15 +20,17 @@ import yaml
 from cskd.config.schema import Config, Precision
 from cskd.config.yaml_text import EXPECTED, MAX_BYTES, Words, as_read, misread, read_yaml
 from cskd.errors import ConfigError, CskdError, PathError, shortened, why
-from cskd.files.paths import local_path, local_text
+from cskd.files.paths import local_path, local_text, location_text
 from cskd.files.read import check_depth, read_file
 from cskd.near import absent, did_you_mean, nearest
 
 PATHS = (
     *("data.train", "data.val", "teacher.model", "teacher.weights", "teacher.classes"),
-    *("cache.path", "student.model", "student.init", "train.output"),
+    *("cache.path", "student.model", "student.init", "train.output", "data.node_cache"),
 )  # a model may be the path of a file
 READ_FROM_HUB = ("teacher.model", "teacher.weights", "teacher.classes", "cache.path", "student.init")  # see docs/HUB.md
+READ_FROM_STORES = ("data.train", "data.val", "teacher.weights", "teacher.classes", "student.init")  # see docs/STORAGE.md
+WRITTEN_TO_STORES = ("train.output",)
 NEWER = {  # keys of older versions
     **{"teacher.autocast": "teacher.precision", "teacher.dtype": "teacher.precision"},
     "train.tensorboard": "train.trackers",
@@ -218,7 +220,10 @@ def _with_local_paths(config: Config, wrong: list[CskdError]) -> Config:
         if not isinstance(text, str) or text.startswith(_OF_TIMM):
             continue
         try:
-            local = local_text(text, key, hub=key in READ_FROM_HUB)
+            if key in (*READ_FROM_STORES, *WRITTEN_TO_STORES):
+                local = location_text(text, key, hub=key in READ_FROM_HUB, write=key in WRITTEN_TO_STORES)
+            else:
+                local = local_text(text, key, hub=key in READ_FROM_HUB)
         except PathError as e:
             wrong.append(e)
             continue

@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import cskd
+from cskd.storage.fetch import fetched
 from cskd.config import Config, StudentConfig
 from cskd.errors import ConfigError, NotFiniteError, StudentError
-from cskd.files.paths import local_path
 from cskd.files.read import parse_json, read_file
 from cskd.files.weights import first_not_finite, read_weights
 from cskd.near import absent
@@ -162,7 +162,7 @@ def load_student(path: Path) -> tuple[Student, dict[str, Any]]:
              either on the hub.
     Raises:  StudentError when something is missing, damaged or does not fit together.
     """
-    path = local_path(path, "the checkpoint", hub=True)
+    path = fetched(path, "the checkpoint")
     weights = path / MODEL if path.is_dir() else path
     beside = weights.with_name("config.json")
     for file in (weights, beside):
