@@ -28,6 +28,10 @@ class PathError(CskdError):
     """A path is no path of this machine, a folder is of another kind than what would be written, or has a writer already."""
 
 
+class StorageError(CskdError):
+    """An object store is out of reach, has no such bucket, or does not let this user in: no object is to blame."""
+
+
 class HubError(CskdError):
     """The Hugging Face hub is out of reach, has not what was asked for, or does not let this user read or write it."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -51,3 +52,21 @@ def blank_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
         for name in ("draw_results", "draw_confusion", "draw_batch"):
             monkeypatch.setattr(module, name, lambda *_: Image.new("RGB", (1, 1)))
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """An S3 in this process, see `tests.s3`; skips without moto or obstore."""
+    from tests.s3 import moto_server
+
+    with moto_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of an empty bucket, which this process may read and write."""
+    from tests.s3 import new_bucket, use_endpoint
+
+    use_endpoint(monkeypatch, s3_endpoint)
+    return new_bucket(s3_endpoint)
