@@ -15,7 +15,7 @@ from typer.completion import completion_init, get_completion_script  # type: ign
 from typer.core import TyperGroup
 
 import cskd
-from cskd.files.paths import local_path, local_text
+from cskd.files.paths import is_remote, local_path, local_text, location_text
 from cskd.machine.ending import ended
 from cskd.pipeline.show.report import print_report as _print
 
@@ -53,6 +53,11 @@ def _path(name: str, hub: bool = False) -> Callable[[str], Path]:
     return path
 
 
+def _place(name: str, hub: bool = False) -> Callable[[str], Path]:
+    """The parser of a path that may also be the address of an object store, which is read through the node cache."""
+    return lambda text: Path(location_text(text, name, hub=hub)) if is_remote(text) else _path(name, hub)(text)
+
+
 ConfigPath = Annotated[
     Path,
     typer.Argument(
@@ -72,7 +77,9 @@ HubCachePath = Annotated[
 ]
 Data = Annotated[
     Path | None,
-    typer.Option("--data", parser=_path("--data"), help="Folder of the image shards, where they have moved."),
+    typer.Option(
+        "--data", parser=_place("--data"), help="Folder or address of the image shards, where they have moved."
+    ),
 ]
 Classes = Annotated[
     Path | None, typer.Option("--classes", parser=_path("--classes"), help="Class names in label order, one a line.")
@@ -238,9 +245,11 @@ def train(
 def evaluate(
     checkpoint: Annotated[
         Path,
-        typer.Argument(parser=_path("CHECKPOINT", hub=True), help="Result folder of cskd train, or its hf:// address."),
+        typer.Argument(
+            parser=_place("CHECKPOINT", hub=True), help="Result folder of cskd train, or its hf:// or s3:// address."
+        ),
     ],
-    data: Annotated[Path, typer.Argument(parser=_path("DATA"), help="Folder made by cskd pack.")],
+    data: Annotated[Path, typer.Argument(parser=_place("DATA"), help="Folder made by cskd pack, or its address.")],
     batch: Annotated[int, typer.Option(min=1, help="Images a forward.")] = 256,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode.")] = 2,
     crop_pct: Annotated[

@@ -28,6 +28,7 @@ from cskd.errors import CacheError
 from cskd.files.hub import record_pins
 from cskd.files.paths import is_remote, local_text
 from cskd.loading.feed import fed
+from cskd.loading.shards_ahead import shards_of_passes
 from cskd.loading.stage1 import ChunkMaker
 from cskd.machine.launch import launched, worker_number
 from cskd.machine.threads import Threads, begun_with, brief_turns, choose_threads, computing_with
@@ -140,7 +141,8 @@ def _fill(
 
         show(before)
         while passes := missing_passes(cache, worker_number()):
-            maker_of_chunks, tasks = ChunkMaker(maker, inventory.id), line.tasks(passes)
+            maker_of_chunks = ChunkMaker(maker.whole(), inventory.id)
+            tasks = shards_of_passes(inventory, passes, line.tasks(passes), config.recipe.mix_group)
             results = fed(maker_of_chunks, tasks, teacher.device, threads.workers)
             units, by_others = line.units, total - views_left(cache) - line.images - line.restored
             for chunk in results:

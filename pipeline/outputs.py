@@ -162,7 +162,12 @@ def _other_paths(config: Config, output: str) -> dict[str, Path]:
     for key in sorted(key for key in PATHS if not key.endswith(".model")):
         section, _, name = key.partition(".")
         value = getattr(getattr(config, section), name)
-        if not isinstance(value, str) or is_hub(value) or is_remote(value) or (key, value) == ("teacher.weights", "hub"):
+        if (
+            not isinstance(value, str)
+            or is_hub(value)
+            or is_remote(value)
+            or (key, value) == ("teacher.weights", "hub")
+        ):
             continue
         if value and key != output:
             paths[key] = Path(value).expanduser()

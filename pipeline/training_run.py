@@ -27,6 +27,7 @@ from cskd.loading.feed import fed
 from cskd.loading.need import prefetch_of
 from cskd.loading.plan import PlanSpec
 from cskd.loading.raw_batches import DeviceViews, RawBatchMaker
+from cskd.loading.shards_ahead import ahead, training_needs, window_note
 from cskd.loading.sources import Batch, TargetSource, ViewSource
 from cskd.loading.stage2 import BatchMaker, EvalTask, eval_tasks
 from cskd.loading.targets import CachedTargets
@@ -159,13 +160,15 @@ class TrainingRun:
             stop=self.stop,
             rank=self.ranks.rank,
         )
-        views = ViewMaker(self.views.inventory, self.views.recipe)
-        clean = ViewMaker(self.val, self.views.recipe) if self.val else None
+        views = ViewMaker(self.views.inventory, self.views.recipe, whole=True)
+        clean = ViewMaker(self.val, self.views.recipe, whole=True) if self.val else None
         recorded = self.views.recorded() if self.verify_replay else None
         there = settings.augment == "device"
         maker = (RawBatchMaker if there else BatchMaker)(views, clean, settings.eval_crop_pct, recorded)
         make = DeviceViews(views, recorded) if there else None
-        return tasks, fed(maker, tasks, self.device, self.workers, settings.prefetch, make)
+        evaluated = lambda epoch: (self.val, len(self.eval_tasks)) if self.val and self.evaluates(epoch) else None  # noqa: E731
+        coming = ahead(tasks, training_needs(self.views.inventory, self.plan, self.step, self.stop, evaluated))
+        return tasks, fed(maker, coming, self.device, self.workers, settings.prefetch, make)
 
     def pools(self, seconds: dict[str, float], read_seconds: float) -> list[Pool]:
         """Who did what for how long."""
@@ -240,9 +243,9 @@ def open_run(
     alone = from_images(config, record)
     views, targets = _open_views(config, device, ranks, verify_replay, online, alone, quiet, notes)
     setup = Setup(config, views, device, threads, ranks.count, online, targets.maps)
-    ahead = refuse(TRAINING, setup)
+    found = refuse(TRAINING, setup)
     student, plan, val, optimisation = setup.student, setup.plan, setup.val, setup.optimisation
-    notes.add([*ahead.notes, *as_before, *half_notes(settings.autocast, device)])
+    notes.add([*found.notes, *window_note(views.inventory, plan), *as_before, *half_notes(settings.autocast, device)])
     config = with_best(config, student)
     identity = run_identity(config, views, plan.views, ranks.count, online, device, val)
     refuse_gaps(config.loss, settings.epochs)

@@ -29,7 +29,13 @@ PATHS = (
     *("cache.path", "student.model", "student.init", "train.output", "data.node_cache"),
 )  # a model may be the path of a file
 READ_FROM_HUB = ("teacher.model", "teacher.weights", "teacher.classes", "cache.path", "student.init")  # see docs/HUB.md
-READ_FROM_STORES = ("data.train", "data.val", "teacher.weights", "teacher.classes", "student.init")  # see docs/STORAGE.md
+READ_FROM_STORES = (
+    "data.train",
+    "data.val",
+    "teacher.weights",
+    "teacher.classes",
+    "student.init",
+)  # see docs/STORAGE.md
 WRITTEN_TO_STORES = ("train.output",)
 NEWER = {  # keys of older versions
     **{"teacher.autocast": "teacher.precision", "teacher.dtype": "teacher.precision"},

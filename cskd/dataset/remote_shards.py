@@ -20,7 +20,7 @@ from cskd.dataset.inventory_format import DTYPES, HEADER, INVENTORY_FOLDER, read
 from cskd.errors import DataError, why
 from cskd.files.paths import location_text
 from cskd.files.read import MAX_TEXT, open_regular
-from cskd.storage.base import Storage, join, open_storage
+from cskd.storage import Storage, join, open_storage
 from cskd.storage.fetch import download
 from cskd.storage.node_cache import Held, NodeCache, copy_name, node_cache, say_fetched_again
 

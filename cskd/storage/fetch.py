@@ -10,7 +10,7 @@ from cskd.errors import DataError, PathError
 from cskd.files.durable import sync
 from cskd.files.paths import local_path, location_text
 from cskd.files.read import MAX_TEXT, parse_json
-from cskd.storage.base import Range, Stat, Storage, is_remote, join, open_storage
+from cskd.storage import Range, Stat, Storage, is_remote, join, open_storage
 from cskd.storage.node_cache import Held, copy_name, node_cache
 
 PIECE = 8 << 20  # bytes of one request
@@ -30,11 +30,18 @@ def download(storage: Storage, key: str, size: int, path: Path, stop: Callable[[
     """
     pieces = [Range(key, at, min(PIECE, size - at)) for at in range(0, max(size, 1), PIECE)]
     with path.open("wb") as file:
-        for at in range(0, len(pieces), AT_ONCE):
+        if len(pieces) == 1 or not storage.ranges:
+            file.write(storage.get(key)[:size])
+            return file.tell()
+        file.write(storage.get(*pieces[0]))
+        for at in range(1, len(pieces), AT_ONCE) if storage.ranges else ():
             if stop():
                 raise InterruptedError
             for data in storage.get_many(pieces[at : at + AT_ONCE]):
                 file.write(data)
+        if not storage.ranges:
+            file.seek(0)
+            file.write(storage.get(key)[:size])
         return file.tell()
 
 

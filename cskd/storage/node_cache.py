@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cskd.errors import LIMITS, ConfigError, CskdError, DataError, why
+from cskd.errors import LIMITS, ConfigError, CskdError, DataError, fitted, why
 
 LOCK = ".lock"
 GB = 1e9
@@ -83,9 +83,12 @@ class NodeCache:
         except OSError as e:
             if e.errno in LIMITS or isinstance(e, FileNotFoundError):
                 raise
+            cause = why(e).partition(";")[0]
             raise DataError(
-                f"data.node_cache {self.folder}: no copy of {what} can be written: {why(e)}; or set another folder, "
-                "--set data.node_cache=FOLDER"
+                fitted(
+                    f"data.node_cache {self.folder}: no copy of {what} can be written: {cause}; mend that, or set a folder on "
+                    "another disk: --set data.node_cache=FOLDER"
+                )
             ) from None
 
     def drop(self, name: str) -> None:

@@ -24,12 +24,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import cskd
-from cskd.storage.fetch import fetched
 from cskd.config import Config, StudentConfig
 from cskd.errors import ConfigError, NotFiniteError, StudentError
 from cskd.files.read import parse_json, read_file
 from cskd.files.weights import first_not_finite, read_weights
 from cskd.near import absent
+from cskd.storage.fetch import fetched
 from cskd.student.best import Best, BestWeights
 from cskd.student.heads import export_factors, multiplied, recorded_factors, recorded_heads, score_head
 from cskd.student.model import Student, build_student

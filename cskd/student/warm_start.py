@@ -12,11 +12,11 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from cskd.storage.fetch import fetched
 from cskd.errors import StudentError, counted, one_line
 from cskd.files.checkpoint import given_file
 from cskd.files.read import parse_json, read_file
 from cskd.files.weights import first_not_finite, read_weights
+from cskd.storage.fetch import fetched
 from cskd.student.heads import multiplied, recorded_factors, recorded_heads
 
 PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")

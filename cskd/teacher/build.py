@@ -15,7 +15,6 @@ import torch
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
-from cskd.storage.fetch import fetched
 from cskd.config import TeacherConfig
 from cskd.errors import CskdError, TeacherError, one_line
 from cskd.files.checkpoint import given_file
@@ -23,6 +22,7 @@ from cskd.files.hub import is_hub, local_copy, parse_address, pin
 from cskd.files.own_code import OwnCode, entry_point_names, load_own, names_own_code, neighbours_of
 from cskd.files.weights import READ_BY_TIMM, misfit, read_weights
 from cskd.near import did_you_mean
+from cskd.storage.fetch import fetched
 
 TORCHVISION = "torchvision:"
 GROUP = "cskd.teachers"  # of entry points

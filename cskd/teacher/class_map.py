@@ -11,11 +11,11 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from cskd.storage.fetch import fetched
 from cskd.dataset.classes import MAX_CLASS_BYTES, MAX_CLASSES, parse_classes
 from cskd.errors import DataError, TeacherError
 from cskd.files.read import read_file
 from cskd.near import absent, did_you_mean
+from cskd.storage.fetch import fetched
 
 _SHIFT = re.compile(r"shift:([+-]?\d{1,5})")
 
