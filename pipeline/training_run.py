@@ -46,10 +46,12 @@ from cskd.pipeline.conflicts import (
 )
 from cskd.pipeline.evaluate import Found, score_heads
 from cskd.pipeline.online import open_baseline, open_online
+from cskd.pipeline.outputs import LAST, run_output
 from cskd.pipeline.precheck import TRAINING, refuse
 from cskd.pipeline.run_state import PROGRESS, RunState, named_bests
 from cskd.pipeline.setup import Setup, from_images, half_notes, open_cached, with_best
 from cskd.pipeline.show.progress import Notes, Pool, say
+from cskd.storage.mirror import Mirror
 from cskd.store.cache import Cache
 from cskd.store.format import RESOLVED
 from cskd.store.replay_check import check_versions
@@ -87,6 +89,7 @@ class TrainingRun:
     verify_replay: bool  # check every view against the digest in the cache
     notes: list[str]
     writer: Writer | None = None  # of the output folder; None on all ranks but the first
+    mirror: Mirror | None = None  # of an output on an object store
 
     def evaluates(self, epoch: int) -> bool:
         """Whether that epoch is followed by an evaluation: those of the schedule, and where `max_steps` stops."""
@@ -190,6 +193,8 @@ class TrainingRun:
             self.writer.check()
             self.states.save(self.student, self.optimisation, TrainState(step, info), self.state.good)
             BestWeights(self.states.folder).keep(named_bests(self.states))
+            if self.mirror is not None:
+                self.mirror.put(LAST)
         self.state.saved = step
 
     def export(self, step: int) -> str:
@@ -234,7 +239,7 @@ def open_run(
     writer: Writer | None,
 ) -> TrainingRun:
     """Views, targets, student, plan and optimiser of a config, and where an earlier run of it stopped."""
-    output, notes = Path(config.train.output), Notes(quiet)
+    output, notes = run_output(config), Notes(quiet)
     states = ResumeStates(output / "resume", keep=config.train.keep)
     config = _pinned(config, ranks, online, quiet)
     record = next(iter(states.infos().values()), None)
@@ -301,7 +306,7 @@ def open_run(
 def _pinned(config: Config, ranks: Ranks, online: bool, quiet: bool) -> Config:
     """The config with a commit in each address of the hub that the run reads: the first rank decides which, and writes it down
     where the others, and a resume, read it."""
-    keys, output = ("cache.path", "student.init", *(TEACHER if online else ())), Path(config.train.output)
+    keys, output = ("cache.path", "student.init", *(TEACHER if online else ())), run_output(config)
     if ranks.first:
         config, pins = pinned(config, keys, output, lambda line: say([line], quiet))
         record_pins(output, pins)

@@ -144,7 +144,11 @@ class ShardReader:
             remote.forget(inventory, shard)
         self._seen.add(shard)
         held = remote.held(inventory, shard)
-        if held is None and shard not in self._changed and (self.whole or self._asked[shard] >= FEW or not remote.storage.ranges):
+        if (
+            held is None
+            and shard not in self._changed
+            and (self.whole or self._asked[shard] >= FEW or not remote.storage.ranges)
+        ):
             try:
                 return remote.copy(inventory, shard)
             except ChangedShardError:
