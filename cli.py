@@ -121,7 +121,9 @@ def pack(
             help="Folder of class folders, a tar, tar.gz or zip of one, parquet files, or webdataset shards.",
         ),
     ],
-    out: Annotated[Path, typer.Argument(parser=_path("OUT"), help="Folder for the shards and their inventory.")],
+    out: Annotated[
+        Path, typer.Argument(parser=_place("OUT"), help="Folder or address for the shards and their inventory.")
+    ],
     classes: Classes = None,
     seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
     shard_size: Annotated[int, typer.Option(min=1, help="Images a shard.")] = 4096,

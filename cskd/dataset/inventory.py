@@ -127,8 +127,7 @@ class Inventory:
 
     def where(self, shard: int) -> str:
         """Path or address of shard number `shard`, for messages."""
-        name = self.shards[shard].name
-        return self.remote.where(name) if self.remote else str(self.root / name)
+        return self.remote.where(self.shards[shard].name) if self.remote else str(self.shard_path(shard))
 
     def lost_shards(self) -> dict[int, str]:
         """Number of each shard that is missing, can't be opened, or has another length than recorded -> what is wrong."""
@@ -159,11 +158,11 @@ def open_inventory(path: str | Path, data: str | Path | None = None, verify: boo
     header = read_header(path)
     root = _shards_at(data if data is not None else header.get("root", at))
     if data is not None and (is_remote(data) or (Path(data) / INVENTORY_FOLDER / HEADER).is_file()):
-        there, _, held_there = _folder_of(data)
+        there, at, held_there = _folder_of(data)
         header_there = read_header(there)
         if header_there["id"] != header["id"]:
             raise DataError(
-                f"{_said(data)} holds the data set {header_there['id'][:12]}, but {path} is of {header['id'][:12]}; "
+                f"{at} holds the data set {header_there['id'][:12]}, but {path} is of {header['id'][:12]}; "
                 "point to the data that it was made from"
             )
         path, root, held = there, _shards_at(header_there.get("root", data)), held_there
@@ -184,10 +183,6 @@ def _folder_of(path: str | Path) -> tuple[Path, str | Path, Held | None]:
 
 def _shards_at(place: str | Path) -> Path | RemoteShards:
     return RemoteShards(location_text(str(place), "the data set"), node_cache()) if is_remote(place) else Path(place)
-
-
-def _said(place: str | Path) -> str:
-    return location_text(str(place), "the data set") if is_remote(place) else str(place)
 
 
 def _open(path: Path, root: Path | RemoteShards, verify: bool = False) -> Inventory:

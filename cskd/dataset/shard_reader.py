@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections import Counter, OrderedDict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import google_crc32c
@@ -32,6 +33,14 @@ class _Open(NamedTuple):
         os.close(self.fd)
         if self.held is not None:
             self.held.close()
+
+
+def shard_file(inventory: Inventory, shard: int) -> tuple[Path, Held | None]:
+    """Shard number `shard` as a file of this machine, and what keeps it there where that is a copy. Raises as `RemoteShards.copy`."""
+    if inventory.remote is None:
+        return inventory.shard_path(shard), None
+    held = inventory.remote.copy(inventory, shard)
+    return held.path / SHARD, held
 
 
 class ShardReader:

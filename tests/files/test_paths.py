@@ -10,11 +10,11 @@ import pytest
 
 from cskd import cli
 from cskd.config import from_dict, load_config
-from cskd.config.load import PATHS
+from cskd.config.load import PATHS, READ_FROM_STORES, WRITTEN_TO_STORES
 from cskd.dataset.inventory import open_inventory
 from cskd.errors import PathError
 from cskd.files.own_code import load_own
-from cskd.files.paths import local_path, local_text
+from cskd.files.paths import is_remote, local_path, local_text
 from cskd.packing.index import index
 from cskd.packing.pack import pack
 from cskd.pipeline.demo import run_demo
@@ -42,9 +42,16 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_an_address_in_a_config_is_refused_by_its_key(key: str, address: str) -> None:
     section, _, name = key.partition(".")
+    if is_remote(address) and (key in READ_FROM_STORES or (key in WRITTEN_TO_STORES and "http" not in address)):
+        made = getattr(getattr(from_dict({section: {name: address}}), section), name)
+        assert made == address.replace(":/", "://").replace(":///", "://")  # as it is usually written
+        return
     with pytest.raises(PathError) as caught:
         from_dict({section: {name: address}})
     text = str(caught.value)
+    if key in WRITTEN_TO_STORES and "http" in address:
+        assert text.startswith(f"{key} '{address}' is on a web server, which is only read")
+        return
     assert text.startswith(f"{key} '{address}' is an address (") and len(text) <= 300 and "\n" not in text
 
 
@@ -113,33 +120,50 @@ def test_the_plain_path_is_the_cure_for_a_file_address() -> None:
         local_text("file:///data/x", "data.train")
 
 
-@pytest.mark.parametrize("address", ADDRESSES)
+NOT_SERVED = [address for address in ADDRESSES if not is_remote(address)]
+
+
 @pytest.mark.parametrize(
-    ("command", "name"),
+    ("command", "name", "address"),
     [
-        ("demo X", "OUT"),
-        ("pack X out", "SRC"),
-        ("pack src X", "OUT"),
-        ("pack src out --classes X", "--classes"),
-        ("index X", "SHARDS"),
-        ("index in --classes X", "--classes"),
-        ("cache-teacher X", "CONFIG"),
-        ("cache-teacher c.yaml --set cache.path=X", "cache.path"),
-        ("train X", "CONFIG"),
-        ("train c.yaml --set train.output=X", "train.output"),
-        ("train c.yaml --set student.init=X --online", "student.init"),
-        ("eval X data", "CHECKPOINT"),
-        ("eval run X", "DATA"),
-        ("inspect X", "CACHE"),
-        ("inspect cache --data X", "--data"),
-        ("inspect cache --png X", "--png"),
-        ("verify X", "CACHE"),
-        ("verify cache --data X", "--data"),
-        ("repair X", "CACHE"),
-        ("repair cache --data X", "--data"),
-        ("gc X", "CACHE"),
-        ("gc cache --data X", "--data"),
-        ("push X me/net", "RUN|CACHE"),
+        (command, name, address)
+        for addresses, commands in (
+            (
+                NOT_SERVED,
+                [
+                    ("pack src X", "OUT"),
+                    ("train c.yaml --set train.output=X", "train.output"),
+                    ("train c.yaml --set student.init=X --online", "student.init"),
+                    ("eval X data", "CHECKPOINT"),
+                    ("eval run X", "DATA"),
+                    ("inspect cache --data X", "--data"),
+                    ("verify cache --data X", "--data"),
+                    ("repair cache --data X", "--data"),
+                    ("gc cache --data X", "--data"),
+                ],
+            ),
+            (
+                ADDRESSES,
+                [
+                    ("demo X", "OUT"),
+                    ("pack X out", "SRC"),
+                    ("pack src out --classes X", "--classes"),
+                    ("index X", "SHARDS"),
+                    ("index in --classes X", "--classes"),
+                    ("cache-teacher X", "CONFIG"),
+                    ("cache-teacher c.yaml --set cache.path=X", "cache.path"),
+                    ("train X", "CONFIG"),
+                    ("inspect X", "CACHE"),
+                    ("inspect cache --png X", "--png"),
+                    ("verify X", "CACHE"),
+                    ("repair X", "CACHE"),
+                    ("gc X", "CACHE"),
+                    ("push X me/net", "RUN|CACHE"),
+                ],
+            ),
+        )
+        for command, name in commands
+        for address in addresses
     ],
 )
 def test_an_address_is_refused_by_every_command_before_anything_is_made(
@@ -165,10 +189,11 @@ FROM_HUB = {
     ("inspect", "cache"),
     ("verify", "cache"),
 }  # which only read, and may lie on the hub
+FROM_STORES = {("evaluate", "checkpoint"), ("evaluate", "data"), ("pack", "out")}  # and `--data` of every command
 
 
 def test_no_argument_that_is_a_path_goes_unchecked() -> None:
-    """Every parameter of every command that becomes a Path has the parser that refuses addresses, and but for three the hub's."""
+    """Every parameter of every command that becomes a Path has the parser that refuses addresses, and those of the store, or but for three the hub's."""
     import typing
 
     for command in cli.app.registered_commands:
@@ -177,8 +202,13 @@ def test_no_argument_that_is_a_path_goes_unchecked() -> None:
             if "Path" in str(typing.get_args(kind)[:1]):
                 about = typing.get_args(kind)[1]
                 assert about.parser is not None, f"{command.callback.__name__} {name}"
-                with pytest.raises(PathError):
-                    about.parser("s3://bucket/x")
+                if name == "data" or (command.callback.__name__, name) in FROM_STORES:
+                    assert about.parser("s3://bucket/x") == Path("s3:/bucket/x")  # what open_storage reads
+                    with pytest.raises(PathError):
+                        about.parser("ftp://host/x")
+                else:
+                    with pytest.raises(PathError):
+                        about.parser("s3://bucket/x")
                 if (command.callback.__name__, name) in FROM_HUB:
                     assert about.parser("hf://datasets/a/b") == Path("hf://datasets/a/b")
                     with pytest.raises(PathError, match="is no address of the hub"):
@@ -196,7 +226,7 @@ def test_the_library_refuses_what_the_command_line_refuses(empty: Path) -> None:
         lambda: pack("s3://b/x", "out"),
         lambda: pack("src", "s3://b/x"),
         lambda: index(Path("s3://b/x")),
-        lambda: open_inventory("s3://b/x"),
+        lambda: open_inventory("ftp://b/x"),
         lambda: open_cache(Path("s3://b/x")),
         lambda: load_config("s3://b/x.yaml"),
         lambda: run_demo(Path("s3://b/x")),

@@ -9,21 +9,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cskd.config import Config, RecipeConfig
 from cskd.dataset.inventory import open_inventory
 from cskd.dataset.remote_shards import RemoteShards
 from cskd.dataset.shard_reader import ShardReader
-from cskd.errors import PathError
+from cskd.errors import ConfigError, DataError, PathError
 from cskd.loading.plan import PlanSpec, epoch_plan
 from cskd.loading.shards_ahead import ahead, all_needs, training_needs
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.evaluate import evaluate_checkpoint
+from cskd.pipeline.pack import pack_data
 from cskd.pipeline.train import train
 from cskd.storage import join, open_storage
+from cskd.storage.fetch import fetched
 from cskd.storage.mirror import Mirror
 from cskd.storage.node_cache import node_cache, use_node_cache
 from tests.caches import make_tiny_data
+from tests.data_sources import folder
 from tests.dataset.test_remote_shards import upload
 from tests.pipeline.test_pipeline import cached_data, config
 
@@ -31,9 +35,9 @@ from tests.pipeline.test_pipeline import cached_data, config
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data, cache and a finished run in folders."""
-    folder = cached_data(tmp_path_factory.mktemp("remote"))
-    train(settings(folder), quiet=True)
-    return folder
+    made = cached_data(tmp_path_factory.mktemp("remote"))
+    train(settings(made), quiet=True)
+    return made
 
 
 def settings(base: Path, **sections: dict[str, Any]) -> Config:
@@ -45,6 +49,7 @@ def weights(folder: Path) -> str:
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_both_stages_and_an_evaluation(base: Path, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("train", "val"):
         upload(base / name, join(s3, name))
@@ -67,6 +72,7 @@ def machine(patch: pytest.MonkeyPatch, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_on_an_object_store_goes_on_on_another_machine(
     base: Path, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,7 +89,7 @@ def test_a_run_on_an_object_store_goes_on_on_another_machine(
     assert report.output == output and report.steps == 10 - step
     assert storage.get("model.safetensors") == (base / "run" / "model.safetensors").read_bytes()
     states = [stat.key for stat in storage.list("resume") if "step-" in stat.key]
-    assert len(states) == 2 and "resume/step-00000007.safetensors" not in states
+    assert sorted(states) == ["resume/step-00000007.safetensors", "resume/step-00000010.safetensors"]  # not 5 any more
     # What it left can be evaluated, and started from.
     use_node_cache(str(tmp_path / "node"), None)
     a = evaluate_checkpoint(Path(output), base / "val", 8, 0, None, "cpu", quiet=True)
@@ -91,6 +97,7 @@ def test_a_run_on_an_object_store_goes_on_on_another_machine(
     assert a.heads == b.heads and a.checkpoint == output
 
 
+@pytest.mark.slow
 def test_what_is_lost_of_a_run_is_what_was_not_put_there(
     base: Path, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,8 +155,8 @@ def test_each_shard_is_fetched_once_and_before_it_is_asked_for(s3: str, tmp_path
     assert reader.inventory.remote.storage.counts.requests == 0  # all were there
 
 
-def test_the_shards_of_an_epoch_come_in_the_order_of_its_plan(base: Path) -> None:
-    inventory = open_inventory(base / "train")
+def test_the_shards_of_an_epoch_come_in_the_order_of_its_plan(tmp_path: Path) -> None:
+    inventory = make_tiny_data(tmp_path / "train", n=42, block=20, shard=10)
     plan = PlanSpec(inventory.blocks, np.zeros(42, bool), inventory.id, RecipeConfig(), 3, 1, 0, 8, 1)
     inventory.remote = RemoteShards("s3://b/x", node_cache())  # nothing is asked of it
     needs = list(training_needs(inventory, plan, 1, 10, lambda epoch: (inventory, 3) if epoch else None))
@@ -159,3 +166,50 @@ def test_the_shards_of_an_epoch_come_in_the_order_of_its_plan(base: Path) -> Non
         rows = steps[0].reshape(-1, 8)[need.place] if need.place < 4 else steps[1].reshape(-1, 8)[need.place - 4]
         assert need.shard in inventory.shard[rows]
     assert [n.place for n in needs] == sorted(n.place for n in needs) and needs[-1].place == 9 + 2
+
+
+def test_weights_come_from_a_store(s3: str, tmp_path: Path) -> None:
+    node = use_node_cache(str(tmp_path / "node"), None)
+    run = folder(tmp_path / "run", {"model.safetensors": b"weights", "config.json": b"{}", "resume/step": b""})
+    storage = upload(run, join(s3, "run"))
+    copies = [fetched(join(s3, name), "student.init") for name in ("run", "run/", "run/model.safetensors")]
+    assert [path.name for path in copies[2:]] == ["model.safetensors"] and copies[0] == copies[1]
+    for path in (copies[0] / "model.safetensors", copies[2], copies[2].with_name("config.json")):
+        assert path.read_bytes() == (run / path.name).read_bytes() and path.is_relative_to(node.folder)
+    assert fetched(join(s3, "run/model.safetensors:a.b"), "x").name == "model.safetensors:a.b"
+    storage.put("model.safetensors", b"others")  # by somebody who trained on
+    assert fetched(join(s3, "run/model.safetensors"), "student.init").read_bytes() == b"others"
+    storage.put("w.index.json", b'{"weight_map": {"a": "one.bin", "b": "two.bin", "c": "../config.json"}}')
+    for name in ("one.bin", "two.bin"):
+        storage.put(name, b"1")
+    index = fetched(join(s3, "run/w.index.json"), "student.init")
+    assert {p.name for p in index.parent.iterdir()} == {"w.index.json", "one.bin", "two.bin", "config.json", ".lock"}
+    for name in ("nothing", "nothing/x.pt", "run/resume"):
+        with pytest.raises(
+            PathError, match=r"student.init s3://.*: there is no such object, nor a folder with model.safe"
+        ):
+            fetched(join(s3, name), "student.init")
+    use_node_cache(str(tmp_path / "small"), 1e-6)
+    with pytest.raises(ConfigError, match=r"data.node_cache_gb is 1e-06, and s3://.*/run has .*; set at least"):
+        fetched(join(s3, "run"), "student.init")
+
+
+def test_packing_to_a_store(s3: str, tmp_path: Path) -> None:
+    use_node_cache(str(tmp_path / "node"), None)
+    for name in ("a", "b"):
+        (tmp_path / "src" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (8, 8), (i, i, ord(name))).save(tmp_path / "src" / name / f"{i}.png")
+    there, here = Path(join(s3, "packed")), tmp_path / "here"
+    reports = [pack_data(tmp_path / "src", out, quiet=True) for out in (there, here)]
+    assert reports[0].inventory == reports[1].inventory and reports[0].folder == join(s3, "packed")
+    opened = open_inventory(there)
+    opened.check_shards()
+    assert [ShardReader(opened).read(i) for i in range(6)] == [
+        ShardReader(open_inventory(here)).read(i) for i in range(6)
+    ]
+    assert any("was here already" in note for note in pack_data(tmp_path / "src", there, quiet=True).notes)
+    with pytest.raises(DataError, match=r"s3://.*/packed holds the inventory .* already, not"):
+        pack_data(tmp_path / "src", there, limit=4, quiet=True)
+    with pytest.raises(PathError, match="is on a web server, which is only read"):
+        pack_data(tmp_path / "src", Path("http://host/x"), quiet=True)
