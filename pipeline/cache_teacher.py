@@ -22,11 +22,10 @@ import torch
 from rich.console import Console
 
 from cskd.config import Config, to_dict
-from cskd.config.pins import TEACHER, pinned
+from cskd.config.pins import TEACHER, pinned, record_pins
 from cskd.dataset.inventory import Inventory
 from cskd.errors import CacheError
-from cskd.files.hub import record_pins
-from cskd.files.paths import is_remote, local_text
+from cskd.files.paths import is_remote, location_text
 from cskd.loading.feed import fed
 from cskd.loading.shards_ahead import shards_of_passes
 from cskd.loading.stage1 import ChunkMaker
@@ -40,11 +39,11 @@ from cskd.pipeline.precheck import BEFORE_TEACHER, WITH_TEACHER, refuse
 from cskd.pipeline.setup import Setup, device_of
 from cskd.pipeline.show.progress import Notes, Progress, bound_by, duration, print_lines, say
 from cskd.pipeline.unit_line import missing_passes, unit_line, views_left
+from cskd.storage import open_storage
 from cskd.storage.node_cache import use_node_cache
 from cskd.store.cache import Cache, create_cache
-from cskd.store.format import MANIFEST
 from cskd.store.identity import identity_of
-from cskd.store.manifest import Manifest, write_resolved
+from cskd.store.manifest import Manifest, has_cache, write_resolved
 from cskd.store.replay_check import check_versions
 from cskd.store.seal import seal_cache
 from cskd.teacher.fingerprint import compare_probe
@@ -97,7 +96,7 @@ def _cache_teacher(
     quiet = quiet or not launched().speaks
     notes = Notes(quiet)
     notes.add(moved)
-    root = Path(local_text(config.cache.path, "cache.path"))
+    root = location_text(config.cache.path, "cache.path", write=True)
     config, pins = pinned(config, TEACHER, root, lambda line: say([line], quiet))
     setup = Setup(config)
     ahead = refuse(BEFORE_TEACHER, setup)
@@ -122,7 +121,7 @@ def _fill(
     quiet, config, inventory, teacher, maker = notes.quiet, setup.config, setup.inventory, setup.teacher, setup.maker
     notes.say()
     cache = _open_or_create(config, inventory, teacher, maker, about_images, notes)
-    record_pins(cache.root, pins)
+    record_pins(cache.storage, pins)
     notes.add(_use_threads(threads, cache, teacher, config))
     notes.say()
 
@@ -153,7 +152,7 @@ def _fill(
             if line.units == units:
                 time.sleep(POLL_WAIT)  # others are making all that is missing
     return CacheReport(
-        cache=str(cache.root),
+        cache=cache.location,
         units=line.units,
         images=line.images - line.unreadable,
         seconds=time.perf_counter() - start,
@@ -179,7 +178,7 @@ def batch_advice(teacher: Teacher, config: Config, probe: Probe) -> str:
 
     halves = [(batch >> i) // 4 * 4 for i in range(1, batch.bit_length()) if batch >> i >= 4]
     fits = None if teacher.fingerprint.compile else probe(halves, forward)
-    begun = (Path(config.cache.path) / MANIFEST).exists()
+    begun = has_cache(config.cache.path)
     again = f": the cache was begun with {batch}, another one needs another cache.path" if begun else ""
     return (
         f" with teacher.batch {batch}{f', {fits:,} fit' if fits else ''}; set "
@@ -191,11 +190,11 @@ def _open_or_create(
     config: Config, inventory: Inventory, teacher: Teacher, maker: ViewMaker, about_images: list[str], notes: Notes
 ) -> Cache:
     """The cache of this config: identity compared, the teacher's outputs on the probe images compared too."""
-    root = Path(config.cache.path)
+    storage = open_storage(config.cache.path, "cache.path")
     identity = identity_of(inventory, config.recipe, teacher.fingerprint.facts, teacher.grid, config.cache.codecs)
     refuse_head(identity, teacher)
     manifest, probe = Manifest(identity=identity, views=config.cache.views), teacher.probe()
-    new = not (root / MANIFEST).exists()
+    new = not has_cache(storage)
     if new:
         check = clean_check(teacher, maker, config)
         precision = measure_precision(teacher, maker, config.teacher)
@@ -209,20 +208,22 @@ def _open_or_create(
             notes=[*about_images, *teacher.notes, *check.notes, *precision.notes],
             precision=precision.facts,
             probe=probe,
-            tables=fit_tables(root, identity, teacher, maker),
+            tables=fit_tables(storage, identity, teacher, maker),
             threads=lanes_of(teacher.device, torch.get_num_threads(), teacher.reentrant)[1],
             versions=library_versions(),
             container=None if config.cache.container == "zarr" else config.cache.container,
         )
-    cache = create_cache(root, manifest, inventory)
+    cache = create_cache(storage, manifest, inventory)
     refit_lost(cache, teacher, maker)
-    write_resolved(root, cache.manifest)
+    write_resolved(storage, cache.manifest)
     notes.add(cache.manifest.notes or [])
     notes.add([] if new else check_versions(cache))
     notes.say()
     difference = compare_probe(cache.manifest.probe or {}, probe)
     if difference:
-        raise CacheError(f"{root}: the teacher no longer gives the outputs the cache was begun with ({difference})")
+        raise CacheError(
+            f"{cache.location}: the teacher no longer gives the outputs the cache was begun with ({difference})"
+        )
     return cache
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from cskd.codecs import Arrays, Codec, get_codec
 from cskd.codecs.features import FeaturesCodec
 from cskd.errors import CacheError
 from cskd.pipeline.measure_precision import first_views
+from cskd.storage import Place
 from cskd.store.cache import Cache
 from cskd.store.identity import Identity
 from cskd.store.tables import read_tables, write_tables
@@ -25,7 +24,7 @@ def refuse_head(identity: Identity, teacher: Teacher) -> None:
             teacher.classifier(name)
 
 
-def fit_tables(root: Path, identity: Identity, teacher: Teacher, maker: ViewMaker) -> dict[str, str] | None:
+def fit_tables(root: Place, identity: Identity, teacher: Teacher, maker: ViewMaker) -> dict[str, str] | None:
     """Put the tables of a new cache's codecs in place. Returns: their sha256 by codec; None where no codec has any.
 
     Raises:  TeacherError for a teacher whose head is not a mean over the cells and one linear layer.
@@ -40,13 +39,13 @@ def refit_lost(cache: Cache, teacher: Teacher, maker: ViewMaker) -> None:
     lost = []
     for name, digest in (cache.manifest.tables or {}).items():
         try:
-            read_tables(cache.root, name, digest)
+            read_tables(cache.storage, name, digest)
         except CacheError:
             lost.append(cache.codecs[name])
     for codec, tables in _fitted(lost, teacher, maker):
-        if write_tables(cache.root, codec.name, tables) != (cache.manifest.tables or {})[codec.name]:
+        if write_tables(cache.storage, codec.name, tables) != (cache.manifest.tables or {})[codec.name]:
             raise CacheError(
-                f"{cache.root}: the tables of codec '{codec.name}' are lost, and fitted again they are others; `cskd repair` "
+                f"{cache.location}: the tables of codec '{codec.name}' are lost, and fitted again they are others; `cskd repair` "
                 "restores them if their second copy is there, else cache into another folder"
             )
 

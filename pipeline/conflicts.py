@@ -82,13 +82,13 @@ def refuse_conflicts(config: Config, cache: Cache) -> None:
                 asked, cached = (str(m).partition("@")[0] if is_hub(m) else Path(m).name for m in (asked, cached))
             if asked != cached:
                 raise ConfigError(
-                    f"{key} is {asked!r}, the cache {cache.root} was made with {cached!r}; leave it out or set it so"
+                    f"{key} is {asked!r}, the cache {cache.location} was made with {cached!r}; leave it out or set it so"
                 )
 
 
 def refuse_other_container(config: Config) -> None:
     """ConfigError where a config says another container than that of a cache which was begun; one that says none goes on."""
-    asked, root = config.cache.container, Path(config.cache.path)
+    asked, root = config.cache.container, config.cache.path
     there = read_manifest(root).container or "zarr"
     if "cache.container" in config.given and asked != there:
         raise ConfigError(

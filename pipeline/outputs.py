@@ -7,7 +7,9 @@ import importlib.util
 import os
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -19,17 +21,21 @@ from cskd.files import claims
 from cskd.files.durable import NO_LINKS, hard_link_error, put
 from cskd.files.folders import refuse_output
 from cskd.files.hub import is_hub
-from cskd.files.paths import is_remote, local_path
+from cskd.files.paths import is_remote, local_path, location_text
 from cskd.files.scratch import clear_scratch
 from cskd.files.writer import LOCK, Writer, by, sole_writer
 from cskd.machine.ranks import Ranks
 from cskd.pipeline.conflicts import RUN_NAMES, refuse_foreign
 from cskd.pipeline.draw.confusion import to_csv
 from cskd.pipeline.show.progress import say
+from cskd.storage import Storage, open_storage
 from cskd.storage.mirror import Mirror, working_folder
+from cskd.storage.posix import Posix
 from cskd.store.format import OWN_NAMES
+from cskd.store.manifest import has_cache
 
 LAST = ("resume",)  # a state is there once all that it tells of is
+LOOKED_AT = 1000  # objects of a prefix, one answer of a store: is it a cache's
 FIRST_SPEAKS = 3.0  # seconds: torchrun ends all ranks once one has ended, and the first one knows why
 PAGE_START = b"<!doctype html>\n<!-- made by cskd inspect --html -->\n"
 # Loose files that commands write: what they are, and how each begins. Only one that begins so is replaced.
@@ -48,6 +54,9 @@ def refuse_cache_output(config: Config) -> None:
 
     Several processes may make one cache; while one repairs it, no other does.
     """
+    if is_remote(config.cache.path):
+        _refuse_objects(config)
+        return
     root = Path(config.cache.path)
     refuse_output(root, "cache", "cache.path", inputs=_other_paths(config, "cache.path"), names=OWN_NAMES)
     mending = claims.holder(root / LOCK)
@@ -66,12 +75,20 @@ def refuse_run_output(config: Config) -> None:
         what = "no folder" if not there.is_dir() else "not writable"
         raise ConfigError(f"train.output {output}: {there} is {what}; set another, --set train.output=runs/x")
     if is_remote(config.train.output):
-        Mirror(config.train.output, "run", "train.output").names()
+        mirror = Mirror(config.train.output, "run", "train.output")
+        for key, text in _other_texts(config, "train.output").items():
+            other = location_text(text, key) if is_remote(text) else text
+            if f"{other}/".startswith(f"{mirror.location}/") or mirror.location.startswith(f"{other}/"):
+                raise PathError(
+                    f"train.output {mirror.location} and {key} {other} lie in each other; give each a place of its own"
+                )
+        mirror.names()
     refuse_output(output, "run", "train.output", inputs=_other_paths(config, "train.output"), names=RUN_NAMES)
     root = Path(config.cache.path)
     if (
         config.cache.path
         and not is_hub(root)
+        and not is_remote(root)
         and os.path.realpath(root) in map(str, Path(os.path.realpath(output)).parents)
     ):
         raise PathError(f"train.output {output} lies in cache.path {root}; give a folder outside of it")
@@ -131,11 +148,13 @@ def mirrored_run(config: Config, ranks: Ranks, device: torch.device, quiet: bool
 
 
 @contextlib.contextmanager
-def sole_repair(cache: Path) -> Iterator[None]:
-    """A cache for the process that repairs it alone. PathError naming the one that makes or repairs it."""
-    if not cache.is_dir():
-        yield  # there is nothing to lock, and nothing to repair
+def sole_repair(storage: Storage) -> Iterator[None]:
+    """A cache for the process that repairs it alone. PathError naming the one that makes or repairs it. An object store has no
+    locks: what several make or repair there at once counts once."""
+    if not isinstance(storage, Posix) or not storage.root.is_dir():
+        yield  # there is nothing to lock, or nothing to repair
         return
+    cache = storage.root
     with sole_writer(cache, "repair it then"):
         for path in (cache / claims.CLAIMS).glob("[!.]*"):
             if (maker := claims.holder(path)) is not None:
@@ -193,9 +212,22 @@ def save_file(path: Path, option: str, content: bytes) -> None:
         raise DataError(f"{path} can't be written: {e.strerror or e}; give another path with {option}") from None
 
 
-def refuse_without_links(root: Path) -> None:
-    """CacheError where the file system of `cache.path`, which need not be there yet, has no hard links; OSError where nothing
-    can be written there."""
+def refuse_unfit(location: str) -> str:
+    """Refuse a `cache.path` where no commit could be made: a file system without hard links, which need not be there yet, or an
+    object store without conditional writes. Returns: what was found, in words. Raises CacheError, StorageError, and OSError where
+    nothing can be written there."""
+    storage = open_storage(location)
+    if not isinstance(storage, Posix):
+        probe = f".cskd-probe-{uuid.uuid4().hex}"
+        won = [storage.create(probe, content) for content in (b"first", b"second")]
+        storage.delete(probe)
+        if won != [True, False]:
+            raise CacheError(
+                f"cache.path {location}: its store let a second writer replace what a first one had made; take one with conditional "
+                "writes (If-None-Match), as S3, Google, Azure, R2 and MinIO have them"
+            )
+        return "writable, has conditional writes"
+    root = storage.root
     error = hard_link_error(next(path for path in (root, *Path(os.path.realpath(root)).parents) if path.exists()))
     if error is not None and error.errno in NO_LINKS:
         raise CacheError(
@@ -204,21 +236,36 @@ def refuse_without_links(root: Path) -> None:
         )
     if error is not None:
         raise error
+    return "writable, has hard links"
+
+
+def _refuse_objects(config: Config) -> None:
+    """The same as `refuse_output`, of a prefix of an object store: nothing of another kind may be in it, nor another path of the
+    config lie there."""
+    storage = open_storage(config.cache.path)
+    for key, text in _other_texts(config, "cache.path").items():
+        if is_remote(text) and f"{location_text(text, key)}/".startswith(f"{storage.location}/"):
+            raise PathError(f"{key} {text} lies in cache.path {storage.location}; give each a place of its own")
+    strange = (about.key for about in islice(storage.list(), LOOKED_AT) if about.key.partition("/")[0] not in OWN_NAMES)
+    if (name := next(strange, None)) is not None and not has_cache(storage):
+        raise PathError(
+            f"cache.path {storage.location} holds {name}, which is no file of a cache; give a place of its own"
+        )
 
 
 def _other_paths(config: Config, output: str) -> dict[str, Path]:
-    """What else a config reads or writes, by key."""
+    """What else a config reads or writes on this machine, by key."""
+    return {key: Path(text).expanduser() for key, text in _other_texts(config, output).items() if not is_remote(text)}
+
+
+def _other_texts(config: Config, output: str) -> dict[str, str]:
+    """What else a config reads or writes, but for the hub, by key."""
     paths = {}
     for key in sorted(key for key in PATHS if not key.endswith(".model")):
         section, _, name = key.partition(".")
         value = getattr(getattr(config, section), name)
-        if (
-            not isinstance(value, str)
-            or is_hub(value)
-            or is_remote(value)
-            or (key, value) == ("teacher.weights", "hub")
-        ):
+        if not isinstance(value, str) or is_hub(value) or (key, value) == ("teacher.weights", "hub"):
             continue
         if value and key != output:
-            paths[key] = Path(value).expanduser()
+            paths[key] = value
     return paths

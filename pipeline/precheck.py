@@ -20,10 +20,11 @@ from cskd.loading.targets import codec_for, refuse_unnamed
 from cskd.method.losses import needs, refuse_gaps, unread_keys
 from cskd.pipeline.codec_tables import refuse_head
 from cskd.pipeline.conflicts import as_begun, refuse_other_container, refuse_other_run, run_identity
-from cskd.pipeline.outputs import refuse_cache_output, refuse_run_output, refuse_without_links, run_output
+from cskd.pipeline.outputs import refuse_cache_output, refuse_run_output, refuse_unfit, run_output
 from cskd.pipeline.run_state import PROGRESS
 from cskd.pipeline.setup import Setup, from_images, image_sizes, view_notes, with_best
 from cskd.store.cache import open_cache, refuse_other_identity
+from cskd.store.manifest import has_cache
 from cskd.student.checkpoint import ResumeStates
 from cskd.student.optim import refuse_schedule
 from cskd.student.warm_start import checkpoint_file
@@ -146,8 +147,7 @@ def _cache_path(setup: Setup) -> Found:
 
 def _hard_links(setup: Setup) -> Found:
     """Tried with a file: only for a cache that has images to be made of."""
-    refuse_without_links(Path(setup.config.cache.path))
-    return "writable, has hard links", []
+    return refuse_unfit(setup.config.cache.path), []
 
 
 def _codecs(setup: Setup) -> Found:
@@ -172,7 +172,7 @@ def _begun_cache(setup: Setup) -> Found:
     refuse_head(setup.identity, setup.teacher)
     if not setup.begun:
         return "will be begun", []
-    cache = open_cache(setup.config.cache.path)
+    cache = open_cache(setup.config.cache.path, index=False)
     refuse_other_identity(cache, setup.identity)
     units = cache.blocks * cache.views
     return f"begun, {units - len(cache.missing()):,} of {units:,} units are there", []
@@ -192,7 +192,7 @@ def _loss(setup: Setup) -> Found:
     if setup.makes_cache:
         found.append(f"from codec {' and '.join(_read_codecs(setup))}")
     for name, path in setup.config.train.caches.items():
-        if (Path(path) / "manifest.json").exists():  # else it is still to be made
+        if has_cache(path):  # else it is still to be made
             codec_for(loss, open_cache(path, images=False).codecs, path, name)
     if unread := unread_keys(loss, setup.config.given):
         found.append(f"which does not read {', '.join(unread)}")

@@ -122,7 +122,7 @@ class RunFolder:
             val_images=len(run.val) if run.val is not None else 0,
             views=run.plan.views,
             teacher="; ".join(teachers or [_teacher(to_dict(run.config.teacher), None)]) if taught else "",
-            cache="; ".join(f"{c.root.name}, fingerprint {c.fingerprint[:16]}" for c in caches),
+            cache="; ".join(f"{c.location.rpartition('/')[2]}, fingerprint {c.fingerprint[:16]}" for c in caches),
             codec=", ".join(dict.fromkeys(filter(None, codecs))) if taught else "",
             online=run.targets.runs_teacher,
             ranks=run.ranks.count,

@@ -23,7 +23,7 @@ from cskd.config import Config, RecipeConfig, TrainConfig
 from cskd.dataset.inventory import Inventory, evenly, open_inventory
 from cskd.errors import CacheError, ConfigError, DataError, ImageError, StudentError, one_line
 from cskd.files.hub import is_hub
-from cskd.files.paths import local_path
+from cskd.files.paths import is_remote
 from cskd.loading.joined import JoinedCaches
 from cskd.loading.need import PREFETCH, refuse_little_memory
 from cskd.loading.plan import PlanSpec, views_needed
@@ -36,10 +36,10 @@ from cskd.machine.threads import Threads, choose_threads
 from cskd.method.features import MapShape
 from cskd.method.losses import DistillationLoss, needs_teacher
 from cskd.pipeline.conflicts import refuse_conflicts
-from cskd.store.cache import Cache, open_cache
-from cskd.store.format import MANIFEST
+from cskd.storage import Place
+from cskd.store.cache import Cache, cache_place, open_cache
 from cskd.store.identity import Identity, identity_of
-from cskd.store.manifest import read_manifest
+from cskd.store.manifest import has_cache, read_manifest
 from cskd.store.usable import refuse_other_code, usable_views
 from cskd.student import Student, build_student
 from cskd.student.best import score_asked
@@ -71,7 +71,7 @@ class Setup:
     @property
     def begun(self) -> bool:
         """Whether `cache.path` holds a cache already."""
-        return bool(self.config.cache.path) and (Path(self.config.cache.path) / MANIFEST).exists()
+        return has_cache(self.config.cache.path)
 
     @property
     def makes_cache(self) -> bool:
@@ -256,14 +256,14 @@ def device_of(
     Older caches recorded the device of the machine that began them, and a config made of that record has it. It says nothing of
     this machine: where it is not here, it stands for auto.
     """
-    name, key, root = getattr(config, section).device, f"{section}.device", Path(config.cache.path)
+    name, key, root = getattr(config, section).device, f"{section}.device", config.cache.path
     notes: list[str] = []
     try:
         device = pick(name, key)
     except ConfigError:
         recorded = None
         with contextlib.suppress(CacheError):
-            recorded = read_manifest(root).config.get(section, {}).get("device") if config.cache.path else None
+            recorded = read_manifest(root).config.get(section, {}).get("device") if has_cache(root) else None
         if recorded != name:
             raise
         device = pick("auto", key)
@@ -278,11 +278,11 @@ def open_cached(config: Config) -> Cache | JoinedCaches:
     cache = _open_one(config, config.cache.path, first=True)
     if not config.train.caches:
         return cache
-    paths = {name: local_path(path, f"train.caches.{name}") for name, path in config.train.caches.items()}
+    paths = {name: cache_place(path, f"train.caches.{name}") for name, path in config.train.caches.items()}
     return JoinedCaches(cache, {name: _open_one(config, path) for name, path in paths.items()})
 
 
-def _open_one(config: Config, path: str | Path, first: bool = False) -> Cache:
+def _open_one(config: Config, path: Place, first: bool = False) -> Cache:
     cache = open_cache(path, data=Path(config.data.train) if config.data.train else None)
     cache.inventory.check_shards()
     if first:
@@ -306,7 +306,10 @@ def from_images(config: Config, begun: Mapping[str, Any] | None = None) -> bool:
         return False
     if not config.cache.path or (begun is not None and is_baseline_name(begun.get("cache"))):
         return True
-    return not is_hub(config.cache.path) and not Path(config.cache.path).exists()
+    path = config.cache.path
+    if is_remote(path):
+        return not has_cache(path)
+    return not is_hub(path) and not Path(path).exists()
 
 
 def is_baseline_name(fingerprint: object) -> bool:
@@ -318,7 +321,7 @@ def cached_views(config: Config) -> int:
     """Views of the cache that stage 1 makes: cache.views, or more where it has more already."""
     views = config.cache.views
     with contextlib.suppress(CacheError):  # there is none yet
-        views = max(views, read_manifest(Path(config.cache.path)).views)
+        views = max(views, read_manifest(config.cache.path).views)
     return views
 
 

@@ -16,11 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cskd.codecs.base import BLEND_ONE
 from cskd.config import Config, to_yaml
-from cskd.config.pins import TEACHER, pinned
+from cskd.config.pins import TEACHER, pinned, record_pins
 from cskd.dataset.inventory import Inventory
 from cskd.errors import ConfigError
 from cskd.files.durable import put
-from cskd.files.hub import record_pins
 from cskd.files.scratch import new_scratch
 from cskd.files.writer import Writer
 from cskd.loading.feed import fed

@@ -26,12 +26,13 @@ from cskd.codecs import Arrays, Outputs
 from cskd.codecs.features import FeaturesCodec
 from cskd.codecs.measured import Measured, measure
 from cskd.config import Config
-from cskd.files.claims import Claims
+from cskd.files.claims import Claims, NoClaims
 from cskd.loading.feed import DeviceBatch
 from cskd.loading.stage1 import Chunk, ChunkViews, chunks
 from cskd.machine.side_stream import to_device
 from cskd.machine.threads import Threads
 from cskd.pipeline.show.progress import Pool, duration, say
+from cskd.storage.posix import Posix
 from cskd.store.cache import Cache
 from cskd.store.draft import Rows, read_drafts, remove_drafts, write_draft
 from cskd.store.seal import refuse_too_many
@@ -51,7 +52,7 @@ def unit_line(
     writers, lost = writers_of(threads.share), ""
     writer = ThreadPoolExecutor(writers, "write")
     try:
-        with Claims(cache.root) as claims, contextlib.ExitStack() as stack:
+        with Claims(cache.root) if _has_claims(cache) else NoClaims() as claims, contextlib.ExitStack() as stack:
             stack.callback(writer.shutdown)
             lanes = stack.enter_context(Lanes(teacher.device, teacher.reentrant))
             line = UnitLine(cache, teacher, config, threads.workers, claims, lanes, writer, writers)
@@ -63,6 +64,10 @@ def unit_line(
     except (KeyboardInterrupt, SystemExit):
         say([lost] if lost else [], quiet)
         raise
+
+
+def _has_claims(cache: Cache) -> bool:
+    return isinstance(cache.storage, Posix)
 
 
 def writers_of(cores: int) -> int:
@@ -146,7 +151,7 @@ class UnitLine:
         teacher: Teacher,
         config: Config,
         workers: int,
-        claims: Claims,
+        claims: Claims | NoClaims,
         lanes: Lanes,
         writer: ThreadPoolExecutor,
         writers: int,
@@ -332,6 +337,10 @@ class UnitLine:
 
     def _save(self, work: _Pass) -> None:
         """Send what is in of a pass, and in no draft yet, to the writer."""
+        if not _has_claims(
+            self._cache
+        ):  # nor drafts: whoever makes the pass next can't know that this process does not
+            return
         new = {view: rows for view, unit in zip(work.views, work.units, strict=True) if (rows := unit.unsaved())}
         if new:
             work.draft = self._writer.submit(self._write_drafts, work, new, dict(work.quarantine))
@@ -352,7 +361,7 @@ class UnitLine:
         clock = time.perf_counter()
         for view, unit in zip(work.views, work.units, strict=True):
             self._cache.add_unit(work.block, view, *unit.finish(), work.quarantine, unit.errors)
-            remove_drafts(self._cache.root, work.block, view)
+            remove_drafts(self._cache, work.block, view)
         self._claims.release([work.claim])
         return len(work.views), time.perf_counter() - clock
 

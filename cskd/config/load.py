@@ -29,14 +29,10 @@ PATHS = (
     *("cache.path", "student.model", "student.init", "train.output", "data.node_cache"),
 )  # a model may be the path of a file
 READ_FROM_HUB = ("teacher.model", "teacher.weights", "teacher.classes", "cache.path", "student.init")  # see docs/HUB.md
-READ_FROM_STORES = (
-    "data.train",
-    "data.val",
-    "teacher.weights",
-    "teacher.classes",
-    "student.init",
-)  # see docs/STORAGE.md
-WRITTEN_TO_STORES = ("train.output",)
+ON_OBJECT_STORES = (  # see docs/STORAGE.md
+    *("data.train", "data.val", "teacher.weights", "teacher.classes", "student.init", "cache.path", "train.output"),
+)
+WRITTEN = ("train.output",)
 NEWER = {  # keys of older versions
     **{"teacher.autocast": "teacher.precision", "teacher.dtype": "teacher.precision"},
     "train.tensorboard": "train.trackers",
@@ -226,10 +222,9 @@ def _with_local_paths(config: Config, wrong: list[CskdError]) -> Config:
         if not isinstance(text, str) or text.startswith(_OF_TIMM):
             continue
         try:
-            if key in (*READ_FROM_STORES, *WRITTEN_TO_STORES):
-                local = location_text(text, key, hub=key in READ_FROM_HUB, write=key in WRITTEN_TO_STORES)
-            else:
-                local = local_text(text, key, hub=key in READ_FROM_HUB)
+            hub, write = key in READ_FROM_HUB, key in WRITTEN
+            known = key in ON_OBJECT_STORES
+            local = location_text(text, key, hub=hub, write=write) if known else local_text(text, key, hub)
         except PathError as e:
             wrong.append(e)
             continue
@@ -239,7 +234,7 @@ def _with_local_paths(config: Config, wrong: list[CskdError]) -> Config:
     own += [(f"train.caches.{name}", path) for name, path in config.train.caches.items()]
     for key, text in [*own, *((f"loss.terms[{i}].own", term.own) for i, term in enumerate(config.loss.terms))]:
         try:
-            local_text(text or "", key)
+            (location_text if key.startswith("train.caches.") else local_text)(text or "", key)
         except PathError as e:
             wrong.append(e)
     return config

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
-from pathlib import Path
+import json
+from collections.abc import Callable, Collection, Mapping
 
 from cskd.config.schema import Config
-from cskd.files.hub import is_hub, local_copy, parse_address, pin, read_pins
+from cskd.errors import PathError
+from cskd.files.hub import PINS, is_hub, local_copy, parse_address, pin
+from cskd.files.read import MAX_TEXT, parse_json
+from cskd.storage import Place, open_storage
 
 TEACHER = ("teacher.model", "teacher.weights", "teacher.classes")
 
 
 def pinned(
-    config: Config, keys: Collection[str], folder: Path, tell: Callable[[str], None] = lambda line: None
+    config: Config, keys: Collection[str], folder: Place, tell: Callable[[str], None] = lambda line: None
 ) -> tuple[Config, dict[str, str]]:
     """The config with a commit in each address under `keys`, and which stands for which; all are downloaded.
 
@@ -37,3 +40,20 @@ def pinned(
         if str(address) != text:
             pins[text] = str(address)
     return config, pins
+
+
+def read_pins(folder: Place) -> dict[str, str]:
+    """What a run or a cache has recorded: address as written -> with its commit. Empty where there is nothing, or it is damaged:
+    what reads another content than before is refused by the hashes of that."""
+    try:
+        pins = parse_json(open_storage(folder).get(PINS, limit=MAX_TEXT))["pins"]
+        return {str(key): str(value) for key, value in pins.items() if parse_address(value, PINS).pinned}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, PathError):
+        return {}
+
+
+def record_pins(folder: Place, pins: Mapping[str, str]) -> None:
+    """Add to what is recorded, durably; nothing is written where it is all there."""
+    before = read_pins(folder)
+    if (now := before | dict(pins)) != before:
+        open_storage(folder).put(PINS, (json.dumps({"version": 1, "pins": now}, indent=1) + "\n").encode())

@@ -12,19 +12,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import glob
-import json
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 from urllib.parse import quote, unquote
 
 from cskd.errors import CskdError, HubError, PathError, fitted, one_line
-from cskd.files.durable import put
-from cskd.files.read import parse_json, read_file
 
 FORM = "hf://[datasets/]OWNER/NAME[@REVISION][/PATH]"
 PINS = "hub.json"  # of a run or a cache: address as it was written -> the same with its commit
@@ -112,23 +109,6 @@ def pin(address: HubAddress, what: str) -> HubAddress:
         return address
     folder = _snapshot(replace(address, path=""), _patterns(address.path), what)
     return replace(address, revision=folder.name)
-
-
-def read_pins(folder: Path) -> dict[str, str]:
-    """What a run or a cache has recorded: address as written -> with its commit. Empty where there is nothing, or it is damaged:
-    what reads another content than before is refused by the hashes of that."""
-    try:
-        pins = parse_json(read_file(folder / PINS))["pins"]
-        return {str(key): str(value) for key, value in pins.items() if parse_address(value, PINS).pinned}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, CskdError):
-        return {}
-
-
-def record_pins(folder: Path, pins: Mapping[str, str]) -> None:
-    """Add to what is recorded, durably; nothing is written where it is all there."""
-    before = read_pins(folder)
-    if (now := before | dict(pins)) != before:
-        put(folder / PINS, (json.dumps({"version": 1, "pins": now}, indent=1) + "\n").encode())
 
 
 @functools.cache  # of the addresses of one process: a repository that changes meanwhile changes nothing here

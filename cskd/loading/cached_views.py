@@ -80,7 +80,7 @@ class CachedViews:
         for name in self.codecs:
             if name not in cache.codecs:
                 raise CacheError(
-                    f"{cache.root} holds the codecs {list(cache.codecs)}, no {name!r}; ask for one of these"
+                    f"{cache.location} holds the codecs {list(cache.codecs)}, no {name!r}; ask for one of these"
                 )
         self._maker = ViewMaker(cache.inventory, cache.recipe)
         self._units: OrderedDict[tuple[int, int], dict[str, Unit]] = OrderedDict()

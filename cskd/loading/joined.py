@@ -35,7 +35,7 @@ class JoinedCaches:
             if difference := first_difference(expected, found):
                 key, theirs, its = difference
                 raise CacheError(
-                    f"train.caches.{name}: {cache.root} has {key} {its!r}, {first.root} has {theirs!r}; both must be made of the same "
+                    f"train.caches.{name}: {cache.location} has {key} {its!r}, {first.location} has {theirs!r}; both must be made of the same "
                     "images by the same recipe"
                 )
         self.fingerprint = joined_fingerprint({"": first.fingerprint, **{n: c.fingerprint for n, c in others.items()}})

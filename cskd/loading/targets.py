@@ -126,7 +126,7 @@ class _OfCache(_Targets):
     def __init__(self, name: str, cache: Cache, config: LossConfig, epochs: int) -> None:
         super().__init__(config, epochs, name)
         self._name, self._codecs = name, cache.codecs
-        self.codec, self.soft_codec = codec_for(config, cache.codecs, str(cache.root), name)
+        self.codec, self.soft_codec = codec_for(config, cache.codecs, cache.location, name)
 
     @property
     def map(self) -> MapShape | None:
@@ -189,8 +189,8 @@ class CachedTargets:
         for term in config.terms:
             if term.target == "cells" and caches[term.cache].grid != cache.grid:
                 raise ConfigError(
-                    f"loss.terms: {term.title} reads cells of {caches[term.cache].root}, {caches[term.cache].grid}, and those of "
-                    f"{caches[''].root} are {cache.grid}; make both with one teacher.grid"
+                    f"loss.terms: {term.title} reads cells of {caches[term.cache].location}, {caches[term.cache].grid}, and those of "
+                    f"{caches[''].location} are {cache.grid}; make both with one teacher.grid"
                 )
         self._of = {name: _OfCache(name, one, config, epochs) for name, one in caches.items()}
         self.maps = {name: of.map for name, of in self._of.items() if of.map is not None}

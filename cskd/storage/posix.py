@@ -85,5 +85,8 @@ class Posix:
         return Stat(key, about.st_size, about.st_mtime) if modes.S_ISREG(about.st_mode) else None
 
     def delete(self, key: str) -> None:
-        self.path(key).unlink(missing_ok=True)
+        path = self.path(key)
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+            durable.sync(path.parent)
         self.counts.add()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,28 @@ from cskd.codecs import Arrays, Codec, get_codec
 from cskd.codecs.features import FeaturesCodec
 from cskd.codecs.measured import Measured
 from cskd.config import RecipeConfig
-from cskd.dataset.inventory import Inventory, open_inventory
-from cskd.dataset.inventory_format import copy_inventory
-from cskd.errors import CacheError, CodecError
+from cskd.dataset.inventory import Inventory
+from cskd.errors import CacheError, CodecError, PathError
 from cskd.files.durable import make_folder
-from cskd.files.paths import local_path
+from cskd.files.hub import is_hub
+from cskd.files.paths import is_remote, local_path, location_text
 from cskd.files.read import refuse_links
 from cskd.seeds import view_seeds
-from cskd.store.commit import Commit, again, publish, read_commit, record_names, write_file
-from cskd.store.format import INVENTORY, MANIFEST, OWN_NAMES, UNIT_FIELDS, Unit, commit_file, record_name
+from cskd.storage import Place, join, open_storage
+from cskd.storage.posix import Posix
+from cskd.store import index
+from cskd.store.commit import Commit, again, publish, read_commit, read_commits, record_names, write_file
+from cskd.store.format import OWN_NAMES, UNIT_FIELDS, Unit, record_name
 from cskd.store.identity import Identity
-from cskd.store.manifest import Manifest, begin_manifest, complete_manifest, read_manifest, write_manifest
+from cskd.store.inventory_copy import get_inventory, put_inventory
+from cskd.store.manifest import (
+    Manifest,
+    begin_manifest,
+    complete_manifest,
+    has_cache,
+    read_manifest,
+    write_manifest,
+)
 from cskd.store.tables import read_tables
 from cskd.store.unit import content_hash, pack_unit, read_unit
 from cskd.views.digest import Recorded
@@ -35,10 +45,14 @@ from cskd.views.mixing import NONE, partners, quads
 
 
 class Cache:
-    """An open cache. `root` folder; `manifest` its facts; `identity` the part that must never change."""
+    """An open cache. `storage` its bytes; `manifest` its facts; `identity` the part that must never change.
 
-    def __init__(self, root: Path, manifest: Manifest, inventory: Inventory) -> None:
-        self.root, self.manifest, self.inventory = root, manifest, inventory
+    reads_index: whether what a sealed cache's index says counts for the records; who makes or mends a cache looks at them.
+    """
+
+    def __init__(self, root: Place, manifest: Manifest, inventory: Inventory, reads_index: bool = False) -> None:
+        self.storage, self.manifest, self.inventory = open_storage(root), manifest, inventory
+        self.location, self._reads_index = self.storage.location, reads_index
         self.identity, self.views = manifest.identity, manifest.views
         self.fingerprint, self.container = self.identity.fingerprint, manifest.container or "zarr"
         h, w = self.identity.grid
@@ -50,8 +64,28 @@ class Cache:
         }
         for name, codec in self.codecs.items():
             if isinstance(codec, FeaturesCodec):
-                codec.use_tables(partial(read_tables, root, name, (manifest.tables or {}).get(name, "")))
+                codec.use_tables(partial(read_tables, self.storage, name, (manifest.tables or {}).get(name, "")))
         self._known: dict[int, tuple[set[str], dict[int, frozenset[int]]]] = {}  # see `_records`
+
+    @property
+    def root(self) -> Path:
+        """The folder of a cache on this machine. PathError where it is on an object store."""
+        if not isinstance(self.storage, Posix):
+            raise PathError(
+                f"{self.location} is on an object store, expected a folder here; copy the cache to one for this"
+            )
+        return self.storage.root
+
+    def path(self, key: str) -> str:
+        """The location of one of its files."""
+        return join(self.location, key)
+
+    @cached_property
+    def index(self) -> index.Index | None:
+        """The sealed index, where it counts: see `cskd.store.index`."""
+        if not self._reads_index:
+            return None
+        return index.read_index(self.storage, self.fingerprint, self.manifest.tables, self.blocks)
 
     @property
     def blocks(self) -> int:
@@ -67,11 +101,17 @@ class Cache:
 
         exact: see `read_commit`.
         """
-        commit = read_commit(self.root, block, view, exact)
-        if commit is not None and commit.fingerprint != self.fingerprint:
+        if self.index is not None and view < self.index.views:
+            return self.own(self.index.commit(block, view))
+        commit = read_commit(self.storage, block, view, exact)
+        return None if commit is None else self.own(commit)
+
+    def own(self, commit: Commit) -> Commit:
+        """A record, which must be of this cache."""
+        if commit.fingerprint != self.fingerprint:
             raise CacheError(
-                f"unit block {block}, view {view} was made for fingerprint {commit.fingerprint[:12]}, "
-                f"this cache is {self.fingerprint[:12]}; {self._again(block, view)}"
+                f"unit block {commit.block}, view {commit.view} was made for fingerprint {commit.fingerprint[:12]}, "
+                f"this cache is {self.fingerprint[:12]}; {again(commit.block, commit.view)}"
             )
         return commit
 
@@ -105,22 +145,34 @@ class Cache:
         A record is never rewritten, so each is read and checked once; a withdrawn one is forgotten. With 47,100 of them (300
         views of ImageNet) the first call takes 1 s and the others 10 ms.
         """
-        return [self._records_of(block) for block in range(self.blocks)]
+        sealed, found = self._sealed, []
+        if self.index is not None and self.index.views >= self.views:
+            return sealed
+        for block, names in enumerate(record_names(self.storage, self.blocks)):
+            before, known = self._known.get(block, (set(), {}))
+            if names != before:
+                views = [v for v in range(self.views) if record_name(v) in names and v not in sealed[block]]
+                new = [view for view in views if view not in known]
+                commits = dict(zip(new, read_commits(self.storage, [(block, v) for v in new]), strict=True))
+                # None: withdrawn since the names were read
+                there = {view: commit for view, commit in commits.items() if commit is not None}
+                known = {
+                    view: known[view] if view in known else frozenset(map(int, self.own(there[view]).quarantine))
+                    for view in views
+                    if view in known or view in there
+                }
+                self._known[block] = names, known
+            found.append({**sealed[block], **known})
+        return found
 
-    def _records_of(self, block: int) -> dict[int, frozenset[int]]:
-        names, (before, known) = record_names(self.root, block), self._known.get(block, (set(), {}))
-        if names != before:
-            found = {}
-            for view in range(self.views):
-                if record_name(view) not in names:
-                    continue
-                if view in known:
-                    found[view] = known[view]
-                elif (commit := self.commit_of(block, view)) is not None:  # None: withdrawn since the names were read
-                    found[view] = frozenset(map(int, commit.quarantine))
-            known = found
-            self._known[block] = names, known
-        return known
+    @cached_property
+    def _sealed(self) -> list[dict[int, frozenset[int]]]:
+        """Of each block: what the index says of its views, see `_records`."""
+        index = self.index
+        if index is None:
+            return [{} for _ in range(self.blocks)]
+        views = range(min(index.views, self.views))
+        return [{view: index.quarantine(block, view) for view in views} for block in range(self.blocks)]
 
     def add_unit(
         self,
@@ -149,7 +201,7 @@ class Cache:
             data = pack_unit(fields, target_arrays, dimensions, about, self.container)
             empty = pack_unit(fields, {}, names, about, self.container)
             target_bytes = len(data) - len(empty)
-            files.append(write_file(self.root, block, view, name, data, target_bytes, self.container))
+            files.append(write_file(self.storage, block, view, name, data, target_bytes, self.container))
         commit = Commit(
             block=block,
             view=view,
@@ -161,7 +213,7 @@ class Cache:
             quarantine={str(i): reason for i, reason in sorted(quarantine.items())},
             stats={name: error.facts for name, error in (errors or {}).items()},
         )
-        publish(self.root, commit)
+        publish(self.storage, commit)
         return commit
 
     def recorded(self) -> Recorded:
@@ -173,7 +225,7 @@ class Cache:
         commit = self.commit_of(block, view)
         if commit is None:
             raise CacheError(
-                f"{self.root} has no unit for block {block}, view {view}; run `cskd cache-teacher` again to finish it"
+                f"{self.location} has no unit for block {block}, view {view}; run `cskd cache-teacher` again to finish it"
             )
         return self.unit_of(commit, codec)
 
@@ -181,12 +233,17 @@ class Cache:
         """The unit of a record, as `read`. data: the bytes of its file, where they have been read already."""
         block, view = commit.block, commit.view
         where = f"block {block}, view {view}"
-        path = next((self.root / f.path for f in commit.files if f.codec == codec), None)
-        if path is None:
+        file = next((f for f in commit.files if f.codec == codec), None)
+        if file is None:
             raise CacheError(f"{where} has no codec {codec!r}, only {[f.codec for f in commit.files]}")
+        path = self.path(file.path)
         try:
-            fields, targets = read_unit(path, data)
+            fields, targets = read_unit(path, data if data is not None else partial(self.storage.get, file.path))
         except CacheError as e:
+            if data is None and self.index is not None:  # since then it may have been made again, under another name
+                now = read_commit(self.storage, block, view)
+                if now is not None and now != commit:
+                    return self.unit_of(self.own(now), codec)
             raise CacheError(f"{e}; {self._again(block, view)}") from e
         first, stop = self.inventory.block_range(block)
         kept = np.ones(stop - first, bool)
@@ -221,7 +278,7 @@ class Cache:
         return Unit(position, fields, targets)
 
     def _again(self, block: int, view: int) -> str:
-        return again(self.root / commit_file(block, view))
+        return again(block, view)
 
     def content_root(self, views: int | None = None, hashes: Mapping[tuple[int, int], str] | None = None) -> str:
         """One hash over the content of every unit that exists, in order: two caches with equal roots hold equal targets.
@@ -229,38 +286,33 @@ class Cache:
         Args:    views, of the first so many alone, all by default; hashes, (block, view) -> content hash of the units that
                  exist, where their records have been read already.
         """
-        h = hashlib.sha256(self.fingerprint.encode())
-        for name, digest in sorted((self.manifest.tables or {}).items()):  # units mean nothing without
-            h.update(f"{name}:{digest};".encode())
-        for block in range(self.blocks):
-            for view in range(self.views if views is None else views):
-                if hashes is not None:
-                    content = hashes.get((block, view))
-                else:
-                    content = commit.content_hash if (commit := self.commit_of(block, view)) else None
-                h.update(f"{block}:{view}:{content};".encode())
-        return h.hexdigest()
+        views = self.views if views is None else views
+        if hashes is None:
+            units = [(block, view) for block in range(self.blocks) for view in range(views)]
+            hashes = {unit: commit.content_hash for unit in units if (commit := self.commit_of(*unit)) is not None}
+        return index.content_root(self.fingerprint, self.manifest.tables, self.blocks, views, hashes)
 
 
-def create_cache(root: Path, manifest: Manifest, inventory: Inventory) -> Cache:
+def create_cache(root: Place, manifest: Manifest, inventory: Inventory) -> Cache:
     """A new cache, or the one already at `root` when its identity is the same (then only `views` counts: it may have grown).
 
     Raises:   CacheError naming the first field that differs, both values, and what to do.
     """
-    refuse_links(root, OWN_NAMES, "cache.path")
-    if (root / MANIFEST).exists():
-        cache = open_cache(root)
-        complete_manifest(root)
-        refuse_other_identity(cache, manifest.identity)
-        if manifest.views > cache.views:
-            write_manifest(root, replace(cache.manifest, views=manifest.views))
-            cache = open_cache(root)
-        return cache
-    make_folder(root)
-    if not (root / INVENTORY).exists():
-        copy_inventory(inventory, root)
-    begin_manifest(root, manifest)
-    return create_cache(root, manifest, inventory)  # another process may have been first
+    storage = open_storage(root)
+    if isinstance(storage, Posix):
+        refuse_links(storage.root, OWN_NAMES, "cache.path")
+    if not has_cache(storage):
+        if isinstance(storage, Posix):
+            make_folder(storage.root)
+        put_inventory(storage, inventory)
+        begin_manifest(storage, manifest)  # another process may have been first
+    cache = open_cache(storage, index=False)
+    complete_manifest(storage)
+    refuse_other_identity(cache, manifest.identity)
+    if manifest.views > cache.views:
+        write_manifest(storage, replace(cache.manifest, views=manifest.views))
+        cache = open_cache(storage, index=False)
+    return cache
 
 
 def refuse_other_identity(cache: Cache, identity: Identity) -> None:
@@ -269,27 +321,36 @@ def refuse_other_identity(cache: Cache, identity: Identity) -> None:
     if difference:
         field, old, new = first_difference(*map(_by_config_keys, (cache.identity, identity))) or difference
         raise CacheError(
-            f"{cache.root} was made with {field} = {_short(old)}, this config has {_short(new)}; "
+            f"{cache.location} was made with {field} = {_short(old)}, this config has {_short(new)}; "
             f"set {field} back, or cache into another folder (--set cache.path=...)"
         )
 
 
-def open_cache(root: str | Path, data: Path | None = None, images: bool = True) -> Cache:
-    """Open a cache for reading; `root` may be an address of the hub, whose copy is `Cache.root`. `data`: folder of the image shards, where they have moved.
+def open_cache(root: Place, data: Path | None = None, images: bool = True, index: bool = True) -> Cache:
+    """Open a cache for reading; `root` may be an address of an object store, or of the hub, whose copy is then read. `data`:
+    folder of the image shards, where they have moved.
 
-    images: False where none will be read: what lies today where they were is then not looked at.
+    images: False where none will be read: what lies today where they were is then not looked at. index: whether a sealed
+    cache's index counts for its records (`cskd.store.index`).
 
     Raises:  CacheError when there is none, when it is of another format, or its manifest is damaged.
     """
-    root = local_path(root, "the cache", hub=True)
-    manifest = read_manifest(root)
+    storage = open_storage(cache_place(root))
+    manifest = read_manifest(storage)
     shards = data or Path(manifest.data or ".")
-    if not (root / INVENTORY).is_dir():
-        raise CacheError(f"{root} has lost its {INVENTORY} folder; `cskd repair` copies it again from the data set")
-    inventory = open_inventory(root / INVENTORY, data=shards if images or data else None)
+    inventory = get_inventory(storage, shards if images or data else None)
     if inventory.id != (stated := manifest.identity.inventory):
-        raise CacheError(f"{root}: its inventory is {inventory.id[:12]}, the manifest says {stated[:12]}")
-    return Cache(root, manifest, inventory)
+        raise CacheError(f"{storage.location}: its inventory is {inventory.id[:12]}, the manifest says {stated[:12]}")
+    return Cache(storage, manifest, inventory, index)
+
+
+def cache_place(root: Place, what: str = "the cache") -> Place:
+    """Where a cache lies that is only read: of an address of the hub its copy on this machine. PathError, HubError."""
+    if not isinstance(root, str | Path):
+        return root
+    if is_hub(root) or not is_remote(root):
+        return local_path(root, what, hub=True)
+    return location_text(str(root), what)
 
 
 def differences(old: Any, new: Any, field: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from cskd.codecs import Arrays
 from cskd.codecs.measured import Measured, together
 from cskd.errors import CskdError
-from cskd.files.durable import put
 from cskd.files.read import parse_json
+from cskd.storage.posix import Posix
 from cskd.store.cache import Cache
 from cskd.store.format import draft_file
 from cskd.store.unit import pack_unit, read_unit
@@ -69,7 +69,7 @@ def write_draft(
             targets[f"c{number}_{key}"] = array
             dimensions[f"c{number}_{key}"] = codec.dimensions[key]
     data = pack_unit(fields, targets, dimensions, {"draft": f"block {block}, view {view}"})
-    put(cache.root / draft_file(block, view, hashlib.sha256(data).hexdigest()), data)
+    cache.storage.put(str(draft_file(block, view, hashlib.sha256(data).hexdigest())), data)
 
 
 def errors_of(parts: Sequence[Rows]) -> dict[str, Measured]:
@@ -84,7 +84,7 @@ def read_drafts(
 ) -> tuple[list[Rows], dict[int, str]]:
     """What the drafts of a unit hold, each batch once, and why its other images can't be read: position -> reason."""
     found, unreadable, places = list[Rows](), dict[int, str](), set[int]()
-    for path in _drafts(cache.root, block, view):
+    for path in _drafts(cache, block, view):
         with contextlib.suppress(
             CskdError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError
         ):
@@ -96,14 +96,17 @@ def read_drafts(
     return found, unreadable
 
 
-def remove_drafts(root: Path, block: int, view: int) -> None:
+def remove_drafts(cache: Cache, block: int, view: int) -> None:
     """Of a unit that is committed."""
-    for path in _drafts(root, block, view):
+    for path in _drafts(cache, block, view):
         path.unlink(missing_ok=True)
 
 
-def _drafts(root: Path, block: int, view: int) -> list[Path]:
-    pattern = root / draft_file(block, view, "*")
+def _drafts(cache: Cache, block: int, view: int) -> list[Path]:
+    """None on an object store: a draft would be of use only to the process that wrote it."""
+    if not isinstance(cache.storage, Posix):
+        return []
+    pattern = cache.storage.root / draft_file(block, view, "*")
     return sorted(pattern.parent.glob(pattern.name))
 
 

@@ -6,6 +6,7 @@
       manifest.copy.json                the same once more, for `cskd repair`
       resolved.yaml                     the config that made it
       sealed.json                       once all units are there: counts, and the hash over their content (cskd/store/seal.py)
+      index.jsonl.zst                   all commit records once more, for readers of a sealed cache (see cskd/store/index.py)
       codecs/features8.3b1d….safetensors    what all units of a codec share, and once more as `….copy.safetensors`; its hash is
                                         in the manifest (see cskd/store/tables.py)
       inventory/                        copy of the data set's inventory (see cskd/dataset/inventory.py)
@@ -82,10 +83,11 @@ class Unit:
 MANIFEST, MANIFEST_COPY = "manifest.json", "manifest.copy.json"
 RESOLVED = "resolved.yaml"
 SEAL = "sealed.json"
+INDEX = "index.jsonl.zst"
 INVENTORY = "inventory"
 TABLES = "codecs"
 # All of a cache's folder.
-OWN_NAMES = (MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, INVENTORY, TABLES, PINS, "units", "commits", "claims")
+OWN_NAMES = (MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, INDEX, INVENTORY, TABLES, PINS, "units", "commits", "claims")
 
 
 def unit_file(block: int, view: int, codec: str, digest: str, container: str = "zarr") -> PurePosixPath:

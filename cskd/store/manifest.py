@@ -13,9 +13,11 @@ import numpy as np
 
 from cskd.config import to_yaml
 from cskd.errors import CacheError
-from cskd.files.durable import json_bytes, json_hash, put
-from cskd.files.read import parse_json, read_file
+from cskd.files.durable import json_bytes, json_hash
+from cskd.files.hub import is_hub
+from cskd.files.read import MAX_TEXT, parse_json
 from cskd.near import absent
+from cskd.storage import Place, is_remote, join, open_storage
 from cskd.store.format import FORMAT, MANIFEST, MANIFEST_COPY, MANIFEST_FORMATS, RESOLVED
 from cskd.store.identity import Facts, Identity
 
@@ -95,47 +97,55 @@ class Manifest(Facts):
         return {**facts, "sha256": json_hash(facts)}
 
 
-def begin_manifest(root: Path, manifest: Manifest) -> None:
+def has_cache(root: Place) -> bool:
+    """Whether there is a manifest: a cache that was begun. An empty text, and what lies on the hub, has none."""
+    return bool(str(root)) and not is_hub(str(root)) and open_storage(root).stat(MANIFEST) is not None
+
+
+def begin_manifest(root: Place, manifest: Manifest) -> None:
     """Put the manifest of a new cache in place; of several processes the first one counts, whatever its identity."""
-    put(root / MANIFEST, json_bytes(manifest.sealed), first=True)
+    open_storage(root).create(MANIFEST, json_bytes(manifest.sealed))
     complete_manifest(root)
 
 
-def complete_manifest(root: Path) -> None:
+def complete_manifest(root: Place) -> None:
     """Write the second copy where it is missing, as after a death between the two."""
-    if not (root / MANIFEST_COPY).exists():
-        put(root / MANIFEST_COPY, json_bytes(read_manifest(root).sealed))
+    storage = open_storage(root)
+    if storage.stat(MANIFEST_COPY) is None:
+        storage.put(MANIFEST_COPY, json_bytes(read_manifest(storage).sealed))
 
 
-def write_manifest(root: Path, manifest: Manifest) -> None:
+def write_manifest(root: Place, manifest: Manifest) -> None:
     """Replace both copies."""
     for name in (MANIFEST_COPY, MANIFEST):
-        put(root / name, json_bytes(manifest.sealed))
+        open_storage(root).put(name, json_bytes(manifest.sealed))
 
 
-def write_resolved(root: Path, manifest: Manifest) -> None:
+def write_resolved(root: Place, manifest: Manifest) -> None:
     """Put the resolved config next to the manifest, where it isn't there already: for people, and to finish the cache with."""
-    path, text = root / RESOLVED, manifest.resolved
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        if path.read_text(encoding="utf-8") == text:
+    storage, text = open_storage(root), manifest.resolved.encode()
+    with contextlib.suppress(OSError):
+        if storage.get(RESOLVED) == text:
             return
-    put(path, text.encode())
+    storage.put(RESOLVED, text)
 
 
-def read_manifest(root: Path, name: str = MANIFEST) -> Manifest:
+def read_manifest(root: Place, name: str = MANIFEST) -> Manifest:
     """The manifest, or its copy. CacheError when there is none, when it is of another format, or damaged."""
-    path = root / name
+    storage = open_storage(root)
+    root, path = storage.location, join(storage.location, name)
     try:
-        raw = parse_json(read_file(path))
+        raw = parse_json(storage.get(name, limit=MAX_TEXT))
     except FileNotFoundError:
-        if name == MANIFEST and (root / MANIFEST_COPY).exists():
+        if name == MANIFEST and storage.stat(MANIFEST_COPY):
             raise CacheError(f"{path} is missing; {RESTORE}") from None
-        if (root / RESOLVED).exists() and (root / "config.json").exists():
+        if not is_remote(root) and storage.stat(RESOLVED) and storage.stat("config.json"):
             raise CacheError(
                 f"{root} is a run of `cskd train`, expected a cache; `cskd eval {root} DATA` gives its scores, and cache.path of "
-                f"{root / RESOLVED} names its cache where it had one"
+                f"{join(root, RESOLVED)} names its cache where it had one"
             ) from None
-        said = f"no cache at {absent(root)}" if not root.exists() else f"no cache at {root} ({name} is missing)"
+        there = is_remote(root) or Path(root).exists()
+        said = f"no cache at {root} ({name} is missing)" if there else f"no cache at {absent(Path(root))}"
         raise CacheError(f"{said}; make one with `cskd cache-teacher CONFIG`") from None
     except NotADirectoryError:
         raise CacheError(f"{root} is a file, expected a cache, made by `cskd cache-teacher CONFIG`") from None

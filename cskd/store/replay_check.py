@@ -70,5 +70,5 @@ def check_versions(cache: Cache) -> list[str]:
             if reason:
                 raise ReplayError(reason)
     except ReplayError as e:
-        raise CacheError(f"{cache.root}: golden samples, replayed since {changed}: {e}") from None
+        raise CacheError(f"{cache.location}: golden samples, replayed since {changed}: {e}") from None
     return [f"since the cache was made: {changed}; {count} golden views replay exactly"]

@@ -15,10 +15,12 @@ from dataclasses import asdict, dataclass
 
 from cskd.dataset.inventory import Inventory
 from cskd.errors import CacheError
-from cskd.files.durable import json_bytes, put
-from cskd.files.read import parse_json, read_file
+from cskd.files.durable import json_bytes
+from cskd.files.read import MAX_TEXT, parse_json
 from cskd.store.cache import Cache
-from cskd.store.format import FORMAT, SEAL
+from cskd.store.commit import Commit, read_commits, record_names
+from cskd.store.format import FORMAT, INDEX, SEAL, record_name
+from cskd.store.index import index_bytes, wrong_index
 from cskd.store.manifest import read_manifest
 
 
@@ -44,17 +46,17 @@ def seal_cache(cache: Cache, max_quarantine: float) -> Seal:
     """
     old = read_seal(cache)
     views = max(cache.views, old.views if old else 0)
-    units = [(block, view) for block in range(cache.blocks) for view in range(views)]
-    commits = {unit: commit for unit in units if (commit := cache.commit_of(*unit)) is not None}
+    commits = all_commits(cache, views)
     hashes = {unit: commit.content_hash for unit, commit in commits.items()}
     if old is not None:
         check_seal(cache, old, hashes)
         if old.views >= cache.views:  # more: another process has let the cache grow since this one opened it
+            write_index(cache, old, commits)
             return old
     if old is None:
         refuse_too_many_in_all(int(cache.quarantined().sum()), cache.inventory.n, max_quarantine)
-    if len(commits) < len(units):
-        raise CacheError(f"{cache.root} lacks {len(units) - len(commits)} units; `cskd cache-teacher` makes them")
+    if lacks := cache.blocks * views - len(commits):
+        raise CacheError(f"{cache.location} lacks {lacks} units; `cskd cache-teacher` makes them")
     seal = Seal(
         fingerprint=cache.fingerprint,
         views=cache.views,
@@ -65,12 +67,59 @@ def seal_cache(cache: Cache, max_quarantine: float) -> Seal:
     )
     if seal.cached + seal.quarantined != cache.inventory.n * cache.views:
         raise CacheError(
-            f"{cache.root}: {seal.cached} views cached + {seal.quarantined} quarantined, expected {cache.inventory.n} "
-            f"images * {cache.views}; run `cskd verify {cache.root}`"
+            f"{cache.location}: {seal.cached} views cached + {seal.quarantined} quarantined, expected {cache.inventory.n} "
+            f"images * {cache.views}; run `cskd verify {cache.location}`"
         )
-    if not put(cache.root / SEAL, json_bytes(seal_facts(seal)), first=old is None):  # another process was first
+    data = json_bytes(seal_facts(seal))
+    if old is not None:
+        cache.storage.put(SEAL, data)
+    elif not cache.storage.create(SEAL, data):  # another process was first
         return seal_cache(cache, max_quarantine)
+    write_index(cache, seal, commits)
     return seal
+
+
+def all_commits(cache: Cache, views: int) -> dict[tuple[int, int], Commit]:
+    """(block, view) -> its record, of the first so many views, as they are there now. CacheError for one that is damaged."""
+    names = record_names(cache.storage, cache.blocks)
+    units = [
+        (block, view) for block in range(cache.blocks) for view in range(views) if record_name(view) in names[block]
+    ]
+    found = zip(units, read_commits(cache.storage, units), strict=True)
+    return {unit: cache.own(commit) for unit, commit in found if commit is not None}
+
+
+def write_index(cache: Cache, seal: Seal, commits: Mapping[tuple[int, int], Commit]) -> None:
+    """Put the index of what is sealed in place, where it is not there already; records may have been made again meanwhile."""
+    data = sealed_index(cache, seal, commits)
+    if data is not None:
+        try:
+            if cache.storage.get(INDEX) == data:
+                return
+        except OSError:  # there is none, or it can't be read
+            pass
+        cache.storage.put(INDEX, data)
+
+
+def check_index(cache: Cache, seal: Seal, commits: Mapping[tuple[int, int], Commit]) -> None:
+    """CacheError where there is an index and it does not hold these records; a cache that an older version sealed has none."""
+    if wrong := wrong_index_of(cache, seal, commits):
+        raise CacheError(f"{cache.path(INDEX)} {wrong}; `cskd repair {cache.location}` writes it again")
+
+
+def wrong_index_of(cache: Cache, seal: Seal, commits: Mapping[tuple[int, int], Commit] | None = None) -> str:
+    """What is wrong with the index of a sealed cache, see `cskd.store.index.wrong_index`. commits: the records, where they are known."""
+    data = sealed_index(cache, seal, all_commits(cache, seal.views) if commits is None else commits)
+    return "" if data is None else wrong_index(cache.storage, data)
+
+
+def sealed_index(cache: Cache, seal: Seal, commits: Mapping[tuple[int, int], Commit]) -> bytes | None:
+    """The index that a sealed cache should have; None where a record of it is missing."""
+    units = [(block, view) for block in range(cache.blocks) for view in range(seal.views)]
+    if any(unit not in commits for unit in units):
+        return None
+    in_order = (commits[unit] for unit in units)
+    return index_bytes(in_order, seal.fingerprint, cache.blocks, seal.views, seal.content_root)
 
 
 def refuse_too_many(quarantine: dict[int, str], n: int, inventory: Inventory, first: int, limit: float) -> None:
@@ -98,20 +147,20 @@ def check_seal(cache: Cache, seal: Seal, hashes: Mapping[tuple[int, int], str] |
     found = cache.content_root(seal.views, hashes)
     if found != seal.content_root:
         raise CacheError(
-            f"{cache.root} was sealed with content {seal.content_root[:16]}, its units now give {found[:16]}: some were made "
-            f"otherwise; cache again in another folder, or accept them by removing {cache.root / SEAL}"
+            f"{cache.location} was sealed with content {seal.content_root[:16]}, its units now give {found[:16]}: some were made "
+            f"otherwise; cache again in another folder, or accept them by removing {cache.path(SEAL)}"
         )
 
 
 def read_seal(cache: Cache) -> Seal | None:
     """The seal, None where there is none. CacheError when it is damaged or of another cache."""
-    path = cache.root / SEAL
-    mend = f"`cskd repair {cache.root}` checks every unit and seals it again"
+    path = cache.path(SEAL)
+    mend = f"`cskd repair {cache.location}` checks every unit and seals it again"
     try:
-        written = read_file(path)
+        written = cache.storage.get(SEAL, limit=MAX_TEXT)
         facts = parse_json(written)
         seal = Seal(**facts["seal"])
-        fits = seal.views > 0 and (seal.views <= cache.views or seal.views <= read_manifest(cache.root).views)
+        fits = seal.views > 0 and (seal.views <= cache.views or seal.views <= read_manifest(cache.storage).views)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as e:
@@ -124,7 +173,7 @@ def read_seal(cache: Cache) -> Seal | None:
             f"{cache.fingerprint[:12]}; {mend}"
         )
     if not fits:
-        raise CacheError(f"{path} seals {seal.views} views, {cache.root} has {cache.views}; {mend}")
+        raise CacheError(f"{path} seals {seal.views} views, {cache.location} has {cache.views}; {mend}")
     return seal
 
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import safetensors.numpy
 from safetensors import SafetensorError
 
 from cskd.codecs import Arrays
 from cskd.errors import CacheError
-from cskd.files.durable import put
-from cskd.files.read import read_file
+from cskd.storage import Place, join, open_storage
 from cskd.store.format import TABLES
 
 MAX_TABLES = 1 << 31  # bytes: 21,843 classes of 4,096 channels take a sixth of it
@@ -28,35 +27,37 @@ def tables_file(codec: str, digest: str, copy: str = "") -> PurePosixPath:
     return PurePosixPath(TABLES) / f"{codec}.{digest[:16]}{copy}.safetensors"
 
 
-def write_tables(root: Path, codec: str, arrays: Arrays) -> str:
+def write_tables(root: Place, codec: str, arrays: Arrays) -> str:
     """Put both copies in place, durably. Returns: the sha256 of their bytes; the same arrays always give the same."""
     data = safetensors.numpy.save(arrays)
     digest = hashlib.sha256(data).hexdigest()
     for copy in COPIES:
-        put(root / tables_file(codec, digest, copy), data)
+        open_storage(root).put(str(tables_file(codec, digest, copy)), data)
     return digest
 
 
-def read_tables(root: Path, codec: str, digest: str, copy: str = "") -> Arrays:
+def read_tables(root: Place, codec: str, digest: str, copy: str = "") -> Arrays:
     """The tables of a codec. Raises CacheError where they are missing, damaged, or not those that the manifest names."""
-    path = root / tables_file(codec, digest, copy)
+    storage, key = open_storage(root), str(tables_file(codec, digest, copy))
     try:
-        data = read_file(path, MAX_TABLES)
+        data = storage.get(key, limit=MAX_TABLES)
         if hashlib.sha256(data).hexdigest() != digest:
             raise ValueError("it does not match the sha256 in the manifest")
         return safetensors.numpy.load(data)
     except (OSError, ValueError, SafetensorError) as e:
         why = "is missing" if isinstance(e, FileNotFoundError) else f"is damaged ({e})"
-        raise CacheError(f"{path} {why}; `cskd repair` restores it from its second copy") from None
+        raise CacheError(
+            f"{join(storage.location, key)} {why}; `cskd repair` restores it from its second copy"
+        ) from None
 
 
-def copy_tables(source: Path, out: Path, tables: Mapping[str, str]) -> None:
+def copy_tables(source: Place, out: Place, tables: Mapping[str, str]) -> None:
     """Give another cache's folder the tables of this one; tables: codec -> sha256. CacheError where both copies are not as written."""
     for codec, digest in tables.items():
         write_tables(out, codec, _either(source, codec, digest)[0])
 
 
-def restore_tables(root: Path, codec: str, digest: str) -> list[str]:
+def restore_tables(root: Place, codec: str, digest: str) -> list[str]:
     """Mend one copy by the other; one line for each that was not as it was written. CacheError where both are not."""
     right, wrong = _either(root, codec, digest)
     if wrong:
@@ -64,17 +65,17 @@ def restore_tables(root: Path, codec: str, digest: str) -> list[str]:
     return wrong
 
 
-def _either(root: Path, codec: str, digest: str) -> tuple[Arrays, list[str]]:
+def _either(root: Place, codec: str, digest: str) -> tuple[Arrays, list[str]]:
     """The tables by either copy, and one line for each copy that is not as it was written. CacheError where both are not."""
-    wrong, right = list[str](), None
+    wrong, right, location = list[str](), None, open_storage(root).location
     for copy in COPIES:
         try:
             right = read_tables(root, codec, digest, copy)
         except CacheError as e:
-            wrong.append(str(e).partition("; `cskd")[0].removeprefix(f"{root}/"))
+            wrong.append(str(e).partition("; `cskd")[0].removeprefix(f"{location}/"))
     if right is None:
         raise CacheError(
-            f"{root}: both copies of {tables_file(codec, digest)} are lost, which all its units need; the same `cskd "
+            f"{location}: both copies of {tables_file(codec, digest)} are lost, which all its units need; the same `cskd "
             "cache-teacher` command fits them again where the teacher and the libraries are as they were"
         )
     return right, wrong

@@ -7,6 +7,7 @@ import io
 import math
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -16,7 +17,7 @@ from numcodecs import zstd
 from numpy.typing import NDArray
 
 from cskd.codecs import Arrays
-from cskd.errors import CacheError
+from cskd.errors import CacheError, CskdError
 from cskd.files.read import open_regular
 from cskd.store.format import CHUNK_BYTES, FORMAT, ZSTD_LEVEL
 from cskd.store.unit_layout import ArrayLayout, frame_size, layout
@@ -62,17 +63,18 @@ def pack_unit(
     return out.getvalue()
 
 
-def read_unit(path: Path, data: bytes | None = None) -> tuple[Arrays, Arrays]:
+def read_unit(path: str | Path, data: bytes | Callable[[], bytes] | None = None) -> tuple[Arrays, Arrays]:
     """View fields and targets of a unit file, every checksum checked: 2.5 ms for 8,192 views, where zarr takes 16.
 
-    path: its ending tells the container. data: the bytes of the file, where they have been read already.
+    path: its ending tells the container. data: the bytes of the file, or what reads them, where it is none of this machine.
 
     Raises:  CacheError naming the file when anything in it is damaged, or is not laid out as `pack_unit` does it.
     """
     try:
+        data = data() if callable(data) else data
         with os.fdopen(open_regular(path), "rb") if data is None else io.BytesIO(data) as file:
-            found = unpack_tar(file.read()) if path.suffix == ".tar" else _read_zip(file)
-    except CacheError:
+            found = unpack_tar(file.read()) if str(path).endswith(".tar") else _read_zip(file)
+    except CskdError:  # LimitError and StorageError too: no unit is to blame
         raise
     except Exception as e:  # zipfile, json, numpy and numcodecs each raise their own kinds for damaged bytes
         raise CacheError(f"{path} is damaged ({type(e).__name__}: {' '.join(str(e).split())})") from e

@@ -16,7 +16,7 @@ def refuse_other_code(cache: Cache) -> None:
     if difference:
         key, old, new = difference
         raise CacheError(
-            f"{cache.root} was made with {key} = {old!r}, this version of cskd has {new!r}: its views would not replay; "
+            f"{cache.location} was made with {key} = {old!r}, this version of cskd has {new!r}: its views would not replay; "
             "train with the version it was made with, or cache again"
         )
 
@@ -27,7 +27,7 @@ def usable_views(cache: Cache, wanted: int) -> int:
     Raises:  CacheError while one of them lacks a unit, with the command that makes it; ConfigError past the last view.
     """
     if wanted > cache.views:
-        raise ConfigError(f"train.views is {wanted}, {cache.root} has {cache.views}; cache more, or use fewer")
+        raise ConfigError(f"train.views is {wanted}, {cache.location} has {cache.views}; cache more, or use fewer")
     views = wanted or cache.views
     missing = cache.missing(list(range(views)))
     if missing:
@@ -35,7 +35,7 @@ def usable_views(cache: Cache, wanted: int) -> int:
         ready = min(v for _, v in missing)
         instead = f", or train on the first {ready} views with --set train.views={ready}" if ready else ""
         raise CacheError(
-            f"{cache.root} lacks {len(missing)} of {whole} units, the first is block {block}, view {view}; "
-            f"finish it with `cskd cache-teacher {cache.root / RESOLVED}`{instead}"
+            f"{cache.location} lacks {len(missing)} of {whole} units, the first is block {block}, view {view}; "
+            f"finish it with `cskd cache-teacher {cache.path(RESOLVED)}`{instead}"
         )
     return views

@@ -27,6 +27,7 @@ from cskd.errors import CacheError, CodecError, ConfigError, DataError, ImageErr
 from cskd.files.claims import Claims
 from cskd.files.durable import json_bytes, put
 from cskd.files.folders import mark, refuse_output
+from cskd.files.paths import is_remote
 from cskd.files.read import file_sha256, open_regular, parse_json, read_file
 from cskd.packing.shard_samples import webdataset_key
 from cskd.packing.tar_headers import headers
@@ -126,7 +127,7 @@ def export_targets(
     count = _views(cache, views)
     refuse_other_code(cache)
     cache.inventory.check_shards()
-    refuse_output(out, "export", "OUT", inputs={"CACHE": path, "the data folder": cache.inventory.root})
+    refuse_output(out, "export", "OUT", inputs={**_folder(path), "the data folder": cache.inventory.root})
     chosen = [] if envelope else list(blends)
     _begin(cache, out, {"targets": "envelope"} if envelope else {"targets": "cells", "blends": chosen})
     commits = _commits(cache, count)
@@ -162,7 +163,7 @@ def export_cache(path: Path, out: Path, container: str, views: int | None = None
     begun = time.perf_counter()
     cache = open_cache(path, images=False)
     count = _views(cache, views)
-    refuse_output(out, "cache", "OUT", inputs={"CACHE": path}, names=OWN_NAMES)
+    refuse_output(out, "cache", "OUT", inputs=_folder(path), names=OWN_NAMES)
     if (out / MANIFEST).exists():
         there = open_cache(out, images=False)
         if (there.fingerprint, there.container) != (cache.fingerprint, container):
@@ -173,7 +174,7 @@ def export_cache(path: Path, out: Path, container: str, views: int | None = None
     config: dict[str, Any] = {**cache.manifest.config}
     config["cache"] = {**config["cache"], "container": container, "path": str(out), "views": count}
     kept = None if container == "zarr" else container
-    copy_tables(cache.root, out, cache.manifest.tables or {})
+    copy_tables(cache.storage, out, cache.manifest.tables or {})
     made = create_cache(out, replace(cache.manifest, container=kept, views=count, config=config), cache.inventory)
     write_resolved(out, made.manifest)
     commits, new = _commits(cache, count), set[Place]()
@@ -196,10 +197,15 @@ def export_cache(path: Path, out: Path, container: str, views: int | None = None
     return replace(report, content_root=root)
 
 
+def _folder(path: Path) -> dict[str, Path]:
+    """The cache, where it lies in a folder that OUT must not be."""
+    return {} if is_remote(path) else {"CACHE": path}
+
+
 def _views(cache: Cache, asked: int | None) -> int:
     if asked is not None and not 1 <= asked <= cache.views:
         raise ConfigError(
-            f"--views is {asked}, {cache.root} has {cache.views}; give 1 to {cache.views}, or leave it out"
+            f"--views is {asked}, {cache.location} has {cache.views}; give 1 to {cache.views}, or leave it out"
         )
     return asked or cache.views
 
@@ -208,14 +214,14 @@ def _commits(cache: Cache, views: int) -> dict[Place, Commit]:
     places = [(block, view) for block in range(cache.blocks) for view in range(views)]
     found = {place: commit for place in places if (commit := cache.commit_of(*place)) is not None}
     if not found:
-        raise CacheError(f"{cache.root} has no unit yet; run `cskd cache-teacher` with its config first")
+        raise CacheError(f"{cache.location} has no unit yet; run `cskd cache-teacher` with its config first")
     return found
 
 
 def _commit(cache: Cache, place: Place) -> Commit:
     commit = cache.commit_of(*place)
     if commit is None:
-        raise CacheError(f"{cache.root} has lost block {place[0]}, view {place[1]}; run the same command again")
+        raise CacheError(f"{cache.location} has lost block {place[0]}, view {place[1]}; run the same command again")
     return commit
 
 
@@ -334,7 +340,7 @@ def _report(
     begun: float,
 ) -> ExportReport:
     return ExportReport(
-        cache=str(cache.root),
+        cache=cache.location,
         out=str(out),
         container=container,
         tars=len(files),

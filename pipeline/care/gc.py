@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +13,13 @@ from rich.console import Console
 
 from cskd.errors import CacheError, counted
 from cskd.files import claims
-from cskd.files.paths import local_path
+from cskd.files.paths import location_text
 from cskd.pipeline.show.progress import print_lines
+from cskd.storage import Stat, Storage
+from cskd.storage.posix import Posix
 from cskd.store.cache import open_cache
-from cskd.store.commit import record_names
+from cskd.store.commit import read_commits, record_names
+from cskd.store.format import TABLES
 from cskd.store.tables import COPIES, tables_file
 
 LEFT = (
@@ -46,38 +51,53 @@ def gc(path: Path, older_than: float = YOUNG, dry_run: bool = False, data: Path 
     Raises:  CacheError where a commit record is damaged: what it spoke of can't be told from left-overs; and where files
              were wanted that may be of a writer that lives.
     """
-    path = local_path(path, "CACHE")
-    cache = open_cache(path, data=data, images=False)
-    writers = claims.held(path)
+    cache = open_cache(location_text(str(path), "CACHE", write=True), data=data, images=False, index=False)
+    local = isinstance(cache.storage, Posix)
+    writers = claims.held(cache.root) if local else 0
     if writers and older_than < claims.LEASE:
         raise CacheError(
             f"{path} is being written to ({writers} claims have an owner that lives), expected none with --older-than "
             f"{older_than:g}; wait until `cskd cache-teacher` has ended, or take --older-than {claims.LEASE:g} or more"
         )
-    kept = {path / tables_file(*of, copy) for of in (cache.manifest.tables or {}).items() for copy in COPIES}
-    for block in range(cache.blocks):
+    kept = {str(tables_file(*of, copy)) for of in (cache.manifest.tables or {}).items() for copy in COPIES}
+    for block, names in enumerate(record_names(cache.storage, cache.blocks)):
         # Those too that a manifest put back from an older day does not know.
-        for name in filter(re.compile(r"v\d{4,6}\.json").fullmatch, sorted(record_names(cache.root, block))):
-            commit = cache.commit_of(block, int(name[1:-5]))
-            kept |= {path / f.path for f in commit.files} if commit else set()
+        views = [int(name[1:-5]) for name in names if re.fullmatch(r"v\d{4,6}\.json", name)]
+        for commit in read_commits(cache.storage, [(block, view) for view in sorted(views)]):
+            kept |= {file.path for file in cache.own(commit).files} if commit else set()
+    found = _left_over(cache.root) if local else _unnamed(cache.storage)
     now, removed, size, young = time.time(), [], 0, 0
-    for file in sorted(file for pattern in LEFT for file in path.glob(pattern)):
-        if file in kept or not file.is_file() or not file.parent.resolve().is_relative_to(path.resolve()):
-            continue  # a folder that is a link leads out of the cache: what is there is not ours to remove
-        try:
-            about = file.lstat()
-        except FileNotFoundError:  # a writer that lives has put it in place, or given its claim back
+    for left in found:
+        if left.key in kept:
             continue
-        if now - about.st_mtime < older_than:
+        if now - left.modified < older_than:
             young += 1
             continue
-        size += about.st_size if about.st_nlink == 1 else 0
-        removed.append(str(file.relative_to(path)))
+        size += left.size
+        removed.append(left.key)
         if not dry_run:
-            file.unlink(missing_ok=True)
-            if file.parent.name.startswith(".") and not any(file.parent.iterdir()):
-                file.parent.rmdir()
-    return GcReport(str(path), removed, size, young, dry_run)
+            cache.storage.delete(left.key)
+            if local and (folder := (cache.root / left.key).parent).name.startswith(".") and not any(folder.iterdir()):
+                folder.rmdir()
+    return GcReport(cache.location, removed, size, young, dry_run)
+
+
+def _left_over(root: Path) -> Iterator[Stat]:
+    """Files of a folder that may be left over; the size of one is what its removal frees."""
+    for file in sorted(file for pattern in LEFT for file in root.glob(pattern)):
+        if not file.is_file() or not file.parent.resolve().is_relative_to(root.resolve()):
+            continue  # a folder that is a link leads out of the cache: what is there is not ours to remove
+        with contextlib.suppress(FileNotFoundError):  # a writer that lives has put it in place, or given its claim back
+            about = file.lstat()
+            key = file.relative_to(root).as_posix()
+            yield Stat(key, about.st_size if about.st_nlink == 1 else 0, about.st_mtime)
+
+
+def _unnamed(storage: Storage) -> Iterator[Stat]:
+    """The same of an object store: files of units and tables, and what probes leave."""
+    for about in sorted(storage.list(), key=lambda about: about.key):
+        if about.key.startswith(("units/", f"{TABLES}/", ".cskd-probe-")):
+            yield about
 
 
 def render(report: GcReport, console: Console) -> None:

@@ -75,7 +75,7 @@ def recompute(cache: Cache, count: int, device: str, quiet: bool) -> Recomputed:
     if different:
         field, old, new = different
         raise CacheError(
-            f"{cache.root}: the teacher's {field} was {old!r}, now it is {new!r}; give it back its files and versions"
+            f"{cache.location}: the teacher's {field} was {old!r}, now it is {new!r}; give it back its files and versions"
         )
     soft = next((name for name, codec in cache.codecs.items() if codec.soft), None)
     hard = cache.hard_codec

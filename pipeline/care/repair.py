@@ -9,8 +9,9 @@ seal      what was sealed before must have the content it was sealed with; a sea
 from __future__ import annotations
 
 import os
-import shutil
+import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,21 +19,23 @@ from rich.console import Console
 
 from cskd.config import from_dict
 from cskd.dataset.inventory import open_inventory
-from cskd.dataset.inventory_format import check_copy, copy_inventory, read_header
 from cskd.errors import CacheError, CskdError, DataError, counted
-from cskd.files.durable import json_bytes, sync
-from cskd.files.paths import local_path
-from cskd.files.read import read_file
+from cskd.files.durable import json_bytes
+from cskd.files.paths import location_text
+from cskd.files.read import MAX_TEXT
 from cskd.near import absent
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.care.verify import check_units, uneven, wrong_resolved
 from cskd.pipeline.outputs import sole_repair
 from cskd.pipeline.show.progress import print_lines
+from cskd.storage import Storage, join, open_storage
+from cskd.storage.posix import Posix
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import read_commit
-from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, commit_file
+from cskd.store.format import INDEX, INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, commit_file
+from cskd.store.inventory_copy import check_inventory, inventory_id, put_inventory, remove_inventory
 from cskd.store.manifest import Manifest, read_manifest, write_manifest, write_resolved
-from cskd.store.seal import Seal, read_seal, seal_cache
+from cskd.store.seal import Seal, read_seal, seal_cache, wrong_index_of
 from cskd.store.tables import restore_tables
 
 
@@ -58,20 +61,21 @@ def repair(path: Path, data: Path | None = None, quiet: bool = False) -> RepairR
              there: then the damaged units are withdrawn, and stay missing; PathError while another process makes or repairs
              the cache.
     """
-    path = local_path(path, "CACHE")
-    with sole_repair(path):
-        return _repair(path, data, quiet)
+    storage = open_storage(location_text(str(path), "CACHE", write=True))
+    with sole_repair(storage):
+        return _repair(storage, data, quiet)
 
 
-def _repair(path: Path, data: Path | None, quiet: bool) -> RepairReport:
-    restored = _restore_manifests(path) + _restore_inventory(path, data)
-    cache = open_cache(path, data=data, images=False)
+def _repair(storage: Storage, data: Path | None, quiet: bool) -> RepairReport:
+    path = storage.location
+    restored = _restore_manifests(storage) + _restore_inventory(storage, data)
+    cache = open_cache(storage, data=data, images=False, index=False)
     for name, digest in (cache.manifest.tables or {}).items():
-        restored += restore_tables(path, name, digest)
+        restored += restore_tables(storage, name, digest)
     if wrong := wrong_resolved(cache):
         restored.append(f"{RESOLVED}: {wrong}")
-        write_resolved(path, cache.manifest)
-    seal, about_seal = _seal(cache)
+        write_resolved(storage, cache.manifest)
+    (seal, about_seal), indexed = _seal(cache), storage.stat(INDEX) is not None
     withdrawn: dict[tuple[int, int], str] = {}
     missing = 0
     for units in check_units(cache, seal, "check", quiet):
@@ -90,22 +94,22 @@ def _repair(path: Path, data: Path | None, quiet: bool) -> RepairReport:
             made = replace(
                 config,
                 data=replace(config.data, train=str(_images(cache, data))),
-                cache=replace(config.cache, path=str(path), views=cache.views),
+                cache=replace(config.cache, path=path, views=cache.views),
             )
-            for block, view in sorted(withdrawn):
-                record = path / commit_file(block, view)
-                record.unlink(missing_ok=True)
-                sync(record.parent)
+            withdraw(storage, sorted(withdrawn))
             rebuilt = cache_teacher(made, quiet=quiet).units
         except CskdError as e:
             done = f"{counted(len(restored), 'file')} restored, " if restored else ""
             raise type(e)(f"{path}: {done}{counted(len(withdrawn) + missing, 'unit')} can't be made again: {e}") from e
+    wrong = "" if withdrawn or not seal else "was not there" if not indexed else wrong_index_of(cache, seal)
     sealed = seal_cache(cache, config.cache.max_quarantine)
+    if wrong:
+        restored.append(f"{INDEX}: {wrong}")
     if about_seal or seal is None or seal.views < cache.views:
         was = "was not there" if seal is None else f"was of {seal.views} views, there are {cache.views}"
         restored.append(f"{SEAL}: {about_seal or was}")
     lines = [line for _, line in sorted(withdrawn.items())]
-    return RepairReport(str(path), restored, lines, missing, rebuilt, sealed.content_root)
+    return RepairReport(path, restored, lines, missing, rebuilt, sealed.content_root)
 
 
 def _images(cache: Cache, data: Path | None) -> Path:
@@ -129,41 +133,53 @@ def _what(error: str) -> str:
     return error.partition("; `cskd repair")[0]
 
 
-def _restore_manifests(path: Path) -> list[str]:
+def withdraw(storage: Storage, units: Sequence[tuple[int, int]]) -> None:
+    """Remove the records of units, and before them the index, which would go on speaking of them."""
+    if units:
+        storage.delete(INDEX)
+    for unit in units:
+        storage.delete(str(commit_file(*unit)))
+
+
+def _restore_manifests(storage: Storage) -> list[str]:
     """Mend the manifest and its copy; one line for each that was not as it was written."""
-    found: dict[str, Manifest] = {}
+    path, found = storage.location, dict[str, Manifest]()
     wrong: dict[str, str] = {}
     for name in (MANIFEST, MANIFEST_COPY):
         try:
-            found[name] = read_manifest(path, name)
+            found[name] = read_manifest(storage, name)
         except CacheError as e:
-            wrong[name] = _what(str(e)) if os.path.lexists(path / name) else "was not there"
-    if not any(os.path.lexists(path / name) for name in (MANIFEST, MANIFEST_COPY)):
-        raise CacheError(
-            f"no cache at {absent(path) if not path.exists() else path}; give the folder that cache.path names"
-        )
+            wrong[name] = _what(str(e)) if _is_there(storage, name) else "was not there"
+    if not any(_is_there(storage, name) for name in (MANIFEST, MANIFEST_COPY)):
+        missing = isinstance(storage, Posix) and not storage.root.exists()
+        where = absent(Path(path)) if missing else path
+        raise CacheError(f"no cache at {where}; give the place that cache.path names")
     if not found:
         raise CacheError(f"{path}: both copies of its manifest are damaged; {MANIFEST}: {wrong[MANIFEST]}")
-    right = _that_of_the_records(path, list(found.values()))
+    right = _that_of_the_records(storage, list(found.values()))
     for name, manifest in found.items():
         if manifest.identity.fingerprint != right.identity.fingerprint:
             wrong[name] = "is another cache's: the one that the units are of counts"
         elif manifest != right:
             wrong[name] = "differs from the other one, which speaks of the units that are there"
-        elif read_file(path / name) != json_bytes(right.sealed):
+        elif storage.get(name, limit=MAX_TEXT) != json_bytes(right.sealed):
             wrong[name] = "was not, byte for byte, what was written"
     if wrong:
-        write_manifest(path, right)
+        write_manifest(storage, right)
     return [f"{name}: {wrong[name]}" for name in (MANIFEST, MANIFEST_COPY) if name in wrong]
 
 
-def _restore_inventory(path: Path, data: Path | None) -> list[str]:
+def _is_there(storage: Storage, name: str) -> bool:
+    return os.path.lexists(storage.root / name) if isinstance(storage, Posix) else storage.stat(name) is not None
+
+
+def _restore_inventory(storage: Storage, data: Path | None) -> list[str]:
     """Mend the copy of the inventory; one line where it was not as it was written."""
-    manifest = read_manifest(path)
+    path, manifest = storage.location, read_manifest(storage)
     try:
-        check_copy(path / INVENTORY)
-        if (there := read_header(path / INVENTORY)["id"]) != manifest.identity.inventory:
-            raise CacheError(f"{path / INVENTORY} is that of another data set, {there[:12]}")
+        check_inventory(storage)
+        if (there := inventory_id(storage)) != manifest.identity.inventory:
+            raise CacheError(f"{join(path, INVENTORY)} is that of another data set, {there[:12]}")
         return []
     except CskdError as e:
         wrong = f"{INVENTORY}: {e}"
@@ -173,20 +189,22 @@ def _restore_inventory(path: Path, data: Path | None) -> list[str]:
             f"{path}: its inventory is damaged, and {original.root} holds another data set; say with --data where the "
             "images are that it was made from"
         )
-    shutil.rmtree(path / INVENTORY, ignore_errors=True)
-    copy_inventory(original, path)
+    remove_inventory(storage)
+    put_inventory(storage, original)
     return [wrong]
 
 
-def _that_of_the_records(path: Path, found: list[Manifest]) -> Manifest:
+def _that_of_the_records(storage: Storage, found: list[Manifest]) -> Manifest:
     """Of the manifests that are whole, the one that speaks of most units: a valid one of another cache would withdraw all.
 
     Raises:  CacheError where there are units, and none is of any manifest.
     """
     fingerprints, views = Counter[str](), Counter[tuple[str, int]]()
-    for record in path.glob("commits/b*/v*.json"):
+    path = storage.location
+    for about in storage.list("commits"):
+        named = re.fullmatch(r"commits/b(\d+)/v(\d+)\.json", about.key)
         try:
-            commit = read_commit(path, int(record.parent.name[1:]), int(record.stem[1:]))
+            commit = read_commit(storage, int(named[1]), int(named[2])) if named else None
         except (CacheError, ValueError):
             continue
         if commit is not None:
@@ -211,7 +229,7 @@ def _seal(cache: Cache) -> tuple[Seal | None, str]:
     try:
         return read_seal(cache), ""
     except CacheError as e:
-        (cache.root / SEAL).unlink(missing_ok=True)
+        cache.storage.delete(SEAL)
         return None, _what(str(e))
 
 

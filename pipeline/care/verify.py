@@ -17,17 +17,17 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from cskd.dataset.inventory import Inventory
-from cskd.dataset.inventory_format import check_copy
 from cskd.dataset.shard_reader import ShardReader
-from cskd.errors import CacheError, CskdError, DataError, LimitError, ReadError, counted
+from cskd.errors import CacheError, CskdError, DataError, LimitError, ReadError, StorageError, counted
 from cskd.files.durable import json_bytes
-from cskd.files.read import read_file
+from cskd.files.read import MAX_TEXT
 from cskd.pipeline.care.recompute import Recomputed, recompute, replay_again
 from cskd.pipeline.show.progress import Progress, print_lines, say
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import Commit, UnitFile, record_names
-from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, Unit, commit_file
-from cskd.store.seal import Seal, check_seal, read_seal
+from cskd.store.format import MANIFEST, MANIFEST_COPY, RESOLVED, Unit, commit_file
+from cskd.store.inventory_copy import check_inventory
+from cskd.store.seal import Seal, check_index, check_seal, read_seal
 from cskd.store.tables import COPIES, read_tables
 from cskd.store.unit import content_hash
 
@@ -89,18 +89,18 @@ def verify(
              shards are absent or those of another data set; TeacherError when the teacher can't be built.
     """
     wants_images = bool(images or replay or again)
-    cache = open_cache(path, data=data, images=wants_images)
+    cache = open_cache(path, data=data, images=wants_images, index=False)
     lost = _lost_shards(cache.inventory) if wants_images else {}
     say(lost.values(), quiet)
     errors = check_frame(cache)
     seal = _seal(cache, errors)
     units = missing = cached = quarantined = 0
     first_missing: list[str] = []
-    hashes: dict[tuple[int, int], str] = {}
+    commits: dict[tuple[int, int], Commit] = {}
     all_records = True
     for unit in (unit for block in check_units(cache, seal, "verify", quiet) for unit in block):
         if unit.commit is not None:
-            hashes[unit.block, unit.view] = unit.commit.content_hash
+            commits[unit.block, unit.view] = unit.commit
         if unit.error:
             errors.append(unit.error)
             all_records = all_records and unit.commit is not None
@@ -110,9 +110,11 @@ def verify(
         else:
             missing += 1
             first_missing += [_name(unit.block, unit.view)] if missing <= LISTED else []
+    hashes = {unit: commit.content_hash for unit, commit in commits.items()}
     if seal is not None and not errors:
         try:
             check_seal(cache, seal, hashes)
+            check_index(cache, seal, commits)
         except CacheError as e:
             errors.append(str(e))
     sealed = seal is not None and seal.views == cache.views and not errors
@@ -131,7 +133,7 @@ def verify(
     elif again:
         notes.append("--recompute was not done, since there are errors")
     return VerifyReport(
-        cache=str(path),
+        cache=cache.location,
         units=units,
         missing=missing,
         first_missing=first_missing,
@@ -163,7 +165,7 @@ def _name(block: int, view: int) -> str:
 def check_units(cache: Cache, seal: Seal | None, what: str, quiet: bool) -> Iterator[list[CheckedUnit]]:
     """The units of each block, in order; every record and file is read once. what: name of the progress."""
     sealed = seal.views if seal else 0
-    there = sum(not name.startswith(".") for block in range(cache.blocks) for name in record_names(cache.root, block))
+    there = sum(not name.startswith(".") for names in record_names(cache.storage, cache.blocks) for name in names)
     done = 0
     with Progress(what, there, "units", quiet=quiet) as progress:
         for block in range(cache.blocks):
@@ -175,10 +177,10 @@ def check_units(cache: Cache, seal: Seal | None, what: str, quiet: bool) -> Iter
                     if commit is not None:
                         check_unit(cache, commit)
                     elif view < sealed:
-                        record = cache.root / commit_file(block, view)
+                        record = cache.path(str(commit_file(block, view)))
                         gone = f"its record {record} is gone, though the cache was sealed"
                         error = f"{_name(block, view)}: {gone}; `cskd repair` makes it again"
-                except LimitError:  # no unit is to blame, and `repair` must not withdraw one
+                except (LimitError, StorageError):  # no unit is to blame, and `repair` must not withdraw one
                     raise
                 except CskdError as e:
                     error = f"{_name(block, view)}: {e}"
@@ -216,33 +218,33 @@ def _few(positions: set[str]) -> str:
 def check_frame(cache: Cache) -> list[str]:
     """What is wrong with a cache's files outside its units: manifest, inventory and resolved config, one line each."""
     errors = []
-    written = read_file(cache.root / MANIFEST)
+    written = cache.storage.get(MANIFEST, limit=MAX_TEXT)
     if written != json_bytes(cache.manifest.sealed):
-        errors.append(f"{cache.root / MANIFEST} is not, byte for byte, what was written; `cskd repair` restores it")
+        errors.append(f"{cache.path(MANIFEST)} is not, byte for byte, what was written; `cskd repair` restores it")
     try:
-        if read_file(cache.root / MANIFEST_COPY) != written:
-            errors.append(f"{cache.root / MANIFEST_COPY} differs from {MANIFEST}; `cskd repair` restores it")
+        if cache.storage.get(MANIFEST_COPY, limit=MAX_TEXT) != written:
+            errors.append(f"{cache.path(MANIFEST_COPY)} differs from {MANIFEST}; `cskd repair` restores it")
     except OSError as e:
-        errors.append(f"{cache.root / MANIFEST_COPY}: {e.strerror}; `cskd repair` restores it")
+        errors.append(f"{cache.path(MANIFEST_COPY)}: {e.strerror}; `cskd repair` restores it")
     try:
-        check_copy(cache.root / INVENTORY)
+        check_inventory(cache.storage)
     except CskdError as e:
         errors.append(f"{e}; `cskd repair` copies it again")
     for name, digest in (cache.manifest.tables or {}).items():
         for copy in COPIES:
             try:
-                read_tables(cache.root, name, digest, copy)
+                read_tables(cache.storage, name, digest, copy)
             except CacheError as e:
                 errors.append(str(e))
     if wrong := wrong_resolved(cache):
-        errors.append(f"{cache.root / RESOLVED} {wrong}; `cskd repair` writes it again")
+        errors.append(f"{cache.path(RESOLVED)} {wrong}; `cskd repair` writes it again")
     return errors
 
 
 def wrong_resolved(cache: Cache) -> str:
     """What is wrong with the resolved config, empty where nothing is."""
     try:
-        right = read_file(cache.root / RESOLVED).decode() == cache.manifest.resolved
+        right = cache.storage.get(RESOLVED, limit=MAX_TEXT).decode() == cache.manifest.resolved
     except (OSError, UnicodeDecodeError) as e:
         return f"is not readable ({getattr(e, 'strerror', None) or e})"
     return "" if right else "is not the config in the manifest"
@@ -302,8 +304,8 @@ def check_unit(cache: Cache, commit: Commit) -> None:
     for path, unit in units.items():
         if differ := sorted(n for n in fields | unit.fields if not _same(fields.get(n), unit.fields.get(n))):
             raise CacheError(
-                f"{cache.root / path} has other {', '.join(differ)} than {commit.files[0].path}, another codec's file of the "
-                f"same views; `cskd repair {cache.root}` makes it again"
+                f"{cache.path(path)} has other {', '.join(differ)} than {commit.files[0].path}, another codec's file of the "
+                f"same views; `cskd repair {cache.location}` makes it again"
             )
     targets = {file.codec: units[file.path].targets for file in commit.files}
     if content_hash(fields, targets) != commit.content_hash:
@@ -312,9 +314,9 @@ def check_unit(cache: Cache, commit: Commit) -> None:
 
 def _decoded(cache: Cache, commit: Commit, file: UnitFile) -> Unit:
     """One codec's file of a unit; the bytes that are hashed are those that are decoded."""
-    path, mend = cache.root / file.path, f"`cskd repair {cache.root}` makes it again"
+    path, mend = cache.path(file.path), f"`cskd repair {cache.location}` makes it again"
     try:
-        raw = read_file(path, file.size)
+        raw = cache.storage.get(file.path, limit=file.size)
     except OSError as e:
         raise CacheError(f"{path} can't be read ({e.strerror}); {mend}") from None
     if hashlib.sha256(raw).hexdigest() != file.sha256:

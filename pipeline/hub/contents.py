@@ -193,7 +193,7 @@ def _tables(cache: Cache) -> Iterator[HubFile]:
     """Both copies of what the units of a codec share. CacheError for one that is not as it was written."""
     for codec, digest in (cache.manifest.tables or {}).items():
         for copy in COPIES:
-            read_tables(cache.root, codec, digest, copy)
+            read_tables(cache.storage, codec, digest, copy)
             yield replace(_file(cache.root, str(tables_file(codec, digest, copy))), fixed=True)
 
 
@@ -209,7 +209,7 @@ def _units(cache: Cache) -> Iterator[HubFile]:
                 if file.size != unit.size:
                     raise CacheError(
                         f"{cache.root / unit.path} has {file.size:,} bytes, its record says {unit.size:,}; run `cskd verify "
-                        f"{cache.root}`"
+                        f"{cache.location}`"
                     )
                 yield file
             yield _file(cache.root, str(commit_file(block, view)))

@@ -17,7 +17,7 @@ from cskd.pipeline.precheck import CHECKS, Finding, findings
 from cskd.pipeline.setup import Setup, open_cached
 from cskd.pipeline.show.progress import print_lines
 from cskd.storage.node_cache import use_node_cache
-from cskd.store.format import MANIFEST
+from cskd.store.manifest import has_cache
 
 _STYLES = {"ok": "green", "wrong": "bold red", "open": "dim"}
 
@@ -53,11 +53,11 @@ def check_config(path: str | Path, overrides: list[str] | None = None) -> Config
     use_node_cache(config.data.node_cache, config.data.node_cache_gb)
     rows = [Row("config", "wrong", shown(e), []) for e in wrong] or [Row("config", "ok", str(path), [])]
     try:
-        config, _ = pinned(config, () if is_hub(config.cache.path) else TEACHER, Path(config.cache.path))
+        config, _ = pinned(config, () if is_hub(config.cache.path) else TEACHER, config.cache.path or ".")
     except (CskdError, OSError) as e:
         return _report([*rows, Row("the hub", "wrong", shown(e), [])])
     setup = Setup(config)
-    made = not config.teacher.model and config.cache.path and (Path(config.cache.path) / MANIFEST).exists()
+    made = not config.teacher.model and has_cache(config.cache.path)
     if made or is_hub(config.cache.path):  # on the hub it can only be read
         try:
             setup = Setup(config, source=(cache := open_cached(config)))

@@ -103,7 +103,7 @@ def page_data(
                 page.errors[block, view] = str(e)
     order = [i for chosen in drawn.values() for i in chosen if i in page.samples]
     if not order:
-        raise CacheError(f"{cache.root} has no unit to show; `cskd verify {cache.root}` says what is wrong")
+        raise CacheError(f"{cache.location} has no unit to show; `cskd verify {cache.location}` says what is wrong")
     figures = page.figures.facts(page.shown)
     page.classes |= set(figures["matrix"]["classes"]) | {row["c"] for row in figures["agreement"]}
     page.classes |= {c for *pair, _ in figures["mistakes"] for c in pair}

@@ -99,7 +99,7 @@ def inspect(
     named = [] if sample is None else [sample] if isinstance(sample, str | int) else list(sample)
     chosen = list(dict.fromkeys(find_sample(opened, one) for one in named))
     found = Inspection(
-        cache=str(cache),
+        cache=opened.location,
         format=MANIFEST_FORMATS[opened.container],
         container=opened.container,
         fingerprint=opened.fingerprint,
@@ -157,18 +157,17 @@ def _commits(cache: Cache) -> tuple[dict[tuple[int, int], Commit], dict[tuple[in
     """All commit records by (block, view), and why those that can't be used can't."""
     commits: dict[tuple[int, int], Commit] = {}
     errors: dict[tuple[int, int], str] = {}
-    for block in range(cache.blocks):
-        for view in range(cache.views):
-            try:
-                commit = cache.commit_of(block, view)
-            except CacheError as e:
-                errors[block, view] = str(e)
-                continue
-            if commit is not None:
-                commits[block, view] = commit
-                absent = [f.path for f in commit.files if not (cache.root / f.path).is_file()]
-                if absent:
-                    errors[block, view] = f"{absent[0]} is not there; run `cskd repair {cache.root}`"
+    there = {about.key for about in cache.storage.list("units")}
+    for unit in ((block, view) for block in range(cache.blocks) for view in range(cache.views)):
+        try:
+            commit = cache.commit_of(*unit)
+        except CacheError as e:
+            errors[unit] = str(e)
+            continue
+        if commit is not None:
+            commits[unit] = commit
+            if absent := [file.path for file in commit.files if file.path not in there]:
+                errors[unit] = f"{absent[0]} is not there; run `cskd repair {cache.location}`"
     return commits, errors
 
 
@@ -298,7 +297,7 @@ def _drawn(
     for chosen in draw_samples(cache, bad, blocks, count, seed, first).values():
         drawn += [sample for sample in chosen if sample not in first]
     if not drawn:
-        raise CacheError(f"{cache.root} has no unit of view {view}; give another one with --view")
+        raise CacheError(f"{cache.location} has no unit of view {view}; give another one with --view")
     return drawn
 
 
@@ -307,7 +306,7 @@ def _write_png(cache: Cache, looks: Sequence[Look], path: Path) -> Path:
     if len(looks) == 1:
         picture = sample_picture(cache, looks[0])
     else:
-        title = f"{cache.root.name}: {len(looks)} samples, view {looks[0].cached.view}"
+        title = f"{Path(cache.location).name}: {len(looks)} samples, view {looks[0].cached.view}"
         picture = contact_sheet(cache, looks, title)
     encoded = io.BytesIO()
     picture.save(encoded, "PNG")

@@ -29,7 +29,7 @@ from cskd.method.losses import AGREEMENT
 from cskd.pipeline.look.inspection import EpochAgreement, StudentFacts
 from cskd.pipeline.look.views_shown import Look, Said
 from cskd.pipeline.show.metrics import read_metrics
-from cskd.store.cache import Cache
+from cskd.store.cache import Cache, cache_place
 from cskd.store.format import MANIFEST, RESOLVED
 from cskd.store.manifest import read_manifest
 from cskd.student import Student
@@ -150,7 +150,7 @@ def _open(cache: Cache, path: Path) -> Run:
     if tuple(student.image_size) != (size, size):
         height, width = student.image_size
         raise StudentError(
-            f"{path} sees {height} x {width} pixels, the views of {cache.root} have {size} x {size}; give a run that was "
+            f"{path} sees {height} x {width} pixels, the views of {cache.location} have {size} x {size}; give a run that was "
             "trained on this size"
         )
     notes = student.grid_notes(cache.grid)
@@ -163,7 +163,7 @@ def _open(cache: Cache, path: Path) -> Run:
     run = Run(str(path), folder, student, facts, config, notes)
     trained_from = next((info.get("cache") for info in ResumeStates(folder / "resume").infos().values()), None)
     if trained_from is not None and trained_from not in (cache.fingerprint, _joined(cache, config)):
-        notes.append(f"it was trained from another cache than {cache.root}, so these views were none of its own")
+        notes.append(f"it was trained from another cache than {cache.location}, so these views were none of its own")
     if "patches" not in student.trained:
         notes.append(f"loss.method {run.about.get('method', 'unknown')} did not teach its patch tokens")
     return run
@@ -175,9 +175,7 @@ def _joined(cache: Cache, config: Config | None) -> str:
         return ""
     try:
         paths = {"": config.cache.path, **config.train.caches}
-        prints = {
-            name: read_manifest(local_path(p, "cache", hub=True)).identity.fingerprint for name, p in paths.items()
-        }
+        prints = {name: read_manifest(cache_place(p, "cache")).identity.fingerprint for name, p in paths.items()}
     except (CskdError, OSError):
         return ""
     return joined_fingerprint(prints) if cache.fingerprint in prints.values() else ""
@@ -187,8 +185,8 @@ def _refuse_other_classes(cache: Cache, path: Path, names: Sequence[str]) -> Non
     if list(names) == list(cache.classes):
         return
     if len(names) != len(cache.classes):
-        what = f"{len(names):,} classes, {cache.root} has {len(cache.classes):,}"
+        what = f"{len(names):,} classes, {cache.location} has {len(cache.classes):,}"
     else:
         at = next(i for i, both in enumerate(zip(names, cache.classes, strict=True)) if both[0] != both[1])
-        what = f"{names[at]!r} as class {at}, {cache.root} has {cache.classes[at]!r}"
+        what = f"{names[at]!r} as class {at}, {cache.location} has {cache.classes[at]!r}"
     raise StudentError(f"{path} has {what}; give a run that was trained with this cache's classes in this order")

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from cskd.config import Config
 from cskd.errors import ConfigError
-from cskd.files.paths import local_text
+from cskd.files.paths import is_remote, location_text
 from cskd.files.scratch import GB
 from cskd.loading.plan import PlanSpec
 from cskd.loading.sources import LiveViews
@@ -51,7 +51,7 @@ from cskd.pipeline.precheck import PLANNED, refuse
 from cskd.pipeline.setup import Setup, device_of, training_images
 from cskd.pipeline.show.progress import Notes, print_lines
 from cskd.storage.node_cache import use_node_cache
-from cskd.store.format import MANIFEST
+from cskd.store.manifest import has_cache
 from cskd.teacher.model import Teacher, load_teacher
 from cskd.views.maker import ViewMaker
 
@@ -98,7 +98,7 @@ def plan(
     begun, notes = time.perf_counter(), Notes(quiet)
     if launched().count > 1:
         raise ConfigError("cskd plan measures one device; run it without torchrun or srun, and divide by the ranks")
-    local_text(config.cache.path, "cache.path")  # what is planned is to make it
+    location_text(config.cache.path, "cache.path", write=True)  # what is planned is to make it
     if config.loss.method == "none":
         raise ConfigError("loss.method is none, which needs no teacher and no cache; set the method to plan for")
     if not config.student.model:
@@ -207,14 +207,15 @@ def _data(config: Config, images: int | None, notes: Notes) -> DataFacts:
     setup = Setup(config)
     ahead, inventory = refuse(PLANNED, setup), setup.inventory
     notes.add([*ahead.images, *ahead.notes])
-    if (Path(config.cache.path) / MANIFEST).exists():
+    if has_cache(config.cache.path):
         notes.add([f"{config.cache.path} holds a cache already; the plan is for making all of it"])
     return DataFacts(inventory, setup.val, len(inventory), inventory.classes, [])
 
 
 def _disk(config: Config) -> Path:
-    """The nearest folder above cache.path that is there: it lies on the cache's disk."""
-    there = Path(config.cache.path or ".").resolve().parent if config.cache.path else Path.cwd()
+    """The nearest folder above cache.path that is there: it lies on the cache's disk. For an object store the current folder."""
+    path = config.cache.path
+    there = Path(path).resolve().parent if path and not is_remote(path) else Path.cwd()
     return next(folder for folder in (there, *there.parents) if folder.is_dir())
 
 

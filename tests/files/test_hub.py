@@ -10,9 +10,9 @@ from huggingface_hub import constants
 
 from cskd.config import from_dict
 from cskd.config.load import PATHS, READ_FROM_HUB
-from cskd.config.pins import pinned
+from cskd.config.pins import pinned, read_pins, record_pins
 from cskd.errors import HubError, PathError
-from cskd.files.hub import HubAddress, is_hub, local_copy, parse_address, read_pins, record_pins
+from cskd.files.hub import HubAddress, is_hub, local_copy, parse_address
 from cskd.files.paths import local_path
 from tests.hub_server import READER, Hub, running_hub
 

@@ -10,7 +10,7 @@ import pytest
 
 from cskd import cli
 from cskd.config import from_dict, load_config
-from cskd.config.load import PATHS, READ_FROM_STORES, WRITTEN_TO_STORES
+from cskd.config.load import ON_OBJECT_STORES, PATHS, WRITTEN
 from cskd.dataset.inventory import open_inventory
 from cskd.errors import PathError
 from cskd.files.own_code import load_own
@@ -42,14 +42,14 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_an_address_in_a_config_is_refused_by_its_key(key: str, address: str) -> None:
     section, _, name = key.partition(".")
-    if is_remote(address) and (key in READ_FROM_STORES or (key in WRITTEN_TO_STORES and "http" not in address)):
+    if is_remote(address) and key in ON_OBJECT_STORES and not (key in WRITTEN and "http" in address):
         made = getattr(getattr(from_dict({section: {name: address}}), section), name)
         assert made == address.replace(":/", "://").replace(":///", "://")  # as it is usually written
         return
     with pytest.raises(PathError) as caught:
         from_dict({section: {name: address}})
     text = str(caught.value)
-    if key in WRITTEN_TO_STORES and "http" in address:
+    if key in WRITTEN and "http" in address:
         assert text.startswith(f"{key} '{address}' is on a web server, which is only read")
         return
     assert text.startswith(f"{key} '{address}' is an address (") and len(text) <= 300 and "\n" not in text

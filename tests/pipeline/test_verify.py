@@ -159,11 +159,11 @@ def test_each_record_is_parsed_once_and_each_file_of_a_unit_is_read_once(
         reads[str(Path(path).relative_to(cache.root))] += 1
         return opened(path)
 
-    def count_parses(raw: Any, path: Path, *unit: int) -> Commit:
-        parses[str(path.relative_to(cache.root))] += 1
+    def count_parses(raw: Any, path: str, *unit: int) -> Commit:
+        parses[str(Path(path).relative_to(cache.root))] += 1
         return parse(raw, path, *unit)
 
-    for module in ("cskd.files.read", "cskd.store.unit"):
+    for module in ("cskd.files.read", "cskd.store.unit", "cskd.storage.posix"):
         monkeypatch.setattr(f"{module}.open_regular", count_opens)
     monkeypatch.setattr("cskd.store.commit._parse", count_parses)
     assert verify(cache.root, quiet=True).sealed

@@ -32,8 +32,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
     (tmp_path / "caches").mkdir()
     made.root.rename(tmp_path / "caches" / "imagenet_sample")
     monkeypatch.chdir(tmp_path)
-    made.root = tmp_path / "caches" / "imagenet_sample"
-    return made
+    return Cache(tmp_path / "caches" / "imagenet_sample", made.manifest, made.inventory)
 
 
 def run(*blocks: str) -> dict[str, Any]:
