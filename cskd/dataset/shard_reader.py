@@ -22,6 +22,7 @@ from cskd.storage.node_cache import Held, InUseError
 TRIES = 3
 # Seconds before the second try, doubled before the third: what a network file system needs to come back.
 RETRY_WAIT = 0.2
+COPIES_OPEN = 4  # copies that a reader keeps from being evicted: those it opened last
 FEW = 8  # images of a shard that are read from the object store one by one; then the whole shard is copied
 
 
@@ -126,7 +127,8 @@ class ShardReader:
         """A descriptor of the shard; None where a range of it is to be asked for."""
         there = self._files.pop(shard, None)
         if there is None:
-            while len(self._files) >= self.max_open:
+            most = self.max_open if self.inventory.remote is None else min(self.max_open, COPIES_OPEN)
+            while len(self._files) >= most:
                 self._files.popitem(last=False)[1].close()
             held = None
             if self.inventory.remote is not None and (held := self._held(shard)) is None:

@@ -11,7 +11,7 @@ from cskd.files.durable import sync
 from cskd.files.paths import local_path, location_text
 from cskd.files.read import MAX_TEXT, parse_json
 from cskd.storage import Range, Stat, Storage, is_remote, join, open_storage
-from cskd.storage.node_cache import Held, copy_name, node_cache
+from cskd.storage.node_cache import Held, NodeCache, copy_name, node_cache
 
 PIECE = 8 << 20  # bytes of one request
 AT_ONCE = 4  # requests of one object in flight: so many pieces are in memory
@@ -20,7 +20,7 @@ WEIGHTS = (
     *("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json"),
     "config.json",
 )
-_held: dict[str, Held] = {}  # copies that were handed out as paths: they stay as long as this process
+_held: dict[tuple[NodeCache, str], Held] = {}  # copies that were handed out as paths: they stay as long as this process
 
 
 def download(storage: Storage, key: str, size: int, path: Path, stop: Callable[[], bool] = lambda: False) -> int:
@@ -90,10 +90,10 @@ def _with_parts(storage: Storage, names: Sequence[str], known: dict[str, Stat] |
 
 def _copy(storage: Storage, stats: Sequence[Stat], what: str) -> Path:
     """The folder with these objects, by their names."""
-    name = copy_name(storage.location, *((s.key, s.size, s.modified) for s in stats))
-    if name not in _held:
-        _held[name] = node_cache().fetch(name, sum(s.size for s in stats), lambda to: _fill(storage, stats, to), what)
-    return _held[name].path
+    node, name = node_cache(), copy_name(storage.location, *((s.key, s.size, s.modified) for s in stats))
+    if (node, name) not in _held:
+        _held[node, name] = node.fetch(name, sum(s.size for s in stats), lambda to: _fill(storage, stats, to), what)
+    return _held[node, name].path
 
 
 def _fill(storage: Storage, stats: Sequence[Stat], folder: Path) -> None:

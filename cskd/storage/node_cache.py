@@ -119,7 +119,11 @@ class NodeCache:
             return None
         held, done = Held(part, lock), False
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # shared, since whoever makes it goes on to read it, for as long as it likes
+                fcntl.flock(lock, fcntl.LOCK_SH)
+                return None
             if not _is_at(lock, part / LOCK) or (self.folder / name).exists():
                 return None
             try:

@@ -189,8 +189,8 @@ def test_weights_come_from_a_store(s3: str, tmp_path: Path) -> None:
             PathError, match=r"student.init s3://.*: there is no such object, nor a folder with model.safe"
         ):
             fetched(join(s3, name), "student.init")
-    use_node_cache(str(tmp_path / "small"), 1e-6)
-    with pytest.raises(ConfigError, match=r"data.node_cache_gb is 1e-06, and s3://.*/run has .*; set at least"):
+    use_node_cache(str(tmp_path / "small"), 1e-9)
+    with pytest.raises(ConfigError, match=r"data.node_cache_gb is 1e-09, and s3://.*/run has .*; set at least"):
         fetched(join(s3, "run"), "student.init")
 
 

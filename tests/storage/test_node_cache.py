@@ -102,6 +102,28 @@ def test_those_who_ask_at_the_same_time_wait_for_one_maker(node: NodeCache) -> N
     assert made == ["a"]
 
 
+def test_who_waited_for_a_copy_has_it_while_its_maker_reads_it(node: NodeCache) -> None:
+    begun, go, held = threading.Event(), threading.Event(), list[Held]()
+
+    def slow(folder: Path) -> None:
+        begun.set()
+        go.wait(10)
+
+    one = threading.Thread(target=lambda: held.append(node.fetch("a", KB, slow, "a")))
+    others = [
+        threading.Thread(target=lambda: held.append(node.fetch("a", KB, slow, "a")), daemon=True) for _ in range(3)
+    ]
+    one.start()
+    assert begun.wait(10)
+    for thread in others:
+        thread.start()
+    time.sleep(0.05)
+    go.set()
+    for thread in (one, *others):
+        thread.join(10)
+    assert len(held) == 4  # none was closed
+
+
 def test_a_maker_that_fails_lets_the_next_one_try(node: NodeCache) -> None:
     begun, go = threading.Event(), threading.Event()
 
