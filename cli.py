@@ -43,19 +43,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; repeatable.")]
 
 
-def _path(name: str, hub: bool = False) -> Callable[[str], Path]:
+def _path(name: str, hub: bool = False, objects: bool = False) -> Callable[[str], Path]:
     """The parser of a path: an address such as s3://... is refused by the name of its argument. hub: one of the hub is checked, and
-    downloaded by `local_path` when the command begins."""
+    downloaded by `local_path` when the command begins. objects: one of an object store is checked and kept."""
 
     def path(text: str) -> Path:
+        if objects and is_remote(text):
+            return Path(location_text(text, name))
         return Path(local_text(text, name, hub)) if hub and text else local_path(text, name)
 
     return path
-
-
-def _place(name: str, hub: bool = False) -> Callable[[str], Path]:
-    """The parser of a path that may also be the address of an object store, which is read through the node cache."""
-    return lambda text: Path(location_text(text, name, hub=hub)) if is_remote(text) else _path(name, hub)(text)
 
 
 ConfigPath = Annotated[
@@ -65,20 +62,27 @@ ConfigPath = Annotated[
     ),
 ]
 CachePath = Annotated[
-    Path, typer.Argument(metavar="CACHE", parser=_path("CACHE"), help="Folder made by cskd cache-teacher.")
+    Path,
+    typer.Argument(
+        metavar="CACHE",
+        parser=_path("CACHE", objects=True),
+        help="Folder made by cskd cache-teacher, or its s3://, gs:// or az:// address.",
+    ),
 ]
 HubCachePath = Annotated[
     Path,
     typer.Argument(
         metavar="CACHE",
-        parser=_path("CACHE", hub=True),
-        help="Folder made by cskd cache-teacher, or its hf:// address.",
+        parser=_path("CACHE", hub=True, objects=True),
+        help="Folder made by cskd cache-teacher, or its hf://, s3://, gs:// or az:// address.",
     ),
 ]
 Data = Annotated[
     Path | None,
     typer.Option(
-        "--data", parser=_place("--data"), help="Folder or address of the image shards, where they have moved."
+        "--data",
+        parser=_path("--data", objects=True),
+        help="Folder or address of the image shards, where they have moved.",
     ),
 ]
 Classes = Annotated[
@@ -122,7 +126,8 @@ def pack(
         ),
     ],
     out: Annotated[
-        Path, typer.Argument(parser=_place("OUT"), help="Folder or address for the shards and their inventory.")
+        Path,
+        typer.Argument(parser=_path("OUT", objects=True), help="Folder or address for the shards and their inventory."),
     ],
     classes: Classes = None,
     seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
@@ -248,10 +253,13 @@ def evaluate(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            parser=_place("CHECKPOINT", hub=True), help="Result folder of cskd train, or its hf:// or s3:// address."
+            parser=_path("CHECKPOINT", hub=True, objects=True),
+            help="Result folder of cskd train, or its hf:// or s3:// address.",
         ),
     ],
-    data: Annotated[Path, typer.Argument(parser=_place("DATA"), help="Folder made by cskd pack, or its address.")],
+    data: Annotated[
+        Path, typer.Argument(parser=_path("DATA", objects=True), help="Folder made by cskd pack, or its address.")
+    ],
     batch: Annotated[int, typer.Option(min=1, help="Images a forward.")] = 256,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode.")] = 2,
     crop_pct: Annotated[
@@ -318,7 +326,7 @@ def inspect(
     from cskd.pipeline.look.inspect_cache import inspect, render
     from cskd.pipeline.look.quarantined import list_quarantined, render_list
 
-    cache = local_path(cache, "CACHE", hub=True)
+    cache = cache if is_remote(cache) else local_path(cache, "CACHE", hub=True)
     if quarantined:
         _print(list_quarantined(cache, data), json_, render_list)
         return
@@ -343,8 +351,8 @@ def verify(
         Path,
         typer.Argument(
             metavar="CACHE|DATA",
-            parser=_path("CACHE", hub=True),
-            help="Folder made by cskd cache-teacher, pack or index; of a cache its hf:// address, too.",
+            parser=_path("CACHE", hub=True, objects=True),
+            help="Folder made by cskd cache-teacher, pack or index; of a cache its hf:// or s3:// address, too.",
         ),
     ],
     data: Data = None,
@@ -360,7 +368,7 @@ def verify(
     from cskd.pipeline.care import verify, verify_images
 
     report: Any
-    cache = local_path(cache, "CACHE", hub=True)
+    cache = cache if is_remote(cache) else local_path(cache, "CACHE", hub=True)
     if verify_images.is_data(cache, images):
         report = verify_images.verify_images(cache, images, data, bool(replay or recompute), quiet=json_)
         _print(report, json_, verify_images.render)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from cskd.config import Config, load_config
 from cskd.errors import CskdError, PathError, RankError, said
-from cskd.files.paths import local_path
+from cskd.files.paths import is_remote, local_path
 from cskd.pipeline import cache_teacher as stage1
 from cskd.pipeline import train as stage2
 from cskd.pipeline.cache_teacher import CacheReport as CacheReport
@@ -98,13 +99,12 @@ def inspect(
     Returns: the facts; `facts.facts` is them as JSON.
     Raises:  CskdError. What is wrong with single units is in `errors` instead.
     """
-    folder, shards, picture, page, run = (
-        None if path is None else local_path(fspath(path), name, hub=name == "cache")
-        for path, name in ((cache, "cache"), (data, "data"), (png, "png"), (html, "html"), (student, "student"))
+    shards, picture, page, run = (
+        None if path is None else local_path(fspath(path), name)
+        for path, name in ((data, "data"), (png, "png"), (html, "html"), (student, "student"))
     )
-    assert folder is not None
     return inspect_cache.inspect(
-        folder,
+        Path(fspath(cache)) if is_remote(fspath(cache)) else local_path(fspath(cache), "cache", hub=True),
         data=shards,
         sample=sample,
         view=view,

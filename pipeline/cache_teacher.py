@@ -24,7 +24,7 @@ from rich.console import Console
 from cskd.config import Config, to_dict
 from cskd.config.pins import TEACHER, pinned, record_pins
 from cskd.dataset.inventory import Inventory
-from cskd.errors import CacheError
+from cskd.errors import CacheError, counted
 from cskd.files.paths import is_remote, location_text
 from cskd.loading.feed import fed
 from cskd.loading.shards_ahead import shards_of_passes
@@ -139,7 +139,7 @@ def _fill(
                 tell(made, by_others + made, total)
 
         show(before)
-        while passes := missing_passes(cache, worker_number()):
+        while passes := missing_passes(cache, worker_number(), line.met):
             maker_of_chunks = ChunkMaker(maker.whole(), inventory.id)
             tasks = shards_of_passes(inventory, passes, line.tasks(passes), config.recipe.mix_group)
             results = fed(maker_of_chunks, tasks, teacher.device, threads.workers)
@@ -149,8 +149,11 @@ def _fill(
                 show(by_others)
             line.drain()
             show(by_others)
-            if line.units == units:
+            if line.units == units and not line.met:
                 time.sleep(POLL_WAIT)  # others are making all that is missing
+    if line.wasted:
+        notes.add([f"{counted(line.wasted, 'unit')} of this process had been made by another one meanwhile"])
+        notes.say()
     return CacheReport(
         cache=cache.location,
         units=line.units,

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cskd.config import Config
+from cskd.files.paths import is_remote
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,11 @@ def gather(config: Config, workers: int) -> Facts:
         open_files=_open_files(),
         workers=workers,
         prefetch=config.train.prefetch,
-        mounts=tuple(dict.fromkeys(m for place in places if place and (m := mount_of(Path(place), _mounts())))),
+        mounts=tuple(
+            dict.fromkeys(
+                m for place in places if place and not is_remote(place) and (m := mount_of(Path(place), _mounts()))
+            )
+        ),
         temporary=tempfile.gettempdir(),
         compiles=config.teacher.compile or config.train.compile,
         compiler=any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++", "cl"))),

@@ -18,6 +18,7 @@ from cskd.config import Config
 from cskd.dataset.inventory import Inventory
 from cskd.errors import ConfigError, ImageError, shortened
 from cskd.files.durable import put
+from cskd.files.paths import is_remote
 from cskd.loading.plan import views_needed
 from cskd.loading.shards_ahead import ahead, all_needs
 from cskd.loading.sources import LiveViews
@@ -33,6 +34,7 @@ from cskd.pipeline.precheck import BEFORE_TEACHER, ON_GRID, refuse
 from cskd.pipeline.setup import Setup, baseline_name, baseline_views, training_images
 from cskd.pipeline.show.progress import Notes, Progress
 from cskd.store.identity import identity_of
+from cskd.store.manifest import has_cache
 from cskd.store.seal import refuse_too_many, refuse_too_many_in_all
 from cskd.teacher.model import load_teacher
 from cskd.views.maker import ViewMaker
@@ -83,10 +85,10 @@ def open_baseline(config: Config, ranks: Ranks, online: bool, quiet: bool) -> tu
 def _baseline_note(config: Config, views: int) -> str:
     needed = views_needed(config.train)
     again = "none is used twice" if views >= needed else f"each is used up to {-(-needed // views)} times"
-    path = Path(config.cache.path)
-    where = (
-        f" (cache.path {shortened(absent(path), 110)} is not there)" if config.cache.path and not path.exists() else ""
-    )
+    path = config.cache.path
+    gone = bool(path) and (not has_cache(path) if is_remote(path) else not Path(path).exists())
+    said = path if is_remote(path) else absent(Path(path))
+    where = f" (cache.path {shortened(said, 110)} is not there)" if gone else ""
     return (
         f"loss.method {config.loss.method}: no cache{where} and no teacher; views 0 to {views - 1} are made from data.train by the config's recipe, "
         f"as stage 1 would make them, and {again}"

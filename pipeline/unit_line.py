@@ -10,7 +10,9 @@ commit   in the writer: one commit a view, then the claim is given back
 from __future__ import annotations
 
 import contextlib
+import random
 import time
+import uuid
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,6 +43,8 @@ from cskd.teacher.lanes import Lanes
 from cskd.teacher.model import Teacher
 from cskd.views.mix_pixels import mix_pixels
 from cskd.views.mixing import quads
+
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 @contextlib.contextmanager
@@ -76,16 +80,21 @@ def writers_of(cores: int) -> int:
     return max(1, min(4, cores // 4))
 
 
-def missing_passes(cache: Cache, first: int = 0) -> list[tuple[int, tuple[int, ...]]]:
+def missing_passes(cache: Cache, number: int = 0, met: bool = False) -> list[tuple[int, tuple[int, ...]]]:
     """(block, views) of each pass: the missing views of one mixing group of one block, made from one decoding.
 
-    first: which of them comes first, counted on from the last to the first again: of several processes each begins elsewhere.
+    number: of this process among those that share the work. With claims, each begins one pass further on. Without, on an object
+    store, they begin far from one another, however many there are: at multiples of the golden section. met: this process has
+    come to what another one makes; then it takes what is left in an order of its own.
     """
     by_pass: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
     for block, view in cache.missing():
         by_pass[view // cache.recipe.mix_group, block].append(view)
     passes = [(block, tuple(views)) for (_, block), views in sorted(by_pass.items())]
-    begin = first % max(1, len(passes))
+    if met:
+        random.Random(uuid.uuid4().int).shuffle(passes)
+        return passes
+    begin = number % max(1, len(passes)) if _has_claims(cache) else int(number * _GOLDEN % 1 * len(passes))
     return passes[begin:] + passes[:begin]
 
 
@@ -158,6 +167,8 @@ class UnitLine:
     ) -> None:
         self.images = self.units = 0  # whose targets are in, and committed
         self.unreadable = 0  # of the images
+        self.met = False  # without claims: what another process makes was next
+        self.wasted = 0  # units that another process had made meanwhile
         self.restored = 0  # views that a run before had made of passes it did not finish
         self._saved = time.monotonic()  # when the latest pass or draft was handed to a writer
         self._first_chunk = self._last_commit = 0.0  # when it came, when it was done
@@ -190,8 +201,11 @@ class UnitLine:
             claim = self._claims.take(f"b{block:05d}.g{views[0] // group:04d}")
             if claim is None:
                 continue
-            views = tuple(v for v in views if cache.commit_of(block, v) is None)  # others may have made some since
-            if not views:
+            left = tuple(v for v in views if cache.commit_of(block, v) is None)  # others may have made some since
+            if left != views and not _has_claims(cache):
+                self.met = True
+                return
+            if not (views := left):
                 self._claims.release([claim])
                 continue
             first, stop = cache.inventory.block_range(block)
@@ -360,6 +374,9 @@ class UnitLine:
             work.draft.exception()  # waits: another writer may be at it, and no draft may come after the commit
         clock = time.perf_counter()
         for view, unit in zip(work.views, work.units, strict=True):
+            if not _has_claims(self._cache) and self._cache.commit_of(work.block, view) is not None:
+                self.wasted += 1
+                continue
             self._cache.add_unit(work.block, view, *unit.finish(), work.quarantine, unit.errors)
             remove_drafts(self._cache, work.block, view)
         self._claims.release([work.claim])

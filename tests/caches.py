@@ -76,8 +76,9 @@ def make_tiny_cache(
     skip: Sequence[tuple[int, int]] = (),
     classes: Sequence[str] = CLASSES,
     size: int = 32,
+    place: str | None = None,
 ) -> Cache:
-    """folder/data with shards, folder/cache with units of `views` views, two blocks when n > 8 and shards allow it.
+    """folder/data with shards, folder/cache (or `place`) with units of `views` views, two blocks when n > 8 and shards allow it.
 
     quarantine: samples without targets. skip: (block, view) of units that are not made.
     Logits are `random_logits(..., seed=1000 * block + view)` in the order of the unit's rows.
@@ -94,8 +95,8 @@ def make_tiny_cache(
         clean_top1=0.5,
         clean_images=n,
     )
-    cache = create_cache(folder / "cache", manifest, inventory)
-    write_resolved(cache.root, cache.manifest)
+    cache = create_cache(place or folder / "cache", manifest, inventory)
+    write_resolved(cache.storage, cache.manifest)
     maker = ViewMaker(inventory, recipe)
     for block in range(cache.blocks):
         first, stop = cache.inventory.block_range(block)

@@ -7,10 +7,11 @@ Only valid records define what exists.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from cskd.storage.posix import Posix
 from cskd.store.format import CONTAINERS, FORMAT, commit_file, unit_file
 
 _HASH = re.compile(r"[0-9a-f]{64}")
+_RECORD = re.compile(r"commits/b(\d{5,9})/v(\d{4,9})\.json")
 _CODEC = re.compile(r"[a-z0-9:]{1,32}")
 
 
@@ -105,6 +107,23 @@ def read_commits(root: Place, wanted: Sequence[tuple[int, int]]) -> list[Commit 
         parse_commit(data, join(storage.location, key), *unit)
         for data, key, unit in zip(found, keys, wanted, strict=True)
     ]
+
+
+def valid_commits(root: Place) -> Iterator[Commit]:
+    """Every valid record in the folder of records, of whatever cache; what can't be read, or is none, is passed over."""
+    storage = open_storage(root)
+    named = [_RECORD.fullmatch(about.key) for about in storage.list("commits")]
+    units = [(int(match[1]), int(match[2])) for match in named if match]
+    keys = [str(commit_file(*unit)) for unit in units]
+    try:
+        found: Sequence[bytes | None] = storage.get_many(keys)
+    except OSError:
+        found = [None] * len(keys)
+    for unit, key, data in zip(units, keys, found, strict=True):
+        with contextlib.suppress(CacheError):
+            commit = read_commit(storage, *unit) if data is None else parse_commit(data, key, *unit)
+            if commit is not None:
+                yield commit
 
 
 def parse_commit(data: bytes, where: str, block: int, view: int, exact: bool = False) -> Commit:

@@ -121,7 +121,7 @@ def export_targets(
         raise ConfigError("--blends names no blend; give some, such as 1,0.5,0, or --envelope for all of them")
     if (any([quantise_blend(blend) for blend in blends]) or envelope) and not cells:
         raise CodecError(
-            f"{path} holds the image's targets alone, which are those of blend 0; leave --blends and --envelope out, or cache a codec "
+            f"{cache.location} holds the image's targets alone, which are those of blend 0; leave --blends and --envelope out, or cache a codec "
             "with cells as well, such as envelope"
         )
     count = _views(cache, views)
@@ -185,7 +185,7 @@ def export_cache(path: Path, out: Path, container: str, views: int | None = None
         fields, targets = next(iter(units.values())).fields, {name: unit.targets for name, unit in units.items()}
         if content_hash(fields, targets) != commit.content_hash:
             raise CacheError(
-                f"block {block}, view {view} is not what its record says; `cskd repair {path}` makes it again"
+                f"block {block}, view {view} is not what its record says; `cskd repair {cache.location}` makes it again"
             )
         made.add_unit(block, view, fields, targets, {int(i): why for i, why in commit.quarantine.items()})
         new.add((block, view))

@@ -30,6 +30,7 @@ LEFT = (
     ".inventory.partial*/*",
     "claims/*",
 )  # where left-overs can be
+SETTLED = 600.0  # seconds: on an object store a unit that is this old has its record, or will have none
 YOUNG = 3600.0  # seconds: what is younger may be of a writer that lives
 
 
@@ -56,8 +57,13 @@ def gc(path: Path, older_than: float = YOUNG, dry_run: bool = False, data: Path 
     writers = claims.held(cache.root) if local else 0
     if writers and older_than < claims.LEASE:
         raise CacheError(
-            f"{path} is being written to ({writers} claims have an owner that lives), expected none with --older-than "
+            f"{cache.location} is being written to ({writers} claims have an owner that lives), expected none with --older-than "
             f"{older_than:g}; wait until `cskd cache-teacher` has ended, or take --older-than {claims.LEASE:g} or more"
+        )
+    if not local and older_than < SETTLED:
+        raise CacheError(
+            f"{cache.location} is on an object store, where nothing tells whether a file without a record is still to get one; "
+            f"take --older-than {SETTLED:g} or more"
         )
     kept = {str(tables_file(*of, copy)) for of in (cache.manifest.tables or {}).items() for copy in COPIES}
     for block, names in enumerate(record_names(cache.storage, cache.blocks)):

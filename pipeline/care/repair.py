@@ -9,7 +9,6 @@ seal      what was sealed before must have the content it was sealed with; a sea
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +30,7 @@ from cskd.pipeline.show.progress import print_lines
 from cskd.storage import Storage, join, open_storage
 from cskd.storage.posix import Posix
 from cskd.store.cache import Cache, open_cache
-from cskd.store.commit import read_commit
+from cskd.store.commit import valid_commits
 from cskd.store.format import INDEX, INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, commit_file
 from cskd.store.inventory_copy import check_inventory, inventory_id, put_inventory, remove_inventory
 from cskd.store.manifest import Manifest, read_manifest, write_manifest, write_resolved
@@ -153,7 +152,7 @@ def _restore_manifests(storage: Storage) -> list[str]:
     if not any(_is_there(storage, name) for name in (MANIFEST, MANIFEST_COPY)):
         missing = isinstance(storage, Posix) and not storage.root.exists()
         where = absent(Path(path)) if missing else path
-        raise CacheError(f"no cache at {where}; give the place that cache.path names")
+        raise CacheError(f"no cache at {where}; give the folder that cache.path names")
     if not found:
         raise CacheError(f"{path}: both copies of its manifest are damaged; {MANIFEST}: {wrong[MANIFEST]}")
     right = _that_of_the_records(storage, list(found.values()))
@@ -201,15 +200,9 @@ def _that_of_the_records(storage: Storage, found: list[Manifest]) -> Manifest:
     """
     fingerprints, views = Counter[str](), Counter[tuple[str, int]]()
     path = storage.location
-    for about in storage.list("commits"):
-        named = re.fullmatch(r"commits/b(\d+)/v(\d+)\.json", about.key)
-        try:
-            commit = read_commit(storage, int(named[1]), int(named[2])) if named else None
-        except (CacheError, ValueError):
-            continue
-        if commit is not None:
-            fingerprints[commit.fingerprint] += 1
-            views[commit.fingerprint, commit.view] += 1
+    for commit in valid_commits(storage):
+        fingerprints[commit.fingerprint] += 1
+        views[commit.fingerprint, commit.view] += 1
 
     def units(manifest: Manifest) -> int:
         own = manifest.identity.fingerprint

@@ -16,6 +16,7 @@ from cskd.dataset.inventory import Inventory, open_inventory
 from cskd.dataset.shard_reader import ShardReader
 from cskd.errors import DataError, ImageError, PathError, ReadError, counted
 from cskd.files.folders import kind_of
+from cskd.files.paths import is_remote
 from cskd.machine.cores import usable_cores
 from cskd.pipeline.show.progress import Progress, print_lines
 
@@ -53,7 +54,7 @@ class ImagesReport:
 def is_data(path: Path, images: bool = False) -> bool:
     """Whether a path is a folder of packed or indexed data, not a cache. images: they are asked for, so that a folder which is
     neither is taken for data, too."""
-    return (kind := kind_of(path)) in ("data", "inventory") or (images and kind is None)
+    return not is_remote(path) and ((kind := kind_of(path)) in ("data", "inventory") or (images and kind is None))
 
 
 def verify_images(

@@ -157,7 +157,8 @@ def _commits(cache: Cache) -> tuple[dict[tuple[int, int], Commit], dict[tuple[in
     """All commit records by (block, view), and why those that can't be used can't."""
     commits: dict[tuple[int, int], Commit] = {}
     errors: dict[tuple[int, int], str] = {}
-    there = {about.key for about in cache.storage.list("units")}
+    web = cache.location.startswith(("http:", "https:"))  # a web server has no list of its files
+    there = set() if web else {about.key for about in cache.storage.list("units")}
     for unit in ((block, view) for block in range(cache.blocks) for view in range(cache.views)):
         try:
             commit = cache.commit_of(*unit)
@@ -166,7 +167,7 @@ def _commits(cache: Cache) -> tuple[dict[tuple[int, int], Commit], dict[tuple[in
             continue
         if commit is not None:
             commits[unit] = commit
-            if absent := [file.path for file in commit.files if file.path not in there]:
+            if not web and (absent := [file.path for file in commit.files if file.path not in there]):
                 errors[unit] = f"{absent[0]} is not there; run `cskd repair {cache.location}`"
     return commits, errors
 
@@ -254,7 +255,8 @@ def _measure(
     for kind, count_of in cells.items():
         if count_of["samples"]:
             own, own_or_partner = (
-                {f"{a:g}": count_of[f"{labels} {a:g}"] / count_of["cells"] for a in BLENDS} for labels in AGREEMENT
+                {f"{a:g}": count_of[f"{labels} {a:g}"] / count_of["cells"] for a in _blends(cache, name)}
+                for labels in AGREEMENT
             )
             agreement[kind] = Agreement(count_of["samples"], own, own_or_partner)
     found = Segments(1 + segments["extra"] / segments["cells"], most) if segments["cells"] else None
@@ -267,7 +269,7 @@ def _count_agreement(cache: Cache, block: int, unit: Unit, name: str, cells: dic
     unmixed = unit.fields["mode"] == NONE
     first, stop = cache.inventory.block_range(block)
     partner = np.where(unmixed, own, cache.inventory.label[first:stop][np.where(unmixed, 0, unit.fields["partner"])])
-    for blend in BLENDS:
+    for blend in _blends(cache, name):
         hard = cache.codecs[name].hard(unit.targets, quantise_blend(blend))
         is_own = hard == own[:, None, None]
         is_either = is_own | (hard == partner[:, None, None])
@@ -276,6 +278,11 @@ def _count_agreement(cache: Cache, block: int, unit: Unit, name: str, cells: dic
                 cells[kind][f"{what} {blend:g}"] += int(agrees[rows].sum())
     for kind, rows in (("mixed", ~unmixed), ("unmixed", unmixed)):
         cells[kind].update(samples=int(rows.sum()), cells=int(rows.sum()) * cache.grid[0] * cache.grid[1])
+
+
+def _blends(cache: Cache, codec: str) -> tuple[float, ...]:
+    """Where classes are counted: a codec of the image's alone gives every cell that one, at any blend."""
+    return BLENDS if cache.codecs[codec].cells else (0.0,)
 
 
 def _drawn(
@@ -383,8 +390,12 @@ def _lines(facts: Inspection) -> Iterable[tuple[str, str]]:
         if kind == "mixed":
             shares["own or partner's"] = agreement.own_or_partner
         values = [f"{label} {' / '.join(f'{100 * s:.1f}' for s in of.values())} %" for label, of in shares.items()]
-        blends = " / ".join(agreement.own)
-        yield f"cells, {kind}", f"{', '.join(values)} at blends {blends} ({agreement.samples:,} views)"
+        of_cells = any(codec.cells for codec in facts.codecs.values())
+        blends = f" at blends {' / '.join(agreement.own)}" if of_cells else ""
+        yield (
+            f"{'cells' if of_cells else 'images'}, {kind}",
+            f"{', '.join(values)}{blends} ({agreement.samples:,} views)",
+        )
     if facts.measured_units < units.present:
         yield "", f"(segments and agreement from {facts.measured_units} of the units)"
     for error in facts.errors[:LISTED]:

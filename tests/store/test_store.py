@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from numpy.typing import NDArray
 from zarr.core.metadata.v3 import ArrayV3Metadata
 
 from cskd.errors import CacheError
+from cskd.storage import Place
 from cskd.store.cache import Cache, create_cache, first_difference, open_cache
-from cskd.store.commit import Commit, publish, read_commit
+from cskd.store.commit import Commit, publish, read_commit, read_commits
 from cskd.store.format import FORMAT, MANIFEST, MANIFEST_COPY, UNIT_FIELDS, commit_file
 from cskd.store.manifest import Manifest, begin_manifest, read_manifest, write_manifest
 from cskd.store.unit import content_hash, pack_unit, read_unit
@@ -289,13 +291,13 @@ def test_each_record_is_read_once_by_a_loop_that_asks_what_is_missing(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stage 1 asks after every pass: with 47,100 units that must not be 47,100 files each time."""
-    read = []
+    read = list[tuple[int, int]]()
 
-    def counted(root: Path, block: int, view: int, exact: bool) -> Commit | None:
-        read.append((block, view))
-        return read_commit(root, block, view, exact)
+    def counted(root: Place, wanted: Sequence[tuple[int, int]]) -> list[Commit | None]:
+        read.extend(wanted)
+        return read_commits(root, wanted)
 
-    monkeypatch.setattr("cskd.store.cache.read_commit", counted)
+    monkeypatch.setattr("cskd.store.cache.read_commits", counted)
     units = [(b, v) for b in range(cache.blocks) for v in range(cache.views)]
     record = cache.root / commit_file(0, 1)
     whole = record.read_bytes()

@@ -1,0 +1,121 @@
+"""Both stages and the care of a cache on an object store: the same content, and the same weights, as from a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cskd.config import Config
+from cskd.errors import CacheError, CskdError, PathError
+from cskd.pipeline import outputs
+from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.care.repair import repair
+from cskd.pipeline.care.verify import verify
+from cskd.pipeline.train import train
+from cskd.pipeline.unit_line import missing_passes
+from cskd.storage import open_storage
+from cskd.storage.objects import Objects
+from cskd.store.cache import Cache, open_cache
+from cskd.store.format import INDEX, SEAL, commit_file
+from tests.pipeline.test_pipeline import cached_data, config, weights
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cached_data(tmp_path_factory.mktemp("s3"))
+
+
+def placed(base: Path, place: str, **changes: Any) -> Config:
+    return config(base, cache={"path": place, **changes})
+
+
+def test_the_cache_of_a_folder_is_made_there_mended_and_trained_from(base: Path, s3: str, tmp_path: Path) -> None:
+    here, place = open_cache(base / "cache"), f"{s3}/caches/mine"
+    cut = cache_teacher(placed(base, place, views=2), quiet=True)
+    whole = cache_teacher(placed(base, place), quiet=True)
+    assert (cut.units, whole.units, whole.cache, whole.content_root) == (4, 2, place, here.content_root())
+    storage = open_storage(place)
+    assert {about.key for about in storage.list()} == {about.key for about in here.storage.list()}
+    sealed, index = storage.get(SEAL), storage.get(INDEX)
+    assert sealed == here.storage.get(SEAL) and index == here.storage.get(INDEX)
+    file = open_cache(place).commit_of(1, 2).files[0].path  # type: ignore[union-attr]
+    storage.put(file, storage.get(file)[:-1])
+    storage.delete(str(commit_file(0, 0)))
+    storage.delete("manifest.copy.json")
+    report = repair(Path(place), quiet=True)
+    assert (len(report.withdrawn), report.rebuilt, report.content_root) == (2, 2, whole.content_root)
+    assert [line.partition(":")[0] for line in report.restored] == ["manifest.copy.json"]
+    assert verify(Path(place), quiet=True).sealed and (storage.get(SEAL), storage.get(INDEX)) == (sealed, index)
+    ends = []
+    for name, path in (("here", str(base / "cache")), ("there", place)):
+        short = {"output": str(tmp_path / name), "epochs": 1, "warmup_epochs": 0}
+        train(config(base, cache={"path": path}, train=short), quiet=True)
+        ends.append(weights(tmp_path / name))
+    assert ends[0] == ends[1]
+
+
+def test_what_another_process_makes_is_left_to_it(base: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of the first pass another process finishes all but the last one: one pass is made twice, no more."""
+    place, here, real = f"{s3}/shared", open_cache(base / "cache"), Cache.add_unit
+    made = list[tuple[int, int]]()
+
+    def add(self: Cache, block: int, view: int, *rest: Any) -> Any:
+        if not made:
+            for about in here.storage.list():
+                if about.key.startswith(("units/", "commits/")) and "b00001/v0002" not in about.key:
+                    self.storage.put(about.key, here.storage.get(about.key))
+        made.append((block, view))
+        return real(self, block, view, *rest)
+
+    monkeypatch.setattr(Cache, "add_unit", add)
+    one_view = placed(base, place)
+    report = cache_teacher(dataclasses.replace(one_view, recipe=dataclasses.replace(one_view.recipe)), quiet=True)
+    assert report.content_root == here.content_root() and report.units <= 6
+    assert made[0] == (0, 0) and made[-1] == (1, 2) and len(made) <= 3
+    assert any("had been made by another one meanwhile" in note for note in report.notes)
+
+
+def test_processes_begin_far_from_one_another(base: Path, s3: str) -> None:
+    cache = open_cache(base / "cache")
+    many = [(0, view) for view in range(300)]
+    there = Cache(f"{s3}/x", cache.manifest, cache.inventory)
+    for of, expected in ((cache, [0, 1, 2, 3]), (there, [0, 185, 70, 256])):
+        of.missing = lambda *_: many  # type: ignore[method-assign]
+        of.recipe = dataclasses.replace(cache.recipe, mix_group=1)
+        assert [missing_passes(of, number)[0][1][0] for number in range(4)] == expected
+        assert sorted(missing_passes(of, 2, met=True)) == sorted(missing_passes(of))
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("s3://nobody/x", "there is no bucket 'nobody'"),
+        ("https://127.0.0.1/x", "is on a web server, which is only read"),
+        ("ftp://host/x", "is an address (ftp:)"),
+        ("hf://datasets/me/x", "the hub is only read"),
+    ],
+)
+def test_places_that_can_hold_no_cache_are_refused_before_the_teacher_loads(
+    base: Path, s3: str, monkeypatch: pytest.MonkeyPatch, place: str, says: str
+) -> None:
+    monkeypatch.setattr("cskd.pipeline.cache_teacher.load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
+    with pytest.raises(CskdError) as info:
+        cache_teacher(placed(base, place), quiet=True)
+    assert says in str(info.value) and len(str(info.value)) <= 300 and "\n" not in str(info.value)
+
+
+def test_a_place_with_other_things_or_without_conditional_writes_is_refused(
+    base: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_storage(s3).put("photos/a.jpg", b"x")
+    with pytest.raises(PathError, match=r"holds photos, which is no file of a cache|holds photos/a\.jpg"):
+        outputs.refuse_cache_output(placed(base, s3))
+    outputs.refuse_cache_output(placed(base, f"{s3}/own"))
+    assert outputs.refuse_unfit(f"{s3}/own") == "writable, has conditional writes"
+    assert [*open_storage(f"{s3}/own").list()] == []
+    monkeypatch.setattr(Objects, "create", lambda self, key, data: self.put(key, data) or True)
+    with pytest.raises(CacheError, match="let a second writer replace"):
+        outputs.refuse_unfit(f"{s3}/own")
