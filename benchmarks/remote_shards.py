@@ -3,7 +3,7 @@
     python -m benchmarks.remote_shards [--latency MS] [--mb-per-second N] [--step MS]
 
 A made data set (48 shards of 100 images of 20 kB, 96 MB) behind a storage that sleeps before each answer and sends no faster than
-a set rate. Three epochs in the order of the plan: one batch at a time is read from the shards by `ShardReader` as a worker reads
+a set rate. Two epochs in the order of the plan: one batch at a time is read from the shards by `ShardReader` as a worker reads
 it, then a training step is slept. Without and with `cskd.loading.shards_ahead`, each with a new node cache, and with one that is
 too small for the data set. Counted: requests and bytes of each epoch, and the share of its time that the loader waited. Prints a
 table, and one JSON line last. 1 minute.
@@ -33,7 +33,7 @@ from cskd.loading.shards_ahead import ahead, training_needs
 from cskd.storage import Range, Storage, open_storage
 from cskd.storage.node_cache import NodeCache
 
-SHARDS, IMAGES, BYTES, BATCH, EPOCHS = 48, 100, 20_000, 64, 3
+SHARDS, IMAGES, BYTES, BATCH, EPOCHS = 48, 100, 20_000, 64, 2
 
 
 class Slow:

@@ -112,7 +112,8 @@ class NodeCache:
     def _made(self, name: str, size: int, fill: Callable[[Path], object], what: str) -> Held | None:
         """The copy, made now; None where another process made it, or gave up, while this one waited for it."""
         part = self.folder / f"{_PART}{name}"
-        part.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # not exist_ok, which fails where it is renamed at that moment
+            part.mkdir(mode=0o700)
         try:
             lock = os.open(part / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except FileNotFoundError:  # another process has just finished

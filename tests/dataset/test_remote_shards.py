@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import http.server
 import os
-import pickle
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
@@ -96,7 +96,7 @@ def test_every_image_is_read_as_packed_and_each_shard_is_fetched_once(remote: st
     after = counted(opened)
     assert (after[0] - before[0], after[1] - before[1]) == (SHARDS, size)
     # In another process, and after a restart, nothing is fetched again.
-    again = pickle.loads(pickle.dumps(opened))
+    again = ForkingPickler.loads(ForkingPickler.dumps(opened))
     assert images(ShardReader(again)) == images(ShardReader(local)) and counted(again) == (0, 0)
 
 

@@ -93,13 +93,18 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
 
 
 def test_those_who_ask_at_the_same_time_wait_for_one_maker(node: NodeCache) -> None:
-    made: list[str] = []
-    asked = [threading.Thread(target=lambda: fetch(node, "a", made=made).close()) for _ in range(8)]
+    made, wanted = list[str](), [f"{i:02d}" for i in range(20)]
+
+    def ask() -> None:
+        for name in wanted:
+            fetch(node, name, 100, made=made).close()
+
+    asked = [threading.Thread(target=ask) for _ in range(8)]
     for thread in asked:
         thread.start()
     for thread in asked:
         thread.join()
-    assert made == ["a"]
+    assert sorted(made) == wanted
 
 
 def test_who_waited_for_a_copy_has_it_while_its_maker_reads_it(node: NodeCache) -> None:
