@@ -35,10 +35,11 @@ from cskd.pipeline.clean_check import clean_check
 from cskd.pipeline.codec_tables import fit_tables, refit_lost, refuse_head
 from cskd.pipeline.measure_precision import measure_precision
 from cskd.pipeline.out_of_memory import Probe, explained, nothing_to_lower
+from cskd.pipeline.passes import views_left
 from cskd.pipeline.precheck import BEFORE_TEACHER, WITH_TEACHER, refuse
 from cskd.pipeline.setup import Setup, device_of
 from cskd.pipeline.show.progress import Notes, Progress, bound_by, duration, print_lines, say
-from cskd.pipeline.unit_line import missing_passes, unit_line, views_left
+from cskd.pipeline.unit_line import unit_line
 from cskd.storage import open_storage
 from cskd.storage.node_cache import use_node_cache
 from cskd.store.cache import Cache, create_cache
@@ -139,7 +140,7 @@ def _fill(
                 tell(made, by_others + made, total)
 
         show(before)
-        while passes := missing_passes(cache, worker_number(), line.met):
+        while passes := line.missing(worker_number()):
             maker_of_chunks = ChunkMaker(maker.whole(), inventory.id)
             tasks = shards_of_passes(inventory, passes, line.tasks(passes), config.recipe.mix_group)
             results = fed(maker_of_chunks, tasks, teacher.device, threads.workers)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
-from cskd.codecs import Arrays, Codec, get_codec
+from cskd.codecs import Arrays, Codec, Outputs, get_codec
 from cskd.codecs.features import FeaturesCodec
+from cskd.codecs.stages import StageCodec, stages_of
+from cskd.codecs.tabled import TabledCodec
 from cskd.errors import CacheError
 from cskd.pipeline.measure_precision import first_views
 from cskd.storage import Place
@@ -18,10 +18,13 @@ from cskd.views.maker import ViewMaker
 
 
 def refuse_head(identity: Identity, teacher: Teacher) -> None:
-    """TeacherError where a codec stores the feature map and the teacher's head is not a mean and one linear layer."""
-    for name in identity.codecs:
-        if get_codec(name, teacher.classes, teacher.grid).reads_features:
+    """TeacherError where a codec stores the feature map and the teacher's head is not a mean and one linear layer, or the map of a
+    stage that the teacher does not have."""
+    codecs = {name: get_codec(name, teacher.classes, teacher.grid) for name in identity.codecs}
+    for name, codec in codecs.items():
+        if codec.reads_features:
             teacher.classifier(name)
+    teacher.stages.watch(stages_of(codecs))
 
 
 def fit_tables(root: Place, identity: Identity, teacher: Teacher, maker: ViewMaker) -> dict[str, str] | None:
@@ -50,12 +53,24 @@ def refit_lost(cache: Cache, teacher: Teacher, maker: ViewMaker) -> None:
             )
 
 
-def _fitted(codecs: list[Codec], teacher: Teacher, maker: ViewMaker) -> list[tuple[FeaturesCodec, Arrays]]:
-    wanted = [codec for codec in codecs if isinstance(codec, FeaturesCodec)]
+def _fitted(codecs: list[Codec], teacher: Teacher, maker: ViewMaker) -> list[tuple[TabledCodec, Arrays]]:
+    wanted = [codec for codec in codecs if isinstance(codec, TabledCodec)]
     if not wanted:
         return []
-    weight, bias = teacher.classifier(wanted[0].name)
     views = first_views(maker, max(codec.fitted_on for codec in wanted), 1)
+    of_stages = {codec.stage: codec.fitted_on for codec in wanted if isinstance(codec, StageCodec)}
+    found: list[Outputs] = []
     with threads_of_a_lane(teacher.device, teacher.reentrant):
-        maps = [teacher.with_features(part)[2] for part in torch.split(views, teacher.batch)]
-    return [(codec, codec.fit(weight, bias, maps)) for codec in wanted]
+        for at in range(0, len(views), teacher.batch):
+            # Maps of early stages are large: only as many are kept as are asked for.
+            stages = [stage for stage, count in of_stages.items() if at < count]
+            found.append(teacher.outputs_of(views[at : at + teacher.batch], stages)._replace(dense=views[:0]))
+    return [(codec, _fit(codec, teacher, found)) for codec in wanted]
+
+
+def _fit(codec: TabledCodec, teacher: Teacher, outputs: list[Outputs]) -> Arrays:
+    if isinstance(codec, StageCodec):
+        maps = [one.stages[codec.stage] for one in outputs if codec.stage in one.stages]
+        return codec.fit([x[: max(0, codec.fitted_on - i * teacher.batch)] for i, x in enumerate(maps)])
+    assert isinstance(codec, FeaturesCodec)
+    return codec.fit(*teacher.classifier(codec.name), [one.features for one in outputs if one.features is not None])

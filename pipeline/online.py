@@ -1,5 +1,7 @@
 """Training without a cache: with the teacher next to the student, or on labels alone, with no teacher at all.
 
+With `train.caches` each of their teachers, which their manifests record, runs next to the student, too; their targets are not read.
+
 Plan, views and mixing are those of the cache that `cskd cache-teacher` would make from the same config. So an online run
 differs from one with a cache in where the targets come from, and a baseline in what is taught; in nothing else. A baseline
 has as many views as it needs, or train.views; with `--online` cache.views, as the runs that it is compared with.
@@ -16,14 +18,15 @@ from numpy.typing import NDArray
 
 from cskd.config import Config
 from cskd.dataset.inventory import Inventory
-from cskd.errors import ConfigError, ImageError, shortened
+from cskd.errors import ImageError, shortened
 from cskd.files.durable import put
 from cskd.files.paths import is_remote
+from cskd.loading.joined import joined_fingerprint, refuse_other_views
 from cskd.loading.plan import views_needed
 from cskd.loading.shards_ahead import ahead, all_needs
 from cskd.loading.sources import LiveViews
 from cskd.loading.stream import Stream
-from cskd.loading.targets import LiveTargets, NoTargets
+from cskd.loading.targets import LiveTargets, LiveTeachers, NoTargets
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import choose_threads
 from cskd.near import absent
@@ -31,8 +34,10 @@ from cskd.pipeline.clean_check import clean_check
 from cskd.pipeline.measure_precision import measure_precision
 from cskd.pipeline.outputs import run_output
 from cskd.pipeline.precheck import BEFORE_TEACHER, ON_GRID, refuse
+from cskd.pipeline.recorded_teacher import recorded_teacher
 from cskd.pipeline.setup import Setup, baseline_name, baseline_views, training_images
 from cskd.pipeline.show.progress import Notes, Progress
+from cskd.store.cache import cache_place, open_cache
 from cskd.store.identity import identity_of
 from cskd.store.manifest import has_cache
 from cskd.store.seal import refuse_too_many, refuse_too_many_in_all
@@ -45,13 +50,11 @@ _STEP = 256  # images per task
 
 def open_online(
     config: Config, device: torch.device, ranks: Ranks, quiet: bool, notes: Notes
-) -> tuple[LiveViews, LiveTargets]:
-    """Views and targets of a teacher that runs live: load and check it, and find the images that can't be decoded, once a run.
+) -> tuple[LiveViews, LiveTargets | LiveTeachers]:
+    """Views and targets of teachers that run live: load and check them, and find the images that can't be decoded, once a run.
 
     notes: gets what a user should know, each before the work that it is about.
     """
-    if config.train.caches:
-        raise ConfigError("train.caches is for targets of caches, and --online runs one teacher; leave one of them out")
     setup = Setup(config, online=True)
     ahead = refuse(BEFORE_TEACHER, setup)
     inventory, maker = setup.inventory, setup.maker
@@ -66,7 +69,16 @@ def open_online(
     bad, left_out = decodable(maker, config, ranks, quiet)
     notes.add(left_out)
     identity = identity_of(inventory, config.recipe, teacher.fingerprint.facts, teacher.grid, config.cache.codecs)
-    views = LiveViews(inventory, config.recipe, config.cache.views, teacher.grid, bad, identity.fingerprint)
+    paths = {name: cache_place(path, f"train.caches.{name}") for name, path in config.train.caches.items()}
+    others = {name: open_cache(path, images=False) for name, path in paths.items()}
+    for name, cache in others.items():
+        refuse_other_views(name, cache, identity, "this config")
+    teachers = {"": teacher, **{name: recorded_teacher(cache, device) for name, cache in others.items()}}
+    name = joined_fingerprint({"": identity.fingerprint, **{name: of.fingerprint for name, of in others.items()}})
+    name = name if others else identity.fingerprint
+    views = LiveViews(inventory, config.recipe, config.cache.views, teacher.grid, bad, name)
+    if others:
+        return views, LiveTeachers(teachers, config.loss, config.train.epochs)
     return views, LiveTargets(teacher, config.loss, config.train.epochs)
 
 

@@ -10,9 +10,7 @@ commit   in the writer: one commit a view, then the claim is given back
 from __future__ import annotations
 
 import contextlib
-import random
 import time
-import uuid
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,25 +24,27 @@ from numpy.typing import NDArray
 
 from cskd.codecs import Arrays, Outputs
 from cskd.codecs.features import FeaturesCodec
-from cskd.codecs.measured import Measured, measure
+from cskd.codecs.measured import AnyMeasured, measure
+from cskd.codecs.stages import StageCodec, stages_of
 from cskd.config import Config
 from cskd.files.claims import Claims, NoClaims
 from cskd.loading.feed import DeviceBatch
 from cskd.loading.stage1 import Chunk, ChunkViews, chunks
 from cskd.machine.side_stream import to_device
 from cskd.machine.threads import Threads
+from cskd.pipeline.passes import Passes, elsewhere, has_claims, missing_passes
 from cskd.pipeline.show.progress import Pool, duration, say
-from cskd.storage.posix import Posix
 from cskd.store.cache import Cache
 from cskd.store.draft import Rows, read_drafts, remove_drafts, write_draft
 from cskd.store.seal import refuse_too_many
 from cskd.store.unit_builder import UnitBuilder
 from cskd.teacher.lanes import Lanes
 from cskd.teacher.model import Teacher
+from cskd.teacher.stages import taken
 from cskd.views.mix_pixels import mix_pixels
 from cskd.views.mixing import quads
 
-_GOLDEN = (5**0.5 - 1) / 2
+PATIENCE = 60.0  # seconds that are waited at most for a pass of another process
 
 
 @contextlib.contextmanager
@@ -56,7 +56,7 @@ def unit_line(
     writers, lost = writers_of(threads.share), ""
     writer = ThreadPoolExecutor(writers, "write")
     try:
-        with Claims(cache.root) if _has_claims(cache) else NoClaims() as claims, contextlib.ExitStack() as stack:
+        with Claims(cache.root) if has_claims(cache) else NoClaims() as claims, contextlib.ExitStack() as stack:
             stack.callback(writer.shutdown)
             lanes = stack.enter_context(Lanes(teacher.device, teacher.reentrant))
             line = UnitLine(cache, teacher, config, threads.workers, claims, lanes, writer, writers)
@@ -70,38 +70,10 @@ def unit_line(
         raise
 
 
-def _has_claims(cache: Cache) -> bool:
-    return isinstance(cache.storage, Posix)
-
-
 def writers_of(cores: int) -> int:
     """Threads that compress and commit, each a pass at a time. One keeps up with a CPU's teacher; a GPU's fills several with
     whole maps, which are a hundred times as large as envelopes."""
     return max(1, min(4, cores // 4))
-
-
-def missing_passes(cache: Cache, number: int = 0, met: bool = False) -> list[tuple[int, tuple[int, ...]]]:
-    """(block, views) of each pass: the missing views of one mixing group of one block, made from one decoding.
-
-    number: of this process among those that share the work. With claims, each begins one pass further on. Without, on an object
-    store, they begin far from one another, however many there are: at multiples of the golden section. met: this process has
-    come to what another one makes; then it takes what is left in an order of its own.
-    """
-    by_pass: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
-    for block, view in cache.missing():
-        by_pass[view // cache.recipe.mix_group, block].append(view)
-    passes = [(block, tuple(views)) for (_, block), views in sorted(by_pass.items())]
-    if met:
-        random.Random(uuid.uuid4().int).shuffle(passes)
-        return passes
-    begin = number % max(1, len(passes)) if _has_claims(cache) else int(number * _GOLDEN % 1 * len(passes))
-    return passes[begin:] + passes[:begin]
-
-
-def views_left(cache: Cache) -> int:
-    """Views that have no unit yet."""
-    sizes = np.diff(cache.inventory.blocks)
-    return sum(int(sizes[block]) for block, _ in cache.missing())
 
 
 @dataclass(eq=False)
@@ -135,7 +107,7 @@ class _Encoded(NamedTuple):
     """Arrays by codec, and the errors that were measured."""
 
     targets: dict[str, Arrays]
-    errors: dict[str, Measured]
+    errors: dict[str, AnyMeasured]
 
 
 @dataclass(frozen=True)
@@ -193,16 +165,32 @@ class UnitLine:
             Pool.of(self._writers, self._seconds, "write"),
         ]
 
-    def tasks(self, passes: list[tuple[int, tuple[int, ...]]]) -> Iterator[Chunk]:
+    def missing(self, number: int) -> Passes:
+        """What is left to make, in the order of this process, see `missing_passes`."""
+        passes = missing_passes(self._cache, number)
+        if not self.met:
+            return passes
+        self.met = False
+        passes, under_way = elsewhere(
+            self._cache, sorted(passes, key=lambda p: (p[1][0] // self._cache.recipe.mix_group, p[0]))
+        )
+        if under_way:  # a pass's time, in which others finish it, unless they have died
+            time.sleep(min(PATIENCE, self.seconds / max(1, self.units) * len(passes[0][1])))
+            passes, _ = elsewhere(self._cache, missing_passes(self._cache))
+        return passes
+
+    def tasks(self, passes: Passes) -> Iterator[Chunk]:
         """The tasks of every pass that no other process is at, each claimed when its first one is drawn: while those before
         it run."""
         cache, group = self._cache, self._cache.recipe.mix_group
         for block, views in passes:
+            if self.met:
+                return
             claim = self._claims.take(f"b{block:05d}.g{views[0] // group:04d}")
             if claim is None:
                 continue
             left = tuple(v for v in views if cache.commit_of(block, v) is None)  # others may have made some since
-            if left != views and not _has_claims(cache):
+            if left != views and not has_claims(cache):
                 self.met = True
                 return
             if not (views := left):
@@ -302,17 +290,13 @@ class UnitLine:
             chunk.batch.enter()
         inputs = [to_device(t, device) for t in (chunk.pixels[view], *mixing)]
         keep = to_device(torch.from_numpy(good), device)
-        made: tuple[torch.Tensor, ...]
         with self._lanes.launching():
             pixels = mix_pixels(*inputs)
-            if any(codec.reads_features for codec in self._cache.codecs.values()):
-                made = self._teacher.with_features(pixels)
-            else:
-                made = self._teacher.in_batches(pixels)
+            made = self._teacher.outputs_of(pixels, stages_of(self._cache.codecs))
             if len(good) < len(pixels):
-                made = tuple(output[keep] for output in made)
+                made = taken(made, keep)
         middle = time.perf_counter()
-        encoded = self._encoded(Outputs(made[0], made[1], labels_B2, *made[2:]))
+        encoded = self._encoded(made._replace(labels=labels_B2))
         return encoded, middle - begun, time.perf_counter() - middle
 
     def _encoded(self, outputs: Outputs) -> _Encoded:
@@ -326,7 +310,12 @@ class UnitLine:
         K, grid = self._teacher.classes, self._teacher.grid
         channels = [codec.channels for codec in self._cache.codecs.values() if isinstance(codec, FeaturesCodec)]
         maps = torch.zeros(0, channels[0], *grid) if channels else None
-        return Outputs(torch.zeros(0, K, *grid), torch.zeros(0, K), torch.zeros(0, 2, dtype=torch.int64), maps)
+        stages = {
+            codec.stage: torch.zeros(0, codec.channels, *codec.map_grid)
+            for codec in self._cache.codecs.values()
+            if isinstance(codec, StageCodec)
+        }
+        return Outputs(torch.zeros(0, K, *grid), torch.zeros(0, K), torch.zeros(0, 2, dtype=torch.int64), maps, stages)
 
     def _collect(self) -> None:
         """Take the oldest batch's targets; the last one of a pass sends it to the writer."""
@@ -351,9 +340,7 @@ class UnitLine:
 
     def _save(self, work: _Pass) -> None:
         """Send what is in of a pass, and in no draft yet, to the writer."""
-        if not _has_claims(
-            self._cache
-        ):  # nor drafts: whoever makes the pass next can't know that this process does not
+        if not has_claims(self._cache):  # nor drafts: whoever makes the pass next can't know that this process does not
             return
         new = {view: rows for view, unit in zip(work.views, work.units, strict=True) if (rows := unit.unsaved())}
         if new:
@@ -374,8 +361,8 @@ class UnitLine:
             work.draft.exception()  # waits: another writer may be at it, and no draft may come after the commit
         clock = time.perf_counter()
         for view, unit in zip(work.views, work.units, strict=True):
-            if not _has_claims(self._cache) and self._cache.commit_of(work.block, view) is not None:
-                self.wasted += 1
+            if not has_claims(self._cache) and self._cache.commit_of(work.block, view) is not None:
+                self.wasted, self.met = self.wasted + 1, True
                 continue
             self._cache.add_unit(work.block, view, *unit.finish(), work.quarantine, unit.errors)
             remove_drafts(self._cache, work.block, view)

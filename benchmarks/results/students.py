@@ -33,6 +33,8 @@ PRESETS = {  # name in the table of presets -> its config in configs/
     "dkd": "cifar10_dkd",
     "logit-standardisation": "cifar10_standardised",
     "vkd": "cifar10_vkd",
+    "locality-guidance": "cifar10_locality",
+    "dearkd": "cifar10_dearkd",
 }
 PRESET_EPOCHS = 15
 MAIN = ("none", "deit-hard", "cskd-linear", "local")  # those with most seeds
@@ -86,6 +88,10 @@ class StudentRun:
 def preset_sets(stem: str) -> tuple[str, ...]:
     """What a preset's config says of its loss, and of its targets where `few.yaml` has other ones, as overrides of that."""
     config = read_yaml((ROOT / "configs" / f"{stem}.yaml").read_text(), stem)
+    longer = PRESET_EPOCHS / config["train"]["epochs"]
+    for term in config["loss"].get("terms", []):
+        if "epochs" in term:  # a stage of training keeps its share
+            term["epochs"] = [None if edge is None else round(edge * longer) for edge in term["epochs"]]
     sets = tuple(
         f"loss.{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in config["loss"].items()
     )

@@ -24,19 +24,20 @@ def pinned(
              line before each download, which may take long.
     Raises:  HubError in one line, OSError where the disk refuses.
     """
-    known, pins = read_pins(folder), dict[str, str]()
-    for key in keys:
+    pins = dict[str, str]()
+    texts = {key: getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2]) for key in keys}
+    on_hub = {key: text for key, text in texts.items() if isinstance(text, str) and is_hub(text)}
+    known = read_pins(folder) if on_hub else {}
+    for key, text in on_hub.items():
         section, _, name = key.partition(".")
-        of = getattr(config, section)
-        text = getattr(of, name)
-        if not isinstance(text, str) or not is_hub(text):
-            continue
         address = parse_address(known.get(text, text), key)
         tell(f"{key} {address} is read from the hub's cache on this machine; what is missing there is downloaded first")
         if ".py" not in address.path:  # code is refused where the teacher is built
             address = pin(address, key)
             local_copy(address, key)
-        config = dataclasses.replace(config, **{section: dataclasses.replace(of, **{name: str(address)})})
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **{name: str(address)})}
+        )
         if str(address) != text:
             pins[text] = str(address)
     return config, pins

@@ -18,6 +18,7 @@ from cskd.errors import CacheError
 from cskd.files.durable import json_hash
 from cskd.store.cache import Cache, first_difference
 from cskd.store.format import Unit
+from cskd.store.identity import Identity
 from cskd.views.digest import Recorded
 
 SAME = ("inventory", "recipe", "recipe_code", "images")  # what views depend on, of the identity of a cache
@@ -29,15 +30,8 @@ class JoinedCaches:
     def __init__(self, first: Cache, others: Mapping[str, Cache]) -> None:
         """Raises CacheError where another cache is of other images, or of other views of them."""
         self.first, self.others = first, dict(others)
-        expected = {key: getattr(first.identity, key) for key in SAME}
         for name, cache in others.items():
-            found = {key: getattr(cache.identity, key) for key in SAME}
-            if difference := first_difference(expected, found):
-                key, theirs, its = difference
-                raise CacheError(
-                    f"train.caches.{name}: {cache.location} has {key} {its!r}, {first.location} has {theirs!r}; both must be made of the same "
-                    "images by the same recipe"
-                )
+            refuse_other_views(name, cache, first.identity, first.location)
         self.fingerprint = joined_fingerprint({"": first.fingerprint, **{n: c.fingerprint for n, c in others.items()}})
         self.codecs: dict[str, Codec] = {
             **first.codecs,
@@ -72,6 +66,17 @@ class JoinedCaches:
     def recorded(self) -> Recorded:
         """By the first one: all saw the same."""
         return self.first.recorded()
+
+
+def refuse_other_views(name: str, cache: Cache, first: Identity, where: str) -> None:
+    """CacheError where a cache of `train.caches` is of other images than the first, or of other views of them. where: the first is."""
+    expected, found = ({key: getattr(identity, key) for key in SAME} for identity in (first, cache.identity))
+    if difference := first_difference(expected, found):
+        key, theirs, its = difference
+        raise CacheError(
+            f"train.caches.{name}: {cache.location} has {key} {its!r}, {where} has {theirs!r}; both must be made of the same images by "
+            "the same recipe"
+        )
 
 
 def joined_fingerprint(prints: Mapping[str, str]) -> str:

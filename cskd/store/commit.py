@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cskd.codecs.measured import Measured
+from cskd.codecs.measured import AnyMeasured, from_facts
+from cskd.codecs.stages import STORED
 from cskd.errors import CacheError
 from cskd.files.durable import json_bytes, json_hash
 from cskd.files.read import MAX_TEXT, parse_json
@@ -25,7 +26,7 @@ from cskd.store.format import CONTAINERS, FORMAT, commit_file, unit_file
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 _RECORD = re.compile(r"commits/b(\d{5,9})/v(\d{4,9})\.json")
-_CODEC = re.compile(r"[a-z0-9:]{1,32}")
+_CODEC = re.compile(rf"[a-z0-9:]{{1,32}}|{STORED}")
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ class Commit:
     stats: dict[str, dict[str, float]] = field(default_factory=dict)  # codec -> `cskd.codecs.measured.Measured.facts`
 
     @property
-    def errors(self) -> dict[str, Measured]:
+    def errors(self) -> dict[str, AnyMeasured]:
         """The error of each codec, as it was measured when the unit was made; empty of what an older version made."""
-        return {name: Measured.of(facts) for name, facts in self.stats.items()}
+        return {name: from_facts(facts) for name, facts in self.stats.items()}
 
 
 def write_file(

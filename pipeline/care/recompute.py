@@ -9,17 +9,16 @@ import torch
 from numpy.typing import NDArray
 
 from cskd.codecs.base import BLEND_ONE, direct_hard
-from cskd.config import from_dict
-from cskd.errors import CacheError
 from cskd.machine.devices import pick_device
 from cskd.machine.threads import begun_with, choose_threads, computing_with
+from cskd.pipeline.recorded_teacher import recorded_teacher
 from cskd.pipeline.show.progress import Progress
-from cskd.store.cache import Cache, first_difference
+from cskd.store.cache import Cache
 from cskd.store.format import Unit
 from cskd.store.replay_check import golden_rows, replay_golden
 from cskd.teacher.fingerprint import compare_probe
 from cskd.teacher.lanes import threads_of_a_lane
-from cskd.teacher.model import Teacher, load_teacher
+from cskd.teacher.model import Teacher
 from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import mix_pixels
 from cskd.views.mixing import NONE
@@ -63,20 +62,8 @@ def recompute(cache: Cache, count: int, device: str, quiet: bool) -> Recomputed:
 
     Raises:  TeacherError where it can't be built; CacheError where it is not the cache's, naming the field.
     """
-    teacher = load_teacher(
-        from_dict({"teacher": cache.manifest.config["teacher"]}).teacher,
-        cache.classes,
-        pick_device(device),
-        cache.recipe.size,
-    )
     # On another kind of device it is the same teacher up to rounding: how far that goes is what is measured here.
-    there = {**cache.identity.teacher, "device": teacher.fingerprint.device}
-    different = first_difference(there, {**teacher.fingerprint.facts, "device": teacher.fingerprint.device})
-    if different:
-        field, old, new = different
-        raise CacheError(
-            f"{cache.location}: the teacher's {field} was {old!r}, now it is {new!r}; give it back its files and versions"
-        )
+    teacher = recorded_teacher(cache, pick_device(device))
     soft = next((name for name, codec in cache.codecs.items() if codec.soft), None)
     hard = cache.hard_codec
     blends = LOOKED_UP_BLENDS if cache.codecs[hard].cells else (0,)

@@ -22,7 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cskd.codecs.base import quantise_blend
-from cskd.codecs.measured import Measured, together
+from cskd.codecs.measured import AnyMeasured, together
+from cskd.codecs.stages import StageCodec
 from cskd.dataset.inventory import evenly
 from cskd.errors import CacheError, CskdError, counted, printable
 from cskd.loading.cached_views import find_sample
@@ -194,7 +195,7 @@ def _is_sealed(cache: Cache, present: int) -> bool:
 
 def _codecs(cache: Cache, commits: Iterable[Commit]) -> dict[str, CodecFacts]:
     size, targets, rows = Counter[str](), Counter[str](), Counter[str]()
-    errors: defaultdict[str, list[Measured]] = defaultdict(list)
+    errors: defaultdict[str, list[AnyMeasured]] = defaultdict(list)
     for commit in commits:
         for name, error in commit.errors.items():
             errors[name].append(error)
@@ -210,6 +211,7 @@ def _codecs(cache: Cache, commits: Iterable[Commit]) -> dict[str, CodecFacts]:
             exact_hard=codec.exact_hard,
             soft=codec.soft,
             cells=codec.cells,
+            stage=codec.stage if isinstance(codec, StageCodec) else None,
             error=codec.error,
             measured=None if (over_all := together(errors[name])) is None else over_all.facts,
         )
@@ -376,7 +378,10 @@ def _lines(facts: Inspection) -> Iterable[tuple[str, str]]:
             f"{codec.target_bytes_per_view:,.0f} bytes a view, {codec.unit_bytes_per_view:,.0f} with seeds and "
             f"digests, {codec.bytes / 1e6:,.1f} MB in all; {codec.gives}",
         )
-        if (off := codec.measured) is not None:
+        if (off := codec.measured) is not None and "lost" in off:
+            lost = f"{100 * off['lost']:.2g} % of the variance lost, a number off by {off['largest']:.2g} at most"
+            yield "", f"(measured on {off['views']:,} views: {lost})"
+        elif off is not None:
             wrong = f", {100 * off['wrong']:.2g} % of hard targets wrong" if codec.cells else ""
             largest = f"logits off by {off['largest']:.2g} at most"
             yield "", f"(measured on {off['views']:,} views: KL {off['kl']:.2g} nats{wrong}, {largest})"

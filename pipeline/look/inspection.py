@@ -70,12 +70,15 @@ class CodecFacts:
     cells: bool  # False: the image's targets alone
     error: str
     measured: Mapping[str, float] | None = (
-        None  # `cskd.codecs.measured.Measured.facts`, of when its units were made; None: exact, or made by an older version
+        None  # `facts` of `Measured` or `MeasuredMap` in `cskd.codecs.measured`, of when its units were made; None: exact, or made by an older version
     )
+    stage: str | None = None  # of the teacher, whose map is all that it holds
 
     @property
     def gives(self) -> str:
         """The targets that training can read from it, in words."""
+        if self.stage is not None:
+            return f"the map of the teacher's stage {self.stage}"
         if not self.cells:
             return "of the image alone: its class, its logits"
         return f"{'exact' if self.exact_hard else 'approximate'} hard targets{', soft ones' if self.soft else ''}"

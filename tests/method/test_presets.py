@@ -35,15 +35,21 @@ class Values:
         self.label, self.partner = draw.integers(K, size=(2, B))
         self.lam = draw.random(B).astype(np.float32).astype(np.float64)
         self.pooled, self.features = draw.normal(size=(B, D)), draw.normal(size=(B, D, H, W))
+        self.stages = {name: draw.normal(size=(B, D, H, W)) for name in ("layer1", "layer2", "layer3")}
+        self.blocks = {name: draw.normal(size=(B, D, H, W)) for name in self.stages}
         self.cells = (0.25 * self.dense + 0.75 * self.image[..., None, None]).argmax(1)
 
     def batch(self) -> tuple[StudentOutput, MixedLabels, FeatureTargets]:
         t = torch.from_numpy
-        projected = {"tokens_pooled_smooth_l1": t(self.pooled)}
+        blocks = {"layer1": ("0",), "layer2": ("1", "2"), "layer3": ("last",)}  # of either preset
+        projected = {f"block_{n}_stage_{stage}_mse": t(self.blocks[stage]) for stage, of in blocks.items() for n in of}
+        projected["tokens_pooled_smooth_l1"] = t(self.pooled)
         labels = MixedLabels(t(self.label), t(self.partner), t(self.lam))
         hard = HardTargets(t(self.image).argmax(1), t(self.cells))
         targets = FeatureTargets(
-            t(self.features), BothTargets(hard, SoftTargets(t(self.image), t(self.dense), 1 << 14))
+            t(self.features),
+            BothTargets(hard, SoftTargets(t(self.image), t(self.dense), 1 << 14)),
+            {name: t(maps) for name, maps in self.stages.items()},
         )
         return StudentOutput(t(self.cls), t(self.dist), t(self.patch), projected=projected), labels, targets
 
@@ -90,12 +96,18 @@ def vkd(x: Values) -> float:
     return float(np.where(off < 1, off**2 / 2, off - 0.5).mean())
 
 
+def stages(x: Values, *names: str) -> float:
+    """Mean squared differences of the blocks that were projected, and the stages."""
+    return sum(float(((x.blocks[name] - x.stages[name]) ** 2).mean()) for name in names)
+
+
 STATED: dict[str, Callable[[Values], float]] = {
     "cifar10_deit_hard": lambda x: 0.5 * label(x) + 0.5 * ce(x.dist, x.image.argmax(1)),
     "cifar10_deit_soft": lambda x: 0.5 * label(x) + 0.5 * kl(x.image, x.dist, 1.0),
     "cifar10": lambda x: 0.5 * label(x) + 0.5 * ce(x.dist, x.image.argmax(1)) + ce(x.patch, x.cells),
     "cifar10_dkd": lambda x: label(x) + dkd(x, 4.0, 1.0, 2.0),
     "cifar10_standardised": lambda x: label(x) + 10 * kl(standardised(x.image), standardised(x.dist), 2.0),
+    "cifar10_locality": lambda x: label(x) + 2.5 * stages(x, "layer1", "layer2", "layer3"),
     "cifar10_vkd": lambda x: label(x) + kl(x.image, x.dist, 1.0) + vkd(x),
 }
 
@@ -105,3 +117,12 @@ def test_a_presets_loss_is_what_its_header_states(name: str) -> None:
     x = Values()
     total, _ = DistillationLoss(load_config(CONFIGS / f"{name}.yaml").loss)(*x.batch())
     assert isinstance(total, Tensor) and float(total) == pytest.approx(STATED[name](x), rel=1e-6)
+
+
+def test_dearkd_ends_its_distillation_with_its_first_stage() -> None:
+    x = Values()
+    loss = DistillationLoss(load_config(CONFIGS / "cifar10_dearkd.yaml").loss)
+    first, second = (float(loss(*x.batch(), epoch=epoch)[0]) for epoch in (3, 4))
+    assert first == pytest.approx(0.5 * label(x) + 0.5 * ce(x.dist, x.image.argmax(1)) + stages(x, "layer1", "layer2"))
+    x.cls = (x.cls + x.dist) / 2
+    assert second == pytest.approx(label(x))

@@ -21,7 +21,7 @@ from cskd.machine.launch import DEVICE_OF, launched, worker_number
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.care.verify import verify
 from cskd.pipeline.many_devices import cache_teacher_on
-from cskd.pipeline.unit_line import missing_passes
+from cskd.pipeline.passes import missing_passes
 from tests.caches import make_tiny_cache, make_tiny_data
 from tests.pipeline.test_pipeline import TEACHER, config
 

@@ -10,12 +10,12 @@ import pytest
 
 from cskd.config import Config
 from cskd.errors import CacheError, CskdError, PathError
-from cskd.pipeline import outputs
+from cskd.pipeline import outputs, unit_line
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.care.repair import repair
 from cskd.pipeline.care.verify import verify
+from cskd.pipeline.passes import elsewhere, missing_passes
 from cskd.pipeline.train import train
-from cskd.pipeline.unit_line import missing_passes
 from cskd.storage import open_storage
 from cskd.storage.objects import Objects
 from cskd.store.cache import Cache, open_cache
@@ -71,6 +71,7 @@ def test_what_another_process_makes_is_left_to_it(base: Path, s3: str, monkeypat
         return real(self, block, view, *rest)
 
     monkeypatch.setattr(Cache, "add_unit", add)
+    monkeypatch.setattr(unit_line, "PATIENCE", 0.0)
     one_view = placed(base, place)
     report = cache_teacher(dataclasses.replace(one_view, recipe=dataclasses.replace(one_view.recipe)), quiet=True)
     assert report.content_root == here.content_root() and report.units <= 6
@@ -86,7 +87,12 @@ def test_processes_begin_far_from_one_another(base: Path, s3: str) -> None:
         of.missing = lambda *_: many  # type: ignore[method-assign]
         of.recipe = dataclasses.replace(cache.recipe, mix_group=1)
         assert [missing_passes(of, number)[0][1][0] for number in range(4)] == expected
-        assert sorted(missing_passes(of, 2, met=True)) == sorted(missing_passes(of))
+    passes = missing_passes(there)
+    left = [one for one in passes if one[1][0] > 90 or one[1][0] == 5]  # others are at 91 and at 5
+    begun = {elsewhere(there, left)[0][0][1][0] for _ in range(99)}
+    assert len(begun) > 20 and min(begun) > 91 + 60 and max(begun) < 91 + 160
+    assert sorted(elsewhere(there, left)[0]) == left and not elsewhere(there, left)[1]
+    assert elsewhere(there, passes[::2])[1] and elsewhere(there, []) == ([], False)
 
 
 @pytest.mark.parametrize(
