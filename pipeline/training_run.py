@@ -20,10 +20,10 @@ from cskd.config.pins import TEACHER, pinned, record_pins
 from cskd.dataset.inventory import Inventory
 from cskd.errors import ConfigError
 from cskd.files.durable import put
-from cskd.files.scratch import new_scratch
 from cskd.files.writer import Writer
 from cskd.loading.feed import fed
 from cskd.loading.need import prefetch_of
+from cskd.loading.node_scratch import node_scratch
 from cskd.loading.plan import PlanSpec
 from cskd.loading.raw_batches import DeviceViews, RawBatchMaker
 from cskd.loading.shards_ahead import ahead, training_needs, window_note
@@ -158,7 +158,7 @@ class TrainingRun:
             self.plan,
             targets=self.targets.spec,
             evaluate=lambda epoch: self.eval_tasks if self.evaluates(epoch) else [],
-            scratch=new_scratch(self.output, self.ranks.rank),
+            scratch=node_scratch(self.output, settings.scratch, self.ranks, self.device),
             ahead=self.workers * prefetch_of(self.workers, settings.prefetch),
             start=self.step,
             stop=self.stop,
