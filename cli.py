@@ -80,7 +80,11 @@ HubCachePath = Annotated[
 ]
 Data = Annotated[
     Path | None,
-    typer.Option("--data", parser=_path("--data"), help="Folder of the image shards, where they have moved."),
+    typer.Option(
+        "--data",
+        parser=_path("--data", objects=True),
+        help="Folder or address of the image shards, where they have moved.",
+    ),
 ]
 Classes = Annotated[
     Path | None, typer.Option("--classes", parser=_path("--classes"), help="Class names in label order, one a line.")
@@ -122,7 +126,10 @@ def pack(
             help="Folder of class folders, a tar, tar.gz or zip of one, parquet files, or webdataset shards.",
         ),
     ],
-    out: Annotated[Path, typer.Argument(parser=_path("OUT"), help="Folder for the shards and their inventory.")],
+    out: Annotated[
+        Path,
+        typer.Argument(parser=_path("OUT", objects=True), help="Folder or address for the shards and their inventory."),
+    ],
     classes: Classes = None,
     seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
     shard_size: Annotated[int, typer.Option(min=1, help="Images a shard.")] = 4096,
@@ -267,9 +274,14 @@ def launch(
 def evaluate(
     checkpoint: Annotated[
         Path,
-        typer.Argument(parser=_path("CHECKPOINT", hub=True), help="Result folder of cskd train, or its hf:// address."),
+        typer.Argument(
+            parser=_path("CHECKPOINT", hub=True, objects=True),
+            help="Result folder of cskd train, or its hf:// or s3:// address.",
+        ),
     ],
-    data: Annotated[Path, typer.Argument(parser=_path("DATA"), help="Folder made by cskd pack.")],
+    data: Annotated[
+        Path, typer.Argument(parser=_path("DATA", objects=True), help="Folder made by cskd pack, or its address.")
+    ],
     batch: Annotated[int, typer.Option(min=1, help="Images a forward.")] = 256,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode.")] = 2,
     crop_pct: Annotated[

@@ -25,8 +25,9 @@ from cskd.config import Config, to_dict
 from cskd.config.pins import TEACHER, pinned, record_pins
 from cskd.dataset.inventory import Inventory
 from cskd.errors import CacheError, counted
-from cskd.files.paths import location_text
+from cskd.files.paths import is_remote, location_text
 from cskd.loading.feed import fed
+from cskd.loading.shards_ahead import shards_of_passes
 from cskd.loading.stage1 import ChunkMaker
 from cskd.machine.launch import launched, worker_number
 from cskd.machine.threads import Threads, begun_with, brief_turns, choose_threads, computing_with
@@ -40,6 +41,7 @@ from cskd.pipeline.setup import Setup, device_of
 from cskd.pipeline.show.progress import Notes, Progress, bound_by, duration, print_lines, say
 from cskd.pipeline.unit_line import unit_line
 from cskd.storage import open_storage
+from cskd.storage.node_cache import use_node_cache
 from cskd.store.cache import Cache, create_cache
 from cskd.store.identity import identity_of
 from cskd.store.manifest import Manifest, has_cache, write_resolved
@@ -79,6 +81,7 @@ def cache_teacher(config: Config, quiet: bool = False, tell: Tell | None = None)
 
     tell: called again and again with how far the work is; then no progress is shown.
     """
+    use_node_cache(config.data.node_cache, config.data.node_cache_gb)
     device, moved = device_of(config, "cache")
     gpu = device.type == "cuda"
     threads = choose_threads(config.cache.threads, "cache.threads", config.cache.workers, gpu=gpu)
@@ -138,7 +141,8 @@ def _fill(
 
         show(before)
         while passes := line.missing(worker_number()):
-            maker_of_chunks, tasks = ChunkMaker(maker, inventory.id), line.tasks(passes)
+            maker_of_chunks = ChunkMaker(maker.whole(), inventory.id)
+            tasks = shards_of_passes(inventory, passes, line.tasks(passes), config.recipe.mix_group)
             results = fed(maker_of_chunks, tasks, teacher.device, threads.workers)
             units, by_others = line.units, total - views_left(cache) - line.images - line.restored
             for chunk in results:
@@ -201,7 +205,7 @@ def _open_or_create(
         manifest = replace(
             manifest,
             config=_without_devices(config),
-            data=str(Path(config.data.train).resolve()),
+            data=config.data.train if is_remote(config.data.train) else str(Path(config.data.train).resolve()),
             clean_top1=check.top1,
             clean_images=check.images,
             clean_data=check.data,

@@ -62,12 +62,16 @@ class Section:
 
 @dataclass(frozen=True)
 class DataConfig(Section):
-    """Folders made by `cskd pack` or `cskd index`."""
+    """Folders made by `cskd pack` or `cskd index`, or their addresses on an object store, see STORAGE.md."""
 
     train: Annotated[str, Unit("folder")] = ""
     """Images of the cache and of training."""
     val: Annotated[str, Unit("folder")] = ""
     """Images of evaluation, and of the clean-image check of the teacher."""
+    node_cache: Annotated[str | None, Unit("folder")] = None
+    """Copies of what is read from object stores, one per machine; null = a folder in that of temporary files. On a local disk."""
+    node_cache_gb: Annotated[float | None, Gt(0), Unit("GB")] = None
+    """Size of those copies, beyond which the least recently used go; null = half of what the disk has for them."""
 
 
 @dataclass(frozen=True)

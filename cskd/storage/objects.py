@@ -49,6 +49,7 @@ class Objects:
         self.scheme, _, rest = location.partition("://")
         self.bucket = rest.partition("/")[0]
         self.read_only = self.scheme in ("http", "https")
+        self.ranges = True  # unless the server turns out to have none, so that each request is for a whole object
         self._answered = False
         self._first, self._later = self._open(_FIRST), self._open(_LATER)
 
@@ -173,7 +174,11 @@ class Objects:
         except Exception as e:
             if _past_the_end(e):
                 return b""
-            raise
+            if not _no_ranges(e):
+                raise
+            self.ranges = False
+            end = None if wanted.size is None else wanted.start + wanted.size
+            return self._get(Range(wanted.key), limit)[wanted.start : end]
         if limit is not None and found.meta["size"] > limit:
             raise OSError(errno.EFBIG, f"more than {limit} bytes", f"{self.location}/{wanted.key}")
         data = bytes(found.bytes())
@@ -269,6 +274,10 @@ def _options(wanted: Range) -> GetOptions | None:
 
 def _past_the_end(error: Exception) -> bool:
     return "416 Range Not Satisfiable" in str(error)
+
+
+def _no_ranges(error: Exception) -> bool:
+    return "Range request not supported" in str(error)
 
 
 def _may_be_there(error: Exception) -> bool:
