@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from cskd.codecs import Arrays, Codec, get_codec
+from cskd.codecs import Arrays, Codec, get_codec, of_map_alone
 from cskd.codecs.features import FeaturesCodec
 from cskd.errors import CacheError
 from cskd.pipeline.measure_precision import first_views
@@ -19,20 +19,27 @@ from cskd.views.maker import ViewMaker
 
 
 def refuse_head(identity: Identity, teacher: Teacher) -> None:
-    """TeacherError where a codec stores the feature map and the teacher's head is not a mean and one linear layer."""
-    for name in identity.codecs:
-        if get_codec(name, teacher.classes, teacher.grid).reads_features:
-            teacher.classifier(name)
+    """TeacherError where a codec stores what this teacher does not give: features of cells that one linear layer classifies,
+    unless it has no logits of cells; CodecError for logits that it lacks."""
+    for codec in _codecs(identity, teacher):
+        if codec.reads_features and teacher.has_cells:
+            teacher.classifier(codec.name)
 
 
 def fit_tables(root: Path, identity: Identity, teacher: Teacher, maker: ViewMaker) -> dict[str, str] | None:
     """Put the tables of a new cache's codecs in place. Returns: their sha256 by codec; None where no codec has any.
 
-    Raises:  TeacherError for a teacher whose head is not a mean over the cells and one linear layer.
+    Raises:  as `refuse_head`.
     """
+    fitted = _fitted(_codecs(identity, teacher), teacher, maker)
+    return {codec.name: write_tables(root, codec.name, tables) for codec, tables in fitted} or None
+
+
+def _codecs(identity: Identity, teacher: Teacher) -> list[Codec]:
     codecs = [get_codec(name, teacher.classes, teacher.grid) for name in identity.codecs]
-    found = {codec.name: write_tables(root, codec.name, tables) for codec, tables in _fitted(codecs, teacher, maker)}
-    return found or None
+    if not teacher.has_cells:
+        of_map_alone(codecs, teacher.has_classes)
+    return codecs
 
 
 def refit_lost(cache: Cache, teacher: Teacher, maker: ViewMaker) -> None:
@@ -55,8 +62,8 @@ def _fitted(codecs: list[Codec], teacher: Teacher, maker: ViewMaker) -> list[tup
     wanted = [codec for codec in codecs if isinstance(codec, FeaturesCodec)]
     if not wanted:
         return []
-    weight, bias = teacher.classifier(wanted[0].name)
+    classifier = teacher.classifier(wanted[0].name) if teacher.has_cells else None
     views = first_views(maker, max(codec.fitted_on for codec in wanted), 1)
     with threads_of_a_lane(teacher.device, teacher.reentrant):
         maps = [teacher.with_features(part)[2] for part in torch.split(views, teacher.batch)]
-    return [(codec, codec.fit(weight, bias, maps)) for codec in wanted]
+    return [(codec, codec.fit(classifier, maps)) for codec in wanted]

@@ -160,6 +160,7 @@ class UnitLine:
         self._cache, self._teacher, self._config, self._workers = cache, teacher, config, workers
         self._claims, self._lanes, self._writer, self._writers = claims, lanes, writer, writers
         self._claimed: deque[_Pass] = deque()  # passes whose chunks are still to come
+        self._asked: deque[Chunk] = deque()  # the chunks
         self._underway: deque[_Encoding] = deque()
         self._writing: deque[Future[tuple[int, float]]] = deque()
 
@@ -199,7 +200,9 @@ class UnitLine:
                 self._finish(work)
             else:
                 self._claimed.append(work)
-            yield from todo
+            for chunk in todo:
+                self._asked.append(chunk)
+                yield chunk
 
     def _restored(self, work: _Pass) -> list[Chunk]:
         """Go on from the drafts of a pass. Returns: its chunks that are still to be made."""
@@ -215,7 +218,13 @@ class UnitLine:
         return chunks(work.block, work.views, work.first, work.order, batch, done)
 
     def feed(self, chunk: ChunkViews) -> None:
-        """Begin the views of a chunk; returns when there is room for another. Raises what went wrong since the last call."""
+        """Begin the views of a chunk that were asked for, and leave those of another teacher; returns when there is room for another.
+        Raises what went wrong since the last call."""
+        asked = self._asked[0] if self._asked else None
+        same = asked is not None and (asked.block, asked.place) == (chunk.task.block, chunk.task.place)
+        if asked is None or not same or not set(asked.views) <= set(chunk.task.views):
+            return
+        self._asked.popleft()
         self._first_chunk = self._first_chunk or time.perf_counter()
         work, place = self._claimed[0], chunk.task.place
         self._seconds["decode"] += chunk.decode_seconds
@@ -227,7 +236,8 @@ class UnitLine:
             work.quarantine, len(work.order), self._cache.inventory, work.first, self._config.cache.max_quarantine
         )
         good = np.array([row for row, p in enumerate(position.tolist()) if p not in work.quarantine], np.int64)
-        for v, view in enumerate(chunk.task.views):
+        for view in asked.views:
+            v = chunk.task.views.index(view)
             unit = work.units[work.views.index(view)]
             unit.drop(np.array(list(bad), np.int64))
             mixing = tuple(torch.from_numpy(field) for field in unit.mixing_rows(position))

@@ -95,9 +95,10 @@ class Field(NamedTuple):
 class Codec(ABC):
     """Teacher outputs of a unit as arrays, and back. One entry along axis 0 a sample, unless a codec says else."""
 
-    exact_hard: ClassVar[bool]  # are hard CKF targets those of `direct_hard`, at every blend
-    soft: ClassVar[bool]  # can it give logits, for soft targets
-    cells: ClassVar[bool] = True  # are they of each cell; False: of the image, which every cell then shows
+    exact_hard: bool  # are hard CKF targets those of `direct_hard`, at every blend
+    soft: bool  # can it give logits, for soft targets
+    cells: bool = True  # are they of each cell; False: of the image, which every cell then shows
+    classified: bool = True  # does it know the teacher's class of the image; False: of a teacher without a classifier
     reads_features: ClassVar[bool] = False  # does it store the feature map, see `cskd.codecs.features`
     error: str  # it makes, in words
     name: str

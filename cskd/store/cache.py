@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cskd.codecs import Arrays, Codec, get_codec
+from cskd.codecs import Arrays, Codec, get_codec, of_map_alone
 from cskd.codecs.features import FeaturesCodec
 from cskd.codecs.measured import Measured
 from cskd.config import RecipeConfig
@@ -51,6 +51,8 @@ class Cache:
         for name, codec in self.codecs.items():
             if isinstance(codec, FeaturesCodec):
                 codec.use_tables(partial(read_tables, root, name, (manifest.tables or {}).get(name, "")))
+        if self.identity.teacher.get("dense") == "none":
+            of_map_alone(self.codecs.values(), self.identity.teacher.get("head") != "no_classes")
         self._known: dict[int, tuple[set[str], dict[int, frozenset[int]]]] = {}  # see `_records`
 
     @property

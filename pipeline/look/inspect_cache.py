@@ -210,6 +210,8 @@ def _codecs(cache: Cache, commits: Iterable[Commit]) -> dict[str, CodecFacts]:
             exact_hard=codec.exact_hard,
             soft=codec.soft,
             cells=codec.cells,
+            classified=codec.classified,
+            features=codec.reads_features,
             error=codec.error,
             measured=None if (over_all := together(errors[name])) is None else over_all.facts,
         )
@@ -246,6 +248,8 @@ def _measure(
             errors[block, view] = str(e)
             continue
         read += 1
+        if not cache.codecs[name].classified:
+            continue
         _count_agreement(cache, block, unit, name, cells)
         if name == "envelope":
             extra = unit.targets["n_extra"]

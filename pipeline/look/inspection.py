@@ -68,6 +68,8 @@ class CodecFacts:
     exact_hard: bool
     soft: bool
     cells: bool  # False: the image's targets alone
+    classified: bool  # False: of a teacher without a classifier
+    features: bool  # the teacher's feature map is kept
     error: str
     measured: Mapping[str, float] | None = (
         None  # `cskd.codecs.measured.Measured.facts`, of when its units were made; None: exact, or made by an older version
@@ -77,7 +79,8 @@ class CodecFacts:
     def gives(self) -> str:
         """The targets that training can read from it, in words."""
         if not self.cells:
-            return "of the image alone: its class, its logits"
+            of_image = "its class, its logits" if self.soft else "its class" if self.classified else "no class"
+            return f"features; of the image {of_image}" if self.features else f"of the image alone: {of_image}"
         return f"{'exact' if self.exact_hard else 'approximate'} hard targets{', soft ones' if self.soft else ''}"
 
 
