@@ -67,7 +67,9 @@ def main() -> None:
             "wrong": wrong / cells,
             "wrong_agreed": wrong_agreed / cells,
         }
-        print(f"{name:<20}{kl / cells:>10.5f}{kl_agreed / cells:>10.5f}{wrong / cells:>10.4%}{wrong_agreed / cells:>10.4%}")
+        print(
+            f"{name:<20}{kl / cells:>10.5f}{kl_agreed / cells:>10.5f}{wrong / cells:>10.4%}{wrong_agreed / cells:>10.4%}"
+        )
     print(json.dumps({"benchmark": "codec_agree", "views": views, "codecs": facts}))
 
 

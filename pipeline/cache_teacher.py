@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -125,8 +126,8 @@ def cache_joint(configs: Sequence[Config], devices: str | None = None, quiet: bo
     """`cache_teachers` for the command line."""
     if devices:
         raise ConfigError(
-            "--devices starts a process a device, each with one config; for several configs start `cskd cache-teacher A.yaml B.yaml --set "
-            "cache.device=cuda:0` and one more for each other device: they share the work"
+            "--devices is for one config; for several start `cskd cache-teacher A.yaml B.yaml --set cache.device=cuda:0`, and the same for "
+            "each other device: they share the work"
         )
     return JointReport(cache_teachers(configs, quiet))
 
@@ -173,8 +174,9 @@ def _fill(jobs: list[_Job], threads: Threads, quiet: bool, start: float, tell: T
         ExitStack() as stack,
         Progress("cache-teacher", total, "views", start=before, quiet=quiet or tell is not None) as progress,
     ):
+        launch = Lock()  # on a GPU the arithmetic is a setting of the whole process: one forward at a time
         lines = [
-            stack.enter_context(unit_line(cache, job.setup.teacher, job.setup.config, threads, quiet))
+            stack.enter_context(unit_line(cache, job.setup.teacher, job.setup.config, threads, quiet, launch))
             for cache, job in zip(caches, jobs, strict=True)
         ]
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -44,16 +45,21 @@ from cskd.views.mixing import quads
 
 @contextlib.contextmanager
 def unit_line(
-    cache: Cache, teacher: Teacher, config: Config, threads: Threads, quiet: bool = False
+    cache: Cache,
+    teacher: Teacher,
+    config: Config,
+    threads: Threads,
+    quiet: bool = False,
+    launch: Lock | None = None,
 ) -> Iterator[UnitLine]:
     """A line with its claims and threads. Where it is left by an exception, what the teacher is at is dropped, and what came
-    before is written; after an interrupt a note says how much was dropped, unless quiet."""
+    before is written; after an interrupt a note says how much was dropped, unless quiet. launch: see `Lanes`."""
     writers, lost = writers_of(threads.share), ""
     writer = ThreadPoolExecutor(writers, "write")
     try:
         with Claims(cache.root) as claims, contextlib.ExitStack() as stack:
             stack.callback(writer.shutdown)
-            lanes = stack.enter_context(Lanes(teacher.device, teacher.reentrant))
+            lanes = stack.enter_context(Lanes(teacher.device, teacher.reentrant, launch))
             line = UnitLine(cache, teacher, config, threads.workers, claims, lanes, writer, writers)
             try:
                 yield line

@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MARGIN = 2.0**-20  # of the logits' size: how far the class is above those that it was raised to, so that it is the largest
+MARGIN = (
+    2.0**-20
+)  # of the logits' size: how far the class is above those that it was raised to, so that it is the largest
 
 
 def agreed(logits_NK: Tensor, class_N: Tensor) -> Tensor:
