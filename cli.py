@@ -204,7 +204,9 @@ def cache_teacher(
     config: ConfigPath,
     more: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[MORE]...", help="Configs of more teachers, in the same pass over the images."),
+        typer.Argument(
+            metavar="[MORE]...", parser=_path("CONFIG"), help="Configs of more teachers, in the same pass over the images."
+        ),
     ] = None,
     set_: Set = None,
     devices: Annotated[
