@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 import cskd
 from cskd.files.paths import local_path, local_text
 from cskd.machine.ending import ended
+from cskd.pipeline.launch.options import Cluster, Options, takes
 from cskd.pipeline.show.report import print_report as _print
 
 COMPLETE = "_CSKD_COMPLETE"  # by which the script of `cskd completion` asks for what may come next
@@ -242,6 +243,27 @@ def train(
     from cskd.pipeline.train import render, train
 
     _print(train(load_config(config, set_), verify_replay=verify_replay, online=online, quiet=json_), json_, render)
+
+
+@_command(STAGES, "cskd launch slurm my.yaml --workers 16 --time 4:00:00")
+@takes(Options, typer.Option)
+def launch(
+    cluster: Annotated[Cluster, typer.Argument(metavar="slurm|k8s|ray", help="What the cluster is run by.")],
+    config: ConfigPath,
+    set_: Set = None,
+    output: Annotated[
+        Path | None, typer.Option(parser=_path("--output"), help="Folder for the files; default: launch/NAME.")
+    ] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Submit them, too.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show them, and write nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write over files that are there.")] = False,
+    json_: Json = False,
+    **options: Any,
+) -> None:
+    """The files with which a cluster runs both stages: an array or a pool of workers, and torchrun after it."""
+    from cskd.pipeline.launch.launch import launch, render
+
+    _print(launch(cluster, config, set_, output, Options(**options), force, dry_run, submit), json_, render)
 
 
 @_command(STAGES, "cskd eval runs/mine data/imagenet/val", name="eval")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
-from cskd.codecs import Arrays, Codec, get_codec, of_map_alone
+from cskd.codecs import Arrays, Codec, Outputs, get_codec, of_map_alone
 from cskd.codecs.features import FeaturesCodec
+from cskd.codecs.stages import StageCodec, stages_of
+from cskd.codecs.tabled import TabledCodec
 from cskd.errors import CacheError
 from cskd.pipeline.measure_precision import first_views
 from cskd.store.cache import Cache
@@ -19,11 +19,13 @@ from cskd.views.maker import ViewMaker
 
 
 def refuse_head(identity: Identity, teacher: Teacher) -> None:
-    """TeacherError where a codec stores what this teacher does not give: features of cells that one linear layer classifies,
-    unless it has no logits of cells; CodecError for logits that it lacks."""
-    for codec in _codecs(identity, teacher):
+    """TeacherError where a codec stores what this teacher does not give: features of cells that one linear layer classifies, unless it
+    has no logits of cells, or the map of a stage that it does not have; CodecError for logits that it lacks."""
+    codecs = _codecs(identity, teacher)
+    for codec in codecs:
         if codec.reads_features and teacher.has_cells:
             teacher.classifier(codec.name)
+    teacher.stages.watch(stages_of({codec.name: codec for codec in codecs}))
 
 
 def fit_tables(root: Path, identity: Identity, teacher: Teacher, maker: ViewMaker) -> dict[str, str] | None:
@@ -58,12 +60,25 @@ def refit_lost(cache: Cache, teacher: Teacher, maker: ViewMaker) -> None:
             )
 
 
-def _fitted(codecs: list[Codec], teacher: Teacher, maker: ViewMaker) -> list[tuple[FeaturesCodec, Arrays]]:
-    wanted = [codec for codec in codecs if isinstance(codec, FeaturesCodec)]
+def _fitted(codecs: list[Codec], teacher: Teacher, maker: ViewMaker) -> list[tuple[TabledCodec, Arrays]]:
+    wanted = [codec for codec in codecs if isinstance(codec, TabledCodec)]
     if not wanted:
         return []
-    classifier = teacher.classifier(wanted[0].name) if teacher.has_cells else None
     views = first_views(maker, max(codec.fitted_on for codec in wanted), 1)
+    of_stages = {codec.stage: codec.fitted_on for codec in wanted if isinstance(codec, StageCodec)}
+    found: list[Outputs] = []
     with threads_of_a_lane(teacher.device, teacher.reentrant):
-        maps = [teacher.with_features(part)[2] for part in torch.split(views, teacher.batch)]
-    return [(codec, codec.fit(classifier, maps)) for codec in wanted]
+        for at in range(0, len(views), teacher.batch):
+            # Maps of early stages are large: only as many are kept as are asked for.
+            stages = [stage for stage, count in of_stages.items() if at < count]
+            found.append(teacher.outputs_of(views[at : at + teacher.batch], stages)._replace(dense=views[:0]))
+    return [(codec, _fit(codec, teacher, found)) for codec in wanted]
+
+
+def _fit(codec: TabledCodec, teacher: Teacher, outputs: list[Outputs]) -> Arrays:
+    if isinstance(codec, StageCodec):
+        maps = [one.stages[codec.stage] for one in outputs if codec.stage in one.stages]
+        return codec.fit([x[: max(0, codec.fitted_on - i * teacher.batch)] for i, x in enumerate(maps)])
+    assert isinstance(codec, FeaturesCodec)
+    classifier = teacher.classifier(codec.name) if teacher.has_cells else None
+    return codec.fit(classifier, [one.features for one in outputs if one.features is not None])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,22 @@ from cskd.files.read import refuse_links
 from cskd.files.writer import LOCK
 from cskd.loading.sources import ViewSource
 from cskd.machine.arithmetic import half
-from cskd.method.losses import own_terms
+from cskd.method.terms import own_terms
 from cskd.pipeline.show.trackers import RECORD
 from cskd.store.cache import Cache, differences
 from cskd.store.format import RESOLVED
 from cskd.store.manifest import read_manifest
 from cskd.student.checkpoint import MODEL, MODEL_BEST, MODEL_EMA, MODEL_LAST
+from cskd.student.tokens import heads_file
 
 # Facts of the teacher that a config for training may repeat; weights may lie elsewhere, batch and device don't matter.
 _TEACHER = ("model", "kwargs", "input_size", "mean", "std", "classes", "dense", "grid")
 # Files of a run that replace what has their name; the folders next to them hold names of their own.
 RESULTS, CONFUSION, CONFUSION_TABLE, FIRST_BATCH = "results.png", "confusion.png", "confusion.csv", "train_batch0.png"
 _RUN_FILES = (
-    *(MODEL, MODEL_LAST, MODEL_EMA, MODEL_BEST, "config.json", "metrics.jsonl", "metrics.csv", RECORD),
+    *(MODEL, MODEL_LAST, MODEL_EMA, MODEL_BEST),
+    *(heads_file(Path(name)).name for name in (MODEL, MODEL_LAST, MODEL_EMA, MODEL_BEST)),
+    *("config.json", "metrics.jsonl", "metrics.csv", RECORD),
     *(RESULTS, CONFUSION, CONFUSION_TABLE, FIRST_BATCH),
 )
 RUN_NAMES = (*_RUN_FILES, RESOLVED, PINS, "unreadable.json", "resume", "scratch", "tensorboard", "wandb", MARKER, LOCK)
@@ -61,7 +65,7 @@ _NOTED = {
     "train.grad_checkpointing": "results may round otherwise",
     "student.init": "it is read at the start of a run only, so nothing changes",
     "val": "scores before are of other images",
-    "ranks": "the same views are fed; drop path draws otherwise, and sums round otherwise",
+    "ranks": "the same views are fed, and drop path draws the same; only sums are added up in another order",
     "threads": "sums round otherwise",
     "device": "results round otherwise, and drop path draws otherwise",
 }
@@ -123,12 +127,14 @@ def run_identity(
     online: bool,
     device: torch.device,
     val: Inventory | None = None,
+    micro_batch: int | None = None,
 ) -> dict[str, Any]:
-    """What decides the numbers of a run: kept in its resume states. Of `autocast: auto` what it means on this device."""
+    """What decides the numbers of a run: kept in its resume states. Of `autocast: auto` what it means on this device, of
+    `micro_batch: null` how many views; `ranks` says only who computed them."""
     train = {k: v for k, v in to_dict(config.train).items() if k not in (*_FREE, "views")}
     if config.train.best is not None:
         train["eval_every"] = config.train.eval_every
-    train["autocast"] = half(config.train.autocast, device)
+    train |= {"autocast": half(config.train.autocast, device), "micro_batch": micro_batch or config.train.micro_batch}
     facts = {
         "cache": source.fingerprint,
         "views": views,
@@ -165,6 +171,17 @@ def as_begun(config: Config, begun: dict[str, Any] | None) -> tuple[Config, list
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, best=str(best)))
         notes.append(f"train.best is {_written(best)}, as this run was begun")
     return config, notes
+
+
+def micro_batch_begun(record: Mapping[str, Any] | None) -> int | None:
+    """Views of a micro-batch of the run that a record is of. One of an earlier version, where each rank had one, says how many
+    ranks there were. None where there is no record, or none that says it."""
+    train = (record or {}).get("train")
+    train = train if isinstance(train, dict) else {}
+    rows, batch, ranks = train.get("micro_batch"), train.get("global_batch"), (record or {}).get("ranks")
+    if rows is None and type(batch) is int and type(ranks) is int and ranks > 0:
+        rows = batch // ranks
+    return rows if type(rows) is int else None
 
 
 def changed_on_resume(begun: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -224,6 +241,8 @@ def _filled(begun: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
             known = {k: v for k, v in brought.items() if k in now[section]}
             if section == "loss" and isinstance(terms := begun["loss"].get("terms"), list):
                 begun = begun | {"loss": begun["loss"] | {"terms": [_of_term(term) for term in terms]}}
+            if section == "train" and (rows := micro_batch_begun(begun)) is not None:
+                begun = begun | {"train": begun["train"] | {"micro_batch": rows}}
             filled[section] = known | {k: v for k, v in begun[section].items() if section != "train" or k not in _FREE}
     return {key: now[key] for key in _NOTED if key in now} | filled
 

@@ -78,7 +78,7 @@ def gather(config: Config, workers: int) -> Facts:
         open_files=_open_files(),
         workers=workers,
         prefetch=config.train.prefetch,
-        mounts=tuple(dict.fromkeys(m for place in places if place and (m := mount_of(Path(place), _mounts())))),
+        mounts=tuple(dict.fromkeys(m for place in places if place and (m := mount_of(Path(place), mounts())))),
         temporary=tempfile.gettempdir(),
         compiles=config.teacher.compile or config.train.compile,
         compiler=any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++", "cl"))),
@@ -117,10 +117,11 @@ def _open_files() -> int | None:
     return None if soft in (resource.RLIM_INFINITY, -1) else soft
 
 
-def _mounts() -> str:
+def mounts() -> str:
+    """The lines of /proc/self/mountinfo; none where this is not Linux."""
     try:
         return Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
-    except OSError:  # not Linux
+    except OSError:
         return ""
 
 

@@ -19,7 +19,7 @@ import yaml
 
 from cskd.config import Config
 from cskd.files.durable import put
-from cskd.method.losses import needs_teacher
+from cskd.method.terms import needs_teacher
 from cskd.pipeline.show.progress import duration
 from cskd.student.heads import UNTRAINED
 
@@ -209,7 +209,28 @@ def predict(path):
 ```
 
 `timm.create_model("local-dir:.", pretrained=True)` reads the same from `config.json`, and `"hf-hub:USER/NAME"` does once
-the folder is on the hub."""
+the folder is on the hub.{_use_of_tokens(facts)}"""
+
+
+def _use_of_tokens(facts: Mapping[str, Any]) -> str:
+    """How the heads beside the model are averaged with its own; '' for one without tokens by name."""
+    tokens = facts["cskd"].get("tokens")
+    if not tokens:
+        return ""
+    names, first = tokens["names"], tokens["first"]
+    return f"""
+
+Its class head is what timm's forward computes. Each token of {names} has a head of its own in `{tokens["heads"]}`; the mean
+of all heads' logits, after the lines above, for `images` as `prepare` makes them, [B, 3, height, width]:
+
+```python
+from safetensors.torch import load_file
+
+heads, features = load_file({tokens["heads"]!r}), model.forward_features(images)
+inputs = [model.fc_norm(features[:, {first} + i]) for i in range({len(names)})]
+logits = [x @ heads[f"{{name}}.weight"].T + heads[f"{{name}}.bias"] for name, x in zip({names}, inputs)]
+mean = (model.forward_head(features) + sum(logits)) / {1 + len(names)}
+```"""
 
 
 def _scores(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[_Scores]:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from cskd.errors import ConfigError, CskdError, counted, shown
-from cskd.loading.targets import codec_for, refuse_unnamed
-from cskd.method.losses import needs, refuse_gaps, unread_keys
+from cskd.loading.targets import codec_for, refuse_unnamed, stage_codecs
+from cskd.method.terms import needs, refuse_gaps, unread_keys
 from cskd.pipeline.codec_tables import refuse_head
 from cskd.pipeline.conflicts import as_begun, refuse_other_container, refuse_other_run, run_identity
 from cskd.pipeline.outputs import refuse_cache_output, refuse_run_output, refuse_without_links
@@ -192,7 +192,8 @@ def _loss(setup: Setup) -> Found:
         found.append(f"from codec {' and '.join(_read_codecs(setup))}")
     for name, path in setup.config.train.caches.items():
         if (Path(path) / "manifest.json").exists():  # else it is still to be made
-            codec_for(loss, open_cache(path, images=False).codecs, path, name)
+            for look in (codec_for, stage_codecs):
+                look(loss, open_cache(path, images=False).codecs, path, name)
     if unread := unread_keys(loss, setup.config.given):
         found.append(f"which does not read {', '.join(unread)}")
     return ", ".join(found), []
@@ -202,7 +203,8 @@ def _read_codecs(setup: Setup) -> list[str]:
     loss = setup.config.loss
     hard, soft = codec_for(loss, setup.codecs, "cache.codecs")
     read = [hard] if needs(loss).hard != "none" or not soft else []
-    return list(dict.fromkeys([*read, *([soft] if soft else [])]))
+    stages = stage_codecs(loss, setup.codecs, "cache.codecs").values()
+    return list(dict.fromkeys([*read, *([soft] if soft else []), *stages]))
 
 
 def _train_output(setup: Setup) -> Found:

@@ -23,7 +23,8 @@ from cskd.files.read import parse_json, read_file
 from cskd.loading.joined import JoinedCaches
 from cskd.machine.cores import usable_cores
 from cskd.method.ckf import hard_targets
-from cskd.method.losses import AnyTargets, BothTargets, HardTargets, SoftTargets, logit_targets, needs
+from cskd.method.losses import AnyTargets, BothTargets, HardTargets, SoftTargets, logit_targets
+from cskd.method.terms import needs
 from cskd.pipeline.conflicts import CONFUSION, CONFUSION_TABLE, FIRST_BATCH, RESULTS
 from cskd.pipeline.draw.confusion import Confusion, draw_confusion, from_csv, to_csv
 from cskd.pipeline.draw.first_batch import SHOWN, SeenBatch, draw_batch
@@ -114,7 +115,9 @@ class RunFolder:
         caches = [views] if isinstance(views, Cache) else []
         if isinstance(views, JoinedCaches):
             caches = [views.first, *views.others.values()]
-        codecs = [name for s in (spec, *(other for _, other in spec.others)) for name in (s.codec, s.soft_codec)]
+        codecs = [
+            name for s in (spec, *(other for _, other in spec.others)) for name in (s.codec, s.soft_codec, *s.maps)
+        ]
         teachers = [_teacher(c.manifest.config["teacher"], c.manifest.clean_top1) for c in caches]
         gpu = f", {torch.cuda.get_device_name(run.device)}" if run.device.type == "cuda" else ""
         return About(
@@ -124,7 +127,7 @@ class RunFolder:
             teacher="; ".join(teachers or [_teacher(to_dict(run.config.teacher), None)]) if taught else "",
             cache="; ".join(f"{c.root.name}, fingerprint {c.fingerprint[:16]}" for c in caches),
             codec=", ".join(dict.fromkeys(filter(None, codecs))) if taught else "",
-            online=run.targets.runs_teacher,
+            online=run.targets.runs_teacher and not any(codecs),
             ranks=run.ranks.count,
             machine=f"{platform.system()} {platform.machine()}, {usable_cores().count} cores{gpu}",
             changes=run.state.said(),

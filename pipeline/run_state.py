@@ -17,7 +17,7 @@ from torch import Tensor
 from cskd.errors import ConfigError, NotFiniteError, StudentError
 from cskd.files.weights import first_not_finite
 from cskd.machine.ranks import Ranks
-from cskd.method.losses import AGREEMENT
+from cskd.method.terms import AGREEMENT
 from cskd.pipeline.conflicts import change_note
 from cskd.student import Student
 from cskd.student.best import Best, BestWeights
@@ -33,12 +33,18 @@ _UNSOUND = 2.0  # times the loss of a student that knows nothing: a run beyond i
 
 class RunState:
     """terms: names of the loss's terms, of which the epoch's means are logged; classes: of the data set; scaled: the loss is, for
-    fp16, so that updates may be left out."""
+    fp16, so that updates may be left out; weight: that of this rank in the mean over ranks, see `Share`."""
 
     def __init__(
-        self, ranks: Ranks, device: torch.device, terms: Sequence[str], classes: int, scaled: bool = False
+        self,
+        ranks: Ranks,
+        device: torch.device,
+        terms: Sequence[str],
+        classes: int,
+        scaled: bool = False,
+        weight: float = 1.0,
     ) -> None:
-        self._scaled = scaled
+        self._scaled, self._weight = scaled, weight
         self.ranks, self.terms, self.classes = ranks, terms, classes
         self.best: Best | None = None  # of whole epochs
         self.shown: Best | None = None  # of an epoch that `max_steps` cut, too: what is exported
@@ -115,7 +121,7 @@ class RunState:
         self._clock = time.perf_counter()
 
     def add(self, loss: Tensor, terms: dict[str, Tensor], step: int, skipped: Tensor | None = None) -> None:
-        """The loss of one step on this rank; `step` updates are done with it. NotFiniteError where it is time to look.
+        """What this rank adds to the loss of one step; `step` updates are done with it. NotFiniteError where it is time to look.
 
         skipped: whether the update was left out, the same on all ranks, see `Optimisation`: then its loss counts in no mean.
         """
@@ -177,7 +183,7 @@ class RunState:
         wait for the newest would leave it without work."""
         behind = self._losses.device.type == "cuda" and not math.isnan(self._shown_loss.item())
         shown = self._shown_loss.item() if behind else 0.0
-        taken = (self._counted - self._skipped).clamp(min=1)
+        taken = (self._counted - self._skipped).clamp(min=1) * self._weight
         self._shown_loss.copy_(self._losses[:1] / taken, non_blocking=behind)
         return f"{shown if behind else self._shown_loss.item():.3f}"
 

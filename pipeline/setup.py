@@ -28,13 +28,15 @@ from cskd.loading.joined import JoinedCaches
 from cskd.loading.need import PREFETCH, refuse_little_memory
 from cskd.loading.plan import PlanSpec, views_needed
 from cskd.loading.raw_batches import batch_bytes, refuse_device_views
+from cskd.loading.shares import even_grain, largest, micro_batches
 from cskd.loading.sources import LiveViews, ViewSource
 from cskd.machine.arithmetic import half
 from cskd.machine.devices import named_device, pick_device
 from cskd.machine.launch import launched
 from cskd.machine.threads import Threads, choose_threads
 from cskd.method.features import MapShape
-from cskd.method.losses import DistillationLoss, needs_teacher
+from cskd.method.losses import DistillationLoss
+from cskd.method.terms import blocks_of, needs_teacher
 from cskd.pipeline.conflicts import refuse_conflicts
 from cskd.store.cache import Cache, open_cache
 from cskd.store.format import MANIFEST
@@ -44,7 +46,7 @@ from cskd.store.usable import refuse_other_code, usable_views
 from cskd.student import Student, build_student
 from cskd.student.best import score_asked
 from cskd.student.optim import Optimisation
-from cskd.student.projections import Projections, token_width
+from cskd.student.projections import Projections, token_widths
 from cskd.teacher.model import Teacher, load_teacher
 from cskd.views.fit import evaluation_notes
 from cskd.views.maker import ViewMaker
@@ -67,6 +69,7 @@ class Setup:
     ranks: int = 1
     online: bool = False  # the teacher runs at every step of stage 2
     maps: Mapping[str, MapShape] = field(default_factory=dict)  # feature maps that its loss reads, by cache
+    begun_with: int | None = None  # views of a micro-batch of the run that goes on
 
     @property
     def begun(self) -> bool:
@@ -112,6 +115,10 @@ class Setup:
             raise ConfigError(f"cache.codecs lists {' and '.join(twice)}, which are one codec; leave one of them out")
         if self.config.teacher.dense == "none":
             of_map_alone(codecs.values(), classified=True)  # whether it is, the teacher will show
+        if not any(codec.has_classes for codec in codecs.values()):
+            raise ConfigError(
+                f"cache.codecs is {list(codecs)}: maps of stages, and no targets of classes, which each cache has; add envelope"
+            )
         return codecs
 
     @cached_property
@@ -131,11 +138,11 @@ class Setup:
 
     @cached_property
     def plan(self) -> PlanSpec:
-        return PlanSpec.over(self.views, self.config.train, self.ranks)
+        return PlanSpec.over(self.views, self.config.train, self.ranks, self.micro_batch)
 
     @cached_property
     def micro_batch(self) -> int:
-        return micro_batch_of(self.config.train, self.ranks)
+        return micro_batch_of(self.config.train, self.ranks, self.begun_with)
 
     @cached_property
     def student(self) -> Student:
@@ -149,6 +156,7 @@ class Setup:
                 student = build_student(config.student, classes, size)
             student.to("meta")
         student.taught_by(config.loss)
+        student.refuse_blocks(blocks_of(config.loss))
         if self.device is not None and self.device.type == "cpu" and half(config.train.autocast, self.device) == "bf16":
             student.unfuse_attention()
         if config.train.grad_checkpointing:
@@ -170,8 +178,8 @@ class Setup:
         for term in self.config.loss.terms:
             if term.target == "features":
                 self.student.check_grid(self.maps[term.cache].grid)
-        width, seed = token_width(self.student), self.config.train.seed
-        return Projections(self.config.loss, width, self.maps, seed).to(self.device)
+        loss, seed = self.config.loss, self.config.train.seed
+        return Projections(loss, token_widths(self.student, loss), self.maps, seed).to(self.device)
 
     @cached_property
     def cache_device(self) -> tuple[torch.device, list[str]]:
@@ -224,7 +232,7 @@ class Setup:
         """ConfigError where the batches under way of stage 2 can't fit on this machine. Returns: its threads and workers."""
         train, side, gpu = self.config.train, self.recipe.size, self.train_device.type == "cuda"
         threads = self.threads or choose_threads(train.threads, "train.threads", train.workers, gpu=gpu)
-        share = train.global_batch // self.ranks
+        share = largest(train.global_batch, self.micro_batch, self.ranks)
         batch = batch_bytes(share, train.repeats, side, self.pixels)
         local = launched().local_count if self.device is not None else 1
         refuse_little_memory("train", threads.workers, train.prefetch, batch, local, pinned=gpu)
@@ -384,16 +392,28 @@ def with_best(config: Config, student: Student) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(train, best=best))
 
 
-def micro_batch_of(settings: TrainConfig, ranks: int = 1) -> int:
-    """Views of one forward and backward of a rank. ConfigError where they don't divide its batch, with the nearest that do."""
-    share, asked = settings.global_batch // ranks, settings.micro_batch
-    if asked is None:
-        return share
-    if share % asked:
-        near = max((n for n in even_divisors(share) if n <= asked), default=2)
+def micro_batch_of(settings: TrainConfig, ranks: int = 1, begun_with: int | None = None) -> int:
+    """Views of one forward and backward: `train.micro_batch`; where that is null what the run was begun with, as long as every
+    rank gets a micro-batch, or an even share. ConfigError where ranks would go without, with a number that does.
+
+    begun_with: by the record of the run that goes on; None: it is a new one.
+    """
+    batch, asked = settings.global_batch, settings.micro_batch
+    if batch % 2 or batch < 2 * ranks:
+        near = max(2 * ranks, batch // 2 * 2)
         raise ConfigError(
-            f"train.micro_batch is {asked}, expected a divisor of the {share} views that a rank has of train.global_batch "
-            f"{settings.global_batch} on {ranks} rank(s); use {near}, or null for all of them at once"
+            f"train.global_batch is {batch} on {ranks} rank(s), expected an even number of at least {2 * ranks}, two views per "
+            f"rank; use {near}"
+        )
+    if asked is None:
+        if begun_with is None or begun_with % 2 or not 2 <= begun_with <= batch:  # of a record that is none
+            return even_grain(batch, ranks)
+        return begun_with if micro_batches(batch, begun_with) >= ranks else even_grain(batch, ranks)
+    if asked > batch or micro_batches(batch, asked) < ranks:
+        count = micro_batches(batch, asked)
+        raise ConfigError(
+            f"train.micro_batch is {asked}: train.global_batch {batch} has {count} of that size for {ranks} rank(s), expected one "
+            f"per rank or more; use {even_grain(batch, ranks)} or less, or null for the views of a rank at once"
         )
     return asked
 

@@ -5,7 +5,7 @@
     loop      replay and check views -> mix on the device -> student -> loss against cached targets
     evaluate  every head after each epoch; metrics, resume state, and a plain timm checkpoint
 
-The same command resumes. Launch: `cskd train configs/cifar10.yaml`, or on many GPUs
+The same command resumes, with as many ranks as before or another number; SIGTERM saves a state first. Launch: `cskd train configs/cifar10.yaml`, or on many GPUs
 `torchrun --nproc-per-node 8 --no-python cskd train configs/imagenet_deit_tiny.yaml`.
 """
 
@@ -20,16 +20,19 @@ from typing import Any
 from rich.console import Console
 
 from cskd.config import Config
+from cskd.config.every import every
 from cskd.config.load import to_dict
 from cskd.errors import NotFiniteError
 from cskd.machine.arithmetic import float32_products
 from cskd.machine.launch import launched
 from cskd.machine.ranks import running_ranks
+from cskd.machine.stops import heeded
 from cskd.machine.threads import brief_turns, choose_threads, computing_with
 from cskd.pipeline.out_of_memory import explained, nothing_to_lower
 from cskd.pipeline.outputs import sole_run
 from cskd.pipeline.run_folder import RunFolder
 from cskd.pipeline.run_state import stopped
+from cskd.pipeline.saving import Pace
 from cskd.pipeline.setup import device_of
 from cskd.pipeline.show.metrics import MetricsLog, reached
 from cskd.pipeline.show.progress import Progress, bound_by, print_lines, say, timed_start
@@ -103,7 +106,9 @@ def _train(run: TrainingRun, update: TrainStep, quiet: bool) -> TrainReport:
         say([line], quiet)
 
     log, shown = MetricsLog(folder, epochs.start), RunFolder(run, tell)
+    pace = Pace(every(config.train.save_every), ranks, device, step)
     with (
+        heeded(),
         tasks,
         closing(Trackers(names, folder, epochs.start, to_dict(config), tell)) as trackers,
         Progress("train", run.stop * plan.global_batch, start=step * plan.global_batch, quiet=quiet) as progress,
@@ -122,8 +127,11 @@ def _train(run: TrainingRun, update: TrainStep, quiet: bool) -> TrainReport:
                 shown.first_batch(update)
                 seconds["student"] += time.perf_counter() - clock
                 progress.update(step * plan.global_batch, loss=state.mean_loss)
-                if config.train.save_every and step % config.train.save_every == 0 and step < end:
+                if step < end and pace.due(step):
                     run.save(step)
+                    pace.saved()
+                    if pace.stop:
+                        pace.leave()
             state.check(step, run.student, run.optimisation)
             if run.writer is not None:
                 run.writer.check()
@@ -147,6 +155,9 @@ def _train(run: TrainingRun, update: TrainStep, quiet: bool) -> TrainReport:
                 state.end(scored=run.scheduled(epoch))
             shown.draw(log.rows)
             run.save(step)  # last: a run that is killed before it comes back here, and does not take the epoch for done
+            pace.saved()
+            if step < run.stop and pace.due(step, look=True) and pace.stop:
+                pace.leave()
         shown.draw(log.rows, last=True)
         last, best = log.rows[-1] if log.rows else {}, reached(log.rows, run.score)
     images = (step - run.step) * plan.global_batch

@@ -1,8 +1,9 @@
 """Forward and backward of one rank's share of a step, micro-batch by micro-batch, up to the update.
 
-A step is a sum over micro-batches in fixed order. All terms of the loss are means over rows and all micro-batches have as many,
-so that the mean of their losses is the loss of the batch. Random draws inside the student belong to the micro-batch: it does not
-matter which rank computes it.
+A step is a sum over micro-batches in fixed order. All terms of the loss are means over rows, so that the mean of the losses of
+micro-batches, weighted by their rows, is the loss of the batch. Random draws inside the student belong to the micro-batch: it does
+not matter which rank computes it. Ranks may have different numbers of micro-batches: DistributedDataParallel averages over ranks,
+and the losses are scaled so that the mean over the rows of the global batch comes out.
 
 Shapes: B views of a rank's batch.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from cskd.loading.sources import Batch
 from cskd.loading.targets import mixed_labels
 from cskd.machine.arithmetic import autocast
-from cskd.method.losses import AnyTargets, DistillationLoss, cells_term
+from cskd.method.losses import AnyTargets, DistillationLoss, StudentOutput
+from cskd.method.terms import cells_term
 from cskd.pipeline.out_of_memory import Probe
 from cskd.pipeline.setup import even_divisors
 from cskd.pipeline.training_run import TrainingRun
@@ -35,6 +37,7 @@ class TrainStep:
         self.run, self.criterion = run, DistillationLoss(run.config.loss, cells_term(run.config.loss))
         self.inputs = InputMaker(run.student.mean, run.student.std, run.device)
         self._net = run.network()
+        self._settled = not isinstance(self._net, DistributedDataParallel)
         self._latest: tuple[Batch, int, int] | None = None  # what `advice` tries a part of
         self.begun: tuple[Batch, AnyTargets] | None = None  # the run's first micro-batch, till the next
 
@@ -43,19 +46,24 @@ class TrainStep:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One update from a batch; `step` from 0. seconds: those of 'teacher' and 'student' are added to.
 
-        Returns: the loss of the batch on this rank and its terms, detached scalars.
+        Returns: what this rank adds to the loss of the batch and to its terms, whose mean over ranks they are: detached scalars.
         """
         self._latest = batch, epoch, step
         run = self.run
         parts = micro_batches(batch, run.micro_batch)
-        first, count = run.ranks.rank * len(parts), len(parts)
+        share = run.plan.share(run.ranks.rank)
+        first, count = share.numbers.start, len(parts)
+        if not self._settled:
+            self._settle(parts[0])
         losses, all_terms = [], []
         for i, part in enumerate(parts):
             apart = isinstance(self._net, DistributedDataParallel) and i + 1 < count
             with self._net.no_sync() if apart else contextlib.nullcontext():  # type: ignore[operator]
                 loss, terms = self._loss(self._net, part, epoch, step, first + i, seconds)
                 clock = time.perf_counter()
-                loss = loss / count if count > 1 else loss
+                divisor = share.divisor(len(part["label"]))
+                if divisor != 1:
+                    loss, terms = loss / divisor, {name: term / divisor for name, term in terms.items()}
                 if i + 1 < count:
                     run.optimisation.accumulate(loss)
                 else:
@@ -66,8 +74,21 @@ class TrainStep:
         if count == 1:
             return losses[0], all_terms[0]
         return torch.stack(losses).sum(), {
-            name: torch.stack([t[name] for t in all_terms]).mean() for name in all_terms[0]
+            name: torch.stack([t[name] for t in all_terms]).sum() for name in all_terms[0]
         }
+
+    def _settle(self, part: Batch) -> None:
+        """Go forward and backward once, for nothing. After its first backward pass DistributedDataParallel orders its buckets anew,
+        and with three ranks or more the order in which sums are added up follows from them: so that is done before the first
+        step of a process, and a run that goes on adds up as one that nothing stopped."""
+        buffers = [(buffer, buffer.clone()) for buffer in self._net.buffers()]  # as batch norms have
+        out = self._forward(self._net, part)
+        torch.stack([t.float().sum() for t in _tensors(out) if t.requires_grad]).sum().backward()  # type: ignore[no-untyped-call]
+        self.run.optimisation.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        self._settled = True
 
     def _loss(
         self, net: torch.nn.Module, part: Batch, epoch: int, step: int, number: int, seconds: dict[str, float]
@@ -80,18 +101,24 @@ class TrainStep:
         if number == 0:
             self.begun = (part, targets) if step == 0 else None
         reseed_step(run.config.train.seed, step, number)
-        with autocast(run.config.train.autocast, run.device):
-            out = net(self.inputs.mixed(part), run.views.grid if self.criterion.uses_patches else None)
+        out = self._forward(net, part)
         loss, terms = self.criterion(out, mixed_labels(part, run.device), targets, epoch)
         seconds["student"] += time.perf_counter() - clock
         return loss, terms
+
+    def _forward(self, net: torch.nn.Module, part: Batch) -> StudentOutput:
+        with autocast(self.run.config.train.autocast, self.run.device):
+            out: StudentOutput = net(
+                self.inputs.mixed(part), self.run.views.grid if self.criterion.uses_patches else None
+            )
+        return out
 
     def advice(self, probe: Probe) -> str:
         """After a step that there was no memory for: the micro-batch that there is memory for, and the keys to set."""
         run, settings = self.run, self.run.config.train
         rows = run.micro_batch
         run.optimisation.optimizer.zero_grad(set_to_none=True)
-        fits = probe(_halves(run.plan.global_batch // run.ranks.count, rows), self._attempt)
+        fits = probe(_halves(run.plan.share(run.ranks.rank).rows, rows), self._attempt)
         keys = [f"train.micro_batch={fits}" if fits else "a smaller train.micro_batch"] if rows > 2 else []
         keys += [] if settings.grad_checkpointing else ["train.grad_checkpointing=true"]
         keys += ["a smaller teacher.batch"] if run.targets.runs_teacher else []
@@ -112,10 +139,20 @@ class TrainStep:
             self.run.optimisation.optimizer.zero_grad(set_to_none=True)
 
 
+def _tensors(output: object) -> Iterator[Tensor]:
+    """All of what a student gives."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | tuple):
+        for one in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(one)
+
+
 def micro_batches(batch: Batch, rows: int) -> list[Batch]:
-    """A batch in parts of `rows` views, in order; `rows` is even and divides it, so that both views of a mixed pair are in one."""
+    """A batch in parts of `rows` views, in order, the last of which may have fewer; `rows` is even, so that both views of a mixed
+    pair are in one."""
     whole = len(batch["label"])
-    if rows == whole:
+    if rows >= whole:
         return [batch]
     parts = [{name: t[i : i + rows] for name, t in batch.items()} for i in range(0, whole, rows)]
     return [part | {"partner": part["partner"] - i * rows} for i, part in enumerate(parts)]

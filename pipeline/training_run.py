@@ -35,15 +35,17 @@ from cskd.machine.arithmetic import arithmetic
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import Threads, begun_with
 from cskd.method.ckf import blend_at
-from cskd.method.losses import AGREEMENT, cells_term, expanded, needs_teacher, refuse_gaps, terms_of
+from cskd.method.terms import AGREEMENT, cells_term, expanded, needs_teacher, refuse_gaps, terms_of
 from cskd.pipeline.conflicts import (
     as_begun,
     changed_on_resume,
+    micro_batch_begun,
     own_output,
     refuse_other_run,
     run_identity,
 )
 from cskd.pipeline.evaluate import Found, score_heads
+from cskd.pipeline.live_stages import first_layers
 from cskd.pipeline.online import open_baseline, open_online
 from cskd.pipeline.precheck import TRAINING, refuse
 from cskd.pipeline.run_state import PROGRESS, RunState, named_bests
@@ -239,18 +241,19 @@ def open_run(
     settings = config.train
     alone = from_images(config, record)
     views, targets = _open_views(config, device, ranks, verify_replay, online, alone, quiet, notes)
-    setup = Setup(config, views, device, threads, ranks.count, online, targets.maps)
+    setup = Setup(config, views, device, threads, ranks.count, online, targets.maps, micro_batch_begun(record))
     ahead = refuse(TRAINING, setup)
     student, plan, val, optimisation = setup.student, setup.plan, setup.val, setup.optimisation
     notes.add([*ahead.notes, *as_before, *half_notes(settings.autocast, device)])
     config = with_best(config, student)
-    identity = run_identity(config, views, plan.views, ranks.count, online, device, val)
+    identity = run_identity(config, views, plan.views, ranks.count, online, device, val, setup.micro_batch)
     refuse_gaps(config.loss, settings.epochs)
     loaded = states.load(student, optimisation)
     ranks.refuse_differing(loaded.step if loaded else 0, device)
     stop = min(settings.epochs * plan.steps, settings.max_steps or 1 << 62)
     terms = (*terms_of(config.loss), *([AGREEMENT] if cells_term(config.loss) else []))
-    state = RunState(ranks, device, terms, len(views.inventory.classes), optimisation.scaler is not None)
+    scaled, weight = optimisation.scaler is not None, plan.share(ranks.rank).weight
+    state = RunState(ranks, device, terms, len(views.inventory.classes), scaled, weight)
     if loaded:
         begun = {name: value for name, value in loaded.info.items() if name != PROGRESS}
         notes.add(loaded.warnings)
@@ -335,4 +338,5 @@ def _open_views(
     first = cache if isinstance(cache, Cache) else cache.first
     notes.add(first.manifest.notes or [])
     notes.add(check_versions(first) if verify_replay else [])
-    return cache, CachedTargets(cache, config.loss, config.train.epochs)
+    live = first_layers(first, config.loss, device, notes)
+    return cache, CachedTargets(cache, config.loss, config.train.epochs, live)

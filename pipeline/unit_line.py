@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from cskd.codecs import Arrays, Outputs
 from cskd.codecs.features import FeaturesCodec
-from cskd.codecs.measured import Measured, measure
+from cskd.codecs.measured import AnyMeasured, measure
+from cskd.codecs.stages import StageCodec, stages_of
 from cskd.config import Config
 from cskd.files.claims import Claims
 from cskd.loading.feed import DeviceBatch
@@ -39,6 +40,7 @@ from cskd.store.seal import refuse_too_many
 from cskd.store.unit_builder import UnitBuilder
 from cskd.teacher.lanes import Lanes
 from cskd.teacher.model import Teacher
+from cskd.teacher.stages import taken
 from cskd.views.mix_pixels import mix_pixels
 from cskd.views.mixing import quads
 
@@ -127,7 +129,7 @@ class _Encoded(NamedTuple):
     """Arrays by codec, and the errors that were measured."""
 
     targets: dict[str, Arrays]
-    errors: dict[str, Measured]
+    errors: dict[str, AnyMeasured]
 
 
 @dataclass(frozen=True)
@@ -299,17 +301,13 @@ class UnitLine:
             chunk.batch.enter()
         inputs = [to_device(t, device) for t in (chunk.pixels[view], *mixing)]
         keep = to_device(torch.from_numpy(good), device)
-        made: tuple[torch.Tensor, ...]
         with self._lanes.launching():
             pixels = mix_pixels(*inputs)
-            if any(codec.reads_features for codec in self._cache.codecs.values()):
-                made = self._teacher.with_features(pixels)
-            else:
-                made = self._teacher.in_batches(pixels)
+            made = self._teacher.outputs_of(pixels, stages_of(self._cache.codecs))
             if len(good) < len(pixels):
-                made = tuple(output[keep] for output in made)
+                made = taken(made, keep)
         middle = time.perf_counter()
-        encoded = self._encoded(Outputs(made[0], made[1], labels_B2, *made[2:]))
+        encoded = self._encoded(made._replace(labels=labels_B2))
         return encoded, middle - begun, time.perf_counter() - middle
 
     def _encoded(self, outputs: Outputs) -> _Encoded:
@@ -323,7 +321,12 @@ class UnitLine:
         K, grid = self._teacher.classes, self._teacher.grid
         channels = [codec.channels for codec in self._cache.codecs.values() if isinstance(codec, FeaturesCodec)]
         maps = torch.zeros(0, channels[0], *grid) if channels else None
-        return Outputs(torch.zeros(0, K, *grid), torch.zeros(0, K), torch.zeros(0, 2, dtype=torch.int64), maps)
+        stages = {
+            codec.stage: torch.zeros(0, codec.channels, *codec.map_grid)
+            for codec in self._cache.codecs.values()
+            if isinstance(codec, StageCodec)
+        }
+        return Outputs(torch.zeros(0, K, *grid), torch.zeros(0, K), torch.zeros(0, 2, dtype=torch.int64), maps, stages)
 
     def _collect(self) -> None:
         """Take the oldest batch's targets; the last one of a pass sends it to the writer."""

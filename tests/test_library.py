@@ -179,7 +179,7 @@ def test_own_parts_that_can_not_be_are_refused_by_the_key_that_names_them(
     tmp_path: Path, base: Path, what: str, part: str
 ) -> None:
     from cskd.codecs import known_own
-    from cskd.method.losses import expanded, own_terms
+    from cskd.method.terms import expanded, own_terms
     from cskd.teacher.build import build
 
     file = tmp_path / "mine.py"
@@ -236,7 +236,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_entry_points_and_modules_name_own_parts(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from cskd.codecs import get_codec, known_own, own
-    from cskd.method.losses import own_terms
+    from cskd.method.terms import own_terms
     from cskd.teacher.build import build
 
     monkeypatch.setattr(own, "_known", {})

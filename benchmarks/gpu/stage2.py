@@ -24,7 +24,8 @@ from cskd.loading.targets import mixed_labels
 from cskd.machine.arithmetic import autocast
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import choose_threads, computing_with
-from cskd.method.losses import DistillationLoss, HardTargets, MixedLabels, needs
+from cskd.method.losses import DistillationLoss, HardTargets, MixedLabels
+from cskd.method.terms import needs
 from cskd.pipeline.online import UNREADABLE_FILE
 from cskd.pipeline.training_run import open_run
 from cskd.student import build_student

@@ -32,6 +32,7 @@ import torch
 from benchmarks.results import ROOT, data, teacher
 from benchmarks.results.students import StudentRun, all_runs
 from cskd.errors import CskdError, PathError
+from cskd.loading.targets import codec_for
 from cskd.machine.devices import pick_device
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.evaluate import evaluate_checkpoint
@@ -87,7 +88,8 @@ def prepare(pending: list[StudentRun], device: str) -> bool:
     """Make the images, teachers and caches that the runs need and that are not there. Returns: whether that went well."""
     if data.main([]):
         return False
-    for run in {run.config: run for run in pending}.values():
+    caches = {(run.config, *(s for s in run.overrides if s.startswith("cache."))): run for run in pending}
+    for run in caches.values():
         config = run.load(_machine("cache", device))
         name = Path(run.config).stem
         if not Path(str(config.teacher.weights)).exists() and teacher.main([name, "--device", device]):
@@ -177,7 +179,9 @@ def finish(run: StudentRun, device: str) -> dict[str, Any]:
     rows = read_metrics(run.folder)
     curve = [{k: round(v, 4) if isinstance(v, float) else v for k, v in r.items() if _kept(k)} for r in rows]
     cache = open_cache(config.cache.path)
-    views, codec = config.train.views or cache.views, "int8" if "soft" in run.method else "envelope"
+    views = config.train.views or cache.views
+    hard, soft = codec_for(config.loss, cache.codecs, str(cache.root))
+    codec = soft or hard
     return {
         "name": run.name,
         **{k: v for k, v in asdict(run).items() if k in ("question", "method", "seed", "online")},

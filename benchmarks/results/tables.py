@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.results.students import METHODS, all_runs
+from benchmarks.results.students import METHODS, PRESETS, all_runs
 from benchmarks.results.sweep import TALLY, read_tally
 from cskd.pipeline.intervals import Difference, paired_difference
 
-REFERENCES = ("none", "deit-hard", "cskd-linear")  # that every method is compared with
+REFERENCES = ("none", "deit-hard", "cskd-linear", "cskd")  # that every method is compared with
 Row = dict[str, Any]
 
 
@@ -74,7 +74,7 @@ class Question:
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = {(row["method"], row["seed"]): row for row in rows}
-        self.methods = [m for m in METHODS if any(method == m for method, _ in self.rows)]
+        self.methods = [m for m in dict.fromkeys([*METHODS, *PRESETS]) if any(method == m for method, _ in self.rows)]
 
     def seeds(self, *methods: str) -> list[int]:
         """Seeds that all the methods have."""
@@ -85,17 +85,18 @@ class Question:
 
     def scores(self) -> list[str]:
         """Mean and spread of the score, and what it is above each reference over the seeds both have."""
+        references = [method for method in REFERENCES if method in self.methods]
         lines = [
             "| method | seeds | top-1 % | sd | of head | "
-            + " | ".join(f"minus {r}" for r in REFERENCES)
+            + " | ".join(f"minus {r}" for r in references)
             + " | s, fastest |",
-            "|---|---|---|---|---|" + "---|" * len(REFERENCES) + "---|",
+            "|---|---|---|---|---|" + "---|" * len(references) + "---|",
         ]
         for method in self.methods:
             seeds = self.seeds(method)
             tops = self.values(method, score, seeds)
             spread = f"{np.std(tops, ddof=1):.2f}" if len(tops) > 1 else "-"
-            against = [self._against(method, other) for other in REFERENCES]
+            against = [self._against(method, other) for other in references]
             seconds = min(self.values(method, lambda row: row["seconds"], seeds))
             head = self.rows[method, seeds[0]]["score"]
             cells = [method, str(len(seeds)), f"{np.mean(tops):.2f}", spread, head, *against, f"{seconds:.0f}"]

@@ -1,4 +1,4 @@
-"""Train a teacher of docs/RESULTS.md: a CIFAR ResNet on packed images. The same command goes on after a kill.
+"""Train a teacher of docs/RESULTS.md: a CIFAR ResNet, or a network of involutions, on packed images. The same command goes on after a kill.
 
     python -m benchmarks.results.teacher OUT --train DATA --val DATA [--init WEIGHTS] [--blocks 9] [--epochs 14] ...
 
@@ -26,6 +26,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from benchmarks.results import results_folder, shared_weights
+from benchmarks.results.involution import InvolutionNet
 from benchmarks.results.networks import CifarResNet
 from cskd.dataset.images import decode
 from cskd.dataset.inventory import open_inventory
@@ -41,9 +42,20 @@ from cskd.pipeline.show.progress import Progress
 from cskd.seeds import hash64
 from cskd.views.mix_pixels import normalise
 
+NETWORKS: dict[str, type[nn.Module]] = {"residual": CifarResNet, "involution": InvolutionNet}
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 PRESETS: dict[str, dict[str, Any]] = {
     "few": {"train": results_folder() / "data" / "few", "blocks": 3, "epochs": 80, "lr": 0.2, "eval_every": 10},
+    "few_involution": {
+        "train": results_folder() / "data" / "few",
+        "network": "involution",
+        "blocks": 2,
+        "widths": [32, 96, 192],
+        "kernels": [3, 5, 5],
+        "epochs": 24,
+        "lr": 0.1,
+        "eval_every": 6,
+    },
     "all": {"train": results_folder() / "data" / "all", "init": shared_weights("cifar10_resnet56.safetensors")},
 }
 PADDING = 4  # pixels an image may be shifted
@@ -72,10 +84,11 @@ class Images:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="few, all, or a name for another one")
+    parser.add_argument("name", help="few, few_involution, all, or a name for another one")
     parser.add_argument("--train", type=Path, help="packed images to learn from")
     parser.add_argument("--val", type=Path, default=results_folder() / "data" / "val", help="packed images to look at")
     parser.add_argument("--init", type=Path, help="weights of the same network to start from")
+    parser.add_argument("--network", choices=NETWORKS, default="residual")
     parser.add_argument("--blocks", type=int, default=9, help="in each stage: 9 is ResNet-56, 3 ResNet-20")
     parser.add_argument("--widths", type=int, nargs=3, default=[16, 32, 64], help="channels of the stages")
     parser.add_argument("--kernels", type=int, nargs=3, default=[3, 3, 3], help="of the stages; 1 sees no neighbours")
@@ -121,7 +134,7 @@ class Run:
         self.args, self.device = args, device
         self.train, self.val = Images.of(args.train, device), Images.of(args.val, device)
         torch.manual_seed(0)
-        model: nn.Module = CifarResNet(args.blocks, args.widths, args.kernels)
+        model = NETWORKS[args.network](args.blocks, args.widths, args.kernels)
         if args.init:
             model.load_state_dict(load_file(args.init))
         self.model = model.to(device).to(memory_format=torch.channels_last)
@@ -137,7 +150,10 @@ class Run:
         self.batch = min(128, len(self.train) // 16)
         self.steps = len(self.train) // self.batch
         self._state = args.out / "state.pt"
-        self._begun = {k: str(v) for k, v in vars(args).items() if k not in ("name", "threads", "device", "out")}
+        told = {k: v for k, v in vars(args).items() if k not in ("name", "threads", "device", "out")}
+        if args.network == "residual":
+            del told["network"]  # as states say that were begun when there was no other
+        self._begun = {k: str(v) for k, v in told.items()}
         if self._state.exists():
             self._load()
 

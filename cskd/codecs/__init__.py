@@ -21,7 +21,7 @@ def of_map_alone(codecs: Iterable[Codec], classified: bool) -> None:
     for codec in codecs:
         if isinstance(codec, FeaturesCodec):
             codec.of_map_alone(classified)
-        elif codec.cells or not classified:
+        elif codec.cells or (codec.soft and not classified):
             what = "logits of cells" if codec.cells else "the image's logits"
             has = "teacher.dense: none gives none" if codec.cells else "the teacher has no classifier"
             raise CodecError(
@@ -32,7 +32,7 @@ def of_map_alone(codecs: Iterable[Codec], classified: bool) -> None:
 
 def get_codec(name: str, classes: int, grid: tuple[int, int]) -> Codec:
     """A codec by its name: 'envelope', 'int8', 'topk:K', 'global:BITS', 'global:topK', 'features:BITS', 'features:pcaR[:BITS]',
-    or that of a user's own. The name that a codec has in a cache is without the colon, and is known, too.
+    'stage:NAME:BITS', 'stage:NAME:pcaR[:BITS]', or that of a user's own. The name that a codec has in a cache is without the colon, and is known, too.
 
     Never by a place, since names come out of caches, too: `known_own` gives the name of what a config says.
 
@@ -62,6 +62,16 @@ def get_codec(name: str, classes: int, grid: tuple[int, int]) -> Codec:
         from cskd.codecs.features_pca import DEFAULT_BITS, FeaturesPcaCodec
 
         return FeaturesPcaCodec(int(match[1]), int(match[2] or DEFAULT_BITS), classes, grid)
+    if name.startswith("stage"):
+        from cskd.codecs.stages import stage_codec
+
+        if (stage := stage_codec(name, classes, grid)) is not None:
+            return stage
+        if name.startswith("stage:"):
+            raise CodecError(
+                f"codec {shortened(repr(name), 60)}: expected stage:NAME:BITS or stage:NAME:pcaR[:BITS], NAME a module of the teacher, "
+                "as in stage:layer2:8 or stage:layer2:pca64"
+            )
     if (own := own_codec(name, classes, grid)) is not None:
         return own
     hint = did_you_mean(
@@ -69,5 +79,5 @@ def get_codec(name: str, classes: int, grid: tuple[int, int]) -> Codec:
     )
     raise CodecError(
         f"unknown codec {shortened(repr(name), 40)}; {hint and f'{hint} '}the known ones are envelope, int8 and topk:10 (also "
-        f"features:8, features:pca384; of the image alone global:8, global:top10); your own: {VARIABLE}=path/to/file.py:Class"
+        f"features:8, features:pca384, stage:layer2:8; of the image alone global:8, global:top10); your own: {VARIABLE}=path/to/file.py:Class"
     )

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -78,6 +79,7 @@ class Outputs(NamedTuple):
     features: Tensor | None = (
         None  # float32 [B, C, h, w], the map that the classifier is applied to, for codecs that store it
     )
+    stages: Mapping[str, Tensor] = MappingProxyType({})  # float32 maps of earlier stages by name, each of its own shape
 
 
 def shortest(values: NDArray[Any]) -> list[float]:
@@ -92,13 +94,18 @@ class Field(NamedTuple):
     dims: tuple[str, ...]
 
 
+def hard_rank(codec: Codec) -> tuple[bool, bool, bool]:
+    """By which codecs are sorted for hard targets: exact ones first, then those that have cells, those without classes last."""
+    return not codec.has_classes, not codec.exact_hard, not codec.cells
+
+
 class Codec(ABC):
     """Teacher outputs of a unit as arrays, and back. One entry along axis 0 a sample, unless a codec says else."""
 
     exact_hard: bool  # are hard CKF targets those of `direct_hard`, at every blend
     soft: bool  # can it give logits, for soft targets
     cells: bool = True  # are they of each cell; False: of the image, which every cell then shows
-    classified: bool = True  # does it know the teacher's class of the image; False: of a teacher without a classifier
+    has_classes: bool = True  # does it hold targets of classes at all; False: a map of an earlier stage, or of a teacher without a classifier
     reads_features: ClassVar[bool] = False  # does it store the feature map, see `cskd.codecs.features`
     error: str  # it makes, in words
     name: str

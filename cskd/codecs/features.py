@@ -18,35 +18,29 @@ Shapes: N samples, B batch, C channels, K classes, h w teacher grid.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cskd.codecs.base import U16, Arrays, Codec, Field, Outputs, check_blend
-from cskd.codecs.bits import MAX_BITS, MIN_BITS, pack_levels, packed_length, unpack_levels
+from cskd.codecs.base import U16, Arrays, Field, Outputs, check_blend
+from cskd.codecs.bits import MAX_BITS, MIN_BITS, packed_length
+from cskd.codecs.tabled import MAP_FIELDS, TabledCodec, checked_map, finite, pack_map, unpack_map
 from cskd.errors import CodecError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class FeaturesCodec(Codec):
-    """Soft targets, and the features themselves; hard targets nearly. `tables` must be set before anything else is done."""
+class FeaturesCodec(TabledCodec):
+    """Soft targets, and the features themselves; hard targets nearly."""
 
     exact_hard, soft, reads_features = False, True, True
-    fitted_on: ClassVar[int] = 4  # views that `fit` should be given
-
-    def __init__(self, name: str, classes: int, grid: tuple[int, int]) -> None:
-        super().__init__(name, classes, grid)
-        self._load: Callable[[], Arrays] | None = None
-        self._tables: dict[str, Tensor] = {}
-        self._on: dict[str, dict[str, Tensor]] = {}  # by device
 
     def of_map_alone(self, classified: bool) -> None:
         """From here on of a teacher without logits of cells. classified: it has some of the image."""
         self.soft = self.cells = False
-        self.classified = classified
+        self.has_classes = classified
 
     def fit(self, classifier: tuple[Tensor, Tensor] | None, features: Iterable[Tensor]) -> Arrays:
         """The tables of a new cache.
@@ -59,34 +53,13 @@ class FeaturesCodec(Codec):
         weight_KC, bias_K = classifier
         return {"weight": weight_KC.float().cpu().numpy(), "bias": bias_K.float().cpu().numpy()}
 
-    def use_tables(self, load: Callable[[], Arrays]) -> None:
-        """Have `load` give the tables when they are asked for first."""
-        self._load, self._tables, self._on = load, {}, {}
-
-    def tables(self, device: object = "cpu") -> dict[str, Tensor]:
-        """What all units share, on a device. CodecError where it is not there, or not of this codec."""
-        import torch
-
-        if not self._tables:
-            if self._load is None:
-                raise CodecError(
-                    f"codec '{self.name}' needs its teacher's classifier, which is in its cache; open that"
-                )
-            arrays = self._load()
-            self._check_tables(arrays)
-            self._tables = {name: torch.from_numpy(a) for name, a in arrays.items()}
-        key = str(device)
-        if key not in self._on:
-            self._on[key] = {name: t.to(key) for name, t in self._derived(self._tables).items()}
-        return self._on[key]
-
     @property
     def channels(self) -> int:
         tables = self.tables()
         return int(tables["weight"].shape[1] if self.soft else tables["channels"])
 
     def global_class(self, arrays: Arrays) -> U16:
-        if not self.classified:
+        if not self.has_classes:
             raise CodecError(f"codec '{self.name}' holds no class: its teacher has no classifier; read its features")
         return super().global_class(arrays)
 
@@ -112,10 +85,6 @@ class FeaturesCodec(Codec):
         """The feature maps of a batch, on its device: float32 [B, C, h, w]."""
         raise NotImplementedError
 
-    def _derived(self, tables: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tables with what decoding makes of them."""
-        return tables
-
     def _check_tables(self, arrays: Arrays) -> None:
         """CodecError unless the tables are of this codec."""
         if not self.soft:
@@ -128,20 +97,12 @@ class FeaturesCodec(Codec):
         weight, K = arrays.get("weight", np.zeros(0)), self.classes
         if weight.ndim != 2 or len(weight) != K or arrays.get("bias", weight).shape != (K,):
             raise CodecError(f"codec '{self.name}': its tables hold no classifier of {K} classes; run cskd verify")
-        if not all(np.isfinite(a).all() for a in arrays.values()):
-            raise CodecError(f"codec '{self.name}': its tables hold NaN or an infinity; run cskd verify")
+        finite(self, arrays)
 
     def _validated(self, outputs: Outputs) -> Tensor:
         """The features of a batch. Raises CodecError unless they and the logits are finite float32 of the codec's shapes."""
         self.validate_logits(outputs.dense, outputs.image)
-        x, shape = outputs.features, (len(outputs.dense), self.channels, *self.grid)
-        if x is None or tuple(x.shape) != shape or str(x.dtype) != "torch.float32":
-            found = "none" if x is None else f"{x.dtype} {tuple(x.shape)}"
-            raise CodecError(f"features are {found}, codec '{self.name}' expected float32 {shape}")
-        if not bool(x.isfinite().all()):
-            i = int((~x.isfinite().flatten(1).all(1)).nonzero()[0])
-            raise CodecError(f"features of sample {i} of the batch hold NaN or an infinity; check image and teacher")
-        return x.detach()
+        return checked_map(self, outputs.features, (len(outputs.dense), self.channels, *self.grid), "features are")
 
 
 class FeaturesBitsCodec(FeaturesCodec):
@@ -155,20 +116,16 @@ class FeaturesBitsCodec(FeaturesCodec):
         self.error = f"a feature is off by at most (max - min of its cell) / {2 * (2**bits - 1)}"
         self.fields = {
             "global_class": Field(("uint16",), ("sample",)),
-            "packed": Field(("uint8",), ("sample", "row", "col", "byte")),
-            "low": Field(("float32",), ("sample", "row", "col")),
-            "step": Field(("float32",), ("sample", "row", "col")),
+            **MAP_FIELDS,
         }
 
     def encode_outputs(self, outputs: Outputs) -> Arrays:
         """A batch as arrays. Raises CodecError for what is not finite float32 of the codec's shapes."""
-        packed, low, step = pack_levels(self._validated(outputs).permute(0, 2, 3, 1), self.bits)
         image_class = outputs.image.argmax(1).cpu().numpy().astype(np.uint16)
-        return {"global_class": image_class, "packed": packed.numpy(), "low": low.numpy(), "step": step.numpy()}
+        return {"global_class": image_class} | pack_map(self._validated(outputs), self.bits)
 
     def features_torch(self, tensors: dict[str, Tensor]) -> Tensor:
-        x = unpack_levels(tensors["packed"], tensors["low"], tensors["step"], self.channels, self.bits)
-        return x.permute(0, 3, 1, 2)
+        return unpack_map(tensors, self.channels, self.bits)
 
     def logits_torch(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Decode a batch on its device: float32 dense [B, K, h, w] and global [B, K]."""

@@ -30,13 +30,14 @@ Shapes: N samples, B batch, C channels, R directions, K classes, h w teacher gri
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cskd.codecs.base import Arrays, Field, Outputs
 from cskd.codecs.features import FeaturesCodec
+from cskd.codecs.streams import NUMBERS, StreamedCodec, cosine_axes, narrow, rounded
 from cskd.errors import CodecError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ PLAIN = 0.1  # weight of the plain logits in the metric: errors are not small wh
 ROWS = 64  # samples decoded at a time: float64 maps of 1,000 classes take 400 KB each
 
 
-class FeaturesPcaCodec(FeaturesCodec):
+class FeaturesPcaCodec(StreamedCodec, FeaturesCodec):
     """Soft targets close to the teacher's in few bytes; next to it an `envelope` gives the hard ones exactly."""
 
     fitted_on = 512  # 25,088 cells of a 7 x 7 grid
@@ -68,12 +69,11 @@ class FeaturesPcaCodec(FeaturesCodec):
         super().__init__(f"featurespca{rank}" + (f"b{bits}" if bits != DEFAULT_BITS else ""), classes, grid)
         self.rank, self.scale = rank, 2.0 ** (DEFAULT_BITS - bits)
         self.most, self.image_most = min(MOST, classes), min(GLOBAL, classes)
-        numbers = ("int8", "int16")
         self.fields = {
             "global_class": Field(("uint16",), ("sample",)),
-            "coefficient": Field(numbers, ("sample", "direction", "row", "col")),
-            "residual": Field(numbers, ("sample", "rank", "row", "col")),
-            "global_residual": Field(numbers, ("sample", "image_rank")),
+            "coefficient": Field(NUMBERS, ("sample", "direction", "row", "col")),
+            "residual": Field(NUMBERS, ("sample", "rank", "row", "col")),
+            "global_residual": Field(NUMBERS, ("sample", "image_rank")),
         }
 
     def of_map_alone(self, classified: bool) -> None:
@@ -103,7 +103,7 @@ class FeaturesPcaCodec(FeaturesCodec):
                 torch.einsum("rc,bcn,fn->brf", t["encode"], x[i : i + ROWS] - t["mean"][:, None], t["cosine"])
                 / t["steps"]
             )
-            q = _rounded(y, DEAD)
+            q = rounded(y, DEAD)
             if not self.soft:
                 parts.append([q.short().cpu()])
                 continue
@@ -112,12 +112,12 @@ class FeaturesPcaCodec(FeaturesCodec):
             true, whole = true - true.mean(1, keepdim=True), whole - whole.mean(1, keepdim=True)
             residual = (true - dense_BKn).gather(1, rank) / t["rank_steps"]
             of_image = (whole - image_BK).gather(1, image_rank) / (GLOBAL_STEP * self.scale)
-            rounded = (q, _rounded(residual, RESIDUAL_DEAD), _rounded(of_image, 0.5))
-            parts.append([z.short().cpu() for z in rounded])
+            numbers = (q, rounded(residual, RESIDUAL_DEAD), rounded(of_image, 0.5))
+            parts.append([z.short().cpu() for z in numbers])
         if not self.soft:
             empty = torch.zeros(0, self.directions * x.shape[2], dtype=torch.int16)
             q = torch.cat([part[0] for part in parts]) if parts else empty
-            coefficient = _narrow(q.numpy().reshape(len(x), self.directions, *self.grid))
+            coefficient = narrow(q.numpy().reshape(len(x), self.directions, *self.grid))
             return {"global_class": outputs.image.argmax(1).cpu().numpy().astype(np.uint16), "coefficient": coefficient}
         coefficient, residual, of_image = (
             (torch.cat(z) for z in zip(*parts, strict=True))
@@ -128,9 +128,9 @@ class FeaturesPcaCodec(FeaturesCodec):
         )
         return {
             "global_class": outputs.image.argmax(1).cpu().numpy().astype(np.uint16),
-            "coefficient": _narrow(coefficient.numpy().reshape(len(x), self.directions, *self.grid)),
-            "residual": _narrow(residual.numpy().reshape(len(x), self.most, *self.grid)),
-            "global_residual": _narrow(of_image.numpy().reshape(len(x), self.image_most)),
+            "coefficient": narrow(coefficient.numpy().reshape(len(x), self.directions, *self.grid)),
+            "residual": narrow(residual.numpy().reshape(len(x), self.most, *self.grid)),
+            "global_residual": narrow(of_image.numpy().reshape(len(x), self.image_most)),
         }
 
     def logits_torch(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -212,60 +212,9 @@ class FeaturesPcaCodec(FeaturesCodec):
         if not np.array_equal(np.sort(arrays["order"]), np.arange(R * n)):
             raise CodecError(f"codec '{self.name}': its order is not one of {R * n} numbers; run cskd verify")
 
-    def concat(self, parts: Any) -> Arrays:
-        return _narrowed(super().concat(parts))
-
-    def take(self, arrays: Arrays, index: NDArray[np.integer[Any]]) -> Arrays:
-        return _narrowed(super().take(arrays, index))
-
     def _length(self, dim: str, n: int) -> int | None:
         sizes = {"rank": self.most, "image_rank": self.image_most}
         return self.directions if dim == "direction" else sizes.get(dim) or super()._length(dim, n)
-
-    @property
-    def packed_dimensions(self) -> dict[str, tuple[str, ...]]:
-        return {"global_class": ("sample",), "stream": ("byte",), "stream_bytes": ("stream",)}
-
-    def pack(self, arrays: Arrays) -> Arrays:
-        from pcodec import ChunkConfig, DeltaSpec, ModeSpec, standalone
-
-        config = ChunkConfig(compression_level=8, delta_spec=DeltaSpec.no_op(), mode_spec=ModeSpec.classic())
-        groups = self._groups({name: a.astype(np.int16) for name, a in arrays.items() if name != "global_class"})
-        streams = [standalone.simple_compress(np.ascontiguousarray(group).ravel(), config) for group in groups]
-        return {
-            "global_class": arrays["global_class"],
-            "stream": np.frombuffer(b"".join(streams), np.uint8),
-            "stream_bytes": np.array([len(s) for s in streams], np.uint32),
-        }
-
-    def unpack(self, packed: Arrays, n: int) -> Arrays:
-        from pcodec import standalone
-
-        if set(packed) != set(self.packed_dimensions) or any(a.ndim != 1 for a in packed.values()):
-            raise CodecError(
-                f"codec '{self.name}' has the arrays {list(self.packed_dimensions)}, found {sorted(packed)}"
-            )
-        shapes = {"coefficient": self.directions} | ({"residual": self.most} if self.soft else {})
-        arrays = {name: np.zeros((n, k, *self.grid), np.int16) for name, k in shapes.items()}
-        if self.soft:
-            arrays["global_residual"] = np.zeros((n, self.image_most), np.int16)
-        ends = np.cumsum(packed["stream_bytes"], dtype=np.int64)
-        data, groups = packed["stream"].tobytes(), list(self._columns())
-        if len(ends) != len(groups) or (len(ends) and ends[-1] != len(data)):
-            raise CodecError(
-                f"codec '{self.name}': {len(ends)} streams of {ends[-1:]} bytes do not fit; run cskd verify"
-            )
-        for (name, columns), end, length in zip(groups, ends, packed["stream_bytes"], strict=True):
-            flat = arrays[name].reshape(n, -1)
-            out = np.empty(n * len(columns), np.int16)
-            try:
-                done = standalone.simple_decompress_into(data[int(end) - int(length) : int(end)], out)
-            except (RuntimeError, TypeError) as e:
-                raise CodecError(f"codec '{self.name}': a stream is damaged ({e}); run cskd verify") from None
-            if not done.finished or done.n_processed != len(out):
-                raise CodecError(f"codec '{self.name}': a stream is not of {len(out)} numbers; run cskd verify")
-            flat[:, columns] = out.reshape(n, -1)
-        return {"global_class": packed["global_class"]} | _narrowed(arrays)
 
     def _columns(self) -> Iterable[tuple[str, NDArray[np.int64]]]:
         """Array and columns of each stream; an array has its axes but the first flattened."""
@@ -276,27 +225,12 @@ class FeaturesPcaCodec(FeaturesCodec):
         yield from (("residual", np.arange(rank * n, (rank + 1) * n)) for rank in range(self.most))
         yield "global_residual", np.arange(self.image_most)
 
-    def _groups(self, named: dict[str, NDArray[np.int16]]) -> Iterable[NDArray[np.int16]]:
-        for name, columns in self._columns():
-            yield named[name].reshape(len(named[name]), -1)[:, columns]
-
 
 def cosines(grid: tuple[int, int]) -> Tensor:
     """The orthonormal cosine transform (DCT-II) over the cells: float32 [f, n], the mean first."""
     import torch
 
-    axes = []
-    for size in grid:
-        k, x = torch.arange(size, dtype=torch.float64)[:, None], torch.arange(size, dtype=torch.float64)
-        axis = torch.cos(torch.pi * (x + 0.5) * k / size) * (2 / size) ** 0.5
-        axis[0] /= 2**0.5
-        axes.append(axis)
-    return torch.kron(axes[0], axes[1]).float()
-
-
-def _rounded(x: Tensor, up: float) -> Tensor:
-    """Whole numbers of int16, towards 0 from what is less than 1 - up above one."""
-    return ((x.abs() + up).floor() * x.sign()).clamp(-32767, 32767)
+    return torch.kron(*cosine_axes(grid)).float()
 
 
 def _fit(classifier: tuple[Tensor, Tensor] | None, maps: list[Tensor], rank: int, grid: tuple[int, int]) -> Arrays:
@@ -358,13 +292,3 @@ def _metric(weight: Tensor, bias: Tensor, maps: list[Tensor]) -> Tensor:
     metric = (metric + (weight.T * chance) @ weight) / seen
     whole: Tensor = metric + PLAIN * spread / seen / len(weight) * (weight.T @ weight)
     return whole
-
-
-def _narrow(a: NDArray[Any]) -> NDArray[Any]:
-    """int8 where all numbers fit, else int16."""
-    small = not a.size or (a.min() >= -128 and a.max() <= 127)
-    return a.astype(np.int8 if small else np.int16, copy=False)
-
-
-def _narrowed(arrays: Arrays) -> Arrays:
-    return {name: a if name == "global_class" else _narrow(a) for name, a in arrays.items()}

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cskd.codecs.base import Arrays, Codec, Outputs
+from cskd.codecs.features import FeaturesCodec
+from cskd.codecs.stages import StageCodec
 
 BLENDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ROWS = 4  # views of a batch: 1 % of stage 1's time on a CPU with a MobileNetV2
@@ -30,30 +32,68 @@ class Measured(NamedTuple):
     @property
     def facts(self) -> dict[str, float]:
         """As a commit record has it: six digits, so that the order of summing does not show."""
-        return {name: value if name == "views" else float(f"{value:.6g}") for name, value in self._asdict().items()}
-
-    @classmethod
-    def of(cls, raw: Any) -> Measured:
-        """From JSON of anyone. Raises ValueError unless it is what `facts` gives."""
-        if not isinstance(raw, dict) or set(raw) != set(cls._fields):
-            raise ValueError(f"a measured error is {str(raw)[:40]}, expected {', '.join(cls._fields)}")
-        numbers = [raw[name] for name in cls._fields]
-        plain = all(type(x) in (int, float) and math.isfinite(x) and x >= 0 for x in numbers)
-        if not plain or type(numbers[0]) is not int or numbers[2] > 1:
-            raise ValueError(f"a measured error is {str(raw)[:80]}, expected finite numbers")
-        return cls(*numbers)
+        return _facts(self)
 
 
-def measure(codec: Codec, arrays: Arrays, outputs: Outputs, count: int = ROWS) -> Measured | None:
+class MeasuredMap(NamedTuple):
+    """Of a stage's map, over so many views: the share of its variance about the mean of each channel that is lost; the largest
+    error of a number."""
+
+    views: int
+    lost: float
+    largest: float
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """As `Measured.facts`."""
+        return _facts(self)
+
+
+AnyMeasured = Measured | MeasuredMap
+
+
+def _facts(of: AnyMeasured) -> dict[str, float]:
+    return {name: value if name == "views" else float(f"{value:.6g}") for name, value in of._asdict().items()}
+
+
+def from_facts(raw: Any) -> AnyMeasured:
+    """From JSON of anyone. Raises ValueError unless it is what `facts` gives."""
+    kind = next((k for k in (Measured, MeasuredMap) if isinstance(raw, dict) and set(raw) == set(k._fields)), None)
+    if kind is None:
+        raise ValueError(f"a measured error is {str(raw)[:40]}, expected {', '.join(Measured._fields)}")
+    return from_numbers([raw[name] for name in kind._fields])
+
+
+def from_numbers(numbers: list[Any]) -> AnyMeasured:
+    """From its numbers, in order. Raises ValueError unless they are finite and can be an error."""
+    plain = all(type(x) in (int, float) and math.isfinite(x) and x >= 0 for x in numbers)
+    if plain and type(numbers[0]) is int and len(numbers) == 3:
+        return MeasuredMap(*numbers)
+    if not plain or type(numbers[0]) is not int or len(numbers) != 4 or numbers[2] > 1:
+        raise ValueError(f"a measured error is {str(numbers)[:80]}, expected finite numbers")
+    return Measured(*numbers)
+
+
+def measure(codec: Codec, arrays: Arrays, outputs: Outputs, count: int = ROWS) -> AnyMeasured | None:
     """What a codec's arrays of a batch make of its outputs, on `count` of its views. None for an exact codec, and where there
     is no view."""
     import torch
 
-    if codec.exact_hard or not codec.soft or not len(outputs.image):
+    of_map = isinstance(codec, StageCodec) or (isinstance(codec, FeaturesCodec) and not codec.soft)
+    if codec.exact_hard or not (codec.soft or of_map) or not len(outputs.image):
         return None
     rows = np.unique(np.linspace(0, len(outputs.image) - 1, count).round().astype(np.int64))
     stored, index = codec.take(arrays, rows), torch.from_numpy(rows).to(outputs.image.device)
     tensors = {name: torch.from_numpy(np.ascontiguousarray(a)).to(index.device) for name, a in stored.items()}
+    if of_map:
+        if isinstance(codec, StageCodec):
+            true, decoded = outputs.stages[codec.stage][index], codec.map_torch(tensors)
+        else:
+            assert isinstance(codec, FeaturesCodec) and outputs.features is not None
+            true, decoded = outputs.features[index], codec.features_torch(tensors)
+        off = decoded - true
+        spread = float((true - true.mean((0, 2, 3), keepdim=True)).square().sum())
+        return MeasuredMap(len(rows), float(off.square().sum()) / max(spread, 1e-30), float(off.abs().max()))
     image = outputs.image[index]
     if codec.cells:
         dense = outputs.dense[index]
@@ -75,11 +115,11 @@ def measure(codec: Codec, arrays: Arrays, outputs: Outputs, count: int = ROWS) -
     return Measured(len(rows), kl / len(BLENDS), wrong / len(BLENDS) if codec.cells else 0.0, largest)
 
 
-def together(parts: Iterable[Measured]) -> Measured | None:
-    """The error over all views of several; None of none."""
+def together(parts: Iterable[AnyMeasured]) -> AnyMeasured | None:
+    """The error over all views of several, which are of one kind; None of none."""
     parts = list(parts)
     views = sum(part.views for part in parts)
     if not views:
         return None
-    kl, wrong = (sum(part.views * part[i] for part in parts) / views for i in (1, 2))
-    return Measured(views, kl, wrong, max(part.largest for part in parts))
+    shares = [sum(part.views * part[i] for part in parts) / views for i in range(1, len(parts[0]) - 1)]
+    return from_numbers([views, *shares, max(part.largest for part in parts)])

@@ -22,7 +22,9 @@ VARIABLE = "CSKD_CODECS"
 _KEY = "cache.codecs"
 _TAKEN = r"(?:envelope|int8|topk\d*|global(?:top)?\d*|features(?:pca)?\d*(?:b\d*)?)"  # by the package
 _NAME = re.compile(rf"(?!{_TAKEN}$)[a-z0-9]{{1,32}}")  # as part of a file name
-_OF_PACKAGE = re.compile(r"(?:topk|global|features):?(?:top|pca)?:?[\d:]*")  # where a colon stands before no class
+_OF_PACKAGE = re.compile(
+    r"(?:topk|global|features):?(?:top|pca)?:?[\d:]*|stage:.*"
+)  # where a colon stands before no class
 _known: dict[str, OwnCode] = {}
 
 

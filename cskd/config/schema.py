@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Len, Lt, MultipleOf, Predicate, Unit
 
 from cskd.config.bounds import check
+from cskd.config.every import interval
 from cskd.config.rand_string import parse_rand_string
 from cskd.errors import ConfigError
 
@@ -26,6 +27,7 @@ Autocast = Literal["auto", "none", "bf16", "fp16"]
 Precision = Literal["auto", "float32", "tf32", "bf16", "fp16", "float64"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 _OF_FEATURES = ("mse", "smooth_l1", "cosine")
+HEADS = ("class", "distillation", "mean", "patches", "tokens")  # of a term of the loss, and block:N
 KINDS = {  # of a term of the loss, by its target
     "label": ("ce",),
     "global": ("ce", "kl", "dkd"),
@@ -40,6 +42,22 @@ def rising(pair: list[float]) -> bool:
     return pair[0] <= pair[1]
 
 
+def span(pair: list[float | None]) -> bool:
+    """[first, end], first below end, null to the end"""
+    first, end = pair
+    return first is not None and first >= 0 and (end is None or first <= end)
+
+
+def is_head(name: str) -> bool:
+    """one of class, distillation, mean, patches, tokens, token:NAME, block:N, block:last"""
+    return name in HEADS or re.fullmatch(r"block:(last|\d{1,4})|token:[a-z][a-z0-9_]{0,39}", name) is not None
+
+
+def is_target(name: str) -> bool:
+    """one of label, global, cells, features, pooled, stage:NAME"""
+    return name in KINDS or re.fullmatch(r"stage:[A-Za-z0-9_][A-Za-z0-9_.]{0,63}", name) is not None
+
+
 def distinct(codecs: list[str]) -> bool:
     """each codec once (topk10 is topk:10)"""
     return len({name.replace(":", "") for name in codecs}) == len(codecs)
@@ -50,6 +68,11 @@ def folders(caches: dict[str, Any]) -> bool:
     return all(
         re.fullmatch("[a-z0-9_-]{1,40}", name) and isinstance(path, str) and path for name, path in caches.items()
     )
+
+
+def tokens_named(names: list[str]) -> bool:
+    """each once, of a-z, 0-9 and _, a letter first"""
+    return once(names) and all(re.fullmatch("[a-z][a-z0-9_]{0,39}", name) for name in names)
 
 
 def once(names: list[str]) -> bool:
@@ -227,6 +250,9 @@ class StudentConfig(Section):
     """A timm name: a ViT, or another model whose last features have a grid of cells (docs/STUDENTS.md)."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments for `timm.create_model`."""
+    tokens: Annotated[list[str], Len(0, 16), Predicate(tokens_named)] = field(default_factory=list[str])
+    """Names of distillation tokens for a plain ViT, one for each teacher: register tokens, each with a head of its own that terms of
+    the loss call `token:NAME` (docs/STUDENTS.md)."""
     init: str | None = None
     """Checkpoint to start from, `FILE:KEY`, or an `hf://` address; position embeddings are resized to this student's grid."""
     mean: Rgb = None
@@ -241,13 +267,16 @@ class StudentConfig(Section):
 class LossTerm(Section):
     """One term of the loss: which head of the student is taught what, how, and when. Items of `loss.terms`."""
 
-    head: Literal["class", "distillation", "mean", "patches", "tokens"] = "class"
-    """Whose logits: those of the class token, of the distillation token, the mean of these two, or of the patch tokens. A ViT without
-    a distillation token has one head, which stands for the first three. `tokens`: no logits, the last patch tokens themselves,
-    before any head."""
-    target: Literal["label", "global", "cells", "features", "pooled"] = "label"
+    head: Annotated[str, Predicate(is_head)] = "class"
+    """Whose logits: those of the class token, of the distillation token, of the token NAME of `student.tokens` (`token:NAME`), the
+    mean of all these, or of the patch tokens. A ViT without a distillation token has one head, which stands for it. `tokens`: no
+    logits, the last patch tokens themselves, before any head; `block:N`: the patch tokens that block N gives, from 0, `block:last`
+    the last one before the final norm. Of a student without a row of equal blocks N counts the stages that timm's
+    forward_intermediates gives."""
+    target: Annotated[str, Predicate(is_target)] = "label"
     """What they are taught: the mixed label; the teacher's output for the image; or for each cell, blended by `decay`, which is for
-    the patches. For the tokens: `features`, the teacher's last feature map, cell by cell; `pooled`, its mean over the cells."""
+    the patches. For the tokens: `features`, the teacher's last feature map, cell by cell; `pooled`, its mean over the cells; `stage:NAME`, the
+    map of an earlier stage, a module of the teacher by its path or the number of a stage of timm, from a codec of that stage."""
     kind: Literal["ce", "kl", "dkd", "mse", "smooth_l1", "cosine"] = "ce"
     """`ce`: cross entropy with the label, or with the teacher's class. `kl`: tau^2 KL of the teacher's distribution. `dkd`: decoupled KD,
     the KL of target and other classes apart (CVPR 2022), of global outputs. Of features: `mse`, the mean squared difference; `smooth_l1`,
@@ -255,6 +284,9 @@ class LossTerm(Section):
     projection: Literal["linear", "orthogonal"] = "linear"
     """From the student's width to the teacher's, for features: a linear layer, or one whose matrix is orthogonal (VkD, CVPR 2024). It is
     trained with the student and not exported."""
+    resize: Literal["teacher", "finer"] = "teacher"
+    """How tokens are brought to a map of another grid. `teacher`: to the map's, by means where it is coarser, else bilinear.
+    `finer`: tokens and map both to the finer grid of both, bilinear (Locality Guidance, ECCV 2022)."""
     weight: Annotated[float, Ge(0), Unit("weight")] = 1.0
     """What the term is multiplied by."""
     tau: Annotated[float, Gt(0), Unit("temperature")] = 1.0
@@ -272,10 +304,13 @@ class LossTerm(Section):
     """`dkd`: weight of the KL among the other classes."""
     cache: str = ""
     """Whose teacher, by a name in `train.caches`; empty = that of `cache.path`."""
+    live: bool = False
+    """Of a stage: its map is not in the cache; the first layers of the cache's teacher, no others, run at every step."""
     decay: Decay | None = None
     """How the blend of `cells` goes from local to global; null = as `loss.decay`."""
-    epochs: Annotated[list[Annotated[float, Ge(0)]] | None, Len(2, 2), Predicate(rising), Unit("epochs")] = None
-    """[first, end]: the term counts in epochs first .. end - 1 of the run, from 0; null = in all. With it a loss has stages."""
+    epochs: Annotated[list[float | None] | None, Len(2, 2), Predicate(span), Unit("epochs")] = None
+    """[first, end]: the term counts in epochs first .. end - 1 of the run, from 0; end null = to the last. null = in all. With it a
+    loss has stages."""
     own: str = ""
     """A term of your own in place of all that: `path/to/file.py:function`, `package.module:function`, or the name of an entry point
     of `cskd.losses`; see docs/LIBRARY.md."""
@@ -294,22 +329,22 @@ class LossTerm(Section):
                     f"{key}: a term with own: {self.own!r} does not read {', '.join(other)}; leave them out"
                 )
             return
-        kinds = KINDS[self.target]
+        kinds = _OF_FEATURES if self.stage else KINDS[self.target]
         if self.kind not in kinds:
             raise ConfigError(
                 f"{key}: a term with target {self.target} has kind {self.kind}, expected {', '.join(kinds)}; set kind: {kinds[0]}"
             )
-        if (self.head == "tokens") != self.of_features:
+        if (self.head == "tokens" or self.block is not None) != self.of_features:
             raise ConfigError(
-                f"{key}: a term teaches {self.head} by {self.target}; set head: tokens with target: features or pooled, which "
-                "are for the tokens alone, and a head that has logits with any other"
+                f"{key}: a term teaches {self.head} by {self.target}; set head: tokens or block:N with target: features, pooled or "
+                "stage:NAME, which are for tokens alone, and a head that has logits with any other"
             )
-        unread = (
-            ("tau", "smoothing", "divisor", "dkd_alpha", "dkd_beta", "decay") if self.of_features else ("projection",)
-        )
-        if other := [f for f in unread if getattr(self, f) != LossTerm.__dataclass_fields__[f].default]:
+        read = self._read()
+        other = [f for f, d in LossTerm.__dataclass_fields__.items() if f not in read and getattr(self, f) != d.default]
+        if other:
             raise ConfigError(
-                f"{key}: a term with target {self.target} does not read {', '.join(other)}; leave {'it' if len(other) == 1 else 'them'} out"
+                f"{key}: a term with target {self.target} and kind {self.kind} does not read {', '.join(other)}; leave "
+                f"{'it' if len(other) == 1 else 'them'} out"
             )
         if self.cache and self.target == "label":
             raise ConfigError(f"{key}: a term with target label reads no cache; leave cache: {self.cache} out")
@@ -323,16 +358,48 @@ class LossTerm(Section):
     def key_of(cls) -> str:
         return "loss.terms[]"
 
+    def _read(self) -> set[str]:
+        """The keys that a term of its target and kind reads."""
+        read = {"head", "target", "kind", "weight", "cache", "epochs", "name"}
+        read |= {"projection", "standardise"} if self.of_features else set()
+        read |= {"live"} if self.stage and not self.cache else set()
+        read |= {"resize"} if self.of_features and self.target != "pooled" else set()
+        read |= {"tau", "standardise"} if self.kind in ("kl", "dkd") else set()
+        read |= {"divisor"} if self.kind == "kl" else {"dkd_alpha", "dkd_beta"} if self.kind == "dkd" else set()
+        return read | {"label": {"smoothing"}, "cells": {"decay"}}.get(self.target, set())
+
     @property
     def of_features(self) -> bool:
-        """Whether it reads the teacher's feature map."""
-        return not self.own and self.target in ("features", "pooled")
+        """Whether it reads a map of the teacher: its last one, or that of a stage."""
+        return not self.own and (self.target in ("features", "pooled") or bool(self.stage))
+
+    @property
+    def stage(self) -> str:
+        """The stage of the teacher that it reads; '' where it reads none."""
+        return self.target.removeprefix("stage:") if self.target.startswith("stage:") and not self.own else ""
+
+    @property
+    def block(self) -> int | None:
+        """The student's block whose tokens it teaches, -1 for the last; None for the outputs."""
+        if self.own or not self.head.startswith("block:"):
+            return None
+        number = self.head.removeprefix("block:")
+        return -1 if number == "last" else int(number)
+
+    @property
+    def map_name(self) -> str:
+        """Of the map that a term of features reads, among those of all caches: 'CACHE' the last map, 'CACHE:STAGE'."""
+        return f"{self.cache}:{self.stage}" if self.stage else self.cache
 
     @property
     def title(self) -> str:
         """Its name in logs."""
         of = f"{self.cache}_" if self.cache else ""
-        return self.name or self.own.rpartition(":")[2] or f"{self.head}_{of}{self.target}_{self.kind}"
+        return (
+            self.name
+            or self.own.rpartition(":")[2]
+            or re.sub("[:.]", "_", f"{self.head}_{of}{self.target}_{self.kind}")
+        )
 
 
 @dataclass(frozen=True)
@@ -385,10 +452,11 @@ class TrainConfig(Section):
     epochs: Annotated[int, Ge(1), Le(1_000_000), Unit("epochs")] = 300
     """Length of the schedule."""
     global_batch: Annotated[int, Ge(1), Le(1 << 24), Unit("views")] = 1024
-    """Views of one step over all ranks; each rank has an even number."""
+    """Views of one step over all ranks, an even number."""
     micro_batch: Annotated[int | None, Ge(2), MultipleOf(2), Unit("views")] = None
-    """Views of one forward and backward; a step adds up the gradients of as many as its batch has. Takes less memory and gives
-    the same step up to rounding; divides the batch of a rank. null = all of them at once."""
+    """Views of one forward and backward; a step adds up the gradients of as many as its batch has, shared among the ranks. Takes
+    less memory and gives the same step up to rounding, with any number of ranks. null = the views of a rank at once, as many as
+    when the run was begun."""
     grad_checkpointing: bool = False
     """Keep only the input of each block of the student and compute the rest again in the backward pass: the same gradients, a
     fraction of the memory, about a third more time."""
@@ -452,8 +520,8 @@ class TrainConfig(Section):
     """What evaluation sees of an image."""
     keep: Annotated[int, Ge(1), Le(1_000_000), Unit("files")] = 2
     """Newest resume states that are kept."""
-    save_every: Annotated[int, Ge(0), Unit("steps")] = 0
-    """Steps from one resume state to the next inside an epoch; 0 = only at its end."""
+    save_every: Annotated[int | str, Predicate(interval)] = "15min"
+    """From one resume state to the next inside an epoch; 0 = only at its end."""
     window: Annotated[int, Ge(1), Le(1_000_000), Unit("blocks")] = 8
     """Blocks within which quads are shuffled."""
     max_steps: Annotated[int, Ge(0), Unit("steps")] = 0

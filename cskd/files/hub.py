@@ -93,7 +93,7 @@ def parse_address(text: str | Path, what: str) -> HubAddress:
 def local_copy(address: HubAddress, what: str) -> Path:
     """The folder, or what `path` names in it, on this machine: downloaded, where it is not there yet. Never write to it.
 
-    Without a path the whole repository; with one, that file or folder and the config.json next to it.
+    Without a path the whole repository; with one, that file or folder, and next to it the config.json and heads of tokens.
 
     Raises:  HubError in one line, OSError where the disk refuses.
     """
@@ -153,7 +153,7 @@ def _patterns(path: str) -> tuple[str, ...]:
     beside = glob.escape(path.rpartition("/")[0])
     return (
         *(pattern for name in sorted(map(glob.escape, names)) for pattern in (name, f"{name}/*")),
-        f"{beside}/config.json" if beside else "config.json",
+        *(f"{beside}/{name}" if beside else name for name in ("config.json", "heads*.safetensors")),
     )
 
 

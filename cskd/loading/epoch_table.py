@@ -52,7 +52,7 @@ def table_bounds(
     windows = sorted({stop for e in plan.ends if first < (stop := -(-int(e) // batch) * batch) < n} | {n})
     ends = (
         windows
-        if any(of.soft_codec for of in spec.by_cache.values())
+        if any(of.arrays for of in spec.by_cache.values())
         else [n]
         if begin is None
         else sorted({windows[0], n})
@@ -88,7 +88,7 @@ def build_table(
         copied, wanted = {name: unit.fields[name].take(found, 0) for name in COPIED}, dict[str, NDArray[Any]]()
         for cache, of_cache in spec.by_cache.items():
             arrays = {spec.codec: (unit.targets, found)}
-            for codec in {of_cache.codec, of_cache.soft_codec} - {"", *arrays}:
+            for codec in {of_cache.codec, *of_cache.arrays} - {"", *arrays}:
                 arrays[codec] = _joined(source, block, of_view, codec, position, copied)
             taken = _targets(source, of_cache, arrays)
             wanted |= {prefixed(cache, name): column for name, column in taken.items()}
@@ -182,10 +182,11 @@ def _targets(
             wanted["cell_class"] = codec.hard_at(of_codec, found, spec.blend)
         for decay, blend in spec.blends:
             wanted[f"cell_class.{decay}"] = codec.hard_at(of_codec, found, blend)
-    if name := spec.soft_codec:
+    for name in spec.arrays:
         codec = source.codecs[name]
+        what = "target" if name == spec.soft_codec else f"map.{codec.name}"
         for key, array in codec.take(*arrays[name]).items():
             # A codec may store units narrower than others, and one column holds them all.
             widest = np.result_type(*codec.fields[key].dtypes)
-            wanted[f"target.{key}"] = array.astype(widest, copy=False)
+            wanted[f"{what}.{key}"] = array.astype(widest, copy=False)
     return wanted

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from cskd.config import RecipeConfig, TrainConfig
 from cskd.errors import PlanError
+from cskd.loading.shares import Share, micro_batches
 from cskd.loading.sources import ViewSource
 from cskd.seeds import hash64, permutation
 from cskd.views.mixing import quads
@@ -29,7 +30,8 @@ PAIRED = np.array([[0, 1, 2, 3], [0, 2, 1, 3], [0, 3, 1, 2]])
 class PlanSpec:
     """What every epoch's plan depends on, in addition to the epoch.
 
-    bounds: int64 [n_blocks + 1], first sample of each block. bad: bool [n], quarantined samples, never fed.
+    bounds: int64 [n_blocks + 1], first sample of each block. bad: bool [n], quarantined samples, never fed. micro: rows of a
+    micro-batch; 0: all ranks have even shares of one each. An epoch's order depends on neither `ranks` nor `micro`.
     """
 
     bounds: NDArray[np.int64]
@@ -43,6 +45,7 @@ class PlanSpec:
     window: int
     ranks: int = 1
     draw: Literal["cover", "random"] = "cover"
+    micro: int = 0
 
     def __post_init__(self) -> None:
         group, views, repeats, batch = self.recipe.mix_group, self.views, self.repeats, self.global_batch
@@ -55,7 +58,7 @@ class PlanSpec:
                 f"the cache has {views} views and train.repeats is {repeats}, which must divide them; "
                 f"cache {-(-views // repeats) * repeats} views or use {max(views // repeats, 1) * repeats} of them"
             )
-        if batch % (2 * self.ranks):
+        if batch % 2 or (batch % (2 * self.ranks) if not self.micro else micro_batches(batch, self.micro) < self.ranks):
             step = 2 * self.ranks
             near = max(step, round(batch / step) * step)
             raise PlanError(f"train.global_batch is {batch} on {self.ranks} rank(s): shares must be even; use {near}")
@@ -66,7 +69,7 @@ class PlanSpec:
             )
 
     @classmethod
-    def over(cls, source: ViewSource, train: TrainConfig, ranks: int = 1) -> PlanSpec:
+    def over(cls, source: ViewSource, train: TrainConfig, ranks: int = 1, micro: int = 0) -> PlanSpec:
         """The plan over a cache's images. PlanError where views, repeats, batch and samples do not fit together."""
         return cls(
             bounds=source.inventory.blocks,
@@ -80,7 +83,12 @@ class PlanSpec:
             window=train.window,
             ranks=ranks,
             draw=train.repeats_draw,
+            micro=micro,
         )
+
+    def share(self, rank: int) -> Share:
+        """Which rows of every global batch are that rank's."""
+        return Share(self.global_batch, self.micro or self.global_batch // self.ranks, rank, self.ranks)
 
     @property
     def _epoch_items(self) -> int:
@@ -177,9 +185,9 @@ def _window(
     return pairs[~bad.any(axis=1)], alone[~spec.bad[alone[:, 0]]]
 
 
-def rank_share(plan: EpochPlan, global_batch: int, rank: int, ranks: int) -> EpochPlan:
-    """The rows of one rank: its contiguous, even share of every batch."""
-    share = global_batch // ranks
-    sample = plan.sample.reshape(-1, ranks, share)[:, rank].reshape(-1)
-    view = plan.view.reshape(-1, ranks, share)[:, rank].reshape(-1)
-    return EpochPlan(sample, view, np.minimum(-(-plan.ends // global_batch) * share, len(sample)))
+def rank_share(plan: EpochPlan, share: Share) -> EpochPlan:
+    """The rows of one rank: its contiguous share of every batch."""
+    mine = slice(share.start, share.start + share.rows)
+    sample = plan.sample.reshape(-1, share.batch)[:, mine].reshape(-1)
+    view = plan.view.reshape(-1, share.batch)[:, mine].reshape(-1)
+    return EpochPlan(sample, view, np.minimum(-(-plan.ends // share.batch) * share.rows, len(sample)))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from cskd.codecs import Arrays, Codec
-from cskd.codecs.base import BLEND_ONE, quantise_blend
+from cskd.codecs.base import BLEND_ONE, hard_rank, quantise_blend
 from cskd.codecs.envelope import EnvelopeCodec
 from cskd.errors import CodecError
 from cskd.method.ckf import ckf_blend
@@ -114,7 +114,7 @@ class Targets:
     @property
     def _hard(self) -> Codec:
         """The codec that hard targets are read from: an exact one where there is one, else one that has cells."""
-        return min(self.codecs.values(), key=lambda codec: (not codec.exact_hard, not codec.cells))
+        return min(self.codecs.values(), key=hard_rank)
 
     @property
     def _soft(self) -> Codec:

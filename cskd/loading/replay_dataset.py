@@ -211,6 +211,6 @@ class PlanSampler(Sampler[int]):
         return (self.spec.steps - self.step) * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        mine = rank_share(epoch_plan(self.spec, self.epoch), self.spec.global_batch, self.rank, self.ranks)
+        mine = rank_share(epoch_plan(self.spec, self.epoch), self.spec.share(self.rank))
         first = self.step * self.batch_size
         yield from self.dataset.index(mine.sample[first:].tolist(), mine.view[first:].tolist())

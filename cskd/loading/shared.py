@@ -23,6 +23,8 @@ from torch import Tensor
 
 from cskd.machine.side_stream import Mark
 
+# By which a stream ends its workers: they are deaf to what a terminal or a batch system sends to all processes of a run.
+ENDS = getattr(signal, "SIGUSR2", None) if hasattr(signal, "pthread_sigmask") else None
 _ALIGN = 64  # bytes: a cache line, and enough for every dtype
 
 Span = tuple[str, tuple[int, ...], int]  # numpy dtype, shape, first byte
@@ -82,11 +84,11 @@ class _Slot:
 
 @contextmanager
 def _not_ended() -> Iterator[None]:
-    """SIGTERM, by which a stream ends its workers, waits: a file that has a name for a moment would keep it."""
-    if not hasattr(signal, "pthread_sigmask"):
+    """The signal by which a stream ends its workers waits: a file that has a name for a moment would keep it."""
+    if ENDS is None:
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {ENDS})
     try:
         yield
     finally:

@@ -31,8 +31,8 @@ class TargetSpec:
     """Which targets the loss reads: 'none', 'global' (argmax g), 'cells' (and the CKF target of each cell at `blend`,
     in 1/65536), or 'soft' (the codec's arrays).
 
-    also: a codec whose arrays are read beside classes. blends: of cells at further decays, by their names. others: the same of
-    further caches, by name.
+    also: a codec whose arrays are read beside classes. blends: of cells at further decays, by their names. maps: codecs of stages
+    whose arrays are read, too. others: the same of further caches, by name.
     """
 
     kind: str
@@ -40,12 +40,18 @@ class TargetSpec:
     blend: int
     also: str = ""
     blends: tuple[tuple[str, int], ...] = ()
+    maps: tuple[str, ...] = ()
     others: tuple[tuple[str, TargetSpec], ...] = ()
 
     @property
     def soft_codec(self) -> str:
         """Of the arrays that are read; '' where none are."""
         return self.codec if self.kind == "soft" else self.also
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Codecs whose arrays are read as they are stored."""
+        return (*((self.soft_codec,) if self.soft_codec else ()), *self.maps)
 
     @property
     def by_cache(self) -> dict[str, TargetSpec]:
@@ -129,7 +135,7 @@ class TargetSource(Protocol):
 
     @property
     def maps(self) -> Mapping[str, MapShape]:
-        """Of the feature maps that the loss reads, by name of their cache."""
+        """Of the teacher's maps that the loss reads, by `map_name` of its terms."""
 
     def spec(self, epoch: int) -> TargetSpec:
         """What the epoch table holds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -22,8 +23,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from cskd.errors import CskdError, ReadError, shortened
 from cskd.loading.need import GB, PREFETCH, SHM, prefetch_of
-from cskd.loading.shared import SharedBatch, mapped_slots, use_slots
+from cskd.loading.shared import ENDS, SharedBatch, mapped_slots, use_slots
+from cskd.machine import stops
 
+_DEAF_TO = (signal.SIGINT, *stops.ASKS)  # the fork server and what it starts
 T = TypeVar("T")
 T_contra = TypeVar("T_contra", contravariant=True)
 R_co = TypeVar("R_co", covariant=True)
@@ -123,7 +126,7 @@ class Stream(Generic[T, R]):
                 yield result
         finally:
             for worker in getattr(results, "_workers", ()):  # torch gives each five seconds to finish what nobody reads
-                worker.terminate()
+                end_worker(worker)
             if (shut_down := getattr(results, "_shutdown_workers", None)) is not None:
                 shut_down()  # now, not when it is collected
 
@@ -183,6 +186,8 @@ def _begin_worker(stream: int, prefetch: int, worker: int) -> None:
     """
     use_slots(stream, worker, prefetch)
     end_with_main()
+    for kind in stops.ASKS:  # torch's loader has set handlers of its own
+        signal.signal(kind, signal.SIG_IGN)
     show = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -204,16 +209,27 @@ def end_with_main() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def end_worker(worker: Any) -> None:
+    """End a loader process at once, by the one signal that it hears."""
+    with contextlib.suppress(ProcessLookupError, ValueError):  # it has ended, or was closed
+        if ENDS is None or worker.exitcode is not None:
+            worker.terminate()
+        else:
+            os.kill(worker.pid, ENDS)
+
+
 def _start_deaf_to_interrupts() -> None:
-    """Start the fork server so that its children ignore Ctrl-C, which the terminal sends to all; main ends them.
+    """Start the fork server so that it and its children ignore Ctrl-C, which the terminal sends to all, and what a batch system
+    sends to all: main still needs the batches to come until it has saved a state, and ends them.
 
     It imports what the workers need, so that they share the memory of it and start at once.
     """
     if threading.current_thread() is not threading.main_thread():
         return
     forkserver.set_forkserver_preload(["cskd.loading.stage1", "cskd.loading.raw_batches"])
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by what is started now
+    before = {kind: signal.signal(kind, signal.SIG_IGN) for kind in _DEAF_TO}  # inherited by what is started now
     try:
         forkserver.ensure_running()
     finally:
-        signal.signal(signal.SIGINT, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)

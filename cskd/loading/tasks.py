@@ -64,7 +64,7 @@ class RunTasks:
         shutil.rmtree(self.scratch, ignore_errors=True)
 
     def __iter__(self) -> Iterator[TrainTask | EvalTask]:
-        share = self.plan.global_batch // self.plan.ranks
+        share = self.plan.share(self.rank).rows
         stretches = self._stretches()
         coming = self._pool.submit(next, stretches, None)
         drawn, consumed = 0, deque[tuple[int, Path]]()  # tables, and how many tasks were drawn when their last one was
@@ -83,10 +83,9 @@ class RunTasks:
 
     def _stretches(self) -> Iterator[tuple[Stretch, Path]]:
         """Build one table after the other, as they are asked for."""
-        steps, batch = self.plan.steps, self.plan.global_batch
-        share = batch // self.plan.ranks
+        steps, share = self.plan.steps, self.plan.share(self.rank).rows
         for epoch in range(self.start // steps, -(-self.stop // steps)):
-            mine = rank_share(epoch_plan(self.plan, epoch), batch, self.rank, self.plan.ranks)
+            mine = rank_share(epoch_plan(self.plan, epoch), self.plan.share(self.rank))
             begin = (self.start - epoch * steps) * share if epoch == self.start // steps else None
             for first, stop in table_bounds(mine, self.targets(epoch), share, begin, self._end(epoch) * share):
                 stretch = Stretch(epoch, first // share, stop // share)
@@ -104,7 +103,7 @@ class RunTasks:
 
         Three may be there at once: the one in use, the one before it and the one after it.
         """
-        share = self.plan.global_batch // self.plan.ranks
+        share = self.plan.share(self.rank).rows
         left = (self.stop - self.start) * share - rows
         size = sum(path.stat().st_size for path in table.iterdir()) / max(1, rows) * min(3 * longest, left)
         here = launched().local_count  # ranks that share the disk

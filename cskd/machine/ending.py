@@ -1,6 +1,7 @@
 """How a command ends: interrupts, the exit code, and the one line that says why.
 
-Exit codes: 0; 1 failed, and says why in one line; 2 usage; 130 / 143 interrupted, and prints the line that resumes.
+Exit codes: 0; 1 failed, and says why in one line; 2 usage; 130 / 143 interrupted, and prints the line that resumes. 143 is that
+of SIGTERM and of SIGUSR1; training then saves a state first, see `stops`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -18,10 +20,12 @@ from typing import NoReturn
 
 import cskd
 from cskd.errors import CskdError, fitted, limit_said, one_line, said
+from cskd.machine import stops
 from cskd.machine.launch import command_line, launched
 
 GRACE = 20.0  # seconds a run that was interrupted has to end by itself
 
+_SIGNALS = (signal.SIGINT, *stops.ASKS)
 _leaving = threading.Lock()  # never given back
 
 
@@ -47,16 +51,19 @@ def ended(command: Callable[[], object]) -> NoReturn:
     sys.exit(code if isinstance(code, int) else 1)
 
 
-def _interrupted(signum: int, frame: FrameType | None) -> NoReturn:
-    """The first Ctrl-C or SIGTERM unwinds; see `_second_signal` for what ends a run that does not."""
-    for kind in (signal.SIGINT, signal.SIGTERM):
+def _interrupted(signum: int, frame: FrameType | None) -> None:
+    """The first Ctrl-C, SIGTERM or SIGUSR1 unwinds, unless it waits; see `_second_signal` for what ends a run that does not."""
+    if signum in stops.ASKS and stops.ask():
+        return
+    for kind in _SIGNALS:
         signal.signal(kind, _leave)
-    raise SystemExit(128 + signum)
+    raise SystemExit(_code(signum))
 
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end what runs inside, in GRACE seconds at most; a second one ends it at once.
+    """Ctrl-C, SIGTERM and SIGUSR1 end what runs inside, in GRACE seconds at most; a second one ends it at once, unless it only says
+    again what waits already: a batch system sends to all processes, and torchrun passes on what it gets.
 
     Python runs handlers between two steps of the main thread, which a long call into a library holds up; a signal's number
     is written to a socket at once, and a thread reads it.
@@ -66,7 +73,7 @@ def _interrupts() -> Iterator[None]:
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     watch = threading.Thread(target=_second_signal, args=(reader,), name="interrupts", daemon=True)
     watch.start()
-    for kind in (signal.SIGINT, signal.SIGTERM):
+    for kind in _SIGNALS:
         signal.signal(kind, _interrupted)
     try:
         yield
@@ -80,27 +87,33 @@ def _interrupts() -> Iterator[None]:
 def _second_signal(reader: socket.socket) -> None:
     """Leave at the second signal, or when the first was GRACE seconds ago: a library may have swallowed it, or hang while it
     ends its threads. Every file of a run is whole or absent at any moment, so nothing is lost."""
-    first = 0
+    first, end = 0, 0.0
     while True:
         try:
+            reader.settimeout(max(0.01, end - time.monotonic()) if first else None)
             numbers = reader.recv(64)
         except TimeoutError:
             _leave(first, None)
         if not numbers:  # the run has ended
             return
         for number in numbers:
-            if number in (signal.SIGINT, signal.SIGTERM):
-                if first:
-                    _leave(number, None)
-                first = number
-                reader.settimeout(GRACE)
+            if number not in _SIGNALS or (first and number in stops.ASKS and stops.asked()):
+                continue
+            if first:
+                _leave(number, None)
+            first, end = number, time.monotonic() + GRACE
 
 
 def _leave(signum: int, frame: FrameType | None) -> NoReturn:
     """At once, and with one line: the handler and the thread that watches may both come here."""
     if _leaving.acquire(timeout=1.0):
         _say_how_to_go_on()
-    os._exit(128 + signum)
+    os._exit(_code(signum))
+
+
+def _code(signum: int) -> int:
+    """The exit code of a signal: one for all that ask for a stop."""
+    return stops.EXIT if signum in stops.ASKS else 128 + signum
 
 
 def _say_how_to_go_on() -> None:

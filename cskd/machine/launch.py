@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 DEVICE_OF = "CSKD_DEVICE_OF"  # '1/4' in the second of four processes of `cskd cache-teacher --devices`
+WORKER = (
+    "CSKD_WORKER"  # the number of a process that shares stage 1, from a launcher that has no variable of its own for it
+)
+_NUMBERS = (WORKER, "SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX")
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", DEVICE_OF)
 _AGENT_PORT = 29400  # torchrun's own default of --rdzv-endpoint
 
 
@@ -62,10 +67,17 @@ def worker_number(environ: Mapping[str, str] = os.environ) -> int:
         return worker_number(outer) * launch.count + launch.rank
     if launch.by:
         return launch.rank
-    for name in ("SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX"):
+    for name in _NUMBERS:
         if (value := environ.get(name, "")).isascii() and value.isdigit():
             return int(value)
     return 0
+
+
+def without_launch(environ: MutableMapping[str, str]) -> None:
+    """Forget whoever started this process: it is part of something else, such as a Ray cluster that srun started."""
+    for name in [*environ]:
+        if name in _TORCHRUN or name.startswith("SLURM_STEP_") or name in _NUMBERS:
+            del environ[name]
 
 
 def command_line(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> str:

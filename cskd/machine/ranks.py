@@ -114,7 +114,9 @@ def running_ranks(device: torch.device) -> Iterator[Ranks]:
                 f"rank {launch.rank} was given the GPU {device}, which another rank has, too; expected one for each of the "
                 f"{launch.local_count} ranks started here: see CUDA_VISIBLE_DEVICES, and start fewer (--nproc-per-node)"
             ) from None
-    ranks, words = Ranks(dist.get_rank(), launch.count, launch.local), _Words(dist.get_rank())
+    ranks = Ranks(dist.get_rank(), launch.count, launch.local)
+    # The store may outlive this group, as an elastic run's does, and hold the words of the ranks of an earlier one.
+    words = _Words(ranks.rank, ranks.total(time.time_ns() if ranks.first else 0, device))
     words.watch()
     try:
         yield ranks
@@ -166,9 +168,10 @@ class _Words:
     Each has a connection of its own, since torch may wait in the group's for hours.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, group: int) -> None:
+        """group: a number that no other group of the store has."""
         self.rank, self.ended = rank, threading.Event()
-        self._key = f"cskd/ended/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self._key = f"cskd/ended/{group}"
         host, port, wait = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=60)
         self._store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=wait)
         self._store.set_timeout(timedelta(seconds=ANSWERS))

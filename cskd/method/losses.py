@@ -11,24 +11,20 @@ Source: arXiv 2307.08500, section 3; DeiT, arXiv 2012.12877, section 4.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cskd.codecs.base import BLEND_ONE
-from cskd.config.schema import Decay, LossConfig, LossTerm
-from cskd.errors import ConfigError, StudentError, shortened
-from cskd.files.own_code import load_own
+from cskd.config.schema import LossConfig, LossTerm
+from cskd.errors import StudentError
 from cskd.method.ckf import ckf_blend
 from cskd.method.features import feature_loss
-
-TERMS = ("label", "dist", "patch")  # of the methods, as logged
-AGREEMENT = "agreement"  # logged next to them, see `agreement`
-HEADS = ("class", "distillation", "patches")  # what can be trained of a student's outputs
+from cskd.method.terms import AGREEMENT, TOKEN, counts, expanded, own_terms
 
 
 class StudentOutput(NamedTuple):
@@ -39,6 +35,8 @@ class StudentOutput(NamedTuple):
     patch_logits: Tensor | None = None  # [B, K, h, w], pooled to the teacher grid; None when none was asked for
     tokens: Tensor | None = None  # [B, H, W, C], the last patch tokens on the student's grid; None when not asked for
     projected: Mapping[str, Tensor] | None = None  # by name of a term of features, see `cskd.student.projections`
+    token_logits: Mapping[str, Tensor] | None = None  # [B, K] each, by names of `student.tokens`; None without them
+    blocks: Mapping[int, Tensor] | None = None  # [B, H, W, C] of each block that was asked for, before the final norm
 
 
 @dataclass(frozen=True)
@@ -83,30 +81,22 @@ class BothTargets:
 class FeatureTargets:
     """For a loss with terms of features, next to what its other terms read."""
 
-    features: Tensor  # float32 [B, C, h, w], the teacher's last feature map
+    features: Tensor | None  # float32 [B, C, h, w], the teacher's last feature map; None where only stages are read
     logits: HardTargets | SoftTargets | BothTargets | None = None
+    stages: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # maps of earlier stages, each with channels and grid of its own
 
 
 OfOne = HardTargets | SoftTargets | BothTargets | FeatureTargets | None
 AnyTargets = OfOne | Mapping[str, OfOne]  # of one teacher; or of each cache by its name, '' of the first
 
 
-@dataclass(frozen=True)
-class OwnTerm:
-    """A loaded term of a user's own: its name in logs, where and what it is."""
-
-    name: str
-    where: str
-    sha256: str
-    value: Term
-    heads: tuple[str, ...]
-
-
 class Term(Protocol):
     """A term of a user's own: the mean over the rows of a batch, a float scalar with a gradient.
 
     `heads`, where it has such an attribute, names what it trains of the student's outputs beyond what the method trains, out of
-    'class', 'distillation' and 'patches'; patch logits are there for the methods of CSKD and for a term that names 'patches'.
+    'class', 'distillation', 'token:NAME' and 'patches'; patch logits are there for the methods of CSKD and for a term that names 'patches'.
     """
 
     def __call__(self, output: StudentOutput, labels: MixedLabels, targets: OfOne) -> Tensor: ...
@@ -134,7 +124,8 @@ class DistillationLoss:
         self.config, self.terms, self._watched = config, expanded(config), watched
         own = own_terms(config)
         self._own = {one.name: one for one in own}
-        self.uses_patches = any(term.head == "patches" for term in self.terms) or "patches" in _own_heads(own)
+        own_heads = {head for one in own for head in one.heads}
+        self.uses_patches = any(term.head == "patches" for term in self.terms) or "patches" in own_heads
 
     def __call__(
         self, output: StudentOutput, labels: MixedLabels, targets: AnyTargets = None, epoch: int | None = None
@@ -180,7 +171,7 @@ class DistillationLoss:
         if isinstance(targets, Mapping):
             targets = targets[term.cache]
         if term.of_features:
-            return feature_loss(_projected(term, output), _features(targets), term)
+            return feature_loss(_projected(term, output), _features(targets, term), term)
         logits = _logits(term.head, output)
         if term.target == "label":
             return label_loss(logits, labels, term.smoothing)
@@ -210,80 +201,6 @@ class DistillationLoss:
                 f"loss.terms: {own.where} gave a {found}, expected a float scalar: a mean over the batch"
             )
         return value
-
-
-def expanded(config: LossConfig) -> list[LossTerm]:
-    """The terms that a loss is the weighted sum of, in this order: those of its method, then `loss.terms`.
-
-    Raises:  ConfigError where two have one name.
-    """
-    c = config
-    label = LossTerm("class", "label", weight=1 - c.alpha, smoothing=c.smoothing, name="label")
-    kind: Literal["kl", "ce"] = "kl" if c.method.endswith("soft") else "ce"
-    taught = LossTerm(tau=c.tau, divisor="paper" if c.soft_reduction == "paper" else "rows")
-    dist = replace(taught, head="distillation", target="global", kind=kind, weight=c.alpha, name="dist")
-    of_method: list[LossTerm] = []
-    if c.method == "none":
-        of_method = [replace(label, head=c.baseline_head, weight=1.0)]
-    elif c.method != "terms":
-        of_method = [label, dist]
-    if c.method.startswith("cskd"):
-        of_method.append(
-            replace(taught, head="patches", target="cells", kind=kind, weight=c.patch_weight, name="patch")
-        )
-    terms = [*of_method, *c.terms]
-    if any(term.title == AGREEMENT for term in c.terms):
-        raise ConfigError(
-            f"loss.terms: {AGREEMENT!r} is a column of the metrics; give the term another name by its key name"
-        )
-    names = [term.title for term in terms]
-    if twice := [term for term in c.terms if names.count(term.title) > 1]:
-        own = f", of {shortened(twice[0].own, 80)}" if twice[0].own else ""
-        raise ConfigError(
-            f"loss.terms: {twice[0].title!r}{own} is the name of another term too; give it one by its key name"
-        )
-    return terms
-
-
-def needs_teacher(config: LossConfig) -> bool:
-    """Whether a loss reads a teacher's targets, or may: what a term of one's own reads is not known."""
-    return any(bool(term.own) or term.target != "label" for term in expanded(config))
-
-
-def counts(term: LossTerm, epoch: int) -> bool:
-    """Whether a term counts in an epoch, from 0."""
-    return term.epochs is None or term.epochs[0] <= epoch < term.epochs[1]
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a loss reads of a teacher. hard: classes of the image, or of cells too; soft: logits; decays: of terms that have their own;
-    features: the feature map."""
-
-    hard: Literal["none", "global", "cells"]
-    soft: bool
-    decays: tuple[Decay, ...]  # of cells' classes
-    soft_decays: tuple[Decay, ...]
-    features: bool = False
-
-    @property
-    def nothing(self) -> bool:
-        return self.hard == "none" and not self.soft and not self.features
-
-
-def needs(config: LossConfig, cache: str = "") -> Needs:
-    """What a loss reads of a teacher; cache: the name of its cache."""
-    read = [term for term in expanded(config) if not term.own and term.cache == cache and term.target != "label"]
-    terms = [term for term in read if not term.of_features]
-    hard = {term.target for term in terms if term.kind == "ce"}
-    of_cells = [term for term in terms if term.target == "cells" and term.decay is not None]
-    return Needs(
-        "cells" if "cells" in hard else "global" if "global" in hard else "none",
-        any(term.kind != "ce" for term in terms),
-        tuple(dict.fromkeys(t.decay for t in of_cells if t.decay and t.kind == "ce")),
-        tuple(dict.fromkeys(t.decay for t in of_cells if t.decay and t.kind != "ce")),
-        len(terms) < len(read),
-    )
 
 
 def kl_sum(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
@@ -323,82 +240,6 @@ def dkd_loss(student: Tensor, teacher: Tensor, label: Tensor, tau: float, alpha:
     return (alpha * target + beta * other) * tau**2 / len(student)
 
 
-def own_terms(config: LossConfig) -> list[OwnTerm]:
-    """The terms of a user's own, loaded, in order. Raises ConfigError where one can't be."""
-    found: list[OwnTerm] = []
-    for term in config.terms:
-        if not term.own:
-            continue
-        code = load_own(term.own, "loss.terms", "cskd.losses", "function", ConfigError)
-        if code is None or not callable(code.value):
-            what = "no entry point of cskd.losses" if code is None else f"a {type(code.value).__name__}"
-            raise ConfigError(
-                f"loss.terms: {term.own!r} is {what}, expected path/to/file.py:function or package.module:function"
-            )
-        heads = tuple(getattr(code.value, "heads", ()))
-        if wrong := [head for head in heads if head not in HEADS]:
-            raise ConfigError(
-                f"loss.terms: {term.own!r} trains {wrong[0]!r}, expected of {', '.join(HEADS)}; mend its `heads`"
-            )
-        found.append(OwnTerm(term.title, code.where, code.sha256, code.value, heads))
-    return found
-
-
-def terms_of(config: LossConfig) -> tuple[str, ...]:
-    """Names of all terms that a loss may have, as logged; the methods' first."""
-    return tuple(dict.fromkeys((*TERMS, *(term.title for term in expanded(config)))))
-
-
-def _own_heads(own: list[OwnTerm]) -> set[str]:
-    return {head for term in own for head in term.heads}
-
-
-def trained_heads(config: LossConfig, distilled: bool) -> tuple[str, ...]:
-    """What a loss trains of a student's outputs, out of 'class', 'distillation' and 'patches'.
-
-    Args:    distilled whether the student has a distillation token; without one its head is that of the class token.
-    """
-    return read_heads(config, distilled, weightless=False)
-
-
-def read_heads(config: LossConfig, distilled: bool, weightless: bool = True) -> tuple[str, ...]:
-    """What a loss reads of a student's outputs, as `trained_heads`; with `weightless`, what has a weight of 0, too."""
-    trains = _own_heads(own_terms(config))
-    for term in expanded(config):
-        if (term.weight > 0 or weightless) and not term.own:
-            trains |= {"class", "distillation"} if term.head == "mean" else {term.head}
-    if not distilled and "distillation" in trains:
-        trains = trains - {"distillation"} | {"class"}
-    return tuple(name for name in HEADS if name in trains)
-
-
-def refuse_gaps(config: LossConfig, epochs: int) -> None:
-    """ConfigError for an epoch of a run, from 0, in which no term counts."""
-    terms = expanded(config)
-    borders = {
-        0,
-        *(-int(-edge // 1) for term in terms for edge in term.epochs or ()),
-    }  # where a term begins, or has ended
-    for epoch in sorted(border for border in borders if border < epochs):
-        if not any(counts(term, epoch) for term in terms):
-            raise ConfigError(
-                f"loss.terms: no term counts in epoch {epoch} of 0 to {epochs - 1}; mend their epochs"
-                + (f", or set train.epochs={epoch}" if epoch else "")
-            )
-
-
-def unread_keys(loss: LossConfig, given: Collection[str]) -> list[str]:
-    """Which of the keys of the section `loss` that a config gives its method and terms do not read."""
-    method = loss.method
-    read = {"method", "terms"} | ({"smoothing"} if method != "terms" else set())
-    read |= {"baseline_head"} if method == "none" else {"alpha"} if method != "terms" else set()
-    fused = any(term.target == "cells" and term.decay is None for term in expanded(loss))
-    read |= {"decay"} if fused else set()
-    read |= {"patch_weight"} if method.startswith("cskd") else set()
-    read |= {"tau", "soft_reduction"} if method.endswith("soft") else set()
-    return sorted(key for key in given if key.startswith("loss.") and key.removeprefix("loss.") not in read)
-
-
 def label_loss(logits_BK: Tensor, labels: MixedLabels, smoothing: float) -> Tensor:
     """Cross entropy with the mixed, smoothed label, mean over the batch.
 
@@ -425,16 +266,17 @@ def _logits(head: str, output: StudentOutput) -> Tensor:
         if output.patch_logits is None:
             raise ValueError("no patch logits: the student was called without a teacher grid")
         return _full(output.patch_logits)
+    tokens = output.token_logits or {}
+    if head.startswith(TOKEN):
+        if head.removeprefix(TOKEN) not in tokens:
+            raise ValueError(f"no logits of {head}: the student has the tokens {', '.join(tokens) or 'none'}")
+        return _full(tokens[head.removeprefix(TOKEN)])
     cls = _full(output.cls_logits)
-    if head == "class" or output.dist_logits is None:
-        return cls
-    dist = _full(output.dist_logits)
-    return dist if head == "distillation" else (cls + dist) / 2
-
-
-def cells_term(loss: LossConfig) -> LossTerm | None:
-    """The first term of a loss that teaches patch tokens the teacher's cells; None where none does: nothing to agree with."""
-    return next((t for t in expanded(loss) if not t.own and (t.head, t.target) == ("patches", "cells")), None)
+    dist = cls if output.dist_logits is None else _full(output.dist_logits)
+    if head != "mean":
+        return dist if head == "distillation" else cls
+    others = [*([] if output.dist_logits is None else [dist]), *map(_full, tokens.values())]
+    return sum(others, cls) / (1 + len(others)) if others else cls
 
 
 @torch.no_grad()
@@ -471,10 +313,13 @@ def _projected(term: LossTerm, output: StudentOutput) -> Tensor:
     return _full(output.projected[term.title])
 
 
-def _features(targets: OfOne) -> Tensor:
+def _features(targets: OfOne, term: LossTerm) -> Tensor:
     if not isinstance(targets, FeatureTargets):
         raise TypeError(f"targets are {type(targets).__name__}, expected FeatureTargets for a term of features")
-    return targets.features
+    found = targets.stages.get(term.stage) if term.stage else targets.features
+    if found is None:
+        raise ValueError(f"no map for {term.title}: the targets have the stages {list(targets.stages)}")
+    return found
 
 
 def _hard(targets: OfOne) -> HardTargets:

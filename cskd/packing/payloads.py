@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import signal
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -117,5 +118,7 @@ def _payload(place: Place, remake: Remake) -> Payload:
 
 def _pool(workers: int, processes: bool) -> Executor:
     if processes:
-        return ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver"))
+        # The fork server may be one that a training started, deaf to SIGTERM, by which a pool ends its processes.
+        hears = partial(signal.signal, signal.SIGTERM, signal.SIG_DFL)
+        return ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver"), hears)
     return ThreadPoolExecutor(workers, "pack-read")

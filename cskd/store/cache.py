@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cskd.codecs import Arrays, Codec, get_codec, of_map_alone
-from cskd.codecs.features import FeaturesCodec
-from cskd.codecs.measured import Measured
+from cskd.codecs.base import hard_rank
+from cskd.codecs.measured import AnyMeasured
+from cskd.codecs.tabled import TabledCodec
 from cskd.config import RecipeConfig
 from cskd.dataset.inventory import Inventory, open_inventory
 from cskd.dataset.inventory_format import copy_inventory
@@ -49,7 +50,7 @@ class Cache:
             name: get_codec(name, len(self.classes), self.grid) for name in self.identity.codecs
         }
         for name, codec in self.codecs.items():
-            if isinstance(codec, FeaturesCodec):
+            if isinstance(codec, TabledCodec):
                 codec.use_tables(partial(read_tables, root, name, (manifest.tables or {}).get(name, "")))
         if self.identity.teacher.get("dense") == "none":
             of_map_alone(self.codecs.values(), self.identity.teacher.get("head") != "no_classes")
@@ -62,7 +63,7 @@ class Cache:
     @property
     def hard_codec(self) -> str:
         """The codec to read hard targets from: an exact one where there is one, else one that has cells."""
-        return min(self.codecs, key=lambda name: (not self.codecs[name].exact_hard, not self.codecs[name].cells))
+        return min(self.codecs, key=lambda name: hard_rank(self.codecs[name]))
 
     def commit_of(self, block: int, view: int, exact: bool = False) -> Commit | None:
         """The unit's commit record, None while it is missing. CacheError when damaged or of another identity.
@@ -131,7 +132,7 @@ class Cache:
         fields: dict[str, NDArray[Any]],
         targets: dict[str, Arrays],
         quarantine: dict[int, str],
-        errors: Mapping[str, Measured] | None = None,
+        errors: Mapping[str, AnyMeasured] | None = None,
     ) -> Commit:
         """Write and commit one unit; rows in block order without the quarantined ones. errors: of each codec, as measured."""
         first, stop = self.inventory.block_range(block)

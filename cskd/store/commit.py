@@ -14,14 +14,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cskd.codecs.measured import Measured
+from cskd.codecs.measured import AnyMeasured, from_facts
+from cskd.codecs.stages import STORED
 from cskd.errors import CacheError
 from cskd.files.durable import json_bytes, json_hash, put
 from cskd.files.read import parse_json, read_file
 from cskd.store.format import CONTAINERS, FORMAT, commit_file, unit_file
 
 _HASH = re.compile(r"[0-9a-f]{64}")
-_CODEC = re.compile(r"[a-z0-9:]{1,32}")
+_CODEC = re.compile(rf"[a-z0-9:]{{1,32}}|{STORED}")
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ class Commit:
     stats: dict[str, dict[str, float]] = field(default_factory=dict)  # codec -> `cskd.codecs.measured.Measured.facts`
 
     @property
-    def errors(self) -> dict[str, Measured]:
+    def errors(self) -> dict[str, AnyMeasured]:
         """The error of each codec, as it was measured when the unit was made; empty of what an older version made."""
-        return {name: Measured.of(facts) for name, facts in self.stats.items()}
+        return {name: from_facts(facts) for name, facts in self.stats.items()}
 
 
 def write_file(

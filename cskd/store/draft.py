@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cskd.codecs import Arrays
-from cskd.codecs.measured import Measured, together
+from cskd.codecs.measured import AnyMeasured, from_numbers, together
 from cskd.errors import CskdError
 from cskd.files.durable import put
 from cskd.files.read import parse_json
@@ -39,7 +39,7 @@ class Rows:
     position: NDArray[np.int64]
     crc: NDArray[np.int64]
     targets: dict[str, Arrays]
-    errors: dict[str, Measured] = field(default_factory=dict)  # by codec, measured when they were encoded
+    errors: dict[str, AnyMeasured] = field(default_factory=dict)  # by codec, measured when they were encoded
 
 
 def write_draft(
@@ -72,7 +72,7 @@ def write_draft(
     put(cache.root / draft_file(block, view, hashlib.sha256(data).hexdigest()), data)
 
 
-def errors_of(parts: Sequence[Rows]) -> dict[str, Measured]:
+def errors_of(parts: Sequence[Rows]) -> dict[str, AnyMeasured]:
     """The error of each codec over all rows, where it was measured."""
     names = dict.fromkeys(name for part in parts for name in part.errors)
     found = {name: together(part.errors[name] for part in parts if name in part.errors) for name in names}
@@ -131,5 +131,5 @@ def _read(
     }
     for name, codec in cache.codecs.items():
         codec.check(targets[name], len(position), len(cache.classes))
-    errors = {name: Measured(*error) for name, error in about["errors"].items() if name in cache.codecs}
+    errors = {name: from_numbers(error) for name, error in about["errors"].items() if name in cache.codecs}
     return Rows(places, position, fields["crc"].astype(np.int64), targets, errors), bad

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cskd.codecs import Arrays, Codec
-from cskd.codecs.measured import Measured
+from cskd.codecs.measured import AnyMeasured
 from cskd.config import RecipeConfig
 from cskd.dataset.inventory import Inventory
 from cskd.seeds import view_seeds
@@ -72,7 +72,7 @@ class UnitBuilder:
         crc: NDArray[np.int64],
         encoded: dict[str, Arrays],
         place: int | None = None,
-        errors: dict[str, Measured] | None = None,
+        errors: dict[str, AnyMeasured] | None = None,
     ) -> None:
         """Targets and pixel digests of some good samples, by their positions in the block. place: where in the order their batch
         begins; a batch that comes twice, since an interrupt came in between, counts once."""
@@ -92,7 +92,7 @@ class UnitBuilder:
         return [self._parts[place] for place in sorted(new)]
 
     @property
-    def errors(self) -> dict[str, Measured]:
+    def errors(self) -> dict[str, AnyMeasured]:
         """What the codecs' errors were, over all rows."""
         return errors_of([self._parts[place] for place in sorted(self._parts)])
 

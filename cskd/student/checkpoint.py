@@ -6,6 +6,7 @@ model.safetensors       the weights to use, as `train.export` says: the live one
 model_last.safetensors  the live weights, where model.safetensors holds others
 model_ema.safetensors   the averaged weights, where there are some and model.safetensors holds others
 model_best.safetensors  the best weights, where `train.best` keeps some and model.safetensors holds others
+heads*.safetensors      with `student.tokens`: beside each of these files the heads of its tokens, see cskd.student.tokens
 config.json             architecture, arguments, class names, preprocessing; timm.create_model("local-dir:RUN",
                         pretrained=True) reads it, and so does `load_student`
 resume/                 see cskd.student.resume
@@ -35,6 +36,7 @@ from cskd.student.heads import export_factors, multiplied, recorded_factors, rec
 from cskd.student.model import Student, build_student
 from cskd.student.optim import Optimisation
 from cskd.student.resume import ResumeStates, TrainState, put_file, put_weights
+from cskd.student.tokens import heads_file, put_together, read_token_heads, recorded_tokens, taken_apart
 
 __all__ = ["MODEL", "MODEL_BEST", "MODEL_EMA", "MODEL_LAST", "ResumeStates", "TrainState", "export", "load_student"]
 
@@ -79,9 +81,14 @@ def export(
     factors = export_factors(student.trained, student.distilled)
     for name, other in (("live", MODEL_LAST), ("ema", MODEL_EMA), ("best", MODEL_BEST)):
         if name in weights:
-            put_weights(folder / (MODEL if name == chosen else other), multiplied(weights[name], factors))
+            path = folder / (MODEL if name == chosen else other)
+            vit, heads = taken_apart(weights[name], student.tokens)
+            if heads:
+                put_weights(heads_file(path), heads)
+            put_weights(path, multiplied(vit, factors))
         if name not in weights or name == chosen:
             (folder / other).unlink(missing_ok=True)
+            heads_file(folder / other).unlink(missing_ok=True)
     facts = timm_config(student, classes, crop_pct=config.train.eval_crop_pct)
     facts["cskd"] = {
         "version": cskd.__version__,
@@ -95,6 +102,9 @@ def export(
         "image_size": list(student.image_size),
         "patch_grid": list(student.patch_grid),
     }
+    if student.tokens:  # those at `first` and after it of what timm's forward_features gives
+        first = int(student.backbone.num_prefix_tokens) - len(student.tokens)
+        facts["cskd"]["tokens"] = {"names": list(student.tokens), "first": first, "heads": heads_file(Path(MODEL)).name}
     if best is not None:
         facts["cskd"]["best"] = best.record()
     if changed:
@@ -130,6 +140,8 @@ def timm_config(student: Student, classes: Sequence[str], crop_pct: float) -> di
         arguments.setdefault("img_size", height if height == width else [height, width])
     else:
         arguments.pop("img_size", None)
+    if "reg_tokens" in student.arguments:
+        arguments["reg_tokens"] = student.arguments["reg_tokens"]
     pooling, dynamic = getattr(model, "global_pool", None), getattr(model, "dynamic_img_size", None)
     fixed = own.get("fixed_input_size", False) if dynamic is None else not dynamic
     return {
@@ -179,7 +191,7 @@ def load_student(path: Path) -> tuple[Student, dict[str, Any]]:
     try:
         with torch.device("meta"):  # costs no memory: a few words in config.json can ask for any amount of it
             described = build_student(config, classes, size, trained=True)
-            own = described.backbone.state_dict()
+            own, own_heads = taken_apart(described.backbone.state_dict(), described.tokens)
         expected = sum(t.nbytes for t in own.values())
         if expected > 4 * weights.stat().st_size:  # float32 from 8 bits
             raise ValueError(f"the model it describes has {expected} bytes")
@@ -189,7 +201,9 @@ def load_student(path: Path) -> tuple[Student, dict[str, Any]]:
         student = build_student(config, classes, size, trained=True, layout=getattr(described, "layout", None))
         if odd := first_not_finite(tensors):
             raise ValueError(f"its {odd} is not finite")
-        student.trained = recorded_heads(facts, student.distilled)
+        student.trained = recorded_heads(facts, student.distilled, student.tokens)
+        if own_heads:
+            tensors = tensors | put_together(read_token_heads(weights, own_heads), student.tokens)
         student.backbone.load_state_dict(multiplied(tensors, undo))
     except StudentError:
         raise
@@ -218,8 +232,10 @@ def _described(facts: dict[str, Any]) -> tuple[StudentConfig, int, tuple[int, in
             raise ValueError(f"{name} is {str(how[name])[:80]}, expected three numbers in [0, 1]")
     if not 0.0 < float(how["crop_pct"]) <= 1.0 or min(how["std"]) <= 0:
         raise ValueError(f"crop_pct is {str(how['crop_pct'])[:40]}, expected a share in (0, 1], and std above 0")
+    if tokens := recorded_tokens(facts):
+        arguments = arguments | {"reg_tokens": arguments["reg_tokens"] - len(tokens)}
     return (
-        StudentConfig(str(facts["architecture"]), arguments, mean=how["mean"], std=how["std"]),
+        StudentConfig(str(facts["architecture"]), arguments, tokens=tokens, mean=how["mean"], std=how["std"]),
         classes,
         (height, width),
     )

@@ -7,23 +7,22 @@ multiplied by 2^-64: timm's mean then is the trained head's logits, exactly, and
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from cskd.config.schema import LossConfig
-from cskd.method.losses import expanded, trained_heads
+from cskd.method.terms import TOKEN, all_heads, expanded, trained_heads
 
-HEADS = ("class", "distillation", "patches")
 UNTRAINED = ".untrained"  # after the name of a head that the loss did not train
 _LAYER = {"class": "head", "distillation": "head_dist"}  # of timm's distilled ViTs
 DOUBLED, SILENCED = 2.0, 2.0**-64  # factors of the exported layers
 
 
-def heads_of(distilled: bool) -> tuple[str, ...]:
-    """The heads a student has."""
-    return HEADS if distilled else ("class", "patches")
+def heads_of(distilled: bool, tokens: Sequence[str] = ()) -> tuple[str, ...]:
+    """The heads a student has; tokens: its tokens by name."""
+    return tuple(name for name in all_heads(tokens) if distilled or name != "distillation")
 
 
 def score_head(trained: Collection[str]) -> str:
@@ -31,10 +30,10 @@ def score_head(trained: Collection[str]) -> str:
     return "+".join(name for name in ("class", "distillation") if name in trained)
 
 
-def untrained_note(loss: LossConfig, name: str, distilled: bool) -> str:
+def untrained_note(loss: LossConfig, name: str, distilled: bool, tokens: Sequence[str] = ()) -> str:
     """Which heads of student `name` the loss does not train, and what follows from it, in one line; '' where it trains all."""
-    trained = trained_heads(loss, distilled)
-    idle = [head for head in heads_of(distilled) if head not in trained]
+    trained = trained_heads(loss, distilled, tokens)
+    idle = [head for head in heads_of(distilled, tokens) if head not in trained]
     if not idle:
         return ""
     why = f"loss.method {loss.method}"
@@ -50,7 +49,8 @@ def untrained_note(loss: LossConfig, name: str, distilled: bool) -> str:
 
 def shared_head_note(loss: LossConfig, name: str, distilled: bool) -> str:
     """What a distilling method means for a student without a distillation token, in one line; '' where there is one."""
-    taught = {term.target for term in expanded(loss) if term.weight > 0 and not (term.own or term.of_features)}
+    terms = [term for term in expanded(loss) if term.weight > 0 and not (term.own or term.head.startswith(TOKEN))]
+    taught = {term.target for term in terms if not term.of_features}
     if distilled or len(taught) < 2:
         return ""
     words = {"label": "the label", "global": "the teacher's class", "cells": "the cells"}
@@ -85,7 +85,7 @@ def recorded_factors(facts: Mapping[str, Any]) -> dict[str, float]:
     return {layer: 1 / factor for layer, factor in factors.items()}
 
 
-def recorded_heads(facts: Mapping[str, Any], distilled: bool) -> tuple[str, ...]:
+def recorded_heads(facts: Mapping[str, Any], distilled: bool, tokens: Sequence[str] = ()) -> tuple[str, ...]:
     """The trained heads a run's config.json names. Raises ValueError and others for what `cskd` did not write.
 
     One of an earlier version names only the method, which for 'none' trained both heads; one of somebody else nothing: then
@@ -97,7 +97,7 @@ def recorded_heads(facts: Mapping[str, Any], distilled: bool) -> tuple[str, ...]
         loss = LossConfig(method, baseline_head="mean" if method == "none" else "class")
         return trained_heads(loss, distilled) if method is not None else heads_of(distilled)
     trained = about["heads"]["trained"]
-    known = heads_of(distilled)
+    known = heads_of(distilled, tokens)
     if not isinstance(trained, list) or not score_head(trained) or not set(trained) <= set(known):
         raise ValueError(f"cskd.heads.trained is {str(trained)[:80]}, expected some of {', '.join(known)}")
     return tuple(trained)

@@ -9,7 +9,8 @@ Source: arXiv 2307.08500, section 3; models/vision_transformer.py of the authors
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,10 +25,13 @@ from torch import Tensor, nn
 from cskd.config.schema import LossConfig, StudentConfig
 from cskd.errors import StudentError
 from cskd.files.weights import READ_BY_TIMM
-from cskd.method.losses import StudentOutput, read_heads, trained_heads
+from cskd.method.losses import StudentOutput
+from cskd.method.terms import HEADS, TOKEN, read_heads, refuse_other_tokens, trained_heads
 from cskd.near import did_you_mean
+from cskd.student.blocks import depth_of, of_blocks
 from cskd.student.cells import Layout, cell_logits, measure
-from cskd.student.heads import HEADS, UNTRAINED, heads_of, shared_head_note, untrained_note
+from cskd.student.heads import UNTRAINED, heads_of, shared_head_note, untrained_note
+from cskd.student.tokens import add_heads, refuse_tokens, token_logits
 from cskd.student.warm_start import start_from
 from cskd.views.fit import Grid, multiples, patch_notes, unseen
 
@@ -40,7 +44,8 @@ _SET_ELSEWHERE = dict.fromkeys(READ_BY_TIMM, "set student.init") | {
 
 
 class Student(nn.Module):
-    """A ViT and its patch logits. `backbone` is the timm model as it is: its state dict is what gets exported.
+    """A ViT and its patch logits. `backbone` is the timm model as it is: its state dict is what gets exported; with
+    `student.tokens` it has their heads, too, see `cskd.student.tokens`.
 
     Patch tokens go through the head of the distillation token, or through the one head of a plain ViT. They are pooled
     to the teacher grid first: before a linear head that is the same as pooling logits, at a fraction of the cost. Where
@@ -58,34 +63,46 @@ class Student(nn.Module):
         self.patch_grid = self._grid_at(image_size)
         self.num_classes = int(backbone.num_classes)
         self.distilled = isinstance(backbone, VisionTransformerDistilled)
+        self.tokens = tuple(config.tokens)
+        if self.tokens:
+            add_heads(backbone, len(self.tokens))
         own = cast("dict[str, Any]", backbone.pretrained_cfg)
         self.mean = [float(v) for v in config.mean or own["mean"]]  # of RGB in [0, 1]
         self.std = [float(v) for v in config.std or own["std"]]
         self.misfit = self._misfit()  # why it does not see all of an image; '' where it does
         self.notes = [note for note in (self._norm(), self.misfit, self._padding()) if note]
-        self.trained = heads_of(self.distilled)  # by the loss, see `taught_by`
+        self.trained = heads_of(self.distilled, self.tokens)  # by the loss, see `taught_by`
 
     def taught_by(self, loss: LossConfig) -> None:
-        """Have `trained` say which heads this loss trains, and `notes` which it does not."""
-        self.trained = trained_heads(loss, self.distilled)
-        notes = (note(loss, self.config.model, self.distilled) for note in (untrained_note, shared_head_note))
+        """Have `trained` say which heads this loss trains, and `notes` which it does not. ConfigError for tokens that it lacks."""
+        name, distilled = self.config.model, self.distilled
+        refuse_other_tokens(loss, name, self.tokens)
+        self.trained = trained_heads(loss, distilled, self.tokens)
+        notes = (untrained_note(loss, name, distilled, self.tokens), shared_head_note(loss, name, distilled))
         self.notes = [*self.notes, *filter(None, notes)]
 
     def freeze_unused(self, loss: LossConfig) -> None:
         """Ask for no gradient of a head that the loss does not read: DistributedDataParallel waits for each one asked for."""
         if self.distilled and not {"distillation", "patches"} & set(read_heads(loss, self.distilled)):
             cast(nn.Module, self.backbone.head_dist).requires_grad_(False)
+        for token, head in zip(
+            self.tokens, cast(nn.ModuleList, self.backbone.token_heads) if self.tokens else [], strict=True
+        ):
+            head.requires_grad_(TOKEN + token in read_heads(loss, False, self.tokens))
 
-    def forward(self, images: Tensor, teacher_grid: Grid | None = None, tokens: bool = False) -> StudentOutput:
+    def forward(
+        self, images: Tensor, teacher_grid: Grid | None = None, tokens: bool = False, blocks: Sequence[int] = ()
+    ) -> StudentOutput:
         """Logits of every head.
 
         Args:    images float32 [B, 3, H, W], normalised; teacher_grid (h, w), None = no patch logits, (1, 1) = their
-                 mean over the image, which is all that evaluation needs; tokens: give the patch tokens, too.
+                 mean over the image, which is all that evaluation needs; tokens: give the patch tokens, too; blocks: give those of
+                 these blocks, -1 the last, see `refuse_blocks`.
         Returns: float32 logits whatever the autocast: a loss in bf16 would be too coarse.
         Raises:  StudentError for a teacher grid finer than the patch grid.
         """
         vit = self.backbone
-        features = vit.forward_features(images)  # [B, prefix + N, C], after the final norm
+        features, found = self._features(images, blocks)  # [B, prefix + N, C], after the final norm
         pooled = dist = patches = None
         own, grid = features[:, vit.num_prefix_tokens :], self._grid_at((images.shape[-2], images.shape[-1]))
         if teacher_grid is not None:
@@ -105,7 +122,36 @@ class Student(nn.Module):
             dist,
             None if patches is None else patches.permute(0, 3, 1, 2).float(),
             own.reshape(len(own), *grid, -1) if tokens else None,
+            token_logits=token_logits(vit, self.tokens, features) if self.tokens else None,
+            blocks=found,
         )
+
+    def _features(self, images: Tensor, blocks: Sequence[int]) -> tuple[Tensor, dict[int, Tensor] | None]:
+        """The last features, and [B, H, W, C] of blocks."""
+        if not blocks:
+            return self.backbone.forward_features(images), None
+        features, maps = of_blocks(self.backbone, images, sorted({n % self.depth for n in blocks}))
+        return features, {n: maps[n % self.depth].permute(0, 2, 3, 1) for n in blocks}
+
+    @cached_property
+    def depth(self) -> int:
+        """How many blocks, or stages, timm's forward_intermediates gives; 0 where the model has no such method."""
+        return depth_of(self.backbone, self.image_size)
+
+    def refuse_blocks(self, blocks: Sequence[int]) -> None:
+        """StudentError for a block that there is not."""
+        if not blocks:
+            return
+        if not self.depth:
+            raise StudentError(
+                f"loss.terms: student {self.config.model} does not give the tokens of its blocks (timm's forward_intermediates); "
+                "teach head: tokens, or take another model"
+            )
+        if max(blocks) >= self.depth:
+            raise StudentError(
+                f"loss.terms: head block:{max(blocks)}, and student {self.config.model} has blocks 0 to {self.depth - 1}; name one of "
+                "these, or block:last"
+            )
 
     def check_grid(self, teacher_grid: Grid) -> None:
         """StudentError when the teacher's grid is finer than the student's: a token can't be split."""
@@ -209,16 +255,18 @@ class MapStudent(Student):
             )
         self.notes = [*about, *self.notes]
 
-    def forward(self, images: Tensor, teacher_grid: Grid | None = None, tokens: bool = False) -> StudentOutput:
+    def forward(
+        self, images: Tensor, teacher_grid: Grid | None = None, tokens: bool = False, blocks: Sequence[int] = ()
+    ) -> StudentOutput:
         """As `Student.forward`, of images of the size that the layout was measured with."""
-        features = self.backbone.forward_features(images)
+        features, found = self._features(images, blocks)
         cls, patches = self.backbone.forward_head(features), None
         cells = self.layout.cells(features) if tokens or teacher_grid is not None else None
         if teacher_grid is not None and cells is not None:
             self.check_grid(teacher_grid)
             pooled = pool_tokens(cells.flatten(1, 2), (cells.shape[1], cells.shape[2]), teacher_grid)
             patches = cell_logits(self.backbone, self.layout, pooled).permute(0, 3, 1, 2).float()
-        return StudentOutput(cls.float(), None, patches, cells if tokens else None)
+        return StudentOutput(cls.float(), None, patches, cells if tokens else None, blocks=found)
 
     def _norm(self) -> str:
         return ""  # what `measure` found of the head is said already
@@ -247,28 +295,33 @@ def pool_tokens(tokens_BNC: Tensor, grid: Grid, teacher_grid: Grid) -> Tensor:
 def eval_heads(output: StudentOutput, trained: Collection[str] = HEADS) -> dict[str, Tensor]:
     """What inference can predict from, float32 [B, K] each; averages are of logits.
 
-    'class', 'distillation' and 'patches' (mean over the cells) are the heads; 'class+distillation' is what timm's
-    forward gives, 'all' averages the three, as the CSKD authors' code does. A plain ViT has no distillation head: its
-    'all' averages two. Without patch logits there is neither 'patches' nor 'all'. A head that is not in `trained` is called
+    'class', 'distillation', 'token:NAME' and 'patches' (mean over the cells) are the heads; 'class+distillation' is what timm's
+    forward gives, 'class+token:NAME+...' averages those of all tokens, 'all' the patches', too, as the CSKD authors' code does. A
+    plain ViT has no distillation head: its 'all' averages two. Without patch logits there is neither 'patches' nor 'all'. A head that is not in `trained` is called
     so ('patches.untrained') and is part of no average: where two of three are left, their average has their names.
     """
     cls, dist, patch = output[:3]
-    found = {"class": cls, "distillation": dist, "patches": None if patch is None else patch.mean((2, 3))}
+    tokens = {TOKEN + name: head for name, head in (output.token_logits or {}).items()}
+    found = {"class": cls, "distillation": dist, **tokens, "patches": None if patch is None else patch.mean((2, 3))}
     logits = {name: head for name, head in found.items() if head is not None}
     heads = {name if name in trained else name + UNTRAINED: head for name, head in logits.items()}
     parts = [name for name in logits if name in trained]
-    if dist is not None and parts[:2] == ["class", "distillation"]:
-        heads["class+distillation"] = (cls + dist) / 2
+    if len(of_tokens := [part for part in parts if part != "patches"]) > 1:
+        heads["+".join(of_tokens)] = _mean([logits[part] for part in of_tokens])
     if "patches" in parts[1:]:
-        name = "all" if len(parts) == len(logits) else "+".join(parts)
-        heads[name] = sum((logits[part] for part in parts[1:]), logits[parts[0]]) / len(parts)
+        heads["all" if len(parts) == len(logits) else "+".join(parts)] = _mean([logits[part] for part in parts])
     return heads
+
+
+def _mean(logits: list[Tensor]) -> Tensor:
+    return sum(logits[1:], logits[0]) / len(logits)
 
 
 def head_names(student: Student) -> list[str]:
     """The heads that `eval_heads` finds in the output of an evaluation."""
     image = torch.zeros(1, 1)
-    output = StudentOutput(image, image if student.distilled else None, image[..., None, None])
+    tokens = dict.fromkeys(student.tokens, image)
+    output = StudentOutput(image, image if student.distilled else None, image[..., None, None], token_logits=tokens)
     return list(eval_heads(output, student.trained))
 
 
@@ -290,17 +343,23 @@ def build_student(
     """
     size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
     _check_name(config.model)
-    model, arguments = _create(config, num_classes, _model_kwargs(config, size))
+    kwargs = _model_kwargs(config, size)
+    if config.tokens:
+        with torch.device("meta"):
+            probe, _ = _create(config, num_classes, kwargs)
+        refuse_tokens(config.model, probe, _is_plain(config.model, probe))
+        kwargs["reg_tokens"] = cast(VisionTransformer, probe).num_reg_tokens + len(config.tokens)
+    model, arguments = _create(config, num_classes, kwargs)
     student = (
         Student(cast(VisionTransformer, model), config, size)
         if _is_plain(config.model, model)
         else MapStudent(model, config, size, layout)
     )
-    student.arguments = arguments
+    student.arguments = arguments | ({"reg_tokens": kwargs["reg_tokens"]} if config.tokens else {})
     if student.misfit and not trained:
         raise StudentError(student.misfit)
     if config.init:
-        student.notes += start_from(model, Path(config.init))
+        student.notes += start_from(model, Path(config.init), config.tokens)
     return student
 
 

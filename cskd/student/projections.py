@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
-from cskd.config.schema import LossConfig
-from cskd.method.features import MapShape
-from cskd.method.losses import StudentOutput, expanded
+from cskd.config.schema import LossConfig, LossTerm
+from cskd.method.features import MapShape, bilinear, finer
+from cskd.method.losses import StudentOutput
+from cskd.method.terms import blocks_of, expanded
 from cskd.seeds import hash64
 from cskd.student.model import Student, pool_tokens
 
@@ -26,35 +27,51 @@ from cskd.student.model import Student, pool_tokens
 class Projections(nn.ModuleList):
     """The layers of a loss, in the order of its terms of features.
 
-    Args:    width C; maps those of the teachers by cache, '' of the first; seed: first weights follow from it and the term's place.
+    Args:    widths: C of the tokens that each term reads, by its head, or one for all; maps those of the teachers by `map_name` of a
+             term; seed: first weights follow from it and the term's place.
     """
 
-    def __init__(self, config: LossConfig, width: int, maps: Mapping[str, MapShape], seed: int) -> None:
+    def __init__(
+        self, config: LossConfig, widths: Mapping[str, int] | int, maps: Mapping[str, MapShape], seed: int
+    ) -> None:
         super().__init__()
         self.terms, self.maps = [term for term in expanded(config) if term.of_features], dict(maps)
+        self.tokens = any(term.block is None for term in self.terms)
+        self.blocks = blocks_of(config)
         with torch.random.fork_rng(devices=[]):
             for i, term in enumerate(self.terms):
                 torch.manual_seed(hash64("projection", seed, i))
                 free = term.projection == "linear"
-                layer = nn.Linear(width, self.maps[term.cache].channels, bias=free)
+                width = widths if isinstance(widths, int) else widths[term.head]
+                layer = nn.Linear(width, self.maps[term.map_name].channels, bias=free)
                 self.append(layer if free else orthogonal(layer, use_trivialization=False))
 
     def forward(self, output: StudentOutput) -> StudentOutput:
-        """With `projected`: float32 [B, D, h, w] of a term of `features`, [B, D] of one of `pooled`; needs `tokens`."""
-        tokens_BHWC, found = output.tokens, dict[str, Tensor]()
-        if tokens_BHWC is None:
-            raise ValueError("no tokens: the student was called without tokens=True")
-        own = (tokens_BHWC.shape[1], tokens_BHWC.shape[2])
+        """With `projected`: float32 [B, D, h, w], or [B, D] of a term of `pooled`; needs `tokens` and `blocks` of the terms' heads."""
+        found = dict[str, Tensor]()
         # Not in half precision: the matrix would be orthogonal to three digits.
-        with torch.autocast(tokens_BHWC.device.type, enabled=False):
+        with torch.autocast(output.cls_logits.device.type, enabled=False):
             for term, layer in zip(self.terms, self, strict=True):
+                tokens_BHWC = output.tokens if term.block is None else (output.blocks or {}).get(term.block)
+                if tokens_BHWC is None:
+                    raise ValueError(
+                        f"no tokens for {term.title}: the student was called without tokens=True, or blocks"
+                    )
                 x = tokens_BHWC.float() if tokens_BHWC.dtype != torch.float64 else tokens_BHWC
-                grid = self.maps[term.cache].grid
-                x = x.mean((1, 2)) if term.target == "pooled" else pool_tokens(x.flatten(1, 2), own, grid)
                 if term.projection == "orthogonal":
                     _restore_signs(layer)
-                found[term.title] = layer(x).movedim(-1, 1)
+                found[term.title] = self._of(x, term, layer)
         return output._replace(projected=found)
+
+    def _of(self, x_BHWC: Tensor, term: LossTerm, layer: nn.Module) -> Tensor:
+        own, grid = (x_BHWC.shape[1], x_BHWC.shape[2]), self.maps[term.map_name].grid
+        if term.target == "pooled":
+            return cast(Tensor, layer(x_BHWC.mean((1, 2))))
+        if term.resize == "finer":
+            grid = finer(own, grid)
+        if own[0] >= grid[0] and own[1] >= grid[1]:
+            return cast(Tensor, layer(pool_tokens(x_BHWC.flatten(1, 2), own, grid)).movedim(-1, 1))
+        return bilinear(layer(x_BHWC).movedim(-1, 1), grid)
 
     def groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Parameter groups for an optimiser: the matrices of linear layers decay, as the student's do; nothing else does."""
@@ -73,20 +90,30 @@ class Taught(nn.Module):
 
     def forward(self, images: Tensor, teacher_grid: tuple[int, int] | None = None) -> StudentOutput:
         """As `Student.forward`, with `projected`."""
-        output: StudentOutput = self.projections(self.student(images, teacher_grid, tokens=True))
+        of = self.projections
+        output: StudentOutput = of(self.student(images, teacher_grid, tokens=of.tokens, blocks=of.blocks))
         return output
 
 
 @torch.no_grad()
 def token_width(student: Student) -> int:
     """C of a student's tokens, found by one image: what models say of themselves differs."""
+    return token_widths(student, LossConfig("none", terms=[LossTerm("tokens", "pooled", "mse")]))["tokens"]
+
+
+@torch.no_grad()
+def token_widths(student: Student, loss: LossConfig) -> dict[str, int]:
+    """C of the tokens that the terms of features of a loss read, by their heads. StudentError as `Student.refuse_blocks`."""
+    terms, blocks = [term for term in expanded(loss) if term.of_features], blocks_of(loss)
+    student.refuse_blocks(blocks)
     training, device = student.training, next(student.parameters()).device
     try:
-        output = student.eval()(torch.zeros(1, 3, *student.image_size, device=device), tokens=True)
+        image = torch.zeros(1, 3, *student.image_size, device=device)
+        output = student.eval()(image, tokens=True, blocks=blocks)
     finally:
         student.train(training)
-    assert output.tokens is not None
-    return int(output.tokens.shape[-1])
+    every = {None: output.tokens, **(output.blocks or {})}
+    return {term.head: int(every[term.block].shape[-1]) for term in terms}
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,17 +19,19 @@ from cskd.files.paths import local_path
 from cskd.files.read import parse_json, read_file
 from cskd.files.weights import first_not_finite, read_weights
 from cskd.student.heads import multiplied, recorded_factors, recorded_heads
+from cskd.student.tokens import fit_tokens, put_together, read_token_heads, recorded_tokens
 
 PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
 CLASSIFIERS = ("head", "head_dist")
 PRETEXT = ("decoder_", "mask_token")  # what masked autoencoders are trained with in addition
 
 
-def start_from(model: nn.Module, path: Path) -> list[str]:
+def start_from(model: nn.Module, path: Path, tokens: Sequence[str] = ()) -> list[str]:
     """Load a checkpoint into `model`, all of it but a classifier of other classes.
 
     A distillation token is kept where both have one. Where only the checkpoint has one, it is left out with its position and
-    head. Where only the student has one, they are as first drawn. Position embeddings are resized as timm does it.
+    head. Where only the student has one, they are as first drawn. The same of each token by name, `tokens`, whose heads lie in a
+    file beside the checkpoint. Position embeddings are resized as timm does it.
 
     Args:    path as `cskd.files.weights.read_weights` takes it. A config.json next to the weights says the resolution
              they were trained at; without one the patches form a square.
@@ -45,8 +48,12 @@ def start_from(model: nn.Module, path: Path) -> list[str]:
     if pretext := [name for name in state if name.startswith(PRETEXT) and name not in own]:
         notes.append(f"{len(pretext)} tensors of {path.name} were left out: a decoder of MAE or a mask token")
         state = {name: t for name, t in state.items() if name not in pretext}
-    state = _as_trained(path, state, notes)
-    drawn = _fit_distillation_token(path, state, own, notes) if isinstance(model, VisionTransformer) else set[str]()
+    state, theirs = _as_trained(path, state, notes)
+    drawn = set[str]()
+    if isinstance(model, VisionTransformer):
+        drawn, said = fit_tokens(path, state, theirs, model, tokens)
+        notes += said
+        drawn |= _fit_distillation_token(path, state, own, notes)
     for token in PREFIX_TOKENS:
         if token not in drawn and _shape(state, token) != _shape(own, token):
             raise StudentError(
@@ -126,17 +133,23 @@ def checkpoint_file(path: Path) -> Path:
         raise StudentError(f"student.init: {e}; give a .safetensors, a .pt or a run's folder") from None
 
 
-def _as_trained(path: Path, state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    """The weights that a run of ours exported with factors, without them; see `cskd.student.heads`."""
+def _as_trained(path: Path, state: dict[str, Tensor], notes: list[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights that a run of ours exported with factors, without them; see `cskd.student.heads`. With the heads of its tokens, and
+    their names."""
     beside = path.with_name("config.json")
     if not beside.is_file():
-        return state
+        return state, []
     try:
         facts = parse_json(read_file(beside))
         undo = recorded_factors(facts)
         if undo:
             notes.append(f"of {path} only the heads {' and '.join(recorded_heads(facts, distilled=True))} were trained")
-        return multiplied(state, undo)
+        tokens = recorded_tokens(facts)
+        if tokens and "head.weight" in state:
+            parts = {"weight": state["head.weight"], "bias": state["head.bias"]}
+            own = {f"{name}.{part}": t for name in tokens for part, t in parts.items()}
+            state = state | put_together(read_token_heads(path, own), tokens)
+        return multiplied(state, undo), tokens
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise StudentError(f"{beside} is not a timm config ({one_line(e)}); mend it or move it away") from e
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cskd.codecs.base import Outputs
 from cskd.config import TeacherConfig
 from cskd.errors import TeacherError, one_line
 from cskd.machine.arithmetic import HALF, computing_in, full_precision, precision_here
@@ -30,6 +31,7 @@ from cskd.teacher.heads import Head, check_input, find_head, keep_classes
 from cskd.teacher.lanes import threads_of_a_lane
 from cskd.teacher.map_alone import find_map
 from cskd.teacher.pooling import WatchedBackbone
+from cskd.teacher.stages import Stages, joined, taken
 from cskd.views.fit import teacher_notes
 
 _images = 0
@@ -108,6 +110,7 @@ class Teacher:
     fingerprint: Fingerprint
     notes: list[str]  # what a user should know, one line each
     reentrant: bool  # forwards may run in several threads at once: not those of the user's own code, nor compiled ones
+    stages: Stages  # of its network
 
     @property
     def dtype(self) -> torch.dtype:
@@ -157,11 +160,27 @@ class Teacher:
 
         The map means something only where the teacher has a `classifier`, or no logits of cells.
         """
-        parts = [self._padded(part) for part in torch.split(pixels_BCHW, self.batch)]
-        if len(parts) == 1:
-            return parts[0]
-        dense_BKhw, global_BK, features_BChw = (torch.cat(part) for part in zip(*parts, strict=True))
-        return dense_BKhw, global_BK, features_BChw
+        outputs = self.outputs_of(pixels_BCHW)
+        assert outputs.features is not None
+        return outputs.dense, outputs.image, outputs.features
+
+    @torch.no_grad()
+    def outputs_of(self, pixels_BCHW: Tensor, stages: Sequence[str] = ()) -> Outputs:
+        """`with_features`, and in the same pass the maps of earlier stages by their names, as `cskd.teacher.stages` knows them.
+
+        Raises:  TeacherError for a stage that can't be read.
+        """
+        return joined([self._padded(part, stages) for part in torch.split(pixels_BCHW, self.batch)])
+
+    @torch.no_grad()
+    def stages_of(self, pixels_BCHW: Tensor, stages: Sequence[str]) -> dict[str, Tensor]:
+        """The maps of `outputs_of` alone, by forwards of the same size that end where the last of them is there."""
+        parts = []
+        for part in torch.split(pixels_BCHW, self.batch):
+            with self.stages.seen(stages, alone=True) as maps:
+                self._forward(self._whole(part))
+            parts.append({name: x[: len(part)] for name, x in maps.items()})
+        return {name: torch.cat([part[name] for part in parts]) for name in stages}
 
     def classifier(self, codec: str) -> tuple[Tensor, Tensor]:
         """Weight [K, C] and bias [K] of the one layer that makes a cell's logits of its features, float32.
@@ -200,12 +219,16 @@ class Teacher:
             )
         return layer
 
-    def _padded(self, part_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _whole(self, part_BCHW: Tensor) -> Tensor:
+        more = self.batch - len(part_BCHW)
+        return torch.cat([part_BCHW, part_BCHW[:1].expand(more, -1, -1, -1)]) if more else part_BCHW
+
+    def _padded(self, part_BCHW: Tensor, stages: Sequence[str]) -> Outputs:
         rows = len(part_BCHW)
-        if rows < self.batch:
-            part_BCHW = torch.cat([part_BCHW, part_BCHW[:1].expand(self.batch - rows, -1, -1, -1)])
-        dense_BKhw, global_BK, features_BChw = self._forward(part_BCHW)
-        return dense_BKhw[:rows], global_BK[:rows], features_BChw[:rows]
+        with self.stages.seen(stages) as maps:
+            dense_BKhw, global_BK, features_BChw = self._forward(self._whole(part_BCHW))
+        whole = Outputs(dense_BKhw, global_BK, None, features_BChw, maps)
+        return whole if rows == self.batch else taken(whole, slice(rows))
 
     def _forward(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         features = self._features(self.backbone, pixels_BCHW)
@@ -300,6 +323,15 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
             fused = fuse_activations(model, head, x, HALF.get(precision, torch.float32))
         if fused:
             notes.append(f"{fused} convolutions run in oneDNN, with the activations after them")
+
+    def run() -> None:
+        with torch.no_grad(), computing_in(precision, device):
+            wide = x.double() if precision == "float64" else x
+            head.dense(head.backbone(wide).to(wide.dtype))
+
+    def as_built() -> tuple[torch.nn.Module, Tensor]:
+        return build(config).model.to(device), x
+
     own_grid = (dense_BKhw.shape[2], dense_BKhw.shape[3])
     grid = _grid(config, own_grid)
     if grid == (1, 1):
@@ -348,6 +380,7 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
         fingerprint=fingerprint,
         notes=notes,
         reentrant="file_sha256" not in built.source and not config.compile,
+        stages=Stages(model, run, as_built if config.fold and config.weights is not None else None, config.compile),
     )
 
 

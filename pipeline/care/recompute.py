@@ -73,7 +73,7 @@ def recompute(cache: Cache, count: int, device: str, quiet: bool) -> Recomputed:
     features = next((n for n, codec in cache.codecs.items() if codec.reads_features and not codec.soft), None)
     hard = cache.hard_codec
     blends: tuple[int, ...] = LOOKED_UP_BLENDS if cache.codecs[hard].cells else (0,)
-    blends = blends if cache.codecs[hard].classified else ()
+    blends = blends if cache.codecs[hard].has_classes else ()
     maker = ViewMaker(cache.inventory, cache.recipe)
     views = lookups = differing = 0
     margin, largest, largest_feature = 0.0, 0.0, 0.0

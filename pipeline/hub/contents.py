@@ -36,7 +36,7 @@ from cskd.student.checkpoint import MODEL
 # Limits and recommendations of the hub, https://huggingface.co/docs/hub/repositories-recommendations
 MOST_FILES, MOST_IN_FOLDER, LARGEST = 100_000, 10_000, 50_000_000_000
 WEIGHTS = "model_*.safetensors"
-_OF_A_RUN = (MODEL, WEIGHTS, "config.json", RESOLVED, "*.jsonl", "*.csv", CARD)
+_OF_A_RUN = (MODEL, WEIGHTS, "heads*.safetensors", "config.json", RESOLVED, "*.jsonl", "*.csv", CARD)
 _PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.svg", "*.gif", "*.webp")
 # The folders before the last name of an absolute path inside a text; of https://host/a/b none.
 _FOLDERS = re.compile(r"""(?<![\w:/.~*-])~?/(?:[^\s/'",;:()\[\]{}]+/)+(?=[^\s/])""")
@@ -105,7 +105,7 @@ def _run(folder: Path, repo: str) -> Contents:
         files.append(HubFile(path.name, data or path, len(data) if data else path.stat().st_size, last, made=made))
     if not (folder / CARD).is_file():
         files.append(_made(CARD, run_card(folder, repo).encode()))
-    return Contents("run", files, re.compile(r"model_\w+\.safetensors"))
+    return Contents("run", files, re.compile(r"(model_\w+|heads\w*)\.safetensors"))
 
 
 def _without_folders(path: Path) -> bytes | None:

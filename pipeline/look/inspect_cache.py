@@ -22,7 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cskd.codecs.base import quantise_blend
-from cskd.codecs.measured import Measured, together
+from cskd.codecs.measured import AnyMeasured, together
+from cskd.codecs.stages import StageCodec
 from cskd.dataset.inventory import evenly
 from cskd.errors import CacheError, CskdError, counted, printable
 from cskd.loading.cached_views import find_sample
@@ -194,7 +195,7 @@ def _is_sealed(cache: Cache, present: int) -> bool:
 
 def _codecs(cache: Cache, commits: Iterable[Commit]) -> dict[str, CodecFacts]:
     size, targets, rows = Counter[str](), Counter[str](), Counter[str]()
-    errors: defaultdict[str, list[Measured]] = defaultdict(list)
+    errors: defaultdict[str, list[AnyMeasured]] = defaultdict(list)
     for commit in commits:
         for name, error in commit.errors.items():
             errors[name].append(error)
@@ -210,8 +211,9 @@ def _codecs(cache: Cache, commits: Iterable[Commit]) -> dict[str, CodecFacts]:
             exact_hard=codec.exact_hard,
             soft=codec.soft,
             cells=codec.cells,
-            classified=codec.classified,
+            has_classes=codec.has_classes,
             features=codec.reads_features,
+            stage=codec.stage if isinstance(codec, StageCodec) else None,
             error=codec.error,
             measured=None if (over_all := together(errors[name])) is None else over_all.facts,
         )
@@ -248,7 +250,7 @@ def _measure(
             errors[block, view] = str(e)
             continue
         read += 1
-        if not cache.codecs[name].classified:
+        if not cache.codecs[name].has_classes:
             continue
         _count_agreement(cache, block, unit, name, cells)
         if name == "envelope":
@@ -259,7 +261,8 @@ def _measure(
     for kind, count_of in cells.items():
         if count_of["samples"]:
             own, own_or_partner = (
-                {f"{a:g}": count_of[f"{labels} {a:g}"] / count_of["cells"] for a in BLENDS} for labels in AGREEMENT
+                {f"{a:g}": count_of[f"{labels} {a:g}"] / count_of["cells"] for a in _blends(cache, name)}
+                for labels in AGREEMENT
             )
             agreement[kind] = Agreement(count_of["samples"], own, own_or_partner)
     found = Segments(1 + segments["extra"] / segments["cells"], most) if segments["cells"] else None
@@ -272,7 +275,7 @@ def _count_agreement(cache: Cache, block: int, unit: Unit, name: str, cells: dic
     unmixed = unit.fields["mode"] == NONE
     first, stop = cache.inventory.block_range(block)
     partner = np.where(unmixed, own, cache.inventory.label[first:stop][np.where(unmixed, 0, unit.fields["partner"])])
-    for blend in BLENDS:
+    for blend in _blends(cache, name):
         hard = cache.codecs[name].hard(unit.targets, quantise_blend(blend))
         is_own = hard == own[:, None, None]
         is_either = is_own | (hard == partner[:, None, None])
@@ -281,6 +284,11 @@ def _count_agreement(cache: Cache, block: int, unit: Unit, name: str, cells: dic
                 cells[kind][f"{what} {blend:g}"] += int(agrees[rows].sum())
     for kind, rows in (("mixed", ~unmixed), ("unmixed", unmixed)):
         cells[kind].update(samples=int(rows.sum()), cells=int(rows.sum()) * cache.grid[0] * cache.grid[1])
+
+
+def _blends(cache: Cache, codec: str) -> tuple[float, ...]:
+    """Where classes are counted: a codec of the image's alone gives every cell that one, at any blend."""
+    return BLENDS if cache.codecs[codec].cells else (0.0,)
 
 
 def _drawn(
@@ -374,7 +382,10 @@ def _lines(facts: Inspection) -> Iterable[tuple[str, str]]:
             f"{codec.target_bytes_per_view:,.0f} bytes a view, {codec.unit_bytes_per_view:,.0f} with seeds and "
             f"digests, {codec.bytes / 1e6:,.1f} MB in all; {codec.gives}",
         )
-        if (off := codec.measured) is not None:
+        if (off := codec.measured) is not None and "lost" in off:
+            lost = f"{100 * off['lost']:.2g} % of the variance lost, a number off by {off['largest']:.2g} at most"
+            yield "", f"(measured on {off['views']:,} views: {lost})"
+        elif off is not None:
             wrong = f", {100 * off['wrong']:.2g} % of hard targets wrong" if codec.cells else ""
             largest = f"logits off by {off['largest']:.2g} at most"
             yield "", f"(measured on {off['views']:,} views: KL {off['kl']:.2g} nats{wrong}, {largest})"
@@ -388,8 +399,12 @@ def _lines(facts: Inspection) -> Iterable[tuple[str, str]]:
         if kind == "mixed":
             shares["own or partner's"] = agreement.own_or_partner
         values = [f"{label} {' / '.join(f'{100 * s:.1f}' for s in of.values())} %" for label, of in shares.items()]
-        blends = " / ".join(agreement.own)
-        yield f"cells, {kind}", f"{', '.join(values)} at blends {blends} ({agreement.samples:,} views)"
+        of_cells = any(codec.cells for codec in facts.codecs.values())
+        blends = f" at blends {' / '.join(agreement.own)}" if of_cells else ""
+        yield (
+            f"{'cells' if of_cells else 'images'}, {kind}",
+            f"{', '.join(values)}{blends} ({agreement.samples:,} views)",
+        )
     if facts.measured_units < units.present:
         yield "", f"(segments and agreement from {facts.measured_units} of the units)"
     for error in facts.errors[:LISTED]:

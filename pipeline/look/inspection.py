@@ -68,18 +68,21 @@ class CodecFacts:
     exact_hard: bool
     soft: bool
     cells: bool  # False: the image's targets alone
-    classified: bool  # False: of a teacher without a classifier
+    has_classes: bool  # False: of a teacher without a classifier
     features: bool  # the teacher's feature map is kept
     error: str
     measured: Mapping[str, float] | None = (
-        None  # `cskd.codecs.measured.Measured.facts`, of when its units were made; None: exact, or made by an older version
+        None  # `facts` of `Measured` or `MeasuredMap` in `cskd.codecs.measured`, of when its units were made; None: exact, or made by an older version
     )
+    stage: str | None = None  # of the teacher, whose map is all that it holds
 
     @property
     def gives(self) -> str:
         """The targets that training can read from it, in words."""
+        if self.stage is not None:
+            return f"the map of the teacher's stage {self.stage}"
         if not self.cells:
-            of_image = "its class, its logits" if self.soft else "its class" if self.classified else "no class"
+            of_image = "its class, its logits" if self.soft else "its class" if self.has_classes else "no class"
             return f"features; of the image {of_image}" if self.features else f"of the image alone: {of_image}"
         return f"{'exact' if self.exact_hard else 'approximate'} hard targets{', soft ones' if self.soft else ''}"
 

@@ -25,7 +25,7 @@ from cskd.files.paths import local_path
 from cskd.loading.joined import joined_fingerprint
 from cskd.machine.arithmetic import float32_products
 from cskd.machine.devices import pick_device
-from cskd.method.losses import AGREEMENT
+from cskd.method.terms import AGREEMENT
 from cskd.pipeline.look.inspection import EpochAgreement, StudentFacts
 from cskd.pipeline.look.views_shown import Look, Said
 from cskd.pipeline.show.metrics import read_metrics

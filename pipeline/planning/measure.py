@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from cskd.codecs import Arrays, Codec, Outputs, get_codec
+from cskd.codecs import Arrays, Codec, get_codec
+from cskd.codecs.measured import MeasuredMap, measure
+from cskd.codecs.stages import StageBitsCodec, StageCodec, stages_of
 from cskd.config import Config, TrainConfig, to_dict
 from cskd.dataset.inventory import Inventory
 from cskd.errors import CodecError
@@ -51,6 +53,7 @@ LONG_FORWARD = 0.05  # share of the time there is that one forward may take
 LONG_STEP = 0.2  # and one step
 LEAST_VIEWS = 16  # of a step that is timed
 CODECS = ("envelope", "int8", "topk:10")  # whose sizes are told in addition to the config's
+PCA_RANKS = (16, 64)  # of the smaller codecs of stages whose sizes are told in addition
 SIZED = 256  # views whose targets are packed for that
 WRITE_BYTES = 1 << 26  # of the file that the disk is timed with
 EPOCHS = 10_000  # of a run that is timed: it never comes to its end
@@ -94,6 +97,7 @@ class CodecSize:
     exact_hard: bool
     soft: bool
     chosen: bool  # by cache.codecs
+    lost: float | None = None  # of a stage's map, the share of its variance; None of codecs of classes
 
 
 def wait(device: torch.device) -> None:
@@ -192,23 +196,35 @@ def codec_sizes(cache: Cache, teacher: Teacher, maker: ViewMaker, views: int, ch
     """Bytes per view of each codec, by its growth from half of some views to all of them: what every unit has once is left out."""
     unit = cache.read(0, 0, cache.hard_codec)
     pixels = first_views(maker, min(SIZED, views), 1)[: len(unit.position)]
-    dense, glob, maps = (t.cpu() for t in teacher.with_features(pixels.to(teacher.device)))
-    rows = len(dense)
+    outputs = teacher.outputs_of(pixels.to(teacher.device), stages_of(cache.codecs))
+    rows = len(outputs.dense)
     fields: Arrays = {name: unit.fields[name][:rows] for name in UNIT_FIELDS}
     names = {name: dims for name, (_, dims) in UNIT_FIELDS.items()}
     here = list(cache.codecs)
     sizes: list[CodecSize] = []
-    for name in dict.fromkeys([*here, *CODECS]):
+    for name in dict.fromkeys([*here, *CODECS, *_smaller(cache)]):
         try:
             codec = cache.codecs.get(name) or get_codec(name, len(cache.classes), cache.grid)
         except CodecError:
             continue  # more classes per cell than there are
-        if codec.name not in [size.codec for size in sizes]:
-            whole = codec.encode_outputs(Outputs(dense, glob, features=maps))
-            growth = _growth(fields, whole, codec, {**names, **codec.packed_dimensions}, rows)
-            alone = _growth(fields, {}, codec, names, rows)
-            sizes.append(CodecSize(codec.name, growth - alone, growth, codec.exact_hard, codec.soft, name in here))
+        if codec.name in [size.codec for size in sizes]:
+            continue
+        if isinstance(codec, StageCodec) and name not in here:
+            tables = codec.fit([outputs.stages[codec.stage]])
+            codec.use_tables(lambda tables=tables: tables)  # type: ignore[misc]
+        whole = codec.encode_outputs(outputs)
+        growth = _growth(fields, whole, codec, {**names, **codec.packed_dimensions}, rows)
+        alone = _growth(fields, {}, codec, names, rows)
+        off = measure(codec, whole, outputs, rows) if isinstance(codec, StageCodec) else None
+        lost = off.lost if isinstance(off, MeasuredMap) else None
+        sizes.append(CodecSize(codec.name, growth - alone, growth, codec.exact_hard, codec.soft, name in here, lost))
     return sizes
+
+
+def _smaller(cache: Cache) -> list[str]:
+    """Codecs that would keep less of the stages whose maps a cache keeps whole."""
+    whole = [codec for codec in cache.codecs.values() if isinstance(codec, StageBitsCodec)]
+    return [f"stage:{of.stage}:pca{rank}" for of in whole for rank in PCA_RANKS if rank < of.channels]
 
 
 def _growth(fields: Arrays, targets: Arrays, codec: Codec, names: dict[str, tuple[str, ...]], rows: int) -> float:

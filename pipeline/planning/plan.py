@@ -348,6 +348,8 @@ def render(report: PlanReport, console: Console) -> None:
         whole = size.unit_bytes * report.images * report.views
         mark = " (of the config)" if size.chosen else ""
         exact, soft = "exact" if size.exact_hard else "close", "yes" if size.soft else "no"
+        if size.lost is not None:
+            exact, mark = "none", f"{mark}, {100 * size.lost:.2g} % of the variance lost"
         sizes.add_row(Text(size.codec + mark), f"{size.unit_bytes:,.0f}", _bytes(whole), exact, soft)
     console.print(sizes)
     print_lines(

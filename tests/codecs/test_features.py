@@ -148,7 +148,7 @@ def test_tables_that_are_absent_or_not_of_the_codec_are_refused() -> None:
     codec, tables = made("features:pca8", 12)
     fresh = get_codec("features:pca8", 12, GRID)
     assert isinstance(fresh, FeaturesCodec)
-    with pytest.raises(CodecError, match="needs its teacher's classifier"):
+    with pytest.raises(CodecError, match="needs its tables"):
         fresh.tables()
     for wrong in (
         {n: a for n, a in tables.items() if n != "encode"},

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cskd.codecs import Outputs, get_codec
-from cskd.codecs.measured import BLENDS, Measured, measure, together
+from cskd.codecs.measured import BLENDS, Measured, from_facts, measure, together
 from tests.caches import random_logits
 
 GRID = (2, 3)
@@ -54,7 +54,7 @@ def test_several_are_weighted_by_their_views() -> None:
     assert both is not None and list(both.facts.values()) == pytest.approx([4, 1.75, 0.2, 3.0])
     assert together([]) is None
     error = Measured(4, 1 / 3, 0.1, 2.0)
-    assert Measured.of(error.facts) == Measured(4, 0.333333, 0.1, 2.0)
+    assert from_facts(error.facts) == Measured(4, 0.333333, 0.1, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,6 @@ def test_several_are_weighted_by_their_views() -> None:
 )
 def test_what_is_no_measured_error_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="a measured error is"):
-        Measured.of(Measured(1, 0.1, 0.1, 0.1).facts | change)
+        from_facts(Measured(1, 0.1, 0.1, 0.1).facts | change)
     with pytest.raises(ValueError, match="a measured error is"):
-        Measured.of([1, 0.1, 0.1, 0.1])
+        from_facts([1, 0.1, 0.1, 0.1])

@@ -112,7 +112,7 @@ def test_a_quad_gives_each_sample_another_partner_in_every_view_of_a_group() -> 
 def test_ranks_share_each_global_batch_without_changing_it() -> None:
     s = spec([64, 64], global_batch=16, ranks=2)
     whole = epoch_plan(s, 1)
-    shares = [rank_share(whole, 16, rank, 2) for rank in range(2)]
+    shares = [rank_share(whole, s.share(rank)) for rank in range(2)]
     for step in range(s.steps):
         joined = np.concatenate([p.sample[step * 8 : step * 8 + 8] for p in shares])
         assert np.array_equal(joined, whole.sample[step * 16 : step * 16 + 16])

@@ -13,7 +13,6 @@ from cskd.config import LossConfig
 from cskd.config.schema import LossTerm
 from cskd.errors import ConfigError
 from cskd.method.losses import (
-    AGREEMENT,
     AnyTargets,
     BothTargets,
     DistillationLoss,
@@ -21,8 +20,8 @@ from cskd.method.losses import (
     MixedLabels,
     SoftTargets,
     StudentOutput,
-    cells_term,
 )
+from cskd.method.terms import AGREEMENT, cells_term
 
 HARD = LossTerm("patches", "cells", kind="ce")
 SOFT = LossTerm("patches", "cells", kind="kl", decay="quadratic")

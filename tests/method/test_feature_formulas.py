@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 from cskd.config import LossConfig
 from cskd.config.schema import LossTerm
 from cskd.errors import ConfigError, StudentError
-from cskd.method.losses import DistillationLoss, FeatureTargets, HardTargets, MixedLabels, StudentOutput, needs
+from cskd.method.features import MapShape
+from cskd.method.losses import DistillationLoss, FeatureTargets, HardTargets, MixedLabels, StudentOutput
+from cskd.method.terms import needs, refuse_gaps
+from cskd.student.projections import Projections
 
 B, C, H, W, K = 3, 6, 2, 4, 5
 Array = NDArray[np.float64]
@@ -97,6 +100,34 @@ def test_maps_of_another_grid_and_targets_without_a_map_are_refused() -> None:
             )
             for kind in ("ce", "kl", "dkd")
         ],
+        *[
+            ({"head": head, "target": target, "kind": kind}, "set head: tokens or block:N")
+            for head, target, kind in (
+                ("class", "stage:s3", "mse"),
+                ("block:0", "label", "ce"),
+                ("block:last", "global", "kl"),
+            )
+        ],
+        *[
+            ({"target": target, "kind": kind, key: value}, f"and kind {kind} does not read {key}")
+            for target, kind, key, value in (
+                ("label", "ce", "tau", 2.0),
+                ("label", "ce", "standardise", True),
+                ("label", "ce", "divisor", "paper"),
+                ("global", "ce", "tau", 2.0),
+                ("global", "ce", "smoothing", 0.1),
+                ("global", "kl", "smoothing", 0.1),
+                ("global", "kl", "dkd_alpha", 2.0),
+                ("global", "dkd", "divisor", "paper"),
+                ("global", "ce", "resize", "finer"),
+                ("global", "kl", "decay", "local"),
+            )
+        ],
+        ({"head": "tokens", "target": "pooled", "kind": "mse", "resize": "finer"}, "does not read resize"),
+        ({"head": "block:x", "target": "stage:s3", "kind": "mse"}, "head is 'block:x', expected one of class"),
+        ({"head": "block:1", "target": "stage:", "kind": "mse"}, "target is 'stage:', expected one of label"),
+        ({"epochs": [None, 2]}, "first below end, null to the end"),
+        ({"epochs": [3, 2]}, "first below end, null to the end"),
         *[({"target": "global", "kind": kind}, "expected ce, kl, dkd") for kind in ("mse", "smooth_l1", "cosine")],
         ({"target": "global", "projection": "orthogonal"}, "does not read projection; leave it out"),
         *[
@@ -120,3 +151,49 @@ def test_terms_whose_keys_do_not_fit_are_refused_in_one_line(term: dict[str, Any
 def test_a_loss_of_features_alone_is_refused_for_it_trains_no_head() -> None:
     with pytest.raises(ConfigError, match="teaches no head"):
         LossConfig("terms", terms=[LossTerm("tokens", "pooled", "mse")])
+
+
+def interpolated(x: Array, rows: int, cols: int) -> Array:
+    """[B, C, h, w] on a finer grid: each new cell's centre between the two old centres next to it, the outer ones repeated."""
+    for axis, size in ((2, rows), (3, cols)):
+        n = x.shape[axis]
+        at = np.clip((np.arange(size) + 0.5) * n / size - 0.5, 0, n - 1)
+        low = np.floor(at).astype(int)
+        part = (at - low).reshape([-1 if i == axis else 1 for i in range(4)])
+        x = x.take(low, axis) * (1 - part) + x.take(np.minimum(low + 1, n - 1), axis) * part
+    return x
+
+
+@pytest.mark.parametrize("resize", ["teacher", "finer"])
+@pytest.mark.parametrize("kind", ["mse", "smooth_l1", "cosine"])
+@pytest.mark.parametrize("grid", [(2, 2), (4, 8), (2, 8)], ids=["coarser", "finer", "both"])
+def test_a_term_of_a_stage_is_its_formula_from_a_blocks_tokens(grid: tuple[int, int], kind: Any, resize: Any) -> None:
+    """tokens of any grid, a linear layer, the map's grid or the finer one, then the kind; the stage's map is 4 x 4."""
+    rng = np.random.default_rng(7)
+    tokens, maps = rng.normal(size=(B, *grid, 3)), 1.5 * rng.normal(size=(B, C, 4, 4))
+    term = LossTerm("block:1", "stage:s2", kind, weight=2.5, resize=resize)
+    config = LossConfig("terms", terms=[LABEL, term])
+    aligner = Projections(config, 3, {":s2": MapShape(C, (4, 4))}, seed=0).double()
+    output = aligner(StudentOutput(torch.zeros(B, K).double(), blocks={1: torch.from_numpy(tokens)}))
+    total, terms = DistillationLoss(config)(output, LABELS, FeatureTargets(None, None, {"s2": torch.from_numpy(maps)}))
+    weight, bias = (aligner.get_parameter(name).detach().numpy() for name in ("0.weight", "0.bias"))
+    student = np.moveaxis(tokens @ weight.T + bias, -1, 1)
+    both = (max(grid[0], 4), max(grid[1], 4)) if resize == "finer" else (4, 4)
+    for axis in (2, 3) if resize == "teacher" else ():
+        if student.shape[axis] > 4:
+            student = np.stack([part.mean(axis) for part in np.split(student, 4, axis)], axis)
+    student, teacher = interpolated(student, *both), interpolated(maps, *both)
+    expected = stated(kind, np.moveaxis(student, 1, -1), np.moveaxis(teacher, 1, -1))
+    assert float(terms[term.title]) == pytest.approx(expected, rel=1e-12)
+    assert float(total.detach()) == pytest.approx(np.log(K) + 2.5 * expected)
+    assert term.title == f"block_1_stage_s2_{kind}" and needs(config).stages == ("s2",) and not needs(config).features
+
+
+def test_epochs_may_be_open_at_the_end() -> None:
+    terms = [LossTerm(epochs=[0, 2], name="a"), LossTerm(epochs=[2, None], name="b")]
+    loss = DistillationLoss(LossConfig("terms", terms=terms))
+    output = StudentOutput(torch.zeros(B, K))
+    assert [list(loss(output, LABELS, None, epoch)[1]) for epoch in (0, 1, 2, 900)] == [["a"], ["a"], ["b"], ["b"]]
+    refuse_gaps(LossConfig("terms", terms=terms), 900)
+    with pytest.raises(ConfigError, match="no term counts in epoch 0"):
+        refuse_gaps(LossConfig("terms", terms=terms[1:]), 900)

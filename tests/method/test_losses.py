@@ -13,15 +13,8 @@ from torch import Tensor
 from cskd.config import LossConfig
 from cskd.config.schema import Method
 from cskd.errors import ConfigError, StudentError
-from cskd.method.losses import (
-    DistillationLoss,
-    HardTargets,
-    MixedLabels,
-    SoftTargets,
-    StudentOutput,
-    label_loss,
-    trained_heads,
-)
+from cskd.method.losses import DistillationLoss, HardTargets, MixedLabels, SoftTargets, StudentOutput, label_loss
+from cskd.method.terms import trained_heads
 
 Array = NDArray[np.float64]
 Values = dict[str, Any]  # arrays by name, and "a", a number

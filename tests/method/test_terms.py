@@ -9,22 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cskd.config import LossConfig, from_dict
+from cskd.config import LossConfig, from_dict, load_config
 from cskd.config.schema import LossTerm
 from cskd.errors import ConfigError
-from cskd.method.losses import (
-    BothTargets,
-    DistillationLoss,
-    HardTargets,
-    MixedLabels,
-    SoftTargets,
-    StudentOutput,
-    expanded,
-    needs,
-    refuse_gaps,
-    trained_heads,
-    unread_keys,
-)
+from cskd.method.losses import BothTargets, DistillationLoss, HardTargets, MixedLabels, SoftTargets, StudentOutput
+from cskd.method.terms import expanded, needs, read_heads, refuse_gaps, trained_heads, unread_keys
 
 B, K, H, W = 5, 7, 2, 3
 Array = NDArray[np.float64]
@@ -197,3 +186,53 @@ def test_heads_of_an_idle_term_of_ones_own_have_a_gradient_of_zero(
     total, terms = loss(output._replace(patch_logits=patches), labels, targets, epoch=0)
     total.backward()
     assert patches.grad is not None and not patches.grad.any() and list(terms) == ["class_label_ce"]
+
+
+def test_the_preset_of_co_advise_is_its_formula() -> None:
+    """CE of the class token with the mixed, smoothed label, and KL of each token with its own teacher, each times 1."""
+    loss = load_config(Path(__file__).parents[2] / "configs" / "cifar10_civt.yaml").loss
+    draw = np.random.default_rng(5)
+    cls, conv, inv, by_conv, by_inv = (2 * draw.standard_normal((B, K)) for _ in range(5))
+    label, partner, lam = draw.integers(K, size=B), draw.integers(K, size=B), draw.random(B)
+    y = 0.9 * (lam[:, None] * np.eye(K)[label] + (1 - lam[:, None]) * np.eye(K)[partner]) + 0.1 / K
+    ce = -(y * np.log(softmax(cls))).sum(1).mean()
+    stated = [ce, kl(softmax(by_conv), softmax(conv)), kl(softmax(by_inv), softmax(inv))]
+    tokens = {"conv": torch.from_numpy(conv), "involution": torch.from_numpy(inv)}
+    output = StudentOutput(torch.from_numpy(cls), token_logits=tokens)
+    labels = MixedLabels(*map(torch.from_numpy, (label, partner, lam)))
+    targets = {"": SoftTargets(torch.from_numpy(by_conv)), "involution": SoftTargets(torch.from_numpy(by_inv))}
+    total, terms = DistillationLoss(loss)(output, labels, targets)
+    assert [float(value) for value in terms.values()] == pytest.approx(stated, rel=1e-9)
+    assert float(total) == pytest.approx(sum(stated), rel=1e-9)
+
+
+def test_tokens_by_name_take_every_kind_and_are_part_of_the_mean(
+    batch: tuple[StudentOutput, MixedLabels, BothTargets],
+) -> None:
+    output, labels, targets = batch
+    a, b = torch.randn(2, B, K, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    plain = output._replace(dist_logits=None, token_logits={"a": a, "b": b})
+    as_class = output._replace(cls_logits=b)
+    for kwargs in ({"kind": "kl", "tau": 2.0}, {"kind": "dkd"}, {"kind": "ce"}):
+        made = value(term("token:b", "global", **kwargs), (plain, labels, targets))
+        assert made == pytest.approx(value(term("class", "global", **kwargs), (as_class, labels, targets)))
+    mean = output._replace(cls_logits=(output.cls_logits + a + b) / 3)
+    of_mean = value(term("mean", "label"), (plain, labels, targets))
+    assert of_mean == pytest.approx(value(term("class", "label"), (mean, labels, targets)))
+    idle = term("token:a", "global", epochs=[1, 2])
+    total, _ = DistillationLoss(LossConfig("terms", terms=[term("class", "label"), idle]))(
+        plain._replace(token_logits={"a": a.requires_grad_(), "b": b}), labels, targets, epoch=0
+    )
+    total.backward()  # type: ignore[no-untyped-call]
+    assert a.grad is not None and not a.grad.any()
+    with pytest.raises(ValueError, match="no logits of token:c: the student has the tokens a, b"):
+        value(term("token:c", "label"), (plain, labels, targets))
+
+
+def test_which_heads_a_loss_with_tokens_trains() -> None:
+    loss = LossConfig("terms", terms=[term("class", "label"), term("token:b", "global", weight=0.0)])
+    assert trained_heads(loss, False, ["a", "b"]) == ("class",)
+    assert read_heads(loss, False, ["a", "b"]) == ("class", "token:b")
+    of_mean = LossConfig("terms", terms=[term("mean", "label")])
+    assert trained_heads(of_mean, False, ["a", "b"]) == ("class", "token:a", "token:b")
+    assert trained_heads(of_mean, False) == ("class",)

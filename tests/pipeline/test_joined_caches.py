@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
+import torch
 
 from cskd.config import Config, from_dict, to_yaml
 from cskd.errors import CacheError, ConfigError
@@ -17,12 +19,15 @@ from cskd.loading.epoch_table import build_table, open_table
 from cskd.loading.joined import JoinedCaches
 from cskd.loading.plan import PlanSpec, epoch_plan
 from cskd.loading.targets import CachedTargets
-from cskd.method.losses import needs
+from cskd.method.terms import needs
 from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.evaluate import evaluate_checkpoint
 from cskd.pipeline.look.check_config import check_config
 from cskd.pipeline.look.inspect_cache import inspect
 from cskd.pipeline.setup import open_cached
 from cskd.pipeline.train import train
+from cskd.student import eval_heads
+from cskd.student.checkpoint import load_student
 from tests.caches import make_tiny_data
 from tests.pipeline.test_pipeline import TEACHER, config
 
@@ -99,6 +104,50 @@ def test_a_student_of_two_teachers_is_the_same_after_a_restart_and_another_witho
         assert facts is not None and not any("another cache" in note for note in facts.notes)
     row = json.loads((base / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["loss_patches_second_cells_ce"] > 0 and row["loss_class_second_global_kl"] > 0
+
+
+def test_a_token_for_each_teacher_is_trained_resumed_and_scored_from_the_files(base: Path) -> None:
+    """Averaged, with the best kept by the mean of the heads, which the card's lines compute from the files as `cskd eval` does."""
+    terms = [
+        TERMS[0],
+        TERMS[2],
+        {"head": "token:conv", "target": "global"},
+        {"head": "token:involution", "target": "global", "cache": "second", "kind": "kl"},
+    ]
+    student = {"model": "deit_tiny_patch16_224", "tokens": ["conv", "involution"]}
+    mean = "class+token:conv+token:involution"
+    kept: dict[str, Any] = {"best": f"top1.ema.{mean}", "export": "best", "eval_every": 1}
+
+    def run(name: str, **more: Any) -> Path:
+        made = settings(base, run=name, terms=terms, student=student, train=kept | more)
+        train(replace(made, data=replace(made.data, val=str(base / "train"))), quiet=True)
+        return base / name
+
+    whole = run("tokens")
+    run("tokens cut", max_steps=4)
+    for name in ("model.safetensors", "heads.safetensors", "heads_last.safetensors"):
+        assert (run("tokens cut") / name).read_bytes() == (whole / name).read_bytes()
+    report, facts = (
+        evaluate_checkpoint(whole, base / "train", 8, 0, None, "cpu", quiet=True),
+        json.loads((whole / "config.json").read_text()),
+    )
+    assert [*report.heads] == ["class", "token:conv", "token:involution", "patches", mean, "all"]
+    assert report.score == "class" and facts["cskd"]["best"]["score"] == pytest.approx(report.heads[mean].top1)
+    row = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["loss_token_involution_second_global_kl"] > 0 and row["loss_token_conv_global_ce"] > 0
+    found = inspect(base / "cache second", student=whole, sample="0").student
+    assert found is not None and found.agreement is not None
+
+    lines = (whole / "README.md").read_text().split("```python\n")[2].partition("```")[0]
+    loaded = load_student(whole)[0]
+    images = torch.randn(2, 3, 32, 32)
+    model = timm.create_model(
+        facts["architecture"], num_classes=5, checkpoint_path=str(whole / "model.safetensors"), **facts["model_args"]
+    )
+    names: dict[str, Any] = {"model": model.eval(), "images": images}
+    exec(lines.replace("'heads.safetensors'", repr(str(whole / "heads.safetensors"))), names)
+    expected = eval_heads(loaded(images, (1, 1)), loaded.trained)[mean]
+    torch.testing.assert_close(names["mean"], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

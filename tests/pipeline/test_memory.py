@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cskd.config import Config
+from cskd.config import Config, TrainConfig
 from cskd.errors import ConfigError, OutOfMemoryError
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.evaluate import evaluate_checkpoint
 from cskd.pipeline.out_of_memory import explained, is_out_of_memory, memory_of
-from cskd.pipeline.setup import even_divisors
+from cskd.pipeline.setup import even_divisors, micro_batch_of
 from cskd.pipeline.show.metrics import read_metrics
 from cskd.pipeline.train import train
 from cskd.pipeline.train_step import micro_batches
@@ -119,8 +119,7 @@ def test_a_resumed_run_may_take_another_micro_batch_and_says_so(cached: Path, tm
     changed = settings(cached, tmp_path / "run", micro_batch=4, grad_checkpointing=True)
     notes = train(changed, quiet=True).notes
     assert (
-        "train.micro_batch changed from null to 4 at step 2: sums round otherwise, and drop path draws otherwise"
-        in notes
+        "train.micro_batch changed from 8 to 4 at step 2: sums round otherwise, and drop path draws otherwise" in notes
     )
     assert "train.grad_checkpointing changed from false to true at step 2: results may round otherwise" in notes
 
@@ -135,14 +134,25 @@ def test_a_mixed_pair_is_in_one_micro_batch_with_its_partners_row() -> None:
     assert micro_batches(batch, 8)[0] is batch
 
 
-@pytest.mark.parametrize(("micro", "use"), [(6, 4), (16, 8), (14, 8)])
-def test_a_micro_batch_divides_the_batch(cached: Path, tmp_path: Path, micro: int, use: int) -> None:
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks", "use"), [(8, 16, 1, 8), (8, 4, 3, 2), (64, 32, 3, 22), (64, 22, 5, 14)]
+)
+def test_every_rank_has_a_micro_batch(tmp_path: Path, batch: int, micro: int, ranks: int, use: int) -> None:
+    asked = TrainConfig(global_batch=batch, micro_batch=micro)
     with pytest.raises(
-        ConfigError, match=rf"micro_batch is {micro}, expected a divisor of the 8 views .* use {use}, or"
+        ConfigError, match=rf"micro_batch is {micro}: .* for {ranks} rank\(s\), .* use {use} or less, or"
     ):
-        train(settings(cached, tmp_path / "run", micro_batch=micro), quiet=True)
+        micro_batch_of(asked, ranks)
+    assert micro_batch_of(dataclasses.replace(asked, micro_batch=use), ranks) == use
+    assert micro_batch_of(dataclasses.replace(asked, micro_batch=None), ranks) == use
+
+
+def test_a_micro_batch_is_even_and_so_is_a_batch(cached: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train.micro_batch is 3, expected"):
         settings(cached, tmp_path / "run", micro_batch=3)
+    for batch, ranks, use in ((7, 1, 6), (1, 1, 2), (4, 3, 6)):
+        with pytest.raises(ConfigError, match=rf"train.global_batch is {batch} on {ranks} rank\(s\), .*; use {use}"):
+            micro_batch_of(TrainConfig(global_batch=batch), ranks)
     assert even_divisors(24) == [24, 12, 8, 6, 4, 2]
 
 
@@ -223,7 +233,7 @@ def test_memory_that_ends_in_the_backward_pass_is_tried_as_a_whole_step(
 def test_stage_1_names_the_batch_that_fits_and_what_it_means(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: Path
 ) -> None:
-    full_above(monkeypatch, Teacher, "in_batches", 4)
+    full_above(monkeypatch, Teacher, "outputs_of", 4)
     monkeypatch.setattr("cskd.pipeline.cache_teacher.clean_check", _Check)
     made = dataclasses.replace(
         config(cached), cache=dataclasses.replace(config(cached).cache, path=str(tmp_path / "c"))

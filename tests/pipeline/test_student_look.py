@@ -17,7 +17,7 @@ from rich.console import Console
 
 from cskd.config import Config, LossConfig, StudentConfig, TrainConfig, to_yaml
 from cskd.errors import CskdError, DataError, StudentError
-from cskd.method.losses import trained_heads
+from cskd.method.terms import trained_heads
 from cskd.pipeline.look.inspect_cache import inspect, render
 from cskd.pipeline.look.inspect_sample import cached_view, replay
 from cskd.pipeline.look.inspection import Inspection

@@ -16,9 +16,9 @@ from torch import Tensor
 from cskd.config import Config, LossConfig, StudentConfig, TrainConfig
 from cskd.errors import StudentError
 from cskd.method.losses import DistillationLoss, HardTargets, MixedLabels
+from cskd.method.terms import HEADS
 from cskd.student import build_student, eval_heads
 from cskd.student.checkpoint import ResumeStates, TrainState, export, load_student
-from cskd.student.heads import HEADS
 from cskd.student.model import Student
 from cskd.student.optim import Optimisation, reseed_step
 

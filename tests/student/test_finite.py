@@ -243,13 +243,14 @@ def test_logits_of_a_live_teacher_that_are_no_numbers_stop_the_run(
     cached: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the codecs refuse them in stage 1: an argmax of NaN would be a class like any other."""
+    from cskd.codecs import Outputs
     from cskd.loading.targets import LiveTargets
 
     class Broken:
         batch = 2
 
-        def in_batches(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return torch.full((len(x), 5, 1, 1), NAN), torch.zeros(len(x), 5)
+        def outputs_of(self, x: torch.Tensor, stages: tuple[str, ...]) -> Outputs:
+            return Outputs(torch.full((len(x), 5, 1, 1), NAN), torch.zeros(len(x), 5))
 
     monkeypatch.setattr("cskd.loading.targets.mixed_pixels", lambda batch, device: torch.zeros(2, 3, 8, 8))
     targets = LiveTargets(Broken(), config(cached).loss, 3)  # type: ignore[arg-type]
