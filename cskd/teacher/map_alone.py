@@ -46,6 +46,7 @@ class MapHead(Head):
         return logits
 
 
+@torch.no_grad()
 def find_map(model: Any, x: Tensor, classes: int) -> MapHead:
     """Work out where `model` keeps its cells.
 
@@ -53,15 +54,15 @@ def find_map(model: Any, x: Tensor, classes: int) -> MapHead:
     Raises:  TeacherError with the reason where there is no map of cells, or none in rows and columns.
     """
     logits_BK = _run(model, x, "the model")
-    own = callable(getattr(model, "forward_features", None))
-    pooling = None if own else find_pooling(model, x, logits_BK)
-    if pooling is not None:
-        return MapHead("image", 0.0, "", pooling.backbone, pooling.head, classes=classes)
-    if not own:
-        raise TeacherError(
-            "teacher.dense: none needs a network that says what its features are: add a method forward_features(x) -> its last "
-            "map [B, C, h, w] or tokens [B, N, C], as timm's models have"
-        )
+    if not callable(getattr(model, "forward_features", None)):
+        try:
+            pooling = find_pooling(model, x, logits_BK)
+        except TeacherError:
+            raise TeacherError(
+                "teacher.dense: none needs a network that says what its features are: add a method forward_features(x) -> its last "
+                "map [B, C, h, w] or tokens [B, N, C], as timm's models have"
+            ) from None
+        return MapHead("image", 0.0, "map", pooling.backbone, pooling.head, classes=classes)
     features = _run(model.forward_features, x, "forward_features")
     if not isinstance(features, Tensor) or features.ndim not in (3, 4):
         shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__

@@ -59,13 +59,18 @@ class Tokens(nn.Module):
 
     def __init__(self, change: Callable[[Tensor], Any], outputs: int = 5) -> None:
         super().__init__()
-        self.conv, self.fc, self.change, self.num_prefix_tokens = nn.Conv2d(3, 16, 8, 8), nn.Linear(16, outputs), change, 0
+        self.conv, self.fc, self.change, self.num_prefix_tokens = (
+            nn.Conv2d(3, 16, 8, 8),
+            nn.Linear(16, outputs),
+            change,
+            0,
+        )
 
     def forward_features(self, x: Tensor) -> Any:
         return self.change(self.conv(x).flatten(2).transpose(1, 2))
 
     def forward_head(self, tokens: Tensor) -> Any:
-        return self.fc(tokens.mean(1))
+        return self.fc(tokens.mean(1) if tokens.ndim == 3 else tokens)
 
     def forward(self, x: Tensor) -> Any:
         return self.forward_head(self.forward_features(x))
