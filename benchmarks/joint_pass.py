@@ -36,7 +36,7 @@ def main() -> int:
         folder = Path(name)
         pack_data(Path(source) / "data" / "imagenet-sample.tar", folder / "data", limit=options.images, quiet=True)
         cache_teachers([_config(folder, "warm up", 6, 1)], quiet=True)
-        seconds, roots = {}, {}
+        seconds, roots = dict[str, float](), dict[str, list[str]]()
         for kind in ("apart", "joint"):
             configs = [_config(folder, f"{kind} {channels}", channels, options.views) for channels in (6, 8)]
             clock = time.process_time()

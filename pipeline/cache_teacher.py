@@ -160,7 +160,7 @@ def _begun(job: _Job, threads: Threads) -> Cache:
 
 def _fill(jobs: list[_Job], threads: Threads, quiet: bool, start: float, tell: Tell | None) -> list[CacheReport]:
     """Make what the caches lack."""
-    caches, counts = [], set()
+    caches, counts = list[Cache](), set[int]()
     for job in jobs:
         caches.append(_begun(job, threads))
         counts.add(torch.get_num_threads())

@@ -65,8 +65,8 @@ def settings(base: Path, kind: str, codecs: Any = None, terms: Any = FEATURES, *
 
 @pytest.mark.parametrize("kind", ["classes", "bare"])
 def test_features_of_a_vit_are_cached_taught_checked_and_looked_at(base: Path, kind: str) -> None:
-    cache = open_cache(base / f"cache {kind}")
-    assert cache.grid == (4, 4) and cache.codecs["features12"].channels == 24  # type: ignore[attr-defined]
+    cache: Any = open_cache(base / f"cache {kind}")
+    assert cache.grid == (4, 4) and cache.codecs["features12"].channels == 24
     assert (cache.manifest.clean_top1 is None) == (kind == "bare")
     report = train(settings(base, kind), quiet=True)
     row = json.loads((Path(report.output) / "metrics.jsonl").read_text().splitlines()[-1])
@@ -127,12 +127,10 @@ def test_configs_that_ask_for_more_are_refused(
 
 
 def test_the_pca_of_a_map_alone_is_near_and_its_unit_packs(base: Path) -> None:
-    cache = open_cache(base / "cache bare")
+    cache: Any = open_cache(base / "cache bare")
     fine, small = (cache.read(0, 0, name).targets for name in ("features12", "featurespca16"))
     true, found = (
-        cache.codecs[name].features_torch(  # type: ignore[attr-defined]
-            {k: torch.from_numpy(np.array(a)) for k, a in targets.items()}
-        )
+        cache.codecs[name].features_torch({k: torch.from_numpy(np.array(a)) for k, a in targets.items()})
         for name, targets in (("features12", fine), ("featurespca16", small))
     )
     spread = true - true.mean((0, 2, 3), keepdim=True)

@@ -20,7 +20,7 @@ VIT = SMALL | {"patch_size": 8, "embed_dim": 16, "num_heads": 2}
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def built(name: str, **kwargs: Any) -> nn.Module:
+def built(name: str, **kwargs: Any) -> Any:
     torch.manual_seed(0)
     return timm.create_model(name, **kwargs).eval()
 
@@ -38,7 +38,7 @@ def built(name: str, **kwargs: Any) -> nn.Module:
 def test_the_map_is_the_patch_tokens_after_the_last_norm(name: str, kwargs: Any, kind: str, prefix: int) -> None:
     model = built(name, **kwargs)
     head = find_map(model, X, classes=5)
-    tokens = model.forward_features(X)  # type: ignore[operator]
+    tokens = model.forward_features(X)
     dense, image, maps = head.outputs(head.backbone(X))
     assert head.kind == kind and maps.shape == (2, 16, 4, 4)
     assert torch.equal(maps, tokens[:, prefix:].transpose(1, 2).reshape(2, 16, 4, 4))
@@ -50,7 +50,7 @@ def test_a_norm_after_the_pooling_is_applied_to_each_token() -> None:
     model = built("vit_tiny_patch16_224", **VIT, global_pool="avg", fc_norm=True)
     head = find_map(model, X, classes=5)
     with torch.no_grad():
-        expected = model.fc_norm(model.forward_features(X)[:, 1:])  # type: ignore[operator, index]
+        expected = model.fc_norm(model.forward_features(X)[:, 1:])
         assert torch.equal(head.outputs(head.backbone(X))[2].flatten(2).transpose(1, 2), expected)
 
 
@@ -98,7 +98,7 @@ def test_a_cnn_without_a_classifier_or_with_any_head_keeps_its_map() -> None:
     ):
         model = built(name, **kwargs)
         head = find_map(model, X, classes=5)
-        assert torch.equal(head.outputs(head.backbone(X))[2], model.forward_features(X))  # type: ignore[operator]
+        assert torch.equal(head.outputs(head.backbone(X))[2], model.forward_features(X))
 
 
 def test_a_coarser_grid_pools_the_features_and_a_vit_is_refused_with_what_takes_it() -> None:
