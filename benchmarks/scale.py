@@ -172,13 +172,13 @@ def config_of(folder: Path, views: int) -> Config:
     )
 
 
-def make_data(folder: Path, n: int) -> Inventory:
-    """n samples in shards that are one file under many names."""
+def make_data(folder: Path, n: int, block: int = SHARD, classes: int = 4) -> Inventory:
+    """n samples in shards of `block` that are one file under many names."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     inside, first = [], folder / "00000.tar"
     with tarfile.open(first, "w") as tar:
-        for i in range(min(SHARD, n)):
+        for i in range(min(block, n)):
             out = io.BytesIO()
             Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(out, "PNG")
             info = tarfile.TarInfo(f"{i:06d}.png")
@@ -186,11 +186,13 @@ def make_data(folder: Path, n: int) -> Inventory:
             inside.append((int(google_crc32c.value(out.getvalue())), tar.offset + tarfile.BLOCKSIZE, info.size))
             tar.addfile(info, io.BytesIO(out.getvalue()))
     shards = [ShardFile(first.name, first.stat().st_size)]
-    for shard in range(1, -(-n // SHARD)):
+    for shard in range(1, -(-n // block)):
         os.link(first, folder / f"{shard:05d}.tar")
         shards.append(ShardFile(f"{shard:05d}.tar", shards[0].bytes))
-    samples = (Sample(f"{i:07d}", i % 4, inside[i % SHARD][0], i // SHARD, *inside[i % SHARD][1:]) for i in range(n))
-    return write_inventory(folder, samples, classes=list("abcd"), shards=shards, block=SHARD)
+    samples = (
+        Sample(f"{i:07d}", i % classes, inside[i % block][0], i // block, *inside[i % block][1:]) for i in range(n)
+    )
+    return write_inventory(folder, samples, classes=[f"class {i}" for i in range(classes)], shards=shards, block=block)
 
 
 def grow_cache(folder: Path, inventory: Inventory, views: int) -> None:

@@ -42,7 +42,7 @@ _RUN_FILES = (
 RUN_NAMES = (*_RUN_FILES, RESOLVED, PINS, "unreadable.json", "resume", "scratch", "tensorboard", "wandb", MARKER, LOCK)
 # Keys that don't change which numbers a run ends with: they may differ when it is resumed.
 _FREE = (
-    "output", "workers", "threads", "device", "eval_every", "keep", "save_every", "max_steps", "trackers", "prefetch",
+    "output", "scratch", "workers", "threads", "device", "eval_every", "keep", "save_every", "max_steps", "trackers", "prefetch",
     "export", "augment", "caches",  # of these the fingerprints decide
 )  # fmt: skip
 # What else may differ when a run is resumed, with what a note says of it: all of it is read again at every step, so the

@@ -20,7 +20,7 @@ from cskd.files.durable import NO_LINKS, hard_link_error, put
 from cskd.files.folders import refuse_output
 from cskd.files.hub import is_hub
 from cskd.files.paths import local_path
-from cskd.files.scratch import clear_scratch
+from cskd.files.scratch import clear_scratch, refuse_scratch
 from cskd.files.writer import LOCK, Writer, by, sole_writer
 from cskd.machine.ranks import Ranks
 from cskd.pipeline.conflicts import RUN_NAMES, refuse_foreign
@@ -56,6 +56,7 @@ def refuse_cache_output(config: Config) -> None:
 def refuse_run_output(config: Config) -> None:
     """Refuse a `train.output` that can't hold a run of this config; leaves nothing. Raises ConfigError, PathError, OSError."""
     output = Path(config.train.output)
+    refuse_scratch(config.train.scratch)
     for name in config.train.trackers:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"train.trackers has {name}, which is not installed; run: pip install 'cskd[{name}]'")
@@ -104,22 +105,26 @@ def sole_run(config: Config, ranks: Ranks, device: torch.device, quiet: bool) ->
     output, writer = Path(config.train.output), None
     refused: Exception | None = None
     with contextlib.ExitStack() as held:
-        if ranks.first:
-            try:
+        try:
+            if ranks.first:
                 refuse_run_output(config)
                 cure = "set another folder, --set train.output=..."
                 writer = held.enter_context(sole_writer(output, cure, tell=lambda line: say([line], quiet)))
-            except (CskdError, OSError) as e:
-                refused = e
+            elif ranks.local == 0:
+                refuse_scratch(config.train.scratch)
+        except (CskdError, OSError) as e:
+            refused = e
         if ranks.sum(torch.tensor([float(refused is not None)], device=device)).item():
             if refused is None:
                 time.sleep(FIRST_SPEAKS)
-            raise refused or PathError(f"rank {ranks.rank}: the first rank was refused train.output; see its line")
+            raise refused or PathError(
+                f"rank {ranks.rank}: the first rank was refused train.output, or one train.scratch; see its line"
+            )
         if writer is not None:
             for left in (*output.glob(".*.tmp"), *(output / "resume").glob(".*.tmp")):  # of a killed run's writers
                 left.unlink(missing_ok=True)
         if ranks.local == 0:
-            clear_scratch(output)
+            clear_scratch(output, config.train.scratch)
         yield writer
 
 
@@ -164,6 +169,6 @@ def _other_paths(config: Config, output: str) -> dict[str, Path]:
         value = getattr(getattr(config, section), name)
         if not isinstance(value, str) or is_hub(value) or (key, value) == ("teacher.weights", "hub"):
             continue
-        if value and key != output:
+        if value and key not in (output, "train.scratch"):  # in which others may lie
             paths[key] = Path(value).expanduser()
     return paths

@@ -21,10 +21,10 @@ from cskd.dataset.inventory import Inventory
 from cskd.errors import ConfigError
 from cskd.files.durable import put
 from cskd.files.hub import record_pins
-from cskd.files.scratch import new_scratch
 from cskd.files.writer import Writer
 from cskd.loading.feed import fed
 from cskd.loading.need import prefetch_of
+from cskd.loading.node_scratch import node_scratch
 from cskd.loading.plan import PlanSpec
 from cskd.loading.raw_batches import DeviceViews, RawBatchMaker
 from cskd.loading.sources import Batch, TargetSource, ViewSource
@@ -155,7 +155,7 @@ class TrainingRun:
             self.plan,
             targets=self.targets.spec,
             evaluate=lambda epoch: self.eval_tasks if self.evaluates(epoch) else [],
-            scratch=new_scratch(self.output, self.ranks.rank),
+            scratch=node_scratch(self.output, settings.scratch, self.ranks, self.device),
             ahead=self.workers * prefetch_of(self.workers, settings.prefetch),
             start=self.step,
             stop=self.stop,

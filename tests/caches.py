@@ -76,13 +76,14 @@ def make_tiny_cache(
     skip: Sequence[tuple[int, int]] = (),
     classes: Sequence[str] = CLASSES,
     size: int = 32,
+    block: int = 5,
 ) -> Cache:
-    """folder/data with shards, folder/cache with units of `views` views, two blocks when n > 8 and shards allow it.
+    """folder/data with shards, folder/cache with units of `views` views, `block` samples to a block as far as shards allow it.
 
     quarantine: samples without targets. skip: (block, view) of units that are not made.
     Logits are `random_logits(..., seed=1000 * block + view)` in the order of the unit's rows.
     """
-    inventory = make_tiny_data(folder / "data", n, block=5, classes=classes)
+    inventory = make_tiny_data(folder / "data", n, block=block, classes=classes)
     recipe = RecipeConfig(size=size, seed=7)
     teacher = {"model": "tiny", "weights_sha256": "0" * 64}
     raw = {"data": {"train": str(folder / "data")}, "recipe": to_dict(recipe), "cache": {"views": views}}

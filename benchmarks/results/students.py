@@ -35,6 +35,10 @@ PRESETS = {  # name in the table of presets -> its config in configs/
     "vkd": "cifar10_vkd",
     "locality-guidance": "cifar10_locality",
     "dearkd": "cifar10_dearkd",
+    "civt": "cifar10_civt",
+}
+SECOND = {  # teachers of further caches, by the name in train.caches
+    "involution": ("teacher.model=benchmarks/results/involution.py:build", "teacher.kwargs={}"),
 }
 PRESET_EPOCHS = 15
 MAIN = ("none", "deit-hard", "cskd-linear", "local")  # those with most seeds
@@ -82,12 +86,19 @@ class StudentRun:
         """The line that trains it by hand, in the default folder."""
         sets = " ".join(f"--set {quote(s)}" for s in (*self.overrides, f"train.output=runs/results/runs/{self.name}"))
         sets = sets.replace(str(results_folder()), "runs/results")
-        return f"cskd train benchmarks/results/{self.config} {sets}{' --online' if self.online else ''}"
+        return (
+            f"cskd train {(HERE / self.config).resolve().relative_to(ROOT)} {sets}{' --online' if self.online else ''}"
+        )
 
 
 def preset_sets(stem: str) -> tuple[str, ...]:
-    """What a preset's config says of its loss, and of its targets where `few.yaml` has other ones, as overrides of that."""
+    """What a preset's config says of its loss, and of its targets where `few.yaml` has other ones, as overrides of that.
+
+    One that names the teachers of `few.yaml` itself is trained as it is, from fewer views.
+    """
     config = read_yaml((ROOT / "configs" / f"{stem}.yaml").read_text(), stem)
+    if config["data"]["train"].endswith("/data/few"):
+        return (f"cache.views={PRESET_EPOCHS}",)
     longer = PRESET_EPOCHS / config["train"]["epochs"]
     for term in config["loss"].get("terms", []):
         if "epochs" in term:  # a stage of training keeps its share
@@ -126,7 +137,8 @@ def _views(count: int) -> StudentRun:
 def _preset(method: str, seed: int) -> StudentRun:
     """Half the epochs and views of `few`."""
     sets = (f"train.epochs={PRESET_EPOCHS}", "train.warmup_epochs=2", f"train.views={PRESET_EPOCHS}")
-    return StudentRun("presets", method, seed, sets=sets, rank=1 + seed)
+    config = "../../configs/cifar10_civt.yaml" if method == "civt" else "few.yaml"
+    return StudentRun("presets", method, seed, config, sets, rank=1 + seed)
 
 
 def _main(run: StudentRun) -> StudentRun:

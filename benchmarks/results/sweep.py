@@ -19,7 +19,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import date
@@ -29,17 +28,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.results import ROOT, data, teacher
-from benchmarks.results.students import StudentRun, all_runs
+from benchmarks.results import ROOT, data, results_folder, teacher
+from benchmarks.results.students import SECOND, StudentRun, all_runs
+from cskd.config import LossConfig
 from cskd.errors import CskdError, PathError
-from cskd.loading.targets import codec_for
+from cskd.loading.targets import codec_for, stage_codecs
 from cskd.machine.devices import pick_device
+from cskd.method.terms import needs
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.evaluate import evaluate_checkpoint
 from cskd.pipeline.show.metrics import read_metrics
 from cskd.pipeline.train import train
 from cskd.store.cache import Cache, open_cache
-from cskd.store.commit import UnitFile
 
 HELD = 3  # exit status of a run whose folder another process writes
 ON_CUDA = {"train": 2, "cache": 12}  # processes that decode
@@ -91,11 +91,23 @@ def prepare(pending: list[StudentRun], device: str) -> bool:
     caches = {(run.config, *(s for s in run.overrides if s.startswith("cache."))): run for run in pending}
     for run in caches.values():
         config = run.load(_machine("cache", device))
-        name = Path(run.config).stem
-        if not Path(str(config.teacher.weights)).exists() and teacher.main([name, "--device", device]):
-            return False
-        cache_teacher(config)
+        further = [
+            run.load(
+                (*_machine("cache", device), *SECOND[name], f"teacher.weights={weights(name)}", f"cache.path={path}")
+            )
+            for name, path in config.train.caches.items()
+        ]
+        for one in (config, *further):
+            name = Path(str(one.teacher.weights)).parent.name
+            if not Path(str(one.teacher.weights)).exists() and teacher.main([name, "--device", device]):
+                return False
+            cache_teacher(one)
     return True
+
+
+def weights(name: str) -> Path:
+    """Those of the teacher of a further cache, which sees the few images."""
+    return results_folder() / "teachers" / f"few_{name}" / "teacher.safetensors"
 
 
 class Sweep:
@@ -179,9 +191,8 @@ def finish(run: StudentRun, device: str) -> dict[str, Any]:
     rows = read_metrics(run.folder)
     curve = [{k: round(v, 4) if isinstance(v, float) else v for k, v in r.items() if _kept(k)} for r in rows]
     cache = open_cache(config.cache.path)
+    opened = {"": cache} | {name: open_cache(path) for name, path in config.train.caches.items()}
     views = config.train.views or cache.views
-    hard, soft = codec_for(config.loss, cache.codecs, str(cache.root))
-    codec = soft or hard
     return {
         "name": run.name,
         **{k: v for k, v in asdict(run).items() if k in ("question", "method", "seed", "online")},
@@ -191,9 +202,7 @@ def finish(run: StudentRun, device: str) -> dict[str, Any]:
         "arithmetic": evaluated.arithmetic,
         "epochs": config.train.epochs,
         "views": views,
-        "target_bytes": sum(
-            file.size for b in range(cache.blocks) for v in range(views) for file in _files(cache, b, v, codec)
-        ),
+        "target_bytes": sum(_bytes_read(config.loss, name, one, views) for name, one in opened.items()),
         "curve": curve,
         "seconds": sum(row["seconds"] for row in rows),
         "teacher_forwards": report.teacher_forwards,
@@ -211,9 +220,13 @@ def _machine(section: str, device: str) -> tuple[str, ...]:
     return (f"{section}.device={device}", *workers)
 
 
-def _files(cache: Cache, block: int, view: int, codec: str) -> Sequence[UnitFile]:
-    commit = cache.commit_of(block, view)
-    return [file for file in commit.files if file.codec == codec] if commit else ()
+def _bytes_read(loss: LossConfig, name: str, cache: Cache, views: int) -> int:
+    """Of the unit files that a loss reads of one of its caches."""
+    hard, soft = codec_for(loss, cache.codecs, str(cache.root), name)
+    codecs = {hard if needs(loss, name).hard != "none" else soft, soft}
+    codecs |= set(stage_codecs(loss, cache.codecs, str(cache.root), name).values())
+    commits = [cache.commit_of(b, v) for b in range(cache.blocks) for v in range(views)]
+    return sum(file.size for commit in commits if commit for file in commit.files if file.codec in codecs)
 
 
 def _kept(key: str) -> bool:

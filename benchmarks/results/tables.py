@@ -8,7 +8,6 @@ Without --write the tables are printed. A block of the page is replaced from `<!
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.marked import fill
 from benchmarks.results.students import METHODS, PRESETS, all_runs
 from benchmarks.results.sweep import TALLY, read_tally
 from cskd.pipeline.intervals import Difference, paired_difference
@@ -30,22 +30,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, help="page whose blocks are replaced")
     args = parser.parse_args(arguments)
     rows = read_tally(args.tally)
-    tables = {name: "\n".join(table) for name, table in all_tables(rows).items()}
+    tables = all_tables(rows)
     if args.write is None:
-        print("\n\n".join(f"{name}\n\n{table}" for name, table in tables.items()))
+        print("\n\n".join("\n".join([name, "", *table]) for name, table in tables.items()))
         return 0
-    page = args.write.read_text()
-    for name, block in re.findall(r"(?s)<!-- table ([\w-]+) -->\n(.*?)<!-- end -->", page):
-        if name not in tables:
-            print(
-                f"benchmarks/results/tables.py: {args.write} asks for table {name}, known: {', '.join(tables)}",
-                file=sys.stderr,
-            )
-            return 1
-        page = page.replace(
-            f"<!-- table {name} -->\n{block}<!-- end -->", f"<!-- table {name} -->\n{tables[name]}\n<!-- end -->"
-        )
-    args.write.write_text(page)
+    try:
+        args.write.write_text(fill(args.write.read_text(), tables, str(args.write)))
+    except KeyError as e:
+        print(f"benchmarks/results/tables.py: {e.args[0]}", file=sys.stderr)
+        return 1
     return 0
 
 

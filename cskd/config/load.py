@@ -26,7 +26,7 @@ from cskd.near import absent, did_you_mean, nearest
 
 PATHS = (
     *("data.train", "data.val", "teacher.model", "teacher.weights", "teacher.classes"),
-    *("cache.path", "student.model", "student.init", "train.output"),
+    *("cache.path", "student.model", "student.init", "train.output", "train.scratch"),
 )  # a model may be the path of a file
 READ_FROM_HUB = ("teacher.model", "teacher.weights", "teacher.classes", "cache.path", "student.init")  # see docs/HUB.md
 NEWER = {  # keys of older versions

@@ -449,6 +449,9 @@ class TrainConfig(Section):
 
     output: Annotated[str, Unit("folder")] = ""
     """Folder of the run."""
+    scratch: Annotated[str, Unit("folder")] = ""
+    """Folder on a local disk, there already, for the tables of the targets of the epochs under way: one for all ranks of a machine;
+    empty = that of temporary files."""
     epochs: Annotated[int, Ge(1), Le(1_000_000), Unit("epochs")] = 300
     """Length of the schedule."""
     global_batch: Annotated[int, Ge(1), Le(1 << 24), Unit("views")] = 1024

@@ -1,4 +1,5 @@
-"""Scratch of a run, on local disk: the folder of temporary files (TMPDIR). It carries the run's identity, and ends with it."""
+"""Scratch of a run, on local disk: in `train.scratch`, by default the folder of temporary files. It carries the run's identity,
+and ends with it. The ranks of one machine share one."""
 
 from __future__ import annotations
 
@@ -8,21 +9,28 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from cskd.errors import CacheError
+from cskd.files.folders import refuse_output
 
 GB = 1e9
 
 
-def new_scratch(output: Path, rank: int = 0) -> Path:
-    """An empty folder that only this user may read, for one rank of the run in `output`."""
-    return Path(tempfile.mkdtemp(prefix=f"{_prefix(output)}rank{rank:03d}-"))
+def new_scratch(output: Path, rank: int = 0, where: str = "") -> Path:
+    """An empty folder that only this user may read, for the run in `output`, made by `rank`. CacheError where it can't be made."""
+    try:
+        return Path(tempfile.mkdtemp(prefix=f"{_prefix(output)}rank{rank:03d}-", dir=scratch_above(where)))
+    except OSError as e:
+        raise CacheError(_refused(scratch_above(where), f"no folder can be made in it ({e.strerror})")) from None
 
 
-def clear_scratch(output: Path) -> None:
-    """Remove what dead runs left, here and, of older versions, in the output folder. For the one writer of `output`."""
-    for left in Path(tempfile.gettempdir()).glob(f"{_prefix(output)}*"):
+def clear_scratch(output: Path, where: str = "") -> None:
+    """Remove what dead runs left: in `where`, among temporary files, and, of older versions, in the output folder. For the one
+    writer of `output`."""
+    lefts = {left for above in {scratch_above(where), scratch_above("")} for left in above.glob(f"{_prefix(output)}*")}
+    for left in lefts:
         with contextlib.suppress(FileNotFoundError):
             if not left.is_symlink() and left.stat().st_uid == os.getuid():
                 shutil.rmtree(left, ignore_errors=True)
@@ -32,6 +40,18 @@ def clear_scratch(output: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
         if not any(old.iterdir()):
             old.rmdir()
+
+
+def refuse_scratch(where: str) -> None:
+    """CacheError where nothing can be written in `train.scratch`, which has to be there: a disk that is not mounted is not made
+    up for by a folder on another one. PathError where it lies in a cache, a data set or a run."""
+    above = scratch_above(where)
+    if where:
+        refuse_output(above, None, "train.scratch")
+    if not above.is_dir():
+        raise CacheError(_refused(above, "it is no folder" if above.exists() else "it is not there"))
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise CacheError(_refused(above, "it may not be written to"))
 
 
 def refuse_small(folder: Path, size: float, what: str) -> None:
@@ -47,18 +67,41 @@ def reserve(path: Path) -> None:
         return
     fd = os.open(path, os.O_RDWR)
     try:
-        os.posix_fallocate(fd, 0, max(1, os.fstat(fd).st_size))
+        size = os.fstat(fd).st_size
+        with said_when_full(path.parent, size):
+            os.posix_fallocate(fd, 0, max(1, size))
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CacheError(_small(path.parent, f"no room for {os.fstat(fd).st_size / GB:.2f} GB")) from None
         if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # it can't reserve
             raise
     finally:
         os.close(fd)
 
 
+@contextlib.contextmanager
+def said_when_full(folder: Path, size: int = 0) -> Iterator[None]:
+    """CacheError in place of what the system says when the disk is full. size: bytes that were to be written."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise CacheError(_small(folder, f"no room for {size / GB:.2f} GB" if size else "no room left")) from None
+
+
 def _small(folder: Path, found: str) -> str:
-    return f"{folder} has {found}; set TMPDIR to a folder on a local disk with room, and run the same command again"
+    return (
+        f"{folder} has {found}; set train.scratch (or TMPDIR) to a folder on a local disk with room, and run the same command "
+        "again"
+    )
+
+
+def scratch_above(where: str) -> Path:
+    """The folder that scratch lies in: `train.scratch`, or that of temporary files where it is empty."""
+    return Path(where or tempfile.gettempdir())
+
+
+def _refused(above: Path, why: str) -> str:
+    return f"train.scratch {above}: {why}; expected a folder on a local disk of this machine with room: mount or make it, or set another"
 
 
 def _prefix(output: Path) -> str:

@@ -2,7 +2,8 @@
 
 A folder of .npy columns, memory-mapped and shared by all workers, so that they never open a unit. Hard targets: one
 table per epoch, the units evaluated once at the epoch's blend (h*w uint16 per sample), in two parts where a run begins. Soft
-targets: the codec's own arrays, one table per window of blocks, decoded on the device. A loss may read both.
+targets: the codec's own arrays, one table per window of blocks, decoded on the device. A loss may read both. The ranks of one
+machine make one table together: each reads a share of the units, once, for the rows of all of them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
+from itertools import islice
 from mmap import MADV_DONTNEED, mmap
 from pathlib import Path
 from threading import Event
@@ -23,12 +25,14 @@ from numpy.typing import NDArray
 
 from cskd.codecs import Arrays
 from cskd.errors import CacheError
-from cskd.files.scratch import reserve
+from cskd.files.scratch import reserve, said_when_full
+from cskd.files.shared_folder import SharedFolder
 from cskd.loading.plan import EpochPlan
 from cskd.loading.sources import TargetSpec, ViewSource
 from cskd.store.format import Unit
 
 UNMAP = 32  # units after which the pages written so far are left to the system: no table then grows the process
+ABOUT = "table.json"  # of a table; the last of its files
 COPIED = ("seed", "digest", "mode", "lam", "box")
 
 
@@ -68,20 +72,70 @@ def build_table(
     stop: int,
     folder: Path,
     ended: Event | None = None,
+    shared: SharedFolder | None = None,
 ) -> Path:
     """Write the table of positions first .. stop-1 to `folder`, whole or not at all; an existing one is replaced.
 
-    ended: once set, the table is given up, with a CancelledError.
+    ended: once set, the table is given up, with a CancelledError. shared: of several processes that make it together, all with
+    the same arguments; `folder` lies in it and is new. Each returns when the table is whole.
     """
-    sample, view = plan.sample[first:stop], plan.view[first:stop]
-    temp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temp, ignore_errors=True)
-    temp.mkdir(parents=True)
+    shared = shared or SharedFolder(folder.parent)
+    temp = folder.with_name(f".{folder.name}.tmp")
+    if shared.count == 1:
+        shutil.rmtree(temp, ignore_errors=True)
+    try:
+        with said_when_full(folder.parent):
+            _build(source, plan.sample[first:stop], plan.view[first:stop], spec, folder, temp, ended, shared)
+    except Exception as e:
+        if shared.count == 1:
+            shutil.rmtree(temp, ignore_errors=True)
+        elif not isinstance(e, CancelledError):
+            shared.fail(e)
+        raise
+    return folder
+
+
+def _build(
+    source: ViewSource,
+    sample: NDArray[np.int64],
+    view: NDArray[np.int32],
+    spec: TargetSpec,
+    folder: Path,
+    temp: Path,
+    ended: Event | None,
+    shared: SharedFolder,
+) -> None:
+    """The first one puts the table in place, once all have written their rows."""
+    temp.mkdir(parents=True, exist_ok=True)
+    targets = _fill(source, sample, view, spec, temp, ended, shared)
+    (temp / f"part{shared.number}").touch()
+    if shared.number:
+        shared.wait((folder / ABOUT).exists, "an epoch table", ended)
+        return
+    for name, column in (("sample", sample), ("view", view)):
+        _column(temp / f"{name}.npy", column, len(sample), shared)[:] = column
+    (temp / ABOUT).write_text(json.dumps({"targets": targets}))
+    parts = [temp / f"part{number}" for number in range(shared.count)]
+    shared.wait(lambda: all(part.exists() for part in parts), "an epoch table", ended)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(temp, folder)
+
+
+def _fill(
+    source: ViewSource,
+    sample: NDArray[np.int64],
+    view: NDArray[np.int32],
+    spec: TargetSpec,
+    temp: Path,
+    ended: Event | None,
+    shared: SharedFolder,
+) -> list[str]:
+    """Write the rows of this process's share of the units. Returns: the names of those columns that are targets."""
     columns: dict[str, NDArray[Any]] = {}
     targets: list[str] = []
-    for number, (block, of_view, rows) in enumerate(_units(source.inventory.blocks, sample, view)):
+    units = islice(_units(source.inventory.blocks, sample, view), shared.number, None, shared.count)
+    for number, (block, of_view, rows) in enumerate(units):
         if ended is not None and ended.is_set():
-            shutil.rmtree(temp)
             raise CancelledError
         position = sample[rows] - source.inventory.block_range(block)[0]
         unit, found = _read(source, block, of_view, spec.codec, position)
@@ -95,26 +149,30 @@ def build_table(
         targets = list(wanted)
         for name, value in (copied | wanted).items():
             if name not in columns:
-                columns[name] = np.lib.format.open_memmap(
-                    temp / f"{name}.npy", "w+", value.dtype, (stop - first, *value.shape[1:])
-                )
-                reserve(temp / f"{name}.npy")
+                columns[name] = _column(temp / f"{name}.npy", value, len(sample), shared)
             columns[name][rows] = value
         if number % UNMAP == UNMAP - 1:
             for column in columns.values():
                 cast(mmap, column.base).madvise(MADV_DONTNEED)
-    del columns
-    np.save(temp / "sample.npy", sample)
-    np.save(temp / "view.npy", view)
-    (temp / "table.json").write_text(json.dumps({"targets": targets}))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(temp, folder)
-    return folder
+    return targets
+
+
+def _column(path: Path, like: NDArray[Any], rows: int, shared: SharedFolder) -> NDArray[Any]:
+    """A column of so many rows, mapped; made, with all its room on the disk, by whoever comes first."""
+    with shared.alone():
+        if not path.exists():
+            new = path.with_suffix(".new")
+            np.lib.format.open_memmap(new, "w+", like.dtype, (rows, *like.shape[1:]))
+            reserve(new)
+            os.rename(new, path)
+    column = np.lib.format.open_memmap(path, "r+")
+    assert (column.dtype, column.shape) == (like.dtype, (rows, *like.shape[1:])), f"units differ in {path.stem}"
+    return column
 
 
 def open_table(folder: Path) -> EpochTable:
     """A table written by `build_table`, memory-mapped."""
-    about = json.loads((folder / "table.json").read_text())
+    about = json.loads((folder / ABOUT).read_text())
     columns = {p.stem: np.load(p, mmap_mode="r", allow_pickle=False) for p in sorted(folder.glob("*.npy"))}
     return EpochTable(columns, list(about["targets"]))
 

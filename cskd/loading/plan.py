@@ -187,7 +187,11 @@ def _window(
 
 def rank_share(plan: EpochPlan, share: Share) -> EpochPlan:
     """The rows of one rank: its contiguous share of every batch."""
-    mine = slice(share.start, share.start + share.rows)
-    sample = plan.sample.reshape(-1, share.batch)[:, mine].reshape(-1)
-    view = plan.view.reshape(-1, share.batch)[:, mine].reshape(-1)
-    return EpochPlan(sample, view, np.minimum(-(-plan.ends // share.batch) * share.rows, len(sample)))
+    return batch_part(plan, share.batch, share.start, share.start + share.rows)
+
+
+def batch_part(plan: EpochPlan, global_batch: int, first: int, stop: int) -> EpochPlan:
+    """Rows first .. stop-1 of every batch."""
+    sample = plan.sample.reshape(-1, global_batch)[:, first:stop].reshape(-1)
+    view = plan.view.reshape(-1, global_batch)[:, first:stop].reshape(-1)
+    return EpochPlan(sample, view, np.minimum(-(-plan.ends // global_batch) * (stop - first), len(sample)))

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-import cskd.pipeline.training_run
+import cskd.loading.node_scratch
 from cskd.config import TrainConfig, from_dict
-from cskd.errors import CacheError
+from cskd.errors import CacheError, CskdError
 from cskd.files.scratch import clear_scratch, new_scratch, refuse_small
 from cskd.loading.epoch_table import build_table, open_table
 from cskd.loading.plan import PlanSpec, epoch_plan
@@ -71,7 +71,7 @@ def test_no_scratch_lies_in_the_output_and_none_is_left(
         seen.append(new_scratch(*arguments))  # type: ignore[arg-type]
         return seen[-1]
 
-    monkeypatch.setattr(cskd.pipeline.training_run, "new_scratch", noted)
+    monkeypatch.setattr(cskd.loading.node_scratch, "new_scratch", noted)
     train(from_dict(settings(made, output)), quiet=True)
     assert len(seen) == 1 and seen[0].parent == temp
     assert list(temp.iterdir()) == [others] and not left.exists()
@@ -119,9 +119,7 @@ def test_a_small_disk_is_named_before_the_first_step_with_what_to_do(
     made: Path, tmp_path: Path, temp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(1000, 900, 100))
-    with pytest.raises(
-        CacheError, match=r"GB free, the tables of the targets to come may take .*; set TMPDIR to a folder"
-    ):
+    with pytest.raises(CacheError, match=r"GB free, the tables of the targets to come may take .*; set train.scratch"):
         train(from_dict(settings(made, tmp_path / "run")), quiet=True)
     assert not list((tmp_path / "run").glob("resume/*")) and list(temp.iterdir()) == []
     refuse_small(temp, 100, "x")
@@ -139,7 +137,7 @@ def test_a_disk_that_fills_up_ends_a_run_in_one_line(
     build_table(cache, plan, TargetSpec("global", "int8", 0), 0, 4, tmp_path / "good")
     assert all(os.stat(p).st_blocks for p in (tmp_path / "good").glob("*.npy"))
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(CacheError, match=r"no room for 0\.00 GB; set TMPDIR"):
+    with pytest.raises(CacheError, match=r"no room for 0\.00 GB; set train.scratch"):
         build_table(cache, plan, TargetSpec("global", "int8", 0), 0, 4, tmp_path / "t")
 
 
@@ -165,5 +163,62 @@ def test_a_table_goes_when_no_result_can_need_it_and_not_before(cache: Cache, tm
             under_way = [*under_way, task][-ahead - 1 :]
             for t in under_way:
                 assert open_table(t.table).columns["sample"].shape[0] >= t.stop
-            most = max(most, len([p for p in (tmp_path / "s").glob("rank*/*/*") if not p.name.startswith(".")]))
-    assert 2 <= most <= 3 + ahead and not (tmp_path / "s").exists()
+            most = max(most, len([p for p in (tmp_path / "s").glob("epoch*/*") if not p.name.startswith(".")]))
+    assert (2 if ahead else 1) <= most <= 3 + ahead and not (tmp_path / "s").exists()
+
+
+def test_scratch_lies_where_the_config_says_and_what_a_killed_run_left_there_goes(
+    made: Path, tmp_path: Path, temp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    killed = [new_scratch(tmp_path / "run", 0, where) for where in (str(tmp_path / "disk"), "")]
+    (killed[0] / "epoch00000").mkdir()
+    seen: list[list[Path]] = []
+    plain = RunTasks.retire
+
+    def noted(self: RunTasks, epoch: int) -> None:
+        seen.append(list((tmp_path / "disk").iterdir()))
+        plain(self, epoch)
+
+    monkeypatch.setattr(RunTasks, "retire", noted)
+    config = settings(made, tmp_path / "run")
+    config["train"]["scratch"] = str(tmp_path / "disk")
+    train(from_dict(config), quiet=True)
+    assert [len(names) for names in seen] == [1, 1] and seen[0][0] not in killed
+    assert list((tmp_path / "disk").iterdir()) == [] == list(temp.iterdir())
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("missing", "it is not there; expected a folder on a local disk"),
+        ("file", "it is no folder"),
+        ("sealed", "it may not be written to"),
+        ("s3://bucket/x", r"is an address \(s3:\)"),
+        ("cache", "is a cache; give a folder of its own"),
+    ],
+)
+def test_scratch_that_is_none_is_refused_in_one_line(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, words: str
+) -> None:
+    where = str(made) if kind == "cache" else kind if ":" in kind else str(tmp_path / kind)
+    (tmp_path / "file").touch()
+    (tmp_path / "sealed").mkdir()
+    if kind == "sealed":
+        monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path / "sealed")  # root may write anywhere
+    config = settings(made, tmp_path / "run")
+    config["train"]["scratch"] = where
+    with pytest.raises(CskdError, match=words) as refused:
+        with_local_paths = from_dict(config)
+        train(with_local_paths, quiet=True)
+    assert len(str(refused.value)) <= 300 and not (tmp_path / "run").exists()
+
+
+def test_a_disk_without_room_for_a_folder_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    with pytest.raises(CacheError, match=r"train\.scratch .*no folder can be made in it \(No space left on device\)"):
+        new_scratch(tmp_path, 0, str(tmp_path))

@@ -1,0 +1,50 @@
+"""The simulated cluster: its counts are those of the table code, and each table of docs/SCALE.md is one that it makes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.cluster import UNITS, Facts, Found, all_tables, count, figures
+from benchmarks.cluster_counts import wasted_passes
+from benchmarks.marked import fill
+
+PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "SCALE.md"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return count(tmp_path_factory.mktemp("cluster"), [(2, 4)], blocks=2, block=512)
+
+
+def test_each_node_reads_a_unit_once_and_each_of_its_ranks_a_share(found: Found) -> None:
+    epoch = found.epochs[2, 4]
+    assert epoch.of.requests == 6 and epoch.node.requests == 12  # a unit's file and its record
+    assert epoch.store.requests == 24 and epoch.store.bytes == 2 * epoch.node.bytes
+    assert epoch.alone.bytes == pytest.approx(epoch.node.bytes)
+    assert 0.2 * epoch.node.bytes <= epoch.rank.bytes <= 0.4 * epoch.node.bytes
+    made = figures(Facts(), found)
+    assert made["gb_per_epoch_2x4_before"] == pytest.approx(4 * made["gb_per_epoch_2x4"])
+    records = found.start.records * UNITS
+    assert records.requests >= UNITS and 300 <= records.bytes / UNITS <= 1000
+
+
+def test_the_page_asks_for_tables_that_there_are_and_holds_64_ranks_to_9_gb(found: Found) -> None:
+    page = PAGE.read_text()
+    tables = all_tables(Facts(), found)
+    assert set(re.findall(r"<!-- table ([\w-]+) -->", page)) == tables.keys()
+    filled = fill(page, tables, "SCALE.md")
+    assert all("\n".join(table) in filled for table in tables.values())
+    with pytest.raises(KeyError, match=r"SCALE\.md asks for table none, known: constants"):
+        fill("<!-- table none -->\n<!-- end -->", tables, "SCALE.md")
+    row = re.search(r"\| 8 x 8 \| \*\*targets, one table a node\*\* .* requests, ([\d.]+) GB \|\n", page)
+    assert row is not None and float(row[1]) <= 9
+
+
+@pytest.mark.parametrize("workers", [1, 8, 64])
+def test_claims_waste_no_pass_and_offset_starts_a_few_for_each_worker(workers: int) -> None:
+    assert wasted_passes(1570, workers, claims=True)[0] == 0
+    twice, last = wasted_passes(1570, workers, claims=False)
+    assert (workers > 1) <= twice <= 8 * workers and last >= 0.9 * 1570 / workers
