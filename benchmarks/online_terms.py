@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from cskd.codecs.measured import together
+from cskd.codecs.measured import Measured, together
 from cskd.config import Config
 from cskd.loading.targets import LiveTeachers, mixed_labels
 from cskd.machine.devices import pick_device
@@ -134,7 +134,8 @@ def _soft(cached: OfOne, live: OfOne, levels: int) -> tuple[float, float]:
     """The largest error of what is decoded, as a share of half a step of `levels`, and the KL of its softmax."""
     pairs: list[tuple[Tensor, Tensor]] = []
     if isinstance(cached, FeatureTargets) and isinstance(live, FeatureTargets):
-        pairs.append((cached.features, live.features))
+        if cached.features is not None and live.features is not None:
+            pairs.append((cached.features, live.features))
     one, other = (_logits(targets) for targets in (cached, live))
     if one.dense_logits is None or other.dense_logits is None:
         raise TypeError("no logits of cells")
@@ -167,4 +168,4 @@ def _stored(cache: Cache, codec: str) -> float | None:
     units = [(b, v) for b in range(cache.blocks) for v in range(cache.views)]
     commits = [commit for b, v in units if (commit := cache.commit_of(b, v)) is not None]
     error = together(commit.errors[codec] for commit in commits if codec in commit.errors)
-    return None if error is None else error.kl
+    return error.kl if isinstance(error, Measured) else None
