@@ -217,6 +217,14 @@ def plan(
 @_command(STAGES, "cskd cache-teacher my.yaml --set cache.device=cuda:1", name="cache-teacher")
 def cache_teacher(
     config: ConfigPath,
+    more: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[MORE]...",
+            parser=_path("CONFIG"),
+            help="Configs of more teachers, in the same pass over the images.",
+        ),
+    ] = None,
     set_: Set = None,
     devices: Annotated[
         str | None,
@@ -226,10 +234,14 @@ def cache_teacher(
 ) -> None:
     """Stage 1: run the teacher once over every view. The same command resumes."""
     from cskd.config import load_config
-    from cskd.pipeline.cache_teacher import cache_teacher, render
+    from cskd.pipeline.cache_teacher import cache_joint, cache_teacher, render, render_joint
     from cskd.pipeline.many_devices import cache_teacher_on
 
     settings = load_config(config, set_)
+    if more:
+        joint = cache_joint([settings, *(load_config(one, set_) for one in more)], devices, quiet=json_)
+        _print(joint, json_, render_joint)
+        return
     report = cache_teacher_on(settings, devices, json_) if devices else cache_teacher(settings, quiet=json_)
     _print(report, json_, render)
 

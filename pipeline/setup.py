@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cskd.codecs import Codec, get_codec, known_own
+from cskd.codecs import Codec, get_codec, known_own, of_map_alone
 from cskd.config import Config, RecipeConfig, TrainConfig
 from cskd.dataset.inventory import Inventory, evenly, open_inventory
 from cskd.errors import CacheError, ConfigError, DataError, ImageError, StudentError, one_line
@@ -113,6 +113,8 @@ class Setup:
         names = Counter(codec.name for codec in codecs.values())
         if twice := [name for name, codec in codecs.items() if names[codec.name] > 1]:
             raise ConfigError(f"cache.codecs lists {' and '.join(twice)}, which are one codec; leave one of them out")
+        if self.config.teacher.dense == "none":
+            of_map_alone(codecs.values(), classified=True)  # whether it is, the teacher will show
         if not any(codec.has_classes for codec in codecs.values()):
             raise ConfigError(
                 f"cache.codecs is {list(codecs)}: maps of stages, and no targets of classes, which each cache has; add envelope"

@@ -100,8 +100,9 @@ class TeacherConfig(Section):
     """From label to teacher output: a list of indices; a file of the teacher's class names; `shift:N` (output k + N for label
     k); or how the names were sorted to number the outputs: `timm` (its folder reader), `sorted` (torchvision, Keras),
     `caseless`."""
-    dense: Literal["exact", "per_cell"] = "exact"
-    """`per_cell`: apply a head that is not linear to every cell all the same."""
+    dense: Literal["exact", "per_cell", "none"] = "exact"
+    """`per_cell`: apply a head that is not linear to every cell all the same. `none`: no logits of cells, for a ViT, or a network
+    without a classifier (`kwargs: {num_classes: 0}`): its features and the image's logits alone, so codecs `features:*` and `global:*`."""
     grid: Annotated[list[Annotated[int, Ge(1), Le(1024)]] | None, Len(2, 2), Unit("cells")] = None
     """[h, w]: pool the teacher's map to this; null = the teacher's own."""
     precision: Precision = "float32"

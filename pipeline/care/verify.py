@@ -348,8 +348,10 @@ def render(report: VerifyReport, console: Console) -> None:
         lines.append(f"{report.replayed} views made again, {len(report.errors)} differ")
     if r := report.recomputed:
         logits = "" if r.largest_logit_difference is None else f", logits by {r.largest_logit_difference:.3g} at most"
+        off = r.largest_feature_difference
+        features = "" if off is None else f", features by {off:.3g} at most"
         lines.append(
             f"teacher run again on {r.views} views: {r.differing} of {r.lookups} hard targets differ"
-            f" (margin {r.largest_margin:.2g} at most){logits}; probe images: {r.probe or 'equal'}"
+            f" (margin {r.largest_margin:.2g} at most){logits}{features}; probe images: {r.probe or 'equal'}"
         )
     print_lines(console, *lines)
