@@ -194,13 +194,16 @@ class Objects:
             if wanted.size == 0:
                 return b""
             async with free:
-                try:
-                    found = await obstore.get_async(self._store, wanted.key, options=_options(wanted))
-                    return bytes(await found.bytes_async())
-                except Exception as e:
-                    if _past_the_end(e):
-                        return b""
-                    raise
+                for tried in range(TRIES):
+                    try:
+                        found = await obstore.get_async(self._store, wanted.key, options=_options(wanted))
+                        return bytes(await found.bytes_async())
+                    except Exception as e:
+                        if _past_the_end(e):
+                            return b""
+                        if not _cut_short(e) or tried + 1 == TRIES:
+                            raise
+            raise AssertionError("unreachable")
 
         from obstore.exceptions import BaseError
 
@@ -284,3 +287,8 @@ def _may_be_there(error: Exception) -> bool:
     """Whether a write that failed may have been done: its answer was lost, or the store failed or was busy."""
     text = str(error)
     return bool(_NOT_REACHED.search(text) or re.search(r"status code: (409|429|5\d\d)|HTTP error", text))
+
+
+def _cut_short(error: BaseException) -> bool:
+    """Whether an answer began and its body did not come whole, which obstore does not ask for again."""
+    return bool(re.search(r"body error|body from connection|end of file|incomplete message", str(error), re.I))
