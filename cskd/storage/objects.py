@@ -164,7 +164,7 @@ class Objects:
         self._answered = True
         return answer
 
-    def _get(self, wanted: Range, limit: int | None) -> bytes:
+    def _get(self, wanted: Range, limit: int | None, tries: int = TRIES) -> bytes:
         import obstore
 
         if wanted.size == 0:
@@ -181,7 +181,12 @@ class Objects:
             return self._get(Range(wanted.key), limit)[wanted.start : end]
         if limit is not None and found.meta["size"] > limit:
             raise OSError(errno.EFBIG, f"more than {limit} bytes", f"{self.location}/{wanted.key}")
-        data = bytes(found.bytes())
+        try:
+            data = bytes(found.bytes())
+        except Exception as e:
+            if not _cut_short(e) or tries < 2:
+                raise
+            return self._get(wanted, limit, tries - 1)
         self.counts.add(0, read=len(data))
         return data
 
