@@ -80,7 +80,11 @@ HubCachePath = Annotated[
 ]
 Data = Annotated[
     Path | None,
-    typer.Option("--data", parser=_path("--data"), help="Folder of the image shards, where they have moved."),
+    typer.Option(
+        "--data",
+        parser=_path("--data", objects=True),
+        help="Folder or address of the image shards, where they have moved.",
+    ),
 ]
 Classes = Annotated[
     Path | None, typer.Option("--classes", parser=_path("--classes"), help="Class names in label order, one a line.")
@@ -122,7 +126,10 @@ def pack(
             help="Folder of class folders, a tar, tar.gz or zip of one, parquet files, or webdataset shards.",
         ),
     ],
-    out: Annotated[Path, typer.Argument(parser=_path("OUT"), help="Folder for the shards and their inventory.")],
+    out: Annotated[
+        Path,
+        typer.Argument(parser=_path("OUT", objects=True), help="Folder or address for the shards and their inventory."),
+    ],
     classes: Classes = None,
     seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
     shard_size: Annotated[int, typer.Option(min=1, help="Images a shard.")] = 4096,
@@ -210,6 +217,14 @@ def plan(
 @_command(STAGES, "cskd cache-teacher my.yaml --set cache.device=cuda:1", name="cache-teacher")
 def cache_teacher(
     config: ConfigPath,
+    more: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[MORE]...",
+            parser=_path("CONFIG"),
+            help="Configs of more teachers, in the same pass over the images.",
+        ),
+    ] = None,
     set_: Set = None,
     devices: Annotated[
         str | None,
@@ -219,10 +234,14 @@ def cache_teacher(
 ) -> None:
     """Stage 1: run the teacher once over every view. The same command resumes."""
     from cskd.config import load_config
-    from cskd.pipeline.cache_teacher import cache_teacher, render
+    from cskd.pipeline.cache_teacher import cache_joint, cache_teacher, render, render_joint
     from cskd.pipeline.many_devices import cache_teacher_on
 
     settings = load_config(config, set_)
+    if more:
+        joint = cache_joint([settings, *(load_config(one, set_) for one in more)], devices, quiet=json_)
+        _print(joint, json_, render_joint)
+        return
     report = cache_teacher_on(settings, devices, json_) if devices else cache_teacher(settings, quiet=json_)
     _print(report, json_, render)
 
@@ -267,9 +286,14 @@ def launch(
 def evaluate(
     checkpoint: Annotated[
         Path,
-        typer.Argument(parser=_path("CHECKPOINT", hub=True), help="Result folder of cskd train, or its hf:// address."),
+        typer.Argument(
+            parser=_path("CHECKPOINT", hub=True, objects=True),
+            help="Result folder of cskd train, or its hf:// or s3:// address.",
+        ),
     ],
-    data: Annotated[Path, typer.Argument(parser=_path("DATA"), help="Folder made by cskd pack.")],
+    data: Annotated[
+        Path, typer.Argument(parser=_path("DATA", objects=True), help="Folder made by cskd pack, or its address.")
+    ],
     batch: Annotated[int, typer.Option(min=1, help="Images a forward.")] = 256,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode.")] = 2,
     crop_pct: Annotated[

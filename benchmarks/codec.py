@@ -271,7 +271,7 @@ def _compare_unit(
             key = name.partition("b")[0]  # bits change no tables
             if key not in run.tables:
                 fit_on = [outputs.features[: codec.fitted_on]] if outputs.features is not None else []
-                run.tables[key] = codec.fit(*teacher.classifier(name), fit_on)
+                run.tables[key] = codec.fit(teacher.classifier(name), fit_on)
             tables = run.tables[key]
             codec.use_tables(partial(dict, tables))
             run.scores[name] = Score(tables=sum(a.nbytes for a in tables.values()))

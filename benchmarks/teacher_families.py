@@ -1,9 +1,10 @@
 """Which timm families have exact dense logits? Builds one model of each, tries its head, and prints a table.
 
-    python -m benchmarks.teacher_families [--write docs/TEACHERS.md] [MODEL ...]
+    python -m benchmarks.teacher_families [--features] [--write docs/TEACHERS.md] [MODEL ...]
 
 Weights are random, 1000 classes, each model at its own input size: whether a head is linear in the mean of the cells
-does not depend on what was learnt. `--write` puts the table between the two marks of that file. 3 minutes on 2 cores.
+does not depend on what was learnt. With `--features` the other table: which families keep their last map or tokens in rows and
+columns, for `teacher.dense: none`; of small models, since depth does not matter for that. `--write` puts the table between the two marks of that file. 3 minutes on 2 cores.
 Prints the machine, the table, and one JSON line last.
 """
 
@@ -16,6 +17,7 @@ import platform
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -26,6 +28,35 @@ from cskd.teacher.model import Teacher, load_teacher
 
 NAMES = [str(i) for i in range(1000)]
 MARKS = ("<!-- families: begin -->", "<!-- families: end -->")
+FEATURE_MARKS = ("<!-- features: begin -->", "<!-- features: end -->")
+SHALLOW: dict[str, Any] = {"depth": 2}
+BARE: dict[str, Any] = {"num_classes": 0}
+FEATURES: dict[str, tuple[str, dict[str, Any]]] = {  # family -> model, and what makes it small
+    "ViT": ("vit_tiny_patch16_224", SHALLOW),
+    "DINOv2": ("vit_small_patch14_dinov2", SHALLOW | BARE | {"img_size": 70}),
+    "DINOv2, registers": ("vit_small_patch14_reg4_dinov2", SHALLOW | BARE | {"img_size": 70}),
+    "DeiT": ("deit_tiny_patch16_224", SHALLOW),
+    "DeiT, distilled": ("deit_tiny_distilled_patch16_224", SHALLOW),
+    "DeiT III": ("deit3_small_patch16_224", SHALLOW),
+    "Mixer": ("mixer_s32_224", {}),
+    "ResNet, no classifier": ("resnet10t", BARE),
+    "ConvNeXt": ("convnext_atto", {"depths": (1, 1, 1, 1)}),
+    "Swin": ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1)}),
+    "EVA-02": ("eva02_tiny_patch14_224", SHALLOW),
+    "BEiT": ("beit_base_patch16_224", {"depth": 1}),
+    "SigLIP": ("vit_base_patch16_siglip_224", {"depth": 1} | BARE),
+    "CLIP ViT": ("vit_base_patch32_clip_224", {"depth": 1}),
+    "DINOv3": ("vit_small_patch16_dinov3", SHALLOW | BARE),
+    "XCiT": ("xcit_nano_12_p16_224", SHALLOW),
+    "CaiT": ("cait_xxs24_224", SHALLOW),
+    "PVT v2": ("pvt_v2_b0", {}),
+    "PiT": ("pit_ti_224", {}),
+    "LeViT": ("levit_128s", {}),
+    "EfficientFormer": ("efficientformer_l1", {}),
+    "Hiera": ("hiera_tiny_224", {}),
+    "MViT v2": ("mvitv2_tiny", {}),
+    "CrossViT": ("crossvit_9_240", {}),
+}
 MODELS = {  # family -> its smallest member, or nearly so
     "ResNet": "resnet18",
     "ResNeXt": "resnext50_32x4d",
@@ -101,7 +132,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="timm names; default: one of each family")
     parser.add_argument("--write", type=Path, help="Markdown file whose table is replaced")
+    parser.add_argument("--features", action="store_true", help="the table of teacher.dense: none")
     args = parser.parse_args()
+    if args.features:
+        return features(args.models, args.write)
     asked = {name: name for name in args.models} or MODELS
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}, ", end="")
     print(f"timm {timm.__version__}, Python {platform.python_version()}")
@@ -110,8 +144,39 @@ def main() -> None:
         rows.append(examine(family, name))
         print(line(rows[-1]), flush=True)
     if args.write:
-        write(args.write, rows)
+        head = ["| family | model | pixels | grid | gap | dense | head |", "|---|---|---|---|---|---|---|"]
+        write(args.write, head, list(map(line, rows)))
     print(json.dumps({"benchmark": "teacher_families", "timm": timm.__version__, "rows": [asdict(r) for r in rows]}))
+
+
+def features(names: list[str], path: Path | None) -> None:
+    """Print the table of maps and tokens, and write it."""
+    rows = []
+    for family, (name, kwargs) in FEATURES.items() if not names else {n: (n, {}) for n in names}.items():
+        rows.append(feature_line(family, name, kwargs))
+        print(rows[-1], flush=True)
+    if path:
+        head = [
+            "| family | model | pixels | grid | channels | map | logits of the image |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        write(path, head, rows, FEATURE_MARKS)
+
+
+def feature_line(family: str, name: str, kwargs: dict[str, Any]) -> str:
+    """A row of that table: what `teacher.dense: none` gives, or why it does not."""
+    torch.manual_seed(0)
+    kwargs = {"num_classes": len(NAMES), **kwargs}
+    config = TeacherConfig(model=name, kwargs=kwargs, dense="none", batch=4, input_size=kwargs.get("img_size"))
+    try:
+        teacher = load_teacher(config, NAMES, torch.device("cpu"), 224)
+    except TeacherError as e:
+        return f"| {family} | `{name}` | | | | refused | {str(e).partition('; take')[0].removeprefix('the teacher')} |"
+    logits = "yes" if teacher.has_classes else "no: no classifier"
+    channels, (h, w) = teacher.feature_channels("the table"), teacher.grid
+    return (
+        f"| {family} | `{name}` | {teacher.preprocess.size} | {h}x{w} | {channels} | {teacher.head.layers} | {logits} |"
+    )
 
 
 def examine(family: str, name: str) -> Row:
@@ -143,13 +208,12 @@ def line(row: Row) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def write(path: Path, rows: list[Row]) -> None:
+def write(path: Path, head: list[str], rows: list[str], marks: tuple[str, str] = MARKS) -> None:
     """Replace what stands between the marks by the table."""
-    before, rest = path.read_text(encoding="utf-8").split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    head = ["| family | model | pixels | grid | gap | dense | head |", "|---|---|---|---|---|---|---|"]
+    before, rest = path.read_text(encoding="utf-8").split(marks[0])
+    after = rest.split(marks[1])[1]
     made = f"timm {timm.__version__}, torch {torch.__version__}:"
-    table = "\n".join([MARKS[0], made, "", *head, *map(line, rows), MARKS[1]])
+    table = "\n".join([marks[0], made, "", *head, *rows, marks[1]])
     path.write_text(before + table + after, encoding="utf-8")
 
 

@@ -7,15 +7,18 @@
               killing the process loses that much work, and what the teacher and the writer were at
     seal      when all are there
 
-The same command resumes, and run several times at once it shares the work. Launch: `cskd cache-teacher configs/imagenet_sample.yaml`.
+The same command resumes, and run several times at once it shares the work. Several configs, of teachers that see the same views, are
+one pass over the images (`joint_line`). Launch: `cskd cache-teacher configs/imagenet_sample.yaml`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -24,22 +27,25 @@ from rich.console import Console
 from cskd.config import Config, to_dict
 from cskd.config.pins import TEACHER, pinned, record_pins
 from cskd.dataset.inventory import Inventory
-from cskd.errors import CacheError, counted
-from cskd.files.paths import location_text
+from cskd.errors import CacheError, ConfigError, counted
+from cskd.files.paths import is_remote, location_text
 from cskd.loading.feed import fed
+from cskd.loading.shards_ahead import shards_of_passes
 from cskd.loading.stage1 import ChunkMaker
 from cskd.machine.launch import launched, worker_number
 from cskd.machine.threads import Threads, begun_with, brief_turns, choose_threads, computing_with
 from cskd.pipeline.clean_check import clean_check
 from cskd.pipeline.codec_tables import fit_tables, refit_lost, refuse_head
+from cskd.pipeline.joint_line import feed_all, joint_passes, joint_tasks, refuse_apart, refuse_other_images
 from cskd.pipeline.measure_precision import measure_precision
 from cskd.pipeline.out_of_memory import Probe, explained, nothing_to_lower
 from cskd.pipeline.passes import views_left
 from cskd.pipeline.precheck import BEFORE_TEACHER, WITH_TEACHER, refuse
 from cskd.pipeline.setup import Setup, device_of
 from cskd.pipeline.show.progress import Notes, Progress, bound_by, duration, print_lines, say
-from cskd.pipeline.unit_line import unit_line
+from cskd.pipeline.unit_line import UnitLine, unit_line
 from cskd.storage import open_storage
+from cskd.storage.node_cache import use_node_cache
 from cskd.store.cache import Cache, create_cache
 from cskd.store.identity import identity_of
 from cskd.store.manifest import Manifest, has_cache, write_resolved
@@ -63,7 +69,7 @@ class CacheReport:
     images: int  # views made by this run; those of unreadable images are not
     seconds: float
     loop_seconds: float  # from the first chunk of views to the last commit
-    clean_top1: float
+    clean_top1: float | None  # None: the teacher has no classifier
     clean_data: str | None  # where its images are from: val or train; None: of a cache older than that fact
     quarantined: int  # images of the whole cache
     content_root: str
@@ -74,24 +80,63 @@ class CacheReport:
 Tell = Callable[[int, int, int], None]  # views made by this process, by all, and of all
 
 
+@dataclass(frozen=True)
+class JointReport:
+    """What one run of several teachers did."""
+
+    caches: list[CacheReport]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One teacher and its cache."""
+
+    setup: Setup
+    about_images: list[str]
+    pins: Mapping[str, str]
+    notes: Notes
+
+
 def cache_teacher(config: Config, quiet: bool = False, tell: Tell | None = None) -> CacheReport:
     """Make, finish or extend the cache of a config. Raises CskdError; whatever was committed stays.
 
     tell: called again and again with how far the work is; then no progress is shown.
     """
+    return cache_teachers([config], quiet, tell)[0]
+
+
+def cache_teachers(configs: Sequence[Config], quiet: bool = False, tell: Tell | None = None) -> list[CacheReport]:
+    """`cache_teacher` of several teachers in one pass over the images: each view is made once, each cache is what its own run makes.
+
+    Raises:  ConfigError where they differ in what makes views, or in how stage 1 runs.
+    """
+    refuse_apart(configs)
+    config = configs[0]
+    use_node_cache(config.data.node_cache, config.data.node_cache_gb)
     device, moved = device_of(config, "cache")
     gpu = device.type == "cuda"
     threads = choose_threads(config.cache.threads, "cache.threads", config.cache.workers, gpu=gpu)
-    with computing_with(threads.count), brief_turns(gpu):
-        return _cache_teacher(config, device, moved, threads, quiet, tell)
-
-
-def _cache_teacher(
-    config: Config, device: torch.device, moved: list[str], threads: Threads, quiet: bool, tell: Tell | None
-) -> CacheReport:
-    start = time.perf_counter()
     # Of the ranks of torchrun the first one speaks for all, since it counts what all make.
-    quiet = quiet or not launched().speaks
+    quiet, start = quiet or not launched().speaks, time.perf_counter()
+    with computing_with(threads.count), brief_turns(gpu):
+        jobs = [_job(one, device, moved, quiet) for one in configs]
+        refuse_other_images([job.setup.inventory for job in jobs], configs)
+        with explained(device, lambda probe: batch_advice(jobs[0].setup.teacher, config, probe)):
+            return _fill(jobs, threads, quiet, start, tell)
+
+
+def cache_joint(configs: Sequence[Config], devices: str | None = None, quiet: bool = False) -> JointReport:
+    """`cache_teachers` for the command line."""
+    if devices:
+        raise ConfigError(
+            "--devices is for one config; for several start `cskd cache-teacher A.yaml B.yaml --set cache.device=cuda:0`, and the same for "
+            "each other device: they share the work"
+        )
+    return JointReport(cache_teachers(configs, quiet))
+
+
+def _job(config: Config, device: torch.device, moved: list[str], quiet: bool) -> _Job:
+    """Look at all of a config, and load its teacher."""
     notes = Notes(quiet)
     notes.add(moved)
     root = location_text(config.cache.path, "cache.path", write=True)
@@ -102,69 +147,89 @@ def _cache_teacher(
         setup.teacher = load_teacher(config.teacher, setup.inventory.classes, device, config.recipe.size)
     with_grid = refuse(WITH_TEACHER, setup).notes
     notes.add([*ahead.images, *setup.teacher.notes, *ahead.notes, *with_grid])
-    with explained(device, lambda probe: batch_advice(setup.teacher, config, probe)):
-        return _fill(setup, ahead.images, pins, threads, notes, start, tell)
+    return _Job(setup, ahead.images, pins, notes)
 
 
-def _fill(
-    setup: Setup,
-    about_images: list[str],
-    pins: Mapping[str, str],
-    threads: Threads,
-    notes: Notes,
-    start: float,
-    tell: Tell | None,
-) -> CacheReport:
-    """Check the teacher, open or begin the cache, and make what it lacks."""
-    quiet, config, inventory, teacher, maker = notes.quiet, setup.config, setup.inventory, setup.teacher, setup.maker
+def _begun(job: _Job, threads: Threads) -> Cache:
+    """Check the teacher, and open or begin its cache."""
+    setup, notes = job.setup, job.notes
     notes.say()
-    cache = _open_or_create(config, inventory, teacher, maker, about_images, notes)
-    record_pins(cache.storage, pins)
-    notes.add(_use_threads(threads, cache, teacher, config))
+    cache = _open_or_create(setup.config, setup.inventory, setup.teacher, setup.maker, job.about_images, notes)
+    record_pins(cache.storage, job.pins)
+    notes.add(_use_threads(threads, cache, setup.teacher, setup.config))
     notes.say()
+    return cache
 
-    total = cache.inventory.n * cache.views
-    before = total - views_left(cache)
+
+def _fill(jobs: list[_Job], threads: Threads, quiet: bool, start: float, tell: Tell | None) -> list[CacheReport]:
+    """Make what the caches lack."""
+    caches, counts = list[Cache](), set[int]()
+    for job in jobs:
+        caches.append(_begun(job, threads))
+        counts.add(torch.get_num_threads())
+    if len(counts) > 1:
+        raise CacheError(
+            f"the caches were begun with {sorted(counts)} threads, which their targets' last bits depend on; finish each apart"
+        )
+    config = jobs[0].setup.config
+    first, total = jobs[0].setup, sum(cache.inventory.n * cache.views for cache in caches)
+    before = total - sum(map(views_left, caches))
     with (
-        unit_line(cache, teacher, config, threads, quiet) as line,
+        ExitStack() as stack,
         Progress("cache-teacher", total, "views", start=before, quiet=quiet or tell is not None) as progress,
     ):
+        launch = Lock()  # on a GPU the arithmetic is a setting of the whole process: one forward at a time
+        lines = [
+            stack.enter_context(unit_line(cache, job.setup.teacher, job.setup.config, threads, quiet, launch))
+            for cache, job in zip(caches, jobs, strict=True)
+        ]
 
         def show(by_others: int) -> None:
-            made = line.images + line.restored
+            made = sum(line.images + line.restored for line in lines)
             progress.update(by_others + made)
             if tell is not None:
                 tell(made, by_others + made, total)
 
         show(before)
-        while passes := line.missing(worker_number()):
-            maker_of_chunks, tasks = ChunkMaker(maker, inventory.id), line.tasks(passes)
-            results = fed(maker_of_chunks, tasks, teacher.device, threads.workers)
-            units, by_others = line.units, total - views_left(cache) - line.images - line.restored
+        while passes := joint_passes(lines, worker_number()):
+            maker_of_chunks = ChunkMaker(first.maker.whole(), first.inventory.id)
+            blocks = [next(iter(one.values())) for one in passes]
+            tasks = shards_of_passes(first.inventory, blocks, joint_tasks(lines, passes), config.recipe.mix_group)
+            results = fed(maker_of_chunks, tasks, first.teacher.device, threads.workers)
+            units = sum(line.units for line in lines)
+            by_others = total - sum(map(views_left, caches)) - sum(line.images + line.restored for line in lines)
             for chunk in results:
-                line.feed(chunk)
+                feed_all(lines, chunk)
                 show(by_others)
-            line.drain()
+            for line in lines:
+                line.drain()
             show(by_others)
-            if line.units == units and not line.met:
+            if sum(line.units for line in lines) == units and not any(line.met for line in lines):
                 time.sleep(POLL_WAIT)  # others are making all that is missing
-    if line.wasted:
-        notes.add([f"{counted(line.wasted, 'unit')} of this process had been made by another one meanwhile"])
-        notes.say()
+    for job, line in zip(jobs, lines, strict=True):
+        if line.wasted:
+            job.notes.add([f"{counted(line.wasted, 'unit')} of this process had been made by another one meanwhile"])
+            job.notes.say()
+    every = zip(jobs, caches, lines, strict=True)
+    return [_report(job, cache, line, threads, time.perf_counter() - start) for job, cache, line in every]
+
+
+def _report(job: _Job, cache: Cache, line: UnitLine, threads: Threads, seconds: float) -> CacheReport:
+    """Seal a cache and say what was done."""
     return CacheReport(
         cache=cache.location,
         units=line.units,
         images=line.images - line.unreadable,
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
         loop_seconds=line.seconds,
-        clean_top1=cache.manifest.clean_top1 or 0.0,
+        clean_top1=cache.manifest.clean_top1,
         clean_data=cache.manifest.clean_data,
         quarantined=int(cache.quarantined().sum()),
-        content_root=seal_cache(cache, config.cache.max_quarantine).content_root,
+        content_root=seal_cache(cache, job.setup.config.cache.max_quarantine).content_root,
         bound_by=bound_by(line.pools, line.seconds, line.images, "views", cores=threads.workers > 0)
         if line.images
         else "nothing was missing",
-        notes=notes.all,
+        notes=job.notes.all,
     )
 
 
@@ -201,7 +266,7 @@ def _open_or_create(
         manifest = replace(
             manifest,
             config=_without_devices(config),
-            data=str(Path(config.data.train).resolve()),
+            data=config.data.train if is_remote(config.data.train) else str(Path(config.data.train).resolve()),
             clean_top1=check.top1,
             clean_images=check.images,
             clean_data=check.data,
@@ -250,10 +315,22 @@ def render(report: CacheReport, console: Console) -> None:
     rate, took = report.images / report.loop_seconds if report.loop_seconds else 0.0, duration(report.loop_seconds)
     did = f"{report.units:,} units, {report.images:,} views in {took} ({rate:,.0f} views/s), " if report.units else ""
     of = f" of data.{report.clean_data}" if report.clean_data else ""
+    known = report.clean_top1 is not None
+    top1 = (
+        f"teacher top-1 on clean images{of} {100 * (report.clean_top1 or 0):.1f} %"
+        if known
+        else "teacher without classes"
+    )
     print_lines(
         console,
         f"{report.cache}: {did}{duration(report.seconds)} with loading and checks",
-        f"teacher top-1 on clean images{of} {100 * report.clean_top1:.1f} %, quarantined {report.quarantined} images",
+        f"{top1}, quarantined {report.quarantined} images",
         f"sealed, content {report.content_root}",
         report.bound_by,
     )
+
+
+def render_joint(report: JointReport, console: Console) -> None:
+    """The reports of one pass, one after the other."""
+    for one in report.caches:
+        render(one, console)

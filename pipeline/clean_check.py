@@ -32,6 +32,7 @@ ASIDE = 64  # images of data.train that are looked at where data.val is checked
 MOST_MORE = 128  # images at most that are read to make sure of an order, or of a variant
 PER_CLASS = 16  # images of a class that are enough to be sure
 PERFECT = 0.995  # top-1 from which on no other normalisation is looked for
+UNCHECKED = "the teacher has no classifier: neither its accuracy nor its mean and std can be checked on clean images"
 LONGEST_LIST = 60  # characters of a list of outputs that a message holds
 
 
@@ -39,23 +40,28 @@ LONGEST_LIST = 60  # characters of a list of outputs that a message holds
 class CleanCheck:
     """What the check found of a teacher that may go on."""
 
-    top1: float  # share of `images` right
+    top1: float | None  # share of `images` right; None: there was nothing to check
     images: int
-    data: str  # where they are from: val or train
+    data: str | None  # where they are from: val or train
     notes: list[str]  # what a user should know, one line each
 
     @property
     def text(self) -> str:
         """The accuracy, for people."""
+        if self.top1 is None:
+            return "unknown: it has no classifier"
         return f"{100 * self.top1:.1f} % on {self.images} clean images of data.{self.data}"
 
 
 def clean_check(teacher: Teacher, maker: ViewMaker, config: Config) -> CleanCheck:
-    """Top-1 of the teacher on clean images spread over the classes, and whether order and normalisation are the right ones.
+    """Top-1 of the teacher on clean images spread over the classes, and whether order and normalisation are the right ones; of a
+    teacher without a classifier a note that nothing could be checked.
 
     Raises:  TeacherError near chance, or for another order of the classes, with what mends it, unless `teacher.check: note`;
              DataError where no image can be decoded.
     """
+    if not teacher.has_classes:
+        return CleanCheck(None, 0, None, [UNCHECKED])
     wanted, names = config.teacher.check_images, maker.inventory.classes
     sources, notes = _sources(maker, config)
     seen = _Answers(teacher, sources)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cskd.codecs import Arrays, Codec, Outputs, get_codec
+from cskd.codecs import Arrays, Codec, Outputs, get_codec, of_map_alone
 from cskd.codecs.features import FeaturesCodec
 from cskd.codecs.stages import StageCodec, stages_of
 from cskd.codecs.tabled import TabledCodec
@@ -18,23 +18,29 @@ from cskd.views.maker import ViewMaker
 
 
 def refuse_head(identity: Identity, teacher: Teacher) -> None:
-    """TeacherError where a codec stores the feature map and the teacher's head is not a mean and one linear layer, or the map of a
-    stage that the teacher does not have."""
-    codecs = {name: get_codec(name, teacher.classes, teacher.grid) for name in identity.codecs}
-    for name, codec in codecs.items():
-        if codec.reads_features:
-            teacher.classifier(name)
-    teacher.stages.watch(stages_of(codecs))
+    """TeacherError where a codec stores what this teacher does not give: features of cells that one linear layer classifies, unless it
+    has no logits of cells, or the map of a stage that it does not have; CodecError for logits that it lacks."""
+    codecs = _codecs(identity, teacher)
+    for codec in codecs:
+        if codec.reads_features and teacher.has_cells:
+            teacher.classifier(codec.name)
+    teacher.stages.watch(stages_of({codec.name: codec for codec in codecs}))
 
 
 def fit_tables(root: Place, identity: Identity, teacher: Teacher, maker: ViewMaker) -> dict[str, str] | None:
     """Put the tables of a new cache's codecs in place. Returns: their sha256 by codec; None where no codec has any.
 
-    Raises:  TeacherError for a teacher whose head is not a mean over the cells and one linear layer.
+    Raises:  as `refuse_head`.
     """
+    fitted = _fitted(_codecs(identity, teacher), teacher, maker)
+    return {codec.name: write_tables(root, codec.name, tables) for codec, tables in fitted} or None
+
+
+def _codecs(identity: Identity, teacher: Teacher) -> list[Codec]:
     codecs = [get_codec(name, teacher.classes, teacher.grid) for name in identity.codecs]
-    found = {codec.name: write_tables(root, codec.name, tables) for codec, tables in _fitted(codecs, teacher, maker)}
-    return found or None
+    if not teacher.has_cells:
+        of_map_alone(codecs, teacher.has_classes)
+    return codecs
 
 
 def refit_lost(cache: Cache, teacher: Teacher, maker: ViewMaker) -> None:
@@ -73,4 +79,5 @@ def _fit(codec: TabledCodec, teacher: Teacher, outputs: list[Outputs]) -> Arrays
         maps = [one.stages[codec.stage] for one in outputs if codec.stage in one.stages]
         return codec.fit([x[: max(0, codec.fitted_on - i * teacher.batch)] for i, x in enumerate(maps)])
     assert isinstance(codec, FeaturesCodec)
-    return codec.fit(*teacher.classifier(codec.name), [one.features for one in outputs if one.features is not None])
+    classifier = teacher.classifier(codec.name) if teacher.has_cells else None
+    return codec.fit(classifier, [one.features for one in outputs if one.features is not None])

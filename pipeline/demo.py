@@ -136,10 +136,10 @@ def _run(out: Path, settings: Settings, processes: int, quiet: bool) -> DemoRepo
     sheet(cache, _one_a_class(cache.inventory.label, 4), 0).save(pictures["maps"])
     images = {split: len(s.labels) for split, s in scans.items()}
     title = f"one small ViT, {images['train']} digits to learn from, mean and range of {settings.seeds} seeds"
-    draw_curves(pictures["curves"], _curves(runs), 100 * cached.clean_top1, title)
+    draw_curves(pictures["curves"], _curves(runs), 100 * (cached.clean_top1 or 0), title)
     paths = {"shards": out / "data", "cache": cache.root, "students": out / "runs", **pictures}
     return DemoReport(
-        teacher_top1=100 * cached.clean_top1,
+        teacher_top1=100 * (cached.clean_top1 or 0),
         images=images,
         seeds=list(range(settings.seeds)),
         students=students,

@@ -17,7 +17,9 @@ from torch import Tensor
 from cskd.config import RecipeConfig
 from cskd.dataset.inventory import open_inventory
 from cskd.errors import DataError, NotFiniteError, PathError
+from cskd.files.paths import location_text
 from cskd.loading.feed import fed
+from cskd.loading.shards_ahead import ahead, all_needs
 from cskd.loading.sources import Batch
 from cskd.loading.stage2 import UNREADABLE_LABEL, BatchMaker, eval_tasks
 from cskd.machine.arithmetic import arithmetic, autocast, float32_products, half
@@ -150,17 +152,18 @@ def evaluate_checkpoint(
     device = pick_device(device_name)
     val = open_inventory(data)
     val.check_shards()
+    given = location_text(str(checkpoint), "CHECKPOINT", hub=True)
     student, facts = load_student(checkpoint)
     if facts["label_names"] != val.classes:
-        raise DataError(f"{checkpoint} was trained on other classes than {data} has; pack it with the same --classes")
+        raise DataError(f"{given} was trained on other classes than the images have; pack them with the same --classes")
     with explained(device, nothing_to_lower("--device")):
         student.to(device)
     if device.type == "cpu" and half(autocast_setting, device) == "bf16":
         student.unfuse_attention()
-    maker = ViewMaker(val, RecipeConfig(size=student.image_size[0]))
+    maker = ViewMaker(val, RecipeConfig(size=student.image_size[0]), whole=True)
     tasks = eval_tasks(len(val), batch)
     crop_pct = crop_pct or facts["pretrained_cfg"]["crop_pct"]
-    stream = fed(BatchMaker(maker, maker, crop_pct), tasks, device, workers)
+    stream = fed(BatchMaker(maker, maker, crop_pct), ahead(tasks, all_needs(val, len(tasks))), device, workers)
     threads = choose_threads(workers=workers)
     # tf32 rounds the inputs of a product to 10 bits, which float32 should not mean here
     exact = float32_products(False, device)
@@ -189,7 +192,7 @@ def evaluate_checkpoint(
         save_file(confusion, "--confusion", png(draw_confusion(drawn, readable(val.classes))))
         save_file(files[TABLE], TABLE, to_csv(drawn, val.classes))
     return EvalReport(
-        checkpoint=str(checkpoint),
+        checkpoint=given,
         images=len(val),
         unreadable=unreadable,
         heads=heads,

@@ -24,7 +24,7 @@ def first_layers(cache: Cache, loss: LossConfig, device: torch.device, notes: No
     kept, whole = teacher.stages.truncate(stages)
     notes.add(
         [
-            f"live: the teacher runs at every step up to {', '.join(stages)}, with {kept:,} of its {whole:,} parameters; nothing else of "
+            f"live: the teacher runs at every step up to {', '.join(stages)}, with {kept:,} of its {whole:,} numbers; nothing else of "
             "it is in memory"
         ]
     )

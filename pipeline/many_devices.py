@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from cskd.config import Config
 from cskd.errors import ConfigError, CskdError, fitted, one_line, said
+from cskd.machine import stops
 from cskd.machine.devices import device_list
 from cskd.machine.ending import GRACE, logged
 from cskd.machine.launch import DEVICE_OF, launched
@@ -185,7 +186,7 @@ def _on(config: Config, device: str) -> Config:
 
 def _work(config: Config, device: str, part: tuple[int, int], quiet: bool, wire: Connection) -> None:
     """In a process of its own: stage 1 on one device, and words over `wire` on how far it is."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, *stops.ASKS):
         signal.signal(number, _unwind)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
@@ -217,7 +218,7 @@ def _work(config: Config, device: str, part: tuple[int, int], quiet: bool, wire:
 
 def _unwind(signum: int, frame: FrameType | None) -> NoReturn:
     """The first signal unwinds, which keeps what is in of a pass; then a process has GRACE seconds less SPARE, whatever comes."""
-    for kind in (signal.SIGINT, signal.SIGTERM):
+    for kind in (signal.SIGINT, *stops.ASKS):
         # Ctrl-C reaches all, and the first process ends the others, too. SIG_IGN would complain of one that has just come.
         signal.signal(kind, lambda *_: None)
     late = threading.Timer(GRACE - SPARE, os._exit, (128 + signum,))

@@ -23,12 +23,15 @@ BLOCKS = 4  # that they come from
 
 
 def measure_precision(teacher: Teacher, maker: ViewMaker, config: TeacherConfig) -> Precision:
-    """The share of hard targets that are others than in float32; without a forward where the teacher runs in that.
+    """The share of hard targets that are others than in float32; without a forward where the teacher runs in that, and unknown
+    where it gives none.
 
     config: the teacher's; it is loaded once more, as it was built.
     """
     if is_reference(teacher):
         return unchanged()
+    if not teacher.has_classes:
+        return measure(teacher, None, torch.empty(0))
     as_built = replace(config, precision="float32", fold=False, compile=False)
     plain = load_teacher(as_built, maker.inventory.classes, teacher.device, maker.recipe.size)
     same = plain.fingerprint.weights_sha256 == teacher.fingerprint.weights_sha256  # not where they are random

@@ -23,6 +23,7 @@ from cskd.files.durable import put
 from cskd.files.paths import is_remote
 from cskd.loading.joined import joined_fingerprint, refuse_other_views
 from cskd.loading.plan import views_needed
+from cskd.loading.shards_ahead import ahead, all_needs
 from cskd.loading.sources import LiveViews
 from cskd.loading.stream import Stream
 from cskd.loading.targets import LiveTargets, LiveTeachers, NoTargets
@@ -31,6 +32,7 @@ from cskd.machine.threads import choose_threads
 from cskd.near import absent
 from cskd.pipeline.clean_check import clean_check
 from cskd.pipeline.measure_precision import measure_precision
+from cskd.pipeline.outputs import run_output
 from cskd.pipeline.precheck import BEFORE_TEACHER, ON_GRID, refuse
 from cskd.pipeline.recorded_teacher import recorded_teacher
 from cskd.pipeline.setup import Setup, baseline_name, baseline_views, training_images
@@ -113,7 +115,7 @@ def decodable(maker: ViewMaker, config: Config, ranks: Ranks, quiet: bool) -> tu
     found = _unreadable(config, maker.inventory) or {}
     bad = np.zeros(len(maker.inventory), bool)
     bad[list(found)] = True
-    where = Path(config.train.output) / UNREADABLE_FILE
+    where = run_output(config) / UNREADABLE_FILE
     return bad, [
         f"{len(found)} of {len(bad)} images can't be decoded and are left out; {where} names them"
     ] if found else []
@@ -145,7 +147,9 @@ def _find_unreadable(maker: ViewMaker, config: Config, quiet: bool) -> None:
     bad: dict[int, str] = {}
     workers = choose_threads(workers=config.train.workers, gpu=True).workers  # the main process only waits for them
     with Progress("check images", len(every), quiet=quiet) as progress:
-        for n, found in enumerate(Stream(_Check(maker), tasks, workers), 1):
+        for n, found in enumerate(
+            Stream(_Check(maker.whole()), ahead(tasks, all_needs(inventory, len(tasks))), workers), 1
+        ):
             bad |= found
             progress.update(min(n * _STEP, len(every)))
     for first, stop in zip(inventory.blocks[:-1].tolist(), inventory.blocks[1:].tolist(), strict=True):
@@ -153,13 +157,13 @@ def _find_unreadable(maker: ViewMaker, config: Config, quiet: bool) -> None:
         refuse_too_many(here, stop - first, inventory, first, config.cache.max_quarantine)
     refuse_too_many_in_all(len(bad), len(inventory), config.cache.max_quarantine)
     about = json.dumps({"inventory": inventory.id, "samples": bad})
-    put(Path(config.train.output) / UNREADABLE_FILE, about.encode())
+    put(run_output(config) / UNREADABLE_FILE, about.encode())
 
 
 def _unreadable(config: Config, inventory: Inventory) -> dict[int, str] | None:
     """What an earlier start of the run wrote down: sample -> reason; None where nothing was, or of other data."""
     try:
-        found = json.loads((Path(config.train.output) / UNREADABLE_FILE).read_text())
+        found = json.loads((run_output(config) / UNREADABLE_FILE).read_text())
     except (OSError, ValueError):
         return None
     return {int(i): why for i, why in found["samples"].items()} if found.get("inventory") == inventory.id else None

@@ -29,10 +29,12 @@ from cskd.pipeline.conflicts import RUN_NAMES, refuse_foreign
 from cskd.pipeline.draw.confusion import to_csv
 from cskd.pipeline.show.progress import say
 from cskd.storage import Storage, open_storage
+from cskd.storage.mirror import Mirror, working_folder
 from cskd.storage.posix import Posix
 from cskd.store.format import OWN_NAMES
 from cskd.store.manifest import has_cache
 
+LAST = ("resume",)  # a state is there once all that it tells of is
 LOOKED_AT = 1000  # objects of a prefix, one answer of a store: is it a cache's
 FIRST_SPEAKS = 3.0  # seconds: torchrun ends all ranks once one has ended, and the first one knows why
 PAGE_START = b"<!doctype html>\n<!-- made by cskd inspect --html -->\n"
@@ -64,7 +66,7 @@ def refuse_cache_output(config: Config) -> None:
 
 def refuse_run_output(config: Config) -> None:
     """Refuse a `train.output` that can't hold a run of this config; leaves nothing. Raises ConfigError, PathError, OSError."""
-    output = Path(config.train.output)
+    output = run_output(config)
     refuse_scratch(config.train.scratch)
     for name in config.train.trackers:
         if importlib.util.find_spec(name) is None:
@@ -73,6 +75,15 @@ def refuse_run_output(config: Config) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         what = "no folder" if not there.is_dir() else "not writable"
         raise ConfigError(f"train.output {output}: {there} is {what}; set another, --set train.output=runs/x")
+    if is_remote(config.train.output):
+        mirror = Mirror(config.train.output, "run", "train.output")
+        for key, text in _other_texts(config, "train.output").items():
+            other = location_text(text, key) if is_remote(text) else text
+            if f"{other}/".startswith(f"{mirror.location}/") or mirror.location.startswith(f"{other}/"):
+                raise PathError(
+                    f"train.output {mirror.location} and {key} {other} lie in each other; give each a place of its own"
+                )
+        mirror.names()
     refuse_output(output, "run", "train.output", inputs=_other_paths(config, "train.output"), names=RUN_NAMES)
     root = Path(config.cache.path)
     if (
@@ -89,6 +100,52 @@ def refuse_run_output(config: Config) -> None:
             f"train.output {output}: nothing can be made in {there} ({e.strerror}); set another, --set train.output=runs/x"
         ) from None
     refuse_foreign(output)
+
+
+def run_output(config: Config) -> Path:
+    """The folder of this machine that a run writes to: `train.output`, or what is mirrored to that address."""
+    return working_folder(config.train.output)
+
+
+@contextlib.contextmanager
+def mirrored_run(config: Config, ranks: Ranks, device: torch.device, quiet: bool) -> Iterator[Mirror | None]:
+    """The run that lies at the address `train.output`, fetched to this machine, for `Mirror.put` of the first rank; None where that is
+    a folder. What the run leaves is put there at the end, and where it stops with an error.
+
+    Raises:  PathError where something else lies there, StorageError.
+    """
+    if not is_remote(config.train.output):
+        yield None
+        return
+    mirror, refused = Mirror(config.train.output, "run", "train.output"), list[Exception]()
+    try:
+        if ranks.local == 0:
+            mirror.fetch()
+        if ranks.first:
+            mirror.take(lambda line: say([line], quiet))
+    except (CskdError, OSError) as e:
+        refused.append(e)
+    if ranks.sum(torch.tensor([float(bool(refused))], device=device)).item():
+        raise (
+            refused[0]
+            if refused
+            else PathError(f"rank {ranks.rank}: another rank was refused train.output; see its line")
+        )
+    try:
+        yield mirror
+    except CskdError:
+        if ranks.first:
+            with contextlib.suppress(CskdError, OSError):
+                mirror.put(LAST)
+        raise
+    else:
+        if ranks.first:
+            mirror.put(LAST)
+    finally:
+        if ranks.first:
+            mirror.end()
+        elif ranks.local == 0:
+            mirror.clear()
 
 
 @contextlib.contextmanager
@@ -114,7 +171,7 @@ def sole_run(config: Config, ranks: Ranks, device: torch.device, quiet: bool) ->
     """
     if not config.train.output:
         raise ConfigError("train.output is empty; say where results go, for example --set train.output=runs/mine")
-    output, writer = Path(config.train.output), None
+    output, writer = run_output(config), None
     refused: Exception | None = None
     with contextlib.ExitStack() as held:
         try:

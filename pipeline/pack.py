@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
-from cskd.dataset.inventory import Inventory
+from cskd.dataset.inventory import Inventory, open_inventory
+from cskd.dataset.inventory_format import DTYPES, HEADER, INVENTORY_FOLDER
+from cskd.errors import DataError
+from cskd.files.paths import is_remote, location_text
 from cskd.packing.index import index
+from cskd.packing.names import CLASSES_FILE
 from cskd.packing.pack import pack
 from cskd.pipeline.show.progress import Notes, Progress, print_lines, say
+from cskd.storage import open_storage
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ def pack_data(
         notes.add(lines)
         notes.say()
 
-    with ExitStack() as stack:
+    with _folder_for(out) as folder, ExitStack() as stack:
         shown = stack.enter_context(Progress("list", 0, quiet=quiet))
 
         def show(done: int, total: int) -> None:
@@ -66,7 +72,7 @@ def pack_data(
 
         inventory = pack(
             src,
-            out,
+            folder,
             classes=classes,
             seed=seed,
             shard_size=shard_size,
@@ -79,8 +85,43 @@ def pack_data(
             progress=show,
             tell=tell,
         )
+        stack.close()
+        if folder != out:
+            inventory = _uploaded(inventory, str(out), quiet)
     tell(inventory.notes)
     return _report(inventory, start)
+
+
+@contextmanager
+def _folder_for(out: Path) -> Iterator[Path]:
+    """Where shards are made: in their folder, or, for an object store, in one of temporary files, which is removed."""
+    if not is_remote(out):
+        yield out
+        return
+    location_text(str(out), "OUT", write=True)
+    with tempfile.TemporaryDirectory(prefix="cskd-pack-") as folder:
+        yield Path(folder, "data")
+
+
+def _uploaded(made: Inventory, address: str, quiet: bool) -> Inventory:
+    """A data set on an object store, its inventory last, which makes it valid. DataError where another one is there."""
+    storage = open_storage(address, "OUT")
+    if storage.stat(f"{INVENTORY_FOLDER}/{HEADER}") is not None:
+        there = open_inventory(address)
+        if there.id != made.id or there.classes != made.classes:
+            raise DataError(
+                f"{storage.location} holds the inventory {there.id[:12]} already, not {made.id[:12]}; give this data set an "
+                "address of its own"
+            )
+        there.notes = [*made.notes, "this inventory was here already: nothing was written"]
+        return there
+    names = [shard.name for shard in made.shards]
+    names += [CLASSES_FILE, *(f"{INVENTORY_FOLDER}/{name}.npy" for name in DTYPES), f"{INVENTORY_FOLDER}/{HEADER}"]
+    with Progress("upload", len(names), "files", quiet=quiet) as shown:
+        for n, name in enumerate(names, 1):
+            storage.put(name, (made.root / name).read_bytes())
+            shown.update(n)
+    return open_inventory(address)
 
 
 def index_data(
@@ -131,7 +172,7 @@ def render(report: PackReport, console: Console) -> None:
 
 def _report(inventory: Inventory, start: float, out: Path | None = None) -> PackReport:
     return PackReport(
-        folder=str(out or inventory.root),
+        folder=str(out or (inventory.remote.location if inventory.remote else inventory.root)),
         inventory=inventory.id,
         samples=len(inventory),
         classes=len(inventory.classes),

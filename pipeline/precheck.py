@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Literal
 
 from cskd.errors import ConfigError, CskdError, counted, shown
+from cskd.files.paths import is_remote
 from cskd.loading.targets import codec_for, refuse_unnamed, stage_codecs
 from cskd.method.terms import needs, refuse_gaps, unread_keys
 from cskd.pipeline.codec_tables import refuse_head
 from cskd.pipeline.conflicts import as_begun, refuse_other_container, refuse_other_run, run_identity
-from cskd.pipeline.outputs import refuse_cache_output, refuse_run_output, refuse_unfit
+from cskd.pipeline.outputs import refuse_cache_output, refuse_run_output, refuse_unfit, run_output
 from cskd.pipeline.run_state import PROGRESS
 from cskd.pipeline.setup import Setup, from_images, image_sizes, view_notes, with_best
 from cskd.store.cache import open_cache, refuse_other_identity
@@ -273,7 +274,9 @@ def _grid(setup: Setup) -> Found:
 
 def _run(setup: Setup) -> Found:
     """A run that is in the folder must be one that goes on."""
-    output = Path(setup.config.train.output)
+    output = run_output(setup.config)
+    if is_remote(setup.config.train.output) and setup.device is None:  # it is fetched when a run begins
+        return "what lies there is looked at when the run begins", []
     begun = next(iter(ResumeStates(output / "resume").infos().items()), None)
     if begun is None:
         return "will be begun", []

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cskd.codecs import Codec, get_codec, known_own
+from cskd.codecs import Codec, get_codec, known_own, of_map_alone
 from cskd.config import Config, RecipeConfig, TrainConfig
 from cskd.dataset.inventory import Inventory, evenly, open_inventory
 from cskd.errors import CacheError, ConfigError, DataError, ImageError, StudentError, one_line
@@ -113,6 +113,8 @@ class Setup:
         names = Counter(codec.name for codec in codecs.values())
         if twice := [name for name, codec in codecs.items() if names[codec.name] > 1]:
             raise ConfigError(f"cache.codecs lists {' and '.join(twice)}, which are one codec; leave one of them out")
+        if self.config.teacher.dense == "none":
+            of_map_alone(codecs.values(), classified=True)  # whether it is, the teacher will show
         if not any(codec.has_classes for codec in codecs.values()):
             raise ConfigError(
                 f"cache.codecs is {list(codecs)}: maps of stages, and no targets of classes, which each cache has; add envelope"
@@ -400,12 +402,8 @@ def micro_batch_of(settings: TrainConfig, ranks: int = 1, begun_with: int | None
     begun_with: by the record of the run that goes on; None: it is a new one.
     """
     batch, asked = settings.global_batch, settings.micro_batch
-    if batch % 2 or batch < 2 * ranks:
-        near = max(2 * ranks, batch // 2 * 2)
-        raise ConfigError(
-            f"train.global_batch is {batch} on {ranks} rank(s), expected an even number of at least {2 * ranks}, two views per "
-            f"rank; use {near}"
-        )
+    if batch % 2 or batch < 2 * ranks:  # of which the plan tells
+        return asked or 2
     if asked is None:
         if begun_with is None or begun_with % 2 or not 2 <= begun_with <= batch:  # of a record that is none
             return even_grain(batch, ranks)

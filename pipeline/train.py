@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -29,7 +28,7 @@ from cskd.machine.ranks import running_ranks
 from cskd.machine.stops import heeded
 from cskd.machine.threads import brief_turns, choose_threads, computing_with
 from cskd.pipeline.out_of_memory import explained, nothing_to_lower
-from cskd.pipeline.outputs import sole_run
+from cskd.pipeline.outputs import mirrored_run, sole_run
 from cskd.pipeline.run_folder import RunFolder
 from cskd.pipeline.run_state import stopped
 from cskd.pipeline.saving import Pace
@@ -39,6 +38,8 @@ from cskd.pipeline.show.progress import Progress, bound_by, print_lines, say, ti
 from cskd.pipeline.show.trackers import Trackers
 from cskd.pipeline.train_step import TrainStep
 from cskd.pipeline.training_run import TrainingRun, open_run
+from cskd.storage import join
+from cskd.storage.node_cache import use_node_cache
 from cskd.teacher.model import teacher_images
 
 
@@ -66,6 +67,7 @@ def train(config: Config, verify_replay: bool = True, online: bool = False, quie
 
     verify_replay: check every view against the digest in the cache. online: no cache, the teacher runs at every step.
     """
+    use_node_cache(config.data.node_cache, config.data.node_cache_gb)
     device, notes = device_of(config, "train")
     quiet = quiet or not launched().speaks
     say(notes, quiet)
@@ -73,6 +75,7 @@ def train(config: Config, verify_replay: bool = True, online: bool = False, quie
     threads = choose_threads(config.train.threads, "train.threads", config.train.workers, gpu=gpu)
     with (
         running_ranks(device) as ranks,
+        mirrored_run(config, ranks, device, quiet) as mirror,
         sole_run(config, ranks, device, quiet) as writer,
         computing_with(threads.count),
         brief_turns(gpu),
@@ -81,6 +84,7 @@ def train(config: Config, verify_replay: bool = True, online: bool = False, quie
         explained(device, nothing_to_lower("train.device")),
     ):
         run = open_run(config, ranks, device, verify_replay, online, quiet, threads, writer)
+        run = replace(run, mirror=mirror)
         update = TrainStep(run)
         try:
             with explained(device, update.advice):
@@ -162,7 +166,7 @@ def _train(run: TrainingRun, update: TrainStep, quiet: bool) -> TrainReport:
         last, best = log.rows[-1] if log.rows else {}, reached(log.rows, run.score)
     images = (step - run.step) * plan.global_batch
     return TrainReport(
-        output=str(run.output),
+        output=config.train.output,
         steps=step - run.step,
         images=images,
         seconds=time.perf_counter() - start_clock,
@@ -201,7 +205,7 @@ def render(report: TrainReport, console: Console) -> None:
     if report.reached:
         lines.append(report.reached)
     if report.weights:
-        weights = Path(report.output) / "model.safetensors"
+        weights = join(report.output, "model.safetensors")
         lines.append(
             f"{weights} ({report.weights}), next to it config.json for timm, README.md, results.png and metrics.csv"
         )

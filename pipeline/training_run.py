@@ -26,6 +26,7 @@ from cskd.loading.need import prefetch_of
 from cskd.loading.node_scratch import node_scratch
 from cskd.loading.plan import PlanSpec
 from cskd.loading.raw_batches import DeviceViews, RawBatchMaker
+from cskd.loading.shards_ahead import ahead, training_needs, window_note
 from cskd.loading.sources import Batch, TargetSource, ViewSource
 from cskd.loading.stage2 import BatchMaker, EvalTask, eval_tasks
 from cskd.loading.targets import CachedTargets
@@ -46,10 +47,12 @@ from cskd.pipeline.conflicts import (
 from cskd.pipeline.evaluate import Found, score_heads
 from cskd.pipeline.live_stages import first_layers
 from cskd.pipeline.online import open_baseline, open_online
+from cskd.pipeline.outputs import LAST, run_output
 from cskd.pipeline.precheck import TRAINING, refuse
 from cskd.pipeline.run_state import PROGRESS, RunState, named_bests
 from cskd.pipeline.setup import Setup, from_images, half_notes, open_cached, with_best
 from cskd.pipeline.show.progress import Notes, Pool, say
+from cskd.storage.mirror import Mirror
 from cskd.store.cache import Cache
 from cskd.store.format import RESOLVED
 from cskd.store.replay_check import check_versions
@@ -87,6 +90,7 @@ class TrainingRun:
     verify_replay: bool  # check every view against the digest in the cache
     notes: list[str]
     writer: Writer | None = None  # of the output folder; None on all ranks but the first
+    mirror: Mirror | None = None  # of an output on an object store
 
     def evaluates(self, epoch: int) -> bool:
         """Whether that epoch is followed by an evaluation: those of the schedule, and where `max_steps` stops."""
@@ -160,13 +164,15 @@ class TrainingRun:
             stop=self.stop,
             rank=self.ranks.rank,
         )
-        views = ViewMaker(self.views.inventory, self.views.recipe)
-        clean = ViewMaker(self.val, self.views.recipe) if self.val else None
+        views = ViewMaker(self.views.inventory, self.views.recipe, whole=True)
+        clean = ViewMaker(self.val, self.views.recipe, whole=True) if self.val else None
         recorded = self.views.recorded() if self.verify_replay else None
         there = settings.augment == "device"
         maker = (RawBatchMaker if there else BatchMaker)(views, clean, settings.eval_crop_pct, recorded)
         make = DeviceViews(views, recorded) if there else None
-        return tasks, fed(maker, tasks, self.device, self.workers, settings.prefetch, make)
+        evaluated = lambda epoch: (self.val, len(self.eval_tasks)) if self.val and self.evaluates(epoch) else None  # noqa: E731
+        coming = ahead(tasks, training_needs(self.views.inventory, self.plan, self.step, self.stop, evaluated))
+        return tasks, fed(maker, coming, self.device, self.workers, settings.prefetch, make)
 
     def pools(self, seconds: dict[str, float], read_seconds: float) -> list[Pool]:
         """Who did what for how long."""
@@ -188,6 +194,8 @@ class TrainingRun:
             self.writer.check()
             self.states.save(self.student, self.optimisation, TrainState(step, info), self.state.good)
             BestWeights(self.states.folder).keep(named_bests(self.states))
+            if self.mirror is not None:
+                self.mirror.put(LAST)
         self.state.saved = step
 
     def export(self, step: int) -> str:
@@ -232,7 +240,7 @@ def open_run(
     writer: Writer | None,
 ) -> TrainingRun:
     """Views, targets, student, plan and optimiser of a config, and where an earlier run of it stopped."""
-    output, notes = Path(config.train.output), Notes(quiet)
+    output, notes = run_output(config), Notes(quiet)
     states = ResumeStates(output / "resume", keep=config.train.keep)
     config = _pinned(config, ranks, online, quiet)
     record = next(iter(states.infos().values()), None)
@@ -241,9 +249,9 @@ def open_run(
     alone = from_images(config, record)
     views, targets = _open_views(config, device, ranks, verify_replay, online, alone, quiet, notes)
     setup = Setup(config, views, device, threads, ranks.count, online, targets.maps, micro_batch_begun(record))
-    ahead = refuse(TRAINING, setup)
+    found = refuse(TRAINING, setup)
     student, plan, val, optimisation = setup.student, setup.plan, setup.val, setup.optimisation
-    notes.add([*ahead.notes, *as_before, *half_notes(settings.autocast, device)])
+    notes.add([*found.notes, *window_note(views.inventory, plan), *as_before, *half_notes(settings.autocast, device)])
     config = with_best(config, student)
     identity = run_identity(config, views, plan.views, ranks.count, online, device, val, setup.micro_batch)
     refuse_gaps(config.loss, settings.epochs)
@@ -300,7 +308,7 @@ def open_run(
 def _pinned(config: Config, ranks: Ranks, online: bool, quiet: bool) -> Config:
     """The config with a commit in each address of the hub that the run reads: the first rank decides which, and writes it down
     where the others, and a resume, read it."""
-    keys, output = ("cache.path", "student.init", *(TEACHER if online else ())), Path(config.train.output)
+    keys, output = ("cache.path", "student.init", *(TEACHER if online else ())), run_output(config)
     if ranks.first:
         config, pins = pinned(config, keys, output, lambda line: say([line], quiet))
         record_pins(output, pins)

@@ -12,10 +12,11 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -49,16 +50,21 @@ PATIENCE = 60.0  # seconds that are waited at most for a pass of another process
 
 @contextlib.contextmanager
 def unit_line(
-    cache: Cache, teacher: Teacher, config: Config, threads: Threads, quiet: bool = False
+    cache: Cache,
+    teacher: Teacher,
+    config: Config,
+    threads: Threads,
+    quiet: bool = False,
+    launch: Lock | None = None,
 ) -> Iterator[UnitLine]:
     """A line with its claims and threads. Where it is left by an exception, what the teacher is at is dropped, and what came
-    before is written; after an interrupt a note says how much was dropped, unless quiet."""
+    before is written; after an interrupt a note says how much was dropped, unless quiet. launch: see `Lanes`."""
     writers, lost = writers_of(threads.share), ""
     writer = ThreadPoolExecutor(writers, "write")
     try:
         with Claims(cache.root) if has_claims(cache) else NoClaims() as claims, contextlib.ExitStack() as stack:
             stack.callback(writer.shutdown)
-            lanes = stack.enter_context(Lanes(teacher.device, teacher.reentrant))
+            lanes = stack.enter_context(Lanes(teacher.device, teacher.reentrant, launch))
             line = UnitLine(cache, teacher, config, threads.workers, claims, lanes, writer, writers)
             try:
                 yield line
@@ -148,6 +154,7 @@ class UnitLine:
         self._cache, self._teacher, self._config, self._workers = cache, teacher, config, workers
         self._claims, self._lanes, self._writer, self._writers = claims, lanes, writer, writers
         self._claimed: deque[_Pass] = deque()  # passes whose chunks are still to come
+        self._asked: deque[Chunk] = deque()  # the chunks
         self._underway: deque[_Encoding] = deque()
         self._writing: deque[Future[tuple[int, float]]] = deque()
 
@@ -179,6 +186,10 @@ class UnitLine:
             passes, _ = elsewhere(self._cache, missing_passes(self._cache))
         return passes
 
+    def group_of(self, views: Sequence[int]) -> int:
+        """The mixing group that the views of a pass are of."""
+        return views[0] // self._cache.recipe.mix_group
+
     def tasks(self, passes: Passes) -> Iterator[Chunk]:
         """The tasks of every pass that no other process is at, each claimed when its first one is drawn: while those before
         it run."""
@@ -206,7 +217,9 @@ class UnitLine:
                 self._finish(work)
             else:
                 self._claimed.append(work)
-            yield from todo
+            for chunk in todo:
+                self._asked.append(chunk)
+                yield chunk
 
     def _restored(self, work: _Pass) -> list[Chunk]:
         """Go on from the drafts of a pass. Returns: its chunks that are still to be made."""
@@ -222,7 +235,13 @@ class UnitLine:
         return chunks(work.block, work.views, work.first, work.order, batch, done)
 
     def feed(self, chunk: ChunkViews) -> None:
-        """Begin the views of a chunk; returns when there is room for another. Raises what went wrong since the last call."""
+        """Begin the views of a chunk that were asked for, and leave those of another teacher; returns when there is room for another.
+        Raises what went wrong since the last call."""
+        asked = self._asked[0] if self._asked else None
+        same = asked is not None and (asked.block, asked.place) == (chunk.task.block, chunk.task.place)
+        if asked is None or not same or not set(asked.views) <= set(chunk.task.views):
+            return
+        self._asked.popleft()
         self._first_chunk = self._first_chunk or time.perf_counter()
         work, place = self._claimed[0], chunk.task.place
         self._seconds["decode"] += chunk.decode_seconds
@@ -234,7 +253,8 @@ class UnitLine:
             work.quarantine, len(work.order), self._cache.inventory, work.first, self._config.cache.max_quarantine
         )
         good = np.array([row for row, p in enumerate(position.tolist()) if p not in work.quarantine], np.int64)
-        for v, view in enumerate(chunk.task.views):
+        for view in asked.views:
+            v = chunk.task.views.index(view)
             unit = work.units[work.views.index(view)]
             unit.drop(np.array(list(bad), np.int64))
             mixing = tuple(torch.from_numpy(field) for field in unit.mixing_rows(position))

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from cskd.codecs.base import Arrays, Codec, Outputs
 from cskd.codecs.own import VARIABLE, known_own, own_codec
 from cskd.errors import CodecError, shortened
 from cskd.near import did_you_mean
 
-__all__ = ["Arrays", "Codec", "Outputs", "get_codec", "known_own"]
+__all__ = ["Arrays", "Codec", "Outputs", "get_codec", "known_own", "of_map_alone"]
+
+
+def of_map_alone(codecs: Iterable[Codec], classified: bool) -> None:
+    """Say of some codecs that their teacher has no logits of cells. Raises CodecError for one that stores such, or that stores the
+    image's, and there are none either. classified: the teacher has those."""
+    from cskd.codecs.features import FeaturesCodec
+
+    for codec in codecs:
+        if isinstance(codec, FeaturesCodec):
+            codec.of_map_alone(classified)
+        elif codec.cells or (codec.soft and not classified):
+            what = "logits of cells" if codec.cells else "the image's logits"
+            has = "teacher.dense: none gives none" if codec.cells else "the teacher has no classifier"
+            raise CodecError(
+                f"codec '{codec.name}' stores {what}, and {has}; set cache.codecs: [features:8]"
+                + (", or global:8 for a teacher with a classifier" if codec.cells else "")
+            )
 
 
 def get_codec(name: str, classes: int, grid: tuple[int, int]) -> Codec:

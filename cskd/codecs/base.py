@@ -102,10 +102,10 @@ def hard_rank(codec: Codec) -> tuple[bool, bool, bool]:
 class Codec(ABC):
     """Teacher outputs of a unit as arrays, and back. One entry along axis 0 a sample, unless a codec says else."""
 
-    exact_hard: ClassVar[bool]  # are hard CKF targets those of `direct_hard`, at every blend
-    soft: ClassVar[bool]  # can it give logits, for soft targets
-    cells: ClassVar[bool] = True  # are they of each cell; False: of the image, which every cell then shows
-    has_classes: ClassVar[bool] = True  # does it hold targets of classes at all; False: a map of an earlier stage
+    exact_hard: bool  # are hard CKF targets those of `direct_hard`, at every blend
+    soft: bool  # can it give logits, for soft targets
+    cells: bool = True  # are they of each cell; False: of the image, which every cell then shows
+    has_classes: bool = True  # does it hold targets of classes at all; False: a map of an earlier stage, or of a teacher without a classifier
     reads_features: ClassVar[bool] = False  # does it store the feature map, see `cskd.codecs.features`
     error: str  # it makes, in words
     name: str

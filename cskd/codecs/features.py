@@ -1,7 +1,9 @@
 """The `features` codecs: the teacher's last feature map, from which its classifier gives the logits of every cell again.
 
-Only for a teacher whose head is a mean over the cells and one linear layer. The classifier, and what else all units share, is
-a file of the cache (`cskd.store.tables`): float32 `weight` [K, C] and `bias` [K].
+For a teacher whose head is a mean over the cells and one linear layer. The classifier, and what else all units share, is a file
+of the cache (`cskd.store.tables`): float32 `weight` [K, C] and `bias` [K]. Of a teacher without logits of cells
+(`teacher.dense: none`: a ViT, DINO) the features are all there is: no logits come of them, the tables hold int32 `channels` [1]
+in place of the classifier, and without any classifier `global_class` means nothing.
 
 `features:BITS` holds each number of the map in 2 to 16 bits,
 
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cskd.codecs.base import Arrays, Field, Outputs
+from cskd.codecs.base import U16, Arrays, Field, Outputs, check_blend
 from cskd.codecs.bits import MAX_BITS, MIN_BITS, packed_length
 from cskd.codecs.tabled import MAP_FIELDS, TabledCodec, checked_map, finite, pack_map, unpack_map
 from cskd.errors import CodecError
@@ -35,13 +37,45 @@ class FeaturesCodec(TabledCodec):
 
     exact_hard, soft, reads_features = False, True, True
 
-    def fit(self, weight_KC: Tensor, bias_K: Tensor, features: Iterable[Tensor]) -> Arrays:
-        """The tables of a new cache. features: float32 batches [B, C, h, w] of the views that come first; read once."""
+    def of_map_alone(self, classified: bool) -> None:
+        """From here on of a teacher without logits of cells. classified: it has some of the image."""
+        self.soft = self.cells = False
+        self.has_classes = classified
+
+    def fit(self, classifier: tuple[Tensor, Tensor] | None, features: Iterable[Tensor]) -> Arrays:
+        """The tables of a new cache.
+
+        Args:    classifier weight [K, C] and bias [K]; None: of a map alone. features: float32 batches [B, C, h, w] of the views
+                 that come first; read once.
+        """
+        if classifier is None:
+            return {"channels": np.array([next(iter(features)).shape[1]], np.int32)}
+        weight_KC, bias_K = classifier
         return {"weight": weight_KC.float().cpu().numpy(), "bias": bias_K.float().cpu().numpy()}
 
     @property
     def channels(self) -> int:
-        return int(self.tables()["weight"].shape[1])
+        tables = self.tables()
+        return int(tables["weight"].shape[1] if self.soft else tables["channels"])
+
+    def global_class(self, arrays: Arrays) -> U16:
+        if not self.has_classes:
+            raise CodecError(f"codec '{self.name}' holds no class: its teacher has no classifier; read its features")
+        return super().global_class(arrays)
+
+    def hard(self, arrays: Arrays, blend: int) -> U16:
+        """As of every codec; of a map alone the image's class in every cell."""
+        if self.soft:
+            return super().hard(arrays, blend)
+        check_blend(blend)
+        image = self.global_class(arrays)
+        return np.broadcast_to(image[:, None, None], (len(image), *self.grid)).copy()
+
+    def _refuse_logits(self) -> None:
+        if not self.soft:
+            raise CodecError(
+                f"codec '{self.name}' holds features alone: its teacher has no logits of cells (teacher.dense: none)"
+            )
 
     def encode(self, dense_BKhw: Tensor, global_BK: Tensor) -> Arrays:
         """Raises CodecError: see `encode_outputs`."""
@@ -53,6 +87,13 @@ class FeaturesCodec(TabledCodec):
 
     def _check_tables(self, arrays: Arrays) -> None:
         """CodecError unless the tables are of this codec."""
+        if not self.soft:
+            channels = arrays.get("channels", np.zeros(0))
+            if channels.dtype != np.int32 or channels.shape != (1,) or int(channels[0]) < 1:
+                raise CodecError(
+                    f"codec '{self.name}': its tables don't say how many channels there are; run cskd verify"
+                )
+            return
         weight, K = arrays.get("weight", np.zeros(0)), self.classes
         if weight.ndim != 2 or len(weight) != K or arrays.get("bias", weight).shape != (K,):
             raise CodecError(f"codec '{self.name}': its tables hold no classifier of {K} classes; run cskd verify")
@@ -90,6 +131,7 @@ class FeaturesBitsCodec(FeaturesCodec):
         """Decode a batch on its device: float32 dense [B, K, h, w] and global [B, K]."""
         import torch
 
+        self._refuse_logits()
         x, tables = self.features_torch(tensors), self.tables(tensors["packed"].device)
         dense = torch.nn.functional.conv2d(x, tables["weight"][:, :, None, None], tables["bias"])
         return dense, x.mean((2, 3)) @ tables["weight"].T + tables["bias"]

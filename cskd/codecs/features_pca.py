@@ -11,6 +11,9 @@ first eight have finer steps. So have the classes that the image's logits rank f
     residual       int8 [N, m, h, w]          by rank, in steps of the logits
     global_residual  int8 [N, G]              the same of the image's logits
 
+Of a teacher without logits of cells the first layer is all there is: directions of the largest variance, whose errors all count
+alike, in steps of a share of the features' own spread.
+
 (int8 becomes int16 where a number needs it.) Logits are given up to a constant for each vector, which no softmax sees: they
 are centred over the classes. In a unit's file these arrays are streams of pcodec, whose entropy coder takes what
 zstd leaves: numbers of the same distribution share a stream,
@@ -73,11 +76,21 @@ class FeaturesPcaCodec(StreamedCodec, FeaturesCodec):
             "global_residual": Field(NUMBERS, ("sample", "image_rank")),
         }
 
-    def fit(self, weight_KC: Tensor, bias_K: Tensor, features: Iterable[Tensor]) -> Arrays:
+    def of_map_alone(self, classified: bool) -> None:
+        super().of_map_alone(classified)
+        self.fields = {name: self.fields[name] for name in ("global_class", "coefficient")}
+        self.error = (
+            "each cell's features are off by a few per cent of their spread, and by the directions that are left out"
+        )
+
+    def fit(self, classifier: tuple[Tensor, Tensor] | None, features: Iterable[Tensor]) -> Arrays:
         """Directions by falling weight: those in which features vary and an error changes the softmax."""
-        plain = super().fit(weight_KC, bias_K, features)
         maps = [x.cpu() for x in features]
-        return plain | _fit(weight_KC.cpu().double(), bias_K.cpu().double(), maps, self.rank, self.grid)
+        plain = super().fit(classifier, maps)
+        if classifier is None:
+            return plain | _fit(None, maps, self.rank, self.grid)
+        weight, bias = (x.cpu().double() for x in classifier)
+        return plain | _fit((weight, bias), maps, self.rank, self.grid)
 
     def encode_outputs(self, outputs: Outputs) -> Arrays:
         """A batch as arrays. Raises CodecError for what is not finite float32 of the codec's shapes."""
@@ -91,6 +104,9 @@ class FeaturesPcaCodec(StreamedCodec, FeaturesCodec):
                 / t["steps"]
             )
             q = rounded(y, DEAD)
+            if not self.soft:
+                parts.append([q.short().cpu()])
+                continue
             dense_BKn, image_BK, rank, image_rank = self._first_layer(q)
             true, whole = (z[i : i + ROWS].detach().double() for z in (outputs.dense.flatten(2), outputs.image))
             true, whole = true - true.mean(1, keepdim=True), whole - whole.mean(1, keepdim=True)
@@ -98,6 +114,13 @@ class FeaturesPcaCodec(StreamedCodec, FeaturesCodec):
             of_image = (whole - image_BK).gather(1, image_rank) / (GLOBAL_STEP * self.scale)
             numbers = (q, rounded(residual, RESIDUAL_DEAD), rounded(of_image, 0.5))
             parts.append([z.short().cpu() for z in numbers])
+        if not self.soft:
+            empty = torch.zeros(0, self.directions * x.shape[2], dtype=torch.int16)
+            whole_q = torch.cat([part[0] for part in parts]) if parts else empty
+            return {
+                "global_class": outputs.image.argmax(1).cpu().numpy().astype(np.uint16),
+                "coefficient": narrow(whole_q.numpy().reshape(len(x), self.directions, *self.grid)),
+            }
         coefficient, residual, of_image = (
             (torch.cat(z) for z in zip(*parts, strict=True))
             if parts
@@ -116,6 +139,7 @@ class FeaturesPcaCodec(StreamedCodec, FeaturesCodec):
         """Decode a batch on its device: float32 dense [B, K, h, w] and global [B, K], centred over the classes."""
         import torch
 
+        self._refuse_logits()
         t, parts = self.tables(tensors["coefficient"].device), []
         for i in range(0, len(tensors["coefficient"]), ROWS):
             q, residual, of_image = (
@@ -160,11 +184,13 @@ class FeaturesPcaCodec(StreamedCodec, FeaturesCodec):
     def _derived(self, tables: dict[str, Tensor]) -> dict[str, Tensor]:
         import torch
 
-        weight, bias = tables["weight"].double(), tables["bias"].double()
-        weight, bias = weight - weight.mean(0), bias - bias.mean()
         cosine = cosines(self.grid)
         steps = torch.full((len(cosine),), STEP * AC * self.scale)
         steps[0] = STEP * self.scale
+        if not self.soft:
+            return tables | {"cosine": cosine, "steps": steps}
+        weight, bias = tables["weight"].double(), tables["bias"].double()
+        weight, bias = weight - weight.mean(0), bias - bias.mean()
         rank_steps = torch.full((self.most, 1), COARSE_STEP * self.scale, dtype=torch.float64)
         rank_steps[:FINE] = FINE_STEP * self.scale
         return tables | {
@@ -178,7 +204,8 @@ class FeaturesPcaCodec(StreamedCodec, FeaturesCodec):
 
     def _check_tables(self, arrays: Arrays) -> None:
         super()._check_tables(arrays)
-        C, n = arrays["weight"].shape[1], self.grid[0] * self.grid[1]
+        C = int(arrays["weight"].shape[1] if self.soft else arrays["channels"][0])
+        n = self.grid[0] * self.grid[1]
         R = arrays["encode"].shape[0] if "encode" in arrays else 0
         shapes = {"encode": (R, C), "decode": (C, R), "mean": (C,), "order": (R * n,)}
         for name, shape in shapes.items():
@@ -195,6 +222,8 @@ class FeaturesPcaCodec(StreamedCodec, FeaturesCodec):
         """Array and columns of each stream; an array has its axes but the first flattened."""
         order, n = self.tables()["order"].cpu().numpy(), self.grid[0] * self.grid[1]
         yield from (("coefficient", part) for part in np.array_split(order, GROUPS))
+        if not self.soft:
+            return
         yield from (("residual", np.arange(rank * n, (rank + 1) * n)) for rank in range(self.most))
         yield "global_residual", np.arange(self.image_most)
 
@@ -206,33 +235,26 @@ def cosines(grid: tuple[int, int]) -> Tensor:
     return torch.kron(*cosine_axes(grid)).float()
 
 
-def _fit(weight: Tensor, bias: Tensor, maps: list[Tensor], rank: int, grid: tuple[int, int]) -> Arrays:
+def _fit(classifier: tuple[Tensor, Tensor] | None, maps: list[Tensor], rank: int, grid: tuple[int, int]) -> Arrays:
     """Encoding and decoding matrices, mean, and the order of the coefficients by falling variance.
 
-    With S the covariance of the features and G the metric W^T F W, F the mean Fisher information of the softmax, the
-    directions are the eigenvectors of L^T G L, S = L L^T: of all with so many directions they lose least of trace(G S).
+    With S the covariance of the features and G a metric, the directions are the eigenvectors of L^T G L, S = L L^T: of all with so
+    many directions they lose least of trace(G S). G is W^T F W, F the mean Fisher information of the softmax; without a
+    classifier the unit matrix divided by the mean variance of a channel.
     """
     import torch
 
-    weight, bias = weight - weight.mean(0), bias - bias.mean()
-    C = weight.shape[1]
-    total, square, metric = torch.zeros(C).double(), torch.zeros(C, C).double(), torch.zeros(C, C).double()
-    chance, spread, cells, seen = torch.zeros(len(weight)).double(), 0.0, 0, 0
+    C = maps[0].shape[1]
+    total, square, cells = torch.zeros(C).double(), torch.zeros(C, C).double(), 0
     for x in maps:
-        rows = x.flatten(2).permute(0, 2, 1).double()
-        flat = rows.flatten(0, 1)
+        flat = x.flatten(2).permute(0, 2, 1).double().flatten(0, 1)
         total, square, cells = total + flat.sum(0), square + flat.T @ flat, cells + len(flat)
-        some = rows[:, :: max(1, rows.shape[1] // 7)]  # a seventh of the cells: their softmax takes longest
-        local, image = some @ weight.T + bias, (rows.mean(1) @ weight.T + bias)[:, None]
-        for a in FISHER_BLENDS:
-            p = (a * local + (1 - a) * image).softmax(2).flatten(0, 1)
-            through = p @ weight
-            metric -= through.T @ through
-            chance, spread, seen = chance + p.sum(0), spread + float((p - p * p).sum()), seen + len(p)
     mean = total / cells
     covariance = square / cells - mean[:, None] * mean
-    metric = (metric + (weight.T * chance) @ weight) / seen
-    metric += PLAIN * spread / seen / len(weight) * (weight.T @ weight)
+    if classifier is None:
+        metric = torch.eye(C).double() / (covariance.trace() / C).clamp_min(1e-30)
+    else:
+        metric = _metric(*classifier, maps)
     values, vectors = torch.linalg.eigh(covariance)
     kept = values > values[-1].clamp_min(1e-30) * 1e-7
     root = vectors[:, kept] * values[kept].sqrt()
@@ -250,3 +272,25 @@ def _fit(weight: Tensor, bias: Tensor, maps: list[Tensor], rank: int, grid: tupl
     order = variance.flatten().argsort(descending=True, stable=True)
     tables = {"encode": encode.float(), "decode": decode.float(), "mean": mean.float(), "order": order.int()}
     return {name: np.ascontiguousarray(t.numpy()) for name, t in tables.items()}
+
+
+def _metric(weight: Tensor, bias: Tensor, maps: list[Tensor]) -> Tensor:
+    """What an error of the features does to the softmax of the cells, summed over blends: float64 [C, C]."""
+    import torch
+
+    weight, bias = weight - weight.mean(0), bias - bias.mean()
+    C = weight.shape[1]
+    metric, chance = torch.zeros(C, C).double(), torch.zeros(len(weight)).double()
+    spread, seen = 0.0, 0
+    for x in maps:
+        rows = x.flatten(2).permute(0, 2, 1).double()
+        some = rows[:, :: max(1, rows.shape[1] // 7)]  # a seventh of the cells: their softmax takes longest
+        local, image = some @ weight.T + bias, (rows.mean(1) @ weight.T + bias)[:, None]
+        for a in FISHER_BLENDS:
+            p = (a * local + (1 - a) * image).softmax(2).flatten(0, 1)
+            through = p @ weight
+            metric -= through.T @ through
+            chance, spread, seen = chance + p.sum(0), spread + float((p - p * p).sum()), seen + len(p)
+    metric = (metric + (weight.T * chance) @ weight) / seen
+    whole: Tensor = metric + PLAIN * spread / seen / len(weight) * (weight.T @ weight)
+    return whole

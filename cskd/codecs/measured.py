@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cskd.codecs.base import Arrays, Codec, Outputs
+from cskd.codecs.features import FeaturesCodec
 from cskd.codecs.stages import StageCodec
 
 BLENDS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -78,13 +79,19 @@ def measure(codec: Codec, arrays: Arrays, outputs: Outputs, count: int = ROWS) -
     is no view."""
     import torch
 
-    if codec.exact_hard or not (codec.soft or isinstance(codec, StageCodec)) or not len(outputs.image):
+    of_map = isinstance(codec, StageCodec) or (isinstance(codec, FeaturesCodec) and not codec.soft)
+    if codec.exact_hard or not (codec.soft or of_map) or not len(outputs.image):
         return None
     rows = np.unique(np.linspace(0, len(outputs.image) - 1, count).round().astype(np.int64))
     stored, index = codec.take(arrays, rows), torch.from_numpy(rows).to(outputs.image.device)
     tensors = {name: torch.from_numpy(np.ascontiguousarray(a)).to(index.device) for name, a in stored.items()}
-    if isinstance(codec, StageCodec):
-        true, off = outputs.stages[codec.stage][index], codec.map_torch(tensors) - outputs.stages[codec.stage][index]
+    if of_map:
+        if isinstance(codec, StageCodec):
+            true, decoded = outputs.stages[codec.stage][index], codec.map_torch(tensors)
+        else:
+            assert isinstance(codec, FeaturesCodec) and outputs.features is not None
+            true, decoded = outputs.features[index], codec.features_torch(tensors)
+        off = decoded - true
         spread = float((true - true.mean((0, 2, 3), keepdim=True)).square().sum())
         return MeasuredMap(len(rows), float(off.square().sum()) / max(spread, 1e-30), float(off.abs().max()))
     image = outputs.image[index]

@@ -7,7 +7,8 @@ cells, in equal steps with a dead zone,
     coefficient   int8 [N, R, h, w]    map = mean + basis @ (inverse transform of step * it)
 
 (int16 where a number needs it) which are 64 streams of a file by falling variance (`cskd.codecs.streams`). Each bit more halves
-the steps; with 4 bits they are a quarter of the root mean square by which a channel varies, which costs at most 0.5 % of the variance.
+the steps; with 4 bits they are a quarter of the root mean square by which a channel varies, which with all directions kept loses about 0.5 %
+of the variance (ResNet-56 on CIFAR-10: 0.53 to 0.57 %).
 
 What all units share is a file of the cache: `shape` int32 [3], C, h and w of the stage; of `pcaR` also float32 `basis` [C, R] of
 orthonormal columns, `mean` [C], `step` [1], and `order` int32 [R * h * w], of the coefficients by falling variance.

@@ -26,10 +26,13 @@ from cskd.near import absent, did_you_mean, nearest
 
 PATHS = (
     *("data.train", "data.val", "teacher.model", "teacher.weights", "teacher.classes"),
-    *("cache.path", "student.model", "student.init", "train.output", "train.scratch"),
+    *("cache.path", "student.model", "student.init", "train.output", "train.scratch", "data.node_cache"),
 )  # a model may be the path of a file
 READ_FROM_HUB = ("teacher.model", "teacher.weights", "teacher.classes", "cache.path", "student.init")  # see docs/HUB.md
-ON_OBJECT_STORES = ("cache.path",)  # see docs/STORAGE.md
+ON_OBJECT_STORES = (  # see docs/STORAGE.md
+    *("data.train", "data.val", "teacher.weights", "teacher.classes", "student.init", "cache.path", "train.output"),
+)
+WRITTEN = ("train.output",)
 NEWER = {  # keys of older versions
     **{"teacher.autocast": "teacher.precision", "teacher.dtype": "teacher.precision"},
     "train.tensorboard": "train.trackers",
@@ -219,8 +222,9 @@ def _with_local_paths(config: Config, wrong: list[CskdError]) -> Config:
         if not isinstance(text, str) or text.startswith(_OF_TIMM):
             continue
         try:
-            hub = key in READ_FROM_HUB
-            local = location_text(text, key, hub=hub) if key in ON_OBJECT_STORES else local_text(text, key, hub)
+            hub, write = key in READ_FROM_HUB, key in WRITTEN
+            known = key in ON_OBJECT_STORES
+            local = location_text(text, key, hub=hub, write=write) if known else local_text(text, key, hub)
         except PathError as e:
             wrong.append(e)
             continue

@@ -18,6 +18,18 @@ from annotated_types import Ge, Gt, Le, Len, Lt, MultipleOf, Predicate, Unit
 
 from cskd.config.bounds import check
 from cskd.config.every import interval
+from cskd.config.predicates import (
+    KINDS,
+    OF_MAPS,
+    distinct,
+    folders,
+    is_head,
+    is_target,
+    once,
+    rising,
+    span,
+    tokens_named,
+)
 from cskd.config.rand_string import parse_rand_string
 from cskd.errors import ConfigError
 
@@ -26,59 +38,6 @@ Decay = Literal["linear", "quadratic", "cosine", "local", "global"]
 Autocast = Literal["auto", "none", "bf16", "fp16"]
 Precision = Literal["auto", "float32", "tf32", "bf16", "fp16", "float64"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
-_OF_FEATURES = ("mse", "smooth_l1", "cosine")
-HEADS = ("class", "distillation", "mean", "patches", "tokens")  # of a term of the loss, and block:N
-KINDS = {  # of a term of the loss, by its target
-    "label": ("ce",),
-    "global": ("ce", "kl", "dkd"),
-    "cells": ("ce", "kl"),
-    "features": _OF_FEATURES,
-    "pooled": _OF_FEATURES,
-}
-
-
-def rising(pair: list[float]) -> bool:
-    """[low, high] with low <= high"""
-    return pair[0] <= pair[1]
-
-
-def span(pair: list[float | None]) -> bool:
-    """[first, end], first below end, null to the end"""
-    first, end = pair
-    return first is not None and first >= 0 and (end is None or first <= end)
-
-
-def is_head(name: str) -> bool:
-    """one of class, distillation, mean, patches, tokens, token:NAME, block:N, block:last"""
-    return name in HEADS or re.fullmatch(r"block:(last|\d{1,4})|token:[a-z][a-z0-9_]{0,39}", name) is not None
-
-
-def is_target(name: str) -> bool:
-    """one of label, global, cells, features, pooled, stage:NAME"""
-    return name in KINDS or re.fullmatch(r"stage:[A-Za-z0-9_][A-Za-z0-9_.]{0,63}", name) is not None
-
-
-def distinct(codecs: list[str]) -> bool:
-    """each codec once (topk10 is topk:10)"""
-    return len({name.replace(":", "") for name in codecs}) == len(codecs)
-
-
-def folders(caches: dict[str, Any]) -> bool:
-    """a folder for each name of a-z, 0-9, _ and -"""
-    return all(
-        re.fullmatch("[a-z0-9_-]{1,40}", name) and isinstance(path, str) and path for name, path in caches.items()
-    )
-
-
-def tokens_named(names: list[str]) -> bool:
-    """each once, of a-z, 0-9 and _, a letter first"""
-    return once(names) and all(re.fullmatch("[a-z][a-z0-9_]{0,39}", name) for name in names)
-
-
-def once(names: list[str]) -> bool:
-    """each once"""
-    return len(set(names)) == len(names)
-
 
 Probability = Annotated[float, Ge(0), Le(1), Unit("probability")]
 Share = Annotated[float, Ge(0), Le(1), Unit("share")]
@@ -103,12 +62,16 @@ class Section:
 
 @dataclass(frozen=True)
 class DataConfig(Section):
-    """Folders made by `cskd pack` or `cskd index`."""
+    """Folders made by `cskd pack` or `cskd index`, or their addresses on an object store, see STORAGE.md."""
 
     train: Annotated[str, Unit("folder")] = ""
     """Images of the cache and of training."""
     val: Annotated[str, Unit("folder")] = ""
     """Images of evaluation, and of the clean-image check of the teacher."""
+    node_cache: Annotated[str | None, Unit("folder")] = None
+    """Copies of what is read from object stores, one per machine; null = a folder in that of temporary files. On a local disk."""
+    node_cache_gb: Annotated[float | None, Gt(0), Unit("GB")] = None
+    """Size of those copies, beyond which the least recently used go; null = half of what the disk has for them."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +100,9 @@ class TeacherConfig(Section):
     """From label to teacher output: a list of indices; a file of the teacher's class names; `shift:N` (output k + N for label
     k); or how the names were sorted to number the outputs: `timm` (its folder reader), `sorted` (torchvision, Keras),
     `caseless`."""
-    dense: Literal["exact", "per_cell"] = "exact"
-    """`per_cell`: apply a head that is not linear to every cell all the same."""
+    dense: Literal["exact", "per_cell", "none"] = "exact"
+    """`per_cell`: apply a head that is not linear to every cell all the same. `none`: no logits of cells, for a ViT, or a network
+    without a classifier (`kwargs: {num_classes: 0}`): its features and the image's logits alone, so codecs `features:*` and `global:*`."""
     grid: Annotated[list[Annotated[int, Ge(1), Le(1024)]] | None, Len(2, 2), Unit("cells")] = None
     """[h, w]: pool the teacher's map to this; null = the teacher's own."""
     precision: Precision = "float32"
@@ -328,7 +292,7 @@ class LossTerm(Section):
                     f"{key}: a term with own: {self.own!r} does not read {', '.join(other)}; leave them out"
                 )
             return
-        kinds = _OF_FEATURES if self.stage else KINDS[self.target]
+        kinds = OF_MAPS if self.stage else KINDS[self.target]
         if self.kind not in kinds:
             raise ConfigError(
                 f"{key}: a term with target {self.target} has kind {self.kind}, expected {', '.join(kinds)}; set kind: {kinds[0]}"

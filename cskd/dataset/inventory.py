@@ -35,13 +35,14 @@ from cskd.dataset.inventory_format import (
     verify_files,
 )
 from cskd.dataset.look_alikes import look_alike
-from cskd.errors import DataError, why
+from cskd.dataset.remote_shards import RemoteShards, fetched_inventory, lost_shards
+from cskd.errors import DataError
 from cskd.files.durable import put, sync
-from cskd.files.paths import local_path
-from cskd.files.read import file_sha256, open_regular
+from cskd.files.paths import is_remote, local_path, location_text
+from cskd.files.read import file_sha256
 from cskd.seeds import U64, key_hash
+from cskd.storage.node_cache import Held, node_cache
 
-FIND_SHARDS = "restore it, or say where the shards are: data.train or data.val in the config, or --data of inspect, verify and repair"
 LOOKED_AT = 50_000  # keys that are compared with one that is not there
 BATCH = 4096  # samples buffered before they go to the column files
 
@@ -67,8 +68,13 @@ class ShardFile(NamedTuple):
 class Inventory:
     """An open inventory; columns as in `cskd/dataset/inventory_format.py`. Pickles as its path and is opened again."""
 
-    def __init__(self, path: Path, root: Path, header: dict[str, Any], columns: dict[str, NDArray[Any]]) -> None:
-        self.path, self.root = path, root  # the inventory's own folder; the folder the shards are in
+    def __init__(
+        self, path: Path, root: Path | RemoteShards, header: dict[str, Any], columns: dict[str, NDArray[Any]]
+    ) -> None:
+        self.path = path  # the inventory's own folder
+        self.remote = root if isinstance(root, RemoteShards) else None
+        self.root = root if isinstance(root, Path) else Path(root.location)  # the folder the shards are in
+        self.held: Held | None = None  # keeps a copy of the inventory in the node cache
         self.id: str = header["id"]
         self.classes: list[str] = header["classes"]
         self.n: int = header["num_samples"]
@@ -86,7 +92,7 @@ class Inventory:
         self.size: NDArray[np.int64] = columns["size"]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _open, (self.path, self.root)
+        return _open, (self.path, self.remote or self.root)
 
     def __len__(self) -> int:
         return self.n
@@ -116,25 +122,16 @@ class Inventory:
         return int(self.blocks[block]), int(self.blocks[block + 1])
 
     def shard_path(self, shard: int) -> Path:
-        """Where shard number `shard` should be."""
+        """Where shard number `shard` of a local data set should be."""
         return self.root / self.shards[shard].name
+
+    def where(self, shard: int) -> str:
+        """Path or address of shard number `shard`, for messages."""
+        return self.remote.where(self.shards[shard].name) if self.remote else str(self.shard_path(shard))
 
     def lost_shards(self) -> dict[int, str]:
         """Number of each shard that is missing, can't be opened, or has another length than recorded -> what is wrong."""
-        lost = {}
-        for shard, (name, length) in enumerate(self.shards):
-            path = self.shard_path(shard)
-            try:
-                os.close(open_regular(path))
-                found = path.stat().st_size
-            except FileNotFoundError:
-                lost[shard] = f"shard {name} is not in {self.root}; {FIND_SHARDS}"
-            except OSError as e:
-                lost[shard] = f"{path} can't be read: {why(e)}"
-            else:
-                if found != length:
-                    lost[shard] = f"{path} has {found} bytes, the inventory says {length}; restore it or pack again"
-        return lost
+        return lost_shards(self, self.remote)
 
     def check_shards(self) -> None:
         """Before long work. Raises DataError, in one line, where a shard is not as recorded: see `lost_shards`."""
@@ -157,23 +154,38 @@ def open_inventory(path: str | Path, data: str | Path | None = None, verify: boo
 
     Without `data` the shards are in the `root` that the header names (see `cskd index --out`), else next to the inventory.
     """
+    path, at, held = _folder_of(path)
+    header = read_header(path)
+    root = _shards_at(data if data is not None else header.get("root", at))
+    if data is not None and (is_remote(data) or (Path(data) / INVENTORY_FOLDER / HEADER).is_file()):
+        there, at, held_there = _folder_of(data)
+        header_there = read_header(there)
+        if header_there["id"] != header["id"]:
+            raise DataError(
+                f"{at} holds the data set {header_there['id'][:12]}, but {path} is of {header['id'][:12]}; "
+                "point to the data that it was made from"
+            )
+        path, root, held = there, _shards_at(header_there.get("root", data)), held_there
+    inventory = _open(path, root, verify)
+    inventory.held = held
+    return inventory
+
+
+def _folder_of(path: str | Path) -> tuple[Path, str | Path, Held | None]:
+    """The folder of an inventory, of an address a copy; the data folder that it describes; and what keeps the copy."""
+    if is_remote(path):
+        return fetched_inventory(str(path))
     path = local_path(path, "the data set")
     if (path / INVENTORY_FOLDER / HEADER).is_file():
         path = path / INVENTORY_FOLDER
-    header = read_header(path)
-    root = Path(data) if data is not None else Path(header.get("root", path.parent))
-    if data is not None and (Path(data) / INVENTORY_FOLDER / HEADER).is_file():
-        header_there = read_header(Path(data) / INVENTORY_FOLDER)
-        if header_there["id"] != header["id"]:
-            raise DataError(
-                f"{data} holds the data set {header_there['id'][:12]}, but {path} is of {header['id'][:12]}; "
-                "point to the data that it was made from"
-            )
-        path, root = Path(data) / INVENTORY_FOLDER, Path(header_there.get("root", data))
-    return _open(path, root, verify)
+    return path, path.parent, None
 
 
-def _open(path: Path, root: Path, verify: bool = False) -> Inventory:
+def _shards_at(place: str | Path) -> Path | RemoteShards:
+    return RemoteShards(location_text(str(place), "the data set"), node_cache()) if is_remote(place) else Path(place)
+
+
+def _open(path: Path, root: Path | RemoteShards, verify: bool = False) -> Inventory:
     """The inventory whose own folder is `path`, with its shards in `root`."""
     header = read_header(path)
     columns = {name: read_column(path, name, dtype) for name, dtype in DTYPES.items()}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cskd.config import RecipeConfig, TrainConfig
 from cskd.errors import PlanError
-from cskd.loading.shares import Share, micro_batches
+from cskd.loading.shares import Share
 from cskd.loading.sources import ViewSource
 from cskd.seeds import hash64, permutation
 from cskd.views.mixing import quads
@@ -58,9 +58,9 @@ class PlanSpec:
                 f"the cache has {views} views and train.repeats is {repeats}, which must divide them; "
                 f"cache {-(-views // repeats) * repeats} views or use {max(views // repeats, 1) * repeats} of them"
             )
-        if batch % 2 or (batch % (2 * self.ranks) if not self.micro else micro_batches(batch, self.micro) < self.ranks):
-            step = 2 * self.ranks
-            near = max(step, round(batch / step) * step)
+        step = 2 if self.micro else 2 * self.ranks  # shares of whole micro-batches need not be equal
+        if batch % step or batch < 2 * self.ranks:
+            near = max(2 * self.ranks, round(batch / step) * step)
             raise PlanError(f"train.global_batch is {batch} on {self.ranks} rank(s): shares must be even; use {near}")
         if self.steps < 1:
             raise PlanError(

@@ -188,6 +188,8 @@ def _begin_worker(stream: int, prefetch: int, worker: int) -> None:
     end_with_main()
     for kind in stops.ASKS:  # torch's loader has set handlers of its own
         signal.signal(kind, signal.SIG_IGN)
+    if ENDS is not None:
+        signal.signal(ENDS, lambda *_: os._exit(0))  # torch takes a child that a signal ended for one that died
     show = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

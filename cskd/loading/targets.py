@@ -38,10 +38,16 @@ def codec_for(loss: LossConfig, codecs: Mapping[str, Codec], where: str, cache: 
     Raises:  ConfigError when soft terms find hard targets only, terms of cells the image's targets only, or terms of features
              no codec of them; `where` names what holds the codecs.
     """
-    codecs = {name: codec for name, codec in codecs.items() if codec.has_classes}
+    codecs = {name: codec for name, codec in codecs.items() if codec.has_classes or codec.reads_features}
     hard = _fitting(loss, codecs, where, cache, soft=False)
     if needs(loss, cache).features:
-        return hard, _of_features(loss, codecs, where, cache)
+        of_features = _of_features(loss, codecs, where, cache)
+        if needs(loss, cache).soft and not codecs[of_features].soft:
+            raise ConfigError(
+                f"loss.terms: the teacher of {where} has no logits of cells (teacher.dense: none), and features and logits of one "
+                "cache are read together; take the logits from another one, or terms of classes: kind: ce"
+            )
+        return hard, of_features
     if not needs(loss, cache).soft:
         return hard, ""
     if not any(codec.soft for codec in codecs.values()):
@@ -107,6 +113,14 @@ def reads_cells(loss: LossConfig, soft: bool, cache: str = "") -> bool:
 
 def _fitting(loss: LossConfig, codecs: Mapping[str, Codec], where: str, cache: str, soft: bool) -> str:
     cells = reads_cells(loss, soft, cache)
+    if needs(loss, cache).hard != "none" and not soft:
+        known = {name: codec for name, codec in codecs.items() if codec.has_classes}
+        if not known:
+            raise ConfigError(
+                f"loss.method {loss.method} reads the teacher's classes and {where} holds only {list(codecs)} of a teacher without a "
+                "classifier; set loss.method: terms with terms of its features (docs/TRAINING.md)"
+            )
+        codecs = known
     if cells and not any(codec.cells for codec in codecs.values()):
         who, by_method = _asking(loss, cache, lambda term: term.target == "cells" and (term.kind != "ce") == soft)
         other = "loss.method: deit-soft, deit-hard, or loss.decay: global" if by_method else "its decay: global"
@@ -273,6 +287,15 @@ class LiveTargets(_Targets):
     def __init__(self, teacher: Teacher, config: LossConfig, epochs: int, cache: str = "") -> None:
         super().__init__(config, epochs, cache)
         self._teacher = teacher
+        if not teacher.has_cells and any(reads_cells(config, soft, cache) for soft in (False, True)):
+            raise ConfigError(
+                f"loss.method {config.method} teaches cells, and with teacher.dense: none they have no logits; take terms of the image or "
+                "of features"
+            )
+        if not teacher.has_classes and (self.needs.soft or self.needs.hard != "none"):
+            raise ConfigError(
+                f"loss.method {config.method} reads the teacher's classes, and it has no classifier; take terms of its features"
+            )
         self.maps: dict[str, MapShape] = {}
         if self.needs.features:
             self.maps[cache] = MapShape(teacher.feature_channels("loss.terms of features"), teacher.grid)

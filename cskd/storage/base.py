@@ -55,6 +55,7 @@ class Storage(Protocol):
 
     location: str  # as `cskd.storage.open_storage` was given it, without a slash at its end
     counts: Counts
+    ranges: bool  # False once a web server has shown that it sends whole objects only
 
     def get(self, key: str, start: int = 0, size: int | None = None, *, limit: int | None = None) -> bytes:
         """The bytes of an object, or of a range of it, fewer where it ends. limit: OSError for an object of more bytes."""

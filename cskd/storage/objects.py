@@ -49,6 +49,7 @@ class Objects:
         self.scheme, _, rest = location.partition("://")
         self.bucket = rest.partition("/")[0]
         self.read_only = self.scheme in ("http", "https")
+        self.ranges = True  # unless the server turns out to have none, so that each request is for a whole object
         self._answered = False
         self._first, self._later = self._open(_FIRST), self._open(_LATER)
 
@@ -163,7 +164,7 @@ class Objects:
         self._answered = True
         return answer
 
-    def _get(self, wanted: Range, limit: int | None) -> bytes:
+    def _get(self, wanted: Range, limit: int | None, tries: int = TRIES) -> bytes:
         import obstore
 
         if wanted.size == 0:
@@ -173,10 +174,19 @@ class Objects:
         except Exception as e:
             if _past_the_end(e):
                 return b""
-            raise
+            if not _no_ranges(e):
+                raise
+            self.ranges = False
+            end = None if wanted.size is None else wanted.start + wanted.size
+            return self._get(Range(wanted.key), limit)[wanted.start : end]
         if limit is not None and found.meta["size"] > limit:
             raise OSError(errno.EFBIG, f"more than {limit} bytes", f"{self.location}/{wanted.key}")
-        data = bytes(found.bytes())
+        try:
+            data = bytes(found.bytes())
+        except Exception as e:
+            if not _cut_short(e) or tries < 2:
+                raise
+            return self._get(wanted, limit, tries - 1)
         self.counts.add(0, read=len(data))
         return data
 
@@ -189,13 +199,16 @@ class Objects:
             if wanted.size == 0:
                 return b""
             async with free:
-                try:
-                    found = await obstore.get_async(self._store, wanted.key, options=_options(wanted))
-                    return bytes(await found.bytes_async())
-                except Exception as e:
-                    if _past_the_end(e):
-                        return b""
-                    raise
+                for tried in range(TRIES):
+                    try:
+                        found = await obstore.get_async(self._store, wanted.key, options=_options(wanted))
+                        return bytes(await found.bytes_async())
+                    except Exception as e:
+                        if _past_the_end(e):
+                            return b""
+                        if not _cut_short(e) or tried + 1 == TRIES:
+                            raise
+            raise AssertionError("unreachable")
 
         from obstore.exceptions import BaseError
 
@@ -271,7 +284,16 @@ def _past_the_end(error: Exception) -> bool:
     return "416 Range Not Satisfiable" in str(error)
 
 
+def _no_ranges(error: Exception) -> bool:
+    return "Range request not supported" in str(error)
+
+
 def _may_be_there(error: Exception) -> bool:
     """Whether a write that failed may have been done: its answer was lost, or the store failed or was busy."""
     text = str(error)
     return bool(_NOT_REACHED.search(text) or re.search(r"status code: (409|429|5\d\d)|HTTP error", text))
+
+
+def _cut_short(error: BaseException) -> bool:
+    """Whether an answer began and its body did not come whole, which obstore does not ask for again."""
+    return bool(re.search(r"body error|body from connection|end of file|incomplete message", str(error), re.I))

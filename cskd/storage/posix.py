@@ -20,6 +20,8 @@ AT_ONCE = 8  # files read at the same time: what a network file system needs; a 
 class Posix:
     """See `cskd.storage.Storage`. Files are put in place by `cskd.files.durable`: fsync, read back, rename or hard link."""
 
+    ranges = True
+
     def __init__(self, root: Path) -> None:
         self.root, self.location, self.counts = root, str(root), Counts()
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cskd.codecs import Arrays, Codec, get_codec
+from cskd.codecs import Arrays, Codec, get_codec, of_map_alone
 from cskd.codecs.base import hard_rank
 from cskd.codecs.measured import AnyMeasured
 from cskd.codecs.tabled import TabledCodec
@@ -68,6 +68,8 @@ class Cache:
         for name, codec in self.codecs.items():
             if isinstance(codec, TabledCodec):
                 codec.use_tables(partial(read_tables, self.storage, name, (manifest.tables or {}).get(name, "")))
+        if self.identity.teacher.get("dense") == "none":
+            of_map_alone(self.codecs.values(), self.identity.teacher.get("head") != "no_classes")
         self._known: dict[int, tuple[set[str], dict[int, frozenset[int]]]] = {}  # see `_records`
 
     @property

@@ -27,10 +27,10 @@ from torch import Tensor
 import cskd
 from cskd.config import Config, StudentConfig
 from cskd.errors import ConfigError, NotFiniteError, StudentError
-from cskd.files.paths import local_path
 from cskd.files.read import parse_json, read_file
 from cskd.files.weights import first_not_finite, read_weights
 from cskd.near import absent
+from cskd.storage.fetch import fetched
 from cskd.student.best import Best, BestWeights
 from cskd.student.heads import export_factors, multiplied, recorded_factors, recorded_heads, score_head
 from cskd.student.model import Student, build_student
@@ -174,7 +174,7 @@ def load_student(path: Path) -> tuple[Student, dict[str, Any]]:
              either on the hub.
     Raises:  StudentError when something is missing, damaged or does not fit together.
     """
-    path = local_path(path, "the checkpoint", hub=True)
+    path = fetched(path, "the checkpoint")
     weights = path / MODEL if path.is_dir() else path
     beside = weights.with_name("config.json")
     for file in (weights, beside):

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from cskd.errors import StudentError, counted, one_line
 from cskd.files.checkpoint import given_file
-from cskd.files.paths import local_path
 from cskd.files.read import parse_json, read_file
 from cskd.files.weights import first_not_finite, read_weights
+from cskd.storage.fetch import fetched
 from cskd.student.heads import multiplied, recorded_factors, recorded_heads
 from cskd.student.tokens import fit_tokens, put_together, read_token_heads, recorded_tokens
 
@@ -128,7 +128,7 @@ def _fit_distillation_token(path: Path, state: dict[str, Tensor], own: dict[str,
 def checkpoint_file(path: Path) -> Path:
     """The file that `student.init` names, itself or as the folder of a run. StudentError where there is none."""
     try:
-        return given_file(local_path(path, "student.init", hub=True))
+        return given_file(fetched(path, "student.init"))
     except ValueError as e:
         raise StudentError(f"student.init: {e}; give a .safetensors, a .pt or a run's folder") from None
 

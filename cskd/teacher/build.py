@@ -20,9 +20,9 @@ from cskd.errors import CskdError, TeacherError, one_line
 from cskd.files.checkpoint import given_file
 from cskd.files.hub import is_hub, local_copy, parse_address, pin
 from cskd.files.own_code import OwnCode, entry_point_names, load_own, names_own_code, neighbours_of
-from cskd.files.paths import local_path
 from cskd.files.weights import READ_BY_TIMM, misfit, read_weights
 from cskd.near import did_you_mean
+from cskd.storage.fetch import fetched
 
 TORCHVISION = "torchvision:"
 GROUP = "cskd.teachers"  # of entry points
@@ -229,7 +229,7 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
 def weight_file(path: Path) -> Path:
     """The file that `teacher.weights` names. TeacherError where there is none."""
     try:
-        return given_file(local_path(path, "teacher.weights", hub=True))
+        return given_file(fetched(path, "teacher.weights"))
     except ValueError as e:
         raise TeacherError(f"teacher.weights: {e}; give a .safetensors or .pth file, or 'hub'") from None
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from cskd.dataset.classes import MAX_CLASS_BYTES, MAX_CLASSES, parse_classes
 from cskd.errors import DataError, TeacherError
-from cskd.files.paths import local_path
 from cskd.files.read import read_file
 from cskd.near import absent, did_you_mean
+from cskd.storage.fetch import fetched
 
 _SHIFT = re.compile(r"shift:([+-]?\d{1,5})")
 
@@ -112,7 +112,7 @@ def _ranks(word: str, class_names: Sequence[str], outputs: int) -> list[int]:
 
 def _from_file(path: Path, class_names: Sequence[str], outputs: int) -> list[int]:
     try:
-        path = local_path(path, "teacher.classes", hub=True)
+        path = fetched(path, "teacher.classes")
         names = parse_classes(read_file(path, MAX_CLASS_BYTES), str(path))
     except DataError as e:
         raise TeacherError(f"teacher.classes: {e}") from None

@@ -27,14 +27,16 @@ from cskd.teacher.pooling import find_pooling
 # Of the spread. Linear heads show 3e-6 and less, all others 0.3 and more (benchmarks/teacher_families.py).
 HEAD_TOLERANCE = 1e-4
 
-Kind = Literal["linear", "per_cell", "forward_dense"]
+Kind = Literal["linear", "per_cell", "forward_dense", "image", "no_classes"]
 
 
 @dataclass(frozen=True)
 class Head:
     """The part of a teacher that always runs in float32."""
 
-    kind: Kind  # forward_dense: the model's own method, which takes the input instead of a feature map
+    # forward_dense: the model's own method, which takes the input instead of a feature map; image, no_classes: no logits of cells,
+    # or none at all, see `cskd.teacher.map_alone`
+    kind: Kind
     gap: float  # largest |mean of dense - global|, as a share of the spread of dense over the cells
     layers: str  # the head's layers in the order they run, for people
     backbone: Callable[[Tensor], Tensor]  # network input [B, 3, H, W] -> map; for kind forward_dense the identity
@@ -51,6 +53,10 @@ class Head:
         if self.classifier is not None and on_cpu and features.dtype == torch.float32:
             return convolved(self.classifier, features), self.apply(features)
         return dense_of(self.apply, features, self.nhwc), self.apply(features)
+
+    def outputs(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Dense and global logits, and the map [B, C, h, w] that codecs of features store."""
+        return *self.dense(features), features
 
     def pooled(self, features: Tensor) -> Tensor:
         """The global logits of `dense` alone."""
@@ -104,7 +110,8 @@ def find_head(model: Any, x: Tensor, mode: Literal["exact", "per_cell"]) -> Head
     if not isinstance(features, Tensor) or features.ndim != 4:
         raise TeacherError(
             f"the teacher's forward_features gives {_describe(features)}, expected one feature map of 4 dimensions: "
-            "only networks that end in a map of cells have dense logits; give a CNN such as resnet50"
+            "only networks that end in a map of cells have dense logits; give a CNN such as resnet50, or take its features alone: "
+            "teacher.dense: none"
         )
     if pooling is None:
         channels = getattr(model, "num_features", None)

@@ -34,14 +34,15 @@ class Lanes:
     """A context manager. `submit` never waits; at the end of an interrupted block what is under way is dropped at once.
 
     Results do not depend on the number of lanes: a batch is worked on by one of them from end to end. reentrant: forwards may
-    run in several threads at once. The threads of arithmetic of the main thread say how many cores there are.
+    run in several threads at once. launch: held around a forward where lanes take turns; those of several teachers share one. The
+    threads of arithmetic of the main thread say how many cores there are.
     """
 
-    def __init__(self, device: torch.device, reentrant: bool = True) -> None:
+    def __init__(self, device: torch.device, reentrant: bool = True, launch: threading.Lock | None = None) -> None:
         self.count, threads = lanes_of(device, torch.get_num_threads(), reentrant)
         self._in_turn = device.type == "cuda" or not reentrant
         self._device, self._main_threads = device, torch.get_num_threads()
-        self._launch, self._lock = threading.Lock(), threading.Lock()
+        self._launch, self._lock = launch or threading.Lock(), threading.Lock()
         self._running: set[int] = set()
         self._dropped = False
         self._streams = threading.local()

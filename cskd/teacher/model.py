@@ -29,6 +29,7 @@ from cskd.teacher.fold import fold_norms
 from cskd.teacher.fuse import fuse_activations
 from cskd.teacher.heads import Head, check_input, find_head, keep_classes
 from cskd.teacher.lanes import threads_of_a_lane
+from cskd.teacher.map_alone import find_map
 from cskd.teacher.pooling import WatchedBackbone
 from cskd.teacher.stages import Stages, joined, taken
 from cskd.views.fit import teacher_notes
@@ -117,6 +118,16 @@ class Teacher:
         return torch.float64 if self.precision == "float64" else torch.float32
 
     @property
+    def has_cells(self) -> bool:
+        """Whether its cells have logits; without, each shows the image's."""
+        return self.head.kind not in ("image", "no_classes")
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether it has logits at all; without, zeros stand for them."""
+        return self.head.kind != "no_classes"
+
+    @property
     def head_precision(self) -> str:
         """Of pooling and classifier. The model's own `forward_dense` is all of one arithmetic."""
         whole = self.precision == "float64" or self.head.kind == "forward_dense"
@@ -147,7 +158,7 @@ class Teacher:
     def with_features(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`in_batches`, and the feature map that the head is applied to: float32 [B, C, h, w], pooled to the grid.
 
-        The map means something only where the teacher has a `classifier`.
+        The map means something only where the teacher has a `classifier`, or no logits of cells.
         """
         outputs = self.outputs_of(pixels_BCHW)
         assert outputs.features is not None
@@ -176,7 +187,8 @@ class Teacher:
 
         Raises:  TeacherError, naming the codec that asks, where the head is of another form.
         """
-        layer = self._linear_head(f"codec '{codec}' needs", "set cache.codecs: [envelope, int8]")
+        cure = "set cache.codecs: [envelope, int8], or teacher.dense: none for features without logits of cells"
+        layer = self._linear_head(f"codec '{codec}' needs", cure)
         weight_KC = layer.weight.detach().flatten(1)
         bias_K = torch.zeros_like(weight_KC[:, 0]) if layer.bias is None else layer.bias.detach()
         if self.rows is not None:
@@ -185,7 +197,14 @@ class Teacher:
 
     def feature_channels(self, what: str) -> int:
         """C of the feature map. TeacherError as `classifier`; what: asks for it."""
-        return int(self._linear_head(f"{what} need", "take such a teacher, or terms of its logits").weight.shape[1])
+        if not self.has_cells:
+            with threads_of_a_lane(self.device, self.reentrant):
+                return int(self.with_features(_probe_pixels(self.image_size)[:1])[2].shape[1])
+        return int(
+            self._linear_head(
+                f"{what} need", "take such a teacher, terms of its logits, or teacher.dense: none"
+            ).weight.shape[1]
+        )
 
     def _linear_head(self, needs: str, mend: str) -> Any:
         layer, pools = self.head.classifier, any(n % m for n, m in zip(self.own_grid, self.grid, strict=True))
@@ -214,12 +233,15 @@ class Teacher:
     def _forward(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         features = self._features(self.backbone, pixels_BCHW)
         with computing_in(self.head_precision, self.device):
-            dense_BKhw, global_BK = self.head.dense(features)
+            dense_BKhw, global_BK, features = self.head.outputs(features)
             if self.rows is not None:
                 dense_BKhw, global_BK = dense_BKhw[:, self.rows], global_BK[:, self.rows]
             if self.pools:
-                dense_BKhw = F.adaptive_avg_pool2d(dense_BKhw, self.grid)
-                if self.head.classifier is not None:
+                if self.has_cells:
+                    dense_BKhw = F.adaptive_avg_pool2d(dense_BKhw, self.grid)
+                else:
+                    dense_BKhw = global_BK[:, :, None, None].expand(-1, -1, *self.grid)
+                if self.head.classifier is not None or not self.has_cells:
                     features = F.adaptive_avg_pool2d(features, self.grid)
         return dense_BKhw.float(), global_BK.float(), features.float()
 
@@ -234,7 +256,12 @@ class Teacher:
     def probe(self) -> dict[str, Any]:
         """JSON-able outputs on eight synthetic images: random projections of the logits. See `compare_probe`."""
         with threads_of_a_lane(self.device, self.reentrant):
-            dense_BKhw, global_BK = self.forward_dense(_probe_pixels(self.image_size))
+            pixels = _probe_pixels(self.image_size)
+            if self.has_cells:
+                dense_BKhw, global_BK = self.forward_dense(pixels)
+            else:  # of features there is the mean and each cell
+                _, global_BK, dense_BKhw = self.with_features(pixels)
+                global_BK = global_BK if self.has_classes else dense_BKhw.mean((2, 3))
         return {
             "autocast": self.fingerprint.facts["autocast"],
             "global": project(global_BK, "probe global"),
@@ -270,14 +297,14 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
         if config.fold:
             check_input(model, x)
             notes.append(f"{fold_norms(model, x)} batch norms are folded into convolutions")
-        head = find_head(model, x, config.dense)
+        head = find_map(model, x, len(class_names)) if config.dense == "none" else find_head(model, x, config.dense)
         backbone = head.backbone
         features = backbone(x)
-        dense_BKhw, global_BK = head.dense(features)
+        dense_BKhw, global_BK, _ = head.outputs(features)
         outputs = global_BK.shape[1]
         indices = class_map(config.classes, class_names, outputs)
         rows = None if indices is None else torch.from_numpy(indices).to(device)
-        if rows is not None and keep_classes(model, head, features, rows):
+        if rows is not None and head.kind != "image" and keep_classes(model, head, features, rows):
             rows = None
     if head.kind == "forward_dense" and precision in HALF:
         raise TeacherError(

@@ -88,6 +88,7 @@ class Stages:
     def truncate(self, names: Sequence[str]) -> tuple[int, int]:
         """Let go of the numbers of all modules that a forward up to these stages does not enter: after that `seen` must be asked for
         these `alone`. Returns: how many numbers of parameters and buffers are left, and how many there were."""
+        self.watch(names)  # which runs all of it
         entered = set[nn.Module]()
         every = _numbers(self.model)
         handles = [m.register_forward_pre_hook(lambda module, _: entered.add(module)) for m in self.model.modules()]

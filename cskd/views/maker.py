@@ -14,9 +14,13 @@ from cskd.views.recipe import Box, ViewParams, sample_params
 class ViewMaker:
     """Images of an inventory and their views under one recipe. Cheap to pickle; opens shards where it is used."""
 
-    def __init__(self, inventory: Inventory, recipe: RecipeConfig) -> None:
+    def __init__(self, inventory: Inventory, recipe: RecipeConfig, whole: bool = False) -> None:
         self.inventory, self.recipe = inventory, recipe
-        self._reader = ShardReader(inventory)
+        self._reader = ShardReader(inventory, whole=whole)
+
+    def whole(self) -> ViewMaker:
+        """The same for who reads all images of a shard, see `ShardReader`."""
+        return ViewMaker(self.inventory, self.recipe, whole=True)
 
     def image(self, sample: int) -> Image:
         """Decoded uint8 [H, W, 3]. Raises ImageError for a bad image, ReadError for bytes that can't be read."""

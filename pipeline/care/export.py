@@ -22,7 +22,7 @@ from rich.console import Console
 from cskd.codecs.base import quantise_blend
 from cskd.dataset.images import decoded_size
 from cskd.dataset.inventory import Inventory
-from cskd.dataset.shard_reader import ShardReader
+from cskd.dataset.shard_reader import ShardReader, shard_file
 from cskd.errors import CacheError, CodecError, ConfigError, DataError, ImageError, counted
 from cskd.files.claims import Claims
 from cskd.files.durable import json_bytes, put
@@ -269,7 +269,7 @@ def _shards(cache: Cache, block: int) -> Iterator[tuple[int, int, int]]:
 
 def _keys_of(cache: Cache, block: int) -> ShardKeys:
     """What the image shards say of a block's samples. DataError where it is not what the inventory says."""
-    inventory, reader = cache.inventory, ShardReader(cache.inventory)
+    inventory, reader = cache.inventory, ShardReader(cache.inventory, whole=True)
     first, stop = inventory.block_range(block)
     keys: list[str] = []
     for shard, begin, end in _shards(cache, block):
@@ -285,18 +285,18 @@ def _keys_of(cache: Cache, block: int) -> ShardKeys:
 
 def _shard_keys(inventory: Inventory, shard: int, first: int, stop: int) -> list[str]:
     """The keys of samples first .. stop-1 as webdataset reads them in their shard."""
-    path = inventory.shard_path(shard)
+    (path, _held), where = shard_file(inventory, shard), inventory.where(shard)
     try:
         with open(open_regular(path), "rb") as file:
             names = {header.offset: header.name for header in headers(file, path.stat().st_size)}
     except ValueError as e:
-        raise DataError(f"{path} {e}; restore it or pack again") from None
+        raise DataError(f"{where} {e}; restore it or pack again") from None
     keys = [webdataset_key(names.get(int(inventory.offset[i]), "")) for i in range(first, stop)]
     seen: set[str | None] = {None}
     for sample, key in zip(range(first, stop), keys, strict=True):
         if key in seen:
             why = f"webdataset reads a second sample '{key}' there" if key else "webdataset reads no sample there"
-            raise DataError(f"sample '{inventory.key(sample)}' in {path}: {why}; make its shards with `cskd pack`")
+            raise DataError(f"sample '{inventory.key(sample)}' in {where}: {why}; make its shards with `cskd pack`")
         seen.add(key)
     return [key for key in keys if key is not None]
 

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cskd.codecs import Arrays
 from cskd.codecs.base import BLEND_ONE, direct_hard
+from cskd.codecs.features import FeaturesCodec
 from cskd.machine.devices import pick_device
 from cskd.machine.threads import begun_with, choose_threads, computing_with
 from cskd.pipeline.recorded_teacher import recorded_teacher
@@ -37,6 +39,9 @@ class Recomputed:
     agreement: float
     largest_margin: float  # of the differing ones: the logit of today's winner above that of the stored class
     largest_logit_difference: float | None  # None: the cache has no codec of logits; int8's own error is in it
+    largest_feature_difference: (
+        float | None
+    )  # of a teacher without logits of cells, whose features are kept; the codec's error is in it
     probe: str | None  # how the teacher's outputs on the probe images differ from the cache's; None: they don't
 
 
@@ -65,32 +70,40 @@ def recompute(cache: Cache, count: int, device: str, quiet: bool) -> Recomputed:
     # On another kind of device it is the same teacher up to rounding: how far that goes is what is measured here.
     teacher = recorded_teacher(cache, pick_device(device))
     soft = next((name for name, codec in cache.codecs.items() if codec.soft), None)
+    features = next((n for n, codec in cache.codecs.items() if codec.reads_features and not codec.soft), None)
     hard = cache.hard_codec
-    blends = LOOKED_UP_BLENDS if cache.codecs[hard].cells else (0,)
+    blends: tuple[int, ...] = LOOKED_UP_BLENDS if cache.codecs[hard].cells else (0,)
+    blends = blends if cache.codecs[hard].has_classes else ()
     maker = ViewMaker(cache.inventory, cache.recipe)
     views = lookups = differing = 0
-    margin, largest = 0.0, 0.0
+    margin, largest, largest_feature = 0.0, 0.0, 0.0
     threads = choose_threads()
     if not teacher.reentrant:
         threads, _ = begun_with(cache.manifest.threads, threads, asked=False)
     total = min(count, made_views(cache))
     with computing_with(threads.count), Progress("recompute", total, "views", quiet=quiet) as progress:
         for block, view, unit, rows in golden_rows(cache, count):
-            targets = {name: cache.read(block, view, name).targets for name in {hard, soft or hard}}
+            targets = {name: cache.read(block, view, name).targets for name in {hard, soft or hard, features or hard}}
             for part in np.array_split(rows, -(-len(rows) // teacher.batch)):
-                dense_BKhw, global_BK = _logits(maker, teacher, unit, cache.inventory.block_range(block)[0], part)
+                dense_BKhw, global_BK, features_BChw = outputs_again(
+                    maker, teacher, unit, cache.inventory.block_range(block)[0], part
+                )
                 stored = cache.codecs[hard].take(targets[hard], part)
                 for blend in blends:
                     wrong, by = _differing(dense_BKhw, global_BK, blend, cache.codecs[hard].hard(stored, blend))
                     lookups, differing, margin = lookups + dense_BKhw[:, 0].numel(), differing + wrong, max(margin, by)
                 if soft:
-                    rows_of = cache.codecs[soft].take(targets[soft], part)
-                    arrays = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in rows_of.items()}
+                    arrays = _tensors(cache.codecs[soft].take(targets[soft], part))
                     found = [cache.codecs[soft].global_logits_torch(arrays)]
                     if cache.codecs[soft].cells:
                         found.append(cache.codecs[soft].logits_torch(arrays)[0])
                     for kept, now in zip(found, (global_BK, dense_BKhw), strict=False):
                         largest = max(largest, float((kept - now).abs().max()))
+                if features:
+                    codec = cache.codecs[features]
+                    assert isinstance(codec, FeaturesCodec)
+                    kept = codec.features_torch(_tensors(codec.take(targets[features], part)))
+                    largest_feature = max(largest_feature, float((kept - features_BChw).abs().max()))
                 views += len(part)
                 progress.update(min(views, total))
     return Recomputed(
@@ -100,14 +113,19 @@ def recompute(cache: Cache, count: int, device: str, quiet: bool) -> Recomputed:
         agreement=1.0 - differing / max(1, lookups),
         largest_margin=margin,
         largest_logit_difference=largest if soft else None,
+        largest_feature_difference=largest_feature if features else None,
         probe=compare_probe(cache.manifest.probe or {}, teacher.probe()),
     )
 
 
-def _logits(
+def _tensors(arrays: Arrays) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
+
+
+def outputs_again(
     maker: ViewMaker, teacher: Teacher, unit: Unit, first: int, rows: NDArray[np.int64]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dense [n, K, h, w] and global [n, K] logits of some rows of a unit, each mixed with its partner as in stage 1."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Dense [n, K, h, w] and global [n, K] logits, and features [n, C, h, w], of some rows of a unit, each mixed with its partner as in stage 1."""
     pixels = []
     for row in rows.tolist():
         mate = row
@@ -121,8 +139,8 @@ def _logits(
     partner = torch.arange(len(pixels)) ^ 1
     mixed = mix_pixels(pairs, *(f.to(teacher.device) for f in (partner, *fields)))[::2]
     with threads_of_a_lane(teacher.device, teacher.reentrant):
-        dense_BKhw, global_BK = teacher.in_batches(mixed)
-    return dense_BKhw.cpu(), global_BK.cpu()
+        dense_BKhw, global_BK, features_BChw = teacher.with_features(mixed)
+    return dense_BKhw.cpu(), global_BK.cpu(), features_BChw.cpu()
 
 
 def _differing(

@@ -265,7 +265,7 @@ def _lost_shards(inventory: Inventory) -> dict[int, str]:
 def _damaged_images(inventory: Inventory, lost: Container[int], quiet: bool) -> tuple[int, list[str]]:
     """How many images were read, and one line for each whose bytes in the shards are not those of the inventory, or for a
     shard of which none is; shards that are lost are passed over."""
-    reader, errors, done = ShardReader(inventory), [], 0
+    reader, errors, done = ShardReader(inventory, whole=True, fresh=True), [], 0
     counts = np.bincount(inventory.shard, minlength=len(inventory.shards))
     total = sum(n for shard, n in enumerate(counts.tolist()) if shard not in lost)
     with Progress("images", total, quiet=quiet) as progress:
@@ -281,10 +281,10 @@ def _damaged_images(inventory: Inventory, lost: Container[int], quiet: bool) -> 
                 done += 1
                 progress.update(done)
                 if failures == LISTED and place + 1 < len(rows):  # each takes three tries and their waits
-                    bad.append(f"{inventory.shard_path(shard)}: {len(rows) - place - 1} further images were not read")
+                    bad.append(f"{inventory.where(shard)}: {len(rows) - place - 1} further images were not read")
                     break
             if len(bad) == len(rows) > 1:
-                where = inventory.shard_path(shard)
+                where = inventory.where(shard)
                 bad = [f"{where}: none of its {len(rows)} images is as it was; the first: {bad[0]}"]
             errors += bad
     return done, errors
@@ -348,8 +348,10 @@ def render(report: VerifyReport, console: Console) -> None:
         lines.append(f"{report.replayed} views made again, {len(report.errors)} differ")
     if r := report.recomputed:
         logits = "" if r.largest_logit_difference is None else f", logits by {r.largest_logit_difference:.3g} at most"
+        off = r.largest_feature_difference
+        features = "" if off is None else f", features by {off:.3g} at most"
         lines.append(
             f"teacher run again on {r.views} views: {r.differing} of {r.lookups} hard targets differ"
-            f" (margin {r.largest_margin:.2g} at most){logits}; probe images: {r.probe or 'equal'}"
+            f" (margin {r.largest_margin:.2g} at most){logits}{features}; probe images: {r.probe or 'equal'}"
         )
     print_lines(console, *lines)

@@ -80,8 +80,8 @@ def verify_images(
     with Progress("images", len(rows), quiet=quiet) as progress:
         for done, chunk in _checked(inventory, rows, failures):
             for i, reason in chunk:
-                shard = inventory.shard_path(int(inventory.shard[i]))
-                bad.append(BadImage(inventory.key(i), str(shard), reason))
+                shard = inventory.where(int(inventory.shard[i]))
+                bad.append(BadImage(inventory.key(i), shard, reason))
             read = done
             progress.update(done, bad=str(len(bad)))
     given_up = sum(max(0, n - MOST_FAILURES) for n in failures)
@@ -94,7 +94,7 @@ def _checked(
     inventory: Inventory, rows: np.ndarray[tuple[int], np.dtype[np.intp]], failures: list[int]
 ) -> Iterator[tuple[int, list[tuple[int, str]]]]:
     """How many images are done, and those of a chunk that are bad with the reason, in the order of the inventory."""
-    reader, workers = ShardReader(inventory), max(1, usable_cores().count)
+    reader, workers = ShardReader(inventory, whole=True, fresh=True), max(1, usable_cores().count)
     waiting: deque[tuple[int, Future[list[tuple[int, str]]]]] = deque()
 
     def check(chunk: list[int]) -> list[tuple[int, str]]:

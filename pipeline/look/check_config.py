@@ -16,6 +16,7 @@ from cskd.files.hub import is_hub
 from cskd.pipeline.precheck import CHECKS, Finding, findings
 from cskd.pipeline.setup import Setup, open_cached
 from cskd.pipeline.show.progress import print_lines
+from cskd.storage.node_cache import use_node_cache
 from cskd.store.manifest import has_cache
 
 _STYLES = {"ok": "green", "wrong": "bold red", "open": "dim"}
@@ -49,6 +50,7 @@ def check_config(path: str | Path, overrides: list[str] | None = None) -> Config
         config, wrong = read_config(path, overrides)
     except CskdError as e:
         return _report([Row("config", "wrong", shown(e), [])])
+    use_node_cache(config.data.node_cache, config.data.node_cache_gb)
     rows = [Row("config", "wrong", shown(e), []) for e in wrong] or [Row("config", "ok", str(path), [])]
     try:
         config, _ = pinned(config, () if is_hub(config.cache.path) else TEACHER, config.cache.path or ".")

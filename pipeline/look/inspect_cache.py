@@ -211,6 +211,8 @@ def _codecs(cache: Cache, commits: Iterable[Commit]) -> dict[str, CodecFacts]:
             exact_hard=codec.exact_hard,
             soft=codec.soft,
             cells=codec.cells,
+            has_classes=codec.has_classes,
+            features=codec.reads_features,
             stage=codec.stage if isinstance(codec, StageCodec) else None,
             error=codec.error,
             measured=None if (over_all := together(errors[name])) is None else over_all.facts,
@@ -248,6 +250,8 @@ def _measure(
             errors[block, view] = str(e)
             continue
         read += 1
+        if not cache.codecs[name].has_classes:
+            continue
         _count_agreement(cache, block, unit, name, cells)
         if name == "envelope":
             extra = unit.targets["n_extra"]

@@ -68,6 +68,8 @@ class CodecFacts:
     exact_hard: bool
     soft: bool
     cells: bool  # False: the image's targets alone
+    has_classes: bool  # False: of a teacher without a classifier
+    features: bool  # the teacher's feature map is kept
     error: str
     measured: Mapping[str, float] | None = (
         None  # `facts` of `Measured` or `MeasuredMap` in `cskd.codecs.measured`, of when its units were made; None: exact, or made by an older version
@@ -80,7 +82,8 @@ class CodecFacts:
         if self.stage is not None:
             return f"the map of the teacher's stage {self.stage}"
         if not self.cells:
-            return "of the image alone: its class, its logits"
+            of_image = "its class, its logits" if self.soft else "its class" if self.has_classes else "no class"
+            return f"features; of the image {of_image}" if self.features else f"of the image alone: {of_image}"
         return f"{'exact' if self.exact_hard else 'approximate'} hard targets{', soft ones' if self.soft else ''}"
 
 

@@ -360,7 +360,7 @@ def small_train(settings: TrainConfig, batch: int, output: Path, views: int) -> 
         epochs=EPOCHS,
         warmup_epochs=0,
         global_batch=batch,
-        micro_batch=micro if batch % micro == 0 else None,
+        micro_batch=min(micro, batch),
         views=views,
         max_steps=0,
         best=None,

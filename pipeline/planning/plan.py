@@ -50,6 +50,7 @@ from cskd.pipeline.planning.sample import VAL_IMAGES, DataFacts, copied, is_pack
 from cskd.pipeline.precheck import PLANNED, refuse
 from cskd.pipeline.setup import Setup, device_of, training_images
 from cskd.pipeline.show.progress import Notes, print_lines
+from cskd.storage.node_cache import use_node_cache
 from cskd.store.manifest import has_cache
 from cskd.teacher.model import Teacher, load_teacher
 from cskd.views.maker import ViewMaker
@@ -104,6 +105,7 @@ def plan(
         raise ConfigError(
             "student.model is empty; name the ViT to plan for, for example --set student.model=deit_tiny_patch16_224"
         )
+    use_node_cache(config.data.node_cache, config.data.node_cache_gb)
     device, moved = device_of(config, "cache")
     load = load_row(usable_cores().count)
     notes.add([*moved, *([f"load {load.value}: {load.advice}; plan again when it has ended"] if load.advice else [])])

@@ -14,6 +14,7 @@ from cskd.config import Config, RecipeConfig, TeacherConfig
 from cskd.dataset.inventory import Inventory, Sample, evenly, write_inventory
 from cskd.dataset.shard_reader import ShardReader
 from cskd.errors import TeacherError, one_line
+from cskd.files.paths import is_remote
 from cskd.pipeline.loader_speed import PHOTO, photo
 from cskd.teacher.build import build
 
@@ -38,7 +39,7 @@ class DataFacts:
 
 def is_packed(folder: str) -> bool:
     """Whether there is something at `data.train` or `data.val`; whether it is sound is looked at when it is opened."""
-    return bool(folder) and Path(folder).exists()
+    return bool(folder) and (is_remote(folder) or Path(folder).exists())
 
 
 def unpacked(config: Config, images: int | None) -> DataFacts:

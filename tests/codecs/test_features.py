@@ -28,7 +28,7 @@ def made(name: str, classes: int) -> tuple[FeaturesCodec, Arrays]:
     codec = get_codec(name, classes, GRID)
     assert isinstance(codec, FeaturesCodec)
     rng = torch.Generator().manual_seed(classes)
-    tables = codec.fit(torch.randn(classes, C, generator=rng), torch.randn(classes, generator=rng), [maps(40, 1)])
+    tables = codec.fit((torch.randn(classes, C, generator=rng), torch.randn(classes, generator=rng)), [maps(40, 1)])
     codec.use_tables(lambda: tables)
     return codec, tables
 

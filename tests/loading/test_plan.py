@@ -131,6 +131,8 @@ def test_epochs_differ_in_order_and_the_same_epoch_never_does() -> None:
         ({"repeats": 3, "views": 7}, "cache 9 views or use 6"),
         ({"global_batch": 5}, "use 4"),
         ({"global_batch": 6, "ranks": 2}, "use 8"),
+        ({"global_batch": 7, "micro": 2}, "use 8"),
+        ({"global_batch": 4, "ranks": 3, "micro": 2}, "use 6"),
         ({"global_batch": 4000}, "at most 40"),
     ],
 )

@@ -17,7 +17,7 @@ import yaml
 
 from cskd import cli
 from cskd.config import to_yaml
-from cskd.machine import ending
+from cskd.machine import ending, stops
 from cskd.pipeline.care.verify import verify
 from cskd.pipeline.show.metrics import read_metrics
 from cskd.store.cache import open_cache
@@ -61,7 +61,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _signals_as_they_were() -> Iterator[None]:
-    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, *stops.ASKS)}
     yield
     for kind, handler in before.items():
         signal.signal(kind, handler)

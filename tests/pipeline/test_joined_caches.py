@@ -94,7 +94,7 @@ def test_a_student_of_two_teachers_is_the_same_after_a_restart_and_another_witho
     whole = train(settings(base, run="whole"), quiet=True)
     train(settings(base, run="cut", train={"max_steps": 3}), quiet=True)
     cut = train(settings(base, run="cut"), quiet=True)
-    alone = train(settings(base, run="alone", terms=TERMS[:2]), quiet=True)
+    alone = train(settings(base, run="alone", terms=TERMS[:2], train={"caches": {}}), quiet=True)
     digests = [
         hashlib.sha256((Path(r.output) / "model.safetensors").read_bytes()).hexdigest() for r in (whole, cut, alone)
     ]
@@ -186,7 +186,8 @@ def test_a_view_that_the_second_teacher_saw_otherwise_is_refused_by_the_field(ba
         ([{**TERMS[2], "cache": "third"}], {}, r"loss\.terms\[0\]\.cache is 'third'.*second"),
         (TERMS, {"caches": {}}, r"loss\.terms\[2\]\.cache is 'second'.*none"),
         ([*TERMS[:2]], {"caches": {"a/b": "x"}}, r"train\.caches"),
-        ([{**TERMS[1], "kind": "kl"}], {}, "needs the teacher's logits"),
+        (TERMS[:2], {}, r"train\.caches\.second is read by no term"),
+        ([{**TERMS[1], "kind": "kl"}], {"caches": {}}, r"loss\.terms: .*_kl needs the teacher's logits.*kind: ce"),
     ],
 )
 def test_caches_that_do_not_fit_the_terms_are_refused(base: Path, terms: Any, train_: Any, says: str) -> None:
@@ -218,7 +219,8 @@ def test_a_second_live_teacher_is_that_of_its_cache(base: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("term", [{**TERMS[1], "kind": "kl"}, {**TERMS[2], "kind": "kl"}], ids=["first", "second"])
 def test_check_says_that_a_cache_lacks_what_a_term_reads(base: Path, tmp_path: Path, term: dict[str, Any]) -> None:
-    made = settings(base, terms=[*TERMS[:2], term], train={"caches": {"second": str(base / "cache first")}})
+    caches = {"second": str(base / "cache first")} if "cache" in term else {}
+    made = settings(base, terms=[*TERMS[:2], term], train={"caches": caches})
     (tmp_path / "c.yaml").write_text(to_yaml(made))
     report = check_config(tmp_path / "c.yaml")
     assert not report.ok and "needs the teacher's logits and" in str(report)

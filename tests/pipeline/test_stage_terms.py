@@ -86,7 +86,7 @@ def test_first_layers_run_live_in_stage_1s_arithmetic_and_the_rest_is_let_go(
         ]
         found = train(settings(base, name, terms, max_steps=1), online=online, quiet=True)
         assert found.teacher_forwards == 8
-        assert any("up to body.0, with 224 of its 1,165 parameters" in note for note in found.notes) != online
+        assert any("up to body.0, with 224 of its 1,165 numbers" in note for note in found.notes) != online
     (live,), (online_,) = seen.values()
     assert torch.equal(live.stages["body.0"], online_.stages["body.0"])
     assert torch.equal(live.logits.cell_class, online_.logits.cell_class)

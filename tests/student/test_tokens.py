@@ -133,6 +133,10 @@ def test_heads_that_no_term_reads_ask_for_no_gradient_and_are_part_of_no_average
     made.freeze_unused(loss(*TERMS[:2]))
     heads = [p.requires_grad for p in made.backbone.token_heads.parameters()]  # type: ignore[union-attr]
     assert heads == [True, True, False, False]
+    label = torch.zeros(2, dtype=torch.int64)
+    labels, targets = MixedLabels(label, label, torch.ones(2)), {"": HardTargets(label)}
+    DistillationLoss(loss(*TERMS[:2]))(made(torch.randn(2, 3, 32, 32)), labels, targets)[0].backward()
+    assert all((p.grad is not None) == p.requires_grad for p in made.parameters())  # ranks wait for all that ask
     assert [*eval_heads(said(made), made.trained)][2:] == [
         "token:involution.untrained",
         "patches.untrained",
