@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import runpy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,8 +145,9 @@ def test_a_token_for_each_teacher_is_trained_resumed_and_scored_from_the_files(b
     model = timm.create_model(
         facts["architecture"], num_classes=5, checkpoint_path=str(whole / "model.safetensors"), **facts["model_args"]
     )
-    names: dict[str, Any] = {"model": model.eval(), "images": images}
-    exec(lines.replace("'heads.safetensors'", repr(str(whole / "heads.safetensors"))), names)
+    script = base / "mean_of_heads.py"
+    script.write_text(lines.replace("'heads.safetensors'", repr(str(whole / "heads.safetensors"))))
+    names = runpy.run_path(str(script), {"model": model.eval(), "images": images})
     expected = eval_heads(loaded(images, (1, 1)), loaded.trained)[mean]
     torch.testing.assert_close(names["mean"], expected, rtol=1e-5, atol=1e-6)
 
