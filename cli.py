@@ -364,18 +364,8 @@ def inspect(
     if quarantined:
         _print(list_quarantined(cache, data), json_, render_list)
         return
-    facts = inspect(
-        cache,
-        data=data,
-        sample=sample,
-        view=view,
-        blend=blend,
-        png=png,
-        html=html,
-        samples=samples,
-        seed=seed,
-        student=student,
-    )
+    what: dict[str, Any] = dict(sample=sample, view=view, blend=blend, samples=samples, seed=seed, student=student)
+    facts = inspect(cache, data=data, png=png, html=html, **what)
     _print(facts, json_, render)
 
 
@@ -484,16 +474,8 @@ def push(
     """Put a run or a cache on the Hugging Face hub. The same command resumes, and sends only what differs."""
     from cskd.pipeline.hub.push import push, render
 
-    report = push(
-        source,
-        repo,
-        private=private,
-        revision=revision,
-        message=message,
-        allow_incomplete=allow_incomplete,
-        dry_run=dry_run,
-        quiet=json_,
-    )
+    how: dict[str, Any] = dict(private=private, revision=revision, message=message, allow_incomplete=allow_incomplete)
+    report = push(source, repo, dry_run=dry_run, quiet=json_, **how)
     _print(report, json_, render)
 
 
@@ -549,11 +531,8 @@ def completion(
     shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="The shell that completes.")],
 ) -> None:
     """The script that has a shell complete commands and options: to be sourced, or put where the shell looks for such."""
-    names = {
-        "prog_name": "cskd",
-        "complete_var": COMPLETE,
-        "shell": shell,
-    }  # no call of a shell, as `shell=` says elsewhere
+    # No call of a shell, as `shell=` says elsewhere
+    names = {"prog_name": "cskd", "complete_var": COMPLETE, "shell": shell}
     print(get_completion_script(**names))
 
 
