@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cskd.config import LossConfig, StudentConfig, TrainConfig
 from cskd.config.schema import LossTerm
+from cskd.errors import StudentError
 from cskd.method.features import MapShape
 from cskd.method.losses import StudentOutput
 from cskd.student import build_student
@@ -102,3 +103,34 @@ def test_they_are_optimised_but_neither_averaged_nor_part_of_the_student() -> No
     assert optimisation.averaged is not None
     assert optimisation.averaged.state_dict().keys() == student.state_dict().keys()
     assert not any("parametriz" in name for name in student.state_dict())
+
+
+SWIN: dict[str, Any] = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "shapes"),
+    [
+        ("deit_tiny_distilled_patch16_224", TINY | {"depth": 2}, [(8, 8, 16), (8, 8, 16)]),
+        ("vit_tiny_patch16_224", TINY | {"reg_tokens": 3}, [(8, 8, 16)]),
+        ("swin_tiny_patch4_window7_224", SWIN, [(16, 16, 8), (8, 8, 16)]),
+        (
+            "convnext_atto",
+            {"depths": [1, 1, 1, 1], "dims": [4, 8, 12, 20]},
+            [(16, 16, 4), (8, 8, 8), (4, 4, 12), (2, 2, 20)],
+        ),
+    ],
+)
+def test_blocks_give_their_tokens_and_change_no_logit(name: str, kwargs: Any, shapes: list[tuple[int, ...]]) -> None:
+    student = build_student(StudentConfig(name, kwargs), 5, 64).eval()
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert student.depth == len(shapes)
+    found, plain = student(images, (2, 2), blocks=(*range(len(shapes)), -1)), student(images, (2, 2))
+    assert found.blocks is not None and [tuple(found.blocks[i].shape[1:]) for i in range(len(shapes))] == shapes
+    assert torch.equal(found.blocks[-1], found.blocks[len(shapes) - 1])
+    assert torch.equal(found.cls_logits, plain.cls_logits) and torch.equal(found.patch_logits, plain.patch_logits)
+    with pytest.raises(StudentError, match=f"head block:9, and student {name} has blocks 0 to {len(shapes) - 1}"):
+        student.refuse_blocks((0, 9))
+    student.__dict__["depth"] = 0  # as of a model without forward_intermediates
+    with pytest.raises(StudentError, match="does not give the tokens of its blocks"):
+        student.refuse_blocks((0,))
