@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-import cskd.pipeline.cache_teacher as stage1
 from cskd.config import Config
 from cskd.errors import ConfigError
 from cskd.loading.stage1 import ChunkMaker
