@@ -133,9 +133,9 @@ def _hard(targets: OfOne) -> HardTargets | None:
 def _soft(cached: OfOne, live: OfOne, levels: int) -> tuple[float, float]:
     """The largest error of what is decoded, as a share of half a step of `levels`, and the KL of its softmax."""
     pairs: list[tuple[Tensor, Tensor]] = []
-    if isinstance(cached, FeatureTargets) and isinstance(live, FeatureTargets):
-        if cached.features is not None and live.features is not None:
-            pairs.append((cached.features, live.features))
+    maps = [of.features for of in (cached, live) if isinstance(of, FeatureTargets) and of.features is not None]
+    if len(maps) == 2:
+        pairs.append((maps[0], maps[1]))
     one, other = (_logits(targets) for targets in (cached, live))
     if one.dense_logits is None or other.dense_logits is None:
         raise TypeError("no logits of cells")
