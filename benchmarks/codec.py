@@ -82,7 +82,11 @@ class Score:
 
     def facts(self) -> dict[str, Any]:
         error = together(self.errors)
-        measured = {} if error is None else {"kl": error.kl, "largest_error": error.largest, "wrong": error.wrong}
+        measured = (
+            {}
+            if not isinstance(error, Measured)
+            else {"kl": error.kl, "largest_error": error.largest, "wrong": error.wrong}
+        )
         return measured | {
             "table_bytes": self.tables,
             "bytes_per_view": self.target_bytes / self.views,
@@ -297,7 +301,7 @@ def _errors(codec: Codec, arrays: Arrays, outputs: Outputs) -> list[Measured]:
         part = np.arange(i, min(i + KL_ROWS, len(outputs.image)))
         some = Outputs(outputs.dense[part], outputs.image[part])
         found.append(measure(codec, codec.take(arrays, part), some, len(part)))
-    return [error for error in found if error is not None]
+    return [error for error in found if isinstance(error, Measured)]
 
 
 def direct_targets(dense_RKhw: NDArray[Any], global_RK: NDArray[Any], blends: NDArray[np.int64]) -> NDArray[np.uint16]:

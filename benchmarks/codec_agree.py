@@ -51,7 +51,7 @@ def main() -> None:
                     hard = cache.codecs["envelope"].hard_at(stored["envelope"], part, round(blend * BLEND_ONE))
                     cls = torch.from_numpy(hard.astype(np.int64)).flatten()
                     true = _rows(ckf_blend(dense, image, blend))
-                    found = _rows(ckf_blend(*map(torch.from_numpy, decoded), blend))
+                    found = _rows(ckf_blend(torch.from_numpy(decoded[0]), torch.from_numpy(decoded[1]), blend))
                     sums[name][0] += len(cls)
                     for i, logits in enumerate((found, agreed(found, cls))):
                         p, q = true.log_softmax(1), logits.log_softmax(1)

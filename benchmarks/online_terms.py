@@ -133,8 +133,8 @@ def _hard(targets: OfOne) -> HardTargets | None:
 def _soft(cached: OfOne, live: OfOne, levels: int) -> tuple[float, float]:
     """The largest error of what is decoded, as a share of half a step of `levels`, and the KL of its softmax."""
     pairs: list[tuple[Tensor, Tensor]] = []
-    maps = [t.features if isinstance(t, FeatureTargets) else None for t in (cached, live)]
-    if maps[0] is not None and maps[1] is not None:
+    maps = [of.features for of in (cached, live) if isinstance(of, FeatureTargets) and of.features is not None]
+    if len(maps) == 2:
         pairs.append((maps[0], maps[1]))
     one, other = (_logits(targets) for targets in (cached, live))
     if one.dense_logits is None or other.dense_logits is None:

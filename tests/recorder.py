@@ -21,5 +21,5 @@ if __name__ == "__main__":
             print(json.dumps([batch["sample"].tolist(), batch["view"].tolist()]), file=out)
         return real(self, batch, *rest)
 
-    TrainStep.__call__ = recorded  # type: ignore[method-assign]
+    TrainStep.__call__ = recorded  # type: ignore[method-assign, assignment]
     cli.main()

@@ -74,7 +74,7 @@ class CheckedUnit:
 
 
 def verify(
-    path: Path,
+    path: Path | str,
     data: Path | None = None,
     images: bool = False,
     replay: int = 0,

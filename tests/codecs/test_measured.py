@@ -28,7 +28,7 @@ def test_it_is_the_divergence_of_the_decoded_softmax_at_five_blends() -> None:
         )
         kl += float((p * (p / q).log()).sum(1).mean()) / len(BLENDS)
         wrong += float((p.argmax(1) != q.argmax(1)).double().mean()) / len(BLENDS) if a else 0.0
-    assert found is not None and found.views == 4
+    assert isinstance(found, Measured) and found.views == 4
     assert found.kl == pytest.approx(kl, rel=1e-4) and found.wrong == pytest.approx(wrong) and wrong > 0
     e, g = again - dense, whole - image
     largest = max(float((x - x.mean(1, keepdim=True)).abs().max()) for x in (e, g))
@@ -41,7 +41,7 @@ def test_a_codec_without_cells_is_measured_on_the_image_and_an_exact_one_not_at_
     arrays = codec.encode(dense, image)
     found = measure(codec, arrays, Outputs(dense, image), 9)
     p, q = image.log_softmax(1), torch.from_numpy(codec.logits(arrays)[1]).log_softmax(1)
-    assert found is not None and found.kl == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-3)
+    assert isinstance(found, Measured) and found.kl == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-3)
     assert found.wrong == 0 and found.views == 9
     envelope = get_codec("envelope", 12, GRID)
     assert measure(envelope, envelope.encode(dense, image), Outputs(dense, image)) is None

@@ -139,7 +139,7 @@ def test_one_two_and_three_ranks_end_with_the_same_weights_up_to_rounding(base: 
     """Four micro-batches, which three ranks share unevenly; with dropout and drop path, so that other draws would be other weights:
     those of other micro-batches are. Three ranks that are cut and go on end with the bits of three that are not."""
     kwargs = "{patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2, proj_drop_rate: 0.2}"
-    more = (
+    more: tuple[str, ...] = (
         "train.micro_batch=2",
         "train.opt=sgd",
         "train.autocast=none",

@@ -223,7 +223,7 @@ def test_tokens_by_name_take_every_kind_and_are_part_of_the_mean(
     total, _ = DistillationLoss(LossConfig("terms", terms=[term("class", "label"), idle]))(
         plain._replace(token_logits={"a": a.requires_grad_(), "b": b}), labels, targets, epoch=0
     )
-    total.backward()  # type: ignore[no-untyped-call]
+    total.backward()
     assert a.grad is not None and not a.grad.any()
     with pytest.raises(ValueError, match="no logits of token:c: the student has the tokens a, b"):
         value(term("token:c", "label"), (plain, labels, targets))

@@ -86,6 +86,7 @@ def test_live_features_are_those_of_the_cache_within_its_step_and_hard_targets_t
     codec = open_cache(base / "cache").codecs["features12"]
     for cached, live in zip(runs["cached"], runs["live"], strict=True):
         assert isinstance(cached, FeatureTargets) and isinstance(live, FeatureTargets)
+        assert cached.features is not None and live.features is not None
         span = live.features.amax(1, keepdim=True) - live.features.amin(1, keepdim=True)
         assert codec.error.endswith(f"{2 * (2**12 - 1)}")
         off = (cached.features - live.features).abs() / span.clamp_min(1e-12)

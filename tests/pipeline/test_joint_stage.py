@@ -73,9 +73,7 @@ def test_each_view_is_made_once_and_each_cache_is_its_own(base: Path, tmp_path: 
     reports = cache_teachers([settings(base, name, tmp_path) for name in CODECS], quiet=True)
     assert_as_alone(base, tmp_path)
     assert [r.content_root for r in reports] == [_root(base / f"cache {name}") for name in CODECS]
-    assert (
-        sum(decoded) == 24 * 6 + 2 * 16
-    )  # once for both; the tables and the arithmetic of a teacher are measured on a few
+    assert sum(decoded) == 24 * 6 + 4  # once for both; the tables of features are fitted on 4
 
 
 def _root(path: Path) -> str:

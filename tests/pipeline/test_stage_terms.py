@@ -73,7 +73,7 @@ def test_first_layers_run_live_in_stage_1s_arithmetic_and_the_rest_is_let_go(
     """The cached map is the live one within its error, the live one is the online one to the bit, and its forwards are counted."""
     seen: dict[str, list[Any]] = {}
     for name, kind, online in (("first layers", CachedTargets, False), ("online", LiveTargets, True)):
-        plain, maps = kind.of, seen.setdefault(name, [])  # type: ignore[attr-defined]
+        plain, maps = kind.of, seen.setdefault(name, [])
 
         def watched(self: Any, *args: Any, plain: Any = plain, maps: list[Any] = maps) -> Any:
             maps.append(plain(self, *args))

@@ -16,7 +16,7 @@ from rich.console import Console
 
 import cskd.files.read
 import cskd.store.commit
-from cskd.dataset.inventory import FIND_SHARDS
+from cskd.dataset.remote_shards import FIND_SHARDS
 from cskd.errors import DataError
 from cskd.pipeline.care.recompute import made_views
 from cskd.pipeline.care.verify import render, verify

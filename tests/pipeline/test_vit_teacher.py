@@ -114,6 +114,7 @@ def test_configs_that_ask_for_more_are_refused(
 ) -> None:
     made = settings(base, kind, codecs, terms)
     made = replace(made, train=replace(made.train, output=str(tmp_path / "run")))
+    refused: pytest.ExceptionInfo[Exception]
     if terms is FEATURES:
         with pytest.raises(CodecError, match=says) as refused:
             cache_teacher(replace(made, cache=replace(made.cache, path=str(tmp_path / "c"))), quiet=True)
