@@ -220,7 +220,7 @@ def unit_seconds(cache: Cache, nodes: int, local: int, folder: Path) -> tuple[fl
         seconds = []
         for _ in range(3):
             begun = time.thread_time()
-            build_table(cache, rows, CELLS, 0, len(rows.sample), folder / "timed")
+            build_table(cache, rows, CELLS, 0, len(rows.sample), folder / "table")
             seconds.append((time.thread_time() - begun) / (cache.blocks * REPEATS))
         found.append(min(seconds))
     return found[0], found[1]

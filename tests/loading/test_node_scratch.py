@@ -54,9 +54,11 @@ class Counting:
         return getattr(self.cache, name)
 
 
-def plan_of(cache: Cache, ranks: int, repeats: int = 1) -> PlanSpec:
+def plan_of(cache: Cache, ranks: int, repeats: int = 1, micro: int = 0) -> PlanSpec:
     bad = cache.quarantined()
-    return PlanSpec(cache.inventory.blocks, bad, cache.inventory.id, cache.recipe, 3, repeats, 0, 8, 1, ranks)
+    return PlanSpec(
+        cache.inventory.blocks, bad, cache.inventory.id, cache.recipe, 3, repeats, 0, 8, 1, ranks, micro=micro
+    )
 
 
 def rows_of(
@@ -84,11 +86,15 @@ def together(folder: Path, sources: list[Any], plan: PlanSpec, spec: TargetSpec,
         return [job.result() for job in jobs]
 
 
-@pytest.mark.parametrize("first, ranks, spec, repeats", [(0, 2, CELLS, 1), (2, 4, SOFT, 1), (1, 4, CELLS, 3)])
+# The last: three ranks with uneven shares, of 2, 2 and 4 rows, of which the second and the third are on one machine.
+@pytest.mark.parametrize(
+    "first, ranks, spec, repeats, micro",
+    [(0, 2, CELLS, 1, 0), (2, 4, SOFT, 1, 0), (1, 4, CELLS, 3, 0), (1, 3, CELLS, 3, 2)],
+)
 def test_ranks_that_share_a_table_read_what_each_would_alone_and_each_unit_once(
-    cache: Cache, tmp_path: Path, first: int, ranks: int, spec: TargetSpec, repeats: int
+    cache: Cache, tmp_path: Path, first: int, ranks: int, spec: TargetSpec, repeats: int, micro: int
 ) -> None:
-    plan, shared = plan_of(cache, ranks, repeats), tmp_path / "shared"
+    plan, shared = plan_of(cache, ranks, repeats, micro), tmp_path / "shared"
     sources = [Counting(cache, shared) for _ in range(2)]
     found = together(shared, sources, plan, spec, first)
     alone = [Counting(cache, tmp_path / "alone") for _ in range(2)]
@@ -100,7 +106,7 @@ def test_ranks_that_share_a_table_read_what_each_would_alone_and_each_unit_once(
             for name in wanted:
                 np.testing.assert_array_equal(step[name], wanted[name])
     once, twice = sum((s.reads for s in sources), Counter()), sum((s.reads for s in alone), Counter())
-    assert once.keys() == twice.keys() and twice.total() >= 1.8 * once.total()
+    assert once.keys() == twice.keys() and twice.total() >= 1.7 * once.total()
     assert min(s.reads.total() for s in sources) >= 0.3 * once.total()
     assert max(s.most for s in sources) <= 2 and not shared.exists()
 
