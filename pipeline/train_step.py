@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cskd.loading.sources import Batch
 from cskd.loading.targets import mixed_labels
 from cskd.machine.arithmetic import autocast
-from cskd.method.losses import AnyTargets, DistillationLoss, StudentOutput
+from cskd.method.losses import AnyTargets, DistillationLoss, StudentOutput, output_tensors
 from cskd.method.terms import cells_term
 from cskd.pipeline.out_of_memory import Probe
 from cskd.pipeline.setup import even_divisors
@@ -83,7 +83,7 @@ class TrainStep:
         step of a process, and a run that goes on adds up as one that nothing stopped."""
         buffers = [(buffer, buffer.clone()) for buffer in self._net.buffers()]  # as batch norms have
         out = self._forward(self._net, part)
-        torch.stack([t.float().sum() for t in _tensors(out) if t.requires_grad]).sum().backward()  # type: ignore[no-untyped-call]
+        torch.stack([t.float().sum() for t in output_tensors(out) if t.requires_grad]).sum().backward()  # type: ignore[no-untyped-call]
         self.run.optimisation.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for buffer, before in buffers:
@@ -137,15 +137,6 @@ class TrainStep:
             loss.backward()  # type: ignore[no-untyped-call]
         finally:
             self.run.optimisation.optimizer.zero_grad(set_to_none=True)
-
-
-def _tensors(output: object) -> Iterator[Tensor]:
-    """All of what a student gives."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping | tuple):
-        for one in output.values() if isinstance(output, Mapping) else output:
-            yield from _tensors(one)
 
 
 def micro_batches(batch: Batch, rows: int) -> list[Batch]:
