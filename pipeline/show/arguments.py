@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cskd.files.paths import is_remote, local_text, location_text
+from cskd.files.paths import is_remote, local_path, local_text, location_text
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no progress.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; repeatable.")]
