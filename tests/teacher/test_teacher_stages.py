@@ -18,7 +18,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2).transpose(1, 2)
-        return self.attention(tokens, tokens, tokens)[0].transpose(1, 2).reshape(x.shape)
+        found: Tensor = self.attention(tokens, tokens, tokens)[0]
+        return found.transpose(1, 2).reshape(x.shape)
 
 
 @pytest.mark.parametrize("names", [["block"], ["stem"], ["stem", "block"]])
