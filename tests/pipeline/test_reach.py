@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,16 +13,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # in its documentation, not in its __all__
 
-from cskd.config import Config, from_dict
+from cskd.config import Config, from_dict, to_yaml
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import choose_threads
+from cskd.pipeline.train import train
 from cskd.pipeline.train_step import TrainStep
 from cskd.pipeline.training_run import open_run
 from tests.pipeline.test_pipeline import cached_data, config
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 CODECS = ["stage:body.0:12", "envelope", "features:8"]
 CELLS = {"head": "patches", "target": "cells", "kind": "ce"}
 GLOBAL = {"head": "distillation", "target": "global", "kind": "ce"}
@@ -32,7 +38,7 @@ def undeclared(output, labels, targets):
     return output.cls_logits.square().mean()
 
 def changing(output, labels, targets):
-    return (output.cls_logits if labels.label[0] % 2 else output.dist_logits).square().mean()
+    return (output.dist_logits if labels.label[0] % 2 else output.cls_logits).square().mean()
 """
 LOSSES: dict[str, list[dict[str, Any]]] = {
     "one after the other": [GLOBAL | {"epochs": [0, 1]}, CELLS | {"epochs": [1, None]}],
@@ -121,3 +127,17 @@ def test_ranks_train_what_one_process_does_of_more_students(
     cached: Path, tmp_path: Path, group: None, student: Any, terms: Any
 ) -> None:
     refuse_other_weights(settings(cached, tmp_path / "run", terms, student={"drop_path": 0.0} | student))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("terms", LOSSES.values(), ids=LOSSES)
+def test_two_ranks_of_torchrun_end_with_the_weights_of_one(cached: Path, tmp_path: Path, terms: Any) -> None:
+    train(settings(cached, tmp_path / "alone", terms, train={"opt": "sgd"}), quiet=True)
+    made = tmp_path / "c.yaml"
+    made.write_text(to_yaml(settings(cached, tmp_path / "two", terms, train={"opt": "sgd"})))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "cli.py")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *launch, "train", str(made)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0 and "find_unused" not in done.stderr, done.stderr[-3000:]
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "two"))
+    assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-5
