@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-import warnings
 from collections.abc import Iterator
 
 import torch
@@ -55,7 +54,7 @@ class TrainStep:
         share = run.plan.share(run.ranks.rank)
         first, count = share.numbers.start, len(parts)
         if not self._settled:
-            self._settle(parts[0], epoch, step)
+            self._settle(parts[0])
         losses, all_terms = [], []
         for i, part in enumerate(parts):
             apart = isinstance(self._net, DistributedDataParallel) and i + 1 < count
@@ -78,37 +77,32 @@ class TrainStep:
             name: torch.stack([t[name] for t in all_terms]).sum() for name in all_terms[0]
         }
 
-    def _settle(self, part: Batch, epoch: int, step: int) -> None:
+    def _settle(self, part: Batch) -> None:
         """Have ranks average gradients, before the first step of a process: forward and backward twice, for nothing.
 
         First alone. What no term reaches asks for no gradient from then on, as it has none on one rank: ranks would wait for it.
         Then together. After its first backward pass DistributedDataParallel orders its buckets anew, and with three ranks or more
-        the order in which sums are added up follows from them: so a run that goes on adds up as one that nothing stopped.
+        the order in which sums are added up follows from them: so a run that goes on adds up as one that nothing stopped. It
+        does neither where it looks for what each step does not reach.
         """
-        plain, run = self._net, self.run
+        plain, self._settled = self._net, True
+        if self.run.reach_varies:
+            self._net = self.run.averaging(plain)
+            return
         buffers = [(buffer, buffer.clone()) for buffer in plain.buffers()]  # as batch norms have
-        if not run.reach_varies:
-            self._for_nothing(plain, part, epoch, step)
-            for parameter in plain.parameters():
-                parameter.requires_grad_(parameter.grad is not None)
-            run.optimisation.optimizer.zero_grad(set_to_none=True)
-        self._net = run.averaging(plain)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")  # it may be needed yet
-            self._for_nothing(self._net, part, epoch, step)
-        run.optimisation.optimizer.zero_grad(set_to_none=True)
+        self._for_nothing(plain, part)
+        for parameter in plain.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+        self.run.optimisation.optimizer.zero_grad(set_to_none=True)
+        self._net = self.run.averaging(plain)
+        self._for_nothing(self._net, part)
+        self.run.optimisation.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-        self._settled = True
 
-    def _for_nothing(self, net: torch.nn.Module, part: Batch, epoch: int, step: int) -> None:
-        """Gradients of all terms, whether they count in this epoch or not."""
-        run = self.run
-        reseed_step(run.config.train.seed, step, 0)
-        targets = run.targets.of(part, epoch, run.device)
-        loss, _ = self.criterion(self._forward(net, part), mixed_labels(part, run.device), targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+    def _for_nothing(self, net: torch.nn.Module, part: Batch) -> None:
+        self.criterion.reach(self._forward(net, part)).backward()  # type: ignore[no-untyped-call]
 
     def _loss(
         self, net: torch.nn.Module, part: Batch, epoch: int, step: int, number: int, seconds: dict[str, float]
