@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,7 @@ def test_a_rank_that_is_killed_while_a_table_is_made(base: Path, dies: int, rest
     """torchrun starts both again, or ends; then the same command goes on. The first rank names the folder of both."""
     name = f"{dies} {restarts}"
     done = torchrun(base, name, dies, restarts)
-    assert "Signal 9 (SIGKILL)" in done.stderr and "Traceback (most" not in done.stderr.partition("ChildFailed")[0]
+    assert re.search(r"exitcode *: -9", done.stderr), done.stderr[-3000:]
     if not restarts:
         assert done.returncode == 1
         done = torchrun(base, name, 2, 0)
