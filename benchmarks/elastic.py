@@ -53,7 +53,7 @@ HOLD = (
     "hold"  # a file in the record: one rank alone waits after each step till it is asked to stop, or the file is gone
 )
 PATIENCE = 900.0  # seconds for anything that is waited for
-RENDEZVOUS = "is_host=0,last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"  # quick, for one machine
+RENDEZVOUS = "is_host=0,last_call_timeout=3,keep_alive_interval=2,keep_alive_max_attempt=5"  # quick, for a machine with much to do
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,10 @@ def measured(folder: Path, lose: int, back: bool) -> dict[str, Any]:
     train(config(folder, "whole"), quiet=True)
     (folder / "c.yaml").write_text(to_yaml(config(folder, "run")))
     ended, said = with_a_loss(folder, lose, back)
+    for log in [] if ended else sorted(folder.glob("agent*.log")):
+        print(
+            f"--- {log.stem}, of a run that did not end", *log.read_text(errors="replace").splitlines()[-40:], sep="\n"
+        )
     whole, run = fed(folder / "record whole"), fed(folder / "record")
     led, lines = sequence(run)
     print(*lines, sep="\n")
