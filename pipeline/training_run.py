@@ -6,7 +6,6 @@ TrainingRun  what the loop of `cskd.pipeline.train` asks for: network, batches, 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +150,6 @@ class TrainingRun:
     def averaging(self, net: torch.nn.Module) -> DistributedDataParallel:
         """The network with its gradients averaged over ranks, which wait for one of every parameter that asks for it; where the
         reach varies each step looks for those that it does not reach, which takes a pass over the graph."""
-        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")  # a later step may need it
         index = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(net, device_ids=index, find_unused_parameters=self.reach_varies)
 

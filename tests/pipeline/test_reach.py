@@ -138,6 +138,6 @@ def test_two_ranks_of_torchrun_end_with_the_weights_of_one(cached: Path, tmp_pat
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "cli.py")]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *launch, "train", str(made)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)  # fmt: skip
-    assert done.returncode == 0 and "find_unused" not in done.stderr, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "two"))
     assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-5
