@@ -309,6 +309,26 @@ def test_stage_1_is_written_only_where_there_is_one(work: Path) -> None:
     assert "dependency" not in shown("slurm", Options(only="stage1")).files[str(work / "out/submit.sh")]
 
 
+@pytest.mark.parametrize(
+    ("options", "gone"),
+    [
+        (Options(nodes=2), "no torchrun next to"),
+        (Options(gpus=2), "no torchrun next to"),
+        (Options(gpus=0), ""),
+        (Options(only="stage1"), ""),
+        (Options(nodes=2, image="x.sif"), ""),
+    ],
+)
+def test_a_program_that_the_scripts_call_and_that_is_not_here_is_noted(
+    work: Path, monkeypatch: pytest.MonkeyPatch, options: Options, gone: str
+) -> None:
+    assert not [note for note in shown("slurm", options).notes if "the scripts call it" in note]
+    (work / "bin/torchrun").unlink()
+    monkeypatch.setenv("PATH", str(work / "none"))
+    found = [note for note in shown("slurm", options).notes if "the scripts call it" in note]
+    assert bool(found) == bool(gone) and all(gone in note for note in found)
+
+
 def test_what_other_nodes_do_not_see_is_noted(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = "1 1 0:1 / / rw - {} none rw\n"
     monkeypatch.setattr(launch_job, "mounts", lambda: line.format("ext4"))
