@@ -21,7 +21,7 @@ from cskd.pipeline.train import train
 from cskd.storage import open_storage
 from cskd.storage.objects import Objects
 from cskd.store.cache import Cache, open_cache
-from cskd.store.format import INDEX, SEAL, commit_file
+from cskd.store.format import INDEX, PROBE, SEAL, commit_file
 from tests.pipeline.test_pipeline import cached_data, config, weights
 
 
@@ -137,6 +137,8 @@ def test_a_place_with_other_things_or_without_conditional_writes_is_refused(
     with pytest.raises(PathError, match=r"holds photos, which is no file of a cache|holds photos/a\.jpg"):
         outputs.refuse_cache_output(placed(base, s3))
     outputs.refuse_cache_output(placed(base, f"{s3}/own"))
+    open_storage(f"{s3}/begun").put(f"{PROBE}0", b"first")  # of a process that died there, or begins right now
+    outputs.refuse_cache_output(placed(base, f"{s3}/begun"))
     assert outputs.refuse_unfit(f"{s3}/own") == "writable, has conditional writes"
     assert [*open_storage(f"{s3}/own").list()] == []
     monkeypatch.setattr(Objects, "create", lambda self, key, data: self.put(key, data) or True)
