@@ -1,6 +1,6 @@
 """Passes that stage 1 makes twice on an object store, where there are no claims: a simulation of the program's own `Walk`s.
 
-    python -m benchmarks.stage1_waste [--runs N] [--write docs/SCALE.md]
+    python -m benchmarks.stage1_waste [--runs N]
 
 Workers whose speeds differ evenly by up to `spread` each way take what `cskd.pipeline.passes.Walk` gives them, on a cache whose
 missing units are a table in memory. Only time is simulated: a pass takes 1 of a mean worker, 5 % more or less, a worker looks
@@ -16,13 +16,11 @@ import json
 import random
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.marked import fill
 from cskd.machine.launch import Worker
 from cskd.pipeline.passes import Pass, Passes, Walk
 from cskd.pipeline.unit_line import WAIT
@@ -91,12 +89,10 @@ def simulated(workers: int, passes: int, known: bool, spread: float, seed: int =
     return Waste(twice / len(here), last / ideal, cache.looks / len(here))
 
 
-def table(runs: int) -> tuple[list[str], dict[str, list[float]]]:
-    """The lines of the page, and the figures by case."""
-    lines = [
-        "| workers | passes | speeds differ by | told how many: made twice a worker, time | not told |",
-        "|" + "---|" * 5,
-    ]
+def table(runs: int) -> dict[str, list[float]]:
+    """Print the table. Returns: the figures by case."""
+    print("| workers | passes | speeds differ by | told how many: made twice a worker, time | not told |")
+    print("|" + "---|" * 5)
     figures = {}
     for workers, passes in CASES:
         for spread in SPREADS:
@@ -105,22 +101,17 @@ def table(runs: int) -> tuple[list[str], dict[str, list[float]]]:
                 found = [simulated(workers, passes, known, spread, seed) for seed in range(runs)]
                 twice, seconds, looks = (sum(column) / runs for column in zip(*found, strict=True))
                 cells.append(f"{twice:.2f} ({100 * twice * workers / passes:.2f} % of the work), {seconds:.3f}")
-                figures[f"{workers}/{passes}/{spread}/{'told' if known else 'not'}"] = [
-                    round(x, 3) for x in (twice, seconds, looks)
-                ]
-            lines.append(f"| {workers} | {passes:,} | {100 * spread:.0f} % | {cells[0]} | {cells[1]} |")
-            print(lines[-1], flush=True)
-    return lines, figures
+                case = f"{workers}/{passes}/{spread}/{'told' if known else 'not'}"
+                figures[case] = [round(x, 3) for x in (twice, seconds, looks)]
+            print(f"| {workers} | {passes:,} | {100 * spread:.0f} % | {cells[0]} | {cells[1]} |", flush=True)
+    return figures
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=1, help="of each case, by other speeds")
-    parser.add_argument("--write", type=Path, help="page whose table is replaced")
     options = parser.parse_args(arguments)
-    lines, figures = table(options.runs)
-    if options.write is not None:
-        options.write.write_text(fill(options.write.read_text(), {"waste": lines}, str(options.write)))
+    figures = table(options.runs)
     print(json.dumps({"benchmark": "stage1_waste", "cases": figures}))
     return 0
 
