@@ -48,6 +48,7 @@ from cskd.views.mixing import quads
 
 PATIENCE = 600.0  # seconds that are waited at most for a pass of another process
 WAIT = 1.5  # passes of this process; another one may be slower
+UNKNOWN = 40.0  # seconds of a pass, where this process has made none yet
 
 
 @contextlib.contextmanager
@@ -181,7 +182,8 @@ class UnitLine:
             return missing_passes(self._cache, worker.number)
         self.met, self._walk = False, self._walk or Walk(self._cache, worker)
         while (passes := self._walk.following()) is None:
-            one = self.seconds / max(1, self.units) * self._cache.recipe.mix_group
+            views = self._cache.inventory.n / self._cache.blocks * self._cache.recipe.mix_group
+            one = self.seconds / self.images * views if self.images else UNKNOWN
             time.sleep(min(PATIENCE, max(1.0, WAIT * one)))
         return passes
 
