@@ -15,9 +15,11 @@ from typer.completion import completion_init, get_completion_script  # type: ign
 from typer.core import TyperGroup
 
 import cskd
-from cskd.files.paths import is_remote, local_path, local_text, location_text
+from cskd.files.paths import is_remote, local_path
 from cskd.machine.ending import ended
 from cskd.pipeline.launch.options import Cluster, Options, takes
+from cskd.pipeline.show.arguments import CachePath, Classes, ConfigPath, Data, HubCachePath, Json, Set, Split
+from cskd.pipeline.show.arguments import path_of as _path
 from cskd.pipeline.show.report import print_report as _print
 
 COMPLETE = "_CSKD_COMPLETE"  # by which the script of `cskd completion` asks for what may come next
@@ -38,61 +40,6 @@ START, DATA, STAGES, CACHES, CONFIGS = "Begin", "Data", "Stages", "Caches", "Con
 def _command(group: str, example: str, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A command of a group, with a line of its help that can be typed as it is."""
     return app.command(name, rich_help_panel=group, epilog=f"Example: {example}")
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no progress.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; repeatable.")]
-
-
-def _path(name: str, hub: bool = False, objects: bool = False) -> Callable[[str], Path]:
-    """The parser of a path: an address such as s3://... is refused by the name of its argument. hub: one of the hub is checked, and
-    downloaded by `local_path` when the command begins. objects: one of an object store is checked and kept."""
-
-    def path(text: str) -> Path:
-        if objects and is_remote(text):
-            return Path(location_text(text, name))
-        return Path(local_text(text, name, hub)) if hub and text else local_path(text, name)
-
-    return path
-
-
-ConfigPath = Annotated[
-    Path,
-    typer.Argument(
-        metavar="CONFIG", parser=_path("CONFIG"), help="YAML config; `cskd configs` lists those to begin from."
-    ),
-]
-CachePath = Annotated[
-    Path,
-    typer.Argument(
-        metavar="CACHE",
-        parser=_path("CACHE", objects=True),
-        help="Folder made by cskd cache-teacher, or its s3://, gs:// or az:// address.",
-    ),
-]
-HubCachePath = Annotated[
-    Path,
-    typer.Argument(
-        metavar="CACHE",
-        parser=_path("CACHE", hub=True, objects=True),
-        help="Folder made by cskd cache-teacher, or its hf://, s3://, gs:// or az:// address.",
-    ),
-]
-Data = Annotated[
-    Path | None,
-    typer.Option(
-        "--data",
-        parser=_path("--data", objects=True),
-        help="Folder or address of the image shards, where they have moved.",
-    ),
-]
-Classes = Annotated[
-    Path | None, typer.Option("--classes", parser=_path("--classes"), help="Class names in label order, one a line.")
-]
-
-Split = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Only that split of a source that holds several: train, val, ...")
-]
 
 
 @app.callback(invoke_without_command=True)

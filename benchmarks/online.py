@@ -1,14 +1,14 @@
 """Does a student of the cache equal one whose teacher runs beside it? On real images, to the last bit of its weights.
 
-    python -m benchmarks.online [--quick]
+    python -m benchmarks.online [--quick] [--only students two_caches soft float32]
 
-1. CIFAR-10, a ResNet-56 teacher in float64, DeiT's full recipe with mixing, repeats 3, several epochs: for each method and
+1. `students`: CIFAR-10, a ResNet-56 teacher in float64, DeiT's full recipe with mixing, repeats 3, several epochs: for each method and
    decay, a small ViT trained from the cache and one trained with `--online`; their weights are hashed.
-2. The same with two teachers, each with a cache of its own: hard terms of both; the students' weights are hashed.
-3. The same with soft terms and terms of features, from each codec that holds logits: for the same student at every step, each
+2. `two_caches`: the same with two teachers, each with a cache of its own: hard terms of both; the students' weights are hashed.
+3. `soft`: the same with soft terms and terms of features, from each codec that holds logits: for the same student at every step, each
    hard target and the value of each hard term must be equal, and the largest error of what is decoded is given as a share of
    the one that the codec states.
-4. ImageNet sample, MobileNetV2 in float32, the full recipe: the teacher is run again in other batches than stage 1's, and
+4. `float32`: ImageNet sample, MobileNetV2 in float32, the full recipe: the teacher is run again in other batches than stage 1's, and
    each hard target that differs is counted, with its margin.
 
 Needs $CSKD_DATA (else `shared` beside the checkout) with data/ and teachers/. About 15 minutes on 2 cores; `--quick` 3.
@@ -39,6 +39,7 @@ from cskd.pipeline.pack import pack_data
 from cskd.pipeline.train import train
 from cskd.store.cache import open_cache
 
+PARTS = ("students", "two_caches", "soft", "float32")
 ROOT = Path(__file__).resolve().parent.parent
 DEIT = {"randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25, "mixup": 0.8, "cutmix": 1.0}
 RUNS = (
@@ -73,7 +74,9 @@ SOFT = (
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few images and epochs")
-    quick = parser.parse_args(arguments).quick
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these of the four")
+    options = parser.parse_args(arguments)
+    quick, parts = options.quick, options.only
     data = Path(os.environ.get("CSKD_DATA", ROOT.parent / "shared"))
     missing = [
         p for p in ("data/cifar10-train.tar.gz", "data/imagenet-sample.tar", "teachers") if not (data / p).exists()
@@ -81,28 +84,35 @@ def main(arguments: list[str] | None = None) -> int:
     if missing:
         print(f"benchmarks/online.py: no {data / missing[0]}; set CSKD_DATA to the folder with it", file=sys.stderr)
         return 1
+    pairs, soft = list[dict[str, Any]](), dict[str, Compared]()
+    result: dict[str, Any] = {"benchmark": "online"}
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            pairs = students(data, Path(folder), images=60 if quick else 600, epochs=2 if quick else 6)
-            pairs.append(two_caches(data, Path(folder), epochs=2 if quick else 6))
-            soft = soft_terms(data, Path(folder), epochs=2 if quick else 4)
-            again = float32(data, Path(folder), images=40 if quick else 500, views=40 if quick else 1500)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            if {*parts} - {"float32"}:
+                source, images = data / "data" / "cifar10-train.tar.gz", 60 if quick else 600
+                pack_data(source, folder / "cifar", limit=images, block=200, shard_size=100, quiet=True)
+            if "students" in parts:
+                pairs += students(data, folder, epochs=2 if quick else 6)
+            if "two_caches" in parts:
+                pairs.append(two_caches(data, folder, epochs=2 if quick else 6))
+            if "soft" in parts:
+                soft = soft_terms(data, folder, epochs=2 if quick else 4)
+            if "float32" in parts:
+                result["float32"] = float32(data, folder, images=40 if quick else 500, views=40 if quick else 1500)
     except CskdError as e:
         print(f"benchmarks/online.py: {e}", file=sys.stderr)
         return 1
     different = [pair for pair in pairs if pair["cached"] != pair["online"]]
-    result = {"benchmark": "online", "pairs": len(pairs), "different": len(different), "students": pairs}
     wrong = [name for name, found in soft.items() if not found.ok]
+    result |= {"pairs": len(pairs), "different": len(different), "students": pairs}
     result |= {"soft": {name: found.facts for name, found in soft.items()}, "soft_wrong": wrong}
-    print(json.dumps(result | {"float32": again, "torch": torch.__version__}))
+    print(json.dumps(result | {"torch": torch.__version__}))
     return int(bool(different or wrong))
 
 
-def students(data: Path, folder: Path, images: int, epochs: int) -> list[dict[str, Any]]:
+def students(data: Path, folder: Path, epochs: int) -> list[dict[str, Any]]:
     """Hashes of the weights of every pair of students."""
-    pack_data(
-        data / "data" / "cifar10-train.tar.gz", folder / "cifar", limit=images, block=200, shard_size=100, quiet=True
-    )
     cache_teacher(config(data, folder, "cifar", "cskd-hard", "linear", epochs), quiet=True)
     found = []
     print(
@@ -132,6 +142,7 @@ def pair(about: dict[str, Any], configs: dict[str, Config]) -> dict[str, Any]:
 
 def two_caches(data: Path, folder: Path, epochs: int) -> dict[str, Any]:
     """The same of a student with a teacher for the image and another one for the cells."""
+    cache_teacher(config(data, folder, "cifar", "cskd-hard", "linear", epochs), quiet=True)
     weights, second = data / "teachers" / "cifar10_resnet56_jpeg.safetensors", folder / "second cache"
     one = config(data, folder, "second", "cskd-hard", "linear", epochs)
     one = replace(one, teacher=replace(one.teacher, weights=str(weights)), cache=replace(one.cache, path=str(second)))

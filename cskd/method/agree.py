@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MARGIN = (
-    2.0**-20
-)  # of the logits' size: how far the class is above those that it was raised to, so that it is the largest
+# Of the logits' size: how far the class is above those that it was raised to, so that it is the largest.
+MARGIN = 2.0**-20
 
 
 def agreed(logits_NK: Tensor, class_N: Tensor) -> Tensor:
@@ -30,9 +29,8 @@ def agreed(logits_NK: Tensor, class_N: Tensor) -> Tensor:
     others = x.scatter(1, cls, -torch.inf).sort(1, descending=True).values[:, :-1]
     count = torch.arange(1, others.shape[1] + 1, device=x.device)
     mean = (own + others.cumsum(1)) / (count + 1)
-    # The first mean that is no less than the next of the others; the last one always will do.
-    enough = mean[:, :-1] >= others[:, 1:]
-    first = torch.where(enough.any(1), enough.int().argmax(1), others.shape[1] - 1)
-    level = mean.gather(1, first[:, None])
+    # The first mean that is no less than the next of the others; after the last one there is none.
+    enough = mean >= torch.nn.functional.pad(others[:, 1:], (0, 1), value=-torch.inf)
+    level = mean.gather(1, enough.int().argmax(1, keepdim=True))
     above = level + MARGIN * level.abs().clamp_min(1.0)
     return logits_NK.index_copy(0, wrong, torch.minimum(x, level).scatter(1, cls, above))

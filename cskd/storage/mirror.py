@@ -20,10 +20,11 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from cskd.errors import CskdError, PathError
+from cskd.files import claims
 from cskd.files.durable import make_folder
 from cskd.files.folders import MARKER
 from cskd.files.read import parse_json
-from cskd.files.writer import LOCK
+from cskd.files.writer import LOCK, by
 from cskd.storage import Storage, is_remote, open_storage
 from cskd.storage.base import check_key
 from cskd.storage.fetch import download
@@ -65,7 +66,12 @@ class Mirror:
         return names
 
     def fetch(self) -> None:
-        """Make the working folder what lies on the store. Raises as `names`; StorageError, OSError."""
+        """Make the working folder what lies on the store. Raises as `names`, and PathError while a process of this machine writes to
+        the folder; StorageError, OSError."""
+        if (owner := claims.holder(self.folder / LOCK)) is not None:  # `take` is for one that has lost this machine
+            raise PathError(
+                f"{self.what} {self.location} is being written to{by(owner)}; wait for it or end it, or set another address"
+            )
         names = self.names()
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.parent.parent.mkdir(mode=0o700, exist_ok=True)

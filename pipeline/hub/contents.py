@@ -28,7 +28,7 @@ from cskd.near import absent
 from cskd.pipeline.hub.cards import CARD, cache_card, run_card
 from cskd.pipeline.model_card import unedited
 from cskd.store.cache import Cache, open_cache
-from cskd.store.format import INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, TABLES, commit_file
+from cskd.store.format import INDEX, INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, TABLES, commit_file
 from cskd.store.seal import check_seal, read_seal
 from cskd.store.tables import COPIES, read_tables, tables_file
 from cskd.student.checkpoint import MODEL
@@ -181,11 +181,12 @@ def _cache(folder: Path, repo: str, allow_incomplete: bool) -> Contents:
         _made(f"{INVENTORY}/{HEADER}", header_bytes(header | {"hash": header_hash(header)})),
         _made(RESOLVED, manifest.resolved.encode()),
         _made(CARD, cache_card(cache, repo, total, whole).encode()),
+        *((_file(folder, INDEX),) if whole and (folder / INDEX).is_file() else ()),
         *((replace(_file(folder, SEAL), last=True),) if whole else ()),
         _made(MANIFEST_COPY, written),
         _made(MANIFEST, written),
     ]
-    stale = re.compile(rf"(?:units|commits|{TABLES})/.*|{re.escape(SEAL)}" if whole else "$^")
+    stale = re.compile(rf"(?:units|commits|{TABLES})/.*|{re.escape(SEAL)}|{re.escape(INDEX)}" if whole else "$^")
     return Contents("cache", files, stale, cache.fingerprint, tuple(notes))
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from cskd.config import load_config
 from cskd.errors import ConfigError, DataError, PathError, fitted, why
 from cskd.files.durable import put
+from cskd.files.hub import is_hub
 from cskd.pipeline.launch import kubernetes, ray_text, slurm
 from cskd.pipeline.launch.job import Job
 from cskd.pipeline.launch.options import Cluster, Options, name_of
@@ -81,7 +82,9 @@ def launch(
 
 def _job(config: Path, overrides: list[str] | None, output: Path | None, options: Options) -> Job:
     settings = load_config(config, overrides)
-    makes_cache = bool(settings.teacher.model and settings.cache.path) and "://" not in settings.cache.path
+    cache = settings.cache.path
+    only_read = is_hub(cache) or cache.startswith(("http://", "https://"))
+    makes_cache = bool(settings.teacher.model and cache) and not only_read
     stages = tuple(stage for stage in (1, 2) if options.only in (None, f"stage{stage}"))
     if 1 in stages and not makes_cache:
         if options.only:

@@ -19,6 +19,7 @@ from cskd.codecs.envelope import EnvelopeCodec
 from cskd.config import from_dict
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.store.cache import open_cache
+from cskd.store.format import INDEX
 from cskd.teacher.build import build_model
 from tests.caches import make_tiny_data, random_logits
 
@@ -104,7 +105,9 @@ def test_one_wrong_target_fails_the_benchmark(finished: Path, monkeypatch: pytes
 
 def test_an_unfinished_cache_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = next((finished / "cache").glob("commits/b00001/v0001.json"))
-    hidden = record.rename(record.with_suffix(".away"))
+    files = (record, finished / "cache" / INDEX)  # which holds the record once more
+    hidden = [file.rename(file.with_suffix(".away")) for file in files]
     code = main([str(finished / "cache")])
-    hidden.rename(record)
+    for there, file in zip(hidden, files, strict=True):
+        there.rename(file)
     assert code == 1 and "misses 1 units" in capsys.readouterr().err

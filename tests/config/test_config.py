@@ -79,7 +79,7 @@ def test_a_config_is_frozen_and_two_do_not_share_lists() -> None:
         ({"epochs": 3}, "epochs", "train.epochs"),
         ({"loss": {"epochs": 3}}, "loss.epochs", "train.epochs"),
         ({"data": {"zzzzzz": 3}}, "data.zzzzzz", "one of train, val"),
-        ({"train": {5: 3}}, "train.5", "one of output, epochs"),
+        ({"train": {5: 3}}, "train.5", "one of output, scratch"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(raw: dict[str, Any], named: str, nearest: str) -> None:

@@ -125,7 +125,7 @@ def test_all_that_is_wrong_is_found_in_one_reading_and_the_rest_is_kept(tmp_path
     path = tmp_path / "c.yaml"
     path.write_text(
         "train: {epochs: 0, lr: -1, global_batch: x, batchsize: 3, keep: 7, export: ema}\n"
-        "teacher: {batch: 3, weights: s3://a/b}\ndata: {train: '${CSKD_UNSET_}', val: v}\nnonsense: 1\n"
+        "teacher: {batch: 3, weights: ftp://a/b}\ndata: {train: '${CSKD_UNSET_}', val: v}\nnonsense: 1\n"
     )
     config, wrong = read_config(path, ["loss.tau=[", "loss.tau=0"])
     keys = [

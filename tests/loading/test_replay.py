@@ -21,7 +21,7 @@ from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.care.verify import verify
 from cskd.pipeline.train import train
 from cskd.store.cache import open_cache
-from cskd.store.format import SEAL, commit_file
+from cskd.store.format import INDEX, SEAL, commit_file
 from cskd.store.manifest import Manifest, write_manifest
 from cskd.views.mixing import CUTMIX, MIXUP, NONE
 from tests.caches import make_tiny_data
@@ -59,7 +59,8 @@ def change_unit(base: Path, **changes: Callable[[Any], None]) -> None:
     fields = {name: array.copy() for name, array in unit.fields.items()}
     for name, change in changes.items():
         change(fields[name])
-    (base / "cache" / commit_file(0, 0)).unlink()
+    for file in (commit_file(0, 0), INDEX):  # which holds the record once more
+        (base / "cache" / file).unlink(missing_ok=True)
     cache.add_unit(0, 0, fields, both, {})
 
 

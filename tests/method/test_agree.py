@@ -31,3 +31,9 @@ def test_ties_and_a_class_below_all_others() -> None:
     found = agreed(x, torch.tensor([1, 2, 0]))
     assert found.argmax(1).tolist() == [1, 2, 0]
     assert torch.allclose(found, torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [2.0, 1.0, 0.0]]), atol=1e-5)
+
+
+def test_two_classes_share_their_mean() -> None:
+    found = agreed(torch.tensor([[1.0, 2.0], [3.0, 1.0]]), torch.tensor([0, 0]))
+    assert found.argmax(1).tolist() == [0, 0]
+    assert torch.allclose(found, torch.tensor([[1.5, 1.5], [3.0, 1.0]]), atol=1e-5)

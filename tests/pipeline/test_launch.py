@@ -346,3 +346,20 @@ def test_a_launcher_without_a_variable_of_its_own_gives_a_worker_its_number() ->
     environ = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "RANK": "1", "WORLD_SIZE": "2", "PATH": "x"}
     without_launch(environ)
     assert environ == {"SLURM_PROCID": "3", "PATH": "x"} and launched(environ).count == 1
+
+
+@pytest.mark.parametrize(
+    ("cache", "stages"),
+    [
+        ("s3://bucket/cache", 2),
+        ("gs://bucket/cache", 2),
+        ("az://box/cache", 2),
+        ("hf://datasets/me/cache", 1),
+        ("https://host/cache", 1),
+    ],
+)
+def test_a_cache_on_an_object_store_has_a_stage_1_and_one_that_is_only_read_has_none(
+    work: Path, cache: str, stages: int
+) -> None:
+    made = write("slurm", Options(), sets=[f"cache.path={cache}"])
+    assert sum(name.endswith(".sbatch") for name in made.files) == stages

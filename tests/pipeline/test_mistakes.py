@@ -145,8 +145,8 @@ MISTAKES = [
         ["train.output DIR/note.txt", "set another, --set train.output=runs/x"],
     ),
     (
-        "train DIR/c.yaml --set train.output=s3://bucket/run",
-        ["train.output 's3://bucket/run' is an address", "copy or mount it here, and give that path"],
+        "train DIR/c.yaml --set train.output=ftp://bucket/run",
+        ["train.output 'ftp://bucket/run' is an address", "copy or mount it here, and give that path"],
     ),
     (
         "train DIR/c.yaml --set cache.path=DIR/nowhere",
@@ -164,8 +164,8 @@ MISTAKES = [
         ["no cache at DIR/data", "make one with `cskd cache-teacher CONFIG`"],
     ),
     (
-        "train DIR/c.yaml --set cache.path=gs://bucket/cache",
-        ["cache.path 'gs://bucket/cache' is an address", "copy or mount it here, and give that path"],
+        "train DIR/c.yaml --set cache.path=ftp://bucket/cache",
+        ["cache.path 'ftp://bucket/cache' is an address", "copy or mount it here, and give that path"],
     ),
     ("train DIR/c.yaml --set data.val=DIR/nowhere", ["data.val", "make one with 'cskd pack' or 'cskd index'"]),
     ("train DIR/c.yaml --set data.val=DIR/source", ["data.val", "make one with 'cskd pack' or 'cskd index'"]),

@@ -22,7 +22,7 @@ from cskd.pipeline.show.metrics import read_metrics
 from cskd.pipeline.train import train
 from cskd.store.cache import open_cache
 from cskd.store.commit import Commit, publish, read_commit
-from cskd.store.format import commit_file
+from cskd.store.format import INDEX, commit_file
 from cskd.teacher.model import teacher_images
 from tests.caches import make_tiny_data
 
@@ -295,7 +295,8 @@ def test_a_bad_image_is_quarantined_and_counted_and_its_partners_stay_unmixed(ba
 def test_training_on_an_unfinished_cache_is_refused_with_the_command_that_finishes_it(cached: Path) -> None:
     path = cached / "unfinished"
     cache_teacher(config(cached, cache={"path": str(path)}), quiet=True)
-    (path / commit_file(1, 2)).unlink()
+    for file in (commit_file(1, 2), INDEX):
+        (path / file).unlink()
     with pytest.raises(
         CacheError, match=r"lacks 1 of 6 units, the first is block 1, view 2; finish it with `cskd cache"
     ):
@@ -306,7 +307,8 @@ def test_the_finished_views_of_an_unfinished_cache_train_as_a_cache_of_them_alon
     """What is refused names how many views are ready; those are a cache of so many views."""
     path = {"path": str(cached / "half")}
     cache_teacher(config(cached, cache=path), quiet=True)
-    (cached / "half" / commit_file(1, 2)).unlink()
+    for file in (commit_file(1, 2), INDEX):
+        (cached / "half" / file).unlink()
     with pytest.raises(CacheError, match=r"or train on the first 2 views with --set train\.views=2"):
         train(config(cached, "half run", cache=path), quiet=True)
     assert train(config(cached, "half run", cache=path, train={"views": 2}), quiet=True).steps > 0

@@ -250,7 +250,7 @@ def test_an_unfinished_cache_goes_there_only_when_it_is_meant(base: Path, hub: H
     report = push(cache, "me/cache", allow_incomplete=True, quiet=True)
     assert report.notes == ["incomplete: 1 unit missing, not sealed"]
     assert len(open_cache("hf://datasets/me/cache").missing()) == 1
-    assert push(base / "cache", "me/cache", quiet=True).sent == 4  # unit, record, seal, card
+    assert push(base / "cache", "me/cache", quiet=True).sent == 5  # unit, record, index, seal, card
 
     hub.put("dataset", "me/cache", {"manifest.json": b'{"fingerprint": "another one"}'})
     with pytest.raises(

@@ -16,6 +16,7 @@ from cskd.dataset.inventory import open_inventory
 from cskd.dataset.remote_shards import RemoteShards
 from cskd.dataset.shard_reader import ShardReader
 from cskd.errors import ConfigError, DataError, PathError
+from cskd.files.writer import sole_writer
 from cskd.loading.plan import PlanSpec, epoch_plan
 from cskd.loading.shards_ahead import ahead, all_needs, training_needs
 from cskd.pipeline.cache_teacher import cache_teacher
@@ -136,6 +137,10 @@ def test_an_address_of_something_else_or_of_another_process_is_refused(s3: str, 
         one.put()
     two.put()
     assert {stat.key for stat in storage.list()} == {"metrics.jsonl", ".cskd.writer"}
+    with sole_writer(two.folder, "wait"):  # what a live run of this machine writes to is not taken from under it
+        with pytest.raises(PathError, match=r"train.output s3://.* is being written to by process \d+ .* set another"):
+            one.fetch()
+        assert (two.folder / "metrics.jsonl").is_file()
     two.end()
 
 

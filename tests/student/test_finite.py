@@ -247,7 +247,7 @@ def test_logits_of_a_live_teacher_that_are_no_numbers_stop_the_run(
     from cskd.loading.targets import LiveTargets
 
     class Broken:
-        batch = 2
+        batch, has_cells, has_classes = 2, True, True
 
         def outputs_of(self, x: torch.Tensor, stages: tuple[str, ...]) -> Outputs:
             return Outputs(torch.full((len(x), 5, 1, 1), NAN), torch.zeros(len(x), 5))
