@@ -18,7 +18,7 @@ import yaml
 
 from cskd import cli
 from cskd.errors import ConfigError, CskdError, PathError
-from cskd.machine.launch import WORKER, launched, without_launch, worker_number
+from cskd.machine.launch import WORKER, launched, without_launch, worker
 from cskd.pipeline.launch import job as launch_job
 from cskd.pipeline.launch.launch import LaunchReport, launch
 from cskd.pipeline.launch.options import Cluster, Options, merge, name_of
@@ -199,7 +199,7 @@ def test_an_indexed_job_has_the_config_and_the_words_of_the_command_and_no_shell
         "--devices",
         "all",
     ]
-    assert container["env"] == [{"name": "A", "value": "$$(B) $$C"}]
+    assert container["env"] == [{"name": "CSKD_WORKERS", "value": "5"}, {"name": "A", "value": "$$(B) $$C"}]
     assert container["resources"]["limits"] == {"memory": "16Gi", "nvidia.com/gpu": 2}
     assert container["resources"]["requests"] == {"cpu": "16", "memory": "16Gi"}
 
@@ -362,7 +362,7 @@ def test_names_and_extras_are_made_of_what_is_given() -> None:
 
 
 def test_a_launcher_without_a_variable_of_its_own_gives_a_worker_its_number() -> None:
-    assert worker_number({WORKER: "5", "SLURM_ARRAY_TASK_ID": "1"}) == 5
+    assert worker({WORKER: "5", "SLURM_ARRAY_TASK_ID": "1"}).number == 5
     environ = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "RANK": "1", "WORLD_SIZE": "2", "PATH": "x"}
     without_launch(environ)
     assert environ == {"SLURM_PROCID": "3", "PATH": "x"} and launched(environ).count == 1
