@@ -268,6 +268,7 @@ def test_what_is_there_already_is_kept_unless_force_is_given(work: Path) -> None
         ("ray", Options(extra=["#SBATCH -x"]), "is no mapping in YAML"),
         ("ray", Options(gpus=2), "an actor of Ray has one GPU"),
         ("slurm", Options(name="A b"), "expected lower-case letters"),
+        ("k8s", replace(IN_PODS, name="2024"), "a letter first"),
         ("slurm", Options(name="a" * 41), "expected at most 40"),
         ("slurm", Options(time="soon"), "expected 1-12:00:00"),
         ("slurm", Options(env=["1A=x"]), "expected NAME=VALUE"),
