@@ -38,6 +38,7 @@ import cskd.pipeline.train_step
 from benchmarks.tiny_teacher import TINY_TEACHER
 from cskd import cli
 from cskd.config import Config, from_dict, to_yaml
+from cskd.machine import stops
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.pack import pack_data
 from cskd.pipeline.train import train
@@ -48,8 +49,11 @@ IMAGES, BATCH, MICRO, EPOCHS, SAVE = 96, 8, 2, 2, 3
 EPOCH = IMAGES // BATCH  # steps
 KILL = EPOCH + 5  # steps that are done when the agent is killed: in the second epoch, two after a state
 PAUSE = 0.3  # seconds that a step takes at least, so that something happens while the run is on
+HOLD = (
+    "hold"  # a file in the record: one rank alone waits after each step till it is asked to stop, or the file is gone
+)
 PATIENCE = 900.0  # seconds for anything that is waited for
-RENDEZVOUS = "is_host=0,last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"  # quick, for one machine
+RENDEZVOUS = "is_host=0,last_call_timeout=3,keep_alive_interval=2,keep_alive_max_attempt=5"  # quick, for a machine with much to do
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,10 @@ def measured(folder: Path, lose: int, back: bool) -> dict[str, Any]:
     train(config(folder, "whole"), quiet=True)
     (folder / "c.yaml").write_text(to_yaml(config(folder, "run")))
     ended, said = with_a_loss(folder, lose, back)
+    for log in [] if ended else sorted(folder.glob("agent*.log")):
+        print(
+            f"--- {log.stem}, of a run that did not end", *log.read_text(errors="replace").splitlines()[-40:], sep="\n"
+        )
     whole, run = fed(folder / "record whole"), fed(folder / "record")
     led, lines = sequence(run)
     print(*lines, sep="\n")
@@ -151,6 +159,9 @@ def measured(folder: Path, lose: int, back: bool) -> dict[str, Any]:
 
 def with_a_loss(folder: Path, lose: int, back: bool) -> tuple[bool, list[str]]:
     """Two agents, one of which is killed after KILL steps. Returns: whether the run came to its end; what changed, by its card."""
+    if back:  # how long an agent takes to join, a machine that has much to do decides
+        (folder / "record").mkdir()
+        (folder / "record" / HOLD).touch()
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
     agents = [agent(folder, store.port, number) for number in range(2)]
     try:
@@ -204,6 +215,8 @@ def record(folder: Path, pause: float) -> None:
         with (folder / f"{os.getpid()}.jsonl").open("a") as out:
             stretch = [self.run.state.resumed or 0, self.run.ranks.count]
             print(json.dumps([stretch, time.time(), os.getppid(), self.run.ranks.rank, step, rows]), file=out)
+        while self.run.ranks.count == 1 and (folder / HOLD).exists() and not stops.asked():
+            time.sleep(0.05)
         return result
 
     setattr(cskd.pipeline.train_step.TrainStep, "__call__", recorded)  # noqa: B010

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class TrainStep:
         self.run, self.criterion = run, DistillationLoss(run.config.loss, cells_term(run.config.loss))
         self.inputs = InputMaker(run.student.mean, run.student.std, run.device)
         self._net = run.network()
-        self._settled = not isinstance(self._net, DistributedDataParallel)
+        self._settled = run.ranks.count == 1
         self._latest: tuple[Batch, int, int] | None = None  # what `advice` tries a part of
         self.begun: tuple[Batch, AnyTargets] | None = None  # the run's first micro-batch, till the next
 
@@ -78,17 +78,31 @@ class TrainStep:
         }
 
     def _settle(self, part: Batch) -> None:
-        """Go forward and backward once, for nothing. After its first backward pass DistributedDataParallel orders its buckets anew,
-        and with three ranks or more the order in which sums are added up follows from them: so that is done before the first
-        step of a process, and a run that goes on adds up as one that nothing stopped."""
-        buffers = [(buffer, buffer.clone()) for buffer in self._net.buffers()]  # as batch norms have
-        out = self._forward(self._net, part)
-        torch.stack([t.float().sum() for t in _tensors(out) if t.requires_grad]).sum().backward()  # type: ignore[no-untyped-call]
+        """Have ranks average gradients, before the first step of a process: forward and backward twice, for nothing.
+
+        First alone. What no term reaches asks for no gradient from then on, as it has none on one rank: ranks would wait for it.
+        Then together. After its first backward pass DistributedDataParallel orders its buckets anew, and with three ranks or more
+        the order in which sums are added up follows from them: so a run that goes on adds up as one that nothing stopped. It
+        does neither where it looks for what each step does not reach.
+        """
+        plain, self._settled = self._net, True
+        if self.run.reach_varies:
+            self._net = self.run.averaging(plain)
+            return
+        buffers = [(buffer, buffer.clone()) for buffer in plain.buffers()]  # as batch norms have
+        self._for_nothing(plain, part)
+        for parameter in plain.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+        self.run.optimisation.optimizer.zero_grad(set_to_none=True)
+        self._net = self.run.averaging(plain)
+        self._for_nothing(self._net, part)
         self.run.optimisation.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-        self._settled = True
+
+    def _for_nothing(self, net: torch.nn.Module, part: Batch) -> None:
+        self.criterion.reach(self._forward(net, part)).backward()  # type: ignore[no-untyped-call]
 
     def _loss(
         self, net: torch.nn.Module, part: Batch, epoch: int, step: int, number: int, seconds: dict[str, float]
@@ -137,15 +151,6 @@ class TrainStep:
             loss.backward()  # type: ignore[no-untyped-call]
         finally:
             self.run.optimisation.optimizer.zero_grad(set_to_none=True)
-
-
-def _tensors(output: object) -> Iterator[Tensor]:
-    """All of what a student gives."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping | tuple):
-        for one in output.values() if isinstance(output, Mapping) else output:
-            yield from _tensors(one)
 
 
 def micro_batches(batch: Batch, rows: int) -> list[Batch]:

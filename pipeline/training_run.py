@@ -137,13 +137,21 @@ class TrainingRun:
         return arithmetic(self.config.train.autocast, self.device)
 
     def network(self) -> torch.nn.Module:
-        """The student as the loop calls it: compiled where asked for, its gradients averaged over ranks."""
+        """The student as the loop calls it, compiled where asked for."""
         self.student.freeze_unused(self.config.loss)
         net: torch.nn.Module = torch.compile(self.student) if self.config.train.compile else self.student  # type: ignore[assignment]
-        net = self.with_projections(net)
-        if self.ranks.count == 1:
-            return net
-        return DistributedDataParallel(net, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        return self.with_projections(net)
+
+    @property
+    def reach_varies(self) -> bool:
+        """Whether steps may differ in which parameters the loss reaches: what a term of a user's own reads is not known."""
+        return any(term.own for term in self.config.loss.terms)
+
+    def averaging(self, net: torch.nn.Module) -> DistributedDataParallel:
+        """The network with its gradients averaged over ranks, which wait for one of every parameter that asks for it; where the
+        reach varies each step looks for those that it does not reach, which takes a pass over the graph."""
+        index = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(net, device_ids=index, find_unused_parameters=self.reach_varies)
 
     def with_projections(self, student: torch.nn.Module) -> torch.nn.Module:
         """The student, or a form of it, with the projections that terms of features have."""

@@ -11,7 +11,7 @@ Source: arXiv 2307.08500, section 3; DeiT, arXiv 2012.12877, section 4.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -37,6 +37,15 @@ class StudentOutput(NamedTuple):
     projected: Mapping[str, Tensor] | None = None  # by name of a term of features, see `cskd.student.projections`
     token_logits: Mapping[str, Tensor] | None = None  # [B, K] each, by names of `student.tokens`; None without them
     blocks: Mapping[int, Tensor] | None = None  # [B, H, W, C] of each block that was asked for, before the final norm
+
+
+def output_tensors(output: object) -> Iterator[Tensor]:
+    """All of what a student gives, a `StudentOutput` or a part of one."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | tuple):
+        for one in output.values() if isinstance(output, Mapping) else output:
+            yield from output_tensors(one)
 
 
 @dataclass(frozen=True)
@@ -147,11 +156,7 @@ class DistillationLoss:
                 terms[AGREEMENT] = agreement(_logits(term.head, output), cells)
             if epoch is not None and not counts(term, epoch):
                 # Its heads have a gradient all the same, of zero: ranks wait for one of every parameter.
-                if term.of_features:
-                    idle.append(_projected(term, output).sum() * 0.0)
-                else:
-                    heads = self._own[term.title].heads if term.own else (term.head,)
-                    idle += [_logits(head, output).sum() * 0.0 for head in heads]
+                idle += self._read(term, output)
                 continue
             value = (
                 self._own_value(term, output, labels, targets)
@@ -160,9 +165,22 @@ class DistillationLoss:
             )
             total = term.weight * value if total is None else total + term.weight * value
             terms[term.title] = value.detach()
-        for nothing in idle:
+        for unused in idle:
+            nothing = unused.sum() * 0.0
             total = nothing if total is None else total + nothing
         return output.cls_logits.sum() * 0.0 if total is None else total, terms
+
+    def reach(self, output: StudentOutput) -> Tensor:
+        """Zero, whose graph leads to all that the terms read of an output, whether they count or not: of a term of a user's own, its
+        `heads`."""
+        read = [tensor.sum() for term in self.terms for tensor in self._read(term, output)]
+        return torch.stack(read or [output.cls_logits.sum()]).sum() * 0.0
+
+    def _read(self, term: LossTerm, output: StudentOutput) -> list[Tensor]:
+        """What a term reads of an output."""
+        if term.of_features:
+            return [_projected(term, output)]
+        return [_logits(head, output) for head in (self._own[term.title].heads if term.own else (term.head,))]
 
     def _value(
         self, term: LossTerm, output: StudentOutput, labels: MixedLabels, targets: AnyTargets, cells: Tensor | None

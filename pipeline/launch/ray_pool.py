@@ -164,11 +164,12 @@ class Pool:
         return {name: value for name, value in {**bundle, **options.get("resources", {})}.items() if value}
 
     def _torchrun(self, endpoint: str) -> list[str]:
+        """Its options, of which there are none where one process does."""
         ranks = max(1, self.gpus)
         if self.actors * ranks == 1:
             return []
-        run = ["torchrun", "--nnodes", str(self.actors), "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d"]
-        return [*run, "--rdzv-id", "cskd", "--rdzv-endpoint", endpoint, "--no-python"]
+        run = ["--nnodes", str(self.actors), "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d"]
+        return [*run, "--rdzv-id", "cskd", "--rdzv-endpoint", endpoint]
 
 
 class _Board:
@@ -232,12 +233,21 @@ class _Node:
 
     def train(self, text: str, sets: list[str], launcher: list[str]) -> int:
         """Its exit code."""
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         # It ends with this actor, whatever ends that.
         bound = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
         with _file(text) as config:
-            command = [*bound, *launcher, "cskd", "train", config, *(word for text in sets for word in ("--set", text))]
-            return subprocess.run(command, env=os.environ | {"PATH": path}).returncode
+            # By modules of the actor's Python: the programs of an environment need not be on PATH, nor in its folder.
+            run = [sys.executable, "-m", "torch.distributed.run", *launcher] if launcher else [sys.executable]
+            command = [
+                *bound,
+                *run,
+                "-m",
+                "cskd",
+                "train",
+                config,
+                *(word for text in sets for word in ("--set", text)),
+            ]
+            return subprocess.run(command, env=os.environ | {"PYTHONSAFEPATH": "1"}).returncode  # as a program has it
 
 
 @contextlib.contextmanager

@@ -268,6 +268,7 @@ def test_what_is_there_already_is_kept_unless_force_is_given(work: Path) -> None
         ("ray", Options(extra=["#SBATCH -x"]), "is no mapping in YAML"),
         ("ray", Options(gpus=2), "an actor of Ray has one GPU"),
         ("slurm", Options(name="A b"), "expected lower-case letters"),
+        ("k8s", replace(IN_PODS, name="2024"), "a letter first"),
         ("slurm", Options(name="a" * 41), "expected at most 40"),
         ("slurm", Options(time="soon"), "expected 1-12:00:00"),
         ("slurm", Options(env=["1A=x"]), "expected NAME=VALUE"),
@@ -307,6 +308,26 @@ def test_stage_1_is_written_only_where_there_is_one(work: Path) -> None:
     with pytest.raises(ConfigError, match="has no stage 1"):
         shown("slurm", Options(only="stage1"), alone)
     assert "dependency" not in shown("slurm", Options(only="stage1")).files[str(work / "out/submit.sh")]
+
+
+@pytest.mark.parametrize(
+    ("options", "gone"),
+    [
+        (Options(nodes=2), "no torchrun next to"),
+        (Options(gpus=2), "no torchrun next to"),
+        (Options(gpus=0), ""),
+        (Options(only="stage1"), ""),
+        (Options(nodes=2, image="x.sif"), ""),
+    ],
+)
+def test_a_program_that_the_scripts_call_and_that_is_not_here_is_noted(
+    work: Path, monkeypatch: pytest.MonkeyPatch, options: Options, gone: str
+) -> None:
+    assert not [note for note in shown("slurm", options).notes if "the scripts call it" in note]
+    (work / "bin/torchrun").unlink()
+    monkeypatch.setenv("PATH", str(work / "none"))
+    found = [note for note in shown("slurm", options).notes if "the scripts call it" in note]
+    assert bool(found) == bool(gone) and all(gone in note for note in found)
 
 
 def test_what_other_nodes_do_not_see_is_noted(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
