@@ -73,7 +73,7 @@ class Walk:
             within = max(_APART, int(length[i] * self._rng.uniform(0.3, 0.8)))
             return [passes[line[k]] for k in range(first[i] + within, first[i] + length[i])]
         left = [one for one in passes if one in self._seen]
-        self._alone = 2 * self._alone if self._seen and len(left) == len(self._seen) else 1.0
+        self._alone = 2 * self._alone if len(left) == len(self._seen) else 1.0
         if left and self._rng.random() < self._alone * len(left) / idle:
             taken = left[self._rng.integers(len(left))]
             self._seen = {*left} - {taken}
