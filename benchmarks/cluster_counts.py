@@ -5,9 +5,7 @@ A request is a file of the cache that is opened, and its bytes are those of the 
 
 from __future__ import annotations
 
-import heapq
 import os
-import random
 import shutil
 import sys
 import time
@@ -224,39 +222,3 @@ def unit_seconds(cache: Cache, nodes: int, local: int, folder: Path) -> tuple[fl
             seconds.append((time.thread_time() - begun) / (cache.blocks * REPEATS))
         found.append(min(seconds))
     return found[0], found[1]
-
-
-def wasted_passes(passes: int, workers: int, claims: bool, spread: float = 0.1, seed: int = 0) -> tuple[int, float]:
-    """Passes made twice by workers that share a list of `passes`, and how long all take, in passes of one worker.
-
-    Without claims each begins at a multiple of the golden section, looks right before a pass whether it is there, and, once it
-    has met what another made, takes what is left in an order of its own. spread: a pass takes 1 +- that, evenly spread.
-    """
-    draw, done, golden = random.Random(seed), bytearray(passes), (5**0.5 - 1) / 2
-    place = [int(passes * (worker * golden % 1)) for worker in range(workers)]
-    own: list[list[int] | None] = [None] * workers
-    untaken = iter(range(passes))
-
-    def following(worker: int) -> int | None:
-        if claims:  # whoever is free has the next one that nobody is at
-            return next(untaken, None)
-        mine, at = own[worker], place[worker] % passes
-        if mine is None and not done[at]:
-            place[worker] = at + 1
-            return at
-        if mine is None:
-            mine = own[worker] = [i for i in range(passes) if not done[i]]
-            draw.shuffle(mine)
-        while mine and done[mine[-1]]:
-            mine.pop()
-        return mine.pop() if mine else None
-
-    wasted, last, events = 0, 0.0, [(0.0, worker, -1) for worker in range(workers)]
-    while events:
-        last, worker, made = heapq.heappop(events)
-        if made >= 0:
-            wasted += done[made]
-            done[made] = 1
-        if (coming := following(worker)) is not None:
-            heapq.heappush(events, (last + draw.uniform(1 - spread, 1 + spread), worker, coming))
-    return wasted, last

@@ -171,7 +171,8 @@ def feature_line(family: str, name: str, kwargs: dict[str, Any]) -> str:
     try:
         teacher = load_teacher(config, NAMES, torch.device("cpu"), 224)
     except TeacherError as e:
-        return f"| {family} | `{name}` | | | | refused | {str(e).partition('; take')[0].removeprefix('the teacher')} |"
+        reason = str(e).partition("; take")[0].removeprefix("the teacher").removeprefix("'s").strip()
+        return f"| {family} | `{name}` | | | | refused | {reason} |"
     logits = "yes" if teacher.has_classes else "no: no classifier"
     channels, (h, w) = teacher.feature_channels("the table"), teacher.grid
     return (

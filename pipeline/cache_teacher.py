@@ -32,7 +32,7 @@ from cskd.files.paths import is_remote, location_text
 from cskd.loading.feed import fed
 from cskd.loading.shards_ahead import shards_of_passes
 from cskd.loading.stage1 import ChunkMaker
-from cskd.machine.launch import launched, worker_number
+from cskd.machine.launch import launched, worker
 from cskd.machine.threads import Threads, begun_with, brief_turns, choose_threads, computing_with
 from cskd.pipeline.clean_check import clean_check
 from cskd.pipeline.codec_tables import fit_tables, refit_lost, refuse_head
@@ -191,7 +191,7 @@ def _fill(jobs: list[_Job], threads: Threads, quiet: bool, start: float, tell: T
                 tell(made, by_others + made, total)
 
         show(before)
-        while passes := joint_passes(lines, worker_number()):
+        while passes := joint_passes(lines, worker()):
             maker_of_chunks = ChunkMaker(first.maker.whole(), first.inventory.id)
             blocks = [next(iter(one.values())) for one in passes]
             tasks = shards_of_passes(first.inventory, blocks, joint_tasks(lines, passes), config.recipe.mix_group)

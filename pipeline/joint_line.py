@@ -14,6 +14,7 @@ from cskd.config import Config, to_dict
 from cskd.dataset.inventory import Inventory
 from cskd.errors import ConfigError, shortened
 from cskd.loading.stage1 import Chunk, ChunkViews
+from cskd.machine.launch import Worker
 from cskd.pipeline.unit_line import UnitLine
 from cskd.store.cache import first_difference
 
@@ -55,11 +56,11 @@ def refuse_other_images(inventories: Sequence[Inventory], configs: Sequence[Conf
             )
 
 
-def joint_passes(lines: Sequence[UnitLine], number: int = 0) -> Passes:
-    """The passes that any of the lines lacks, in the order of the first one that lacks any. number: as of `missing_passes`."""
+def joint_passes(lines: Sequence[UnitLine], worker: Worker) -> Passes:
+    """The passes that any of the lines lacks, in the order of the first one that lacks any. worker: see `UnitLine.missing`."""
     found: defaultdict[tuple[int, int], dict[int, tuple[int, tuple[int, ...]]]] = defaultdict(dict)
     for i, line in enumerate(lines):
-        for block, views in line.missing(number):
+        for block, views in line.missing(worker):
             found[line.group_of(views), block][i] = block, views
     return list(found.values())
 

@@ -14,6 +14,7 @@ from PIL import Image
 from cskd.config import RecipeConfig, StudentConfig
 from cskd.dataset.images import decode
 from cskd.machine.arithmetic import autocast
+from cskd.method.losses import output_tensors
 from cskd.seeds import mix64_array
 from cskd.student import build_student
 from cskd.views.digest import pixel_crc
@@ -48,8 +49,7 @@ def images_per_second(
     def step() -> None:
         with autocast(setting, device):
             out = student(x_BCHW, (1, 1))
-        heads = [logits for logits in out if logits is not None]
-        torch.stack([logits.square().mean() for logits in heads]).sum().backward()  # type: ignore[no-untyped-call]
+        torch.stack([logits.square().mean() for logits in output_tensors(out)]).sum().backward()  # type: ignore[no-untyped-call]
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 

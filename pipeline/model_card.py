@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from cskd.config import Config
+from cskd.errors import counted
 from cskd.files.durable import put
 from cskd.method.terms import needs_teacher
 from cskd.pipeline.show.progress import duration
@@ -163,9 +164,11 @@ def _what(facts: Mapping[str, Any], config: Config, about: About) -> str:
         "deit": "distilled from a CNN by DeiT's method (arXiv 2012.12877), one teacher output for each view",
         "cskd": "distilled from a CNN by Cumulative Spatial Knowledge Distillation (arXiv 2307.08500), one target for each "
         "cell of the teacher's last feature map",
-        "terms": "distilled with a loss of its own terms" if needs_teacher(config.loss) else "trained on labels alone",
+        "terms": "distilled" if needs_teacher(config.loss) else "trained on labels alone",
     }[config.loss.method.partition("-")[0]]
-    taught += f", with {len(config.loss.terms)} more terms of the loss" if config.loss.terms else ""
+    if config.loss.terms:
+        more = "more " if config.loss.method != "terms" else ""
+        taught += f", with {counted(len(config.loss.terms), f'{more}term')} of the loss"
     names = ", ".join(escaped(name) for name in classes) if len(classes) <= NAMED else "`label_names` in `config.json`"
     height, width = facts["cskd"]["image_size"]
     return (
@@ -220,7 +223,7 @@ def _use_of_tokens(facts: Mapping[str, Any]) -> str:
     names, first = tokens["names"], tokens["first"]
     return f"""
 
-Its class head is what timm's forward computes. Each token of {names} has a head of its own in `{tokens["heads"]}`; the mean
+Its class head is what timm's forward computes. Each of the tokens {", ".join(names)} has a head of its own in `{tokens["heads"]}`; the mean
 of all heads' logits, after the lines above, for `images` as `prepare` makes them, [B, 3, height, width]:
 
 ```python

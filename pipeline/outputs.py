@@ -31,7 +31,7 @@ from cskd.pipeline.show.progress import say
 from cskd.storage import Storage, open_storage
 from cskd.storage.mirror import Mirror, working_folder
 from cskd.storage.posix import Posix
-from cskd.store.format import OWN_NAMES
+from cskd.store.format import OWN_NAMES, PROBE
 from cskd.store.manifest import has_cache
 
 LAST = ("resume",)  # a state is there once all that it tells of is
@@ -223,9 +223,11 @@ def refuse_unfit(location: str) -> str:
     nothing can be written there."""
     storage = open_storage(location)
     if not isinstance(storage, Posix):
-        probe = f".cskd-probe-{uuid.uuid4().hex}"
-        won = [storage.create(probe, content) for content in (b"first", b"second")]
-        storage.delete(probe)
+        probe = f"{PROBE}{uuid.uuid4().hex}"
+        try:
+            won = [storage.create(probe, content) for content in (b"first", b"second")]
+        finally:
+            storage.delete(probe)
         if won != [True, False]:
             raise CacheError(
                 f"cache.path {location}: its store let a second writer replace what a first one had made; take one with conditional "
@@ -251,7 +253,9 @@ def _refuse_objects(config: Config) -> None:
     for key, text in _other_texts(config, "cache.path").items():
         if is_remote(text) and f"{location_text(text, key)}/".startswith(f"{storage.location}/"):
             raise PathError(f"{key} {text} lies in cache.path {storage.location}; give each a place of its own")
-    strange = (about.key for about in islice(storage.list(), LOOKED_AT) if about.key.partition("/")[0] not in OWN_NAMES)
+    names = ((about.key, about.key.partition("/")[0]) for about in islice(storage.list(), LOOKED_AT))
+    # A probe is of a process that has died, or of one that begins at the same time.
+    strange = (key for key, name in names if name not in OWN_NAMES and not key.startswith(PROBE))
     if (name := next(strange, None)) is not None and not has_cache(storage):
         raise PathError(
             f"cache.path {storage.location} holds {name}, which is no file of a cache; give a place of its own"

@@ -1,4 +1,4 @@
-"""What stage 1 has still to make, pass by pass, and where each of several processes begins."""
+"""What stage 1 has still to make, pass by pass, and which of it is next for each of several processes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from collections import defaultdict
 
 import numpy as np
 
+from cskd.machine.launch import Worker
 from cskd.storage.posix import Posix
 from cskd.store.cache import Cache
 
 _GOLDEN = (5**0.5 - 1) / 2
-Passes = list[tuple[int, tuple[int, ...]]]  # block, views
+_APART = 3  # passes from the beginning of a stretch that another process walks: as many as it may make meanwhile
+_BOLD = 0.5  # of the free processes that there are passes for, so many take one
+Pass = tuple[int, tuple[int, ...]]  # block, views
+Passes = list[Pass]
 
 
 def has_claims(cache: Cache) -> bool:
@@ -21,34 +25,72 @@ def has_claims(cache: Cache) -> bool:
 def missing_passes(cache: Cache, number: int = 0) -> Passes:
     """(block, views) of each pass: the missing views of one mixing group of one block, made from one decoding.
 
-    number: of this process among those that share the work. With claims, each begins one pass further on. Without, on an object
-    store, they begin far from one another, however many there are: at multiples of the golden section.
+    number: of this process among those that share the work; each begins one pass further on.
     """
     by_pass: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
     for block, view in cache.missing():
         by_pass[view // cache.recipe.mix_group, block].append(view)
     passes = [(block, tuple(views)) for (_, block), views in sorted(by_pass.items())]
-    begin = number % max(1, len(passes)) if has_claims(cache) else int(number * _GOLDEN % 1 * len(passes))
+    begin = number % max(1, len(passes))
     return passes[begin:] + passes[:begin]
 
 
-def elsewhere(cache: Cache, passes: Passes) -> tuple[Passes, bool]:
-    """The same passes for a process that has come to what another one makes, and whether each may be under way already.
+class Walk:
+    """The way of one process through the passes where there are no claims, on an object store.
 
-    The others are at the beginnings of stretches of missing passes, and walk on. So this one begins within a long stretch, at a
-    place that no other would choose. A pass that is missing alone is most likely being made.
+    Its first stretch is its share, each `count`-th pass, where nobody else is. Where nobody says how many processes there are, it
+    begins far from the others: at a multiple of the golden section. Later on it is a guest in what is left: the others are at the
+    beginnings of stretches of missing passes, and walk on, so it begins within a long one, at a place that no other would choose,
+    and goes to its end. Where too little is left for all who are free, chance decides who waits; what is still missing when it
+    looks again has most likely been left by a process that has died.
     """
-    group = cache.recipe.mix_group
-    place = np.array([views[0] // group * cache.blocks + block for block, views in passes], np.int64)
-    first = np.flatnonzero(np.diff(place, prepend=-2) != 1)
-    length = np.diff(first, append=len(passes))
-    longest = int(length.max(initial=0))
-    if longest == 0:
-        return [], False
-    rng = np.random.default_rng()
-    i = int(rng.choice(np.flatnonzero(2 * length >= longest)))
-    begin = int(first[i]) + int(length[i] * rng.uniform(0.35, 0.75))
-    return passes[begin:] + passes[:begin], longest == 1
+
+    def __init__(self, cache: Cache, worker: Worker) -> None:
+        self._cache, self._worker, self._guest = cache, worker, False
+        self._seen: set[Pass] = set()  # that were missing when it last waited, its own since taken out
+        self._alone = 1.0  # doubled whenever nobody else has made anything while it waited
+        self._rng = np.random.default_rng()
+
+    def following(self) -> Passes | None:
+        """What is next; none where nothing is missing. None: wait for the time of a pass or two, and ask again."""
+        passes, count = missing_passes(self._cache), self._worker.count or 1
+        if not self._guest:
+            self._guest = True
+            if mine := self._share(passes):
+                return mine
+        if not passes:
+            return []
+        place = np.array([self._place(one) for one in passes], np.int64)
+        place = place % count * (place.max() + 2) + place // count  # share after share
+        line = np.argsort(place)
+        first = np.flatnonzero(np.diff(place[line], prepend=-2) != 1)
+        length = np.diff(first, append=len(passes))
+        free = np.maximum(length - _APART, 0)
+        idle = max(1, self._worker.count - len(first))
+        if self._rng.random() < _BOLD * free.sum() / idle:
+            free[2 * length < length.max()] = 0
+            i = int(self._rng.choice(len(free), p=free / free.sum()))
+            within = max(_APART, int(length[i] * self._rng.uniform(0.3, 0.8)))
+            return [passes[line[k]] for k in range(first[i] + within, first[i] + length[i])]
+        left = [one for one in passes if one in self._seen]
+        self._alone = 2 * self._alone if self._seen and len(left) == len(self._seen) else 1.0
+        if left and self._rng.random() < self._alone * len(left) / idle:
+            taken = left[self._rng.integers(len(left))]
+            self._seen = {*left} - {taken}
+            return [taken]
+        self._seen = set(passes)
+        return None
+
+    def _share(self, passes: Passes) -> Passes:
+        number, count = self._worker.number, self._worker.count
+        if count:
+            return [one for one in passes if self._place(one) % count == number % count]
+        begin = int(number * _GOLDEN % 1 * len(passes))
+        return passes[begin:] + passes[:begin]
+
+    def _place(self, one: Pass) -> int:
+        """Of a pass among all of the cache."""
+        return one[1][0] // self._cache.recipe.mix_group * self._cache.blocks + one[0]
 
 
 def views_left(cache: Cache) -> int:

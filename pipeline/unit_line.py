@@ -31,9 +31,10 @@ from cskd.config import Config
 from cskd.files.claims import Claims, NoClaims
 from cskd.loading.feed import DeviceBatch
 from cskd.loading.stage1 import Chunk, ChunkViews, chunks
+from cskd.machine.launch import Worker
 from cskd.machine.side_stream import to_device
 from cskd.machine.threads import Threads
-from cskd.pipeline.passes import Passes, elsewhere, has_claims, missing_passes
+from cskd.pipeline.passes import Passes, Walk, has_claims, missing_passes
 from cskd.pipeline.show.progress import Pool, duration, say
 from cskd.store.cache import Cache
 from cskd.store.draft import Rows, read_drafts, remove_drafts, write_draft
@@ -45,7 +46,9 @@ from cskd.teacher.stages import taken
 from cskd.views.mix_pixels import mix_pixels
 from cskd.views.mixing import quads
 
-PATIENCE = 60.0  # seconds that are waited at most for a pass of another process
+PATIENCE = 600.0  # seconds that are waited at most for a pass of another process
+WAIT = 1.5  # passes of this process; another one may be slower
+UNKNOWN = 40.0  # seconds of a pass, where this process has made none yet
 
 
 @contextlib.contextmanager
@@ -146,6 +149,7 @@ class UnitLine:
         self.images = self.units = 0  # whose targets are in, and committed
         self.unreadable = 0  # of the images
         self.met = False  # without claims: what another process makes was next
+        self._walk: Walk | None = None
         self.wasted = 0  # units that another process had made meanwhile
         self.restored = 0  # views that a run before had made of passes it did not finish
         self._saved = time.monotonic()  # when the latest pass or draft was handed to a writer
@@ -172,18 +176,15 @@ class UnitLine:
             Pool.of(self._writers, self._seconds, "write"),
         ]
 
-    def missing(self, number: int) -> Passes:
-        """What is left to make, in the order of this process, see `missing_passes`."""
-        passes = missing_passes(self._cache, number)
-        if not self.met:
-            return passes
-        self.met = False
-        passes, under_way = elsewhere(
-            self._cache, sorted(passes, key=lambda p: (p[1][0] // self._cache.recipe.mix_group, p[0]))
-        )
-        if under_way:  # a pass's time, in which others finish it, unless they have died
-            time.sleep(min(PATIENCE, self.seconds / max(1, self.units) * len(passes[0][1])))
-            passes, _ = elsewhere(self._cache, missing_passes(self._cache))
+    def missing(self, worker: Worker) -> Passes:
+        """What is left to make, in the order of this process: see `missing_passes`, and `Walk` where there are no claims."""
+        if has_claims(self._cache):
+            return missing_passes(self._cache, worker.number)
+        self.met, self._walk = False, self._walk or Walk(self._cache, worker)
+        while (passes := self._walk.following()) is None:
+            views = self._cache.inventory.n / self._cache.blocks * self._cache.recipe.mix_group
+            one = self.seconds / self.images * views if self.images else UNKNOWN
+            time.sleep(min(PATIENCE, max(1.0, WAIT * one)))
         return passes
 
     def group_of(self, views: Sequence[int]) -> int:

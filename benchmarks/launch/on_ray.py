@@ -18,7 +18,11 @@ NAME = "Ray"
 
 
 # For a machine that is busy: seconds that Ray waits for its processes, and no killing of them when memory is short
-_PATIENT = {"RAY_worker_register_timeout_seconds": "600", "RAY_memory_monitor_refresh_ms": "0"}
+_PATIENT = {
+    "RAY_worker_register_timeout_seconds": "600",
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_worker_niceness": "0",  # its default of 15 leaves them nothing next to other work
+}
 
 
 def missing() -> str:

@@ -12,6 +12,7 @@ DEVICE_OF = "CSKD_DEVICE_OF"  # '1/4' in the second of four processes of `cskd c
 WORKER = (
     "CSKD_WORKER"  # the number of a process that shares stage 1, from a launcher that has no variable of its own for it
 )
+WORKERS = "CSKD_WORKERS"  # how many of them there are
 _NUMBERS = (WORKER, "SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX")
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", DEVICE_OF)
 _AGENT_PORT = 29400  # torchrun's own default of --rdzv-endpoint
@@ -58,25 +59,48 @@ def launched(environ: Mapping[str, str] = os.environ) -> Launch:
     return Launch()
 
 
-def worker_number(environ: Mapping[str, str] = os.environ) -> int:
+@dataclass(frozen=True)
+class Worker:
+    """A process that shares some work: `number` of `count`, 0 where nobody says how many there are."""
+
+    number: int = 0
+    count: int = 0
+
+
+def worker(environ: Mapping[str, str] = os.environ) -> Worker:
     """Which of the processes that share some work this one is, as whoever started them says: torchrun, srun, an array of SLURM,
-    an indexed job of Kubernetes, and on each machine --devices. 0 where nobody says; several may then have the same one."""
+    an indexed job of Kubernetes, and on each machine --devices. Number 0 where nobody says; several may then have the same one.
+
+    An indexed job does not say how many its pods are; `cskd launch` gives them CSKD_WORKERS.
+    """
+
+    def number(name: str, default: int = -1) -> int:
+        value = environ.get(name, "")
+        return int(value) if value.isascii() and value.isdigit() else default
+
     launch = launched(environ)
     if launch.by == "--devices":
         outer = {name: value for name, value in environ.items() if name != DEVICE_OF}
-        return worker_number(outer) * launch.count + launch.rank
+        alone = not launched(outer).by and not any(name in outer for name in _NUMBERS)
+        of = Worker(0, 1) if alone else worker(outer)
+        return Worker(of.number * launch.count + launch.rank, of.count * launch.count)
     if launch.by:
-        return launch.rank
-    for name in _NUMBERS:
-        if (value := environ.get(name, "")).isascii() and value.isdigit():
-            return int(value)
-    return 0
+        return Worker(launch.rank, launch.count)
+    name = next((name for name in _NUMBERS if number(name) >= 0), "")
+    if not name:
+        return Worker()
+    found, count = number(name), number(WORKERS, 0)
+    if name == "SLURM_ARRAY_TASK_ID" and (tasks := number("SLURM_ARRAY_TASK_COUNT", 0)):
+        first, step = number("SLURM_ARRAY_TASK_MIN", 0), max(1, number("SLURM_ARRAY_TASK_STEP", 1))
+        if 0 <= (found - first) // step < tasks and (found - first) % step == 0:  # else a list with gaps
+            return Worker((found - first) // step, tasks)
+    return Worker(found, count if found < count else 0)
 
 
 def without_launch(environ: MutableMapping[str, str]) -> None:
     """Forget whoever started this process: it is part of something else, such as a Ray cluster that srun started."""
     for name in [*environ]:
-        if name in _TORCHRUN or name.startswith("SLURM_STEP_") or name in _NUMBERS:
+        if name in _TORCHRUN or name.startswith("SLURM_STEP_") or name in (*_NUMBERS, WORKERS):
             del environ[name]
 
 

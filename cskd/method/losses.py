@@ -11,7 +11,7 @@ Source: arXiv 2307.08500, section 3; DeiT, arXiv 2012.12877, section 4.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -37,6 +37,15 @@ class StudentOutput(NamedTuple):
     projected: Mapping[str, Tensor] | None = None  # by name of a term of features, see `cskd.student.projections`
     token_logits: Mapping[str, Tensor] | None = None  # [B, K] each, by names of `student.tokens`; None without them
     blocks: Mapping[int, Tensor] | None = None  # [B, H, W, C] of each block that was asked for, before the final norm
+
+
+def output_tensors(output: object) -> Iterator[Tensor]:
+    """All of what a student gives, a `StudentOutput` or a part of one."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | tuple):
+        for one in output.values() if isinstance(output, Mapping) else output:
+            yield from output_tensors(one)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -123,6 +124,10 @@ def own_terms(config: LossConfig) -> list[OwnTerm]:
             raise ConfigError(
                 f"loss.terms: {term.own!r} is {what}, expected path/to/file.py:function or package.module:function"
             )
+        if not _takes(code.value, 3):
+            raise ConfigError(
+                f"loss.terms: {term.own!r} can't be called with (output, labels, targets); mend its arguments"
+            )
         heads = tuple(getattr(code.value, "heads", ()))
         if wrong := [head for head in heads if head not in HEADS and not str(head).startswith(TOKEN)]:
             raise ConfigError(
@@ -130,6 +135,17 @@ def own_terms(config: LossConfig) -> list[OwnTerm]:
             )
         found.append(OwnTerm(term.title, code.where, code.sha256, code.value, heads))
     return found
+
+
+def _takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether a function can be called with so many values; one that states nothing of its arguments is believed."""
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
 
 
 def terms_of(config: LossConfig) -> tuple[str, ...]:

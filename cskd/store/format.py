@@ -86,6 +86,7 @@ SEAL = "sealed.json"
 INDEX = "index.jsonl.zst"
 INVENTORY = "inventory"
 TABLES = "codecs"
+PROBE = ".cskd-probe-"  # and a number: an object that is written to try a store, and taken away again
 # All of a cache's folder.
 OWN_NAMES = (MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, INDEX, INVENTORY, TABLES, PINS, "units", "commits", "claims")
 

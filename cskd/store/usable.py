@@ -39,3 +39,9 @@ def usable_views(cache: Cache, wanted: int) -> int:
             f"finish it with `cskd cache-teacher {cache.path(RESOLVED)}`{instead}"
         )
     return views
+
+
+def refuse_no_classes(cache: Cache, cure: str) -> None:
+    """CacheError for a cache without targets of classes, where these are wanted. cure: what to do instead."""
+    if not any(codec.has_classes for codec in cache.codecs.values()):
+        raise CacheError(f"{cache.location} holds features alone, since its teacher has no classifier; {cure}")

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cskd.errors import TeacherError, one_line
+from cskd.errors import TeacherError, counted, one_line
 from cskd.teacher.heads import Head
 from cskd.teacher.pooling import find_pooling
 
@@ -126,16 +126,17 @@ def _late_norm(model: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _layout(model: Any, tokens: int, x: Tensor) -> tuple[int, tuple[int, int]]:
-    """How many tokens stand before the cells, and the cells' rows and columns, which are to each other as H and W are."""
+    """How many tokens stand before the cells, and the cells' rows and columns, which are to each other as H and W are. One token alone
+    is no cell: it stands for the image, as the class tokens that are all PiT's features."""
     stated, (H, W) = getattr(model, "num_prefix_tokens", None), x.shape[2:]
     for prefix in [stated] if isinstance(stated, int) else range(MOST_PREFIX + 1):
         side = math.isqrt(max(0, tokens - prefix) * H // W)
         for h in (side, side + 1):
             w = (tokens - prefix) // h if h else 0
-            if h * w == tokens - prefix > 0 and abs(w * H - h * W) < max(H, W):
+            if h * w == tokens - prefix > 1 and abs(w * H - h * W) < max(H, W):
                 return prefix, (h, w)
     raise TeacherError(
-        f"the teacher gives {tokens} tokens for {H} x {W} pixels, which are no grid of rows and columns"
+        f"the teacher gives {counted(tokens, 'token')} for {H} x {W} pixels: no grid of rows and columns"
         f"{f' after {stated} others' if stated else ''}; take another teacher, docs/TEACHERS.md lists some"
     )
 

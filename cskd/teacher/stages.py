@@ -89,16 +89,18 @@ class Stages:
         """Let go of the numbers of all modules that a forward up to these stages does not enter: after that `seen` must be asked for
         these `alone`. Returns: how many numbers of parameters and buffers are left, and how many there were."""
         self.watch(names)  # which runs all of it
-        entered = set[nn.Module]()
+        entered, used = set[nn.Module](), {part for name in names for part in stage_of(self.model, name).modules()}
         every = _numbers(self.model)
         handles = [m.register_forward_pre_hook(lambda module, _: entered.add(module)) for m in self.model.modules()]
+        # A module that came to its end may have read numbers of parts that it did not call, as torch's attention does.
+        handles += [m.register_forward_hook(lambda m, *_: used.update(m.modules())) for m in self.model.modules()]
         try:
             with self.seen(names, alone=True) as before:
                 self.run()
         finally:
             for handle in handles:
                 handle.remove()
-        idle = [m for m in self.model.modules() if entered.isdisjoint(m.modules())]
+        idle = [m for m in self.model.modules() if m not in used and entered.isdisjoint(m.modules())]
         kept = {id(t) for m in self.model.modules() if m not in idle for t in _own(m).values()}
         for module in idle:
             for name, tensor in _own(module).items():

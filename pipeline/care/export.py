@@ -41,7 +41,7 @@ from cskd.store.sidecar import ShardKeys, Sidecars, sidecar_name
 from cskd.store.tables import copy_tables
 from cskd.store.tars import write_tar
 from cskd.store.unit import content_hash
-from cskd.store.usable import refuse_other_code
+from cskd.store.usable import refuse_no_classes, refuse_other_code
 
 FACTS, SUMS = "export.json", "SHA256SUMS"
 POLL_WAIT = 2.0  # seconds between two looks at what other processes are making
@@ -114,6 +114,7 @@ def export_targets(
     """
     begun = time.perf_counter()
     cache = open_cache(path, data=data)
+    refuse_no_classes(cache, "--container webdataset copies its units as they are")
     cells = cache.codecs[cache.hard_codec].cells
     if blends is None:
         blends = (1.0, 0.5, 0.0) if cells else (0.0,)

@@ -19,7 +19,7 @@ from cskd.storage import Stat, Storage
 from cskd.storage.posix import Posix
 from cskd.store.cache import open_cache
 from cskd.store.commit import read_commits, record_names
-from cskd.store.format import TABLES
+from cskd.store.format import PROBE, TABLES
 from cskd.store.tables import COPIES, tables_file
 
 LEFT = (
@@ -102,7 +102,7 @@ def _left_over(root: Path) -> Iterator[Stat]:
 def _unnamed(storage: Storage) -> Iterator[Stat]:
     """The same of an object store: files of units and tables, and what probes leave."""
     for about in sorted(storage.list(), key=lambda about: about.key):
-        if about.key.startswith(("units/", f"{TABLES}/", ".cskd-probe-")):
+        if about.key.startswith(("units/", f"{TABLES}/", PROBE)):
             yield about
 
 

@@ -14,6 +14,7 @@ import yaml
 
 from cskd.config.load import config_text
 from cskd.errors import counted
+from cskd.machine.launch import WORKERS
 from cskd.pipeline.launch.job import Job
 from cskd.pipeline.launch.options import merge
 from cskd.pipeline.launch.slurm import SUBMIT
@@ -103,16 +104,14 @@ def _job(job: Job, stage: int) -> dict[str, Any]:
         {"name": f"volume{i}", "persistentVolumeClaim": {"claimName": claim}}
         for i, (claim, _) in enumerate(options.volumes)
     ]
+    count = {WORKERS: str(pods)} if stage == 1 else {}  # which no pod of an indexed job can tell by itself
+    variables = {**count, **options.variables}
     container = {
         "name": name,
         "image": options.image,
         "command": [text.replace("$", "$$") for text in _command(job, stage)],  # $(NAME) would be a variable's value
         "workingDir": options.volumes[0][1],
-        **(
-            {"env": [{"name": n, "value": v.replace("$", "$$")} for n, v in options.variables.items()]}
-            if options.env
-            else {}
-        ),
+        **({"env": [{"name": n, "value": v.replace("$", "$$")} for n, v in variables.items()]} if variables else {}),
         "resources": _resources(job, stage),
         "volumeMounts": [
             *mounts,

@@ -32,6 +32,11 @@ _FILES: dict[Cluster, Callable[[Job], dict[str, str]]] = {
     "k8s": kubernetes.files,
     "ray": ray_text.files,
 }
+_NOTES: dict[Cluster, Callable[[Job], list[str]]] = {
+    "slurm": slurm.notes,
+    "k8s": kubernetes.notes,
+    "ray": lambda job: job.local_note(files=False),
+}
 _PROGRAMS = {"slurm": "sbatch", "k8s": "kubectl", "ray": "ray"}
 _WHERE = {"slurm": "a login node", "k8s": "a machine with kubectl", "ray": "a machine of the cluster"}
 
@@ -70,7 +75,7 @@ def launch(
             f"this machine has no {_PROGRAMS[cluster]}; leave --submit out, and run submit.sh on {_WHERE[cluster]}"
         )
     job = _job(config, overrides, output, options)
-    notes = kubernetes.notes(job) if cluster == "k8s" else job.local_note(files=cluster == "slurm")
+    notes = _NOTES[cluster](job)
     files = {str(job.output / name): text for name, text in _FILES[cluster](job).items()}
     if not dry_run:
         _write(job, files, force, logs=cluster == "slurm")

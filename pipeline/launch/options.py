@@ -15,7 +15,8 @@ from cskd.errors import ConfigError
 
 Cluster = Literal["slurm", "k8s", "ray"]
 
-_NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")  # RFC 1123, which Kubernetes asks for
+_NAME = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")  # RFC 1035, which Kubernetes asks for of a Service
+_NAMESPACE = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")  # RFC 1123
 _NAME_MOST = 40  # characters: -stage1-0-abcde comes after it, and a host has 63
 _TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d\d?(:\d\d){0,2}")  # sbatch(1), --time
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -116,10 +117,10 @@ class Options:
                     )
         for word, value, form, expected in (
             *(
-                ("--name", self.name, _NAME, "lower-case letters, digits and -"),
+                ("--name", self.name, _NAME, "lower-case letters, digits and -, a letter first"),
                 ("--time", self.time, _TIME, "1-12:00:00"),
             ),
-            ("--namespace", self.namespace, _NAME, "lower-case letters, digits and -"),
+            ("--namespace", self.namespace, _NAMESPACE, "lower-case letters, digits and -"),
             *(("--volume", text, _VOLUME, "CLAIM:/PATH") for text in self.volume or []),
             *(("--env", text.partition("=")[0], _VARIABLE, "NAME=VALUE") for text in self.env or []),
         ):
@@ -170,7 +171,8 @@ def merge(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 
 def name_of(config: str) -> str:
     """A job's name from that of a config's file."""
-    return re.sub(r"[^a-z0-9]+", "-", config.lower())[:_NAME_MOST].strip("-") or "cskd"
+    name = re.sub(r"[^a-z0-9]+", "-", config.lower()).strip("-") or "cskd"
+    return (name if name[0].isalpha() else f"cskd-{name}")[:_NAME_MOST].rstrip("-")
 
 
 def takes(fields_of: type[Any], option: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:

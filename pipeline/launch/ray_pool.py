@@ -23,7 +23,7 @@ from cskd.config import load_config
 from cskd.config.load import config_text
 from cskd.errors import ConfigError, CskdError, fitted, one_line, said
 from cskd.machine.ending import logged
-from cskd.machine.launch import WORKER, launched, without_launch
+from cskd.machine.launch import WORKER, WORKERS, launched, without_launch
 from cskd.pipeline.cache_teacher import CacheReport, cache_teacher
 from cskd.pipeline.show.progress import Progress, say
 
@@ -65,7 +65,7 @@ class Pool:
         board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Board).remote()
         actor = ray.remote(**self._options(), max_restarts=self.retries, max_task_retries=self.retries)(_Worker)
         text = config_text(self.config)
-        actors = [actor.remote(number, self.folder) for number in range(self.actors)]
+        actors = [actor.remote(number, self.actors, self.folder) for number in range(self.actors)]
         calls = {one.work.remote(text, self.sets, board): number for number, one in enumerate(actors)}
         reports: list[CacheReport] = []
         lost: list[str] = []
@@ -164,11 +164,12 @@ class Pool:
         return {name: value for name, value in {**bundle, **options.get("resources", {})}.items() if value}
 
     def _torchrun(self, endpoint: str) -> list[str]:
+        """Its options, of which there are none where one process does."""
         ranks = max(1, self.gpus)
         if self.actors * ranks == 1:
             return []
-        run = ["torchrun", "--nnodes", str(self.actors), "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d"]
-        return [*run, "--rdzv-id", "cskd", "--rdzv-endpoint", endpoint, "--no-python"]
+        run = ["--nnodes", str(self.actors), "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d"]
+        return [*run, "--rdzv-id", "cskd", "--rdzv-endpoint", endpoint]
 
 
 class _Board:
@@ -189,10 +190,10 @@ class _Board:
 class _Worker:
     """Stage 1 in this process, from the place of its number on."""
 
-    def __init__(self, number: int, folder: str) -> None:
+    def __init__(self, number: int, count: int, folder: str) -> None:
         os.chdir(folder)
         without_launch(os.environ)
-        os.environ[WORKER] = str(number)
+        os.environ |= {WORKER: str(number), WORKERS: str(count)}
         self._number = number
 
     def work(self, text: str, sets: list[str], board: Any) -> tuple[str, Any]:
@@ -232,12 +233,21 @@ class _Node:
 
     def train(self, text: str, sets: list[str], launcher: list[str]) -> int:
         """Its exit code."""
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         # It ends with this actor, whatever ends that.
         bound = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
         with _file(text) as config:
-            command = [*bound, *launcher, "cskd", "train", config, *(word for text in sets for word in ("--set", text))]
-            return subprocess.run(command, env=os.environ | {"PATH": path}).returncode
+            # By modules of the actor's Python: the programs of an environment need not be on PATH, nor in its folder.
+            run = [sys.executable, "-m", "torch.distributed.run", *launcher] if launcher else [sys.executable]
+            command = [
+                *bound,
+                *run,
+                "-m",
+                "cskd",
+                "train",
+                config,
+                *(word for text in sets for word in ("--set", text)),
+            ]
+            return subprocess.run(command, env=os.environ | {"PYTHONSAFEPATH": "1"}).returncode  # as a program has it
 
 
 @contextlib.contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +64,15 @@ def files(job: Job) -> dict[str, str]:
     """The text of each file, by its name."""
     made = {f"stage{stage}.sbatch": _script(job, stage) for stage in job.stages}
     return {**made, SUBMIT: _submit(job)}
+
+
+def notes(job: Job) -> list[str]:
+    """Of what other nodes do not see, and of programs that the scripts call and that are not here."""
+    called = {word for stage in job.stages for word in (job.command(1) if stage == 1 else job.torchrun([]))[:1]}
+    where = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    gone = [] if job.options.image else sorted(word for word in called if not shutil.which(word, path=where))
+    lacks = f"no {' and no '.join(gone)} next to {sys.executable} or on PATH, and the scripts call it; install it there, or give --setup"
+    return [*job.local_note(), *([lacks] if gone else [])]
 
 
 def _script(job: Job, stage: int) -> str:

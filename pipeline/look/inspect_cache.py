@@ -50,6 +50,7 @@ from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import Commit
 from cskd.store.format import MANIFEST_FORMATS, Unit
 from cskd.store.seal import read_seal
+from cskd.store.usable import refuse_no_classes
 from cskd.teacher.arithmetic import BLENDS, in_words
 from cskd.views.mixing import NONE
 
@@ -90,6 +91,8 @@ def inspect(
     if html is not None:
         refuse_file(html, "--html")
     opened = open_cache(cache, data)
+    if not all(option is None for option in (sample, samples, png, html, student)):
+        refuse_no_classes(opened, "leave --sample, --samples, --png, --html and --student out")
     asked = quantise_blend(
         (0.5 if student is None else 1.0) if blend is None else blend
     )  # refuses before any work is done

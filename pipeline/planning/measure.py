@@ -202,6 +202,7 @@ def codec_sizes(cache: Cache, teacher: Teacher, maker: ViewMaker, views: int, ch
     fields: Arrays = {name: unit.fields[name][:rows] for name in UNIT_FIELDS}
     names = {name: dims for name, (_, dims) in UNIT_FIELDS.items()}
     here = list(cache.codecs)
+    asked = {get_codec(name, len(cache.classes), cache.grid).name for name in chosen}
     sizes: list[CodecSize] = []
     for name in dict.fromkeys([*here, *CODECS, *_smaller(cache)]):
         try:
@@ -218,7 +219,9 @@ def codec_sizes(cache: Cache, teacher: Teacher, maker: ViewMaker, views: int, ch
         alone = _growth(fields, {}, codec, names, rows)
         off = measure(codec, whole, outputs, rows) if isinstance(codec, StageCodec) else None
         lost = off.lost if isinstance(off, MeasuredMap) else None
-        sizes.append(CodecSize(codec.name, growth - alone, growth, codec.exact_hard, codec.soft, name in here, lost))
+        sizes.append(
+            CodecSize(codec.name, growth - alone, growth, codec.exact_hard, codec.soft, codec.name in asked, lost)
+        )
     return sizes
 
 

@@ -51,6 +51,7 @@ from cskd.pipeline.precheck import PLANNED, refuse
 from cskd.pipeline.setup import Setup, device_of, training_images
 from cskd.pipeline.show.progress import Notes, print_lines
 from cskd.storage.node_cache import use_node_cache
+from cskd.store.cache import open_cache
 from cskd.store.manifest import has_cache
 from cskd.teacher.model import Teacher, load_teacher
 from cskd.views.maker import ViewMaker
@@ -154,6 +155,10 @@ def _plan(
         chosen = live or load_teacher(config.teacher, data.classes, student_device, config.recipe.size)
         return replace(chosen, batch=min(chosen.batch, batch))
 
+    if config.train.caches:
+        notes.add(
+            ["train.caches: reading each is taken to cost what reading cache.path costs; making them is not counted"]
+        )
     usable = stage1.views_done // config.train.repeats * config.train.repeats
     small = replace(small, train=small_train(small.train, batch, folder / "run", usable))
     with explained(student_device, nothing_to_lower("train.device")):
@@ -235,12 +240,15 @@ def _small(config: Config, data: DataFacts, count: int, folder: Path) -> tuple[C
     if data.val is not None:
         sample = copied(data.val, VAL_IMAGES)
         val = str(write_sample(folder / "val", sample, data.classes)[0].root)
-    views = 1000 * config.recipe.mix_group
+    views, path = 1000 * config.recipe.mix_group, str(folder / "cache")
+    others = [open_cache(other, images=False) for other in config.train.caches.values() if has_cache(other)]
+    codecs = [*config.cache.codecs, *(name for one in others for name in one.manifest.config["cache"]["codecs"])]
     return replace(
         config,
         data=replace(config.data, train=str(inventory.root), val=val),
-        cache=replace(config.cache, path=str(folder / "cache"), views=views, max_quarantine=1.0),
-        train=replace(config.train, output=str(folder / "run")),
+        cache=replace(config.cache, path=path, views=views, max_quarantine=1.0, codecs=list(dict.fromkeys(codecs))),
+        # The other caches hold nothing of the sample: the one that is made stands for each, as large as it is.
+        train=replace(config.train, output=str(folder / "run"), caches=dict.fromkeys(config.train.caches, path)),
     ), reading
 
 

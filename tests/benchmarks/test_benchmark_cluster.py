@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cluster import UNITS, Facts, Found, all_tables, count, figures
-from benchmarks.cluster_counts import wasted_passes
 from benchmarks.marked import fill
+from benchmarks.stage1_waste import simulated
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "SCALE.md"
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return count(tmp_path_factory.mktemp("cluster"), [(2, 4)], blocks=2, block=512)
+    return count(tmp_path_factory.mktemp("cluster"), [(2, 4)], blocks=2, block=512, passes=300)
 
 
 def test_each_node_reads_a_unit_once_and_each_of_its_ranks_a_share(found: Found) -> None:
@@ -43,8 +43,9 @@ def test_the_page_asks_for_tables_that_there_are_and_holds_64_ranks_to_9_gb(foun
     assert row is not None and float(row[1]) <= 9
 
 
-@pytest.mark.parametrize("workers", [1, 8, 64])
-def test_claims_waste_no_pass_and_offset_starts_a_few_for_each_worker(workers: int) -> None:
-    assert wasted_passes(1570, workers, claims=True)[0] == 0
-    twice, last = wasted_passes(1570, workers, claims=False)
-    assert (workers > 1) <= twice <= 8 * workers and last >= 0.9 * 1570 / workers
+@pytest.mark.parametrize(("workers", "known", "absent"), [(1, True, 0), (8, True, 0), (8, False, 0), (8, True, 6)])
+def test_workers_without_claims_waste_about_a_pass_each_and_finish_what_others_left(
+    workers: int, known: bool, absent: int
+) -> None:
+    waste = simulated(workers, 200, known, 0.1, absent=absent)
+    assert waste.twice <= 2 and 1 <= waste.seconds < 1.6 and (workers > 1 or not waste.twice)

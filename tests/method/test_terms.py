@@ -13,7 +13,7 @@ from cskd.config import LossConfig, from_dict, load_config
 from cskd.config.schema import LossTerm
 from cskd.errors import ConfigError
 from cskd.method.losses import BothTargets, DistillationLoss, HardTargets, MixedLabels, SoftTargets, StudentOutput
-from cskd.method.terms import expanded, needs, read_heads, refuse_gaps, trained_heads, unread_keys
+from cskd.method.terms import expanded, needs, own_terms, read_heads, refuse_gaps, trained_heads, unread_keys
 
 B, K, H, W = 5, 7, 2, 3
 Array = NDArray[np.float64]
@@ -236,3 +236,13 @@ def test_which_heads_a_loss_with_tokens_trains() -> None:
     of_mean = LossConfig("terms", terms=[term("mean", "label")])
     assert trained_heads(of_mean, False, ["a", "b"]) == ("class", "token:a", "token:b")
     assert trained_heads(of_mean, False) == ("class",)
+
+
+@pytest.mark.parametrize(
+    "arguments", ["output, labels", "output, labels, targets, epoch", "*, output, labels, targets"]
+)
+def test_a_term_of_ones_own_that_can_not_be_called_is_refused(tmp_path: Path, arguments: str) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(f"def t({arguments}):\n    return 0\n")
+    with pytest.raises(ConfigError, match=r"own.py:t' can't be called with \(output, labels, targets\)"):
+        own_terms(LossConfig("terms", terms=[term(own=f"{file}:t")]))

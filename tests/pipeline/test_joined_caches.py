@@ -25,6 +25,7 @@ from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.evaluate import evaluate_checkpoint
 from cskd.pipeline.look.check_config import check_config
 from cskd.pipeline.look.inspect_cache import inspect
+from cskd.pipeline.planning.plan import plan
 from cskd.pipeline.setup import open_cached
 from cskd.pipeline.train import train
 from cskd.student import eval_heads
@@ -226,3 +227,10 @@ def test_check_says_that_a_cache_lacks_what_a_term_reads(base: Path, tmp_path: P
     (tmp_path / "c.yaml").write_text(to_yaml(made))
     report = check_config(tmp_path / "c.yaml")
     assert not report.ok and "needs the teacher's logits and" in str(report)
+
+
+@pytest.mark.slow
+def test_a_plan_takes_the_cache_it_makes_for_each_of_the_others(base: Path) -> None:
+    report = plan(settings(base, train={"epochs": 3}), seconds=0.2, quiet=True)
+    assert [size.codec for size in report.codecs if size.chosen] == ["envelope"]
+    assert any(note.startswith("train.caches: reading each") for note in report.notes)

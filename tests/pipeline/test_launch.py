@@ -18,7 +18,7 @@ import yaml
 
 from cskd import cli
 from cskd.errors import ConfigError, CskdError, PathError
-from cskd.machine.launch import WORKER, launched, without_launch, worker_number
+from cskd.machine.launch import WORKER, launched, without_launch, worker
 from cskd.pipeline.launch import job as launch_job
 from cskd.pipeline.launch.launch import LaunchReport, launch
 from cskd.pipeline.launch.options import Cluster, Options, merge, name_of
@@ -199,7 +199,7 @@ def test_an_indexed_job_has_the_config_and_the_words_of_the_command_and_no_shell
         "--devices",
         "all",
     ]
-    assert container["env"] == [{"name": "A", "value": "$$(B) $$C"}]
+    assert container["env"] == [{"name": "CSKD_WORKERS", "value": "5"}, {"name": "A", "value": "$$(B) $$C"}]
     assert container["resources"]["limits"] == {"memory": "16Gi", "nvidia.com/gpu": 2}
     assert container["resources"]["requests"] == {"cpu": "16", "memory": "16Gi"}
 
@@ -268,6 +268,7 @@ def test_what_is_there_already_is_kept_unless_force_is_given(work: Path) -> None
         ("ray", Options(extra=["#SBATCH -x"]), "is no mapping in YAML"),
         ("ray", Options(gpus=2), "an actor of Ray has one GPU"),
         ("slurm", Options(name="A b"), "expected lower-case letters"),
+        ("k8s", replace(IN_PODS, name="2024"), "a letter first"),
         ("slurm", Options(name="a" * 41), "expected at most 40"),
         ("slurm", Options(time="soon"), "expected 1-12:00:00"),
         ("slurm", Options(env=["1A=x"]), "expected NAME=VALUE"),
@@ -309,6 +310,26 @@ def test_stage_1_is_written_only_where_there_is_one(work: Path) -> None:
     assert "dependency" not in shown("slurm", Options(only="stage1")).files[str(work / "out/submit.sh")]
 
 
+@pytest.mark.parametrize(
+    ("options", "gone"),
+    [
+        (Options(nodes=2), "no torchrun next to"),
+        (Options(gpus=2), "no torchrun next to"),
+        (Options(gpus=0), ""),
+        (Options(only="stage1"), ""),
+        (Options(nodes=2, image="x.sif"), ""),
+    ],
+)
+def test_a_program_that_the_scripts_call_and_that_is_not_here_is_noted(
+    work: Path, monkeypatch: pytest.MonkeyPatch, options: Options, gone: str
+) -> None:
+    assert not [note for note in shown("slurm", options).notes if "the scripts call it" in note]
+    (work / "bin/torchrun").unlink()
+    monkeypatch.setenv("PATH", str(work / "none"))
+    found = [note for note in shown("slurm", options).notes if "the scripts call it" in note]
+    assert bool(found) == bool(gone) and all(gone in note for note in found)
+
+
 def test_what_other_nodes_do_not_see_is_noted(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = "1 1 0:1 / / rw - {} none rw\n"
     monkeypatch.setattr(launch_job, "mounts", lambda: line.format("ext4"))
@@ -342,7 +363,7 @@ def test_names_and_extras_are_made_of_what_is_given() -> None:
 
 
 def test_a_launcher_without_a_variable_of_its_own_gives_a_worker_its_number() -> None:
-    assert worker_number({WORKER: "5", "SLURM_ARRAY_TASK_ID": "1"}) == 5
+    assert worker({WORKER: "5", "SLURM_ARRAY_TASK_ID": "1"}).number == 5
     environ = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "RANK": "1", "WORLD_SIZE": "2", "PATH": "x"}
     without_launch(environ)
     assert environ == {"SLURM_PROCID": "3", "PATH": "x"} and launched(environ).count == 1

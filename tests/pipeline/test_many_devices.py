@@ -17,7 +17,7 @@ from cskd.config import to_yaml
 from cskd.errors import ConfigError, CskdError
 from cskd.files.read import parse_json
 from cskd.machine.devices import device_list
-from cskd.machine.launch import DEVICE_OF, launched, worker_number
+from cskd.machine.launch import DEVICE_OF, WORKERS, Worker, launched, worker
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.care.verify import verify
 from cskd.pipeline.many_devices import cache_teacher_on
@@ -71,20 +71,31 @@ def test_a_gpu_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
         device_list("cuda:1,2,1")
 
 
+def _array(number: int, first: int, step: int, count: int) -> dict[str, str]:
+    said = {"ID": number, "MIN": first, "STEP": step, "COUNT": count}
+    return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in said.items()}
+
+
 @pytest.mark.parametrize(
-    ("environ", "number"),
+    ("environ", "number", "count"),
     [
-        ({}, 0),
-        ({"WORLD_SIZE": "8", "RANK": "5", "LOCAL_WORLD_SIZE": "4"}, 5),
-        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_ARRAY_TASK_ID": "9"}, 3),
-        ({"SLURM_ARRAY_TASK_ID": "7"}, 7),
-        ({"JOB_COMPLETION_INDEX": "2"}, 2),
-        ({"JOB_COMPLETION_INDEX": "2", DEVICE_OF: "1/4"}, 9),
-        ({"SLURM_ARRAY_TASK_ID": "x", DEVICE_OF: "3/4"}, 3),
+        ({}, 0, 0),
+        ({DEVICE_OF: "1/4"}, 1, 4),
+        ({"WORLD_SIZE": "8", "RANK": "5", "LOCAL_WORLD_SIZE": "4"}, 5, 8),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_ARRAY_TASK_ID": "9"}, 3, 4),
+        ({"SLURM_ARRAY_TASK_ID": "7"}, 7, 0),
+        (_array(7, 1, 2, 8), 3, 8),
+        (_array(7, 1, 1, 3), 7, 0),  # --array=1,3,7
+        (_array(3, 0, 1, 8) | {DEVICE_OF: "1/4"}, 13, 32),
+        ({"JOB_COMPLETION_INDEX": "2"}, 2, 0),
+        ({"JOB_COMPLETION_INDEX": "2", WORKERS: "5"}, 2, 5),
+        ({"JOB_COMPLETION_INDEX": "5", WORKERS: "5"}, 5, 0),
+        ({"JOB_COMPLETION_INDEX": "2", DEVICE_OF: "1/4"}, 9, 0),
+        ({"SLURM_ARRAY_TASK_ID": "x", DEVICE_OF: "3/4"}, 3, 0),
     ],
 )
-def test_a_process_knows_its_number_from_whoever_started_it(environ: dict[str, str], number: int) -> None:
-    assert worker_number(environ) == number
+def test_a_process_knows_its_number_from_whoever_started_it(environ: dict[str, str], number: int, count: int) -> None:
+    assert worker(environ) == Worker(number, count)
     if DEVICE_OF in environ:
         launch = launched(environ)
         assert (launch.local_count, launch.speaks) == (4, False)

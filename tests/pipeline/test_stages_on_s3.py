@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,17 @@ import pytest
 
 from cskd.config import Config
 from cskd.errors import CacheError, CskdError, PathError
+from cskd.machine.launch import Worker
 from cskd.pipeline import outputs, unit_line
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.care.repair import repair
 from cskd.pipeline.care.verify import verify
-from cskd.pipeline.passes import elsewhere, missing_passes
+from cskd.pipeline.passes import Walk
 from cskd.pipeline.train import train
 from cskd.storage import open_storage
 from cskd.storage.objects import Objects
 from cskd.store.cache import Cache, open_cache
-from cskd.store.format import INDEX, SEAL, commit_file
+from cskd.store.format import INDEX, PROBE, SEAL, commit_file
 from tests.pipeline.test_pipeline import cached_data, config, weights
 
 
@@ -79,20 +81,35 @@ def test_what_another_process_makes_is_left_to_it(base: Path, s3: str, monkeypat
     assert any("had been made by another one meanwhile" in note for note in report.notes)
 
 
-def test_processes_begin_far_from_one_another(base: Path, s3: str) -> None:
+def test_processes_begin_far_from_one_another_and_never_where_another_one_is(base: Path, s3: str) -> None:
     cache = open_cache(base / "cache")
-    many = [(0, view) for view in range(300)]
     there = Cache(f"{s3}/x", cache.manifest, cache.inventory)
-    for of, expected in ((cache, [0, 1, 2, 3]), (there, [0, 185, 70, 256])):
-        of.missing = lambda *_: many  # type: ignore[method-assign]
-        of.recipe = dataclasses.replace(cache.recipe, mix_group=1)
-        assert [missing_passes(of, number)[0][1][0] for number in range(4)] == expected
-    passes = missing_passes(there)
-    left = [one for one in passes if one[1][0] > 90 or one[1][0] == 5]  # others are at 91 and at 5
-    begun = {elsewhere(there, left)[0][0][1][0] for _ in range(99)}
-    assert len(begun) > 20 and min(begun) > 91 + 60 and max(begun) < 91 + 160
-    assert sorted(elsewhere(there, left)[0]) == left and not elsewhere(there, left)[1]
-    assert elsewhere(there, passes[::2])[1] and elsewhere(there, []) == ([], False)
+    left = [(block, view) for view in range(300) for block in range(there.blocks)]  # 600 passes
+    there.missing = lambda *_: left  # type: ignore[method-assign]
+    there.recipe = dataclasses.replace(cache.recipe, mix_group=1)
+
+    def begun(*worker: int) -> int:
+        (block, views), *_ = Walk(there, Worker(*worker)).following() or []
+        return views[0] * there.blocks + block
+
+    assert [begun(number) for number in range(4)] == [0, 370, 141, 512]
+    assert [begun(number, 4) for number in range(4)] == [0, 1, 2, 3]
+    walks = [Walk(there, Worker(number, 4)) for number in range(4)]
+    shares = [walk.following() or [] for walk in walks]
+    assert sorted(chain(*shares)) == sorted((block, (view,)) for block, view in left)
+    gone = {*shares[0], *shares[1][:50], *shares[2][:140]}
+    left = [(block, view) for block, view in left if (block, (view,)) not in gone]
+    for _ in range(30):  # of what worker 1 or 3 has before it, and not its next ones
+        taken = walks[0].following() or []
+        of = next(share for share in shares if taken[0] in share)
+        assert of in (shares[1], shares[3]) and taken == of[-len(taken) :] and len(taken) <= 105
+    left = [(0, 298), (1, 299)]  # too little: who comes waits, and takes one when nothing has happened
+    assert walks[0].following() is None
+    alone = Walk(there, Worker(0, 64))
+    asked = [alone.following() for _ in range(12)]
+    assert asked[0] is None and any(asked) and all(len(passes) == 1 for passes in asked if passes)
+    left = []
+    assert walks[0].following() == []
 
 
 @pytest.mark.parametrize(
@@ -120,6 +137,8 @@ def test_a_place_with_other_things_or_without_conditional_writes_is_refused(
     with pytest.raises(PathError, match=r"holds photos, which is no file of a cache|holds photos/a\.jpg"):
         outputs.refuse_cache_output(placed(base, s3))
     outputs.refuse_cache_output(placed(base, f"{s3}/own"))
+    open_storage(f"{s3}/begun").put(f"{PROBE}0", b"first")  # of a process that died there, or begins right now
+    outputs.refuse_cache_output(placed(base, f"{s3}/begun"))
     assert outputs.refuse_unfit(f"{s3}/own") == "writable, has conditional writes"
     assert [*open_storage(f"{s3}/own").list()] == []
     monkeypatch.setattr(Objects, "create", lambda self, key, data: self.put(key, data) or True)

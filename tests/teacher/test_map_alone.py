@@ -76,11 +76,21 @@ class Tokens(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+class PlainTokens(Tokens):
+    """They do not say how many of them are of no cell."""
+
+    def __init__(self, change: Callable[[Tensor], Any]) -> None:
+        super().__init__(change)
+        del self.num_prefix_tokens
+
+
 @pytest.mark.parametrize(
     ("model", "says"),
     [
         (Tokens(lambda t: t.flip(1)), "keeps its 4 x 4 cells in another order: what changes in row 0, column 0"),
-        (Tokens(lambda t: t[:, :13]), "13 tokens for 32 x 32 pixels, which are no grid"),
+        (Tokens(lambda t: t[:, :13]), "13 tokens for 32 x 32 pixels: no grid"),
+        (Tokens(lambda t: t[:, :1]), "1 token for 32 x 32 pixels: no grid"),
+        (PlainTokens(lambda t: t[:, :2]), "2 tokens for 32 x 32 pixels: no grid"),
         (Tokens(lambda t: t.mean(1)), r"gives \[2, 16\], expected a map"),
         (nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5)), "add a method forward_features"),
     ],
