@@ -275,11 +275,11 @@ def test_a_signal_in_the_last_step_of_an_epoch_waits_for_its_evaluation(
 ) -> None:
     """The epoch is finished and written down, then the run ends; it would be 5 steps an epoch."""
 
-    def evaluates(run: TrainingRun, epoch: int) -> bool:
+    def export(run: TrainingRun, step: int) -> str:  # as the loop does once it has evaluated
         asks()
-        return False
+        return ""
 
-    monkeypatch.setattr(TrainingRun, "evaluates", evaluates)
+    monkeypatch.setattr(TrainingRun, "export", export)
     with pytest.raises(SystemExit) as left:
         train(settings(cached, tmp_path / "run"), quiet=True)
     assert left.value.code == stops.EXIT
