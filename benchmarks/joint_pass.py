@@ -1,6 +1,6 @@
 """What one pass for two teachers saves: `cskd cache-teacher A.yaml B.yaml` against one after the other, where the views cost most.
 
-    python -m benchmarks.joint_pass [--images 48] [--views 3]
+    python -m benchmarks.joint_pass [--images 192] [--views 24]
 
 Images of the ImageNet sample at 224 pixels by DeiT's recipe, two tiny teachers, no workers: so the processor's seconds of this
 process are all there are, and other load on the machine does not show. The content of both pairs of caches is compared.
@@ -25,8 +25,8 @@ from cskd.pipeline.pack import pack_data
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=48)
-    parser.add_argument("--views", type=int, default=3)
+    parser.add_argument("--images", type=int, default=192)
+    parser.add_argument("--views", type=int, default=24)
     options = parser.parse_args()
     source = os.environ.get("CSKD_DATA")
     if source is None:
