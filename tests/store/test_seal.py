@@ -16,7 +16,7 @@ from cskd.pipeline.care.verify import verify
 from cskd.pipeline.look.inspect_cache import inspect
 from cskd.store.cache import Cache, create_cache, open_cache
 from cskd.store.commit import Commit, publish, read_commit
-from cskd.store.format import SEAL, commit_file
+from cskd.store.format import INDEX, SEAL, commit_file
 from cskd.store.manifest import write_resolved
 from cskd.store.seal import read_seal, seal_cache, seal_facts
 from tests.caches import make_tiny_cache
@@ -53,6 +53,8 @@ def test_a_unit_that_vanishes_from_a_sealed_cache_is_lost_and_not_unmade(cache: 
     report = verify(cache.root, quiet=True)
     assert (report.sound, report.sealed, report.missing) == (False, False, 0)
     assert report.errors[0].startswith("block 1, view 0: ") and "though the cache was sealed" in report.errors[0]
+    assert inspect(cache.root).sealed  # readers go by the index, which holds the record once more
+    (cache.root / INDEX).unlink()
     assert not inspect(cache.root).sealed
 
 
