@@ -9,7 +9,6 @@ Shapes: B batch, C channels, h w grid, N tokens, M single cells.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -17,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from cskd.errors import StudentError, one_line
+from cskd.method.cell_order import displaced, grid_of
 from cskd.views.fit import Grid
 
 Axes = Literal["NCHW", "NHWC", "NLC"]
 ANOTHER = "take another model, docs/STUDENTS.md lists some"
-MOST_PREFIX = 16  # tokens before the grid that are looked for where the model does not say how many
-CLEARLY = 0.5  # share of the largest change in a cell that one's own must have
 LINEAR = 1e-3  # relative deviation of the cells' mean logits from the image's, from which on a head is not linear
 
 
@@ -138,12 +136,8 @@ def _layout(name: str, model: nn.Module, features: Tensor, size: Grid) -> Layout
 def _tokens(name: str, model: nn.Module, tokens: int, size: Grid) -> Layout:
     """Prefix and grid of N tokens: the rows and columns are to each other as height and width are."""
     stated = getattr(model, "num_prefix_tokens", None)
-    for prefix in [stated] if isinstance(stated, int) else range(MOST_PREFIX + 1):
-        height = math.isqrt(max(0, tokens - prefix) * size[0] // size[1])
-        for rows in (height, height + 1):
-            columns = (tokens - prefix) // rows if rows else 0
-            if rows * columns == tokens - prefix and abs(columns * size[0] - rows * size[1]) < max(size):
-                return Layout("NLC", (rows, columns), prefix)
+    if (found := grid_of(tokens, stated, size)) is not None:
+        return Layout("NLC", found[1], found[0])
     before = f" after {stated} others" if stated else ""
     raise StudentError(
         f"student.model {name} gives {tokens} tokens for {size[0]} x {size[1]} pixels, which are no grid of rows and "
@@ -154,25 +148,13 @@ def _tokens(name: str, model: nn.Module, tokens: int, size: Grid) -> Layout:
 def _refuse_other_order(name: str, model: nn.Module, layout: Layout, image: Tensor, features: Tensor) -> None:
     """StudentError where parts of the image that are changed, three corners and the middle, clearly change other cells than
     their own. Attention that looks everywhere alike, as that of LeViT's first weights, shows no order and is taken as it is."""
-    (rows, columns), (height, width) = layout.grid, image.shape[2:]
-    places = [(0, 0), (0, columns - 1), (rows - 1, 0), (rows // 2, columns // 2)]
-    changed = image.repeat(len(places), 1, 1, 1)
-    for one, (row, column) in zip(changed, places, strict=True):
-        part = one[
-            :,
-            row * height // rows : (row + 1) * height // rows,
-            column * width // columns : (column + 1) * width // columns,
-        ]
-        part.copy_(-3 * part.flip(1, 2))
-    moved = (layout.cells(_features(name, model, changed)) - layout.cells(features)).float().norm(dim=3)
-    for (row, column), map_hw in zip(places, moved, strict=True):
-        own = map_hw[max(0, row - 1) : row + 2, max(0, column - 1) : column + 2].max()
-        if own < CLEARLY * map_hw.max():
-            most = int(map_hw.argmax())
-            raise StudentError(
-                f"student.model {name} keeps its {rows} x {columns} cells in another order: what changes in row {row}, column "
-                f"{column} of the image is in row {most // columns}, column {most % columns} of its features; {ANOTHER}"
-            )
+    found = displaced(lambda changed: layout.cells(_features(name, model, changed)), image, layout.cells(features))
+    if found is not None:
+        (row, column), cell = found
+        raise StudentError(
+            f"student.model {name} keeps its {layout.grid[0]} x {layout.grid[1]} cells in another order: what changes in row {row}, "
+            f"column {column} of the image is in row {cell[0]}, column {cell[1]} of its features; {ANOTHER}"
+        )
 
 
 def _head_notes(name: str, model: nn.Module, layout: Layout, features: Tensor) -> list[str]:

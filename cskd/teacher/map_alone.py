@@ -10,7 +10,6 @@ Shapes: B batch, N tokens, C channels, K classes, h w the map's cells, H W pixel
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,11 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from cskd.errors import TeacherError, counted, one_line
+from cskd.method.cell_order import displaced, grid_of
 from cskd.teacher.heads import Head
 from cskd.teacher.pooling import find_pooling
-
-MOST_PREFIX = 16  # tokens before the grid that are looked for where the model does not say how many
-CLEARLY = 0.5  # share of the largest change in a cell that one's own must have
 
 
 @dataclass(frozen=True)
@@ -129,12 +126,8 @@ def _layout(model: Any, tokens: int, x: Tensor) -> tuple[int, tuple[int, int]]:
     """How many tokens stand before the cells, and the cells' rows and columns, which are to each other as H and W are. One token alone
     is no cell: it stands for the image, as the class tokens that are all PiT's features."""
     stated, (H, W) = getattr(model, "num_prefix_tokens", None), x.shape[2:]
-    for prefix in [stated] if isinstance(stated, int) else range(MOST_PREFIX + 1):
-        side = math.isqrt(max(0, tokens - prefix) * H // W)
-        for h in (side, side + 1):
-            w = (tokens - prefix) // h if h else 0
-            if h * w == tokens - prefix > 1 and abs(w * H - h * W) < max(H, W):
-                return prefix, (h, w)
+    if (found := grid_of(tokens, stated, (H, W), least=2)) is not None:
+        return found
     raise TeacherError(
         f"the teacher gives {counted(tokens, 'token')} for {H} x {W} pixels: no grid of rows and columns"
         f"{f' after {stated} others' if stated else ''}; take another teacher, docs/TEACHERS.md lists some"
@@ -143,24 +136,18 @@ def _layout(model: Any, tokens: int, x: Tensor) -> tuple[int, tuple[int, int]]:
 
 def _refuse_other_order(model: Any, to_map: Callable[[Tensor], Tensor], image: Tensor) -> None:
     """TeacherError where corners and middle of the image, changed, clearly change other cells than their own."""
-    maps = to_map(model.forward_features(image))
-    (h, w), (H, W) = maps.shape[2:], image.shape[2:]
-    if h * w == 1:
-        return
-    places = [(0, 0), (0, w - 1), (h - 1, 0), (h // 2, w // 2)]
-    changed = image.repeat(len(places), 1, 1, 1)
-    for one, (row, column) in zip(changed, places, strict=True):
-        part = one[:, row * H // h : (row + 1) * H // h, column * W // w : (column + 1) * W // w]
-        part.copy_(-3 * part.flip(1, 2))
-    moved = (to_map(model.forward_features(changed)) - maps).norm(dim=1)
-    for (row, column), moved_hw in zip(places, moved, strict=True):
-        own = moved_hw[max(0, row - 1) : row + 2, max(0, column - 1) : column + 2].max()
-        if own < CLEARLY * moved_hw.max():
-            most = int(moved_hw.argmax())
-            raise TeacherError(
-                f"the teacher keeps its {h} x {w} cells in another order: what changes in row {row}, column {column} of the image "
-                f"is in row {most // w}, column {most % w} of its features; take another teacher, docs/TEACHERS.md lists some"
-            )
+
+    def maps(images: Tensor) -> Tensor:
+        return to_map(model.forward_features(images)).permute(0, 2, 3, 1)
+
+    before = maps(image)
+    h, w = before.shape[1:3]
+    if h * w > 1 and (found := displaced(maps, image, before)) is not None:
+        (row, column), cell = found
+        raise TeacherError(
+            f"the teacher keeps its {h} x {w} cells in another order: what changes in row {row}, column {column} of the image "
+            f"is in row {cell[0]}, column {cell[1]} of its features; take another teacher, docs/TEACHERS.md lists some"
+        )
 
 
 def _form(model: Any, features: Tensor) -> str:
