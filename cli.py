@@ -363,7 +363,12 @@ def repair(cache: CachePath, data: Data = None, json_: Json = False) -> None:
 @_command(CACHES, "cskd export caches/mine targets --blends 1 0.5 0")
 def export(
     cache: CachePath,
-    out: Annotated[Path, typer.Argument(parser=_path("OUT"), help="Folder for the tars, or for the other cache.")],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            parser=_path("OUT", objects=True), help="Folder or address for the tars, or for the other cache."
+        ),
+    ],
     more_blends: Annotated[list[str] | None, typer.Argument(metavar="", hidden=True, help="Further blends.")] = None,
     data: Data = None,
     blends: Annotated[

@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -31,8 +31,7 @@ from cskd.pipeline.show.progress import say
 from cskd.storage import Storage, open_storage
 from cskd.storage.mirror import Mirror, working_folder
 from cskd.storage.posix import Posix
-from cskd.store.format import OWN_NAMES, PROBE
-from cskd.store.manifest import has_cache
+from cskd.store.format import MANIFEST, OWN_NAMES, PROBE
 
 LAST = ("resume",)  # a state is there once all that it tells of is
 LOOKED_AT = 1000  # objects of a prefix, one answer of a store: is it a cache's
@@ -55,13 +54,36 @@ def refuse_cache_output(config: Config) -> None:
     Several processes may make one cache; while one repairs it, no other does.
     """
     if is_remote(config.cache.path):
-        _refuse_objects(config)
+        others = _other_texts(config, "cache.path")
+        refuse_objects(config.cache.path, "cache.path", "a cache", OWN_NAMES, MANIFEST, others)
         return
     root = Path(config.cache.path)
     refuse_output(root, "cache", "cache.path", inputs=_other_paths(config, "cache.path"), names=OWN_NAMES)
     mending = claims.holder(root / LOCK)
     if mending is not None and not (mending.is_here and mending.pid == os.getpid()):
         raise PathError(f"cache.path {root} is being repaired{by(mending)}; run the same command when that has ended")
+
+
+def refuse_objects(
+    location: str, what: str, kind: str, names: Collection[str], marker: str, others: Mapping[str, str]
+) -> None:
+    """The same as `refuse_output`, of a prefix of an object store: nothing of another kind may be in it, nor another path lie there.
+
+    Args:    what: the key or argument that names it. kind: what would be written, in words. names: of the objects and folders in one
+             of that kind; one with the object `marker` is of that kind whatever else lies there. others: by key or argument.
+    Raises:  PathError, StorageError.
+    """
+    storage = open_storage(location, what)
+    for key, text in others.items():
+        if is_remote(text) and f"{location_text(text, key)}/".startswith(f"{storage.location}/"):
+            raise PathError(f"{key} {text} lies in {what} {storage.location}; give each a place of its own")
+    there = ((about.key, about.key.partition("/")[0]) for about in islice(storage.list(), LOOKED_AT))
+    # A probe is of a process that has died, or of one that begins at the same time.
+    strange = (key for key, name in there if name not in names and not key.startswith(PROBE))
+    if (name := next(strange, None)) is not None and storage.stat(marker) is None:
+        raise PathError(
+            f"{what} {storage.location} holds {name[:80]}, which is no file of {kind}; give a place of its own"
+        )
 
 
 def refuse_run_output(config: Config) -> None:
@@ -217,8 +239,8 @@ def save_file(path: Path, option: str, content: bytes) -> None:
         raise DataError(f"{path} can't be written: {e.strerror or e}; give another path with {option}") from None
 
 
-def refuse_unfit(location: str) -> str:
-    """Refuse a `cache.path` where no commit could be made: a file system without hard links, which need not be there yet, or an
+def refuse_unfit(location: str, what: str = "cache.path") -> str:
+    """Refuse a place for a cache where no commit could be made: a file system without hard links, which need not be there yet, or an
     object store without conditional writes. Returns: what was found, in words. Raises CacheError, StorageError, and OSError where
     nothing can be written there."""
     storage = open_storage(location)
@@ -230,7 +252,7 @@ def refuse_unfit(location: str) -> str:
             storage.delete(probe)
         if won != [True, False]:
             raise CacheError(
-                f"cache.path {location}: its store let a second writer replace what a first one had made; take one with conditional "
+                f"{what} {location}: its store let a second writer replace what a first one had made; take one with conditional "
                 "writes (If-None-Match), as S3, Google, Azure, R2 and MinIO have them"
             )
         return "writable, has conditional writes"
@@ -238,28 +260,12 @@ def refuse_unfit(location: str) -> str:
     error = hard_link_error(next(path for path in (root, *Path(os.path.realpath(root)).parents) if path.exists()))
     if error is not None and error.errno in NO_LINKS:
         raise CacheError(
-            f"cache.path {root}: its file system has no hard links ({error.strerror}), which let one of several writers win; "
+            f"{what} {root}: its file system has no hard links ({error.strerror}), which let one of several writers win; "
             "put it on one that has (--set cache.path=...)"
         )
     if error is not None:
         raise error
     return "writable, has hard links"
-
-
-def _refuse_objects(config: Config) -> None:
-    """The same as `refuse_output`, of a prefix of an object store: nothing of another kind may be in it, nor another path of the
-    config lie there."""
-    storage = open_storage(config.cache.path)
-    for key, text in _other_texts(config, "cache.path").items():
-        if is_remote(text) and f"{location_text(text, key)}/".startswith(f"{storage.location}/"):
-            raise PathError(f"{key} {text} lies in cache.path {storage.location}; give each a place of its own")
-    names = ((about.key, about.key.partition("/")[0]) for about in islice(storage.list(), LOOKED_AT))
-    # A probe is of a process that has died, or of one that begins at the same time.
-    strange = (key for key, name in names if name not in OWN_NAMES and not key.startswith(PROBE))
-    if (name := next(strange, None)) is not None and not has_cache(storage):
-        raise PathError(
-            f"cache.path {storage.location} holds {name}, which is no file of a cache; give a place of its own"
-        )
 
 
 def _other_paths(config: Config, output: str) -> dict[str, Path]:

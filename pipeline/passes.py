@@ -10,7 +10,7 @@ from cskd.machine.launch import Worker
 from cskd.storage.posix import Posix
 from cskd.store.cache import Cache
 
-_GOLDEN = (5**0.5 - 1) / 2
+GOLDEN = (5**0.5 - 1) / 2
 _APART = 3  # passes from the beginning of a stretch that another process walks: as many as it may make meanwhile
 _BOLD = 0.5  # of the free processes that there are passes for, so many take one
 Pass = tuple[int, tuple[int, ...]]  # block, views
@@ -85,7 +85,7 @@ class Walk:
         number, count = self._worker.number, self._worker.count
         if count:
             return [one for one in passes if self._place(one) % count == number % count]
-        begin = int(number * _GOLDEN % 1 * len(passes))
+        begin = int(number * GOLDEN % 1 * len(passes))
         return passes[begin:] + passes[:begin]
 
     def _place(self, one: Pass) -> int:

@@ -39,11 +39,16 @@ _KIND_NAMES = {
 
 def mark(folder: Path, kind: str) -> None:
     """Have a folder say of which kind it is; one that says so already is left alone."""
-    data = (json.dumps({"kind": kind, "version": MARKER_VERSION}) + "\n").encode()
+    data = marker(kind)
     with contextlib.suppress(OSError):
         if read_file(folder / MARKER) == data:
             return
     put(folder / MARKER, data)
+
+
+def marker(kind: str) -> bytes:
+    """What the file MARKER holds of a folder of a kind."""
+    return (json.dumps({"kind": kind, "version": MARKER_VERSION}) + "\n").encode()
 
 
 def kind_of(folder: Path) -> str | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,28 +24,21 @@ from cskd.dataset.images import decoded_size
 from cskd.dataset.inventory import Inventory
 from cskd.dataset.shard_reader import ShardReader, shard_file
 from cskd.errors import CacheError, CodecError, ConfigError, DataError, ImageError, counted
-from cskd.files.claims import Claims
-from cskd.files.durable import json_bytes, put
-from cskd.files.folders import mark, refuse_output
-from cskd.files.paths import is_remote
-from cskd.files.read import file_sha256, open_regular, parse_json, read_file
+from cskd.files.read import open_regular
 from cskd.packing.shard_samples import webdataset_key
 from cskd.packing.tar_headers import headers
-from cskd.pipeline.show.progress import Progress, print_lines
+from cskd.pipeline.care.export_out import Place, begin, make_all, open_out, write_sums
+from cskd.pipeline.show.progress import print_lines
+from cskd.storage import Storage
 from cskd.store.cache import Cache, create_cache, open_cache
 from cskd.store.commit import Commit
-from cskd.store.format import MANIFEST, OWN_NAMES
-from cskd.store.manifest import write_resolved
-from cskd.store.seal import seal_cache
+from cskd.store.manifest import has_cache, write_resolved
+from cskd.store.seal import all_commits, seal_cache
 from cskd.store.sidecar import ShardKeys, Sidecars, sidecar_name
 from cskd.store.tables import copy_tables
 from cskd.store.tars import write_tar
 from cskd.store.unit import content_hash
 from cskd.store.usable import refuse_no_classes, refuse_other_code
-
-FACTS, SUMS = "export.json", "SHA256SUMS"
-POLL_WAIT = 2.0  # seconds between two looks at what other processes are making
-Place = tuple[int, int]  # block, view
 
 
 @dataclass(frozen=True)
@@ -128,9 +121,8 @@ def export_targets(
     count = _views(cache, views)
     refuse_other_code(cache)
     cache.inventory.check_shards()
-    refuse_output(out, "export", "OUT", inputs={**_folder(path), "the data folder": cache.inventory.root})
-    chosen = [] if envelope else list(blends)
-    _begin(cache, out, {"targets": "envelope"} if envelope else {"targets": "cells", "blends": chosen})
+    place, chosen = open_out(out, cache, "export"), [] if envelope else list(blends)
+    begin(cache, place, {"targets": "envelope"} if envelope else {"targets": "cells", "blends": chosen})
     commits = _commits(cache, count)
     names = {
         place: [sidecar_name(cache.inventory.shards[s].name, place[1]) for s, _, _ in _shards(cache, place[0])]
@@ -139,21 +131,29 @@ def export_targets(
     hashes: dict[str, str] = {}
     images = lru_cache(maxsize=1)(lambda block: _keys_of(cache, block))
 
-    def made(place: Place) -> bool:
-        return all((out / name).is_file() for name in names[place])
+    def sizes() -> dict[str, int]:
+        return {about.key: about.size for about in place.list()}
+
+    def lacking() -> list[Place]:
+        there = sizes()
+        return [unit for unit in commits if not there.keys() >= {*names[unit]}]
+
+    def made(unit: Place) -> bool:
+        return all(place.stat(name) for name in names[unit])
 
     def make(block: int, view: int) -> None:
         sidecars = Sidecars(cache, commits[block, view], images(block), chosen)
         for (_, first, stop), name in zip(_shards(cache, block), names[block, view], strict=True):
             file = io.BytesIO()
             write_tar(file, sidecars.members(first, stop))
-            put(out / name, file.getvalue())
+            place.put(name, file.getvalue())
             hashes[name] = hashlib.sha256(file.getvalue()).hexdigest()
 
-    _make_all(cache, out, list(commits), made, make, quiet)
-    tars = [name for names_ in names.values() for name in names_]
-    _write_sums(out, tars, hashes)
-    return _report(cache, out, "webdataset", commits, count, [out / name for name in tars], len(hashes), begun)
+    make_all(cache, place, lacking, made, make, quiet)
+    tars, there = [name for names_ in names.values() for name in names_], sizes()
+    write_sums(place, tars, hashes, there)
+    files = [there[name] for name in tars]
+    return _report(cache, place, "webdataset", commits, count, files, len(hashes), begun)
 
 
 def export_cache(path: Path, out: Path, container: str, views: int | None = None, quiet: bool = False) -> ExportReport:
@@ -164,20 +164,20 @@ def export_cache(path: Path, out: Path, container: str, views: int | None = None
     begun = time.perf_counter()
     cache = open_cache(path, images=False)
     count = _views(cache, views)
-    refuse_output(out, "cache", "OUT", inputs=_folder(path), names=OWN_NAMES)
-    if (out / MANIFEST).exists():
-        there = open_cache(out, images=False)
+    place = open_out(out, cache, "cache")
+    if has_cache(place):
+        there = open_cache(place, images=False)
         if (there.fingerprint, there.container) != (cache.fingerprint, container):
             raise CacheError(
-                f"OUT {out} is a cache with fingerprint {there.fingerprint[:12]} and container {there.container}, expected "
+                f"OUT {place.location} is a cache with fingerprint {there.fingerprint[:12]} and container {there.container}, expected "
                 f"{cache.fingerprint[:12]} and {container}; give another folder"
             )
     config: dict[str, Any] = {**cache.manifest.config}
-    config["cache"] = {**config["cache"], "container": container, "path": str(out), "views": count}
+    config["cache"] = {**config["cache"], "container": container, "path": place.location, "views": count}
     kept = None if container == "zarr" else container
-    copy_tables(cache.storage, out, cache.manifest.tables or {})
-    made = create_cache(out, replace(cache.manifest, container=kept, views=count, config=config), cache.inventory)
-    write_resolved(out, made.manifest)
+    copy_tables(cache.storage, place, cache.manifest.tables or {})
+    made = create_cache(place, replace(cache.manifest, container=kept, views=count, config=config), cache.inventory)
+    write_resolved(place, made.manifest)
     commits, new = _commits(cache, count), set[Place]()
 
     def make(block: int, view: int) -> None:
@@ -191,16 +191,19 @@ def export_cache(path: Path, out: Path, container: str, views: int | None = None
         made.add_unit(block, view, fields, targets, {int(i): why for i, why in commit.quarantine.items()})
         new.add((block, view))
 
-    _make_all(cache, out, list(commits), lambda place: made.commit_of(*place) is not None, make, quiet)
-    files = [out / file.path for place in commits for file in _commit(made, place).files]
-    root = made.content_root() if made.missing() else seal_cache(made, 1.0).content_root
-    report = _report(cache, out, container, commits, count, files, len(new) * len(cache.codecs), begun)
+    def lacking() -> list[Place]:
+        return sorted(commits.keys() & {*made.missing()})
+
+    make_all(cache, place, lacking, lambda unit: made.commit_of(*unit) is not None, make, quiet)
+    copied = all_commits(made, made.views)
+    if lost := sorted(commits.keys() - copied.keys()):
+        block, view = lost[0]
+        raise CacheError(f"{place.location} has lost block {block}, view {view}; run the same command again")
+    hashes = {unit: commit.content_hash for unit, commit in copied.items()}
+    root = made.content_root(hashes=hashes) if made.missing() else seal_cache(made, 1.0).content_root
+    files = [file.size for unit in commits for file in copied[unit].files]
+    report = _report(cache, place, container, commits, count, files, len(new) * len(cache.codecs), begun)
     return replace(report, content_root=root)
-
-
-def _folder(path: Path) -> dict[str, Path]:
-    """The cache, where it lies in a folder that OUT must not be."""
-    return {} if is_remote(path) else {"CACHE": path}
 
 
 def _views(cache: Cache, asked: int | None) -> int:
@@ -212,50 +215,14 @@ def _views(cache: Cache, asked: int | None) -> int:
 
 
 def _commits(cache: Cache, views: int) -> dict[Place, Commit]:
-    places = [(block, view) for block in range(cache.blocks) for view in range(views)]
-    found = {place: commit for place in places if (commit := cache.commit_of(*place)) is not None}
+    if cache.index is not None and cache.index.views >= views:
+        places = [(block, view) for block in range(cache.blocks) for view in range(views)]
+        found = {place: commit for place in places if (commit := cache.commit_of(*place)) is not None}
+    else:
+        found = all_commits(cache, views)
     if not found:
         raise CacheError(f"{cache.location} has no unit yet; run `cskd cache-teacher` with its config first")
     return found
-
-
-def _commit(cache: Cache, place: Place) -> Commit:
-    commit = cache.commit_of(*place)
-    if commit is None:
-        raise CacheError(f"{cache.location} has lost block {place[0]}, view {place[1]}; run the same command again")
-    return commit
-
-
-def _make_all(
-    cache: Cache,
-    out: Path,
-    places: list[Place],
-    made: Callable[[Place], bool],
-    make: Callable[[int, int], None],
-    quiet: bool,
-) -> None:
-    """Make what is not made, unit by unit, with every other process that is at it."""
-    sizes = [stop - first for first, stop in map(cache.inventory.block_range, range(cache.blocks))]
-    todo = [place for place in places if not made(place)]
-    total = sum(sizes[block] for block, _ in todo)
-    done = 0
-    with Claims(out) as claims, Progress("export", total, "views", quiet=quiet) as progress:
-        while todo:
-            before = done
-            for block, view in todo:
-                claim = claims.take(f"b{block:05d}.v{view:04d}")
-                if claim is None:
-                    continue
-                if not made((block, view)):  # others may have made it since
-                    make(block, view)
-                claims.release([claim])
-                done += sizes[block]
-                progress.update(done)
-            todo = [place for place in todo if not made(place)]
-            if todo and done == before:
-                time.sleep(POLL_WAIT)
-            done = total - sum(sizes[block] for block, _ in todo)
-            progress.update(done)
 
 
 def _shards(cache: Cache, block: int) -> Iterator[tuple[int, int, int]]:
@@ -273,8 +240,8 @@ def _keys_of(cache: Cache, block: int) -> ShardKeys:
     inventory, reader = cache.inventory, ShardReader(cache.inventory, whole=True)
     first, stop = inventory.block_range(block)
     keys: list[str] = []
-    for shard, begin, end in _shards(cache, block):
-        keys += _shard_keys(inventory, shard, begin, end)
+    for shard, start, end in _shards(cache, block):
+        keys += _shard_keys(inventory, shard, start, end)
     bad, sizes = cache.quarantined(), list[tuple[int, int] | None]()
     for sample in range(first, stop):
         try:
@@ -302,53 +269,25 @@ def _shard_keys(inventory: Inventory, shard: int, first: int, stop: int) -> list
     return [key for key in keys if key is not None]
 
 
-def _begin(cache: Cache, out: Path, what: dict[str, Any]) -> None:
-    """Have `out` say what it is of. CacheError where it is of something else."""
-    facts = {"fingerprint": cache.fingerprint, "inventory": cache.inventory.id, "grid": list(cache.grid), **what}
-    if put(out / FACTS, json_bytes(facts), first=True):
-        mark(out, "export")
-    try:
-        there = parse_json(read_file(out / FACTS))
-        differs = [key for key in sorted(facts | there) if facts.get(key) != there.get(key)]
-    except (ValueError, TypeError, AttributeError):
-        raise CacheError(f"{out / FACTS} is damaged, expected the facts of an export; give another OUT") from None
-    if differs:
-        old, new = (str(of.get(differs[0]))[:40] for of in (there, facts))
-        raise CacheError(
-            f"OUT {out} holds an export with {differs[0]} = {old}, this one has {new}; give another folder"
-        )
-
-
-def _write_sums(out: Path, names: Sequence[str], hashes: dict[str, str]) -> None:
-    """The hashes of all tars, as sha256sum writes and checks them."""
-    known: dict[str, str] = {}
-    if (out / SUMS).is_file():
-        lines = read_file(out / SUMS).decode(errors="replace").splitlines()
-        known = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    known = {name: digest for name, digest in known.items() if (out / name).is_file()} | hashes
-    found = known | {name: known.get(name) or file_sha256(out / name) for name in names}
-    put(out / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(found.items())).encode())
-
-
 def _report(
     cache: Cache,
-    out: Path,
+    out: Storage,
     container: str,
     commits: dict[Place, Commit],
     views: int,
-    files: Sequence[Path],
+    files: Sequence[int],
     made: int,
     begun: float,
 ) -> ExportReport:
     return ExportReport(
         cache=cache.location,
-        out=str(out),
+        out=out.location,
         container=container,
         tars=len(files),
         made=made,
         views=sum(commit.cached for commit in commits.values()),
         quarantined=sum(len(commit.quarantine) for commit in commits.values()),
-        bytes=sum(file.stat().st_size for file in files),
+        bytes=sum(files),
         missing=cache.blocks * views - len(commits),
         seconds=time.perf_counter() - begun,
     )

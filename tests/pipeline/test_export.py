@@ -19,10 +19,13 @@ import pytest
 from cskd.codecs.base import quantise_blend
 from cskd.config import RecipeConfig
 from cskd.dataset.inventory import Inventory, Sample, ShardFile, write_inventory
-from cskd.errors import CskdError
-from cskd.pipeline.care.export import FACTS, SUMS, _shard_keys, export, export_cache, export_targets
+from cskd.errors import CskdError, PathError
+from cskd.pipeline.care.export import _shard_keys, export, export_cache, export_targets
+from cskd.pipeline.care.export_out import FACTS, SUMS
 from cskd.pipeline.care.verify import verify
 from cskd.pipeline.look.inspect_cache import inspect
+from cskd.storage import open_storage
+from cskd.storage.objects import Objects
 from cskd.store.cache import Cache, open_cache
 from cskd.store.seal import seal_cache
 from cskd.store.unit import read_unit
@@ -65,6 +68,18 @@ def members(path: Path) -> dict[str, bytes]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def upload(folder: Path, location: str) -> None:
+    storage = open_storage(location)
+    for name, content in contents(folder).items():
+        storage.put(name, content)
+
+
+def objects(location: str) -> dict[str, bytes]:
+    storage = open_storage(location)
+    names = sorted(about.key for about in storage.list())
+    return dict(zip(names, storage.get_many(names), strict=True))
 
 
 def test_each_tar_has_the_keys_of_its_shard_in_order_and_what_the_cache_holds(cache: Cache, targets: Path) -> None:
@@ -228,6 +243,58 @@ def test_an_interrupted_copy_goes_on_and_an_unfinished_cache_is_copied_as_far_as
     assert not (out / "sealed.json").exists()
     next(out.glob("commits/b00000/v0001.json")).unlink()
     assert export_cache(cache.root, out, "webdataset", quiet=True).made == 1
+
+
+def test_an_export_to_a_store_and_from_one_has_the_bytes_of_one_to_a_folder(
+    cache: Cache, targets: Path, tars: Cache, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for source, name in ((cache.root, "caches/mine"), (cache.inventory.root, "data")):
+        upload(source, f"{s3}/{name}")
+    there, data, out = (Path(f"{s3}/{name}") for name in ("caches/mine", "data", "targets"))
+    report = export_targets(cache.root, out, quiet=True)
+    assert (report.out, report.tars, report.made) == (f"{s3}/targets", 6, 6)
+    assert objects(report.out) == contents(targets)
+    storage = open_storage(report.out)
+    storage.delete("00001.view001.tar")
+    storage.delete(SUMS)
+    puts, real = list[str](), Objects.put
+
+    def put(self: Objects, key: str, data: bytes) -> None:
+        puts.append(key)
+        real(self, key, data)
+
+    monkeypatch.setattr(Objects, "put", put)
+    again = export_targets(there, out, data=data, quiet=True)  # by a cache and images on the store
+    assert again.made == 1 and puts == ["00001.view001.tar", SUMS] and again.bytes == report.bytes
+    assert objects(report.out) == contents(targets)
+    export_targets(there, tmp_path / "out", data=data, quiet=True)
+    assert contents(tmp_path / "out") == contents(targets)
+    root = export_cache(there, Path(f"{s3}/caches/tars"), "webdataset", quiet=True).content_root
+    assert root == cache.content_root() and export_cache(there, Path(f"{s3}/caches/tars"), "webdataset").made == 0
+    of_config = {"manifest.json", "manifest.copy.json", "resolved.yaml"}  # they hold cache.path
+    mine, theirs = objects(f"{s3}/caches/tars"), contents(tars.root)
+    assert mine.keys() == theirs.keys()
+    assert {key for key in mine if mine[key] != theirs[key]} == of_config
+
+
+def test_an_out_on_a_store_that_is_of_something_else_is_refused(cache: Cache, s3: str) -> None:
+    upload(cache.root, f"{s3}/caches/mine")
+    open_storage(f"{s3}/photos").put("photos/a.jpg", b"x")
+    before = objects(s3)
+    for out, container, said in (
+        (f"{s3}/caches/mine", None, "lies in CACHE"),
+        (f"{s3}/caches/mine/units", "zarr", "lies in CACHE"),
+        (f"{s3}/caches", "webdataset", "CACHE s3://.*/caches/mine lies in OUT"),
+        (s3, None, "CACHE s3://.*/caches/mine lies in OUT"),
+        (f"{s3}/photos", None, r"holds photos/a\.jpg, which is no file of an export"),
+        (f"{s3}/photos", "zarr", r"holds photos/a\.jpg, which is no file of a cache"),
+        ("http://host/x", None, "is on a web server, which is only read"),
+    ):
+        with pytest.raises(PathError, match=said) as caught:
+            export(Path(f"{s3}/caches/mine"), Path(out), container=container, quiet=True)
+        assert len(str(caught.value)) <= 300
+    assert objects(s3) == before
 
 
 def test_damage_of_a_units_tar_is_found(tars: Cache, tmp_path: Path) -> None:
