@@ -17,11 +17,13 @@ Contents = list[bytes]  # in classes that have a method `list`
 
 @dataclass(frozen=True)
 class Stat:
-    """What a listing says of an object: bytes, and when it was written last, in seconds since 1970."""
+    """What a listing says of an object: bytes, when it was written last, in seconds since 1970 (stores keep whole ones), and what
+    the store calls this content or version of it (ETag); '' where it does not say."""
 
     key: str
     size: int
     modified: float = 0.0
+    version: str = ""
 
 
 class Range(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from pathlib import Path, PurePosixPath
 
 from cskd.errors import DataError, PathError
@@ -90,7 +91,7 @@ def _with_parts(storage: Storage, names: Sequence[str], known: dict[str, Stat] |
 
 def _copy(storage: Storage, stats: Sequence[Stat], what: str) -> Path:
     """The folder with these objects, by their names."""
-    node, name = node_cache(), copy_name(storage.location, *((s.key, s.size, s.modified) for s in stats))
+    node, name = node_cache(), copy_name(storage.location, *map(astuple, stats))
     if (node, name) not in _held:
         _held[node, name] = node.fetch(name, sum(s.size for s in stats), lambda to: _fill(storage, stats, to), what)
     return _held[node, name].path
@@ -102,5 +103,10 @@ def _fill(storage: Storage, stats: Sequence[Stat], folder: Path) -> None:
         if (found := download(storage, stat.key, stat.size, path)) != stat.size:
             raise DataError(
                 f"{join(storage.location, stat.key)} has {stat.size} bytes, and {found} came; run the same command again"
+            )
+        # The pieces that came may be of two; the servers behind one address of the web may differ in what they say of a file
+        if not storage.location.startswith("http") and storage.stat(stat.key) != stat:
+            raise DataError(
+                f"{join(storage.location, stat.key)} was written to while it was copied; run the same command again"
             )
         sync(path)  # its reader has no checksum to see by what a crash of the machine left of it

@@ -15,7 +15,7 @@ from cskd.errors import StorageError, printable, shortened
 from cskd.storage.base import Contents, Counts, Range, Stat, check_key
 
 if TYPE_CHECKING:
-    from obstore import GetOptions
+    from obstore import GetOptions, ObjectMeta
     from obstore.store import ObjectStore
 
 T = TypeVar("T")
@@ -113,7 +113,7 @@ class Objects:
         stream = obstore.list(self._store, prefix and check_key(prefix), chunk_size=1000)
         while (chunk := self._run(lambda: next(iter(stream), None))) is not None:
             for meta in chunk:
-                yield Stat(meta["path"], meta["size"], meta["last_modified"].timestamp())
+                yield _stat(meta["path"], meta)
 
     def stat(self, key: str) -> Stat | None:
         import obstore
@@ -122,7 +122,7 @@ class Objects:
             meta = self._run(lambda: obstore.head(self._store, check_key(key)))
         except FileNotFoundError:
             return None
-        return Stat(key, meta["size"], meta["last_modified"].timestamp())
+        return _stat(key, meta)
 
     def delete(self, key: str) -> None:
         import obstore
@@ -271,6 +271,12 @@ def _client(scheme: str) -> dict[str, object]:
     if endpoint.startswith("http") and not endpoint.startswith("https"):
         found.setdefault("allow_http", "true")
     return found
+
+
+def _stat(key: str, meta: ObjectMeta) -> Stat:
+    # Both, since a bucket whose versions are suspended calls each of them "null"
+    version = " ".join(filter(None, (meta["e_tag"], meta["version"])))
+    return Stat(key, meta["size"], meta["last_modified"].timestamp(), version)
 
 
 def _options(wanted: Range) -> GetOptions | None:

@@ -72,6 +72,8 @@ def test_what_is_there(storage: Storage) -> None:
     assert [*storage.list("nothing")] == []
     about = storage.stat("ab")
     assert about is not None and about.size == 2 and about.modified > 1e9 and storage.stat("a") is None
+    assert storage.location.startswith("/") == (about.version == "")
+    assert about in [*storage.list()]
     storage.delete("ab")
     storage.delete("ab")
     assert storage.stat("ab") is None
