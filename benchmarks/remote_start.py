@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from queue import Queue
 from urllib.request import Request, urlopen
 
 GOAL = 5.0
@@ -147,36 +148,33 @@ def slow_s3(latency: float) -> Iterator[str]:
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    loop, ready = asyncio.new_event_loop(), threading.Event()
-    found: list[int] = []
+    ready: Queue[tuple[asyncio.AbstractEventLoop, asyncio.Event, int]] = Queue()
 
     async def serve() -> None:
+        end = asyncio.Event()
         proxy = await asyncio.start_server(lambda r, w: _forward(r, w, host, port, latency), "127.0.0.1", 0)
-        found.append(proxy.sockets[0].getsockname()[1])
-        ready.set()
+        ready.put((asyncio.get_running_loop(), end, proxy.sockets[0].getsockname()[1]))
+        await end.wait()
+        proxy.close()
 
-    def run() -> None:
-        asyncio.set_event_loop(loop)
-        loop.run_until_complete(serve())
-        loop.run_forever()
-
-    threading.Thread(target=run, daemon=True).start()
-    ready.wait()
+    # `run` ends what is left of it: the client keeps its connections open as long as its process lives
+    thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
+    thread.start()
+    loop, end, proxy_port = ready.get()
     urlopen(Request(f"http://{host}:{port}/bucket", method="PUT")).close()
     os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
-    os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{found[0]}"
+    os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy_port}"
     try:
         yield "s3://bucket"
     finally:
-        loop.call_soon_threadsafe(loop.stop)
+        loop.call_soon_threadsafe(end.set)
+        thread.join()
         server.stop()
 
 
 async def _forward(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str, port: int, latency: float
 ) -> None:
-    there_reader, there_writer = await asyncio.open_connection(host, port)
-
     async def pipe(source: asyncio.StreamReader, target: asyncio.StreamWriter, wait: float) -> None:
         last = 0.0
         while data := await source.read(1 << 16):
@@ -187,7 +185,13 @@ async def _forward(
             await target.drain()
         target.close()
 
-    await asyncio.gather(pipe(reader, there_writer, latency), pipe(there_reader, writer, 0.0), return_exceptions=True)
+    there_reader, there_writer = await asyncio.open_connection(host, port)
+    try:
+        ways = pipe(reader, there_writer, latency), pipe(there_reader, writer, 0.0)
+        await asyncio.gather(*ways, return_exceptions=True)
+    finally:
+        writer.close()
+        there_writer.close()
 
 
 if __name__ == "__main__":
