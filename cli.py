@@ -323,7 +323,7 @@ def verify(
         typer.Argument(
             metavar="CACHE|DATA",
             parser=_path("CACHE", hub=True, objects=True),
-            help="Folder made by cskd cache-teacher, pack or index; of a cache its hf:// or s3:// address, too.",
+            help="Folder made by cskd cache-teacher, pack or index, or its s3:// address; of a cache its hf:// address, too.",
         ),
     ],
     data: Data = None,

@@ -43,7 +43,8 @@ def main() -> None:
     for block, view, unit, rows in golden_rows(cache, options.views):
         stored = {name: cache.read(block, view, name).targets for name in (*names, "envelope")}
         for part in np.array_split(rows, -(-len(rows) // ROWS)):
-            dense, image, _ = outputs_again(maker, teacher, unit, cache.inventory.block_range(block)[0], part)
+            made = outputs_again(maker, teacher, unit, cache.inventory.block_range(block)[0], part)
+            dense, image = made.dense, made.image
             views += len(part)
             for name in names:
                 decoded = cache.codecs[name].logits(cache.codecs[name].take(stored[name], part))

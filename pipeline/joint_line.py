@@ -6,6 +6,7 @@ of its own makes. A teacher that is ahead has nothing to do in a pass, and waits
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -57,12 +58,17 @@ def refuse_other_images(inventories: Sequence[Inventory], configs: Sequence[Conf
 
 
 def joint_passes(lines: Sequence[UnitLine], worker: Worker) -> Passes:
-    """The passes that any of the lines lacks, in the order of the first one that lacks any. worker: see `UnitLine.missing`."""
-    found: defaultdict[tuple[int, int], dict[int, tuple[int, tuple[int, ...]]]] = defaultdict(dict)
-    for i, line in enumerate(lines):
-        for block, views in line.missing(worker):
-            found[line.group_of(views), block][i] = block, views
-    return list(found.values())
+    """The passes that any of the lines lacks, in the order of the first one that lacks any; none where none lacks any. A line that would
+    wait for other processes holds up the rest only where these lack nothing, either. worker: see `UnitLine.missing`."""
+    while True:
+        found: defaultdict[tuple[int, int], dict[int, tuple[int, tuple[int, ...]]]] = defaultdict(dict)
+        missing = [line.missing(worker) for line in lines]
+        for i, (line, passes) in enumerate(zip(lines, missing, strict=True)):
+            for block, views in passes or ():
+                found[line.group_of(views), block][i] = block, views
+        if found or None not in missing:
+            return list(found.values())
+        time.sleep(min(line.patience() for line, passes in zip(lines, missing, strict=True) if passes is None))
 
 
 def joint_tasks(lines: Sequence[UnitLine], passes: Passes) -> Iterator[Chunk]:

@@ -176,16 +176,18 @@ class UnitLine:
             Pool.of(self._writers, self._seconds, "write"),
         ]
 
-    def missing(self, worker: Worker) -> Passes:
-        """What is left to make, in the order of this process: see `missing_passes`, and `Walk` where there are no claims."""
+    def missing(self, worker: Worker) -> Passes | None:
+        """What is left to make, in this process's order: see `missing_passes`, `Walk`. None: others make it; ask after `patience`."""
         if has_claims(self._cache):
             return missing_passes(self._cache, worker.number)
         self.met, self._walk = False, self._walk or Walk(self._cache, worker)
-        while (passes := self._walk.following()) is None:
-            views = self._cache.inventory.n / self._cache.blocks * self._cache.recipe.mix_group
-            one = self.seconds / self.images * views if self.images else UNKNOWN
-            time.sleep(min(PATIENCE, max(1.0, WAIT * one)))
-        return passes
+        return self._walk.following()
+
+    def patience(self) -> float:
+        """Seconds in which another process makes a pass."""
+        views = self._cache.inventory.n / self._cache.blocks * self._cache.recipe.mix_group
+        one = self.seconds / self.images * views if self.images else UNKNOWN
+        return min(PATIENCE, max(1.0, WAIT * one))
 
     def group_of(self, views: Sequence[int]) -> int:
         """The mixing group that the views of a pass are of."""

@@ -302,6 +302,11 @@ class LossTerm(Section):
                 f"{key}: a term teaches {self.head} by {self.target}; set head: tokens or block:N with target: features, pooled or "
                 "stage:NAME, which are for tokens alone, and a head that has logits with any other"
             )
+        if self.live and self.stage and self.cache:
+            raise ConfigError(
+                f"{key}: live runs the teacher of the first cache alone, not that of cache: {self.cache}; leave cache out, or have "
+                f"that cache keep the map (cache.codecs: stage:{self.stage}:8) and leave live out"
+            )
         read = self._read()
         other = [f for f, d in LossTerm.__dataclass_fields__.items() if f not in read and getattr(self, f) != d.default]
         if other:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from cskd.codecs import Arrays
-from cskd.codecs.base import BLEND_ONE, direct_hard
+from cskd.codecs.base import BLEND_ONE, Outputs, direct_hard
 from cskd.codecs.features import FeaturesCodec
+from cskd.codecs.stages import StageCodec, stages_of
 from cskd.machine.devices import pick_device
 from cskd.machine.threads import begun_with, choose_threads, computing_with
 from cskd.pipeline.recorded_teacher import recorded_teacher
@@ -25,7 +27,22 @@ from cskd.views.maker import ViewMaker
 from cskd.views.mix_pixels import mix_pixels
 from cskd.views.mixing import NONE
 
+TIE, ROUNDING = 1.25, 1e-5  # by how much of its own error, and of the largest number, a map may be further off
 LOOKED_UP_BLENDS = tuple(range(0, BLEND_ONE + 1, BLEND_ONE // 16))
+
+
+@dataclass(frozen=True)
+class StageAgain:
+    """A stage's maps as a codec stores them, against those that the teacher gives now. beyond: cells, of so many, that are further off
+    than the codec itself is on today's map; largest_difference: of a number, the codec's error in it."""
+
+    cells: int
+    beyond: int
+    largest_difference: float
+
+    def __add__(self, other: StageAgain) -> StageAgain:
+        largest = max(self.largest_difference, other.largest_difference)
+        return StageAgain(self.cells + other.cells, self.beyond + other.beyond, largest)
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,7 @@ class Recomputed:
     largest_feature_difference: (
         float | None
     )  # of a teacher without logits of cells, whose features are kept; the codec's error is in it
+    stages: dict[str, StageAgain]  # by codec
     probe: str | None  # how the teacher's outputs on the probe images differ from the cache's; None: they don't
 
 
@@ -71,23 +89,26 @@ def recompute(cache: Cache, count: int, device: str, quiet: bool) -> Recomputed:
     teacher = recorded_teacher(cache, pick_device(device))
     soft = next((name for name, codec in cache.codecs.items() if codec.soft), None)
     features = next((n for n, codec in cache.codecs.items() if codec.reads_features and not codec.soft), None)
-    hard = cache.hard_codec
+    hard, stages = cache.hard_codec, {n: c for n, c in cache.codecs.items() if isinstance(c, StageCodec)}
     blends: tuple[int, ...] = LOOKED_UP_BLENDS if cache.codecs[hard].cells else (0,)
     blends = blends if cache.codecs[hard].has_classes else ()
     maker = ViewMaker(cache.inventory, cache.recipe)
     views = lookups = differing = 0
     margin, largest, largest_feature = 0.0, 0.0, 0.0
+    maps = dict.fromkeys(stages, StageAgain(0, 0, 0.0))
     threads = choose_threads()
     if not teacher.reentrant:
         threads, _ = begun_with(cache.manifest.threads, threads, asked=False)
     total = min(count, made_views(cache))
     with computing_with(threads.count), Progress("recompute", total, "views", quiet=quiet) as progress:
         for block, view, unit, rows in golden_rows(cache, count):
-            targets = {name: cache.read(block, view, name).targets for name in {hard, soft or hard, features or hard}}
+            read = {hard, soft or hard, features or hard, *stages}
+            targets = {name: cache.read(block, view, name).targets for name in read}
             for part in np.array_split(rows, -(-len(rows) // teacher.batch)):
-                dense_BKhw, global_BK, features_BChw = outputs_again(
-                    maker, teacher, unit, cache.inventory.block_range(block)[0], part
+                made = outputs_again(
+                    maker, teacher, unit, cache.inventory.block_range(block)[0], part, stages_of(cache.codecs)
                 )
+                dense_BKhw, global_BK = made.dense, made.image
                 stored = cache.codecs[hard].take(targets[hard], part)
                 for blend in blends:
                     wrong, by = _differing(dense_BKhw, global_BK, blend, cache.codecs[hard].hard(stored, blend))
@@ -101,9 +122,11 @@ def recompute(cache: Cache, count: int, device: str, quiet: bool) -> Recomputed:
                         largest = max(largest, float((kept - now).abs().max()))
                 if features:
                     codec = cache.codecs[features]
-                    assert isinstance(codec, FeaturesCodec)
+                    assert isinstance(codec, FeaturesCodec) and made.features is not None
                     kept = codec.features_torch(_tensors(codec.take(targets[features], part)))
-                    largest_feature = max(largest_feature, float((kept - features_BChw).abs().max()))
+                    largest_feature = max(largest_feature, float((kept - made.features).abs().max()))
+                for name, stage in stages.items():
+                    maps[name] += _stage_again(stage, stage.take(targets[name], part), made)
                 views += len(part)
                 progress.update(min(views, total))
     return Recomputed(
@@ -114,6 +137,7 @@ def recompute(cache: Cache, count: int, device: str, quiet: bool) -> Recomputed:
         largest_margin=margin,
         largest_logit_difference=largest if soft else None,
         largest_feature_difference=largest_feature if features else None,
+        stages=maps,
         probe=compare_probe(cache.manifest.probe or {}, teacher.probe()),
     )
 
@@ -123,9 +147,14 @@ def _tensors(arrays: Arrays) -> dict[str, torch.Tensor]:
 
 
 def outputs_again(
-    maker: ViewMaker, teacher: Teacher, unit: Unit, first: int, rows: NDArray[np.int64]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Dense [n, K, h, w] and global [n, K] logits, and features [n, C, h, w], of some rows of a unit, each mixed with its partner as in stage 1."""
+    maker: ViewMaker,
+    teacher: Teacher,
+    unit: Unit,
+    first: int,
+    rows: NDArray[np.int64],
+    stages: Sequence[str] = (),
+) -> Outputs:
+    """What the teacher makes of some rows of a unit, each mixed with its partner as in stage 1, on the CPU; stages: with their maps."""
     pixels = []
     for row in rows.tolist():
         mate = row
@@ -139,8 +168,19 @@ def outputs_again(
     partner = torch.arange(len(pixels)) ^ 1
     mixed = mix_pixels(pairs, *(f.to(teacher.device) for f in (partner, *fields)))[::2]
     with threads_of_a_lane(teacher.device, teacher.reentrant):
-        dense_BKhw, global_BK, features_BChw = teacher.with_features(mixed)
-    return dense_BKhw.cpu(), global_BK.cpu(), features_BChw.cpu()
+        made = teacher.outputs_of(mixed, stages)
+    assert made.features is not None
+    maps = {name: x.cpu() for name, x in made.stages.items()}
+    return Outputs(made.dense.cpu(), made.image.cpu(), features=made.features.cpu(), stages=maps)
+
+
+def _stage_again(codec: StageCodec, stored: Arrays, made: Outputs) -> StageAgain:
+    """Of some rows. The codec's own error is that of encoding today's map; a number at a tie may be rounded the other way."""
+    now = made.stages[codec.stage]
+    off = (codec.map_torch(_tensors(stored)) - now).abs().amax(1)
+    own = (codec.map_torch(_tensors(codec.encode_outputs(made))) - now).abs().amax(1)
+    beyond = off > TIE * own + ROUNDING * now.abs().max()
+    return StageAgain(off.numel(), int(beyond.sum()), float(off.max()))
 
 
 def _differing(

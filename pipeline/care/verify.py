@@ -22,6 +22,7 @@ from cskd.errors import CacheError, CskdError, DataError, LimitError, ReadError,
 from cskd.files.durable import json_bytes
 from cskd.files.read import MAX_TEXT
 from cskd.pipeline.care.recompute import Recomputed, recompute, replay_again
+from cskd.pipeline.care.units_read import Read, as_read
 from cskd.pipeline.show.progress import Progress, print_lines, say
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import Commit, UnitFile, record_names
@@ -163,31 +164,31 @@ def _name(block: int, view: int) -> str:
 
 
 def check_units(cache: Cache, seal: Seal | None, what: str, quiet: bool) -> Iterator[list[CheckedUnit]]:
-    """The units of each block, in order; every record and file is read once. what: name of the progress."""
+    """The units of each block, in order; every record and file is read once, on an object store many at the same time."""
     sealed = seal.views if seal else 0
     there = sum(not name.startswith(".") for names in record_names(cache.storage, cache.blocks) for name in names)
-    done = 0
+    done, units = 0, list[CheckedUnit]()
     with Progress(what, there, "units", quiet=quiet) as progress:
-        for block in range(cache.blocks):
-            units = []
-            for view in range(cache.views):
-                commit, error = None, ""
-                try:
-                    commit = cache.commit_of(block, view, exact=True)
-                    if commit is not None:
-                        check_unit(cache, commit)
-                    elif view < sealed:
-                        record = cache.path(str(commit_file(block, view)))
-                        gone = f"its record {record} is gone, though the cache was sealed"
-                        error = f"{_name(block, view)}: {gone}; `cskd repair` makes it again"
-                except (LimitError, StorageError):  # no unit is to blame, and `repair` must not withdraw one
-                    raise
-                except CskdError as e:
-                    error = f"{_name(block, view)}: {e}"
-                units.append(CheckedUnit(block, view, commit, error))
-                done += commit is not None
-                progress.update(done)
-            yield _uneven_named(units)
+        for block, view, record, read in as_read(cache):
+            commit, error = None, ""
+            try:
+                commit = record()
+                if commit is not None:
+                    check_unit(cache, commit, read)
+                elif view < sealed:
+                    name = cache.path(str(commit_file(block, view)))
+                    gone = f"its record {name} is gone, though the cache was sealed"
+                    error = f"{_name(block, view)}: {gone}; `cskd repair` makes it again"
+            except (LimitError, StorageError):  # no unit is to blame, and `repair` must not withdraw one
+                raise
+            except CskdError as e:
+                error = f"{_name(block, view)}: {e}"
+            units.append(CheckedUnit(block, view, commit, error))
+            done += commit is not None
+            progress.update(done)
+            if view + 1 == cache.views:
+                yield _uneven_named(units)
+                units = []
 
 
 def uneven(units: list[CheckedUnit]) -> bool:
@@ -290,8 +291,8 @@ def _damaged_images(inventory: Inventory, lost: Container[int], quiet: bool) -> 
     return done, errors
 
 
-def check_unit(cache: Cache, commit: Commit) -> None:
-    """Every byte of one unit's files, against its record. CacheError names what is wrong."""
+def check_unit(cache: Cache, commit: Commit, read: Read) -> None:
+    """Every byte of one unit's files, against its record. read: gives a file's bytes, or OSError. CacheError names what is wrong."""
     first, stop = cache.inventory.block_range(commit.block)
     if commit.cached + len(commit.quarantine) != stop - first:
         raise CacheError(
@@ -299,7 +300,7 @@ def check_unit(cache: Cache, commit: Commit) -> None:
         )
     if [f.codec for f in commit.files] != list(cache.codecs):
         raise CacheError(f"has codecs {[f.codec for f in commit.files]}, the cache {list(cache.codecs)}")
-    units = {file.path: _decoded(cache, commit, file) for file in commit.files}
+    units = {file.path: _decoded(cache, commit, file, read) for file in commit.files}
     fields = next(iter(units.values())).fields
     for path, unit in units.items():
         if differ := sorted(n for n in fields | unit.fields if not _same(fields.get(n), unit.fields.get(n))):
@@ -312,11 +313,11 @@ def check_unit(cache: Cache, commit: Commit) -> None:
         raise CacheError("the content differs from its commit record")
 
 
-def _decoded(cache: Cache, commit: Commit, file: UnitFile) -> Unit:
+def _decoded(cache: Cache, commit: Commit, file: UnitFile, read: Read) -> Unit:
     """One codec's file of a unit; the bytes that are hashed are those that are decoded."""
     path, mend = cache.path(file.path), f"`cskd repair {cache.location}` makes it again"
     try:
-        raw = cache.storage.get(file.path, limit=file.size)
+        raw = read(file)
     except OSError as e:
         raise CacheError(f"{path} can't be read ({e.strerror}); {mend}") from None
     if hashlib.sha256(raw).hexdigest() != file.sha256:
@@ -350,8 +351,12 @@ def render(report: VerifyReport, console: Console) -> None:
         logits = "" if r.largest_logit_difference is None else f", logits by {r.largest_logit_difference:.3g} at most"
         off = r.largest_feature_difference
         features = "" if off is None else f", features by {off:.3g} at most"
+        maps = "".join(
+            f", {name} by {of.largest_difference:.3g} ({of.beyond} of {of.cells} cells beyond the codec's own error)"
+            for name, of in r.stages.items()
+        )
         lines.append(
             f"teacher run again on {r.views} views: {r.differing} of {r.lookups} hard targets differ"
-            f" (margin {r.largest_margin:.2g} at most){logits}{features}; probe images: {r.probe or 'equal'}"
+            f" (margin {r.largest_margin:.2g} at most){logits}{features}{maps}; probe images: {r.probe or 'equal'}"
         )
     print_lines(console, *lines)

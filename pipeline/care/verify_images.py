@@ -13,12 +13,15 @@ from rich.console import Console
 
 from cskd.dataset.images import decode
 from cskd.dataset.inventory import Inventory, open_inventory
+from cskd.dataset.inventory_format import HEADER, INVENTORY_FOLDER
 from cskd.dataset.shard_reader import ShardReader
 from cskd.errors import DataError, ImageError, PathError, ReadError, counted
 from cskd.files.folders import kind_of
-from cskd.files.paths import is_remote
+from cskd.files.paths import is_remote, location_text
 from cskd.machine.cores import usable_cores
 from cskd.pipeline.show.progress import Progress, print_lines
+from cskd.storage import open_storage
+from cskd.store.format import MANIFEST, MANIFEST_COPY
 
 CHUNK = 32  # images per task of a thread
 MOST_FAILURES = 5  # reads of one shard that fail, each after three tries, before the rest of it is passed over
@@ -52,23 +55,29 @@ class ImagesReport:
 
 
 def is_data(path: Path, images: bool = False) -> bool:
-    """Whether a path is a folder of packed or indexed data, not a cache. images: they are asked for, so that a folder which is
+    """Whether a path, or an address, is a folder of packed or indexed data, not a cache. images: they are asked for, so that a folder which is
     neither is taken for data, too."""
-    return not is_remote(path) and ((kind := kind_of(path)) in ("data", "inventory") or (images and kind is None))
+    if is_remote(path):
+        storage = open_storage(path, "CACHE")
+        if storage.stat(MANIFEST) is not None or storage.stat(MANIFEST_COPY) is not None:
+            return False
+        return images or any(storage.stat(name) is not None for name in (f"{INVENTORY_FOLDER}/{HEADER}", HEADER))
+    return (kind := kind_of(path)) in ("data", "inventory") or (images and kind is None)
 
 
 def verify_images(
     data: Path, images: bool = True, shards: Path | None = None, others: bool = False, quiet: bool = False
 ) -> ImagesReport:
-    """Decode every image of a data folder, in as many threads as there are cores.
+    """Decode every image of a data folder, or of one at an address, in as many threads as there are cores.
 
     Args:    shards: folder of the image shards, where they have moved. images, others: what the command was asked for, of which
              a data folder has the images only.
     Raises:  PathError for another wish; DataError where the inventory, or all shards, can't be read.
     """
+    place = location_text(str(data), "DATA")
     if not images or others:
         raise PathError(
-            f"{data} is a packed data set, not a cache; 'cskd verify {data} --images' decodes its images, --replay and "
+            f"{place} is a packed data set, not a cache; 'cskd verify {place} --images' decodes its images, --replay and "
             "--recompute need a cache"
         )
     inventory = open_inventory(data, data=shards, verify=True)
@@ -86,7 +95,7 @@ def verify_images(
             progress.update(done, bad=str(len(bad)))
     given_up = sum(max(0, n - MOST_FAILURES) for n in failures)
     return ImagesReport(
-        str(data), inventory.id, inventory.n, read - given_up, inventory.n - read + given_up, list(lost.values()), bad
+        place, inventory.id, inventory.n, read - given_up, inventory.n - read + given_up, list(lost.values()), bad
     )
 
 

@@ -49,6 +49,7 @@ from cskd.pipeline.outputs import refuse_file, save_file
 from cskd.store.cache import Cache, open_cache
 from cskd.store.commit import Commit
 from cskd.store.format import MANIFEST_FORMATS, Unit
+from cskd.store.records import records
 from cskd.store.seal import read_seal
 from cskd.store.usable import refuse_no_classes
 from cskd.teacher.arithmetic import BLENDS, in_words
@@ -163,9 +164,10 @@ def _commits(cache: Cache) -> tuple[dict[tuple[int, int], Commit], dict[tuple[in
     errors: dict[tuple[int, int], str] = {}
     web = cache.location.startswith(("http:", "https:"))  # a web server has no list of its files
     there = set() if web else {about.key for about in cache.storage.list("units")}
-    for unit in ((block, view) for block in range(cache.blocks) for view in range(cache.views)):
+    for block, view, record in records(cache):
+        unit = block, view
         try:
-            commit = cache.commit_of(*unit)
+            commit = record()
         except CacheError as e:
             errors[unit] = str(e)
             continue

@@ -10,6 +10,7 @@ from rich.console import Console
 from cskd.errors import CacheError
 from cskd.pipeline.show.progress import print_lines
 from cskd.store.cache import Cache, open_cache
+from cskd.store.records import records
 
 
 @dataclass(frozen=True)
@@ -48,23 +49,22 @@ def list_quarantined(path: Path, data: Path | None = None) -> QuarantineList:
         )
         for i in sorted(reasons)
     ]
-    return QuarantineList(str(path), inventory.n, found, errors)
+    return QuarantineList(cache.location, inventory.n, found, errors)
 
 
 def quarantine_reasons(cache: Cache) -> tuple[dict[int, str], list[str]]:
     """sample -> reason, by all commit records; and what is wrong with records that can't be read."""
     reasons: dict[int, str] = {}
     errors = []
-    for block in range(cache.blocks):
+    for block, view, record in records(cache):
         first = cache.inventory.block_range(block)[0]
-        for view in range(cache.views):
-            try:
-                commit = cache.commit_of(block, view)
-            except CacheError as e:
-                errors.append(f"block {block}, view {view}: {e}")
-                continue
-            if commit is not None:
-                reasons |= {first + int(position): reason for position, reason in commit.quarantine.items()}
+        try:
+            commit = record()
+        except CacheError as e:
+            errors.append(f"block {block}, view {view}: {e}")
+            continue
+        if commit is not None:
+            reasons |= {first + int(position): reason for position, reason in commit.quarantine.items()}
     return reasons, errors
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ import pytest
 from cskd.config import Config
 from cskd.errors import ConfigError
 from cskd.loading.stage1 import ChunkMaker
+from cskd.machine.launch import Worker
 from cskd.pipeline.cache_teacher import cache_joint, cache_teacher, cache_teachers
+from cskd.pipeline.joint_line import joint_passes
 from cskd.pipeline.unit_line import UnitLine
 from cskd.store.cache import open_cache
 from cskd.store.seal import read_seal
@@ -136,3 +139,16 @@ def test_what_differs_is_refused_by_its_key(base: Path, tmp_path: Path, changed:
 def test_devices_are_for_one_config(base: Path) -> None:
     with pytest.raises(ConfigError, match=r"--devices.*share the work"):
         cache_joint([settings(base, name) for name in CODECS], "all")
+
+
+def test_a_line_that_waits_for_other_processes_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits, slept = iter([None, None, None, [(1, (2, 3))], []]), list[float]()
+    has = iter([[(0, (0, 1))], [], [], [], []])
+    lines: list[Any] = [
+        SimpleNamespace(missing=lambda _, of=of: next(of), group_of=lambda views: views[0] // 2, patience=lambda: 7.0)
+        for of in (waits, has)
+    ]
+    monkeypatch.setattr("cskd.pipeline.joint_line.time.sleep", slept.append)
+    assert joint_passes(lines, Worker()) == [{1: (0, (0, 1))}] and slept == []
+    assert joint_passes(lines, Worker()) == [{0: (1, (2, 3))}] and slept == [7.0, 7.0]
+    assert joint_passes(lines, Worker()) == [] and slept == [7.0, 7.0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,19 @@ import torch
 from rich.console import Console
 from safetensors import safe_open
 
+from cskd.codecs.base import Outputs
 from cskd.config import Config, from_dict
 from cskd.errors import ConfigError, StudentError, TeacherError
 from cskd.loading.targets import CachedTargets, LiveTargets
 from cskd.method.losses import FeatureTargets
 from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.care.recompute import recompute
+from cskd.pipeline.care.verify import render as render_report
 from cskd.pipeline.care.verify import verify
 from cskd.pipeline.look.inspect_cache import inspect, render
 from cskd.pipeline.train import train
 from cskd.store.cache import open_cache
+from cskd.teacher.model import Teacher
 from tests.pipeline.test_pipeline import cached_data, config
 
 CODECS = ["stage:body.0:12", "envelope", "stage:body.1:pca4:8"]
@@ -115,6 +120,28 @@ def test_inspect_names_stages_with_their_measured_errors_and_verify_reads_them(b
     assert "the map of the teacher's stage body.0" in shown.get() and "% of the variance lost" in shown.get()
 
 
+def test_the_teacher_run_again_gives_the_stored_maps_of_stages_within_their_error(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = open_cache(base / "cache")
+    same = recompute(cache, 8, "cpu", quiet=True)
+    assert same.stages.keys() == {"stage-body.0-12", "stage-body.1-pca4b8"}
+    for found in same.stages.values():
+        assert found.cells > 100 and found.beyond == 0 and 0 < found.largest_difference < 1
+    plain = Teacher.outputs_of
+
+    def off(self: Teacher, pixels: torch.Tensor, stages: Sequence[str] = ()) -> Outputs:
+        made = plain(self, pixels, stages)
+        return made._replace(stages={name: 1.01 * x for name, x in made.stages.items()})
+
+    monkeypatch.setattr(Teacher, "outputs_of", off)
+    report = verify(base / "cache", again=8, quiet=True)
+    other, console = report.recomputed, Console(record=True, width=1000)
+    assert other is not None and other.stages["stage-body.0-12"].beyond > 100
+    render_report(report, console)
+    assert f"stage-body.0-12 by {other.stages['stage-body.0-12'].largest_difference:.3g} (" in console.export_text()
+
+
 @pytest.mark.parametrize(
     ("codecs", "said"),
     [
@@ -149,6 +176,14 @@ def test_a_stage_that_no_codec_holds_and_a_block_beyond_the_depth_are_refused(
     with pytest.raises(error, match=said) as no:
         train(settings(base, "none", [CONV | term]), quiet=True)
     assert "\n" not in str(no.value) and len(str(no.value)) <= 300
+
+
+def test_a_live_stage_of_a_further_cache_is_refused_by_what_to_do() -> None:
+    with pytest.raises(
+        ConfigError, match=r"live runs the teacher of the first cache alone, not that of cache: other; leave"
+    ) as e:
+        from_dict({"loss": {"method": "cskd-hard", "terms": [CONV | {"live": True, "cache": "other"}]}})
+    assert len(str(e.value)) <= 300
 
 
 def test_a_cache_of_stages_alone_is_refused(base: Path, tmp_path: Path) -> None:

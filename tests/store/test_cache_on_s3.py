@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from cskd.pipeline.care.gc import gc
 from cskd.pipeline.care.verify import verify
 from cskd.pipeline.look.inspect_cache import inspect
 from cskd.storage import open_storage
+from cskd.storage.objects import Objects
 from cskd.store.cache import Cache, create_cache, open_cache
 from cskd.store.commit import publish, write_file
 from cskd.store.format import INDEX, SEAL, commit_file
@@ -49,6 +52,39 @@ def again(made: tuple[Cache, Cache], s3: str) -> Cache:
     for about in there.storage.list():
         copy.put(about.key, there.storage.get(about.key))
     return open_cache(copy, index=False)
+
+
+def test_verify_says_the_same_of_a_damaged_one_in_the_same_order_with_its_units_read_at_the_same_time(
+    made: tuple[Cache, Cache], again: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(made[0].root, tmp_path / "here")
+    here = open_cache(tmp_path / "here", index=False)
+    files = {unit: again.commit_of(*unit).files[0].path for unit in ((0, 0), (0, 1), (1, 0))}  # type: ignore[union-attr]
+    for storage in (here.storage, again.storage):
+        storage.put(files[0, 0], storage.get(files[0, 0])[:-1] + b"x")
+        storage.delete(files[0, 1])
+        storage.put(files[1, 0], b"more" + storage.get(files[1, 0]))
+        storage.put(str(commit_file(1, 1)), b"{")
+    together, in_flight, lock, get = threading.Event(), 0, threading.Lock(), Objects.get
+
+    def counted(self: Objects, key: str, *rest: Any, **options: Any) -> bytes:
+        nonlocal in_flight
+        if key.startswith("units/"):
+            with lock:
+                in_flight += 1
+            if in_flight == 3:  # of the units whose record can be read
+                together.set()
+            assert together.wait(20)
+        return get(self, key, *rest, **options)
+
+    monkeypatch.setattr(Objects, "get", counted)
+    found = [verify(cache.location, quiet=True) for cache in (here, again)]
+    errors = [[re.sub(r"\S*/(here|copy)", "CACHE", e) for e in report.errors] for report in found]
+    assert len(errors[0]) == 4 and errors[0] == [
+        e.replace("no such object", "No such file or directory") for e in errors[1]
+    ]
+    named = ("cache", "errors")
+    assert replace(found[0], **dict.fromkeys(named)) == replace(found[1], **dict.fromkeys(named))  # type: ignore[arg-type]
 
 
 def test_it_holds_what_the_folder_holds(made: tuple[Cache, Cache]) -> None:
