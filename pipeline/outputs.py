@@ -8,8 +8,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -30,11 +29,11 @@ from cskd.pipeline.draw.confusion import to_csv
 from cskd.pipeline.show.progress import say
 from cskd.storage import Storage, open_storage
 from cskd.storage.mirror import Mirror, working_folder
+from cskd.storage.places import refuse_objects
 from cskd.storage.posix import Posix
 from cskd.store.format import MANIFEST, OWN_NAMES, PROBE
 
 LAST = ("resume",)  # a state is there once all that it tells of is
-LOOKED_AT = 1000  # objects of a prefix, one answer of a store: is it a cache's
 FIRST_SPEAKS = 3.0  # seconds: torchrun ends all ranks once one has ended, and the first one knows why
 PAGE_START = b"<!doctype html>\n<!-- made by cskd inspect --html -->\n"
 # Loose files that commands write: what they are, and how each begins. Only one that begins so is replaced.
@@ -55,7 +54,7 @@ def refuse_cache_output(config: Config) -> None:
     """
     if is_remote(config.cache.path):
         others = _other_texts(config, "cache.path")
-        refuse_objects(config.cache.path, "cache.path", "a cache", OWN_NAMES, MANIFEST, others)
+        refuse_objects(config.cache.path, "cache.path", "a cache", of_a_cache, MANIFEST, others)
         return
     root = Path(config.cache.path)
     refuse_output(root, "cache", "cache.path", inputs=_other_paths(config, "cache.path"), names=OWN_NAMES)
@@ -64,26 +63,9 @@ def refuse_cache_output(config: Config) -> None:
         raise PathError(f"cache.path {root} is being repaired{by(mending)}; run the same command when that has ended")
 
 
-def refuse_objects(
-    location: str, what: str, kind: str, names: Collection[str], marker: str, others: Mapping[str, str]
-) -> None:
-    """The same as `refuse_output`, of a prefix of an object store: nothing of another kind may be in it, nor another path lie there.
-
-    Args:    what: the key or argument that names it. kind: what would be written, in words. names: of the objects and folders in one
-             of that kind; one with the object `marker` is of that kind whatever else lies there. others: by key or argument.
-    Raises:  PathError, StorageError.
-    """
-    storage = open_storage(location, what)
-    for key, text in others.items():
-        if is_remote(text) and f"{location_text(text, key)}/".startswith(f"{storage.location}/"):
-            raise PathError(f"{key} {text} lies in {what} {storage.location}; give each a place of its own")
-    there = ((about.key, about.key.partition("/")[0]) for about in islice(storage.list(), LOOKED_AT))
-    # A probe is of a process that has died, or of one that begins at the same time.
-    strange = (key for key, name in there if name not in names and not key.startswith(PROBE))
-    if (name := next(strange, None)) is not None and storage.stat(marker) is None:
-        raise PathError(
-            f"{what} {storage.location} holds {name[:80]}, which is no file of {kind}; give a place of its own"
-        )
+def of_a_cache(key: str) -> bool:
+    """Whether an object may be one of a cache. A probe is of a process that has died, or of one that begins at the same time."""
+    return key.partition("/")[0] in OWN_NAMES or key.startswith(PROBE)
 
 
 def refuse_run_output(config: Config) -> None:

@@ -21,6 +21,7 @@ from cskd.packing.names import CLASSES_FILE
 from cskd.packing.pack import pack
 from cskd.pipeline.show.progress import Notes, Progress, print_lines, say
 from cskd.storage import open_storage
+from cskd.storage.places import refuse_objects
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,13 @@ def _folder_for(out: Path) -> Iterator[Path]:
     if not is_remote(out):
         yield out
         return
-    location_text(str(out), "OUT", write=True)
+    refuse_objects(location_text(str(out), "OUT", write=True), "OUT", "a data set", _of_data, CLASSES_FILE)
     with tempfile.TemporaryDirectory(prefix="cskd-pack-") as folder:
         yield Path(folder, "data")
+
+
+def _of_data(key: str) -> bool:
+    return key.endswith(".tar") or key.partition("/")[0] in (CLASSES_FILE, INVENTORY_FOLDER)
 
 
 def _uploaded(made: Inventory, address: str, quiet: bool) -> Inventory:

@@ -60,13 +60,14 @@ def location_text(text: str, what: str, *, hub: bool = False, write: bool = Fals
     address = _ADDRESS.match(text)
     assert address is not None
     scheme, rest = address[1].lower(), text[address.end() :].rstrip("/")
+    shown = f"{scheme}://{rest}"[:_SHOWN]  # a Path has lost one slash
     if write and scheme in _READ_ONLY:
         raise PathError(
-            f"{what} {text[:_SHOWN]!r} is on a web server, which is only read; give a local path or s3://BUCKET/NAME"
+            f"{what} {shown!r} is on a web server, which is only read; give a local path or s3://BUCKET/NAME"
         )
     if any(part in ("", ".", "..") for part in rest.split("/")) or any(c in rest for c in "?#\\\0"):
         raise PathError(
-            f"{what} {text[:_SHOWN]!r} is no address of an object store, expected {scheme}://"
+            f"{what} {shown!r} is no address of an object store, expected {scheme}://"
             f"{'HOST' if scheme in _READ_ONLY else 'BUCKET'}/NAME without '..', '?' or '#'; write it so"
         )
     return f"{scheme}://{rest}"

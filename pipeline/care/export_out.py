@@ -16,11 +16,12 @@ from cskd.files.folders import MARKER, marker, refuse_output
 from cskd.files.paths import is_remote, location_text
 from cskd.files.read import MAX_TEXT, parse_json
 from cskd.machine.launch import worker
-from cskd.pipeline.outputs import refuse_objects, refuse_unfit
+from cskd.pipeline.outputs import of_a_cache, refuse_unfit
 from cskd.pipeline.passes import GOLDEN
 from cskd.pipeline.show.progress import Progress
 from cskd.storage import Storage, join, open_storage
 from cskd.storage.ahead import ahead
+from cskd.storage.places import refuse_objects
 from cskd.storage.posix import Posix
 from cskd.store.cache import Cache
 from cskd.store.format import MANIFEST, OWN_NAMES
@@ -36,22 +37,20 @@ def open_out(out: Path, cache: Cache, kind: str) -> Storage:
     Raises:  PathError for a place of another kind, or one that an input lies in; CacheError, StorageError for a store that can hold no
              cache.
     """
-    names = OWN_NAMES if kind == "cache" else ()
     data = str(cache.inventory.remote.location if cache.inventory.remote else cache.inventory.root)
     inputs = {"CACHE": cache.location} | ({} if kind == "cache" else {"the data folder": data})
     if not is_remote(out):
         local = {key: Path(text) for key, text in inputs.items() if not is_remote(text)}
-        refuse_output(out, kind, "OUT", inputs=local, names=names)
+        refuse_output(out, kind, "OUT", inputs=local, names=OWN_NAMES if kind == "cache" else ())
         return open_storage(out)
     location = location_text(str(out), "OUT", write=True)
-    if is_remote(cache.location) and f"{location}/".startswith(f"{cache.location}/"):
+    if is_remote(cache.location) and location.startswith(f"{cache.location}/"):
         raise PathError(f"OUT {location} lies in CACHE {cache.location}; give a place of its own")
     if kind == "cache":
-        refuse_objects(location, "OUT", "a cache", names, MANIFEST, inputs)
+        place = refuse_objects(location, "OUT", "a cache", of_a_cache, MANIFEST, inputs)
         refuse_unfit(location, "OUT")
-    else:
-        refuse_objects(location, "OUT", "an export", (FACTS, MARKER), FACTS, inputs)
-    return open_storage(location)
+        return place
+    return refuse_objects(location, "OUT", "an export", (FACTS, MARKER).__contains__, FACTS, inputs)
 
 
 def begin(cache: Cache, out: Storage, what: dict[str, Any]) -> None:

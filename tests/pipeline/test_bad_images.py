@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from rich.console import Console
 from cskd.errors import DataError, PathError
 from cskd.pipeline.care.verify_images import is_data, render, verify_images
 from cskd.pipeline.look.quarantined import list_quarantined, render_list
+from cskd.storage import open_storage
+from cskd.storage.node_cache import use_node_cache
 from tests.caches import make_tiny_cache, make_tiny_data
 
 
@@ -40,11 +43,21 @@ def test_every_image_that_does_not_decode_is_listed_with_its_shard(
         verify_images(data, quiet=True)
 
 
-def test_a_sound_data_folder_is_told_from_a_cache(tmp_path: Path) -> None:
+def test_a_sound_data_folder_is_told_from_a_cache_also_on_a_store(tmp_path: Path, s3: str) -> None:
     cache = make_tiny_cache(tmp_path, quarantine=[4, 7])
     data = cache.inventory.root
     assert is_data(data) and not is_data(cache.root)
     assert verify_images(data, quiet=True).sound
+    for folder in (data, cache.root):
+        storage = open_storage(f"{s3}/{folder.name}")
+        for path in folder.rglob("*.*"):
+            if path.is_file():
+                storage.put(path.relative_to(folder).as_posix(), path.read_bytes())
+    there = Path(f"{s3}/data")
+    assert is_data(there) and is_data(there / "inventory") and not is_data(Path(f"{s3}/cache"), images=True)
+    use_node_cache(str(tmp_path / "node"), None)
+    assert verify_images(there, quiet=True) == replace(verify_images(data, quiet=True), data=f"{s3}/data")
+    assert list_quarantined(Path(f"{s3}/cache")).cache == f"{s3}/cache"
     with pytest.raises(PathError, match=r"is a packed data set, not a cache; 'cskd verify .* --images'"):
         verify_images(data, images=False)
     found = list_quarantined(cache.root)

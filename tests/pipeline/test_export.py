@@ -283,7 +283,7 @@ def test_an_out_on_a_store_that_is_of_something_else_is_refused(cache: Cache, s3
     open_storage(f"{s3}/photos").put("photos/a.jpg", b"x")
     before = objects(s3)
     for out, container, said in (
-        (f"{s3}/caches/mine", None, "lies in CACHE"),
+        (f"{s3}/caches/mine", None, "OUT and CACHE are both"),
         (f"{s3}/caches/mine/units", "zarr", "lies in CACHE"),
         (f"{s3}/caches", "webdataset", "CACHE s3://.*/caches/mine lies in OUT"),
         (s3, None, "CACHE s3://.*/caches/mine lies in OUT"),

@@ -200,7 +200,7 @@ def test_weights_come_from_a_store(s3: str, tmp_path: Path) -> None:
         fetched(join(s3, "run"), "student.init")
 
 
-def test_packing_to_a_store(s3: str, tmp_path: Path) -> None:
+def test_packing_to_a_store(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_node_cache(str(tmp_path / "node"), None)
     for name in ("a", "b"):
         (tmp_path / "src" / name).mkdir(parents=True)
@@ -217,5 +217,10 @@ def test_packing_to_a_store(s3: str, tmp_path: Path) -> None:
     assert any("was here already" in note for note in pack_data(tmp_path / "src", there, quiet=True).notes)
     with pytest.raises(DataError, match=r"s3://.*/packed holds the inventory .* already, not"):
         pack_data(tmp_path / "src", there, limit=4, quiet=True)
+    monkeypatch.setattr("cskd.pipeline.pack.pack", lambda *_, **options: pytest.fail("it was packed"))
     with pytest.raises(PathError, match="is on a web server, which is only read"):
         pack_data(tmp_path / "src", Path("http://host/x"), quiet=True)
+    for name in ("inventory/inventory.json", "manifest.json"):
+        open_storage(join(s3, "cache")).put(name, b"{}")
+    with pytest.raises(PathError, match=r"OUT s3://.*/cache holds manifest.json, which is no file of a data set; give"):
+        pack_data(tmp_path / "src", Path(join(s3, "cache")), quiet=True)
