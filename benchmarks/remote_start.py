@@ -189,6 +189,8 @@ async def _forward(
     try:
         ways = pipe(reader, there_writer, latency), pipe(there_reader, writer, 0.0)
         await asyncio.gather(*ways, return_exceptions=True)
+    except asyncio.CancelledError:  # the proxy ends; a task that is cancelled would be told as an error of its callback
+        pass
     finally:
         writer.close()
         there_writer.close()
