@@ -182,7 +182,12 @@ FROM_HUB = {
     ("inspect", "cache"),
     ("verify", "cache"),
 }  # which only read, and may lie on the hub
-FROM_STORES = {("evaluate", "checkpoint"), ("evaluate", "data"), ("pack", "out")}  # and `--data` of every command
+FROM_STORES = {
+    ("evaluate", "checkpoint"),
+    ("evaluate", "data"),
+    ("pack", "out"),
+    ("export", "out"),
+}  # and `--data` of every command
 ON_OBJECTS = {(command, "cache") for command in ("inspect", "verify", "repair", "gc", "export")}
 
 
