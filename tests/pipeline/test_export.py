@@ -278,8 +278,9 @@ def test_an_export_to_a_store_and_from_one_has_the_bytes_of_one_to_a_folder(
     assert {key for key in mine if mine[key] != theirs[key]} == of_config
 
 
-def test_an_out_on_a_store_that_is_of_something_else_is_refused(cache: Cache, s3: str) -> None:
-    upload(cache.root, f"{s3}/caches/mine")
+def test_an_out_on_a_store_that_is_of_something_else_is_refused(cache: Cache, s3: str, tmp_path: Path) -> None:
+    shutil.copytree(cache.root, tmp_path / "mine", ignore=shutil.ignore_patterns("units", "commits"))
+    upload(tmp_path / "mine", f"{s3}/caches/mine")
     open_storage(f"{s3}/photos").put("photos/a.jpg", b"x")
     before = objects(s3)
     for out, container, said in (
