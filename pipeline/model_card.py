@@ -322,8 +322,8 @@ def _term(term: LossTerm) -> str:
     """A term of the loss in words: its weight, and what it has of its own."""
     first, end = term.epochs or (0, None)
     smoothed = f" with smoothing {term.smoothing:g}" if term.smoothing else ""
-    until = "on" if end is None else f"to {end - 1}"
-    when = f" from epoch {first or 0} {until}" if first or end is not None else ""
+    until = "on" if end is None else f"to before epoch {end:g}"
+    when = f" from epoch {first or 0:g} {until}" if first or end is not None else ""
     return f"{term.title} times {term.weight:g}{smoothed}{when}"
 
 
