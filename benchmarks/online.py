@@ -11,7 +11,8 @@
 4. `float32`: ImageNet sample, MobileNetV2 in float32, the full recipe: the teacher is run again in other batches than stage 1's, and
    each hard target that differs is counted, with its margin.
 
-Needs $CSKD_DATA (else `shared` beside the checkout) with data/ and teachers/. About 15 minutes on 2 cores; `--quick` 3.
+Needs $CSKD_DATA (else `shared` beside the checkout) with data/ and teachers/. The steps of a student are 16, and 2 with
+`--quick`.
 Prints one JSON line last. Exits 1 when two students differ, a hard term does, or an error is beyond the stated one.
 """
 
