@@ -11,7 +11,8 @@
 4. `float32`: ImageNet sample, MobileNetV2 in float32, the full recipe: the teacher is run again in other batches than stage 1's, and
    each hard target that differs is counted, with its margin.
 
-Needs $CSKD_DATA (else `shared` beside the checkout) with data/ and teachers/. About 15 minutes on 2 cores; `--quick` 3.
+Needs $CSKD_DATA (else `shared` beside the checkout) with data/ and teachers/. The steps of a student are 16, and 2 with
+`--quick`.
 Prints one JSON line last. Exits 1 when two students differ, a hard term does, or an error is beyond the stated one.
 """
 
@@ -90,16 +91,16 @@ def main(arguments: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             if {*parts} - {"float32"}:
-                source, images = data / "data" / "cifar10-train.tar.gz", 60 if quick else 600
-                pack_data(source, folder / "cifar", limit=images, block=200, shard_size=100, quiet=True)
+                source, images = data / "data" / "cifar10-train.tar.gz", 60 if quick else 192
+                pack_data(source, folder / "cifar", limit=images, block=64, shard_size=32, quiet=True)
             if "students" in parts:
-                pairs += students(data, folder, epochs=2 if quick else 6)
+                pairs += students(data, folder, epochs=2 if quick else 4)
             if "two_caches" in parts:
-                pairs.append(two_caches(data, folder, epochs=2 if quick else 6))
+                pairs.append(two_caches(data, folder, epochs=2 if quick else 4))
             if "soft" in parts:
-                soft = soft_terms(data, folder, epochs=2 if quick else 4)
+                soft = soft_terms(data, folder, epochs=2 if quick else 3)
             if "float32" in parts:
-                result["float32"] = float32(data, folder, images=40 if quick else 500, views=40 if quick else 1500)
+                result["float32"] = float32(data, folder, images=40 if quick else 200, views=40 if quick else 600)
     except CskdError as e:
         print(f"benchmarks/online.py: {e}", file=sys.stderr)
         return 1

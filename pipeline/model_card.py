@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from cskd.config import Config
+from cskd.config.schema import LossTerm
 from cskd.errors import counted
 from cskd.files.durable import put
 from cskd.method.terms import needs_teacher
@@ -289,13 +290,14 @@ def _training(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], confi
     method = loss.method + (f", decay {loss.decay}" if loss.method.startswith("cskd") else "")
     method += f", alpha {loss.alpha:g}" if loss.method not in ("none", "terms") else ""
     method += f", tau {loss.tau:g}" if loss.method.endswith("soft") else ""
-    method += "".join(f", term {term.title} times {term.weight:g}" for term in loss.terms)
+    method += f", smoothing {loss.smoothing:g}" if loss.method != "terms" else ""
+    method += "".join(f", term {_term(term)}" for term in loss.terms)
     table = {
         "data": f"{_folder(config.data.train) if config.data.train else 'images of the cache'}, {about.images:,} images, {about.views} views of each",
         "teacher": about.teacher or "none",
         "cache": "none, the teacher ran at every step" if about.online else about.cache or "none",
         "targets": about.codec or ("the teacher's, live" if about.online else "labels"),
-        "method": f"{method}, smoothing {loss.smoothing:g}",
+        "method": method,
         "epochs": f"{(rows[-1]['epoch'] + 1) if rows else 0} of {train.epochs}, {facts['cskd']['step']:,} steps of "
         f"{train.global_batch:,} views",
         "optimiser": f"{train.opt}, lr {train.lr:g}, weight decay {train.weight_decay:g}, warm-up {train.warmup_epochs:g} epochs",
@@ -316,9 +318,20 @@ def _training(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], confi
     return "\n".join([*lines, "\nEvery key is in `resolved.yaml`, every epoch in `metrics.csv`."])
 
 
+def _term(term: LossTerm) -> str:
+    """A term of the loss in words: its weight, and what it has of its own."""
+    first, end = term.epochs or (0, None)
+    smoothed = f" with smoothing {term.smoothing:g}" if term.smoothing else ""
+    until = "on" if end is None else f"to before epoch {end:g}"
+    when = f" from epoch {first or 0:g} {until}" if first or end is not None else ""
+    return f"{term.title} times {term.weight:g}{smoothed}{when}"
+
+
 def _again(config: Config, about: About) -> str:
     ranks = f"torchrun --nproc-per-node {about.ranks} --no-python " if about.ranks > 1 else ""
     command = f"{ranks}cskd train resolved.yaml{' --online' if about.online else ''} --set train.output=again"
     made_by = "resolved.yaml" if config.teacher.model else "CACHE/resolved.yaml  # CACHE: cache.path in resolved.yaml"
-    first = f"cskd cache-teacher {made_by}\n" if about.codec else ""
-    return f"With the data at the paths that `resolved.yaml` names:\n\n```bash\n{first}{command}\n```"
+    # Names of caches are words, so that they can stand for folders here.
+    more = [f"{name}/resolved.yaml  # {name}: train.caches.{name} in resolved.yaml" for name in config.train.caches]
+    caches = [f"cskd cache-teacher {file}" for file in (made_by, *more)] if about.codec else []
+    return "\n".join(["With the data at the paths that `resolved.yaml` names:\n\n```bash", *caches, command, "```"])

@@ -204,7 +204,8 @@ class _Mlflow:
 
     def log(self, row: Row, epoch: int) -> None:
         for name, value in row.items():
-            self._client.log_metric(self.id, re.sub(r"[^\w ./:-]", "_", name), value, step=epoch)
+            # Earlier versions of MLflow refuse colons, which the scores of tokens have.
+            self._client.log_metric(self.id, re.sub(r"[^\w ./-]", "_", name), value, step=epoch)
 
     def close(self) -> None:
         self._client.set_terminated(self.id)

@@ -113,7 +113,7 @@ def test_a_token_for_each_teacher_is_trained_resumed_and_scored_from_the_files(b
     terms = [
         TERMS[0],
         TERMS[2],
-        {"head": "token:conv", "target": "global"},
+        {"head": "token:conv", "target": "global", "epochs": [1, None]},
         {"head": "token:involution", "target": "global", "cache": "second", "kind": "kl"},
     ]
     student = {"model": "deit_tiny_patch16_224", "tokens": ["conv", "involution"]}
@@ -140,7 +140,10 @@ def test_a_token_for_each_teacher_is_trained_resumed_and_scored_from_the_files(b
     found = inspect(base / "cache second", student=whole, sample="0").student
     assert found is not None and found.agreement is not None
 
-    lines = (whole / "README.md").read_text().split("```python\n")[2].partition("```")[0]
+    card = (whole / "README.md").read_text()
+    assert r"term token\_conv\_global\_ce times 1 from epoch 1 on, term" in card and "0.5, term" in card
+    assert "resolved.yaml\ncskd cache-teacher second/resolved.yaml  # second: train.caches.second in" in card
+    lines = card.split("```python\n")[2].partition("```")[0]
     loaded = load_student(whole)[0]
     images = torch.randn(2, 3, 32, 32)
     model = timm.create_model(
