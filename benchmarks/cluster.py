@@ -285,7 +285,7 @@ def _stage1(facts: Facts, found: Found) -> Iterator[tuple[str, ...]]:
         both = found.waste[workers, True], found.waste[workers, False]
         lasted = " and ".join(f"{waste.seconds * hours / workers:.2f}" for waste in both)
         twice = (waste.twice * workers for waste in both)
-        yield f"{workers:,}", lasted, *(f"{n:,.0f} of {PASSES:,} ({100 * n / PASSES:.2f} %)" for n in twice)
+        yield f"{workers:,}", lasted, *(f"{n:,.1f} of {PASSES:,} ({100 * n / PASSES:.2f} %)" for n in twice)
 
 
 def _table(head: Sequence[str], rows: Iterator[tuple[str, ...]]) -> list[str]:

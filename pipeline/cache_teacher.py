@@ -27,7 +27,7 @@ from rich.console import Console
 from cskd.config import Config, to_dict
 from cskd.config.pins import TEACHER, pinned, record_pins
 from cskd.dataset.inventory import Inventory
-from cskd.errors import CacheError, ConfigError, counted
+from cskd.errors import CacheError, ConfigError
 from cskd.files.paths import is_remote, location_text
 from cskd.loading.feed import fed
 from cskd.loading.shards_ahead import shards_of_passes
@@ -39,7 +39,7 @@ from cskd.pipeline.codec_tables import fit_tables, refit_lost, refuse_head
 from cskd.pipeline.joint_line import feed_all, joint_passes, joint_tasks, refuse_apart, refuse_other_images
 from cskd.pipeline.measure_precision import measure_precision
 from cskd.pipeline.out_of_memory import Probe, explained, nothing_to_lower
-from cskd.pipeline.passes import views_left
+from cskd.pipeline.passes import has_claims, views_left
 from cskd.pipeline.precheck import BEFORE_TEACHER, WITH_TEACHER, refuse
 from cskd.pipeline.setup import Setup, device_of
 from cskd.pipeline.show.progress import Notes, Progress, bound_by, duration, print_lines, say
@@ -57,6 +57,10 @@ from cskd.teacher.model import Teacher, load_teacher
 from cskd.views.digest import library_versions
 from cskd.views.maker import ViewMaker
 
+HOW_MANY = (
+    "several processes share a cache on an object store best when each is told how many they are: "
+    "CSKD_WORKER=0, 1, ... and CSKD_WORKERS=N; one alone needs nothing"
+)
 POLL_WAIT = 2.0  # seconds between two looks at what other processes are making
 
 
@@ -157,6 +161,7 @@ def _begun(job: _Job, threads: Threads) -> Cache:
     cache = _open_or_create(setup.config, setup.inventory, setup.teacher, setup.maker, job.about_images, notes)
     record_pins(cache.storage, job.pins)
     notes.add(_use_threads(threads, cache, setup.teacher, setup.config))
+    notes.add([] if has_claims(cache) or worker().count else [HOW_MANY])
     notes.say()
     return cache
 
@@ -207,8 +212,8 @@ def _fill(jobs: list[_Job], threads: Threads, quiet: bool, start: float, tell: T
             if sum(line.units for line in lines) == units and not any(line.met for line in lines):
                 time.sleep(POLL_WAIT)  # others are making all that is missing
     for job, line in zip(jobs, lines, strict=True):
-        if line.wasted:
-            job.notes.add([f"{counted(line.wasted, 'unit')} of this process had been made by another one meanwhile"])
+        if line.twice:
+            job.notes.add([f"passes of this process that had been made by another one meanwhile: {line.twice:.2f}"])
             job.notes.say()
     every = zip(jobs, caches, lines, strict=True)
     return [_report(job, cache, line, threads, time.perf_counter() - start) for job, cache, line in every]

@@ -74,13 +74,14 @@ def joint_passes(lines: Sequence[UnitLine], worker: Worker) -> Passes:
 def joint_tasks(lines: Sequence[UnitLine], passes: Passes) -> Iterator[Chunk]:
     """Chunks with the views that any line lacks; each line has claimed its part of a pass before the first one of it."""
     for one in passes:
-        by_place: defaultdict[int, list[Chunk]] = defaultdict(list)
+        by_place: defaultdict[int, list[tuple[UnitLine, Chunk]]] = defaultdict(list)
         for number, of_line in one.items():
             for chunk in lines[number].tasks([of_line]):
-                by_place[chunk.place].append(chunk)
+                by_place[chunk.place].append((lines[number], chunk))
         for place in sorted(by_place):
-            chunks = by_place[place]
-            yield replace(chunks[0], views=tuple(sorted({view for chunk in chunks for view in chunk.views})))
+            if chunks := [chunk for line, chunk in by_place[place] if line.wants(chunk)]:
+                views = {view for chunk in chunks for view in chunk.views}
+                yield replace(chunks[0], views=tuple(sorted(views)))
 
 
 def feed_all(lines: Sequence[UnitLine], chunk: ChunkViews) -> None:

@@ -10,9 +10,9 @@ from cskd.machine.launch import Worker
 from cskd.storage.posix import Posix
 from cskd.store.cache import Cache
 
-GOLDEN = (5**0.5 - 1) / 2
 _APART = 3  # passes from the beginning of a stretch that another process walks: as many as it may make meanwhile
 _BOLD = 0.5  # of the free processes that there are passes for, so many take one
+LOOKS = 8  # parts of a pass after each of which a process looks whether another one has committed it
 Pass = tuple[int, tuple[int, ...]]  # block, views
 Passes = list[Pass]
 
@@ -39,14 +39,19 @@ class Walk:
     """The way of one process through the passes where there are no claims, on an object store.
 
     Its first stretch is its share, each `count`-th pass, where nobody else is. Where nobody says how many processes there are, it
-    begins far from the others: at a multiple of the golden section. Later on it is a guest in what is left: the others are at the
+    begins anywhere. Later on it is a guest in what is left: the others are at the
     beginnings of stretches of missing passes, and walk on, so it begins within a long one, at a place that no other would choose,
     and goes to its end. Where too little is left for all who are free, chance decides who waits; what is still missing when it
-    looks again has most likely been left by a process that has died.
+    looks again has most likely been left by a process that has died. How many there are is what it was told, or else what it
+    sees: what all have made since it began, over what it has made itself.
+
+    made: passes that this process has made, as its caller counts them.
     """
 
     def __init__(self, cache: Cache, worker: Worker) -> None:
+        self.made = 0.0
         self._cache, self._worker, self._guest = cache, worker, False
+        self._begun = 0  # passes that were missing then
         self._seen: set[Pass] = set()  # that were missing when it last waited, its own since taken out
         self._alone = 1.0  # doubled whenever nobody else has made anything while it waited
         self._rng = np.random.default_rng()
@@ -55,7 +60,7 @@ class Walk:
         """What is next; none where nothing is missing. None: wait for the time of a pass or two, and ask again."""
         passes, count = missing_passes(self._cache), self._worker.count or 1
         if not self._guest:
-            self._guest = True
+            self._guest, self._begun = True, len(passes)
             if mine := self._share(passes):
                 return mine
         if not passes:
@@ -66,7 +71,7 @@ class Walk:
         first = np.flatnonzero(np.diff(place[line], prepend=-2) != 1)
         length = np.diff(first, append=len(passes))
         free = np.maximum(length - _APART, 0)
-        idle = max(1, self._worker.count - len(first))
+        idle = max(1, (self._worker.count or self._seen_at_work(len(passes))) - len(first))
         if self._rng.random() < _BOLD * free.sum() / idle:
             free[2 * length < length.max()] = 0
             i = int(self._rng.choice(len(free), p=free / free.sum()))
@@ -81,11 +86,15 @@ class Walk:
         self._seen = set(passes)
         return None
 
+    def _seen_at_work(self, missing: int) -> int:
+        """How many processes there are, this one included, by what has been made since it began."""
+        return round((self._begun - missing) / max(1.0, self.made))
+
     def _share(self, passes: Passes) -> Passes:
         number, count = self._worker.number, self._worker.count
         if count:
             return [one for one in passes if self._place(one) % count == number % count]
-        begin = int(number * GOLDEN % 1 * len(passes))
+        begin = int(self._rng.random() * len(passes))
         return passes[begin:] + passes[:begin]
 
     def _place(self, one: Pass) -> int:

@@ -4,7 +4,8 @@ tasks    the missing passes that no other process is at, claimed one by one, as 
 feed     a chunk's views, each a batch for a lane: mix, teacher, encode
 collect  results, in order; the last one of a pass sends it to the writer
 save     what is in of a pass that takes long, every `cache.save_seconds`, and where it is interrupted: drafts
-commit   in the writer: one commit a view, then the claim is given back
+look     where there are no claims, after each part of a pass: one that another process has committed is given up
+commit   in the writer: one commit per view, then the claim is given back
 """
 
 from __future__ import annotations
@@ -23,27 +24,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cskd.codecs import Arrays, Outputs
-from cskd.codecs.features import FeaturesCodec
-from cskd.codecs.measured import AnyMeasured, measure
-from cskd.codecs.stages import StageCodec, stages_of
 from cskd.config import Config
 from cskd.files.claims import Claims, NoClaims
-from cskd.loading.feed import DeviceBatch
 from cskd.loading.stage1 import Chunk, ChunkViews, chunks
 from cskd.machine.launch import Worker
-from cskd.machine.side_stream import to_device
 from cskd.machine.threads import Threads
-from cskd.pipeline.passes import Passes, Walk, has_claims, missing_passes
+from cskd.pipeline.encoding import Encoded, encoded_view
+from cskd.pipeline.passes import LOOKS, Passes, Walk, has_claims, missing_passes
 from cskd.pipeline.show.progress import Pool, duration, say
 from cskd.store.cache import Cache
+from cskd.store.commit import Commit
 from cskd.store.draft import Rows, read_drafts, remove_drafts, write_draft
 from cskd.store.seal import refuse_too_many
 from cskd.store.unit_builder import UnitBuilder
 from cskd.teacher.lanes import Lanes
 from cskd.teacher.model import Teacher
-from cskd.teacher.stages import taken
-from cskd.views.mix_pixels import mix_pixels
 from cskd.views.mixing import quads
 
 PATIENCE = 600.0  # seconds that are waited at most for a pass of another process
@@ -100,7 +95,10 @@ class _Pass:
     came: dict[tuple[UnitBuilder, int], int] = field(
         default_factory=dict
     )  # unit, place of a batch -> rows whose targets are in
-    draft: Future[tuple[int, float]] | None = None  # the latest
+    draft: Future[_Written] | None = None  # the latest
+    looks: int = 0  # that were begun
+    look: Future[Commit | None] | None = None  # the latest: what another process has committed of it
+    given_up: bool = False
 
     @property
     def rows(self) -> int:
@@ -108,15 +106,21 @@ class _Pass:
         return sum(self.came.values())
 
     @property
+    def whole(self) -> int:
+        """Rows of all of it."""
+        return len(self.order) * len(self.views)
+
+    @property
     def complete(self) -> bool:
-        return self.rows == len(self.order) * len(self.views)
+        return self.rows == self.whole
 
 
-class _Encoded(NamedTuple):
-    """Arrays by codec, and the errors that were measured."""
+class _Written(NamedTuple):
+    """Of a call of a writer: units that it committed, passes or parts of them that another process had, and its time."""
 
-    targets: dict[str, Arrays]
-    errors: dict[str, AnyMeasured]
+    units: int
+    twice: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ class _Encoding:
     rows: int  # bad ones included
     position: NDArray[np.int64]
     crc: NDArray[np.int64]
-    targets: Future[tuple[_Encoded, float, float]]
+    targets: Future[Encoded]
 
 
 class UnitLine:
@@ -150,7 +154,7 @@ class UnitLine:
         self.unreadable = 0  # of the images
         self.met = False  # without claims: what another process makes was next
         self._walk: Walk | None = None
-        self.wasted = 0  # units that another process had made meanwhile
+        self.twice = 0.0  # passes, and parts of those given up, that another process had made meanwhile
         self.restored = 0  # views that a run before had made of passes it did not finish
         self._saved = time.monotonic()  # when the latest pass or draft was handed to a writer
         self._first_chunk = self._last_commit = 0.0  # when it came, when it was done
@@ -160,7 +164,7 @@ class UnitLine:
         self._claimed: deque[_Pass] = deque()  # passes whose chunks are still to come
         self._asked: deque[Chunk] = deque()  # the chunks
         self._underway: deque[_Encoding] = deque()
-        self._writing: deque[Future[tuple[int, float]]] = deque()
+        self._writing: deque[Future[_Written]] = deque()
 
     @property
     def seconds(self) -> float:
@@ -181,6 +185,7 @@ class UnitLine:
         if has_claims(self._cache):
             return missing_passes(self._cache, worker.number)
         self.met, self._walk = False, self._walk or Walk(self._cache, worker)
+        self._walk.made = self.units / self._cache.recipe.mix_group
         return self._walk.following()
 
     def patience(self) -> float:
@@ -237,6 +242,10 @@ class UnitLine:
         self.restored += work.rows
         return chunks(work.block, work.views, work.first, work.order, batch, done)
 
+    def wants(self, chunk: Chunk) -> bool:
+        """Whether a task of this line is still to be done: not of a pass that was given up."""
+        return any(one is chunk for one in self._asked)
+
     def feed(self, chunk: ChunkViews) -> None:
         """Begin the views of a chunk that were asked for, and leave those of another teacher; returns when there is room for another.
         Raises what went wrong since the last call."""
@@ -256,13 +265,16 @@ class UnitLine:
             work.quarantine, len(work.order), self._cache.inventory, work.first, self._config.cache.max_quarantine
         )
         good = np.array([row for row, p in enumerate(position.tolist()) if p not in work.quarantine], np.int64)
+        codecs = self._cache.codecs
         for view in asked.views:
             v = chunk.task.views.index(view)
             unit = work.units[work.views.index(view)]
             unit.drop(np.array(list(bad), np.int64))
             mixing = tuple(torch.from_numpy(field) for field in unit.mixing_rows(position))
             labels = torch.from_numpy(unit.label_rows(position[good]))
-            targets = self._lanes.submit(self._targets, chunk, v, mixing, good, labels)
+            targets = self._lanes.submit(
+                encoded_view, self._teacher, codecs, self._lanes, chunk, v, mixing, good, labels
+            )
             crc = chunk.crc[v][good]
             self._underway.append(_Encoding(work, place, unit, len(position), position[good], crc, targets))
         work.to_come -= 1
@@ -289,72 +301,52 @@ class UnitLine:
             self._save(work)
         if not self._first_chunk:
             return ""
-        lost, clock = sum(batch.rows for batch in self._underway), time.perf_counter() - self._first_chunk
+        clock = time.perf_counter() - self._first_chunk
+        lost = sum(batch.rows for batch in self._underway if not batch.work.given_up)
         seconds = f", about {duration(lost / (self.images / clock))} of work" if self.images else ""
         return f"interrupted: {lost:,} views that the teacher was at are lost{seconds}; those before them are kept"
-
-    def _targets(
-        self,
-        chunk: ChunkViews,
-        view: int,
-        mixing: tuple[torch.Tensor, ...],
-        good: NDArray[np.int64],
-        labels_B2: torch.Tensor,
-    ) -> tuple[_Encoded, float, float]:
-        """In a lane: mix a view of a chunk as the student's input is mixed, run the teacher on it, padded to a fixed size, and
-        encode the rows `good`, whose labels and their partners' are `labels_B2`.
-
-        Returns: what is stored, and the seconds of teacher and encoding.
-        """
-        if len(good) == 0:
-            return self._encoded(self._no_outputs()), 0.0, 0.0
-        begun, device = time.perf_counter(), self._teacher.device
-        if isinstance(chunk.batch, DeviceBatch):
-            chunk.batch.enter()
-        inputs = [to_device(t, device) for t in (chunk.pixels[view], *mixing)]
-        keep = to_device(torch.from_numpy(good), device)
-        with self._lanes.launching():
-            pixels = mix_pixels(*inputs)
-            made = self._teacher.outputs_of(pixels, stages_of(self._cache.codecs))
-            if len(good) < len(pixels):
-                made = taken(made, keep)
-        middle = time.perf_counter()
-        encoded = self._encoded(made._replace(labels=labels_B2))
-        return encoded, middle - begun, time.perf_counter() - middle
-
-    def _encoded(self, outputs: Outputs) -> _Encoded:
-        codecs = self._cache.codecs
-        targets = {name: codec.encode_outputs(outputs) for name, codec in codecs.items()}
-        errors = {name: measure(codec, targets[name], outputs) for name, codec in codecs.items()}
-        return _Encoded(targets, {name: error for name, error in errors.items() if error is not None})
-
-    def _no_outputs(self) -> Outputs:
-        """Of a batch without a readable image."""
-        K, grid = self._teacher.classes, self._teacher.grid
-        channels = [codec.channels for codec in self._cache.codecs.values() if isinstance(codec, FeaturesCodec)]
-        maps = torch.zeros(0, channels[0], *grid) if channels else None
-        stages = {
-            codec.stage: torch.zeros(0, codec.channels, *codec.map_grid)
-            for codec in self._cache.codecs.values()
-            if isinstance(codec, StageCodec)
-        }
-        return Outputs(torch.zeros(0, K, *grid), torch.zeros(0, K), torch.zeros(0, 2, dtype=torch.int64), maps, stages)
 
     def _collect(self) -> None:
         """Take the oldest batch's targets; the last one of a pass sends it to the writer."""
         batch = self._underway[0]  # and taken away last: an interrupt may come at any line, and `keep` begins here
-        encoded, forward, encode = batch.targets.result()
-        batch.unit.add(batch.position, batch.crc, encoded.targets, batch.place, encoded.errors)
-        batch.work.came[batch.unit, batch.place] = batch.rows
+        encoded = batch.targets.result()
+        if not batch.work.given_up:
+            batch.unit.add(batch.position, batch.crc, encoded.targets, batch.place, encoded.errors)
+            batch.work.came[batch.unit, batch.place] = batch.rows
         self.images += batch.rows
         self.unreadable += batch.rows - len(batch.position)
-        self._seconds["teacher"] += forward
-        self._seconds["encode"] += encode
-        if batch.work.complete:
+        self._seconds["teacher"] += encoded.teacher_seconds
+        self._seconds["encode"] += encoded.encode_seconds
+        if batch.work.given_up:
+            pass
+        elif batch.work.complete:
             self._finish(batch.work)
+        elif not has_claims(self._cache):
+            self._look(batch.work)
         elif time.monotonic() - self._saved >= self._config.cache.save_seconds:
             self._save(batch.work)
         self._underway.popleft()
+
+    def _look(self, work: _Pass) -> None:
+        """At the first batch of a pass, and after each part of it: has another process committed it? A writer asks the store, and
+        what it found counts at a later batch."""
+        if work.look is not None and work.look.done() and work.look.result() is not None:
+            self._give_up()
+        elif work.looks <= LOOKS * work.rows // work.whole:
+            work.looks = LOOKS * work.rows // work.whole + 1
+            work.look = self._writer.submit(self._cache.commit_of, work.block, work.views[0])
+
+    def _give_up(self) -> None:
+        """Drop all that was begun and is not complete: another process is here, and is ahead. Nothing of it was written."""
+        self.met = True
+        self._underway = deque(batch for batch in self._underway if not batch.targets.cancel())
+        for work in {batch.work: None for batch in self._underway} | dict.fromkeys(self._claimed):
+            work.given_up = True
+            left = {(batch.unit, batch.place): batch.rows for batch in self._underway if batch.work is work}
+            self.twice += sum((work.came | left).values()) / work.whole
+            self._claims.release([work.claim])
+        self._claimed.clear()
+        self._asked.clear()
 
     def _finish(self, work: _Pass) -> None:
         """Send a pass that is complete to the writer."""
@@ -371,30 +363,31 @@ class UnitLine:
             self._writing.append(work.draft)
         self._saved = time.monotonic()
 
-    def _write_drafts(self, work: _Pass, new: dict[int, list[Rows]], unreadable: dict[int, str]) -> tuple[int, float]:
-        """In the writer: a draft per view. Returns no units, and seconds."""
+    def _write_drafts(self, work: _Pass, new: dict[int, list[Rows]], unreadable: dict[int, str]) -> _Written:
+        """In the writer: a draft per view."""
         clock = time.perf_counter()
         for view, rows in new.items():
             write_draft(self._cache, work.block, view, self._teacher.batch, rows, unreadable)
-        return 0, time.perf_counter() - clock
+        return _Written(0, 0.0, time.perf_counter() - clock)
 
-    def _commit(self, work: _Pass) -> tuple[int, float]:
-        """In the writer: one commit per view, then the claim is given back. Returns units and seconds."""
+    def _commit(self, work: _Pass) -> _Written:
+        """In the writer: one commit per view, then the claim is given back."""
         if work.draft is not None:
             work.draft.exception()  # waits: another writer may be at it, and no draft may come after the commit
         clock, made = time.perf_counter(), 0
         for view, unit in zip(work.views, work.units, strict=True):
             if not has_claims(self._cache) and self._cache.commit_of(work.block, view) is not None:
-                self.wasted, self.met = self.wasted + 1, True
+                self.met = True
                 continue
             self._cache.add_unit(work.block, view, *unit.finish(), work.quarantine, unit.errors)
             remove_drafts(self._cache, work.block, view)
             made += 1
         self._claims.release([work.claim])
-        return made, time.perf_counter() - clock
+        return _Written(made, 1 - made / len(work.views), time.perf_counter() - clock)
 
     def _committed(self) -> None:
-        units, seconds = self._writing.popleft().result()
+        units, twice, seconds = self._writing.popleft().result()
         self.units += units
+        self.twice += twice
         self._seconds["write"] += seconds
         self._last_commit = time.perf_counter()

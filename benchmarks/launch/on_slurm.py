@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,15 @@ from typing import Any
 from benchmarks.launch.bench import NODES, UNITS, Bench, until
 from cskd.pipeline.launch.launch import launch
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "cskd", "torchrun")  # the last two: of the scripts
 NAME = "SLURM"
 
 
 def missing() -> str:
     """Why it can't run here, or nothing."""
-    gone = [program for program in PROGRAMS if not shutil.which(program)]
-    if gone:
-        return f"no {', '.join(gone)} here (Debian: slurmctld slurmd slurm-client munge)"
+    where = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    if gone := [program for program in PROGRAMS if not shutil.which(program, path=where)]:
+        return f"no {', '.join(gone)} on PATH or next to {sys.executable} (Debian: slurmctld slurmd slurm-client munge)"
     return "" if os.geteuid() == 0 else "the daemons need root"
 
 

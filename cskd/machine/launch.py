@@ -13,7 +13,33 @@ WORKER = (
     "CSKD_WORKER"  # the number of a process that shares stage 1, from a launcher that has no variable of its own for it
 )
 WORKERS = "CSKD_WORKERS"  # how many of them there are
-_NUMBERS = (WORKER, "SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX")
+
+
+@dataclass(frozen=True)
+class _Array:
+    """Names of the variables by which a scheduler tells a process its index, and how many there are or the last index. begins: the
+    first index, or the name of its variable."""
+
+    index: str
+    count: str = ""
+    begins: str | int = 0
+    step: str = ""
+    last: str = ""
+
+
+_ARRAYS = (
+    _Array(WORKER),
+    _Array("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP"),
+    _Array("JOB_COMPLETION_INDEX"),  # of Kubernetes
+    _Array("AWS_BATCH_JOB_ARRAY_INDEX", "AWS_BATCH_JOB_ARRAY_SIZE"),
+    _Array("CLOUD_RUN_TASK_INDEX", "CLOUD_RUN_TASK_COUNT"),  # of Google, as the next one
+    _Array("BATCH_TASK_INDEX", "BATCH_TASK_COUNT"),
+    _Array("PBS_ARRAY_INDEX"),
+    _Array("SGE_TASK_ID", "", "SGE_TASK_FIRST", "SGE_TASK_STEPSIZE", "SGE_TASK_LAST"),
+    _Array("LSB_JOBINDEX", "LSB_JOBINDEX_END", 1),  # of LSF; 0 outside arrays
+    _Array("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),  # of mpirun, as the next one
+    _Array("PMI_RANK", "PMI_SIZE"),
+)
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", DEVICE_OF)
 _AGENT_PORT = 29400  # torchrun's own default of --rdzv-endpoint
 
@@ -68,39 +94,44 @@ class Worker:
 
 
 def worker(environ: Mapping[str, str] = os.environ) -> Worker:
-    """Which of the processes that share some work this one is, as whoever started them says: torchrun, srun, an array of SLURM,
-    an indexed job of Kubernetes, and on each machine --devices. Number 0 where nobody says; several may then have the same one.
+    """Which of the processes that share some work this one is, as whoever started them says: torchrun, srun, CSKD_WORKER, an array
+    of a scheduler, and on each machine --devices. Number 0 where nobody says; several may then have the same one.
 
-    An indexed job does not say how many its pods are; `cskd launch` gives them CSKD_WORKERS.
+    An array that does not say how many its tasks are, such as an indexed job of Kubernetes, is told so by CSKD_WORKERS; `cskd
+    launch` sets it.
     """
 
-    def number(name: str, default: int = -1) -> int:
-        value = environ.get(name, "")
+    def number(name: str | int, default: int = -1) -> int:
+        value = environ.get(name, "") if isinstance(name, str) else str(name)
         return int(value) if value.isascii() and value.isdigit() else default
 
     launch = launched(environ)
     if launch.by == "--devices":
         outer = {name: value for name, value in environ.items() if name != DEVICE_OF}
-        alone = not launched(outer).by and not any(name in outer for name in _NUMBERS)
-        of = Worker(0, 1) if alone else worker(outer)
+        of = worker(outer)
+        if of == Worker() and not any(number(array.index) >= max(0, number(array.begins)) for array in _ARRAYS):
+            of = Worker(0, 1)
         return Worker(of.number * launch.count + launch.rank, of.count * launch.count)
     if launch.by:
         return Worker(launch.rank, launch.count)
-    name = next((name for name in _NUMBERS if number(name) >= 0), "")
-    if not name:
-        return Worker()
-    found, count = number(name), number(WORKERS, 0)
-    if name == "SLURM_ARRAY_TASK_ID" and (tasks := number("SLURM_ARRAY_TASK_COUNT", 0)):
-        first, step = number("SLURM_ARRAY_TASK_MIN", 0), max(1, number("SLURM_ARRAY_TASK_STEP", 1))
-        if 0 <= (found - first) // step < tasks and (found - first) % step == 0:  # else a list with gaps
-            return Worker((found - first) // step, tasks)
-    return Worker(found, count if found < count else 0)
+    for array in _ARRAYS:
+        found, begins, step = number(array.index), number(array.begins, 0), max(1, number(array.step, 1))
+        if found < begins or found < 0:
+            continue
+        tasks = number(array.count, (number(array.last) - begins) // step + 1 if number(array.last) >= begins else 0)
+        place, rest = divmod(found - begins, step)
+        if place < tasks and not rest:  # else a list with gaps
+            return Worker(place, tasks)
+        count = number(WORKERS, 0)
+        return Worker(found, count if found < count else 0)
+    return Worker()
 
 
 def without_launch(environ: MutableMapping[str, str]) -> None:
     """Forget whoever started this process: it is part of something else, such as a Ray cluster that srun started."""
+    names = {WORKERS, *(array.index for array in _ARRAYS)}
     for name in [*environ]:
-        if name in _TORCHRUN or name.startswith("SLURM_STEP_") or name in (*_NUMBERS, WORKERS):
+        if name in _TORCHRUN or name.startswith("SLURM_STEP_") or name in names:
             del environ[name]
 
 

@@ -4,6 +4,7 @@ far from the others and looks for a unit right before it makes it."""
 from __future__ import annotations
 
 import hashlib
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,6 @@ from cskd.files.paths import is_remote, location_text
 from cskd.files.read import MAX_TEXT, parse_json
 from cskd.machine.launch import worker
 from cskd.pipeline.outputs import of_a_cache, refuse_unfit
-from cskd.pipeline.passes import GOLDEN
 from cskd.pipeline.show.progress import Progress
 from cskd.storage import Storage, join, open_storage
 from cskd.storage.ahead import ahead
@@ -109,9 +109,9 @@ def make_all(
 
 
 def _apart(places: list[Place]) -> list[Place]:
-    """The same in a circle, from a place on where none of the other processes begins."""
+    """The same in a circle, from a place on where few of the other processes begin."""
     me = worker()
-    share = me.number / me.count if me.count else me.number * GOLDEN % 1.0
+    share = me.number / me.count if me.count else random.random()
     first = int(share * len(places))
     return places[first:] + places[:first]
 

@@ -43,7 +43,9 @@ def test_the_page_asks_for_tables_that_there_are_and_holds_64_ranks_to_9_gb(foun
     assert row is not None and float(row[1]) <= 9
 
 
-@pytest.mark.parametrize(("workers", "known", "absent"), [(1, True, 0), (8, True, 0), (8, False, 0), (8, True, 6)])
+@pytest.mark.parametrize(
+    ("workers", "known", "absent"), [(1, True, 0), (8, True, 0), (8, False, 0), (8, True, 6), (1, False, 0)]
+)
 def test_workers_without_claims_waste_about_a_pass_each_and_finish_what_others_left(
     workers: int, known: bool, absent: int
 ) -> None:

@@ -91,7 +91,17 @@ def _array(number: int, first: int, step: int, count: int) -> dict[str, str]:
         ({"JOB_COMPLETION_INDEX": "2", WORKERS: "5"}, 2, 5),
         ({"JOB_COMPLETION_INDEX": "5", WORKERS: "5"}, 5, 0),
         ({"JOB_COMPLETION_INDEX": "2", DEVICE_OF: "1/4"}, 9, 0),
-        ({"SLURM_ARRAY_TASK_ID": "x", DEVICE_OF: "3/4"}, 3, 0),
+        ({"SLURM_ARRAY_TASK_ID": "x", DEVICE_OF: "3/4"}, 3, 4),
+        ({"AWS_BATCH_JOB_ARRAY_INDEX": "3", "AWS_BATCH_JOB_ARRAY_SIZE": "10"}, 3, 10),
+        ({"CLOUD_RUN_TASK_INDEX": "0", "CLOUD_RUN_TASK_COUNT": "2", DEVICE_OF: "3/4"}, 3, 8),
+        ({"BATCH_TASK_INDEX": "1", "BATCH_TASK_COUNT": "2"}, 1, 2),
+        ({"PBS_ARRAY_INDEX": "3"}, 3, 0),
+        ({"SGE_TASK_ID": "5", "SGE_TASK_FIRST": "1", "SGE_TASK_LAST": "9", "SGE_TASK_STEPSIZE": "2"}, 2, 5),
+        ({"SGE_TASK_ID": "undefined", DEVICE_OF: "3/4"}, 3, 4),
+        ({"LSB_JOBINDEX": "8", "LSB_JOBINDEX_END": "8"}, 7, 8),
+        ({"LSB_JOBINDEX": "0", "LSB_JOBINDEX_END": "0", DEVICE_OF: "3/4"}, 3, 4),
+        ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4"}, 2, 4),
+        ({"PMI_RANK": "2", "PMI_SIZE": "4"}, 2, 4),
     ],
 )
 def test_a_process_knows_its_number_from_whoever_started_it(environ: dict[str, str], number: int, count: int) -> None:

@@ -9,6 +9,7 @@ import time
 from collections import defaultdict, deque
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,11 @@ import pytest
 
 from cskd.config import Config
 from cskd.pipeline import unit_line
-from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.cache_teacher import cache_teacher, cache_teachers
+from cskd.pipeline.encoding import Encoded
 from cskd.pipeline.unit_line import UnitLine, writers_of
+from cskd.storage import open_storage
+from cskd.storage.posix import Posix
 from cskd.store.cache import Cache
 from tests.caches import make_tiny_data
 from tests.pipeline.test_pipeline import TEACHER, config
@@ -81,7 +85,7 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, cache_teacher(saving(folder, folder / "whole"), quiet=True).content_root
 
 
-def saving(data: Path, cache: Path, seconds: float = 0.0) -> Config:
+def saving(data: Path, cache: Path | str, seconds: float = 0.0) -> Config:
     return config(
         data,
         cache={
@@ -182,7 +186,9 @@ def test_a_draft_that_is_damaged_or_foreign_is_passed_over(
     assert cache_teacher(saving(data, cache), quiet=True).content_root == content
 
 
-def test_a_batch_that_an_interrupt_finds_half_counted_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_an_interrupt_finds_half_counted_counts_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else a pass of which one batch is missing would be taken for whole."""
 
     class Interrupted(deque[Any]):
@@ -199,13 +205,43 @@ def test_a_batch_that_an_interrupt_finds_half_counted_counts_once(monkeypatch: p
 
     monkeypatch.setattr(UnitLine, "_finish", finished)
     unit, targets, rows = Unit(), Future[Any](), np.arange(4)
-    targets.set_result((unit_line._Encoded({}, {}), 0.0, 0.0))
+    targets.set_result(Encoded({}, {}, 0.0, 0.0))
     work = unit_line._Pass(0, 0, np.arange(8), [unit], (0,), Path("claim"))  # type: ignore[list-item]
     line = UnitLine.__new__(UnitLine)
     line.images = line.unreadable = 0
+    line._cache = SimpleNamespace(storage=Posix(tmp_path))  # type: ignore[assignment]
     line._seconds, line._saved, line._config = defaultdict(float), time.monotonic(), Config()
     line._underway = Interrupted([unit_line._Encoding(work, 0, unit, 4, rows, rows, targets)])  # type: ignore[arg-type]
     with pytest.raises(Cut):
         line._collect()
     line._collect()
     assert work.rows == 4 and not work.complete and not line._underway
+
+
+@pytest.mark.parametrize("teachers", [1, 2])
+def test_a_pass_that_another_process_has_committed_is_given_up_in_the_middle(
+    long: tuple[Path, str], s3: str, monkeypatch: pytest.MonkeyPatch, teachers: int
+) -> None:
+    """The other one has put its first record there, and is killed: what else there is of the pass is made by whoever comes next."""
+    (data, content), real, batches = long, UnitLine._look, list[int]()
+    whole, places = open_storage(data / "whole"), [f"{s3}/{name}" for name in "ab"[:teachers]]
+
+    def look(self: UnitLine, work: Any) -> None:
+        if self._cache.location == places[0]:
+            batches.append(work.rows)
+        if len(batches) == 2 and self._cache.location == places[0]:
+            for about in whole.list():
+                if f"/b00000/v{work.views[0]:04d}" in about.key:
+                    open_storage(places[0]).put(about.key, whole.get(about.key))
+        real(self, work)
+        if work.look is not None:
+            work.look.exception()  # waits
+
+    monkeypatch.setattr(UnitLine, "_look", look)
+    monkeypatch.setattr(unit_line, "PATIENCE", 0.0)
+    reports = cache_teachers([saving(data, place) for place in places], quiet=True)
+    assert [(report.content_root, report.quarantined) for report in reports] == [(content, 1)] * teachers
+    assert [report.units for report in reports] == [3, 4][:teachers]
+    notes = [note for report in reports for note in report.notes if "made by another one meanwhile" in note]
+    assert len(notes) == 1 and 0 < float(notes[0].rsplit(" ", 1)[1]) < 1
+    assert all(any("CSKD_WORKERS=N" in note for note in report.notes) for report in reports)
