@@ -39,6 +39,7 @@ from benchmarks.tiny_teacher import TINY_TEACHER
 from cskd import cli
 from cskd.config import Config, from_dict, to_yaml
 from cskd.machine import stops
+from cskd.machine.launch import OWN_STORES
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.pack import pack_data
 from cskd.pipeline.train import train
@@ -54,9 +55,6 @@ HOLD = (
 )
 PATIENCE = 900.0  # seconds for anything that is waited for
 RENDEZVOUS = "is_host=0,last_call_timeout=3,keep_alive_interval=2,keep_alive_max_attempt=5"  # quick, for a machine with much to do
-
-# Without it an agent that joins later waits for an address that the others wrote into the store of an earlier round.
-ELASTIC = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 @dataclass(frozen=True)
@@ -193,7 +191,7 @@ def agent(folder: Path, port: int, number: int) -> subprocess.Popen[bytes]:
     run = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-id", "elastic"]
     meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-conf", RENDEZVOUS]
     what = ["-m", "benchmarks.elastic", "worker", "train", str(folder / "c.yaml")]
-    env = {**os.environ, **ELASTIC, "OMP_NUM_THREADS": "1", "CSKD_RECORD": str(folder / "record")}
+    env = {**os.environ, OWN_STORES: "1", "OMP_NUM_THREADS": "1", "CSKD_RECORD": str(folder / "record")}
     with (folder / f"agent{number}.log").open("wb") as log:
         command = [sys.executable, "-m", "torch.distributed.run", *run, *meet, *what]
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True)

@@ -13,6 +13,7 @@ WORKER = (
     "CSKD_WORKER"  # the number of a process that shares stage 1, from a launcher that has no variable of its own for it
 )
 WORKERS = "CSKD_WORKERS"  # how many of them there are
+OWN_STORES = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # 1: torchrun's agents keep their store to themselves
 _NUMBERS = (WORKER, "SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX")
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", DEVICE_OF)
 _AGENT_PORT = 29400  # torchrun's own default of --rdzv-endpoint
@@ -95,6 +96,21 @@ def worker(environ: Mapping[str, str] = os.environ) -> Worker:
         if 0 <= (found - first) // step < tasks and (found - first) % step == 0:  # else a list with gaps
             return Worker((found - first) // step, tasks)
     return Worker(found, count if found < count else 0)
+
+
+def restart_notes(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Where torchrun may start the ranks of several machines again: what its agents need for machines that come and go.
+
+    In torch 2.14 an agent that shares its store with the ranks keeps the address of the first round: one that joins later waits
+    in vain for it to be written, and one that had it from an agent that is gone starts its ranks with it.
+    """
+    several = environ.get("GROUP_WORLD_SIZE", "1") != "1" and environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if not several or environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return []
+    return [
+        "torchrun starts these ranks again where one ends, but not with a machine that comes later: for that, start every torchrun "
+        f"with {OWN_STORES}=1 in its environment"
+    ]
 
 
 def without_launch(environ: MutableMapping[str, str]) -> None:

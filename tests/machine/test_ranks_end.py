@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from cskd.errors import ConfigError
-from cskd.machine.launch import Launch, command_line, launched
+from cskd.machine.launch import Launch, command_line, launched, restart_notes
 from cskd.machine.ranks import running_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -144,6 +144,20 @@ def test_the_environment_tells_torchrun_srun_and_a_process_alone() -> None:
     assert launched(step) == Launch(4, 5, 1, 2, "srun")
     batch = {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}  # a batch script, outside of any srun
     assert launched({}) == launched(batch) == Launch()
+
+
+def test_ranks_that_start_again_on_several_machines_say_what_machines_that_come_later_need() -> None:
+    """Neither on one machine, nor where nothing starts again, nor where it is so already."""
+    again = {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    (note,) = restart_notes(again)
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in note
+    for other in (
+        {"GROUP_WORLD_SIZE": "1"},
+        {"TORCHELASTIC_MAX_RESTARTS": "0"},
+        {"TORCHELASTIC_USE_AGENT_STORE": "False"},
+    ):
+        assert restart_notes({**again, **other}) == []
+    assert restart_notes({}) == []
 
 
 def test_the_line_to_go_on_with_has_as_many_ranks_and_machines() -> None:
