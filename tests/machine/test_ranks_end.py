@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # in its documentation, not in its __all__
 
+import cskd.machine.ranks
 from cskd.errors import ConfigError
 from cskd.machine.launch import Launch, command_line, launched, restart_notes
 from cskd.machine.ranks import running_ranks
@@ -128,6 +130,7 @@ def test_two_ranks_on_one_gpu_are_one_line(monkeypatch: pytest.MonkeyPatch) -> N
 
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cskd.machine.ranks, "rendezvous", lambda *_, **about: iter([(HashStore(), 0, 1)]))
     monkeypatch.setattr(dist, "init_process_group", refuse)
     with (
         pytest.raises(ConfigError, match="rank 1 was given the GPU cuda:0, which another rank has"),
