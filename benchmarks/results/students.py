@@ -34,6 +34,7 @@ PRESETS = {  # name in the table of presets -> its config in configs/
     "logit-standardisation": "cifar10_standardised",
     "vkd": "cifar10_vkd",
     "locality-guidance": "cifar10_locality",
+    "cskd-locality": "cifar10_cskd_locality",
     "dearkd": "cifar10_dearkd",
     "civt": "cifar10_civt",
 }

@@ -108,6 +108,7 @@ STATED: dict[str, Callable[[Values], float]] = {
     "cifar10_dkd": lambda x: label(x) + dkd(x, 4.0, 1.0, 2.0),
     "cifar10_standardised": lambda x: label(x) + 10 * kl(standardised(x.image), standardised(x.dist), 2.0),
     "cifar10_locality": lambda x: label(x) + 2.5 * stages(x, "layer1", "layer2", "layer3"),
+    "cifar10_cskd_locality": lambda x: STATED["cifar10"](x) + 2.5 * stages(x, "layer1", "layer2", "layer3"),
     "cifar10_vkd": lambda x: label(x) + kl(x.image, x.dist, 1.0) + vkd(x),
 }
 
