@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +55,7 @@ def app(standalone_mode):
         ranks.sum(torch.zeros(1))
 
 def destroy():
+    print("group taken down", file=sys.stderr, flush=True)
     time.sleep(40)
 
 if how != "fine":
@@ -82,14 +82,14 @@ def lines(text: str) -> list[str]:
     "how", ["error", pytest.param("bug", marks=pytest.mark.slow), pytest.param("hang", marks=pytest.mark.slow)]
 )
 def test_the_rank_that_fails_says_why_and_the_other_names_it(tmp_path: Path, how: str) -> None:
-    start = time.monotonic()
+    """And takes no group down; the other ends by itself, before torchrun kills it, or it would not have said so."""
     process = torchrun(tmp_path, how)
     _, err = process.communicate(timeout=100)
     why = "KeyError: 'colour'" if how == "bug" else "shard 7 is cut off"
     own = "cskd: unexpected KeyError: 'colour'; the traceback is in " if how == "bug" else f"cskd: {why}"
     first, second = sorted(lines(err))
     assert (first, second[: len(own)]) == (f"cskd: rank 0 stops because rank 1 failed: {why}", own), err
-    assert process.returncode == 1 and time.monotonic() - start < 38
+    assert process.returncode == 1 and "group taken down" not in err
 
 
 @pytest.mark.slow
