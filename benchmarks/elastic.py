@@ -171,6 +171,7 @@ def with_a_loss(folder: Path, lose: int, back: bool) -> tuple[bool, list[str]]:
         for child in children(gone):
             os.kill(child, signal.SIGKILL)
         os.kill(gone, signal.SIGKILL)
+        next(one for one in agents if one.pid == gone).wait()
         agents = [one for one in agents if one.pid != gone]
         print(f"killed the agent of rank {lose} and its worker after step {done(folder)}", flush=True)
         if back:
@@ -181,6 +182,7 @@ def with_a_loss(folder: Path, lose: int, back: bool) -> tuple[bool, list[str]]:
     finally:
         for one in agents:
             one.kill()
+            one.wait()
     about = folder / "run" / "config.json"
     changed = json.loads(about.read_text())["cskd"].get("changed", []) if about.exists() else []
     return (folder / "run" / "model.safetensors").exists() and not any(one.returncode for one in agents), changed
