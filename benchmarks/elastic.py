@@ -39,6 +39,7 @@ from benchmarks.tiny_teacher import TINY_TEACHER
 from cskd import cli
 from cskd.config import Config, from_dict, to_yaml
 from cskd.machine import stops
+from cskd.machine.launch import OWN_STORES
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.pack import pack_data
 from cskd.pipeline.train import train
@@ -170,6 +171,7 @@ def with_a_loss(folder: Path, lose: int, back: bool) -> tuple[bool, list[str]]:
         for child in children(gone):
             os.kill(child, signal.SIGKILL)
         os.kill(gone, signal.SIGKILL)
+        next(one for one in agents if one.pid == gone).wait()
         agents = [one for one in agents if one.pid != gone]
         print(f"killed the agent of rank {lose} and its worker after step {done(folder)}", flush=True)
         if back:
@@ -180,6 +182,7 @@ def with_a_loss(folder: Path, lose: int, back: bool) -> tuple[bool, list[str]]:
     finally:
         for one in agents:
             one.kill()
+            one.wait()
     about = folder / "run" / "config.json"
     changed = json.loads(about.read_text())["cskd"].get("changed", []) if about.exists() else []
     return (folder / "run" / "model.safetensors").exists() and not any(one.returncode for one in agents), changed
@@ -190,7 +193,7 @@ def agent(folder: Path, port: int, number: int) -> subprocess.Popen[bytes]:
     run = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-id", "elastic"]
     meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-conf", RENDEZVOUS]
     what = ["-m", "benchmarks.elastic", "worker", "train", str(folder / "c.yaml")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CSKD_RECORD": str(folder / "record")}
+    env = {**os.environ, OWN_STORES: "1", "OMP_NUM_THREADS": "1", "CSKD_RECORD": str(folder / "record")}
     with (folder / f"agent{number}.log").open("wb") as log:
         command = [sys.executable, "-m", "torch.distributed.run", *run, *meet, *what]
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True)

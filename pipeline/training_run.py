@@ -32,6 +32,7 @@ from cskd.loading.stage2 import BatchMaker, EvalTask, eval_tasks
 from cskd.loading.targets import CachedTargets
 from cskd.loading.tasks import RunTasks
 from cskd.machine.arithmetic import arithmetic
+from cskd.machine.launch import restart_notes
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import Threads, begun_with
 from cskd.method.ckf import blend_at
@@ -287,7 +288,15 @@ def open_run(
         own_output(output)
         put(output / RESOLVED, to_yaml(config).encode())
     ranks.barrier()
-    notes.add([*average_notes(settings.ema, settings.ema_warmup, stop), *state.said(), *state.notes, str(threads)])
+    notes.add(
+        [
+            *restart_notes(),
+            *average_notes(settings.ema, settings.ema_warmup, stop),
+            *state.said(),
+            *state.notes,
+            str(threads),
+        ]
+    )
     notes.say()
     return TrainingRun(
         config=config,

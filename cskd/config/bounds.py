@@ -39,7 +39,7 @@ def check(name: str, section: Any) -> None:
     """ConfigError for the first value of a section that is outside its field's bounds; it names the key `name.field`."""
     for key, kind in fields(section.__class__).items():
         value = getattr(section, key)
-        if not _holds(kind, value):
+        if not holds(kind, value):
             expected = [bound_of(kind), *(["or null"] if may_be_null(kind) else [])]
             unit = f" ({unit_of(kind)})" if unit_of(kind) else ""
             raise ConfigError(f"{name}.{key} is {value!r}, expected {', '.join(expected)}{unit}")
@@ -69,7 +69,7 @@ def may_be_null(kind: Any) -> bool:
     return type(None) in typing.get_args(inner)
 
 
-def _holds(kind: Any, value: Any) -> bool:
+def holds(kind: Any, value: Any) -> bool:
     """Whether a value is inside all bounds of its annotation. One of another type, which has no order or length, is not."""
     if value is None and may_be_null(kind):
         return True
@@ -78,7 +78,7 @@ def _holds(kind: Any, value: Any) -> bool:
         if not all(_TESTS[type(mark)](mark, value) for mark in marks):
             return False
         of_list = typing.get_origin(inner) is list and bound_of(typing.get_args(inner)[0])
-        return not of_list or all(_holds(typing.get_args(inner)[0], v) for v in value)
+        return not of_list or all(holds(typing.get_args(inner)[0], v) for v in value)
     except TypeError:
         return False
 

@@ -28,7 +28,7 @@ def every(value: int | str) -> Every:
 
 
 def interval(value: int | str) -> bool:
-    """a number of steps, or a time such as 15min, 90s or 2h"""
+    """a number of steps, a time such as 15min, 90s or 2h, or 0 for none"""
     try:
         every(value)
     except ValueError:

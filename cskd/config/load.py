@@ -13,10 +13,11 @@ import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import yaml
 
+from cskd.config.bounds import bound_of, holds
 from cskd.config.schema import Config, Precision
 from cskd.config.yaml_text import EXPECTED, MAX_BYTES, Words, as_read, misread, read_yaml
 from cskd.errors import ConfigError, CskdError, PathError, shortened, why
@@ -305,7 +306,13 @@ class _Reading:
 
 def _build(cls: type[Any], raw: dict[str, Any], prefix: str, reading: _Reading) -> Any:
     """A section of the keys that are right; the others keep their defaults, and what is wrong with them is noted."""
-    known = {name: kind for name, kind in typing.get_type_hints(cls).items() if name != "given"}
+    bounded = typing.get_type_hints(cls, include_extras=True)
+    # Of a key that takes a number or a word the bound says which words.
+    known = {
+        name: bounded[name] if {int, str} <= {*get_args(kind)} else kind
+        for name, kind in typing.get_type_hints(cls).items()
+        if name != "given"
+    }
     values = {}
     for key, value in raw.items():
         try:
@@ -366,6 +373,14 @@ def _check(kind: Any, value: Any, key: str, reading: _Reading) -> Any:
             colon = "; write a space after the colon" if isinstance(value, str) and ":" in value else ""
             raise ConfigError(f"{key} is {_short(value)}, expected a section of keys{colon}")
         return _build(typing.cast(type[Any], kind), value or {}, key + ".", reading)
+    if typing.get_origin(kind) is Annotated:
+        if (
+            type(value) in get_args(get_args(kind)[0])
+            and holds(kind, value)
+            and not misread(reading.words.get(key, ""), value)
+        ):
+            return value
+        raise _wrong(kind, value, key, reading)
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         for option in typing.get_args(kind):
             try:
@@ -391,7 +406,9 @@ def _check(kind: Any, value: Any, key: str, reading: _Reading) -> Any:
 
 def _wrong(kind: Any, value: Any, key: str, reading: _Reading) -> ConfigError:
     """What a value is, what was expected, and what YAML made of the word that was written, and how to write it."""
-    word, options = reading.words.get(key, ""), typing.get_args(kind) or (kind,)
+    word, options = reading.words.get(key, ""), get_args(kind) or (kind,)
+    if typing.get_origin(kind) is Annotated:
+        options = (int,)  # a word that is none of its own was meant as a number, if as any
     for i, one in enumerate(value if isinstance(value, list) else []):
         if misread(reading.words.get(f"{key}[{i}]", ""), one):
             word, value, key = reading.words[f"{key}[{i}]"], one, f"{key}[{i}]"
@@ -403,6 +420,8 @@ def _wrong(kind: Any, value: Any, key: str, reading: _Reading) -> ConfigError:
         hint = "write none"
     elif texts and not read:
         hint = did_you_mean(str(value), texts)
+    elif typing.get_origin(kind) is Annotated and (":" in word or not isinstance(number, float) or number < 0):
+        hint = ""
     elif read and misread(word, value) and str not in options:
         hint = f"write {value}" + (f", or {int(word.replace('_', ''))}" if ":" not in word else "")
     elif read and str in options:
@@ -411,10 +430,13 @@ def _wrong(kind: Any, value: Any, key: str, reading: _Reading) -> ConfigError:
         hint = "write null for none"
     elif bool in options and str(word or value).lower() in _YES_NO:
         hint = f"write {_YES_NO[str(word or value).lower()]}"
+    elif typing.get_origin(kind) is list:  # one that is none
+        hint = ""
     elif {int, float} & set(options) and isinstance(value, str | float) and isinstance(number, float):
         hint = (
             f"write {int(number) if number.is_integer() else number}" if number.is_integer() or float in options else ""
         )
+        hint += ", without quotes" if hint == f"write {value}" else ""
     ends = f" (YAML reads {read})" if read else ""
     return ConfigError(f"{key} is {_short(value)}, expected {describe(kind)}{ends}{hint and f'; {hint}'}")
 
@@ -470,6 +492,8 @@ def describe(kind: Any) -> str:
     """A type in the words of a config: `a whole number or null`."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         return " or ".join(describe(o) for o in typing.get_args(kind))
+    if typing.get_origin(kind) is Annotated:
+        return bound_of(kind)
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is list:

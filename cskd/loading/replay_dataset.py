@@ -17,10 +17,11 @@ from torch.utils.data import Dataset, Sampler
 
 from cskd.codecs import Codec, known_own
 from cskd.config import RecipeConfig
-from cskd.errors import ConfigError
+from cskd.errors import ConfigError, PlanError
 from cskd.loading.cached_views import UNIT_BYTES, CachedViews, Rows, find_sample
 from cskd.loading.plan import PlanSpec, epoch_plan, rank_share
 from cskd.loading.replay_batch import ReplayBatch, ReplaySample, SampleParameters, Targets
+from cskd.loading.shares import even_grain, micro_batches
 from cskd.method.losses import MixedLabels
 from cskd.store.cache import Cache, open_cache
 from cskd.store.replay_check import check_versions
@@ -160,10 +161,13 @@ class PlanSampler(Sampler[int]):
     """Items of a dataset in the order in which `cskd train` feeds them, this rank's share: whole batches, pairs together.
 
     Use it as torch's DistributedSampler: call `set_epoch` before every epoch, since each feeds other views. Epoch e feeds view
-    e of every image, with `repeats` R: R views of another 1/R of the images. All ranks have batches of `batch_size`.
+    e of every image, with `repeats` R: R views of another 1/R of the images. A step of this rank has `batch_size` views: as many
+    as one of any other, unless `micro_batch` is given.
 
     Args:    global_batch, views of a step over all ranks; seed, repeats, window: as the keys of `train` in a config; rank, ranks:
-             default those of torch.distributed where it is initialised.
+             default those of torch.distributed where it is initialised; micro_batch: ranks share the micro-batches of so many views
+             that a global batch has, as `cskd train` with that key, which need not divide. Then multiply the loss of a step, a mean
+             over views, by `weight`: DistributedDataParallel's mean over ranks is then that over the views of the global batch.
     Raises:  PlanError where batch, ranks, repeats and images do not fit together.
     """
 
@@ -177,14 +181,21 @@ class PlanSampler(Sampler[int]):
         window: int = 8,
         rank: int | None = None,
         ranks: int | None = None,
+        micro_batch: int | None = None,
     ) -> None:
         joined = dist.is_available() and dist.is_initialized()
         self.rank = rank if rank is not None else dist.get_rank() if joined else 0
         self.ranks = ranks if ranks is not None else dist.get_world_size() if joined else 1
         if not 0 <= self.rank < self.ranks:
             raise ConfigError(f"rank is {self.rank} of {self.ranks} ranks, expected 0..{self.ranks - 1}")
+        if micro_batch is None:
+            _refuse_uneven(global_batch, self.ranks)
+        elif micro_batch < 2 or micro_batch % 2:
+            raise PlanError(
+                f"micro_batch is {micro_batch}, expected an even number: two views that are mixed stay together"
+            )
         cache = dataset.cache
-        self.dataset, self.batch_size = dataset, global_batch // self.ranks
+        self.dataset = dataset
         self.spec = PlanSpec(
             bounds=cache.inventory.blocks,
             bad=cache.quarantined(),
@@ -196,7 +207,15 @@ class PlanSampler(Sampler[int]):
             global_batch=global_batch,
             window=window,
             ranks=self.ranks,
+            micro=micro_batch or 0,
         )
+        self._share = self.spec.share(self.rank)
+        self.batch_size, self.weight = self._share.rows, self._share.weight
+        if (parts := micro_batches(global_batch, self._share.micro)) < self.ranks:
+            raise PlanError(
+                f"{self.ranks} ranks share {parts} micro-batches of {self._share.micro} views of a batch of {global_batch}: one has "
+                f"none; use micro_batch={even_grain(global_batch, self.ranks)}, or fewer ranks"
+            )
         self.epoch, self.step = 0, 0
 
     def set_epoch(self, epoch: int, step: int = 0) -> None:
@@ -211,6 +230,21 @@ class PlanSampler(Sampler[int]):
         return (self.spec.steps - self.step) * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        mine = rank_share(epoch_plan(self.spec, self.epoch), self.spec.share(self.rank))
+        mine = rank_share(epoch_plan(self.spec, self.epoch), self._share)
         first = self.step * self.batch_size
         yield from self.dataset.index(mine.sample[first:].tolist(), mine.view[first:].tolist())
+
+
+def _refuse_uneven(global_batch: int, ranks: int) -> None:
+    """PlanError for a batch that ranks can't share evenly, where uneven shares weren't asked for: their losses need weights."""
+    if global_batch < 2 * ranks or not global_batch % (2 * ranks):
+        return  # the former is refused with all else that a plan wants
+    near = round(global_batch / (2 * ranks)) * 2 * ranks
+    uneven = (
+        f", or micro_batch={even_grain(global_batch, ranks)} and plan.weight for uneven shares"
+        if global_batch % 2 == 0
+        else ""
+    )
+    raise PlanError(
+        f"global_batch is {global_batch} on {ranks} rank(s): shares must be even numbers; use {near}{uneven}"
+    )

@@ -9,10 +9,9 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 DEVICE_OF = "CSKD_DEVICE_OF"  # '1/4' in the second of four processes of `cskd cache-teacher --devices`
-WORKER = (
-    "CSKD_WORKER"  # the number of a process that shares stage 1, from a launcher that has no variable of its own for it
-)
+WORKER = "CSKD_WORKER"  # the number of a process that shares stage 1, where its launcher has no variable for it
 WORKERS = "CSKD_WORKERS"  # how many of them there are
+OWN_STORES = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # 1: torchrun's agents keep their store to themselves
 
 
 @dataclass(frozen=True)
@@ -125,6 +124,21 @@ def worker(environ: Mapping[str, str] = os.environ) -> Worker:
         count = number(WORKERS, 0)
         return Worker(found, count if found < count else 0)
     return Worker()
+
+
+def restart_notes(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Where torchrun may start the ranks of several machines again: what its agents need for machines that come and go.
+
+    In torch 2.14 an agent that shares its store with the ranks keeps the address of the first round: one that joins later waits
+    in vain for it to be written, and one that had it from an agent that is gone starts its ranks with it.
+    """
+    several = environ.get("GROUP_WORLD_SIZE", "1") != "1" and environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if not several or environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return []
+    return [
+        "torchrun starts these ranks again where one ends, but not with a machine that comes later: for that, start every torchrun "
+        f"with {OWN_STORES}=1 in its environment"
+    ]
 
 
 def without_launch(environ: MutableMapping[str, str]) -> None:

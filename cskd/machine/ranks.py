@@ -18,13 +18,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # in its documentation, not in its __all__
+from torch.distributed.rendezvous import rendezvous
 
 from cskd.errors import ConfigError, CskdError, RankError, StudentError, fitted, one_line
 from cskd.machine.launch import launched
+from cskd.machine.rendezvous import store_of_this_start
 
 LOOK = 1.0  # seconds between two looks at whether another rank has failed
 BY_ITSELF = 5.0  # seconds that this one then has to end by itself
 LINGER = 2.0  # seconds for the others to read why
+WAIT = timedelta(hours=12)  # for another rank: the first may look at every image
 ANSWERS = 3.0  # seconds for the store to answer, or for a rank that is gone to have said why
 INTERRUPTED = 143
 SIGNALLED = (130, INTERRUPTED)  # exit codes of a rank that was interrupted
@@ -101,11 +104,18 @@ def running_ranks(device: torch.device) -> Iterator[Ranks]:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"train.device {device} can't join {launch.count} ranks; expected cuda or cpu")
     if not dist.is_initialized():
-        # Rank 0 may look at every image while the others wait; a rank that dies ends them all, by torchrun.
+        # A rank that dies ends them all, by torchrun.
         cuda = device.type == "cuda"
         try:
+            met, rank, count = next(rendezvous("env://", timeout=WAIT))
+            met.set_timeout(WAIT)
             dist.init_process_group(
-                "nccl" if cuda else "gloo", timeout=timedelta(hours=12), device_id=device if cuda else None
+                "nccl" if cuda else "gloo",
+                timeout=WAIT,
+                store=store_of_this_start(met, rank, count),
+                rank=rank,
+                world_size=count,
+                device_id=device if cuda else None,
             )
         except dist.DistBackendError as e:
             if "Duplicate GPU" not in str(e):

@@ -224,6 +224,45 @@ def test_a_plan_that_can_not_be_is_refused(
         PlanSampler(dataset, **arguments)
 
 
+@pytest.mark.parametrize(("batch", "micro", "rows"), [(8, 2, [2, 2, 4]), (10, 4, [4, 4, 2]), (6, 2, [2, 2, 2])])
+def test_ranks_may_have_uneven_shares_whose_losses_count_by_their_weights(
+    dataset: ReplayDataset, batch: int, micro: int, rows: list[int]
+) -> None:
+    """Together they feed what one rank does; an epoch goes on at a step."""
+    plans = [PlanSampler(dataset, batch, seed=5, micro_batch=micro, rank=rank, ranks=3) for rank in range(3)]
+    assert [plan.batch_size for plan in plans] == rows
+    parts = []
+    for plan in plans:
+        plan.set_epoch(1, 1)
+        parts.append(torch.tensor(list(plan)).reshape(-1, plan.batch_size))
+        assert len(plan) == parts[-1].numel()
+    alone = PlanSampler(dataset, batch, seed=5)
+    alone.set_epoch(1, 1)
+    together = torch.cat(parts, 1)
+    assert together.flatten().tolist() == list(alone)
+    weighted = [plan.weight * part.double().mean(1) for plan, part in zip(plans, parts, strict=True)]
+    assert torch.allclose(torch.stack(weighted).mean(0), together.double().mean(1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"global_batch": 8, "ranks": 3}, "global_batch is 8 on 3 .*; use 6, or micro_batch=2 and plan.weight"),
+        ({"global_batch": 10, "ranks": 3}, "; use 12, or micro_batch=4"),
+        ({"global_batch": 7, "ranks": 2}, "; use 8$"),
+        ({"global_batch": 8, "ranks": 3, "micro_batch": 3}, "micro_batch is 3, expected an even number"),
+        ({"global_batch": 8, "ranks": 3, "micro_batch": 4}, "3 ranks share 2 micro-batches .*use micro_batch=2"),
+        ({"global_batch": 4, "ranks": 3, "micro_batch": 2}, "use 6"),
+    ],
+)
+def test_shares_that_can_not_be_are_refused_with_those_that_can(
+    dataset: ReplayDataset, arguments: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(PlanError, match=match) as caught:
+        PlanSampler(dataset, rank=0, **arguments)
+    assert len(str(caught.value)) <= 300
+
+
 def test_an_epoch_goes_on_at_a_step_and_differs_from_the_others(dataset: ReplayDataset) -> None:
     plan = PlanSampler(dataset, 4)
     first = list(plan)

@@ -6,15 +6,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # in its documentation, not in its __all__
 
+import cskd.machine.ranks
 from cskd.errors import ConfigError
-from cskd.machine.launch import Launch, command_line, launched
+from cskd.machine.launch import Launch, command_line, launched, restart_notes
 from cskd.machine.ranks import running_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -54,6 +55,7 @@ def app(standalone_mode):
         ranks.sum(torch.zeros(1))
 
 def destroy():
+    print("group taken down", file=sys.stderr, flush=True)
     time.sleep(40)
 
 if how != "fine":
@@ -80,14 +82,14 @@ def lines(text: str) -> list[str]:
     "how", ["error", pytest.param("bug", marks=pytest.mark.slow), pytest.param("hang", marks=pytest.mark.slow)]
 )
 def test_the_rank_that_fails_says_why_and_the_other_names_it(tmp_path: Path, how: str) -> None:
-    start = time.monotonic()
+    """And takes no group down; the other ends by itself, before torchrun kills it, or it would not have said so."""
     process = torchrun(tmp_path, how)
     _, err = process.communicate(timeout=100)
     why = "KeyError: 'colour'" if how == "bug" else "shard 7 is cut off"
     own = "cskd: unexpected KeyError: 'colour'; the traceback is in " if how == "bug" else f"cskd: {why}"
     first, second = sorted(lines(err))
     assert (first, second[: len(own)]) == (f"cskd: rank 0 stops because rank 1 failed: {why}", own), err
-    assert process.returncode == 1 and time.monotonic() - start < 38
+    assert process.returncode == 1 and "group taken down" not in err
 
 
 @pytest.mark.slow
@@ -128,6 +130,7 @@ def test_two_ranks_on_one_gpu_are_one_line(monkeypatch: pytest.MonkeyPatch) -> N
 
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cskd.machine.ranks, "rendezvous", lambda *_, **about: iter([(HashStore(), 0, 1)]))
     monkeypatch.setattr(dist, "init_process_group", refuse)
     with (
         pytest.raises(ConfigError, match="rank 1 was given the GPU cuda:0, which another rank has"),
@@ -144,6 +147,20 @@ def test_the_environment_tells_torchrun_srun_and_a_process_alone() -> None:
     assert launched(step) == Launch(4, 5, 1, 2, "srun")
     batch = {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}  # a batch script, outside of any srun
     assert launched({}) == launched(batch) == Launch()
+
+
+def test_ranks_that_start_again_on_several_machines_say_what_machines_that_come_later_need() -> None:
+    """Neither on one machine, nor where nothing starts again, nor where it is so already."""
+    again = {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    (note,) = restart_notes(again)
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in note
+    for other in (
+        {"GROUP_WORLD_SIZE": "1"},
+        {"TORCHELASTIC_MAX_RESTARTS": "0"},
+        {"TORCHELASTIC_USE_AGENT_STORE": "False"},
+    ):
+        assert restart_notes({**again, **other}) == []
+    assert restart_notes({}) == []
 
 
 def test_the_line_to_go_on_with_has_as_many_ranks_and_machines() -> None:
