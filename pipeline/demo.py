@@ -254,7 +254,7 @@ def render(report: DemoReport, console: Console) -> None:
     console.print(report.verdict)
     console.print(
         f"teacher top-1 {report.teacher_top1:.1f} %, all on {report.images['val']:,} images that nothing was trained on; "
-        f"its forwards while students trained: {forwards} · {report.bytes_per_view:.0f} bytes a view · {report.seconds:.0f} s"
+        f"its forwards while students trained: {forwards} · {report.bytes_per_view:.0f} bytes per view · {report.seconds:.0f} s"
     )
     for name, path in report.paths.items():
         console.print(f"{name:9} {escape(path)}")

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cskd.dataset.inventory import Inventory, open_inventory
 from cskd.dataset.inventory_format import DTYPES, HEADER, INVENTORY_FOLDER
-from cskd.errors import DataError
+from cskd.errors import DataError, counted
 from cskd.files.paths import is_remote, location_text
 from cskd.packing.index import index
 from cskd.packing.names import CLASSES_FILE
@@ -169,8 +169,8 @@ def render(report: PackReport, console: Console) -> None:
     print_lines(
         console,
         f"{report.folder}: {report.samples:,} images of {classes if held == classes else f'{held} of {classes}'} classes in "
-        f"{report.shards} shards ({report.blocks} blocks, {report.bytes / 1e6:.1f} MB), {report.seconds:.1f} s "
-        f"({rate:,.0f} images/s)",
+        f"{counted(report.shards, 'shard')} ({counted(report.blocks, 'block')}, {report.bytes / 1e6:.1f} MB), "
+        f"{report.seconds:.1f} s ({rate:,.0f} images/s)",
         f"inventory {report.inventory}",
     )
 

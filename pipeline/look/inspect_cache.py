@@ -384,7 +384,7 @@ def _lines(facts: Inspection) -> Iterable[tuple[str, str]]:
     for name, codec in facts.codecs.items():
         yield (
             f"codec {name}",
-            f"{codec.target_bytes_per_view:,.0f} bytes a view, {codec.unit_bytes_per_view:,.0f} with seeds and "
+            f"{codec.target_bytes_per_view:,.0f} bytes per view, {codec.unit_bytes_per_view:,.0f} with seeds and "
             f"digests, {codec.bytes / 1e6:,.1f} MB in all; {codec.gives}",
         )
         if (off := codec.measured) is not None and "lost" in off:
@@ -398,7 +398,7 @@ def _lines(facts: Inspection) -> Iterable[tuple[str, str]]:
     more = "; all: --quarantined" if bad.samples > len(bad.first) else ""
     yield "quarantined", f"{bad.samples:,}" + "".join(f"; '{one.key}': {one.reason}" for one in bad.first) + more
     if (segments := facts.segments_per_cell) is not None:
-        yield "segments", f"{segments.mean:.2f} a cell, {segments.most} at most"
+        yield "segments", f"{segments.mean:.2f} per cell, {segments.most} at most"
     for kind, agreement in facts.agreement.items():
         shares = {"own label": agreement.own}
         if kind == "mixed":

@@ -363,6 +363,12 @@ def render(report: PlanReport, console: Console) -> None:
             exact, mark = "none", f"{mark}, {100 * size.lost:.2g} % of the variance lost"
         sizes.add_row(Text(size.codec + mark), f"{size.unit_bytes:,.0f}", _bytes(whole), exact, soft)
     console.print(sizes)
+    chosen = sum(size.unit_bytes for size in report.codecs if size.chosen)
+    if chosen:
+        total = _bytes(chosen * report.images * report.views)
+        print_lines(
+            console, f"cache.codecs together: {chosen:,.0f} bytes per view, seeds and digests included, {total}"
+        )
     print_lines(
         console,
         f"the disk of the cache writes {report.disk_mb_per_second:,.0f} MB/s and has {report.free_gb:,.1f} GB free",

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
-from cskd.errors import printable
+from cskd.errors import counted, printable
 
 REDRAW_SECONDS = 0.25  # between two drawings of the bar
 WINDOW_SECONDS = 60.0  # over which the rate is taken: long enough to be steady, short enough to follow a change
@@ -175,7 +175,8 @@ def bound_by(
 ) -> str:
     """Which part of the work holds up the rest, in one line, and how many units per second each part alone would do.
 
-    The pools work side by side, so that the busiest one decides; of its parts the longest is named.
+    The pools work side by side, so that the busiest one decides; of its parts the longest is named. Batches that overlap add
+    up to more seconds than have passed: busy is at most all of these.
 
     bound_by([Pool(2, {"decode": 0.8, "augment": 0.4}), Pool(1, {"teacher": 1.2, "encode": 0.1})], 1.5, 600)
     -> 'bound by teacher (busy 1.3 s of 1.5 s): teacher 500 images/s · decode 1,500 images/s · augment 3,000 images/s · ...'
@@ -189,11 +190,12 @@ def bound_by(
     pool = max(pools, key=lambda p: p.busy)
     longest = max(pool.seconds, key=lambda name: pool.seconds[name])
     each = " · ".join(f"{name} {_rate(units, s, unit)}" for s, name in sorted(parts, reverse=True))
-    line = f"bound by {longest} (busy {duration(pool.busy)} of {duration(elapsed)}): {each}"
+    line = f"bound by {longest} (busy {duration(min(pool.busy, elapsed))} of {duration(elapsed)}): {each}"
     if not cores or len(pools) < 2 or not (rest := max(p.busy for p in pools[1:])):
         return line
     needed, at_most = sum(pools[0].seconds.values()) / rest, " at most" if queued and pool is pools[0] else ""
-    return f"{line}; to keep up, the loader needs {max(1, math.ceil(needed))} cores{at_most}, it had {pools[0].workers} workers"
+    cores_needed, had = counted(max(1, math.ceil(needed)), "core"), counted(pools[0].workers, "worker")
+    return f"{line}; to keep up, the loader needs {cores_needed}{at_most}, it had {had}"
 
 
 def timed_start(results: Iterator[T], seconds: dict[str, float]) -> Iterator[T]:

@@ -35,7 +35,7 @@ def test_a_limit_says_how_many_of_the_classes_have_images_and_keeps_the_labels(
 ) -> None:
     report = pack_data(folder(tmp_path / "src", FILES), tmp_path / "out", limit=5)
     assert (report.samples, report.classes, report.classes_with_images) == (5, 3, 2)
-    assert ": 5 images of 2 of 3 classes in 1 shards " in shown(report)
+    assert ": 5 images of 2 of 3 classes in 1 shard (" in shown(report)
     err = capsys.readouterr().err
     assert err.index("note: 5 of 27 images taken, as limited; labels stay those of all 3 classes") < err.index(
         "pack: 5 "

@@ -173,6 +173,11 @@ def test_bound_by_says_how_many_cores_the_loader_needs_to_keep_up() -> None:
     slow = Pool(1, {"student": 6.0})  # here the device holds the work up, and is seen at work all the time
     assert bound_by([loader, slow], 6.0, 100, cores=True, queued=True).endswith("needs 4 cores, it had 4 workers")
     assert "cores" not in bound_by([loader, device], 6.0, 100)
+    one = bound_by([Pool(1, {"decode": 0.5}), slow], 5.0, 100, cores=True)
+    assert one.startswith(
+        "bound by student (busy 5.0 s of 5.0 s)"
+    )  # batches that overlap are no more than all of the time
+    assert one.endswith("the loader needs 1 core, it had 1 worker")
 
 
 def test_bound_by_counts_together_what_the_same_workers_do() -> None:

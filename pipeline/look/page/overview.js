@@ -74,7 +74,7 @@ function drawOverview() {
       units.views === 1 ? "view of each" : "views of each",
       `${number(units.present)} of ${counted(units.total, "unit")} here`,
     ),
-    tile(bytes(perView), "a view", `${bytes(size)} in all`),
+    tile(bytes(perView), "per view", `${bytes(size)} in all`),
     tile(
       percent(figures.right / Math.max(1, figures.views)),
       "teacher is right",
@@ -117,7 +117,7 @@ function drawOverview() {
     ...terms([
       ...Object.entries(facts.codecs).map(([name, codec]) => [
         name,
-        `${bytes(codec.target_bytes_per_view)} a view, ${bytes(codec.unit_bytes_per_view)} with seeds and digests; ` +
+        `${bytes(codec.target_bytes_per_view)} per view, ${bytes(codec.unit_bytes_per_view)} with seeds and digests; ` +
           (codec.cells
             ? `${codec.exact_hard ? "exact hard targets" : "approximate hard targets"}${codec.soft ? ", soft ones" : ", no soft ones"}`
             : "of the image alone: its class, its logits"),
