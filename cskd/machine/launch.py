@@ -159,4 +159,8 @@ def command_line(arguments: Sequence[str], environ: Mapping[str, str] = os.envir
         return shlex.join([*run, *command])
     where = f"{environ.get('MASTER_ADDR', 'HOST')}:{_AGENT_PORT}"
     run[1:1] = ["--nnodes", machines, "--rdzv-backend", "c10d", "--rdzv-endpoint", where]
-    return f"{shlex.join([*run, *command])} (on each of the {machines} machines)"
+    if (restarts := environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) == "0":
+        return f"{shlex.join([*run, *command])} (on each of the {machines} machines)"
+    # How many machines there may be, and where they meet, no rank is told.
+    run[1:1] = ["--max-restarts", restarts, "--rdzv-id", environ.get("TORCHELASTIC_RUN_ID", "none")]
+    return f"{shlex.join([*run, *command])} (on each machine, with the --nnodes and --rdzv-endpoint that it had)"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from cskd.config import Config
+from cskd.config.load import config_text
 from cskd.pipeline.launch.options import Options
 from cskd.pipeline.machine_facts import mount_of, mounts
 
@@ -114,6 +116,17 @@ class Job:
         if not here:
             return []
         return [f"on a disk of this machine, and all nodes need to see it: {', '.join(here)}"]
+
+    def variables_note(self, workers: str) -> list[str]:
+        """Of variables that the config reads and that are set here, where workers don't have the environment of `cskd launch`."""
+        lines = [line for line in config_text(self.config).splitlines() if not line.lstrip().startswith("#")]
+        read = sorted({name for text in (*lines, *self.sets) for name in re.findall(r"\$\{(\w+)", text)})
+        lack = [name for name in read if name in os.environ and name not in self.options.variables]
+        return (
+            [f"the config reads {', '.join(lack)}, set here and not in {workers}; give --env {lack[0]}=..."]
+            if lack
+            else []
+        )
 
 
 def _file_of(text: str) -> str:

@@ -70,16 +70,15 @@ def files(job: Job) -> dict[str, str]:
 
 
 def notes(job: Job) -> list[str]:
-    """Of what the config names and no volume holds: in a pod it is missing, or goes with the pod."""
+    """Of variables that pods lack, and of what the config names and no volume holds: it is missing, or goes with the pod."""
     mounts = [PurePosixPath(path) for _, path in job.options.volumes]
     outside = [
         f"{key} ({text})"
         for key, text in job.places().items()
         if not any((mounts[0] / text).is_relative_to(mount) for mount in mounts) or ".." in PurePosixPath(text).parts
     ]
-    if not outside:
-        return []
-    return [f"on no --volume, so only in the image, and what is written there goes with the pod: {', '.join(outside)}"]
+    lost = f"on no --volume, so only in the image, and what is written there goes with the pod: {', '.join(outside)}"
+    return [*job.variables_note("pods"), *([lost] if outside else [])]
 
 
 def _config_map(job: Job) -> dict[str, Any]:

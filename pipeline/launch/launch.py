@@ -12,7 +12,8 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,7 +36,7 @@ _FILES: dict[Cluster, Callable[[Job], dict[str, str]]] = {
 _NOTES: dict[Cluster, Callable[[Job], list[str]]] = {
     "slurm": slurm.notes,
     "k8s": kubernetes.notes,
-    "ray": lambda job: job.local_note(files=False),
+    "ray": lambda job: [*job.variables_note("actors"), *job.local_note(files=False)],
 }
 _PROGRAMS = {"slurm": "sbatch", "k8s": "kubectl", "ray": "ray"}
 _WHERE = {"slurm": "a login node", "k8s": "a machine with kubectl", "ray": "a machine of the cluster"}
@@ -85,8 +86,21 @@ def launch(
     return LaunchReport(cluster, files, not dry_run, run, submit, notes)
 
 
+@contextmanager
+def _variables(given: dict[str, str]) -> Iterator[None]:
+    """Those of --env, which workers will have, are set while the config is read."""
+    before = {name: os.environ.get(name) for name in given}
+    os.environ.update(given)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
 def _job(config: Path, overrides: list[str] | None, output: Path | None, options: Options) -> Job:
-    settings = load_config(config, overrides)
+    with _variables(options.variables):
+        settings = load_config(config, overrides)
     cache = settings.cache.path
     only_read = is_hub(cache) or cache.startswith(("http://", "https://"))
     makes_cache = bool(settings.teacher.model and cache) and not only_read

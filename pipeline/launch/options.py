@@ -156,16 +156,31 @@ class Options:
 
 
 def merge(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """Both mappings as one: mappings within are merged, lists are joined, and of two values the second one stays."""
+    """Both mappings as one: mappings within are merged, lists are joined, and of two values the second one stays.
+
+    Of the items of lists those of one `name` are one, as Kubernetes merges containers and variables.
+    """
     whole = dict(base)
     for key, value in more.items():
         old = whole.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
             whole[key] = merge(old, value)
         elif isinstance(old, list) and isinstance(value, list):
-            whole[key] = [*old, *value]
+            whole[key] = _joined(old, value)
         else:
             whole[key] = value
+    return whole
+
+
+def _joined(items: list[Any], more: list[Any]) -> list[Any]:
+    whole = list(items)
+    places = {item["name"]: i for i, item in enumerate(whole) if isinstance(item, dict) and "name" in item}
+    for item in more:
+        place = places.get(item.get("name")) if isinstance(item, dict) else None
+        if place is None:
+            whole.append(item)
+        else:
+            whole[place] = merge(whole[place], item)
     return whole
 
 

@@ -173,3 +173,6 @@ def test_the_line_to_go_on_with_has_as_many_ranks_and_machines() -> None:
         "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint node1:29400 --nproc-per-node 8 --no-python "
         "cskd train 'my config.yaml' (on each of the 2 machines)"
     )
+    elastic = command_line(arguments, {**two, "TORCHELASTIC_MAX_RESTARTS": "10", "TORCHELASTIC_RUN_ID": "my run"})
+    assert "torchrun --max-restarts 10 --rdzv-id 'my run' --nnodes 2" in elastic
+    assert elastic.endswith("(on each machine, with the --nnodes and --rdzv-endpoint that it had)")

@@ -344,6 +344,23 @@ def test_what_other_nodes_do_not_see_is_noted(work: Path, monkeypatch: pytest.Mo
     assert note.endswith("goes with the pod: train.output (../run)")
 
 
+def test_a_variable_of_the_config_that_workers_lack_is_noted_and_that_of_env_counts(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (work / "my.yaml").read_text().replace("val: val", "val: '${PLACE:-val}'")
+    (work / "my.yaml").write_text(f"# ${{OF_A_COMMENT}}\n{text}")
+    monkeypatch.setenv("OF_A_COMMENT", "x")
+    monkeypatch.delenv("PLACE", raising=False)
+    assert not [note for note in shown("ray", Options()).notes if "the config reads" in note]
+    monkeypatch.setenv("PLACE", "/here/only")
+    line = "the config reads PLACE, set here and not in {}; give --env PLACE=..."
+    assert line.format("pods") in shown("k8s", IN_PODS).notes and line.format("actors") in shown("ray", Options()).notes
+    assert not [note for note in shown("slurm", Options()).notes if "PLACE" in note]  # sbatch hands on its environment
+    notes = shown("k8s", replace(IN_PODS, env=["PLACE=/data/val"])).notes
+    assert not [note for note in notes if "PLACE" in note or "/here/only" in note or "/data/val" in note]
+    assert os.environ["PLACE"] == "/here/only"
+
+
 def test_the_command_line_takes_every_option(work: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     given = ["--workers", "2", "--env", "A=1", "--env", "B=2", "--set", "cache.views=4", "--output", "o", "--json"]
     monkeypatch.setattr(sys, "argv", ["cskd", "launch", "slurm", "my.yaml", *given])
@@ -360,6 +377,8 @@ def test_the_command_line_takes_every_option(work: Path, monkeypatch: pytest.Mon
 def test_names_and_extras_are_made_of_what_is_given() -> None:
     assert [name_of(text) for text in ("My_Config 2", "é", "-a-", "x" * 60)] == ["my-config-2", "cskd", "a", "x" * 40]
     assert merge({"a": {"b": [1], "c": 1}}, {"a": {"b": [2], "c": 3}, "d": 4}) == {"a": {"b": [1, 2], "c": 3}, "d": 4}
+    named = merge({"a": [{"name": "x", "b": 1}, {"name": "y"}]}, {"a": [{"name": "x", "c": 2}, {"name": "z"}, 3]})
+    assert named == {"a": [{"name": "x", "b": 1, "c": 2}, {"name": "y"}, {"name": "z"}, 3]}
 
 
 def test_a_launcher_without_a_variable_of_its_own_gives_a_worker_its_number() -> None:
