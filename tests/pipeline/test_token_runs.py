@@ -85,8 +85,8 @@ def test_it_ends_with_the_same_weights(base: Path, way: str) -> None:
         assert done.returncode == 0, done.stderr[-3000:]
     else:
         train(made, quiet=True)
-    for file in ("model", "heads"):
-        one, other = (load_file(base / name / f"{file}.safetensors") for name in ("plain", way))
+    for part in ("model", "heads"):
+        one, other = (load_file(base / name / f"{part}.safetensors") for name in ("plain", way))
         assert one.keys() == other.keys()
         assert max((one[key] - other[key]).abs().max().item() for key in one) < 1e-5
     rows = [json.loads((base / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("plain", way)]
