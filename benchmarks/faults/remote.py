@@ -43,6 +43,7 @@ from cskd.pipeline import unit_line
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.care.verify import verify
 from cskd.storage import open_storage
+from cskd.store.format import PROBE
 
 SPARE = ("sealed.json", "index.jsonl.zst")  # what a cache can do without
 SLICES = 40  # of the full counts
@@ -123,7 +124,7 @@ def damage(remote: Remote, count: int) -> Counter[str]:
     def run() -> dict[str, int]:
         rng, storage = remote.bench.rng, open_storage(cache)
         whole = {stat.key: _patient(partial(storage.get, stat.key)) for stat in _patient(lambda: list(storage.list()))}
-        names = sorted(whole)
+        names = sorted(name for name in whole if not name.startswith(PROBE))
         for i in range(begin, begin + count):
             name, data = names[i % len(names)], whole[names[i % len(names)]]
             kind = rng.choice(("flip", "flip", "cut", "empty", "remove", "swap"))

@@ -1,11 +1,13 @@
-"""Object stores and web servers as a storage, by obstore. Retries, timeouts and credentials are obstore's own."""
+"""Object stores and web servers as a storage, by obstore. Timeouts and credentials are obstore's own, and most of the retries."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
 import os
+import random
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 IN_FLIGHT = 64  # requests at the same time: 200 objects of 700 bytes at 30 ms take 0.15 s, one after the other 6.3
-TRIES = 5  # of a write whose answer was lost
+TRIES = 6  # of a request that obstore does not ask again for: see `_passing`
+AGAIN = 15.0  # seconds after which none is begun: obstore's own tries took them
 WHOLE = 1 << 25  # bytes that are put by one request; more in parts
 # Before the first answer little patience: a wrong endpoint or missing credentials are to be known within seconds.
 _FIRST = {"max_retries": 3, "retry_timeout": timedelta(seconds=15)}
@@ -82,7 +85,9 @@ class Objects:
 
         self._refuse_writing(key)
         check_key(key)
-        for last in (*[False] * (TRIES - 1), True):
+        for tried in range(TRIES):
+            if tried:
+                time.sleep(_backoff(tried))
             self.counts.add(written=len(data))
             try:
                 obstore.put(self._store, key, data, mode="create")
@@ -91,7 +96,7 @@ class Objects:
             except FileNotFoundError as e:
                 raise self._lost(e, key) from None
             except BaseError as e:  # an answer that did not come: the object may be there
-                if last or not _may_be_there(e):
+                if tried + 1 == TRIES or not _may_be_there(e):
                     raise self._explain(e) from None
             else:
                 self._answered = True
@@ -110,10 +115,21 @@ class Objects:
 
         if self.read_only:
             raise StorageError(f"{self.location}: a web server has no list of its files; give s3://, gs:// or az://")
-        stream = obstore.list(self._store, prefix and check_key(prefix), chunk_size=1000)
-        while (chunk := self._run(lambda: next(iter(stream), None))) is not None:
-            for meta in chunk:
-                yield _stat(meta["path"], meta)
+        of, last, stream = prefix and check_key(prefix), None, None
+
+        def chunk() -> Sequence[ObjectMeta] | None:
+            nonlocal stream
+            try:
+                stream = stream or iter(obstore.list(self._store, of, offset=last, chunk_size=1000))
+                return next(stream, None)
+            except Exception:
+                stream = None  # a broken one would say that nothing follows
+                raise
+
+        while (found := self._run(chunk)) is not None:
+            for meta in found:
+                last = meta["path"]
+                yield _stat(last, meta)
 
     def stat(self, key: str) -> Stat | None:
         import obstore
@@ -151,20 +167,39 @@ class Objects:
             raise self._explain(e) from None
 
     def _run(self, call: Callable[..., T], *arguments: object) -> T:
-        """One request. Raises as `Storage` says."""
+        """One request, again where that may help. Raises as `Storage` says."""
         from obstore.exceptions import BaseError
 
-        self.counts.add()
-        try:
-            answer = call(*arguments)
-        except FileNotFoundError as e:
-            raise self._lost(e) from None
-        except BaseError as e:
-            raise self._explain(e) from None
-        self._answered = True
-        return answer
+        begun, tried = time.monotonic(), 0
+        while True:
+            self.counts.add()
+            try:
+                answer = call(*arguments)
+            except FileNotFoundError as e:
+                raise self._lost(e) from None
+            except BaseError as e:
+                if (pause := self._pause(e, tried := tried + 1, begun)) is None:
+                    raise self._explain(e) from None
+                time.sleep(pause)
+            else:
+                self._answered = True
+                return answer
 
-    def _get(self, wanted: Range, limit: int | None, tries: int = TRIES) -> bytes:
+    def _pause(self, error: Exception, tried: int, begun: float) -> float | None:
+        """Seconds until a request that failed is tried again. None: it is given up."""
+        if tried >= TRIES or time.monotonic() - begun > AGAIN or not self._passing(error):
+            return None
+        return _backoff(tried)
+
+    def _passing(self, error: Exception) -> bool:
+        """Whether an error may pass that obstore does not ask again for: an answer whose body did not come whole, a conflict with
+        another writer, a lost answer to a request that it takes for one that must not be repeated. Here all may be."""
+        text = str(error)
+        if re.search(r"body error|body from connection|end of file|incomplete message", text, re.I):
+            return True
+        return self._answered and _may_be_there(error)
+
+    def _get(self, wanted: Range, limit: int | None) -> bytes:
         import obstore
 
         if wanted.size == 0:
@@ -181,12 +216,7 @@ class Objects:
             return self._get(Range(wanted.key), limit)[wanted.start : end]
         if limit is not None and found.meta["size"] > limit:
             raise OSError(errno.EFBIG, f"more than {limit} bytes", f"{self.location}/{wanted.key}")
-        try:
-            data = bytes(found.bytes())
-        except Exception as e:
-            if not _cut_short(e) or tries < 2:
-                raise
-            return self._get(wanted, limit, tries - 1)
+        data = bytes(found.bytes())
         self.counts.add(0, read=len(data))
         return data
 
@@ -198,17 +228,18 @@ class Objects:
         async def one(wanted: Range) -> bytes:
             if wanted.size == 0:
                 return b""
-            async with free:
-                for tried in range(TRIES):
+            begun, tried = time.monotonic(), 0
+            while True:
+                async with free:
                     try:
                         found = await obstore.get_async(self._store, wanted.key, options=_options(wanted))
                         return bytes(await found.bytes_async())
                     except Exception as e:
                         if _past_the_end(e):
                             return b""
-                        if not _cut_short(e) or tried + 1 == TRIES:
+                        if (pause := self._pause(e, tried := tried + 1, begun)) is None:
                             raise
-            raise AssertionError("unreachable")
+                await asyncio.sleep(pause)
 
         from obstore.exceptions import BaseError
 
@@ -286,6 +317,11 @@ def _options(wanted: Range) -> GetOptions | None:
     return {"range": {"offset": wanted.start}} if wanted.start else None
 
 
+def _backoff(tried: int) -> float:
+    """Seconds after so many tries: about 0.15, 0.3, ... 2.4."""
+    return random.uniform(0.05, 0.1) * 2.0**tried
+
+
 def _past_the_end(error: Exception) -> bool:
     return "416 Range Not Satisfiable" in str(error)
 
@@ -298,8 +334,3 @@ def _may_be_there(error: Exception) -> bool:
     """Whether a write that failed may have been done: its answer was lost, or the store failed or was busy."""
     text = str(error)
     return bool(_NOT_REACHED.search(text) or re.search(r"status code: (409|429|5\d\d)|HTTP error", text))
-
-
-def _cut_short(error: BaseException) -> bool:
-    """Whether an answer began and its body did not come whole, which obstore does not ask for again."""
-    return bool(re.search(r"body error|body from connection|end of file|incomplete message", str(error), re.I))

@@ -100,8 +100,8 @@ def test_it_ends_with_the_same_weights(base: Path, way: str) -> None:
 def test_a_run_that_starts_from_it_takes_tokens_and_heads_and_no_aligner(base: Path) -> None:
     more = settings(base, "more", lr=0.0, min_lr=0.0, student={"init": str(base / "plain")})
     train(more, quiet=True)
-    for file in ("model", "heads"):
-        one, other = (load_file(base / name / f"{file}.safetensors") for name in ("plain", "more"))
+    for part in ("model", "heads"):
+        one, other = (load_file(base / name / f"{part}.safetensors") for name in ("plain", "more"))
         assert one.keys() == other.keys() and all((one[key] == other[key]).all() for key in one)
     with safe_open(base / "more" / "model.safetensors", "pt") as found:
         assert not [name for name in found.keys() if "projection" in name or "token_heads" in name]  # noqa: SIM118

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import http.server
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.faults.proxy import FaultyProxy
 from cskd.errors import CskdError, PathError, StorageError
 from cskd.storage import Range, Storage, join, open_storage
 from tests.s3 import use_endpoint
@@ -166,10 +168,35 @@ def test_a_lost_answer_is_not_a_lost_race(
     assert stub.kept["/bucket/record"] == (there or b"mine")
 
 
-def test_a_store_that_never_has_what_exists_is_given_up(stub: type[Stub]) -> None:
+def test_a_store_that_never_has_what_exists_is_given_up(stub: type[Stub], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cskd.storage.objects._backoff", lambda tried: 0.0)
     stub.answers[:] = [(False, 412)] * 9
     with pytest.raises(StorageError, match="conditional writes"):
         open_storage("s3://bucket").create("record", b"mine")
+
+
+def test_nothing_is_lost_nor_given_up_behind_a_proxy_that_refuses_loses_and_cuts(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = FaultyProxy(os.environ["AWS_ENDPOINT_URL"].partition("://")[2], 3, {"refuse": 0.1, "lose": 0.1, "cut": 0.1})
+    use_endpoint(monkeypatch, proxy.endpoint)
+    monkeypatch.setattr("cskd.storage.objects._backoff", lambda tried: 0.01)
+    storage, names = open_storage(join(s3, "faulty")), [f"{i:04d}" for i in range(24)]
+    try:
+        for name in names[:12]:
+            storage.put(name, name.encode())
+        assert all(storage.create(name, name.encode()) for name in names[12:])
+        assert not storage.create(names[0], b"other")
+        assert storage.get_many(names) == [name.encode() for name in names]
+        assert [storage.get(name, 1, 2) for name in names] == [name[1:3].encode() for name in names]
+        for _ in range(8):
+            assert [stat.key for stat in storage.list()] == names
+        for name in names[1:]:
+            storage.delete(name)
+        assert [stat.key for stat in storage.list()] == names[:1]
+    finally:
+        proxy.close()
+    assert min(proxy.counts[fault] for fault in ("refuse", "lose", "cut")) > 3
 
 
 @pytest.mark.parametrize(
