@@ -353,7 +353,6 @@ class UnitLine:
             work.given_up = True
             left = {(batch.unit, batch.place): batch.rows for batch in self._underway if batch.work is work}
             self.twice += sum((work.came | left).values()) / work.whole
-            self._claims.release([work.claim])
         self._claimed.clear()
         self._asked.clear()
 
