@@ -11,7 +11,7 @@ from cskd.pipeline.measure_precision import first_views
 from cskd.storage import Place
 from cskd.store.cache import Cache
 from cskd.store.identity import Identity
-from cskd.store.tables import read_tables, write_tables
+from cskd.store.tables import restore_tables, write_tables
 from cskd.teacher.lanes import threads_of_a_lane
 from cskd.teacher.model import Teacher
 from cskd.views.maker import ViewMaker
@@ -44,18 +44,18 @@ def _codecs(identity: Identity, teacher: Teacher) -> list[Codec]:
 
 
 def refit_lost(cache: Cache, teacher: Teacher, maker: ViewMaker) -> None:
-    """Fit tables again that are lost. CacheError where they come out otherwise, as with another library."""
+    """Have both copies of all tables: by one another, or fitted again. CacheError where they come out otherwise, as with another library."""
     lost = []
     for name, digest in (cache.manifest.tables or {}).items():
         try:
-            read_tables(cache.storage, name, digest)
+            restore_tables(cache.storage, name, digest)
         except CacheError:
             lost.append(cache.codecs[name])
     for codec, tables in _fitted(lost, teacher, maker):
         if write_tables(cache.storage, codec.name, tables) != (cache.manifest.tables or {})[codec.name]:
             raise CacheError(
-                f"{cache.location}: the tables of codec '{codec.name}' are lost, and fitted again they are others; `cskd repair` "
-                "restores them if their second copy is there, else cache into another folder"
+                f"{cache.location}: the tables of codec '{codec.name}' are lost, and fitted again they are others; cache "
+                "into another folder"
             )
 
 

@@ -154,6 +154,7 @@ class UnitLine:
         self.unreadable = 0  # of the images
         self.met = False  # without claims: what another process makes was next
         self._walk: Walk | None = None
+        self._asks_at = 0.0  # of time.monotonic(): not before, since it waits for other processes
         self.twice = 0.0  # passes, and parts of those given up, that another process had made meanwhile
         self.restored = 0  # views that a run before had made of passes it did not finish
         self._saved = time.monotonic()  # when the latest pass or draft was handed to a writer
@@ -185,11 +186,19 @@ class UnitLine:
         if has_claims(self._cache):
             return missing_passes(self._cache, worker.number)
         self.met, self._walk = False, self._walk or Walk(self._cache, worker)
+        if self.patience() > 0:  # asked because of another teacher's line; what it waits for may just be begun
+            return None
         self._walk.made = self.units / self._cache.recipe.mix_group
-        return self._walk.following()
+        passes = self._walk.following()
+        if passes is None:
+            self._asks_at = time.monotonic() + self._pass_seconds()
+        return passes
 
     def patience(self) -> float:
-        """Seconds in which another process makes a pass."""
+        """Seconds that are left of the time in which another process makes a pass."""
+        return max(0.0, self._asks_at - time.monotonic())
+
+    def _pass_seconds(self) -> float:
         views = self._cache.inventory.n / self._cache.blocks * self._cache.recipe.mix_group
         one = self.seconds / self.images * views if self.images else UNKNOWN
         return min(PATIENCE, max(1.0, WAIT * one))
@@ -344,7 +353,6 @@ class UnitLine:
             work.given_up = True
             left = {(batch.unit, batch.place): batch.rows for batch in self._underway if batch.work is work}
             self.twice += sum((work.came | left).values()) / work.whole
-            self._claims.release([work.claim])
         self._claimed.clear()
         self._asked.clear()
 

@@ -26,8 +26,9 @@ class _Array:
     last: str = ""
 
 
+_OWN = _Array(WORKER)
+_MPI = (_Array("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), _Array("PMI_RANK", "PMI_SIZE"))  # of mpirun, mpiexec
 _ARRAYS = (
-    _Array(WORKER),
     _Array("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP"),
     _Array("JOB_COMPLETION_INDEX"),  # of Kubernetes
     _Array("AWS_BATCH_JOB_ARRAY_INDEX", "AWS_BATCH_JOB_ARRAY_SIZE"),
@@ -36,8 +37,6 @@ _ARRAYS = (
     _Array("PBS_ARRAY_INDEX"),
     _Array("SGE_TASK_ID", "", "SGE_TASK_FIRST", "SGE_TASK_STEPSIZE", "SGE_TASK_LAST"),
     _Array("LSB_JOBINDEX", "LSB_JOBINDEX_END", 1),  # of LSF; 0 outside arrays
-    _Array("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),  # of mpirun, as the next one
-    _Array("PMI_RANK", "PMI_SIZE"),
 )
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", DEVICE_OF)
 _AGENT_PORT = 29400  # torchrun's own default of --rdzv-endpoint
@@ -93,37 +92,44 @@ class Worker:
 
 
 def worker(environ: Mapping[str, str] = os.environ) -> Worker:
-    """Which of the processes that share some work this one is, as whoever started them says: torchrun, srun, CSKD_WORKER, an array
-    of a scheduler, and on each machine --devices. Number 0 where nobody says; several may then have the same one.
+    """Which of the processes that share some work this one is, as whoever started them says. Number 0 where nobody says; several may
+    then have the same one.
 
-    An array that does not say how many its tasks are, such as an indexed job of Kubernetes, is told so by CSKD_WORKERS; `cskd
-    launch` sets it.
+    torchrun on several machines says all of it. Else each task of an array of a scheduler may start several by mpirun or srun, and each
+    of these several by torchrun or --devices; CSKD_WORKER says it in place of the array, mpirun and srun. An array that does not say how
+    many its tasks are, such as an indexed job of Kubernetes, is told so by CSKD_WORKERS; `cskd launch` sets it.
     """
+    launch = launched(environ)
+    inner = [Worker(launch.rank, launch.count)] if launch.by in ("torchrun", "--devices") else []
+    outer = []
+    if launch.count <= launch.local_count or not inner:
+        step = launched({name: value for name, value in environ.items() if name not in _TORCHRUN})
+        tasks = _first(_MPI, environ) or ([Worker(step.rank, step.count)] if step.by else [])
+        outer = _first([_OWN], environ) or [*_first(_ARRAYS, environ), *tasks]
+    number, count = 0, 1
+    for part in [*outer, *inner]:
+        number, count = number * part.count + part.number, count * part.count
+    return Worker(number, count) if outer or inner else Worker()
+
+
+def _first(arrays: Sequence[_Array], environ: Mapping[str, str]) -> list[Worker]:
+    """What the first of these that this process is part of says of it; none where it is part of none."""
 
     def number(name: str | int, default: int = -1) -> int:
         value = environ.get(name, "") if isinstance(name, str) else str(name)
         return int(value) if value.isascii() and value.isdigit() else default
 
-    launch = launched(environ)
-    if launch.by == "--devices":
-        outer = {name: value for name, value in environ.items() if name != DEVICE_OF}
-        of = worker(outer)
-        if of == Worker() and not any(number(array.index) >= max(0, number(array.begins)) for array in _ARRAYS):
-            of = Worker(0, 1)
-        return Worker(of.number * launch.count + launch.rank, of.count * launch.count)
-    if launch.by:
-        return Worker(launch.rank, launch.count)
-    for array in _ARRAYS:
+    for array in arrays:
         found, begins, step = number(array.index), number(array.begins, 0), max(1, number(array.step, 1))
         if found < begins or found < 0:
             continue
         tasks = number(array.count, (number(array.last) - begins) // step + 1 if number(array.last) >= begins else 0)
         place, rest = divmod(found - begins, step)
         if place < tasks and not rest:  # else a list with gaps
-            return Worker(place, tasks)
+            return [Worker(place, tasks)]
         count = number(WORKERS, 0)
-        return Worker(found, count if found < count else 0)
-    return Worker()
+        return [Worker(found, count if found < count else 0)]
+    return []
 
 
 def restart_notes(environ: Mapping[str, str] = os.environ) -> list[str]:
@@ -143,7 +149,7 @@ def restart_notes(environ: Mapping[str, str] = os.environ) -> list[str]:
 
 def without_launch(environ: MutableMapping[str, str]) -> None:
     """Forget whoever started this process: it is part of something else, such as a Ray cluster that srun started."""
-    names = {WORKERS, *(array.index for array in _ARRAYS)}
+    names = {WORKERS, *(array.index for array in (_OWN, *_MPI, *_ARRAYS))}
     for name in [*environ]:
         if name in _TORCHRUN or name.startswith("SLURM_STEP_") or name in names:
             del environ[name]

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # in its documentation, not in its __all__
 from torch.distributed.rendezvous import rendezvous
 
-from cskd.errors import ConfigError, CskdError, RankError, StudentError, fitted, one_line
+from cskd.errors import ConfigError, CskdError, RankError, StudentError, fitted, one_line, shortened
 from cskd.machine.launch import launched
 from cskd.machine.rendezvous import store_of_this_start
 
@@ -89,7 +89,7 @@ def running_ranks(device: torch.device) -> Iterator[Ranks]:
     Where one fails, the others end too, and say which one it was and why. Its group is left as it is, since leaving it in good
     order waits for the others, which wait for this rank: the process has to end, by `leave`.
 
-    Raises:  ConfigError for processes that are no ranks of one run, RankError where another rank failed.
+    Raises:  ConfigError for processes that are no ranks of one run, RankError where another rank failed or did not come.
     """
     launch = launched()
     if launch.by == "srun":
@@ -124,6 +124,12 @@ def running_ranks(device: torch.device) -> Iterator[Ranks]:
                 f"rank {launch.rank} was given the GPU {device}, which another rank has, too; expected one for each of the "
                 f"{launch.local_count} ranks started here: see CUDA_VISIBLE_DEVICES, and start fewer (--nproc-per-node)"
             ) from None
+        except dist.DistError as e:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise RankError(
+                f"rank {launch.rank} did not meet all {launch.count} at {address} ({shortened(one_line(e), 120)}); see that each machine "
+                "runs torchrun and reaches that address, and start it again"
+            ) from e
     ranks = Ranks(dist.get_rank(), launch.count, launch.local)
     # The store may outlive this group, as an elastic run's does, and hold the words of the ranks of an earlier one.
     words = _Words(ranks.rank, ranks.total(time.time_ns() if ranks.first else 0, device))

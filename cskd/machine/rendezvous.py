@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import uuid
 
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # in its documentation, not in its __all__
+from torch.distributed import DistStoreError, PrefixStore, Store  # type: ignore[attr-defined]  # documented, not in its __all__
 
 _LOOK = 0.02  # seconds between two looks of the first rank at whether another has come
 
@@ -21,7 +21,7 @@ def store_of_this_start(store: Store, rank: int, count: int) -> Store:
     Each rank writes a name that it drew, and takes the answer to that name alone: no rank of an earlier start can have given one. Rank 0
     answers whatever name stands there, again and again until that rank has said that it knows: it may have read a dead one's.
 
-    Raises:  DistStoreError where rank 0 gives no answer in the store's own time.
+    Raises:  DistStoreError where one of them does not come in the store's own time.
     """
     mine = uuid.uuid4().hex
     if rank > 0:
@@ -29,9 +29,13 @@ def store_of_this_start(store: Store, rank: int, count: int) -> Store:
         start = store.get(f"cskd/start/{mine}").decode()
         store.set(f"cskd/{start}/rank/{rank}", "")
         return PrefixStore(f"cskd/{start}", store)
+    most = store.timeout  # type: ignore[attr-defined]  # in its documentation, not in its stubs
+    end = time.monotonic() + most.total_seconds()
     for other in range(1, count):
         while not store.check([f"cskd/{mine}/rank/{other}"]):
             if store.check([f"cskd/rank/{other}"]):
                 store.set(f"cskd/start/{store.get(f'cskd/rank/{other}').decode()}", mine)
+            if time.monotonic() > end:
+                raise DistStoreError(f"rank {other} did not come in {most}")
             time.sleep(_LOOK)
     return PrefixStore(f"cskd/{mine}", store)

@@ -6,6 +6,7 @@ tables of its own, the one whose manifest is put in place first decides for all.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from pathlib import PurePosixPath
@@ -36,8 +37,19 @@ def write_tables(root: Place, codec: str, arrays: Arrays) -> str:
     return digest
 
 
-def read_tables(root: Place, codec: str, digest: str, copy: str = "") -> Arrays:
-    """The tables of a codec. Raises CacheError where they are missing, damaged, or not those that the manifest names."""
+def read_tables(root: Place, codec: str, digest: str) -> Arrays:
+    """The tables of a codec, by its first copy or else by its second. CacheError where both are not as they were written."""
+    for copy in COPIES:
+        with contextlib.suppress(CacheError):
+            return read_copy(root, codec, digest, copy)
+    raise CacheError(
+        f"{open_storage(root).location}: both copies of {tables_file(codec, digest)} are lost, which all its units need; the same `cskd "
+        "cache-teacher` command fits them again where the teacher and the libraries are as they were"
+    )
+
+
+def read_copy(root: Place, codec: str, digest: str, copy: str) -> Arrays:
+    """One copy of a codec's tables. CacheError where it is missing, damaged, or not the one that the manifest names."""
     storage, key = open_storage(root), str(tables_file(codec, digest, copy))
     try:
         data = storage.get(key, limit=MAX_TABLES)
@@ -52,30 +64,19 @@ def read_tables(root: Place, codec: str, digest: str, copy: str = "") -> Arrays:
 
 
 def copy_tables(source: Place, out: Place, tables: Mapping[str, str]) -> None:
-    """Give another cache's folder the tables of this one; tables: codec -> sha256. CacheError where both copies are not as written."""
+    """Give another cache's folder the tables of this one; tables: codec -> sha256. Raises as `read_tables`."""
     for codec, digest in tables.items():
-        write_tables(out, codec, _either(source, codec, digest)[0])
+        write_tables(out, codec, read_tables(source, codec, digest))
 
 
 def restore_tables(root: Place, codec: str, digest: str) -> list[str]:
-    """Mend one copy by the other; one line for each that was not as it was written. CacheError where both are not."""
-    right, wrong = _either(root, codec, digest)
-    if wrong:
-        write_tables(root, codec, right)
-    return wrong
-
-
-def _either(root: Place, codec: str, digest: str) -> tuple[Arrays, list[str]]:
-    """The tables by either copy, and one line for each copy that is not as it was written. CacheError where both are not."""
-    wrong, right, location = list[str](), None, open_storage(root).location
+    """Mend one copy by the other; one line for each that was not as it was written. Raises as `read_tables`."""
+    wrong, location = list[str](), open_storage(root).location
     for copy in COPIES:
         try:
-            right = read_tables(root, codec, digest, copy)
+            read_copy(root, codec, digest, copy)
         except CacheError as e:
             wrong.append(str(e).partition("; `cskd")[0].removeprefix(f"{location}/"))
-    if right is None:
-        raise CacheError(
-            f"{location}: both copies of {tables_file(codec, digest)} are lost, which all its units need; the same `cskd "
-            "cache-teacher` command fits them again where the teacher and the libraries are as they were"
-        )
-    return right, wrong
+    if wrong:
+        write_tables(root, codec, read_tables(root, codec, digest))
+    return wrong

@@ -29,7 +29,7 @@ from cskd.store.commit import Commit, UnitFile, record_names
 from cskd.store.format import MANIFEST, MANIFEST_COPY, RESOLVED, Unit, commit_file
 from cskd.store.inventory_copy import check_inventory
 from cskd.store.seal import Seal, check_index, check_seal, read_seal
-from cskd.store.tables import COPIES, read_tables
+from cskd.store.tables import COPIES, read_copy
 from cskd.store.unit import content_hash
 
 _TO_SEAL = " (the same `cskd cache-teacher` command once more does it)"
@@ -234,7 +234,7 @@ def check_frame(cache: Cache) -> list[str]:
     for name, digest in (cache.manifest.tables or {}).items():
         for copy in COPIES:
             try:
-                read_tables(cache.storage, name, digest, copy)
+                read_copy(cache.storage, name, digest, copy)
             except CacheError as e:
                 errors.append(str(e))
     if wrong := wrong_resolved(cache):

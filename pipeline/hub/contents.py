@@ -30,7 +30,7 @@ from cskd.pipeline.model_card import unedited
 from cskd.store.cache import Cache, open_cache
 from cskd.store.format import INDEX, INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, TABLES, commit_file
 from cskd.store.seal import check_seal, read_seal
-from cskd.store.tables import COPIES, read_tables, tables_file
+from cskd.store.tables import COPIES, read_copy, tables_file
 from cskd.student.checkpoint import MODEL
 
 # Limits and recommendations of the hub, https://huggingface.co/docs/hub/repositories-recommendations
@@ -194,7 +194,7 @@ def _tables(cache: Cache) -> Iterator[HubFile]:
     """Both copies of what the units of a codec share. CacheError for one that is not as it was written."""
     for codec, digest in (cache.manifest.tables or {}).items():
         for copy in COPIES:
-            read_tables(cache.storage, codec, digest, copy)
+            read_copy(cache.storage, codec, digest, copy)
             yield replace(_file(cache.root, str(tables_file(codec, digest, copy))), fixed=True)
 
 

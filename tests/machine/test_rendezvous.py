@@ -7,9 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
+import torch
 from torch.distributed import HashStore, Store  # type: ignore[attr-defined]  # in its documentation, not in its __all__
 
+import cskd.machine.ranks
+from cskd.errors import RankError
+from cskd.machine.ranks import running_ranks
 from cskd.machine.rendezvous import store_of_this_start
+
+CPU = torch.device("cpu")
 
 
 def met(store: Store, order: tuple[int, ...]) -> list[Store]:
@@ -38,10 +44,20 @@ def test_ranks_of_a_later_start_read_nothing_of_an_earlier_one(before: int, orde
     assert all(part.check([f"address/{rank}" for rank in order]) for part in parts)
 
 
-def test_a_rank_whose_first_rank_does_not_come_ends_after_the_stores_time() -> None:
-    """An answer to a rank of an earlier start is none."""
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_whose_peer_does_not_come_ends_in_one_line_after_the_stores_time(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a rank of an earlier start left behind is no peer."""
     store = HashStore()
     met(store, (0, 1))
-    store.set_timeout(timedelta(seconds=0.1))
-    with pytest.raises(RuntimeError, match=r"(?i)time"):
-        store_of_this_start(store, 1, 2)
+    monkeypatch.setattr(cskd.machine.ranks, "rendezvous", lambda *_, **about: iter([(store, rank, 2)]))
+    monkeypatch.setattr(cskd.machine.ranks, "WAIT", timedelta(seconds=0.1))
+    for name, value in {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(RankError, match=rf"rank {rank} did not meet all 2 at node1:29500") as caught,
+        running_ranks(CPU),
+    ):
+        pass
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300

@@ -152,3 +152,18 @@ def test_a_line_that_waits_for_other_processes_holds_up_no_other(monkeypatch: py
     assert joint_passes(lines, Worker()) == [{1: (0, (0, 1))}] and slept == []
     assert joint_passes(lines, Worker()) == [{0: (1, (2, 3))}] and slept == [7.0, 7.0]
     assert joint_passes(lines, Worker()) == [] and slept == [7.0, 7.0]
+
+
+def test_a_line_that_waits_is_asked_again_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not whenever another line has done something: it would take what another process is just making for left by a dead one."""
+    clock, asked = [0.0], list[float]()
+    line = UnitLine.__new__(UnitLine)
+    line._asks_at, line.units, line.images = 0.0, 0, 0
+    line._cache = SimpleNamespace(  # type: ignore[assignment]
+        storage=None, blocks=1, inventory=SimpleNamespace(n=8), recipe=SimpleNamespace(mix_group=2)
+    )
+    line._walk = SimpleNamespace(following=lambda: asked.extend(clock))  # type: ignore[assignment]
+    monkeypatch.setattr("cskd.pipeline.unit_line.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    for clock[0] in (0.0, 10.0, 59.0, 61.0, 120.0, 122.0):
+        assert line.missing(Worker()) is None
+    assert asked == [0.0, 61.0, 122.0] and line.patience() == 60.0

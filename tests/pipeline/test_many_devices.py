@@ -17,7 +17,7 @@ from cskd.config import to_yaml
 from cskd.errors import ConfigError, CskdError
 from cskd.files.read import parse_json
 from cskd.machine.devices import device_list
-from cskd.machine.launch import DEVICE_OF, WORKERS, Worker, launched, worker
+from cskd.machine.launch import DEVICE_OF, WORKER, WORKERS, Worker, launched, worker
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.care.verify import verify
 from cskd.pipeline.many_devices import cache_teacher_on
@@ -76,13 +76,27 @@ def _array(number: int, first: int, step: int, count: int) -> dict[str, str]:
     return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in said.items()}
 
 
+_STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}
+_TWO = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+
+
 @pytest.mark.parametrize(
     ("environ", "number", "count"),
     [
         ({}, 0, 0),
         ({DEVICE_OF: "1/4"}, 1, 4),
         ({"WORLD_SIZE": "8", "RANK": "5", "LOCAL_WORLD_SIZE": "4"}, 5, 8),
-        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_ARRAY_TASK_ID": "9"}, 3, 4),
+        (_STEP, 3, 4),
+        (_STEP | _array(2, 0, 1, 5), 11, 20),
+        (_STEP | {"SLURM_ARRAY_TASK_ID": "9"}, 39, 0),
+        (_STEP | _array(2, 0, 1, 5) | {WORKER: "6", WORKERS: "7"}, 6, 7),
+        (_STEP | {"PMI_RANK": "3", "PMI_SIZE": "4"}, 3, 4),  # srun --mpi=pmi2
+        (_STEP | {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "6"}, 5, 6),  # mpirun starts its daemons by srun
+        (_STEP | _TWO, 7, 8),
+        (_array(2, 0, 1, 5) | _TWO, 5, 10),
+        (_array(2, 0, 1, 5) | _TWO | {"LOCAL_WORLD_SIZE": "1"}, 1, 2),
+        ({"JOB_COMPLETION_INDEX": "2", WORKERS: "5"} | _TWO, 5, 10),
+        (_array(2, 0, 1, 5) | {"PMI_RANK": "1", "PMI_SIZE": "2"}, 5, 10),
         ({"SLURM_ARRAY_TASK_ID": "7"}, 7, 0),
         (_array(7, 1, 2, 8), 3, 8),
         (_array(7, 1, 1, 3), 7, 0),  # --array=1,3,7
