@@ -79,6 +79,8 @@ def test_what_another_process_makes_is_left_to_it(base: Path, s3: str, monkeypat
 
     monkeypatch.setattr(Cache, "add_unit", add)
     monkeypatch.setattr(unit_line, "PATIENCE", 0.0)
+    monkeypatch.setenv("CSKD_WORKER", "0")  # where nobody says how many there are, it begins anywhere
+    monkeypatch.setenv("CSKD_WORKERS", "1")
     one_view = placed(base, place)
     report = cache_teacher(dataclasses.replace(one_view, recipe=dataclasses.replace(one_view.recipe)), quiet=True)
     assert report.content_root == here.content_root() and report.units <= 6
