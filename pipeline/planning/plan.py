@@ -363,11 +363,10 @@ def render(report: PlanReport, console: Console) -> None:
             exact, mark = "none", f"{mark}, {100 * size.lost:.2g} % of the variance lost"
         sizes.add_row(Text(size.codec + mark), f"{size.unit_bytes:,.0f}", _bytes(whole), exact, soft)
     console.print(sizes)
-    chosen = sum(size.unit_bytes for size in report.codecs if size.chosen)
-    if chosen:
-        total = _bytes(chosen * report.images * report.views)
+    if whole := GB * report.cache_gb:
+        each = whole / report.images / report.views
         print_lines(
-            console, f"cache.codecs together: {chosen:,.0f} bytes per view, seeds and digests included, {total}"
+            console, f"cache.codecs together: {each:,.0f} bytes per view, seeds and digests included, {_bytes(whole)}"
         )
     print_lines(
         console,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import runpy
 from dataclasses import replace
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from rich.console import Console
 
 from cskd.config import Config, from_dict, to_yaml
 from cskd.errors import CacheError, ConfigError
@@ -25,7 +27,7 @@ from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.evaluate import evaluate_checkpoint
 from cskd.pipeline.look.check_config import check_config
 from cskd.pipeline.look.inspect_cache import inspect
-from cskd.pipeline.planning.plan import plan
+from cskd.pipeline.planning.plan import plan, render
 from cskd.pipeline.setup import open_cached
 from cskd.pipeline.train import train
 from cskd.student import eval_heads
@@ -235,5 +237,9 @@ def test_check_says_that_a_cache_lacks_what_a_term_reads(base: Path, tmp_path: P
 @pytest.mark.slow
 def test_a_plan_takes_the_cache_it_makes_for_each_of_the_others(base: Path) -> None:
     report = plan(settings(base, train={"epochs": 3}), seconds=0.2, quiet=True)
-    assert [size.codec for size in report.codecs if size.chosen] == ["envelope"]
+    (envelope,) = (size for size in report.codecs if size.chosen)
+    assert envelope.codec == "envelope"
+    console = Console(width=200, file=io.StringIO(), record=True)
+    render(report, console)
+    assert f"cache.codecs together: {envelope.unit_bytes:,.0f} bytes per view" in console.export_text()
     assert any(note.startswith("train.caches: reading each") for note in report.notes)
