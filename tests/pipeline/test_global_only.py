@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+from rich.console import Console
 
 import cskd.pipeline.cache_teacher
 from cskd.codecs import get_codec
@@ -19,9 +22,10 @@ from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.care.export import export
 from cskd.pipeline.care.recompute import recompute
 from cskd.pipeline.care.verify import verify
-from cskd.pipeline.look.inspect_cache import inspect
+from cskd.pipeline.look.inspect_cache import inspect, render
 from cskd.pipeline.train import train
 from cskd.store.cache import open_cache
+from tests.pipeline.test_html_page import data_of
 from tests.pipeline.test_pipeline import cached_data, config
 
 CODECS = ["global:8", "global:top2"]
@@ -81,6 +85,22 @@ def test_it_is_verified_recomputed_and_inspected_like_any_other(base: Path, tmp_
     facts = inspect(cache.root, png=tmp_path / "a.png", html=tmp_path / "a.html")
     assert [codec.gives for codec in facts.codecs.values()] == ["of the image alone: its class, its logits"] * 2
     assert list(facts.agreement["mixed"].own) == ["0"]  # the image's class, which every cell has
+
+
+def test_inspect_speaks_of_no_cells_where_there_are_none(base: Path, tmp_path: Path) -> None:
+    out = io.StringIO()
+    for shown in ({"samples": 16}, {"sample": 3, "png": tmp_path / "a.png"}):  # a line each; all of one
+        render(inspect(base / "cache", **shown), Console(file=out))
+    said = out.getvalue().replace(str(tmp_path), "")
+    assert ", of the image alone\n" in said
+    assert [word for word in ("cell", "segments", "blend") if word in said] == [], said
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.width > picture.height  # the view and its class, no two rows of three
+    inspect(base / "cache", html=tmp_path / "page.html")
+    data = data_of(tmp_path / "page.html")
+    assert (data["cells"], data["about"]["gives"]["global8"]) == (False, "of the image alone: its class, its logits")
+    with pytest.raises(CodecError, match="those of blend 0; leave --blend out"):
+        inspect(base / "cache", sample=3, blend=0.5)
 
 
 def test_a_method_reads_the_codec_that_holds_no_more_than_it_asks_for(base: Path) -> None:
