@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,27 @@ def test_targets_of_cells_are_not_exported_where_there_are_none(base: Path, tmp_
     assert not (tmp_path / "out").exists()
     export(base / "cache", tmp_path / "out", quiet=True)
     assert json.loads((tmp_path / "out" / "export.json").read_text())["blends"] == [0.0]
+
+
+def test_exported_logits_are_those_of_the_smallest_error_and_stay_those_that_were_begun_with(
+    base: Path, tmp_path: Path
+) -> None:
+    out, cache = tmp_path / "out", open_cache(base / "cache")
+    report = export(base / "cache", out, quiet=True)
+    about, tar = json.loads((out / "export.json").read_text()), out / "00000.view000.tar"
+    assert report.logits == about["logits"] == "global8"
+    exact = cache.codecs["global8"].logits(cache.read(0, 0, "global8").targets)[1]
+    for row, exported in enumerate(images_of(tar)):
+        np.testing.assert_allclose(exported["logits"], exact[row], rtol=1e-5)
+    del about["logits"]  # an older version, which took the first
+    for begun, kept in (({}, "global8"), ({"logits": "globaltop2"}, "globaltop2")):
+        tar.unlink()
+        (out / "export.json").write_text(json.dumps(about | begun))
+        assert export(base / "cache", out, quiet=True).logits == kept
+    assert images_of(tar)[0]["logits"] != pytest.approx(exact[0].tolist(), rel=1e-5)
+
+
+def images_of(tar: Path) -> list[Any]:
+    with tarfile.open(tar) as file:
+        names = [name for name in file.getnames() if name.endswith(".global.json")]
+        return [json.load(file.extractfile(name)) for name in names]  # type: ignore[arg-type]
