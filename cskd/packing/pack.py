@@ -25,6 +25,7 @@ from cskd.machine.cores import usable_cores
 from cskd.packing.listing import PackProgress
 from cskd.packing.names import CLASSES_FILE, classes_held
 from cskd.packing.payloads import Payload, Remake, payloads
+from cskd.packing.shard_samples import Reading
 from cskd.packing.sources import Source, open_source
 from cskd.packing.spool import MAX_SPOOL
 from cskd.seeds import U64, hash64, mix64_array
@@ -50,6 +51,9 @@ def pack(
     max_spool: int = MAX_SPOOL,
     split: str | None = None,
     labels: Path | None = None,
+    label_key: str | None = None,
+    key_prefix: str | None = None,
+    allow_incomplete: bool = False,
     progress: PackProgress | None = None,
     tell: Callable[[list[str]], None] | None = None,
 ) -> Inventory:
@@ -60,7 +64,7 @@ def pack(
     Args:    src, classes, max_spool, split, labels: see `open_source`. shard_size: images per shard (fewer where they pass 1 GB).
              block: images per block, about. limit: only the first so many of the shuffled images. short_side, quality,
              raw: see `Remake`. workers: threads that read, or processes that re-encode (default: the CPUs, at least 2, at
-             most 8). progress: called with (images done, images in all), the latter 0 while the source is being listed.
+             most 8). label_key, key_prefix, allow_incomplete: of shards, see `Reading`. progress: called with (images done, images in all), the latter 0 while the source is being listed.
              tell: called with the notes on how the source was read, before images are.
     Returns: the inventory; its notes say what was passed over. The same data set in `out` already: nothing is written.
     Raises:  DataError, PathError for an `out` that is no folder for it; `out` is then as it was before.
@@ -79,11 +83,12 @@ def pack(
     options |= {"short_side": short_side, "quality": quality if short_side is not None and not raw else None}
     options |= {"raw": True} if raw else {}
     remake = Remake(short_side, quality, raw)
-    asked = ({"split": split} if split else {}) | ({"labels": labels.name} if labels else {})
+    reading = Reading(label_key, key_prefix, allow_incomplete)
+    asked = ({"split": split} if split else {}) | ({"labels": labels.name} if labels else {}) | reading.given
     workers = workers or min(8, max(2, usable_cores().count))
     try:
         with _workspace(out) as work:
-            source = open_source(src, classes, work, max_spool, progress, split, labels)
+            source = open_source(src, classes, work, max_spool, progress, split, labels, reading)
             order = shuffled(source.key_hash, seed)[:limit]
             if len(order) < len(source.listing):
                 source.notes.append(
