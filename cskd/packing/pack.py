@@ -14,6 +14,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from cskd.dataset.classes import classes_text
 from cskd.dataset.inventory import Inventory, InventoryWriter, Sample, open_inventory, publish_inventory
 from cskd.dataset.inventory_format import HEADER, INVENTORY_FOLDER
 from cskd.errors import DataError, said
@@ -95,6 +96,7 @@ def pack(
                     f"{len(order)} of {len(source.listing)} images taken, as limited; labels stay those of all "
                     f"{len(source.classes)} classes"
                 )
+            names = classes_text(source.classes, str(src))  # refused before any image is read
             source.notes += classes_held(source.classes, {source.label(int(i)) for i in order})
             if tell:
                 tell(source.notes)
@@ -102,7 +104,7 @@ def pack(
                 images = _counted(stream, len(order), progress)
                 if (out / INVENTORY_FOLDER / HEADER).is_file():
                     return _confirm(open_inventory(out), source, len(order), images, options)
-                _write(source, images, work, {"by": "pack", "source": src.name, **asked, **options})
+                _write(source, images, work, names, {"by": "pack", "source": src.name, **asked, **options})
             return _publish(work, out)
     except FileExistsError as e:
         raise DataError(f"{e.filename} is a file, expected a folder; give another one") from e
@@ -115,7 +117,9 @@ def shuffled(key_hashes: U64, seed: int) -> NDArray[np.int64]:
     return np.argsort(mix64_array(key_hashes ^ np.uint64(hash64("pack", seed))), kind="stable")
 
 
-def _write(source: Source, images: Iterator[tuple[int, Payload]], work: Path, made: dict[str, Any]) -> None:
+def _write(
+    source: Source, images: Iterator[tuple[int, Payload]], work: Path, names: bytes, made: dict[str, Any]
+) -> None:
     from cskd.store.shard_writer import ShardWriter  # here: webdataset takes seconds to import
 
     shards, inventory = ShardWriter(work, made["shard_size"]), InventoryWriter(work / INVENTORY_FOLDER)
@@ -136,7 +140,7 @@ def _write(source: Source, images: Iterator[tuple[int, Payload]], work: Path, ma
         if bad:
             notes.append(f"{bad} images can't be decoded and stay as they are; stage 1 will quarantine them")
         inventory.finish(source.classes, shards.close(), made["block"], made, notes)
-        put(work / CLASSES_FILE, "".join(f"{name}\n" for name in source.classes).encode())
+        put(work / CLASSES_FILE, names)
     finally:
         shards.abandon()
         inventory.close()
