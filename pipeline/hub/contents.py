@@ -25,7 +25,7 @@ from cskd.files.folders import kind_of
 from cskd.files.read import parse_json, read_file
 from cskd.files.writer import LOCK, by
 from cskd.near import absent
-from cskd.pipeline.hub.cards import CARD, cache_card, run_card
+from cskd.pipeline.hub.cards import CARD, cache_card
 from cskd.pipeline.model_card import unedited
 from cskd.store.cache import Cache, open_cache
 from cskd.store.format import INDEX, INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, TABLES, commit_file
@@ -75,7 +75,7 @@ def contents_of(source: Path, repo: str, allow_incomplete: bool) -> Contents:
     """
     kind = kind_of(source)
     if kind == "run":
-        found = _run(source, repo)
+        found = _run(source)
     elif kind == "cache":
         found = _cache(source, repo, allow_incomplete)
     else:
@@ -89,7 +89,7 @@ def contents_of(source: Path, repo: str, allow_incomplete: bool) -> Contents:
     return found
 
 
-def _run(folder: Path, repo: str) -> Contents:
+def _run(folder: Path) -> Contents:
     if (owner := claims.holder(folder / LOCK)) is not None:
         raise PathError(f"{folder} is being trained{by(owner)}; push it when that has ended")
     for name in (MODEL, "config.json", RESOLVED):
@@ -103,9 +103,13 @@ def _run(folder: Path, repo: str) -> Contents:
         last = path.name in ("config.json", CARD)
         made = path.name == CARD and unedited(path.read_bytes())
         files.append(HubFile(path.name, data or path, len(data) if data else path.stat().st_size, last, made=made))
-    if not (folder / CARD).is_file():
-        files.append(_made(CARD, run_card(folder, repo).encode()))
-    return Contents("run", files, re.compile(r"(model_\w+|heads\w*)\.safetensors"))
+    has_card = (folder / CARD).is_file()
+    notes = (
+        ()
+        if has_card
+        else (f"no {CARD}, the model card that `cskd train` writes after each epoch: there will be none",)
+    )
+    return Contents("run", files, re.compile(r"(model_\w+|heads\w*)\.safetensors"), notes=notes)
 
 
 def _without_folders(path: Path) -> bytes | None:

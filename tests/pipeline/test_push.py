@@ -38,6 +38,7 @@ from cskd.pipeline.hub import push as module
 from cskd.pipeline.hub.contents import plain
 from cskd.pipeline.hub.push import push
 from cskd.pipeline.look.check_config import check_config
+from cskd.pipeline.run_folder import RunFolder
 from cskd.pipeline.train import train
 from cskd.store.cache import open_cache
 from cskd.store.seal import seal_cache
@@ -233,6 +234,24 @@ def test_a_card_of_the_run_s_own_goes_there(base: Path, hub: Hub, tmp_path: Path
     push(tmp_path / "run", "me/run", private=True, revision="v1", quiet=True)
     repo = hub.repos["model", "me/run"]
     assert repo.private and repo.files("v1")["README.md"].endswith(b"# Mine\n") and repo.files("main") == {}
+
+
+def test_a_run_that_was_cut_has_a_card_and_one_without_is_pushed_with_a_note(
+    base: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, real = tmp_path / "run", RunFolder.draw
+
+    def cut(self: RunFolder, rows: Any, last: bool = False) -> None:
+        real(self, rows, last)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "draw", cut)
+    with pytest.raises(KeyboardInterrupt):
+        train(config_of(base, base / "cache", run), quiet=True)
+    assert "1 of 2, " in (run / "README.md").read_text() and push(run, "me/run", quiet=True).notes == []
+    (run / "README.md").unlink()
+    (note,) = push(run, "me/other", quiet=True).notes
+    assert note.startswith("no README.md") and "README.md" not in hub.repos["model", "me/other"].files()
 
 
 def test_an_unfinished_cache_goes_there_only_when_it_is_meant(base: Path, hub: Hub, tmp_path: Path) -> None:
