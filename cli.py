@@ -423,7 +423,9 @@ def push(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="RUN|CACHE", parser=_path("RUN|CACHE"), help="Folder of cskd train or cskd cache-teacher."
+            metavar="RUN|CACHE",
+            parser=_path("RUN|CACHE", objects=True),
+            help="Folder of cskd train or cskd cache-teacher, or its s3://, gs:// or az:// address.",
         ),
     ],
     repo: Annotated[
