@@ -190,7 +190,7 @@ def test_equal_keys_of_two_shards_are_told_apart_by_a_prefix(tmp_path: Path) -> 
 
 def test_pack_reads_shards_as_it_is_told_and_refuses_what_says_nothing(tmp_path: Path) -> None:
     files = {f"k{i}.{kind}": value for i in range(3) for kind, value in (("jpg", b"%d" % i), ("num", b"%d" % (i % 2)))}
-    plain = tar(tmp_path / "x.tar", files | {"lost.jpg": b""})
+    plain = tar(tmp_path / "in" / "x.tar", files | {"lost.jpg": b""})
     (tmp_path / "y.tar.gz").write_bytes(gzip.compress(plain.read_bytes()))
     how: dict[str, Any] = {"label_key": ".num", "key_prefix": "shard"}
     with pytest.raises(DataError, match=r"sample 'lost' in .* has no label"):
@@ -198,6 +198,7 @@ def test_pack_reads_shards_as_it_is_told_and_refuses_what_says_nothing(tmp_path:
     made = into(tmp_path / "y.tar.gz", **how, allow_incomplete=True)
     assert {made.key(i): int(label) for i, label in enumerate(made.label)} == {"y/k0": 0, "y/k1": 1, "y/k2": 0}
     assert made.made["allow_incomplete"] and any("1 samples without image or label" in note for note in made.notes)
+    assert into(tmp_path / "in", **how, allow_incomplete=True).n == 3
     with pytest.raises(
         DataError, match="--label-key is for webdataset shards, which have no file of --labels; leave one"
     ):
