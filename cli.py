@@ -18,7 +18,19 @@ import cskd
 from cskd.files.paths import is_remote, local_path
 from cskd.machine.ending import ended
 from cskd.pipeline.launch.options import Cluster, Options, takes
-from cskd.pipeline.show.arguments import CachePath, Classes, ConfigPath, Data, HubCachePath, Json, Set, Split
+from cskd.pipeline.show.arguments import (
+    AllowIncomplete,
+    CachePath,
+    Classes,
+    ConfigPath,
+    Data,
+    HubCachePath,
+    Json,
+    KeyPrefix,
+    LabelKey,
+    Set,
+    Split,
+)
 from cskd.pipeline.show.arguments import path_of as _path
 from cskd.pipeline.show.report import print_report as _print
 
@@ -97,12 +109,22 @@ def pack(
             help="CSV, TSV or JSONL of paths and labels, or ImageNet's devkit; of parquet: the label column.",
         ),
     ] = None,
+    label_key: LabelKey = None,
+    key_prefix: KeyPrefix = "none",
+    allow_incomplete: AllowIncomplete = False,
     json_: Json = False,
 ) -> None:
     """A data set as it was downloaded to shuffled webdataset shards with an inventory."""
     from cskd.pipeline.pack import pack_data, render
 
-    report = pack_data(src, out, classes, seed, shard_size, block, limit, short_side, raw, split, labels, quiet=json_)
+    prefix = None if key_prefix == "none" else key_prefix
+    report = pack_data(
+        *(src, out, classes, seed, shard_size, block, limit, short_side, raw, split, labels),
+        label_key=label_key,
+        key_prefix=prefix,
+        allow_incomplete=allow_incomplete,
+        quiet=json_,
+    )
     _print(report, json_, render)
 
 
@@ -123,16 +145,9 @@ def index(
     classes: Classes = None,
     block: Annotated[int, typer.Option(min=1, help="Images a block of whole shards: the unit of the cache.")] = 8192,
     split: Split = None,
-    label_key: Annotated[
-        str | None, typer.Option(metavar="KEY", help="Where labels are: .id for NAME.id, else a key of NAME.json.")
-    ] = None,
-    key_prefix: Annotated[
-        Literal["none", "shard"],
-        typer.Option(help="shard: its name goes in front of each key, to tell equal ones apart."),
-    ] = "none",
-    allow_incomplete: Annotated[
-        bool, typer.Option("--allow-incomplete", help="Leave out samples without image or label.")
-    ] = False,
+    label_key: LabelKey = None,
+    key_prefix: KeyPrefix = "none",
+    allow_incomplete: AllowIncomplete = False,
     json_: Json = False,
 ) -> None:
     """The inventory of existing webdataset shards, which stay as they are."""
@@ -408,7 +423,9 @@ def push(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="RUN|CACHE", parser=_path("RUN|CACHE"), help="Folder of cskd train or cskd cache-teacher."
+            metavar="RUN|CACHE",
+            parser=_path("RUN|CACHE", objects=True),
+            help="Folder of cskd train or cskd cache-teacher, or its s3://, gs:// or az:// address.",
         ),
     ],
     repo: Annotated[

@@ -101,15 +101,17 @@ class _Job:
     notes: Notes
 
 
-def cache_teacher(config: Config, quiet: bool = False, tell: Tell | None = None) -> CacheReport:
+def cache_teacher(config: Config, quiet: bool = False, tell: Tell | None = None, alone: bool = False) -> CacheReport:
     """Make, finish or extend the cache of a config. Raises CskdError; whatever was committed stays.
 
-    tell: called again and again with how far the work is; then no progress is shown.
+    tell: called again and again with how far the work is; then no progress is shown. alone: no other process makes this cache.
     """
-    return cache_teachers([config], quiet, tell)[0]
+    return cache_teachers([config], quiet, tell, alone)[0]
 
 
-def cache_teachers(configs: Sequence[Config], quiet: bool = False, tell: Tell | None = None) -> list[CacheReport]:
+def cache_teachers(
+    configs: Sequence[Config], quiet: bool = False, tell: Tell | None = None, alone: bool = False
+) -> list[CacheReport]:
     """`cache_teacher` of several teachers in one pass over the images: each view is made once, each cache is what its own run makes.
 
     Raises:  ConfigError where they differ in what makes views, or in how stage 1 runs.
@@ -126,7 +128,7 @@ def cache_teachers(configs: Sequence[Config], quiet: bool = False, tell: Tell | 
         jobs = [_job(one, device, moved, quiet) for one in configs]
         refuse_other_images([job.setup.inventory for job in jobs], configs)
         with explained(device, lambda probe: batch_advice(jobs[0].setup.teacher, config, probe)):
-            return _fill(jobs, threads, quiet, start, tell)
+            return _fill(jobs, threads, quiet, start, tell, alone)
 
 
 def cache_joint(configs: Sequence[Config], devices: str | None = None, quiet: bool = False) -> JointReport:
@@ -154,23 +156,25 @@ def _job(config: Config, device: torch.device, moved: list[str], quiet: bool) ->
     return _Job(setup, ahead.images, pins, notes)
 
 
-def _begun(job: _Job, threads: Threads) -> Cache:
+def _begun(job: _Job, threads: Threads, alone: bool) -> Cache:
     """Check the teacher, and open or begin its cache."""
     setup, notes = job.setup, job.notes
     notes.say()
     cache = _open_or_create(setup.config, setup.inventory, setup.teacher, setup.maker, job.about_images, notes)
     record_pins(cache.storage, job.pins)
     notes.add(_use_threads(threads, cache, setup.teacher, setup.config))
-    notes.add([] if has_claims(cache) or worker().count else [HOW_MANY])
+    notes.add([] if alone or has_claims(cache) or worker().count else [HOW_MANY])
     notes.say()
     return cache
 
 
-def _fill(jobs: list[_Job], threads: Threads, quiet: bool, start: float, tell: Tell | None) -> list[CacheReport]:
+def _fill(
+    jobs: list[_Job], threads: Threads, quiet: bool, start: float, tell: Tell | None, alone: bool
+) -> list[CacheReport]:
     """Make what the caches lack."""
     caches, counts = list[Cache](), set[int]()
     for job in jobs:
-        caches.append(_begun(job, threads))
+        caches.append(_begun(job, threads, alone))
         counts.add(torch.get_num_threads())
     if len(counts) > 1:
         raise CacheError(

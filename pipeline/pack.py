@@ -52,6 +52,9 @@ def pack_data(
     raw: bool = False,
     split: str | None = None,
     labels: Path | None = None,
+    label_key: str | None = None,
+    key_prefix: str | None = None,
+    allow_incomplete: bool = False,
     quiet: bool = False,
 ) -> PackReport:
     """`cskd.packing.pack.pack` with progress; arguments as there."""
@@ -83,6 +86,9 @@ def pack_data(
             raw=raw,
             split=split,
             labels=labels,
+            label_key=label_key,
+            key_prefix=key_prefix,
+            allow_incomplete=allow_incomplete,
             progress=show,
             tell=tell,
         )

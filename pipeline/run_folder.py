@@ -32,7 +32,7 @@ from cskd.pipeline.draw.pictures import Picture, png
 from cskd.pipeline.draw.results import draw_results
 from cskd.pipeline.draw.wordnet import readable
 from cskd.pipeline.evaluate import Found
-from cskd.pipeline.model_card import About, model_card, put_card
+from cskd.pipeline.model_card import CARD, About, model_card, put_card
 from cskd.pipeline.train_step import TrainStep
 from cskd.pipeline.training_run import TrainingRun
 from cskd.store.cache import Cache
@@ -87,11 +87,20 @@ class RunFolder:
             put(run.output / CONFUSION_TABLE, to_csv(kept, run.views.inventory.classes))
 
     def draw(self, rows: Sequence[Mapping[str, Any]], last: bool = False) -> None:
-        """The pictures of the epochs so far, where this takes no more than `SHARE` of the time, and at the end of the run. Then
-        also the card."""
-        spared = not last and self._spent > SHARE * (time.perf_counter() - self._begun)
-        if spared or not self._writes():
+        """The card and the pictures of the epochs so far, the latter where this takes no more than `SHARE` of the time, and at the end
+        of the run."""
+        if not self._writes():
             return
+        run = self._run
+        if last or self._spent <= SHARE * (time.perf_counter() - self._begun):
+            self._pictures(rows)
+        with self._making(CARD):  # after the pictures that it shows
+            facts = parse_json(read_file(run.output / "config.json"))
+            kept = put_card(run.output, model_card(run.output, facts, rows, run.config, self._about()))
+            if kept and last:
+                self._tell(kept)
+
+    def _pictures(self, rows: Sequence[Mapping[str, Any]]) -> None:
         run = self._run
         with self._making(RESULTS):
             if rows:
@@ -102,11 +111,6 @@ class RunFolder:
             if table.exists():
                 confusions = from_csv(read_file(table), run.views.inventory.classes)
                 self._save(CONFUSION, draw_confusion(confusions, self._names))
-        if last:
-            with self._making("README.md"):
-                facts = parse_json(read_file(run.output / "config.json"))
-                if kept := put_card(run.output, model_card(run.output, facts, rows, run.config, self._about())):
-                    self._tell(kept)
 
     def _about(self) -> About:
         run = self._run

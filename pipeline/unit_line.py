@@ -44,6 +44,7 @@ from cskd.views.mixing import quads
 PATIENCE = 600.0  # seconds that are waited at most for a pass of another process
 WAIT = 1.5  # passes of this process; another one may be slower
 UNKNOWN = 40.0  # seconds of a pass, where this process has made none yet
+HELD = 4_000_000_000  # bytes of whole passes that writers have, or one pass; int8 maps of ImageNet: 1.3 GB a pass
 
 
 @contextlib.contextmanager
@@ -165,7 +166,7 @@ class UnitLine:
         self._claimed: deque[_Pass] = deque()  # passes whose chunks are still to come
         self._asked: deque[Chunk] = deque()  # the chunks
         self._underway: deque[_Encoding] = deque()
-        self._writing: deque[Future[_Written]] = deque()
+        self._writing: deque[tuple[Future[_Written], int]] = deque()  # and the bytes of targets that it holds
 
     @property
     def seconds(self) -> float:
@@ -291,8 +292,13 @@ class UnitLine:
             self._claimed.popleft()
         while len(self._underway) > self._lanes.room:
             self._collect()
-        while self._writing and (self._writing[0].done() or len(self._writing) > self._writers):
+        while self._writing and (self._writing[0][0].done() or self._full()):
             self._committed()
+
+    def _full(self) -> bool:
+        """Whether the writers have as many passes as they may, or as many bytes of them."""
+        held = [size for _, size in self._writing if size]
+        return len(self._writing) > self._writers or (len(held) > 1 and sum(held) > HELD)
 
     def drain(self) -> None:
         """Wait for all that was begun, and its commits."""
@@ -358,7 +364,7 @@ class UnitLine:
 
     def _finish(self, work: _Pass) -> None:
         """Send a pass that is complete to the writer."""
-        self._writing.append(self._writer.submit(self._commit, work))
+        self._writing.append((self._writer.submit(self._commit, work), sum(unit.nbytes for unit in work.units)))
         self._saved = time.monotonic()
 
     def _save(self, work: _Pass) -> None:
@@ -368,7 +374,7 @@ class UnitLine:
         new = {view: rows for view, unit in zip(work.views, work.units, strict=True) if (rows := unit.unsaved())}
         if new:
             work.draft = self._writer.submit(self._write_drafts, work, new, dict(work.quarantine))
-            self._writing.append(work.draft)
+            self._writing.append((work.draft, 0))  # its rows are those of the pass
         self._saved = time.monotonic()
 
     def _write_drafts(self, work: _Pass, new: dict[int, list[Rows]], unreadable: dict[int, str]) -> _Written:
@@ -394,7 +400,7 @@ class UnitLine:
         return _Written(made, 1 - made / len(work.views), time.perf_counter() - clock)
 
     def _committed(self) -> None:
-        units, twice, seconds = self._writing.popleft().result()
+        units, twice, seconds = self._writing.popleft()[0].result()
         self.units += units
         self.twice += twice
         self._seconds["write"] += seconds

@@ -172,8 +172,16 @@ class Codec(ABC):
         return arrays["global_class"]
 
     def global_facts(self, arrays: Arrays, row: int) -> dict[str, list[float] | list[int] | float]:
-        """The teacher's ordinary output for one sample as JSON, as far as it is kept; empty where only its class is."""
-        return {}
+        """The teacher's ordinary output for one sample as JSON, as far as it is kept: `logits` of all classes, or what a codec has
+        in their place; empty where only its class is."""
+        import torch
+
+        if not self.soft:
+            return {}
+        one = self.take(arrays, np.array([row]))
+        return {
+            "logits": shortest(self.global_logits_torch({k: torch.from_numpy(a) for k, a in one.items()})[0].numpy())
+        }
 
     def concat(self, parts: Sequence[Arrays]) -> Arrays:
         """The samples of all parts, in order."""

@@ -42,7 +42,7 @@ def check(name: str, section: Any) -> None:
         if not holds(kind, value):
             expected = [bound_of(kind), *(["or null"] if may_be_null(kind) else [])]
             unit = f" ({unit_of(kind)})" if unit_of(kind) else ""
-            raise ConfigError(f"{name}.{key} is {value!r}, expected {', '.join(expected)}{unit}")
+            raise ConfigError(f"{name}.{key} is {written(value)}, expected {', '.join(expected)}{unit}")
 
 
 def bound_of(kind: Any) -> str:
@@ -81,6 +81,13 @@ def holds(kind: Any, value: Any) -> bool:
         return not of_list or all(holds(typing.get_args(inner)[0], v) for v in value)
     except TypeError:
         return False
+
+
+def written(value: Any, levels: int = 20) -> str:
+    """A value as a config has it: `[1.0, null]`."""
+    if isinstance(value, list) and levels:
+        return f"[{', '.join(written(one, levels - 1) for one in value)}]"
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)
 
 
 def _split(kind: Any) -> tuple[Any, list[Any]]:

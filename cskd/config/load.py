@@ -17,7 +17,7 @@ from typing import Annotated, Any, get_args
 
 import yaml
 
-from cskd.config.bounds import bound_of, holds
+from cskd.config.bounds import bound_of, holds, written
 from cskd.config.schema import Config, Precision
 from cskd.config.yaml_text import EXPECTED, MAX_BYTES, Words, as_read, misread, read_yaml
 from cskd.errors import ConfigError, CskdError, PathError, shortened, why
@@ -251,6 +251,9 @@ def _override(raw: dict[str, Any], override: str | tuple[str, Any], words: Words
         raise ConfigError(f"--set {_short(override)} is not KEY=VALUE, for example --set train.epochs=10")
     key = key.strip()
     *sections, last = key.split(".")
+    if any("[" in section for section in sections):
+        whole = key.partition("[")[0]
+        raise ConfigError(f"{said}: {whole} is a list, set as a whole; write it in the file, or --set '{whole}=[...]'")
     at = raw
     for section in sections:
         below = at.setdefault(section, {})
@@ -324,18 +327,25 @@ def _build(cls: type[Any], raw: dict[str, Any], prefix: str, reading: _Reading) 
             values[key] = _check(known[key], value, prefix + key, reading)
         except ConfigError as e:
             reading.wrong.append(e)
+
+    def made(values: dict[str, Any]) -> Any:
+        try:
+            return cls(**values)
+        except ConfigError as e:  # of an item of a list, which does not know its number
+            raise ConfigError(str(e).replace(re.sub(r"\[\d+\]", "[]", prefix), prefix, 1)) from None
+
     try:
-        return cls(**values)
+        return made(values)
     except ConfigError as e:
         alone: dict[str, ConfigError] = {}
         for key, value in values.items():
             try:
-                cls(**{key: value})
+                made({key: value})
             except ConfigError as of_key:
                 alone[key] = of_key
         reading.wrong.extend(alone.values() or [e])
     try:
-        return cls(**{key: value for key, value in values.items() if key not in alone})
+        return made({key: value for key, value in values.items() if key not in alone})
     except ConfigError as e:  # two keys that do not fit together
         reading.wrong.extend([e] if alone else [])
         return cls()
@@ -382,7 +392,10 @@ def _check(kind: Any, value: Any, key: str, reading: _Reading) -> Any:
             return value
         raise _wrong(kind, value, key, reading)
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        for option in typing.get_args(kind):
+        lists = [option for option in get_args(kind) if typing.get_origin(option) is list]
+        if lists and isinstance(value, list):  # what is wrong is an item
+            return _check(lists[0], value, key, reading)
+        for option in get_args(kind):
             try:
                 return _check(option, value, key, reading)
             except ConfigError:
@@ -409,10 +422,6 @@ def _wrong(kind: Any, value: Any, key: str, reading: _Reading) -> ConfigError:
     word, options = reading.words.get(key, ""), get_args(kind) or (kind,)
     if typing.get_origin(kind) is Annotated:
         options = (int,)  # a word that is none of its own was meant as a number, if as any
-    for i, one in enumerate(value if isinstance(value, list) else []):
-        if misread(reading.words.get(f"{key}[{i}]", ""), one):
-            word, value, key = reading.words[f"{key}[{i}]"], one, f"{key}[{i}]"
-            break
     read, hint = as_read(word, value) if word else "", ""
     texts, number = [option for option in options if isinstance(option, str)], _number(_THOUSANDS.sub("", str(value)))
     none = str(word or value).lower() in _NONE
@@ -470,7 +479,7 @@ def _plain(value: Any, key: str, reading: _Reading) -> Any:
 
 
 def _short(value: Any, most: int = 120) -> str:
-    return shortened(repr(value), most)
+    return shortened(written(value), most)
 
 
 def _number(value: Any) -> Any:
@@ -491,7 +500,8 @@ _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "tru
 def describe(kind: Any) -> str:
     """A type in the words of a config: `a whole number or null`."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        return " or ".join(describe(o) for o in typing.get_args(kind))
+        words = [describe(option) for option in get_args(kind)]
+        return (", or " if "a list, " in words[0] else " or ").join(words)
     if typing.get_origin(kind) is Annotated:
         return bound_of(kind)
     if typing.get_origin(kind) is typing.Literal:

@@ -22,7 +22,7 @@ def rising(pair: list[float]) -> bool:
 
 
 def span(pair: list[float | None]) -> bool:
-    """[first, end], first below end, null to the end"""
+    """[first, end] with 0 <= first <= end, end null = to the last"""
     first, end = pair
     return first is not None and first >= 0 and (end is None or first <= end)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from cskd.dataset.look_alikes import difference, look_alikes, same_form
 from cskd.errors import DataError
@@ -13,13 +14,27 @@ MAX_CLASS_NAME = 512  # characters
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
+def classes_text(names: Sequence[str], origin: str) -> bytes:
+    """A class file, which `parse_classes` reads as these names. DataError for one that it would not: of outer spaces, or several lines."""
+    if odd := next((name for name in names if _lines(name.encode()) != [name]), None):
+        raise DataError(
+            f"class {odd[:40]!r} of {origin} would be another one in a list of names, one a line (spaces around it, or an end of line in "
+            "it); rename it"
+        )
+    return "".join(f"{name}\n" for name in names).encode()
+
+
+def _lines(data: bytes) -> list[str]:
+    return [line.strip() for line in data.decode("utf-8-sig").rstrip().splitlines()]
+
+
 def parse_classes(data: bytes, origin: str) -> list[str]:
     """The names in a class file; empty lines at the end are ignored. `origin` says where the file is.
 
     Raises:  DataError for no names, an empty line between names, a name that occurs twice, also in two Unicode forms, or text that is not UTF-8.
     """
     try:
-        names = [line.strip() for line in data.decode("utf-8-sig").rstrip().splitlines()]
+        names = _lines(data)
     except UnicodeDecodeError:
         raise DataError(f"{origin} is not UTF-8 text; expected one class name a line, in label order") from None
     if not names:

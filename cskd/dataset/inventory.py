@@ -325,7 +325,7 @@ class InventoryWriter:
         if pair := first_duplicate(made.key_hash):
             first, second = (f"'{made.key(i)}' in {made.shards[made.shard[i]].name}" for i in pair)
             same = made.shard[pair[0]] == made.shard[pair[1]]
-            cure = "put the shard's name in front of each key with 'cskd index --key-prefix shard'"
+            cure = "put the shard's name in front of each key with --key-prefix shard"
             raise DataError(
                 f"two samples have the same key: {first} and {second}; keys must differ over all shards, and dots in them become "
                 f"'_': {'rename one, or take it out' if same else cure}"

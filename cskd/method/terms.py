@@ -209,10 +209,12 @@ def refuse_gaps(config: LossConfig, epochs: int) -> None:
         0,
         *(-int(-edge // 1) for term in terms for edge in term.epochs or () if edge is not None),
     }  # where a term begins, or has ended
-    for epoch in sorted(border for border in borders if border < epochs):
-        if not any(counts(term, epoch) for term in terms):
+    taught = {b: any(counts(term, b) for term in terms) for b in sorted(borders) if b < epochs}
+    for epoch in taught:
+        if not taught[epoch]:
+            until = next((b for b in taught if b > epoch and taught[b]), "null")
             raise ConfigError(
-                f"loss.terms: no term counts in epoch {epoch} of 0 to {epochs - 1}; mend their epochs"
+                f"loss.terms: no term counts in epoch {epoch} of 0 to {epochs - 1}; let one have it, as by epochs: [{epoch}, {until}]"
                 + (f", or set train.epochs={epoch}" if epoch else "")
             )
 

@@ -22,7 +22,7 @@ from cskd.packing.layout import check_keys
 from cskd.packing.names import CLASSES_FILE, classes_held
 from cskd.packing.places import Place, read_place
 from cskd.packing.shard_labels import ShardLabels
-from cskd.packing.shard_samples import ShardSamples
+from cskd.packing.shard_samples import Reading, ShardSamples
 from cskd.packing.shard_sets import find_all_shards, missing_numbers
 from cskd.packing.split_words import KeySplit
 from cskd.packing.tally import Tally, is_compressed_tar, plain_tar_name
@@ -55,10 +55,9 @@ def index(
                   Compressed shards are decompressed into it, once: a sample is read from its place in a plain tar.
              classes: class file for the labels; without it classes.txt next to the shards, else the sorted names that samples
                   have as labels, else '0', '1', ...
-             allow_incomplete: leave out samples without image or label, and say how many, instead of refusing them.
+             allow_incomplete: the same.
              split: only the shards whose names or folders have that word, or the samples whose keys have it.
-             label_key: where the label of a sample is: '.id' for KEY.id, else a key of KEY.json, 'meta.label' for one in another.
-             key_prefix: 'shard' puts the shard's path in front of each key, for shards that have equal keys.
+             label_key, key_prefix: see `Reading`.
              progress: called with (images done, shards done, shards in all).
     Raises:  DataError for a damaged shard, an incomplete sample, a key that occurs twice, labels that are none, too few class
              names, shards of several splits, or another inventory in that folder; PathError where that is of another kind, or
@@ -66,8 +65,7 @@ def index(
     """
     if block < 1:
         raise DataError(f"block is {block}, expected at least 1")
-    if key_prefix not in (None, "shard"):
-        raise DataError(f"the key prefix is '{key_prefix}', expected 'shard' or none")
+    reading = Reading(label_key, key_prefix, allow_incomplete)
     specs = [local_path(spec, "SHARDS") for spec in ([shards] if isinstance(shards, str | Path) else shards)]
     if not specs:
         raise DataError("no shards are named, expected a folder, files or a pattern; give one")
@@ -81,8 +79,7 @@ def index(
         refuse_output(out, "data", "--out", names=(INVENTORY_FOLDER, UNPACKED))
     source = specs[0].name if len(specs) == 1 else f"{specs[0].name} and {len(specs) - 1} more"
     made = {"by": "index", "source": source, **({"split": split} if split else {}), "block": block}
-    made |= {"label_key": label_key} if label_key else {}
-    made |= {"key_prefix": key_prefix} if key_prefix else {}
+    made |= reading.given
     folder = out or data
     beside = data / CLASSES_FILE if (data / CLASSES_FILE).is_file() else paths[0].parent / CLASSES_FILE
     try:
@@ -92,7 +89,7 @@ def index(
                 paths = [Path(os.path.abspath(_plain(path, data, out))) for path in paths]
                 data = Path(os.path.commonpath([path.parent for path in paths]))
             samples, keys = ShardSamples(labels, allow_incomplete), KeySplit(key_split)
-            counts, empty = _add_all(writer, samples, paths, data, keys, key_prefix is not None, progress)
+            counts, empty = _add_all(writer, samples, paths, data, keys, reading, progress)
             check_keys(keys.folders, key_split, sum(counts.values()), paths)
             names, notes, relabel = labels.finish(counts)
             notes += [*missing_numbers(paths), *classes_held(names, [relabel[number] for number in counts])]
@@ -130,7 +127,7 @@ def _add_all(
     paths: Sequence[Path],
     data: Path,
     keys: KeySplit,
-    prefixed: bool,
+    reading: Reading,
     progress: IndexProgress | None,
 ) -> tuple[Counter[int], Tally]:
     """Add the samples of all shards. Returns: how many have each of the numbers of `ShardLabels.of`; shards that have none."""
@@ -138,8 +135,7 @@ def _add_all(
     empty, images = Tally(), 0
     for number, path in enumerate(paths):
         before = keys.seen
-        name = path.relative_to(data).with_suffix("").as_posix().replace(".", "_")
-        for key, _, label, offset, size in samples.of(path, prefix=f"{name}/" if prefixed else ""):
+        for key, _, label, offset, size in samples.of(path, prefix=reading.prefix_of(path, data)):
             if not keys.takes(key):
                 continue
             crc = google_crc32c.value(read_place(Place(str(path), offset, size)))

@@ -14,6 +14,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from cskd.dataset.classes import classes_text
 from cskd.dataset.inventory import Inventory, InventoryWriter, Sample, open_inventory, publish_inventory
 from cskd.dataset.inventory_format import HEADER, INVENTORY_FOLDER
 from cskd.errors import DataError, said
@@ -25,6 +26,7 @@ from cskd.machine.cores import usable_cores
 from cskd.packing.listing import PackProgress
 from cskd.packing.names import CLASSES_FILE, classes_held
 from cskd.packing.payloads import Payload, Remake, payloads
+from cskd.packing.shard_samples import Reading
 from cskd.packing.sources import Source, open_source
 from cskd.packing.spool import MAX_SPOOL
 from cskd.seeds import U64, hash64, mix64_array
@@ -50,6 +52,9 @@ def pack(
     max_spool: int = MAX_SPOOL,
     split: str | None = None,
     labels: Path | None = None,
+    label_key: str | None = None,
+    key_prefix: str | None = None,
+    allow_incomplete: bool = False,
     progress: PackProgress | None = None,
     tell: Callable[[list[str]], None] | None = None,
 ) -> Inventory:
@@ -60,7 +65,7 @@ def pack(
     Args:    src, classes, max_spool, split, labels: see `open_source`. shard_size: images per shard (fewer where they pass 1 GB).
              block: images per block, about. limit: only the first so many of the shuffled images. short_side, quality,
              raw: see `Remake`. workers: threads that read, or processes that re-encode (default: the CPUs, at least 2, at
-             most 8). progress: called with (images done, images in all), the latter 0 while the source is being listed.
+             most 8). label_key, key_prefix, allow_incomplete: of shards, see `Reading`. progress: called with (images done, images in all), the latter 0 while the source is being listed.
              tell: called with the notes on how the source was read, before images are.
     Returns: the inventory; its notes say what was passed over. The same data set in `out` already: nothing is written.
     Raises:  DataError, PathError for an `out` that is no folder for it; `out` is then as it was before.
@@ -79,17 +84,19 @@ def pack(
     options |= {"short_side": short_side, "quality": quality if short_side is not None and not raw else None}
     options |= {"raw": True} if raw else {}
     remake = Remake(short_side, quality, raw)
-    asked = ({"split": split} if split else {}) | ({"labels": labels.name} if labels else {})
+    reading = Reading(label_key, key_prefix, allow_incomplete)
+    asked = ({"split": split} if split else {}) | ({"labels": labels.name} if labels else {}) | reading.given
     workers = workers or min(8, max(2, usable_cores().count))
     try:
         with _workspace(out) as work:
-            source = open_source(src, classes, work, max_spool, progress, split, labels)
+            source = open_source(src, classes, work, max_spool, progress, split, labels, reading)
             order = shuffled(source.key_hash, seed)[:limit]
             if len(order) < len(source.listing):
                 source.notes.append(
                     f"{len(order)} of {len(source.listing)} images taken, as limited; labels stay those of all "
                     f"{len(source.classes)} classes"
                 )
+            names = classes_text(source.classes, str(src))  # refused before any image is read
             source.notes += classes_held(source.classes, {source.label(int(i)) for i in order})
             if tell:
                 tell(source.notes)
@@ -97,7 +104,7 @@ def pack(
                 images = _counted(stream, len(order), progress)
                 if (out / INVENTORY_FOLDER / HEADER).is_file():
                     return _confirm(open_inventory(out), source, len(order), images, options)
-                _write(source, images, work, {"by": "pack", "source": src.name, **asked, **options})
+                _write(source, images, work, names, {"by": "pack", "source": src.name, **asked, **options})
             return _publish(work, out)
     except FileExistsError as e:
         raise DataError(f"{e.filename} is a file, expected a folder; give another one") from e
@@ -110,7 +117,9 @@ def shuffled(key_hashes: U64, seed: int) -> NDArray[np.int64]:
     return np.argsort(mix64_array(key_hashes ^ np.uint64(hash64("pack", seed))), kind="stable")
 
 
-def _write(source: Source, images: Iterator[tuple[int, Payload]], work: Path, made: dict[str, Any]) -> None:
+def _write(
+    source: Source, images: Iterator[tuple[int, Payload]], work: Path, names: bytes, made: dict[str, Any]
+) -> None:
     from cskd.store.shard_writer import ShardWriter  # here: webdataset takes seconds to import
 
     shards, inventory = ShardWriter(work, made["shard_size"]), InventoryWriter(work / INVENTORY_FOLDER)
@@ -131,7 +140,7 @@ def _write(source: Source, images: Iterator[tuple[int, Payload]], work: Path, ma
         if bad:
             notes.append(f"{bad} images can't be decoded and stay as they are; stage 1 will quarantine them")
         inventory.finish(source.classes, shards.close(), made["block"], made, notes)
-        put(work / CLASSES_FILE, "".join(f"{name}\n" for name in source.classes).encode())
+        put(work / CLASSES_FILE, names)
     finally:
         shards.abandon()
         inventory.close()

@@ -87,7 +87,7 @@ class ShardLabels:
             if len(set(labels.values())) > 1:
                 values = some([f"{where} = {str(value).strip()[:20]!r}" for where, value in found.items()])
                 raise DataError(
-                    f"{sample} has {len(found)} labels ({values}); choose with cskd index --label-key {_key_of(found)}"
+                    f"{sample} has {len(found)} labels ({values}); choose with --label-key {_key_of(found)}"
                 )
             where = next(iter(labels))
             self._hold(sample, line, where)
@@ -119,7 +119,7 @@ class ShardLabels:
         if max(counts) >= 0:
             raise DataError(
                 f"some labels are numbers ({self._examples['number']}) and some are names ({self._examples['name']}); give the "
-                "file of all names in label order with --classes, or choose with cskd index --label-key"
+                "file of all names in label order with --classes, or choose with --label-key"
             )
         by_number = {number: name for name, number in self._names.items()}
         names = sorted(by_number[number] for number in counts)
@@ -127,7 +127,7 @@ class ShardLabels:
         if len(names) > max(10, total // 2):
             raise DataError(
                 f"the labels of {total} samples are {len(names)} different texts ({some(sorted(names, key=len), 2)}), it seems "
-                f"no classes but captions ({self._where}); choose with cskd index --label-key, or give the class names with --classes"
+                f"no classes but captions ({self._where}); choose with --label-key, or give the class names with --classes"
             )
         if len(names) == 1:
             raise DataError(

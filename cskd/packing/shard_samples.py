@@ -20,7 +20,7 @@ from cskd.files.read import open_regular, parse_json
 from cskd.packing.names import IMAGE_EXTENSIONS, UNREAD_IMAGES, check_path, is_metadata
 from cskd.packing.shard_labels import MAX_LABEL_BYTES, ShardLabels, json_labels, may_have_label
 from cskd.packing.split_words import some
-from cskd.packing.tally import Tally, file_kind
+from cskd.packing.tally import Tally, file_kind, plain_tar_name
 from cskd.packing.tars import Member, members
 
 _MAIN_IMAGES = re.compile(r"(input|image|img|rgb|x|0+)\.\w+")  # extensions of the image, where a sample has several
@@ -35,6 +35,35 @@ class ShardSample(NamedTuple):
     label: int
     offset: int
     size: int
+
+
+class Reading(NamedTuple):
+    """How a user wants shards to be read. `label_key`: where the label of a sample is: '.id' for KEY.id, else a key of KEY.json,
+    'meta.label' for one in another; `key_prefix`: 'shard' puts the shard's path in front of each key, for shards that have equal keys;
+    `allow_incomplete`: leave out samples without image or label, and say how many, instead of refusing them."""
+
+    label_key: str | None = None
+    key_prefix: str | None = None
+    allow_incomplete: bool = False
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What differs from the usual, as an inventory records it. DataError for a prefix that there is not."""
+        if self.key_prefix not in (None, "shard"):
+            raise DataError(f"the key prefix is '{self.key_prefix}', expected 'shard' or none")
+        return {name: value for name, value in self._asdict().items() if value}
+
+    def prefix_of(self, shard: Path, data: Path) -> str:
+        """What stands in front of the keys of a shard in the folder `data`."""
+        path = shard.relative_to(data)
+        return (
+            f"{path.with_name(plain_tar_name(path.name)).with_suffix('').as_posix().replace('.', '_')}/"
+            if self.key_prefix
+            else ""
+        )
+
+
+AS_USUAL = Reading()
 
 
 def is_shard(tar: Path, shown: Path) -> bool:
@@ -180,7 +209,7 @@ class ShardSamples:
         if again:
             raise DataError(
                 f"{where} occurs twice, the second time only as {', '.join(sorted(parts))}; take that out of the shard, or leave "
-                "it out with 'cskd index --allow-incomplete'"
+                "it out with --allow-incomplete"
             )
         cure = "; mend it, or take it out of the shard"
         if alike := look_alike(key, parted):

@@ -6,6 +6,7 @@ folder, a tar of it and a tar of the folder it is in have the same samples.
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections import Counter
 from contextlib import closing
@@ -27,7 +28,7 @@ from cskd.packing.names import CLASSES_FILE, check_labels, class_file, class_lab
 from cskd.packing.no_images import why_no_images
 from cskd.packing.places import WHOLE, Place
 from cskd.packing.shard_labels import ShardLabels
-from cskd.packing.shard_samples import ShardSamples, is_shard, why_no_shard
+from cskd.packing.shard_samples import AS_USUAL, Reading, ShardSamples, is_shard, why_no_shard
 from cskd.packing.shard_sets import find_shards, is_pattern, missing_numbers
 from cskd.packing.split_words import KeySplit, chosen, roots_of, some
 from cskd.packing.spool import Spool
@@ -62,6 +63,7 @@ def open_source(
     progress: PackProgress | None,
     split: str | None = None,
     labels: Path | None = None,
+    reading: Reading = AS_USUAL,
 ) -> Source:
     """List the images of `src` and give each its label and key.
 
@@ -71,11 +73,15 @@ def open_source(
              work: folder for a decompressed copy, or the images of tables, of at most `max_spool` bytes.
              split: take that folder of a source, or the shards or keys with that word, and nothing else.
              labels: file of paths and labels, or ImageNet's development kit, in place of class folders; of tables the column.
+             reading: of webdataset shards, which a source is where it says something.
     Raises:  DataError for anything in the source that would change what it means if it were passed over.
     """
     src = Path(src)
-    if labels is None and (is_pattern(src) or (src.is_dir() and _holds_shards(src, split))):
-        return _all_shards(src, classes, split, progress)
+    if labels is not None and reading.given:
+        option = f"--{min(reading.given).replace('_', '-')}"
+        raise DataError(f"{option} is for webdataset shards, which have no file of --labels; leave one of them out")
+    if labels is None and (is_pattern(src) or (src.is_dir() and (reading.given or _holds_shards(src, split)))):
+        return _all_shards(src, classes, split, reading, progress)
     if not src.exists():
         raise DataError(f"nothing at {src}; expected a folder of class folders, a tar of one, or webdataset shards")
     lister = Lister(progress)
@@ -85,8 +91,8 @@ def open_source(
         return _table_source([src], src, classes, labels, Spool(work / "images", src, max_spool), progress)
     else:
         file = decompressed(src, work, max_spool)
-        if labels is None and not is_zip(src) and is_shard(file, src):
-            return _shard_source([file], [src], classes, src.parent / CLASSES_FILE, progress, split)
+        if labels is None and not is_zip(src) and (reading.given or is_shard(file, src)):
+            return _shard_source([file], [src], classes, src.parent / CLASSES_FILE, reading, progress, split)
         lister.archive(Place(str(file), 0, WHOLE), str(src))
     listing, rest = lister.listing, lister.rest
     if not len(listing) and rest.tables and src.is_dir():
@@ -95,7 +101,7 @@ def open_source(
     if not len(listing):
         tar_inside = rest.ignored.kinds.get(".tar", (0, ""))[1]
         if labels is None and src.is_dir() and tar_inside and is_shard(src / tar_inside, src / tar_inside):
-            return _all_shards(src, classes, split, progress)
+            return _all_shards(src, classes, split, reading, progress)
         lister.archives(split) and lister.archives(split)  # archives in a folder, and in those: the tars of ImageNet
     if not len(listing):
         raise DataError(why_no_images(src, rest.ignored))
@@ -120,9 +126,11 @@ def _is_below(src: Path, split: str | None) -> bool:
     return bool(split) and split == Path(str(split)).name and (src / str(split)).is_dir()
 
 
-def _all_shards(src: Path, classes: Path | None, split: str | None, progress: PackProgress | None) -> Source:
+def _all_shards(
+    src: Path, classes: Path | None, split: str | None, reading: Reading, progress: PackProgress | None
+) -> Source:
     shards, key_split = find_shards(src, split)
-    source = _shard_source(shards, shards, classes, shards[0].parent / CLASSES_FILE, progress, key_split)
+    source = _shard_source(shards, shards, classes, shards[0].parent / CLASSES_FILE, reading, progress, key_split)
     source.notes[:0] = missing_numbers(shards)
     return source
 
@@ -246,15 +254,21 @@ def _shard_source(
     shown: list[Path],
     classes: Path | None,
     beside: Path,
+    reading: Reading,
     progress: PackProgress | None,
     split: str | None = None,
 ) -> Source:
     listing = Listing([str(shard) for shard in shards], [str(shard) for shard in shown], folders=[""])
-    keys, samples = KeySplit(split), ShardSamples(ShardLabels(classes, beside))
-    empty = Tally()
+    keys, samples = (
+        KeySplit(split),
+        ShardSamples(ShardLabels(classes, beside, reading.label_key), reading.allow_incomplete),
+    )
+    empty, data = Tally(), Path(os.path.commonpath([shard.parent for shard in shown]))
     for number, shard in enumerate(shards):
         before = keys.seen
-        for key, extension, label, offset, size in samples.of(shard, shown[number]):
+        for key, extension, label, offset, size in samples.of(
+            shard, shown[number], reading.prefix_of(shown[number], data)
+        ):
             if keys.takes(key):
                 listing.add(f"{key}.{extension}", 0, number, offset, size, label)
         if keys.seen == before:
@@ -277,6 +291,6 @@ def _key_hashes(listing: Listing) -> U64:
         if listing.folders == [""] and listing.file[pair[0]] == listing.file[pair[1]]:
             cure = "; rename one, or take it out"
         elif listing.folders == [""]:
-            cure = "; keys must differ over all shards: 'cskd index --key-prefix shard' puts the shard's name in front of each"
+            cure = "; keys must differ over all shards: --key-prefix shard puts the shard's name in front of each"
         raise DataError(f"{first} and {second} have the same key '{listing.key(pair[0])}' {cure}".replace(" ;", ";"))
     return hashes

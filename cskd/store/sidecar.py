@@ -49,9 +49,12 @@ def sidecar_name(shard: str, view: int) -> str:
 
 
 class Sidecars:
-    """The members of one view of one block's samples. blends: of `cells.npy`, in [0, 1]; empty: `env.zst` instead."""
+    """The members of one view of one block's samples. blends: of `cells.npy`, in [0, 1]; empty: `env.zst` instead. logits: the codec
+    that those of the image are from; None: they are left out."""
 
-    def __init__(self, cache: Cache, commit: Commit, images: ShardKeys, blends: Sequence[float]) -> None:
+    def __init__(
+        self, cache: Cache, commit: Commit, images: ShardKeys, blends: Sequence[float], logits: str | None
+    ) -> None:
         self._cache, self._inventory, self._commit, self._images = cache, cache.inventory, commit, images
         self._units: Mapping[str, Unit] = {name: cache.unit_of(commit, name) for name in cache.codecs}
         self._hard = self._units[cache.hard_codec]
@@ -62,7 +65,7 @@ class Sidecars:
         self._cells = np.array([codec.hard(targets, quantise_blend(a)) for a in blends], np.uint16)
         self._npy = _npy_header((len(blends), *cache.grid))
         self._envelopes = [] if blends else list(_envelopes(cache, targets))
-        self._soft = next((name for name in cache.codecs if cache.codecs[name].soft), None)
+        self._soft = logits
 
     def members(self, first: int, stop: int) -> Iterator[tuple[str, bytes]]:
         """Name and content of each member of samples first .. stop-1 of the inventory, in order."""

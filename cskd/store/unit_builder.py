@@ -92,6 +92,13 @@ class UnitBuilder:
         return [self._parts[place] for place in sorted(new)]
 
     @property
+    def nbytes(self) -> int:
+        """Of the targets that are in."""
+        return sum(
+            a.nbytes for part in self._parts.values() for arrays in part.targets.values() for a in arrays.values()
+        )
+
+    @property
     def errors(self) -> dict[str, AnyMeasured]:
         """What the codecs' errors were, over all rows."""
         return errors_of([self._parts[place] for place in sorted(self._parts)])

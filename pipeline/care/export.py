@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from cskd.codecs.base import quantise_blend
+from cskd.codecs.measured import AnyMeasured, Measured, together
 from cskd.dataset.images import decoded_size
 from cskd.dataset.inventory import Inventory
 from cskd.dataset.shard_reader import ShardReader, shard_file
@@ -57,6 +59,7 @@ class ExportReport:
     missing: int
     seconds: float
     content_root: str = ""  # of a cache
+    logits: str | None = None  # of targets: the codec that the image's logits are from
 
 
 def export(
@@ -122,8 +125,9 @@ def export_targets(
     refuse_other_code(cache)
     cache.inventory.check_shards()
     place, chosen = open_out(out, cache, "export"), [] if envelope else list(blends)
-    begin(cache, place, {"targets": "envelope"} if envelope else {"targets": "cells", "blends": chosen})
     commits = _commits(cache, count)
+    what = {"targets": "envelope"} if envelope else {"targets": "cells", "blends": chosen}
+    logits = begin(cache, place, what, nearest_logits(cache, commits.values()))
     names = {
         place: [sidecar_name(cache.inventory.shards[s].name, place[1]) for s, _, _ in _shards(cache, place[0])]
         for place in commits
@@ -142,7 +146,7 @@ def export_targets(
         return all(place.stat(name) for name in names[unit])
 
     def make(block: int, view: int) -> None:
-        sidecars = Sidecars(cache, commits[block, view], images(block), chosen)
+        sidecars = Sidecars(cache, commits[block, view], images(block), chosen, logits)
         for (_, first, stop), name in zip(_shards(cache, block), names[block, view], strict=True):
             file = io.BytesIO()
             write_tar(file, sidecars.members(first, stop))
@@ -153,7 +157,8 @@ def export_targets(
     tars, there = [name for names_ in names.values() for name in names_], sizes()
     write_sums(place, tars, hashes, there)
     files = [there[name] for name in tars]
-    return _report(cache, place, "webdataset", commits, count, files, len(hashes), begun)
+    report = _report(cache, place, "webdataset", commits, count, files, len(hashes), begun)
+    return replace(report, logits=logits)
 
 
 def export_cache(path: Path, out: Path, container: str, views: int | None = None, quiet: bool = False) -> ExportReport:
@@ -223,6 +228,19 @@ def _commits(cache: Cache, views: int) -> dict[Place, Commit]:
     if not found:
         raise CacheError(f"{cache.location} has no unit yet; run `cskd cache-teacher` with its config first")
     return found
+
+
+def nearest_logits(cache: Cache, commits: Iterable[Commit]) -> str | None:
+    """Of the codecs that hold logits the one with the smallest error, as KL measured when the units were made; the first of those that
+    nobody measured. None where no codec holds any."""
+    errors: dict[str, list[AnyMeasured]] = {name: [] for name, codec in cache.codecs.items() if codec.soft}
+    for commit in commits:
+        for name, error in commit.errors.items():
+            errors.get(name, []).append(error)
+    kl = {
+        name: over_all.kl if isinstance(over_all := together(of), Measured) else math.inf for name, of in errors.items()
+    }
+    return min(kl, key=kl.__getitem__, default=None)
 
 
 def _shards(cache: Cache, block: int) -> Iterator[tuple[int, int, int]]:
@@ -305,5 +323,6 @@ def render(report: ExportReport, console: Console) -> None:
             if report.missing
             else []
         ),
+        *([f"logits of the image from codec {report.logits}"] if report.logits else []),
         *([f"content {report.content_root}"] if report.content_root else []),
     )

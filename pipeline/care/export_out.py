@@ -53,14 +53,17 @@ def open_out(out: Path, cache: Cache, kind: str) -> Storage:
     return refuse_objects(location, "OUT", "an export", (FACTS, MARKER).__contains__, FACTS, inputs)
 
 
-def begin(cache: Cache, out: Storage, what: dict[str, Any]) -> None:
-    """Have `out` say what it is of. CacheError where it is of something else."""
+def begin(cache: Cache, out: Storage, what: dict[str, Any], logits: str | None) -> str | None:
+    """Have `out` say what it is of. CacheError where it is of something else. logits: of which codec they should be. Returns: of which
+    they are; those of an export that was begun stay, of an older version the first that has any."""
     facts = {"fingerprint": cache.fingerprint, "inventory": cache.inventory.id, "grid": list(cache.grid), **what}
+    facts["logits"], soft = logits, [name for name, codec in cache.codecs.items() if codec.soft]
     out.create(FACTS, json_bytes(facts))
     if out.stat(MARKER) is None:
         out.put(MARKER, marker("export"))
     try:
-        there = parse_json(out.get(FACTS, limit=MAX_TEXT))
+        there = {"logits": next(iter(soft), None), **parse_json(out.get(FACTS, limit=MAX_TEXT))}
+        chosen = facts["logits"] = next((name for name in soft if name == there["logits"]), logits)
         differs = [key for key in sorted(facts | there) if facts.get(key) != there.get(key)]
     except (ValueError, TypeError, AttributeError):
         raise CacheError(
@@ -71,6 +74,7 @@ def begin(cache: Cache, out: Storage, what: dict[str, Any]) -> None:
         raise CacheError(
             f"OUT {out.location} holds an export with {differs[0]} = {old}, this one has {new}; give another folder"
         )
+    return chosen
 
 
 def make_all(

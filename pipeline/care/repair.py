@@ -96,7 +96,7 @@ def _repair(storage: Storage, data: Path | None, quiet: bool) -> RepairReport:
                 cache=replace(config.cache, path=path, views=cache.views),
             )
             withdraw(storage, sorted(withdrawn))
-            rebuilt = cache_teacher(made, quiet=quiet).units
+            rebuilt = cache_teacher(made, quiet=quiet, alone=True).units
         except CskdError as e:
             done = f"{counted(len(restored), 'file')} restored, " if restored else ""
             raise type(e)(f"{path}: {done}{counted(len(withdrawn) + missing, 'unit')} can't be made again: {e}") from e

@@ -1,49 +1,18 @@
-"""The cards of repositories on the hub, for runs and caches that have none of their own."""
+"""The card of a cache on the hub; a run has its own."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 import cskd
-from cskd.files.read import parse_json, read_file
-from cskd.pipeline.show.metrics import read_metrics
 from cskd.store.cache import Cache
 
 CARD = "README.md"
 MADE = "<!-- made by cskd push: remove this line where you edit the card, and it stays as it is -->"
 TAG, PAPER = "knowledge-distillation", "https://arxiv.org/abs/2307.08500"
-
-
-def run_card(folder: Path, repo: str) -> str:
-    """A model card of a run: how to load it, and its last scores. README.md of the run's own folder takes its place."""
-    facts = parse_json(read_file(folder / "config.json"))
-    ours = facts.get("cskd", {})
-    front = {"library_name": "timm", "tags": ["image-classification", "timm", TAG]}
-    rows = [row for row in read_metrics(folder) if any(name.startswith("top1.") for name in row)]
-    scores = (
-        {name.removeprefix("top1."): top1 for name, top1 in rows[-1].items() if name.startswith("top1.")}
-        if rows
-        else {}
-    )
-    size = facts["pretrained_cfg"]["input_size"]
-    lines = [
-        *_front(front),
-        f"# {_line(repo.partition('/')[2])}",
-        f"`{_line(facts['architecture'])}` for {facts['num_classes']:,} classes, images of {size[1]} x {size[2]} pixels; trained by "
-        f"cskd {_line(ours.get('version', ''))} with method `{_line(ours.get('method', ''))}` ([CSKD]({PAPER})).",
-        f'```python\nimport timm\n\nmodel = timm.create_model("hf-hub:{repo}", pretrained=True)\n```',
-    ]
-    if scores:
-        table = "\n".join(f"| {_line(name)} | {top1:.2f} |" for name, top1 in scores.items())
-        lines.append(f"| head | top-1 % after epoch {rows[-1]['epoch'] + 1} |\n|---|---|\n{table}")
-    lines.append(
-        f"Weights: {_line(ours.get('weights', ''))}. `resolved.yaml` holds the whole config, `metrics.csv` each epoch."
-    )
-    return "\n\n".join(lines) + "\n"
 
 
 def cache_card(cache: Cache, repo: str, size: int, whole: bool) -> str:

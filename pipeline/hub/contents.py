@@ -6,12 +6,15 @@ file with the same fingerprint; units, records and seal are the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -22,13 +25,17 @@ from cskd.errors import CacheError, HubError, PathError, StudentError, counted
 from cskd.files import claims
 from cskd.files.durable import json_bytes
 from cskd.files.folders import kind_of
+from cskd.files.paths import is_remote, local_path, location_text
 from cskd.files.read import parse_json, read_file
 from cskd.files.writer import LOCK, by
 from cskd.near import absent
-from cskd.pipeline.hub.cards import CARD, cache_card, run_card
+from cskd.pipeline.hub.cards import CARD, cache_card
 from cskd.pipeline.model_card import unedited
+from cskd.storage import Storage, open_storage
+from cskd.storage.posix import Posix
 from cskd.store.cache import Cache, open_cache
 from cskd.store.format import INDEX, INVENTORY, MANIFEST, MANIFEST_COPY, RESOLVED, SEAL, TABLES, commit_file
+from cskd.store.manifest import has_cache
 from cskd.store.seal import check_seal, read_seal
 from cskd.store.tables import COPIES, read_copy, tables_file
 from cskd.student.checkpoint import MODEL
@@ -44,12 +51,12 @@ _FOLDERS = re.compile(r"""(?<![\w:/.~*-])~?/(?:[^\s/'",;:()\[\]{}]+/)+(?=[^\s/])
 
 @dataclass(frozen=True)
 class HubFile:
-    """path: in the repository. source: a file of this machine, or the bytes themselves. last: after all others, since it makes the
+    """path: in the repository. source: a file of this machine, the bytes themselves, or the store that has them by `path`. last: after all others, since it makes the
     repository be a run or a cache. fixed: its name holds the hash of its bytes. made: generated; a card that somebody wrote on
     the hub stays."""
 
     path: str
-    source: Path | bytes
+    source: Path | bytes | Storage
     size: int
     last: bool = False
     fixed: bool = False
@@ -67,6 +74,39 @@ class Contents:
     notes: tuple[str, ...] = ()
 
 
+@contextlib.contextmanager
+def opened(source: Path, repo: str, allow_incomplete: bool) -> Iterator[Contents]:
+    """`contents_of` a folder, or of what lies on an object store: of a run from a copy of what goes to the hub, made while this is
+    open; a cache's files stay there. Raises as `contents_of`."""
+    if not is_remote(source):
+        yield contents_of(local_path(source, "RUN|CACHE"), repo, allow_incomplete)
+        return
+    storage = open_storage(
+        location_text(str(source), "RUN|CACHE", write=True)
+    )  # what is only read has no list of its files
+    if has_cache(storage):
+        found = _cache(storage, repo, allow_incomplete)
+        _refuse_limits(storage.location, found.files)
+        yield found
+        return
+    names = [about.key for about in storage.list()]
+    if MODEL not in names:
+        raise PathError(
+            f"RUN|CACHE is {storage.location}, which holds neither; expected the address of a run or of a cache"
+        )
+    with tempfile.TemporaryDirectory(prefix="cskd-push-") as folder:
+        for name in names:
+            if "/" not in name and any(fnmatch(name, pattern) for pattern in (*_OF_A_RUN, *_PICTURES)):
+                (Path(folder) / name).write_bytes(storage.get(name))
+        try:
+            found = _run(Path(folder))
+        except StudentError as e:
+            raise StudentError(str(e).replace(folder, storage.location)) from None
+        _refuse_limits(storage.location, found.files)
+        busy = (f"{storage.location} is being trained, or was killed ({LOCK}): its files may be of two epochs",)
+        yield replace(found, notes=found.notes + (busy if LOCK in names else ()))
+
+
 def contents_of(source: Path, repo: str, allow_incomplete: bool) -> Contents:
     """What goes to the hub of a run's or a cache's folder.
 
@@ -75,9 +115,9 @@ def contents_of(source: Path, repo: str, allow_incomplete: bool) -> Contents:
     """
     kind = kind_of(source)
     if kind == "run":
-        found = _run(source, repo)
+        found = _run(source)
     elif kind == "cache":
-        found = _cache(source, repo, allow_incomplete)
+        found = _cache(open_storage(source), repo, allow_incomplete)
     else:
         what = (
             absent(source)
@@ -85,11 +125,11 @@ def contents_of(source: Path, repo: str, allow_incomplete: bool) -> Contents:
             else f"{source}, {f'a folder of kind {kind}' if kind else 'which is neither'}"
         )
         raise PathError(f"RUN|CACHE is {what}; expected the folder of a run (train.output) or of a cache (cache.path)")
-    _refuse_limits(source, found.files)
+    _refuse_limits(str(source), found.files)
     return found
 
 
-def _run(folder: Path, repo: str) -> Contents:
+def _run(folder: Path) -> Contents:
     if (owner := claims.holder(folder / LOCK)) is not None:
         raise PathError(f"{folder} is being trained{by(owner)}; push it when that has ended")
     for name in (MODEL, "config.json", RESOLVED):
@@ -103,9 +143,13 @@ def _run(folder: Path, repo: str) -> Contents:
         last = path.name in ("config.json", CARD)
         made = path.name == CARD and unedited(path.read_bytes())
         files.append(HubFile(path.name, data or path, len(data) if data else path.stat().st_size, last, made=made))
-    if not (folder / CARD).is_file():
-        files.append(_made(CARD, run_card(folder, repo).encode()))
-    return Contents("run", files, re.compile(r"(model_\w+|heads\w*)\.safetensors"))
+    has_card = (folder / CARD).is_file()
+    notes = (
+        ()
+        if has_card
+        else (f"no {CARD}, the model card that `cskd train` writes after each epoch: there will be none",)
+    )
+    return Contents("run", files, re.compile(r"(model_\w+|heads\w*)\.safetensors"), notes=notes)
 
 
 def _without_folders(path: Path) -> bytes | None:
@@ -148,23 +192,24 @@ def plain(value: Any) -> Any:
     return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def _cache(folder: Path, repo: str, allow_incomplete: bool) -> Contents:
-    cache = open_cache(folder, images=False)
+def _cache(storage: Storage, repo: str, allow_incomplete: bool) -> Contents:
+    cache = open_cache(storage, images=False)
     seal, missing, notes = read_seal(cache), cache.missing(), list[str]()
     whole = seal is not None and seal.views >= cache.views and not missing
     if not whole and not allow_incomplete:
         units = cache.blocks * cache.views
         state = f"lacks {len(missing):,} of {units:,} units" if missing else "is not sealed"
         raise CacheError(
-            f"{folder} {state}; finish it with `cskd cache-teacher {folder / RESOLVED}`, or push what there is with "
+            f"{cache.location} {state}; finish it with `cskd cache-teacher {cache.path(RESOLVED)}`, or push what there is with "
             "--allow-incomplete"
         )
     if seal is not None and not missing:
         check_seal(cache, seal)
     if not whole:
         notes.append(f"incomplete: {counted(len(missing), 'unit')} missing, not sealed")
-    units_and_records = list(_units(cache))
-    header = {key: value for key, value in read_header(folder / INVENTORY).items() if key not in ("root", "hash")}
+    sizes, inventory = {about.key: about.size for about in storage.list()}, cache.inventory.path
+    units_and_records = list(_units(cache, sizes))
+    header = {key: value for key, value in read_header(inventory).items() if key not in ("root", "hash")}
     header |= {"made": plain(header.get("made", {})), "notes": plain(header.get("notes", []))}
     manifest = replace(
         cache.manifest,
@@ -175,14 +220,14 @@ def _cache(folder: Path, repo: str, allow_incomplete: bool) -> Contents:
     written = json_bytes(manifest.sealed)
     total = sum(file.size for file in units_and_records)
     files = [
-        *_tables(cache),
+        *_tables(cache, sizes),
         *units_and_records,
-        *(_file(folder, f"{INVENTORY}/{name}.npy") for name in DTYPES),
+        *(_column(inventory / f"{name}.npy") for name in DTYPES),
         _made(f"{INVENTORY}/{HEADER}", header_bytes(header | {"hash": header_hash(header)})),
         _made(RESOLVED, manifest.resolved.encode()),
         _made(CARD, cache_card(cache, repo, total, whole).encode()),
-        *((_file(folder, INDEX),) if whole and (folder / INDEX).is_file() else ()),
-        *((replace(_file(folder, SEAL), last=True),) if whole else ()),
+        *((_file(cache, sizes, INDEX),) if whole and INDEX in sizes else ()),
+        *((replace(_file(cache, sizes, SEAL), last=True),) if whole else ()),
         _made(MANIFEST_COPY, written),
         _made(MANIFEST, written),
     ]
@@ -190,15 +235,19 @@ def _cache(folder: Path, repo: str, allow_incomplete: bool) -> Contents:
     return Contents("cache", files, stale, cache.fingerprint, tuple(notes))
 
 
-def _tables(cache: Cache) -> Iterator[HubFile]:
+def _column(path: Path) -> HubFile:
+    return HubFile(f"{INVENTORY}/{path.name}", path, path.stat().st_size)
+
+
+def _tables(cache: Cache, sizes: Mapping[str, int]) -> Iterator[HubFile]:
     """Both copies of what the units of a codec share. CacheError for one that is not as it was written."""
     for codec, digest in (cache.manifest.tables or {}).items():
         for copy in COPIES:
             read_copy(cache.storage, codec, digest, copy)
-            yield replace(_file(cache.root, str(tables_file(codec, digest, copy))), fixed=True)
+            yield replace(_file(cache, sizes, str(tables_file(codec, digest, copy))), fixed=True)
 
 
-def _units(cache: Cache) -> Iterator[HubFile]:
+def _units(cache: Cache, sizes: Mapping[str, int]) -> Iterator[HubFile]:
     """The files of every unit that is there, and its record. CacheError for one that is not as recorded."""
     for block in range(cache.blocks):
         for view in range(cache.views):
@@ -206,28 +255,28 @@ def _units(cache: Cache) -> Iterator[HubFile]:
             if commit is None:
                 continue
             for unit in commit.files:
-                file = replace(_file(cache.root, unit.path), fixed=True)
+                file = replace(_file(cache, sizes, unit.path), fixed=True)
                 if file.size != unit.size:
                     raise CacheError(
-                        f"{cache.root / unit.path} has {file.size:,} bytes, its record says {unit.size:,}; run `cskd verify "
+                        f"{cache.path(unit.path)} has {file.size:,} bytes, its record says {unit.size:,}; run `cskd verify "
                         f"{cache.location}`"
                     )
                 yield file
-            yield _file(cache.root, str(commit_file(block, view)))
+            yield _file(cache, sizes, str(commit_file(block, view)))
 
 
-def _file(root: Path, path: str) -> HubFile:
-    try:
-        return HubFile(path, root / path, (root / path).stat().st_size)
-    except FileNotFoundError:
-        raise CacheError(f"{root / path} is not there; run `cskd verify {root}`") from None
+def _file(cache: Cache, sizes: Mapping[str, int], path: str) -> HubFile:
+    if path not in sizes:
+        raise CacheError(f"{cache.path(path)} is not there; run `cskd verify {cache.location}`")
+    here = isinstance(cache.storage, Posix)
+    return HubFile(path, cache.root / path if here else cache.storage, sizes[path])
 
 
 def _made(path: str, data: bytes) -> HubFile:
     return HubFile(path, data, len(data), last=True, made=path == CARD)
 
 
-def _refuse_limits(source: Path, files: list[HubFile]) -> None:
+def _refuse_limits(source: str, files: list[HubFile]) -> None:
     """HubError over what a repository of the hub can take."""
     if len(files) > MOST_FILES:
         raise HubError(

@@ -9,7 +9,9 @@ commit  in parts; last what makes the repository be a run or a cache, so that ha
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,13 @@ from rich.console import Console
 import cskd
 from cskd.errors import HubError, PathError, counted
 from cskd.files.hub import FORM, HubAddress, hub_calls, is_hub, parse_address, repo_exists
-from cskd.files.paths import local_path
+from cskd.files.paths import location_text
 from cskd.files.read import parse_json, read_file
 from cskd.pipeline.hub.cards import CARD, MADE
-from cskd.pipeline.hub.contents import Contents, HubFile, contents_of
+from cskd.pipeline.hub.contents import Contents, HubFile, opened
 from cskd.pipeline.model_card import unedited
 from cskd.pipeline.show.progress import Progress, print_lines
+from cskd.storage.ahead import ahead
 from cskd.store.format import MANIFEST
 
 # Of one commit: the hub takes 128 in an hour, and 1,000 files in each by its own client.
@@ -71,31 +74,30 @@ def push(
     dry_run: bool = False,
     quiet: bool = False,
 ) -> PushReport:
-    """Put a run's or a cache's folder on the hub.
+    """Put a run or a cache on the hub, from its folder or from an object store.
 
     Args:    repo: OWNER/NAME. revision: a branch, made where there is none. message: of the commit.
     Raises:  PathError for a folder or a name that can't be; CacheError, StudentError for one that is not whole; HubError where the
              hub refuses or is out of reach.
     """
-    source = local_path(source, "RUN|CACHE")
     target = target_of(repo, revision)
-    found = contents_of(source, target.repo, allow_incomplete)
-    target = _of_kind(target, found, repo)
-    files = [PushedFile(file.path, file.size) for file in found.files]
-    report = PushReport(
-        source=str(source),
-        kind=found.kind,
-        address=str(target),
-        files=files,
-        bytes=sum(file.bytes for file in files),
-        sent=0,
-        sent_bytes=0,
-        removed=[],
-        private=private or None,
-        dry_run=dry_run,
-        notes=list(found.notes),
-    )
-    return report if dry_run else _push(found, target, private, message, quiet, report)
+    with opened(source, target.repo, allow_incomplete) as found:
+        target = _of_kind(target, found, repo)
+        files = [PushedFile(file.path, file.size) for file in found.files]
+        report = PushReport(
+            source=location_text(str(source), "RUN|CACHE"),
+            kind=found.kind,
+            address=str(target),
+            files=files,
+            bytes=sum(file.bytes for file in files),
+            sent=0,
+            sent_bytes=0,
+            removed=[],
+            private=private or None,
+            dry_run=dry_run,
+            notes=list(found.notes),
+        )
+        return report if dry_run else _push(found, target, private, message, quiet, report)
 
 
 def target_of(repo: str, revision: str | None) -> HubAddress:
@@ -153,13 +155,14 @@ def _push(
         subject = message or f"{found.kind} by cskd {cskd.__version__}"
         with Progress("push", size, "bytes", quiet=quiet) as progress:
             for i, part in enumerate(parts, 1):
-                additions = [CommitOperationAdd(file.path, file.source) for file in part]
                 last = i == len(parts)
                 deletions = [CommitOperationDelete(path) for path in removed] if last else []
                 numbered = f" (part {i} of {len(parts)})" if len(parts) > 1 else ""
-                commit = api.create_commit(
-                    operations=[*additions, *deletions], commit_message=f"{subject}{numbered}", **where
-                ).oid
+                with _here(part) as sources:
+                    additions = [CommitOperationAdd(file.path, sources[file.path]) for file in part]
+                    commit = api.create_commit(
+                        operations=[*additions, *deletions], commit_message=f"{subject}{numbered}", **where
+                    ).oid
                 done += sum(file.size for file in part)
                 progress.update(done)
         commit = commit or str(api.repo_info(**where).sha)
@@ -227,14 +230,31 @@ def _same(file: HubFile, there: Any) -> bool:
     return bool(there.blob_id == _hash(file, "sha1", f"blob {file.size}\0".encode()))
 
 
+@contextmanager
+def _here(part: list[HubFile]) -> Iterator[dict[str, Path | bytes]]:
+    """What a commit sends, by path: of files on an object store copies, which go with the commit, so that the disk holds one part."""
+    with tempfile.TemporaryDirectory(prefix="cskd-push-") as folder:
+        sources = {file.path: file.source for file in part if isinstance(file.source, Path | bytes)}
+        stored = {file.path: file for file in part if file.path not in sources}
+
+        def fetched(path: str) -> Path:
+            file, copy = stored[path], Path(folder, hashlib.sha256(path.encode()).hexdigest())
+            copy.write_bytes(file.source.get(path))  # type: ignore[union-attr]
+            return copy
+
+        for path, copy in ahead(iter(stored), fetched, lambda path: stored[path].size):
+            sources[path] = copy.result()
+        yield sources
+
+
 def _hash(file: HubFile, name: str, head: bytes) -> str:
     digest = hashlib.new(name, head)
-    if isinstance(file.source, bytes):
-        digest.update(file.source)
-    else:
+    if isinstance(file.source, Path):
         with file.source.open("rb") as stream:
             while piece := stream.read(1 << 20):
                 digest.update(piece)
+    else:  # of a store small ones alone: a unit's name holds its hash
+        digest.update(file.source if isinstance(file.source, bytes) else file.source.get(file.path))
     return digest.hexdigest()
 
 

@@ -119,6 +119,7 @@ def page_data(
         "codec": cache.hard_codec,
         "exact": cache.codecs[cache.hard_codec].exact_hard,
         "soft": _soft_codec(cache),
+        "cells": cache.codecs[cache.hard_codec].cells,
         "classes": len(cache.classes),
         "colours": [*CLASS_COLOURS, OTHER],
         "drawn": {"seed": seed, "blocks": len(drawn), "of_blocks": cache.blocks, "of_samples": cache.inventory.n},

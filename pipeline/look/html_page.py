@@ -83,6 +83,7 @@ def _about(cache: Cache, commits: Mapping[tuple[int, int], Commit], found: Inspe
     versions = manifest.versions or {}
     return {
         "title": title,
+        "gives": {name: codec.gives for name, codec in found.codecs.items()},
         "size": cache.recipe.size,
         "recorded": str(decay),
         "decay": decay if decay in MOVING else config.loss.decay,

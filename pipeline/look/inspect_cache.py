@@ -25,7 +25,7 @@ from cskd.codecs.base import quantise_blend
 from cskd.codecs.measured import AnyMeasured, together
 from cskd.codecs.stages import StageCodec
 from cskd.dataset.inventory import evenly
-from cskd.errors import CacheError, CskdError, counted, printable
+from cskd.errors import CacheError, CodecError, CskdError, counted, printable
 from cskd.loading.cached_views import find_sample
 from cskd.pipeline.look.html_page import write_page
 from cskd.pipeline.look.inspect_sample import refuse_view
@@ -94,9 +94,7 @@ def inspect(
     opened = open_cache(cache, data)
     if not all(option is None for option in (sample, samples, png, html, student)):
         refuse_no_classes(opened, "leave --sample, --samples, --png, --html and --student out")
-    asked = quantise_blend(
-        (0.5 if student is None else 1.0) if blend is None else blend
-    )  # refuses before any work is done
+    asked = _asked(opened, blend, student is not None)  # refuses before any work is done
     compared = None if student is None else Compared(opened, student)
     commits, errors = _commits(opened)
     measured, agreement, segments = _measure(opened, commits, measured_units, errors)
@@ -156,6 +154,18 @@ def inspect(
             ),
         )
     return found
+
+
+def _asked(cache: Cache, blend: float | None, with_student: bool) -> int:
+    """The blend to show, in 1/65536. CodecError for one of cells where the cache has none."""
+    cells = cache.codecs[cache.hard_codec].cells
+    asked = quantise_blend((1.0 if with_student else 0.5) * cells if blend is None else blend)
+    if asked and not cells:
+        raise CodecError(
+            f"{cache.location} holds the image's targets alone, which are those of blend 0; leave --blend out, or cache a codec with cells "
+            "as well, such as envelope"
+        )
+    return asked
 
 
 def _commits(cache: Cache) -> tuple[dict[tuple[int, int], Commit], dict[tuple[int, int], str]]:
@@ -410,8 +420,9 @@ def _lines(facts: Inspection) -> Iterable[tuple[str, str]]:
             f"{'cells' if of_cells else 'images'}, {kind}",
             f"{', '.join(values)}{blends} ({agreement.samples:,} views)",
         )
-    if facts.measured_units < units.present:
-        yield "", f"(segments and agreement from {facts.measured_units} of the units)"
+    if facts.measured_units < units.present and facts.agreement:
+        what = "agreement" if facts.segments_per_cell is None else "segments and agreement"
+        yield "", f"({what} from {facts.measured_units} of the units)"
     for error in facts.errors[:LISTED]:
         yield "error", error
     if len(facts.errors) > LISTED:

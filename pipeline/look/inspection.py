@@ -180,6 +180,7 @@ class SampleFacts:
     margin: Sequence[Sequence[float]]
     classes: Sequence[ClassFacts]
     student: StudentCells | None = None  # None: none was asked for
+    of_image: bool = False  # the target is of the image alone, and stands in every cell
 
 
 @dataclass(frozen=True)

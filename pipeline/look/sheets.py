@@ -47,10 +47,11 @@ TILE_CLASSES = 4  # named under a tile
 
 
 def sample_picture(cache: Cache, look: Look, side: int = 320) -> Image.Image:
-    """One sample in six panels, two rows of three, `side` pixels each, with a legend; a student adds a row. Raises as `Look.seen`."""
+    """One sample in six panels, two rows of three, `side` pixels each, with a legend, or in two where there are no targets of cells; a
+    student adds a row. Raises as `Look.seen`."""
     title, panels, below = _panels(cache, look, side, 3)
     more = [] if look.said is None else [_student_panels(look, side)]
-    return grid([[title], panels[:3], panels[3:], *more, [below]])
+    return grid([[title], panels[:3], *([panels[3:]] if panels[3:] else []), *more, [below]])
 
 
 def sheet(cache: Cache, samples: Sequence[int], view: int, side: int = 224) -> Image.Image:
@@ -86,7 +87,8 @@ def contact_sheet(cache: Cache, looks: Sequence[Look], title: str) -> Image.Imag
     rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
     wide = columns * width - GAP
     blend = looks[0].blend / BLEND_ONE
-    parts = ["the image", "the view the teacher saw", f"the class each cell is taught at blend {blend:.4g}"]
+    taught = "the class of the image" if looks[0].of_image else f"the class each cell is taught at blend {blend:.4g}"
+    parts = ["the image", "the view the teacher saw", taught]
     parts += ["the class the student says"] if looks[0].said is not None else []
     about = heading("Left to right: " + ", ".join(parts), wide, 13, faint=True)
     return grid([[stack([heading(title, wide), about], gap=2)], *rows])
@@ -107,7 +109,10 @@ def _tile(cache: Cache, maker: ViewMaker, look: Look, side: int) -> Picture:
         class_map(look.cells, key, side, over=seen, plain=True),
     ]
     share = float((look.cells == look.image_class).mean())
-    lines = [_label_words(look, words), f"teacher: {words[look.image_class]}, {percent(share)} of cells"]
+    lines = [
+        _label_words(look, words),
+        f"teacher: {words[look.image_class]}" + ("" if look.of_image else f", {percent(share)} of cells"),
+    ]
     if look.said is not None:
         panels.append(class_map(look.said.classes, key, side, over=seen, plain=True))
         lines[1] += f"; student agrees in {percent(look.agreement)}"
@@ -149,7 +154,8 @@ def _student_panels(look: Look, side: int) -> list[Picture]:
 
 
 def _panels(cache: Cache, look: Look, side: int, columns: int) -> tuple[Picture, list[Picture], Picture]:
-    """Heading, six panels and legend of one sample; heading and legend are as wide as `columns` panels."""
+    """Heading, six panels (two of a cache without targets of cells) and legend of one sample; heading and legend are as wide as
+    `columns` panels."""
     cached, key, words = look.cached, look.key, readable(cache.classes)
     seen = photo(look.seen, side)
     maps = [look.won.at(quantise_blend(blend))[0] for blend in BLENDS]
@@ -157,14 +163,20 @@ def _panels(cache: Cache, look: Look, side: int, columns: int) -> tuple[Picture,
     if cached.partner is not None:
         mixed = f"{cached.mode} with {words[look.labels[1]]}, own share {cached.share:.2f}"
     values, bar, title, note, top = _values(cache, cached, side)
-    panels = [
-        panel(seen, "What the teacher saw", mixed),
-        panel(class_map(maps[0], key, side, over=seen), "Top-1 of each cell", "local logits, over the image"),
-        stack([panel(scalar_map(values, 0.0, top, side), title, note), bar], gap=2),
-        panel(class_map(maps[0], key, side), "CKF target, blend 1", "local: each cell for itself"),
-        panel(class_map(maps[1], key, side), "CKF target, blend 0.5", "half local, half global"),
-        panel(class_map(maps[2], key, side), "CKF target, blend 0", "global: the image's top-1"),
-    ]
+    saw = panel(seen, "What the teacher saw", mixed)
+    of_image = [saw, panel(class_map(maps[2], key, side), "Target", "of the image alone: its top-1")]
+    panels = (
+        of_image
+        if look.of_image
+        else [
+            saw,
+            panel(class_map(maps[0], key, side, over=seen), "Top-1 of each cell", "local logits, over the image"),
+            stack([panel(scalar_map(values, 0.0, top, side), title, note), bar], gap=2),
+            panel(class_map(maps[0], key, side), "CKF target, blend 1", "local: each cell for itself"),
+            panel(class_map(maps[1], key, side), "CKF target, blend 0.5", "half local, half global"),
+            panel(class_map(maps[2], key, side), "CKF target, blend 0", "global: the image's top-1"),
+        ]
+    )
     marks = {look.image_class: ["image's top-1"]}
     for label, mark in zip(look.labels, ("label", "partner's label"), strict=False):
         marks.setdefault(label, []).append(mark)

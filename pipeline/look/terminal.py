@@ -48,7 +48,8 @@ def render_samples(samples: Sequence[SampleFacts], console: Console) -> None:
         console.print()
         for line in _about(sample):
             console.print(Text(printable(line)), soft_wrap=True)
-        (_coloured if shows_colours(console) else _plain)(sample, console)
+        if not sample.of_image or sample.student is not None:  # else all cells are alike
+            (_coloured if shows_colours(console) else _plain)(sample, console)
     if len(samples) > MAPS:
         console.print(Text("maps: --sample KEY, --png FILE or --html FILE"), soft_wrap=True)
 
@@ -99,7 +100,7 @@ def _line(sample: SampleFacts) -> str:
     words = _words(sample)
     share = next(one.share for one in sample.classes if "image" in one.roles)
     text = f"sample {sample.sample} '{sample.key}', label {words[sample.label]}, view {sample.view}, {_mixed(sample)}: "
-    text += f"teacher {words[sample.image_class]}, {percent(share)} of cells"
+    text += f"teacher {words[sample.image_class]}" + ("" if sample.of_image else f", {percent(share)} of cells")
     return text + ("" if sample.student is None else f"; student agrees in {percent(sample.student.agreement)}")
 
 
@@ -107,7 +108,10 @@ def _about(sample: SampleFacts) -> Iterable[str]:
     words = _words(sample)
     yield f"sample {sample.sample} '{sample.key}', label {words[sample.label]}, view {sample.view}, {_mixed(sample)}"
     yield f"replay: {sample.replay}"
-    yield f"targets at blend {sample.blend:g} (1 = each cell's own, 0 = the image's: {words[sample.image_class]})"
+    if sample.of_image:
+        yield f"target {words[sample.image_class]}, of the image alone"
+    else:
+        yield f"targets at blend {sample.blend:g} (1 = each cell's own, 0 = the image's: {words[sample.image_class]})"
 
 
 def _legend_words(one: ClassFacts) -> str:

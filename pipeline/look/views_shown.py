@@ -51,6 +51,7 @@ class Look:
     pixels: NDArray[np.float32] | None
     lost: CskdError | None
     said: Said | None = None
+    of_image: bool = False  # there are no targets of cells: each shows the image's
 
     @property
     def image_class(self) -> int:
@@ -147,7 +148,7 @@ def _look(cache: Cache, cached: CachedView, blend: int, recorded: Recorded) -> L
         pixels = replay(cache, cached, recorded)
     except CskdError as e:
         lost = e
-    return Look(cached, tuple(labels), won, blend, won.at(blend)[0], pixels, lost)
+    return Look(cached, tuple(labels), won, blend, won.at(blend)[0], pixels, lost, of_image=not codec.cells)
 
 
 def sample_facts(cache: Cache, look: Look) -> SampleFacts:
@@ -173,6 +174,7 @@ def sample_facts(cache: Cache, look: Look) -> SampleFacts:
         margin=look.won.margin[0].round(4).tolist(),
         classes=class_facts(look, names),
         student=None if look.said is None else _student_cells(look, names),
+        of_image=look.of_image,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -62,4 +62,20 @@ Classes = Annotated[
 
 Split = Annotated[
     str | None, typer.Option(metavar="NAME", help="Only that split of a source that holds several: train, val, ...")
+]
+
+LabelKey = Annotated[
+    str | None,
+    typer.Option(
+        "--label-key", metavar="KEY", help="Of shards, where labels are: .id for NAME.id, else a key of NAME.json."
+    ),
+]
+
+KeyPrefix = Annotated[
+    Literal["none", "shard"],
+    typer.Option("--key-prefix", help="shard: its name goes in front of each key, to tell equal ones apart."),
+]
+
+AllowIncomplete = Annotated[
+    bool, typer.Option("--allow-incomplete", help="Leave out samples of shards without image or label.")
 ]

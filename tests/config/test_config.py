@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cskd.config import Config, DataConfig, RecipeConfig, from_dict, load_config, to_dict, to_yaml
+from cskd.config.bounds import written
 from cskd.config.schema import Decay, Method
 from cskd.errors import ConfigError
 
@@ -105,8 +106,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(raw: dict[str, Any
         ("train", "lr_batch", 1.5, "a whole number or null"),
         ("teacher", "model", 5, "text"),
         ("teacher", "weights", 5, "text or null"),
-        ("teacher", "mean", 0.5, "a list, each a number or null"),
-        ("teacher", "mean", ["a", 1, 1], "a list, each a number or null"),
+        ("teacher", "mean", 0.5, "a list, each a number, or null"),
+        ("teacher", "mean", ["a", 1, 1], "teacher.mean[0] is 'a', expected a number"),
         ("teacher", "kwargs", ["x"], "a mapping"),
         ("cache", "codecs", "envelope", "a list, each text"),
         ("cache", "codecs", [1], "text"),
@@ -119,7 +120,7 @@ def test_a_value_of_another_type_is_refused_with_key_value_and_what_was_expected
     text = refusal({section: {key: value}})
     assert text.startswith(f"{section}.{key}")
     assert expected in text
-    assert repr(value[0] if isinstance(value, list) and key == "codecs" else value).strip("'") in text
+    assert written(value[0] if isinstance(value, list) else value).strip("'") in text
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,8 @@ def refusal(folder: Path, text: str, *overrides: str) -> str:
         ("train: {save_every: off}", ["15min", "or 0 for none (YAML reads off as false)"]),
         ("train: {save_every: null}", ["15min", "or 0 for none"]),
         ("train: {save_every: '-1'}", ["15min", "or 0 for none"]),
+        ("teacher: {grid: ['7', 7]}", ["teacher.grid[0] is '7', expected a whole number; write 7, without quotes"]),
+        ("teacher: {classes: [0, '2']}", ["teacher.classes[1] is '2'", "write 2, without quotes"]),
         ("data: {train: 2024}", ["data.train", "2024", "'2024' in quotes"]),
         ("data: {train: 2024-01-01}", ["data.train", "as a date", "'2024-01-01' in quotes"]),
         ("cache: {codecs: [envelope, no]}", ["cache.codecs[1]", "no as false", "'no' in quotes"]),
@@ -100,6 +102,7 @@ def test_a_file_that_is_no_yaml_is_refused_with_its_line_and_what_is_mostly_mean
 
 def test_a_value_of_set_says_the_same_and_replaces_what_the_file_wrote(tmp_path: Path) -> None:
     assert "1:30 as 90, in base 60" in refusal(tmp_path, "", "train.epochs=1:30")
+    assert "loss.terms is a list" in refusal(tmp_path, "", "loss.terms[0].epochs=[1, null]")
     assert "student.kwargs.a twice" in refusal(tmp_path, "", "student.kwargs={a: 1, a: 2}")
     (tmp_path / "c.yaml").write_text("train: {epochs: 010}\nstudent: {kwargs: {drop: 1e-3}}")
     config = load_config(tmp_path / "c.yaml", ["train.epochs=10", "student.kwargs={drop: 0.1}"])

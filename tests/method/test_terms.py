@@ -1,5 +1,6 @@
 """Single terms of a loss against their formulas in float64, and what a loss asks of a teacher."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -135,10 +136,13 @@ def test_a_method_written_out_as_terms_is_the_method_to_the_last_bit(
         ({"head": "patches", "target": "global"}, "target: cells, decay: global"),
         ({"kind": "kl"}, "expected ce"),
         ({"head": "patches", "target": "cells", "kind": "dkd"}, "expected ce, kl"),
-        ({"tau": 0}, "loss.terms[].tau is 0"),
+        ({"tau": 0}, "loss.terms[0].tau is 0"),
         ({"own": "a.py:b", "tau": 2}, "does not read tau"),
         ({"heads": "class"}, "unknown key 'loss.terms[0].heads'; did you mean 'loss.terms[0].head'?"),
-        ({"epochs": [3]}, "loss.terms[].epochs"),
+        ({"epochs": [3]}, "loss.terms[0].epochs is [3.0], expected 2 values, [first, end] with 0 <= first <= end"),
+        ({"epochs": [None, 3]}, "loss.terms[0].epochs is [null, 3.0], expected 2 values"),
+        ({"epochs": [1, "none"]}, "loss.terms[0].epochs[1] is 'none', expected a number or null; write null for none"),
+        ({"epochs": "1-3"}, "loss.terms[0].epochs is '1-3', expected a list, each a number or null, or null"),
         ({"name": "label"}, "is the name of another term"),
         ("kl", "loss.terms[0] is 'kl', expected a section of keys"),
     ],
@@ -155,16 +159,25 @@ def test_a_loss_of_no_terms_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("windows", "gap"),
-    [([[1, 9]], 0), ([[0, 3], [4, 9]], 3), ([[0, 2.5], [2.5, 9]], None), ([[0, 5]], 5), ([[0, 9]], None)],
+    ("windows", "gap", "mend"),
+    [
+        ([[1, None]], 0, "epochs: [0, 1]"),
+        ([[0, 3], [4, 9]], 3, "epochs: [3, 4], or set train.epochs=3"),
+        ([[0, 2.5], [2.5, 9]], None, ""),
+        ([[0, 5]], 5, "epochs: [5, null], or set train.epochs=5"),
+        ([[0, 9]], None, ""),
+    ],
 )
-def test_an_epoch_in_which_no_term_counts_is_refused(windows: list[list[float]], gap: int | None) -> None:
+def test_an_epoch_in_which_no_term_counts_is_refused(
+    windows: list[list[float | None]], gap: int | None, mend: str
+) -> None:
     config = LossConfig("terms", terms=[term(epochs=w, name=f"t{i}") for i, w in enumerate(windows)])
     if gap is None:
         refuse_gaps(config, 9)
     else:
-        with pytest.raises(ConfigError, match=rf"no term counts in epoch {gap} of 0 to 8"):
+        with pytest.raises(ConfigError, match=re.escape(f"no term counts in epoch {gap} of 0 to 8; ")) as caught:
             refuse_gaps(config, 9)
+        assert str(caught.value).endswith(mend)
 
 
 def test_keys_that_terms_read_are_not_called_unread() -> None:

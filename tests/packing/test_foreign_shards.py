@@ -5,12 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cskd.dataset.inventory import open_inventory
+from cskd.dataset.inventory import Inventory, open_inventory
 from cskd.errors import DataError
 from cskd.files.folders import kind_of
 from cskd.packing.index import index
@@ -82,6 +83,13 @@ def test_names_without_a_list_are_labels_in_the_order_of_the_names(tmp_path: Pat
     assert open_inventory(tmp_path / "in", verify=True).id == made.id, "the id is of the final labels"
 
 
+def into(source: Path, **options: Any) -> Inventory:
+    """`pack` into a folder of its own, next to the source's."""
+    base = next(folder for folder in source.parents if folder.exists())
+    return pack(source, base / f"packed{len(list(base.glob('packed*')))}", **options)
+
+
+Command = Callable[..., Inventory]
 BOTH = label_files("json", *({"label": n, "class": 2 - n, "meta": {"label": 1 - n % 2}} for n in (2, 0, 1)))
 
 
@@ -89,16 +97,16 @@ BOTH = label_files("json", *({"label": n, "class": 2 - n, "meta": {"label": 1 - 
     ("key", "expected"),
     [("label", "201"), ("class", "021"), ("meta.label", "110"), (".json", None), ("nothing", None), (".id", "120")],
 )
-def test_label_key_chooses(tmp_path: Path, key: str, expected: str | None) -> None:
-    tar(tmp_path / "x.tar", BOTH | {f"k{i}.id": b"%d" % n for i, n in enumerate((1, 2, 0))})
+@pytest.mark.parametrize("command", [index, into])
+def test_label_key_chooses(tmp_path: Path, command: Command, key: str, expected: str | None) -> None:
+    tar(tmp_path / "in" / "x.tar", BOTH | {f"k{i}.id": b"%d" % n for i, n in enumerate((1, 2, 0))})
     if expected is None:
-        with pytest.raises(
-            DataError, match=rf"; --label-key is {key}|has 2 labels .*; choose with cskd index --label-key label"
-        ):
-            index(tmp_path, label_key=key)
+        with pytest.raises(DataError, match=rf"; --label-key is {key}|has 2 labels .*; choose with --label-key label"):
+            command(tmp_path / "in", label_key=key)
     else:
-        made = index(tmp_path, label_key=key)
-        assert "".join(made.classes[label] for label in made.label) == expected
+        made = command(tmp_path / "in", label_key=key)
+        labels = {made.key(i): made.classes[label] for i, label in enumerate(made.label)}
+        assert "".join(labels[f"k{i}"] for i in range(3)) == expected
         assert made.made["label_key"] == key
 
 
@@ -169,8 +177,34 @@ def test_equal_keys_of_two_shards_are_told_apart_by_a_prefix(tmp_path: Path) -> 
     both = [tmp_path / "a", tmp_path / "b"]
     with pytest.raises(DataError, match=r"same key: 'k(.)' in a/x.tar and 'k\1' in b/x.tar; .*--key-prefix shard"):
         index(both)
+    keys = ["a/x/k0", "a/x/k1", "b/x/k0", "b/x/k1"]
     made = index(both, key_prefix="shard")
-    assert [made.key(i) for i in range(made.n)] == ["a/x/k0", "a/x/k1", "b/x/k0", "b/x/k1"]
+    assert [made.key(i) for i in range(made.n)] == keys
+    with pytest.raises(
+        DataError, match=r"have the same key 'k.'; keys must differ over all shards: --key-prefix shard puts"
+    ):
+        into(tmp_path / "?" / "x.tar")
+    packed = into(tmp_path / "?" / "x.tar", key_prefix="shard")
+    assert sorted(packed.key(i) for i in range(packed.n)) == keys and packed.made["key_prefix"] == "shard"
+
+
+def test_pack_reads_shards_as_it_is_told_and_refuses_what_says_nothing(tmp_path: Path) -> None:
+    files = {f"k{i}.{kind}": value for i in range(3) for kind, value in (("jpg", b"%d" % i), ("num", b"%d" % (i % 2)))}
+    plain = tar(tmp_path / "in" / "x.tar", files | {"lost.jpg": b""})
+    (tmp_path / "y.tar.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    how: dict[str, Any] = {"label_key": ".num", "key_prefix": "shard"}
+    with pytest.raises(DataError, match=r"sample 'lost' in .* has no label"):
+        into(tmp_path / "y.tar.gz", **how)
+    made = into(tmp_path / "y.tar.gz", **how, allow_incomplete=True)
+    assert {made.key(i): int(label) for i, label in enumerate(made.label)} == {"y/k0": 0, "y/k1": 1, "y/k2": 0}
+    assert made.made["allow_incomplete"] and any("1 samples without image or label" in note for note in made.notes)
+    assert into(tmp_path / "in", **how, allow_incomplete=True).n == 3
+    with pytest.raises(
+        DataError, match="--label-key is for webdataset shards, which have no file of --labels; leave one"
+    ):
+        into(tmp_path / "in", label_key="class", labels=tmp_path / "labels.csv")
+    with pytest.raises(DataError, match="the key prefix is 'x', expected 'shard' or none"):
+        into(tmp_path / "in", key_prefix="x")
 
 
 def test_the_inventory_may_lie_elsewhere_and_compressed_shards_are_unpacked_into_it_once(tmp_path: Path) -> None:

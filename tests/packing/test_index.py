@@ -94,7 +94,7 @@ BAD_SHARDS: dict[str, tuple[dict[str, bytes], str]] = {
     "no json": ({"a/9.jpg": b"", "a/9.json": b"["}, "a/9.*: its .json is no JSON"),
     "two keys": (
         {"a/9.jpg": b"", "a/9.json": b'{"label": 3, "class": 5}'},
-        r"a/9.* has 2 labels \(.json label = '3', .json class = '5'\); choose with cskd index --label-key label",
+        r"a/9.* has 2 labels \(.json label = '3', .json class = '5'\); choose with --label-key label",
     ),
     "two files": (
         {"a/9.jpg": b"", "a/9.fine.cls": b"1", "a/9.coarse.cls": b"2"},

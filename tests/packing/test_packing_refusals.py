@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cskd.dataset.classes import parse_classes
+from cskd.dataset.classes import classes_text, parse_classes
 from cskd.errors import DataError
 from cskd.packing.index import index
 from cskd.packing.pack import pack
@@ -72,6 +72,14 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "control": (lambda p: tar(p, {"a/x\ny.jpg": b""}), r"'a/x\\ny.jpg' in .* has a control character"),
     "not utf-8": (lambda p: folder(p, {"a/\udcff.jpg": b""}), "is not UTF-8"),
     "metadata": (lambda p: folder(p, {"__a__/x.jpg": b"", "b/x.jpg": b""}), "webdataset skips folders named"),
+    "outer spaces": (
+        lambda p: folder(p, {"a/x.jpg": b"", "b /x.jpg": b""}),
+        "class 'b ' of .*src would be another one in",
+    ),
+    "two lines": (
+        lambda p: folder(p, {"a/x.jpg": b"", "b\u2028c/x.jpg": b""}),
+        r"class 'b\\u2028c' of .*src would be another one in",
+    ),
     "loop": (own_link, "is a link to a folder that it is in"),
     "broken link": (broken_link, "y.jpg is no regular file, or a link to none"),
     "no tar": (lambda p: written(p, b"x" * 5000), "is not a whole tar"),
@@ -97,6 +105,11 @@ def test_a_class_folder_that_the_file_lacks_is_named_with_the_nearest(tmp_path: 
     (tmp_path / "list").write_text("ant\nbe\ncat")
     with pytest.raises(DataError, match=r"class folder 'bee' is not in .*list \(3 names, the nearest is 'be'\)"):
         pack(folder(tmp_path / "source", FILES), tmp_path / "out", classes=tmp_path / "list")
+
+
+def test_a_class_file_is_read_back_as_it_was_written() -> None:
+    names = ["ant", "a b", "\u00e9t\u00e9", '"x"', "# y"]
+    assert parse_classes(classes_text(names, "SRC"), "FILE") == names
 
 
 @pytest.mark.parametrize(

@@ -11,16 +11,20 @@ import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numcodecs.zstd
 import numpy as np
 import pytest
 
+from cskd.codecs import get_codec
 from cskd.codecs.base import quantise_blend
+from cskd.codecs.measured import Measured, MeasuredMap
 from cskd.config import RecipeConfig
 from cskd.dataset.inventory import Inventory, Sample, ShardFile, write_inventory
 from cskd.errors import CskdError, PathError
-from cskd.pipeline.care.export import _shard_keys, export, export_cache, export_targets
+from cskd.pipeline.care.export import _shard_keys, export, export_cache, export_targets, nearest_logits
 from cskd.pipeline.care.export_out import FACTS, SUMS
 from cskd.pipeline.care.verify import verify
 from cskd.pipeline.look.inspect_cache import inspect
@@ -111,6 +115,19 @@ def test_each_tar_has_the_keys_of_its_shard_in_order_and_what_the_cache_holds(ca
             assert image["class"] == unit.targets["global_class"][row]
             logits = cache.codecs["int8"].logits(cache.read(shard, view, "int8").targets)[1][row]
             np.testing.assert_allclose(image["logits"], logits, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_are_of_the_codec_with_the_smallest_error_that_was_measured() -> None:
+    codecs = {name: get_codec(name, 5, (3, 3)) for name in ("envelope", "topk:2", "int8", "global:8")}
+    kl = [{"topk:2": 0.5, "int8": 0.1}, {"topk:2": 0.1, "int8": 0.2}]
+    commits = [
+        SimpleNamespace(errors={name: Measured(4, value, 0.0, 0.0) for name, value in one.items()} | lost)
+        for one, lost in zip(kl, ({"stage": MeasuredMap(4, 0.0, 0.0)}, {}), strict=True)
+    ]
+    cache: Any = SimpleNamespace(codecs=codecs)
+    assert [nearest_logits(cache, some) for some in (commits, commits[1:], [])] == ["int8", "topk:2", "topk:2"]  # type: ignore[arg-type]
+    cache.codecs = {"envelope": codecs["envelope"]}
+    assert nearest_logits(cache, []) is None
 
 
 def test_a_quarantined_sample_says_why_and_has_no_targets(cache: Cache, targets: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+from rich.console import Console
 
 import cskd.pipeline.cache_teacher
 from cskd.codecs import get_codec
@@ -19,9 +23,10 @@ from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.care.export import export
 from cskd.pipeline.care.recompute import recompute
 from cskd.pipeline.care.verify import verify
-from cskd.pipeline.look.inspect_cache import inspect
+from cskd.pipeline.look.inspect_cache import inspect, render
 from cskd.pipeline.train import train
 from cskd.store.cache import open_cache
+from tests.pipeline.test_html_page import data_of
 from tests.pipeline.test_pipeline import cached_data, config
 
 CODECS = ["global:8", "global:top2"]
@@ -83,6 +88,22 @@ def test_it_is_verified_recomputed_and_inspected_like_any_other(base: Path, tmp_
     assert list(facts.agreement["mixed"].own) == ["0"]  # the image's class, which every cell has
 
 
+def test_inspect_speaks_of_no_cells_where_there_are_none(base: Path, tmp_path: Path) -> None:
+    out = io.StringIO()
+    for shown in ({"samples": 16}, {"sample": 3, "png": tmp_path / "a.png"}):  # a line each; all of one
+        render(inspect(base / "cache", **shown), Console(file=out))
+    said = out.getvalue().replace(str(tmp_path), "")
+    assert ", of the image alone\n" in said
+    assert [word for word in ("cell", "segments", "blend") if word in said] == [], said
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.width > picture.height  # the view and its class, no two rows of three
+    inspect(base / "cache", html=tmp_path / "page.html")
+    data = data_of(tmp_path / "page.html")
+    assert (data["cells"], data["about"]["gives"]["global8"]) == (False, "of the image alone: its class, its logits")
+    with pytest.raises(CodecError, match="those of blend 0; leave --blend out"):
+        inspect(base / "cache", sample=3, blend=0.5)
+
+
 def test_a_method_reads_the_codec_that_holds_no_more_than_it_asks_for(base: Path) -> None:
     names = ["int8", "envelope", "global:8", "topk:2"]
     codecs = {name: get_codec(name, 5, (3, 3)) for name in names}
@@ -109,3 +130,27 @@ def test_targets_of_cells_are_not_exported_where_there_are_none(base: Path, tmp_
     assert not (tmp_path / "out").exists()
     export(base / "cache", tmp_path / "out", quiet=True)
     assert json.loads((tmp_path / "out" / "export.json").read_text())["blends"] == [0.0]
+
+
+def test_exported_logits_are_those_of_the_smallest_error_and_stay_those_that_were_begun_with(
+    base: Path, tmp_path: Path
+) -> None:
+    out, cache = tmp_path / "out", open_cache(base / "cache")
+    report = export(base / "cache", out, quiet=True)
+    about, tar = json.loads((out / "export.json").read_text()), out / "00000.view000.tar"
+    assert report.logits == about["logits"] == "global8"
+    exact = cache.codecs["global8"].logits(cache.read(0, 0, "global8").targets)[1]
+    for row, exported in enumerate(images_of(tar)):
+        np.testing.assert_allclose(exported["logits"], exact[row], rtol=1e-5)
+    del about["logits"]  # an older version, which took the first
+    for begun, kept in (({}, "global8"), ({"logits": "globaltop2"}, "globaltop2")):
+        tar.unlink()
+        (out / "export.json").write_text(json.dumps(about | begun))
+        assert export(base / "cache", out, quiet=True).logits == kept
+    assert images_of(tar)[0]["logits"] != pytest.approx(exact[0].tolist(), rel=1e-5)
+
+
+def images_of(tar: Path) -> list[Any]:
+    with tarfile.open(tar) as file:
+        names = [name for name in file.getnames() if name.endswith(".global.json")]
+        return [json.load(file.extractfile(name)) for name in names]  # type: ignore[arg-type]

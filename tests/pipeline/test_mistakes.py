@@ -92,7 +92,7 @@ MISTAKES = [
         "train DIR/c.yaml --set train.epochs",
         ["--set 'train.epochs' is not KEY=VALUE", " KEY=VALUE, for example --set train.epochs=10"],
     ),
-    ("train DIR/c.yaml --set train.epochs=", ["train.epochs is None, expected a whole number"]),
+    ("train DIR/c.yaml --set train.epochs=", ["train.epochs is null, expected a whole number"]),
     (
         "train DIR/c.yaml --set train.epochs=three",
         ["train.epochs is 'three'", "in.epochs is 'three', expected a whole number"],
@@ -121,7 +121,7 @@ MISTAKES = [
     ),
     (
         "train DIR/c.yaml --set train.autocast=yes",
-        ["train.autocast is True", "to, none, bf16, fp16 (YAML reads yes as true)"],
+        ["train.autocast is true", "to, none, bf16, fp16 (YAML reads yes as true)"],
     ),
     (
         "train DIR/c.yaml --set train.export=ema",
@@ -209,7 +209,7 @@ MISTAKES = [
         ["student.init DIR/model.bin is no checkpoint", "give a ViT's state dict, .safetensors or of torch.save"],
     ),
     ("train DIR/c.yaml --set loss.method=cskd", ["loss.method is 'cskd'", "did you mean 'cskd-soft'?"]),
-    ("train DIR/c.yaml --set loss.method=off", ["loss.method is False", "write none"]),
+    ("train DIR/c.yaml --set loss.method=off", ["loss.method is false", "write none"]),
     (
         "train DIR/c.yaml --set loss.decay=exponential",
         ["loss.decay is 'exponential'", "e of linear, quadratic, cosine, local, global"],

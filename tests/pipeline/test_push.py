@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,8 +26,9 @@ from safetensors.torch import load_file, save_file
 
 from cskd import cli
 from cskd.config import Config, TeacherConfig, from_dict
-from cskd.errors import CacheError, HubError, PathError, TeacherError
+from cskd.errors import CacheError, HubError, PathError, StudentError, TeacherError
 from cskd.files import hub as addresses
+from cskd.files.writer import LOCK
 from cskd.machine.ranks import Ranks
 from cskd.pipeline import training_run
 from cskd.pipeline.cache_teacher import cache_teacher
@@ -38,7 +40,9 @@ from cskd.pipeline.hub import push as module
 from cskd.pipeline.hub.contents import plain
 from cskd.pipeline.hub.push import push
 from cskd.pipeline.look.check_config import check_config
+from cskd.pipeline.run_folder import RunFolder
 from cskd.pipeline.train import train
+from cskd.storage import open_storage
 from cskd.store.cache import open_cache
 from cskd.store.seal import seal_cache
 from cskd.student.checkpoint import load_student
@@ -227,12 +231,76 @@ def test_a_run_is_a_model_of_timm_and_a_start_for_others(base: Path, hub: Hub, t
     assert hub.repos["model", "me/run"].files()["README.md"] == b"# mine" and "was edited, and stays" in again.notes[0]
 
 
+def test_what_lies_on_an_object_store_is_pushed_as_from_its_folder(
+    base: Path, hub: Hub, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staged, real = list[int](), module._here
+
+    @contextlib.contextmanager
+    def here(part: list[Any]) -> Iterator[Any]:
+        with real(part) as sources:
+            staged.append(sum(isinstance(source, Path) for source in sources.values()))
+            yield sources
+        assert not any(s.exists() for f in part if isinstance(s := sources[f.path], Path) and f.source is not s)
+
+    monkeypatch.setattr(module, "_here", here)
+    monkeypatch.setattr(module, "PART_FILES", 5)
+    for kind, what in (("dataset", "cache"), ("model", "run")):
+        upload(base / what, f"{s3}/{what}")
+        if kind == "model":
+            open_storage(f"{s3}/run").put("resume/best-9.csv", b"a\n")  # stays there
+        there = push(Path(f"{s3}/{what}"), f"me/{what}", quiet=True)
+        push(base / what, f"me/own-{what}", quiet=True)
+        files, own = (hub.repos[kind, f"me/{name}"].files() for name in (what, f"own-{what}"))
+        differing = {name for name in files.keys() | own.keys() if files.get(name) != own.get(name)}
+        assert differing == ({"README.md"} if kind == "dataset" else set())  # which names the repository
+        assert (there.source, there.notes) == (f"{s3}/{what}", [])
+        assert push(Path(f"{s3}/{what}"), f"me/{what}", quiet=True).sent == 0
+    assert max(staged) == 5
+    open_storage(f"{s3}/run").put(LOCK, b"{}")
+    assert "is being trained, or was killed" in push(Path(f"{s3}/run"), "me/run", quiet=True).notes[0]
+    open_storage(f"{s3}/run").delete("config.json")
+    with pytest.raises(StudentError, match=f"{s3}/run has no config.json"):
+        push(Path(f"{s3}/run"), "me/run", quiet=True)
+    with pytest.raises(PathError, match=r"RUN\|CACHE is .*nothing, which holds neither"):
+        push(Path(f"{s3}/nothing"), "me/run", quiet=True)
+    (unit, *_) = (about.key for about in open_storage(f"{s3}/cache").list("units"))
+    open_storage(f"{s3}/cache").delete(unit)
+    with pytest.raises(CacheError, match=f"{unit} is not there; run `cskd verify {s3}/cache`"):
+        push(Path(f"{s3}/cache"), "me/cache", quiet=True)
+
+
+def upload(folder: Path, location: str) -> None:
+    storage = open_storage(location)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            storage.put(path.relative_to(folder).as_posix(), path.read_bytes())
+
+
 def test_a_card_of_the_run_s_own_goes_there(base: Path, hub: Hub, tmp_path: Path) -> None:
     shutil.copytree(base / "run", tmp_path / "run")
     (tmp_path / "run/README.md").write_text("---\nlibrary_name: timm\n---\n# Mine\n")
     push(tmp_path / "run", "me/run", private=True, revision="v1", quiet=True)
     repo = hub.repos["model", "me/run"]
     assert repo.private and repo.files("v1")["README.md"].endswith(b"# Mine\n") and repo.files("main") == {}
+
+
+def test_a_run_that_was_cut_has_a_card_and_one_without_is_pushed_with_a_note(
+    base: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, real = tmp_path / "run", RunFolder.draw
+
+    def cut(self: RunFolder, rows: Any, last: bool = False) -> None:
+        real(self, rows, last)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "draw", cut)
+    with pytest.raises(KeyboardInterrupt):
+        train(config_of(base, base / "cache", run), quiet=True)
+    assert "1 of 2, " in (run / "README.md").read_text() and push(run, "me/run", quiet=True).notes == []
+    (run / "README.md").unlink()
+    (note,) = push(run, "me/other", quiet=True).notes
+    assert note.startswith("no README.md") and "README.md" not in hub.repos["model", "me/other"].files()
 
 
 def test_an_unfinished_cache_goes_there_only_when_it_is_meant(base: Path, hub: Hub, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from cskd.config import Config, to_yaml
 from cskd.errors import CacheError, CskdError, PathError
 from cskd.machine.launch import WORKER, WORKERS, Worker
 from cskd.pipeline import outputs, unit_line
-from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.cache_teacher import HOW_MANY, cache_teacher
 from cskd.pipeline.care.repair import repair
 from cskd.pipeline.care.verify import verify
 from cskd.pipeline.passes import Walk
@@ -39,7 +39,9 @@ def placed(base: Path, place: str, **changes: Any) -> Config:
     return config(base, cache={"path": place, **changes})
 
 
-def test_the_cache_of_a_folder_is_made_there_mended_and_trained_from(base: Path, s3: str, tmp_path: Path) -> None:
+def test_the_cache_of_a_folder_is_made_there_mended_and_trained_from(
+    base: Path, s3: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     here, place = open_cache(base / "cache"), f"{s3}/caches/mine"
     cut = cache_teacher(placed(base, place, views=2), quiet=True)
     whole = cache_teacher(placed(base, place), quiet=True)
@@ -52,7 +54,11 @@ def test_the_cache_of_a_folder_is_made_there_mended_and_trained_from(base: Path,
     storage.put(file, storage.get(file)[:-1])
     storage.delete(str(commit_file(0, 0)))
     storage.delete("manifest.copy.json")
-    report = repair(Path(place), quiet=True)
+    assert any(HOW_MANY in note for note in whole.notes)
+    capsys.readouterr()
+    report = repair(Path(place))
+    said = capsys.readouterr().err
+    assert "note: " in said and HOW_MANY not in said  # a repair is alone
     assert (len(report.withdrawn), report.rebuilt, report.content_root) == (2, 2, whole.content_root)
     assert [line.partition(":")[0] for line in report.restored] == ["manifest.copy.json"]
     assert verify(Path(place), quiet=True).sealed and (storage.get(SEAL), storage.get(INDEX)) == (sealed, index)

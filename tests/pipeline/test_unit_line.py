@@ -245,3 +245,32 @@ def test_a_pass_that_another_process_has_committed_is_given_up_in_the_middle(
     notes = [note for report in reports for note in report.notes if "made by another one meanwhile" in note]
     assert len(notes) == 1 and 0 < float(notes[0].rsplit(" ", 1)[1]) < 1
     assert all(any("CSKD_WORKERS=N" in note for note in report.notes) for report in reports)
+
+
+@pytest.mark.parametrize(("passes", "most"), [(1.0, 1), (2.5, 2), (100.0, 3)])
+def test_passes_that_wait_for_a_writer_are_bounded_by_bytes_as_well_as_by_count(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: float, most: int
+) -> None:
+    """By count three writers may have three; one is always taken, however large it is, and the teacher makes the next."""
+    add_unit, feed, finish = Cache.add_unit, UnitLine.feed, UnitLine._finish
+    sizes, waiting = list[int](), list[int]()
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.05)
+        return add_unit(*arguments)
+
+    def fed(self: UnitLine, chunk: Any) -> None:
+        feed(self, chunk)
+        waiting.append(len(self._writing))
+
+    def finished(self: UnitLine, work: Any) -> None:
+        finish(self, work)
+        sizes.append(self._writing[-1][1])
+        monkeypatch.setattr(unit_line, "HELD", passes * max(sizes))
+
+    monkeypatch.setattr(Cache, "add_unit", slow)
+    monkeypatch.setattr(UnitLine, "feed", fed)
+    monkeypatch.setattr(UnitLine, "_finish", finished)
+    monkeypatch.setattr(unit_line, "writers_of", lambda cores: 3)
+    cache_teacher(settings(data, tmp_path / "cache"), quiet=True)
+    assert max(waiting) == most and max(sizes) > 3 * 10 * 5 * 4 * 4  # int8: views, images, classes, cells

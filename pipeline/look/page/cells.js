@@ -37,7 +37,7 @@ function paintDetail() {
   opened.story.head.setAttribute("x2", x);
   paintLegend(classes);
   paintReadout(classes);
-  opened.command.textContent = `${sample.command} --view ${view.v} --blend ${+share(blendNow()).toFixed(6)} --png sample.png`;
+  opened.command.textContent = `${sample.command} --view ${view.v}${DATA.cells ? ` --blend ${+share(blendNow()).toFixed(6)}` : ""} --png sample.png`;
 }
 
 function paintLegend(classes) {

@@ -199,7 +199,7 @@ function drawCharts() {
   const never = margins[margins.length - 1];
   const bins = margins.length - 1;
   const span = (i) => (i === bins ? "never leaves" : `${(i / bins).toFixed(2)} to ${((i + 1) / bins).toFixed(2)}`);
-  const figures = [
+  const ofCells = [
     chart(
       "Classes that a cell is taught over training",
       `Segments of its envelope, ${mean.toFixed(2)} on average: 1 means that the cell agrees with the image at every blend.`,
@@ -223,6 +223,9 @@ function drawCharts() {
       ),
       [["margin", "cells", "share"], ...margins.map((n, i) => [span(i), number(n), percent(n / cells, 2)])],
     ),
+  ];
+  const figures = [
+    ...(DATA.cells ? ofCells : []),
     bytesChart(),
     agreementChart(agreement, blends),
     ...(DATA.student && DATA.student.by_epoch.length ? [studentChart(DATA.student.by_epoch)] : []),

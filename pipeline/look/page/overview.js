@@ -50,7 +50,9 @@ function drawOverview() {
     );
   }
   if (about.changed) banner(`Made with other library versions than are installed here: ${about.changed}.`, "warn");
-  if (!DATA.exact) {
+  if (!DATA.cells) {
+    banner("The cache holds the image's targets alone: every cell shows the image's class, at every blend.", "warn");
+  } else if (!DATA.exact) {
     banner(
       `Targets are those of codec ${DATA.codec}, which has no exact ones: the class of its decoded logits at each blend. ` +
         "The figures are from the samples on this page.",
@@ -117,16 +119,13 @@ function drawOverview() {
     ...terms([
       ...Object.entries(facts.codecs).map(([name, codec]) => [
         name,
-        `${bytes(codec.target_bytes_per_view)} per view, ${bytes(codec.unit_bytes_per_view)} with seeds and digests; ` +
-          (codec.cells
-            ? `${codec.exact_hard ? "exact hard targets" : "approximate hard targets"}${codec.soft ? ", soft ones" : ", no soft ones"}`
-            : "of the image alone: its class, its logits"),
+        `${bytes(codec.target_bytes_per_view)} per view, ${bytes(codec.unit_bytes_per_view)} with seeds and digests; ${about.gives[name]}`,
       ]),
       [
         "Soft targets",
         DATA.soft
           ? `from ${DATA.soft}; its entropy can be drawn over the image`
-          : "none: only int8 and topk hold logits",
+          : "none of cells: int8, topk and features of a linear head hold their logits",
       ],
       ...(DATA.student
         ? [
