@@ -63,6 +63,8 @@ SECTIONS = (
     Section("loader", "speed", 40, "ceilings:loader"),
     Section("writer", "speed", 30, "ceilings:writer"),
     Section("regnety", "speed", 70, "stage1:regnety_best"),
+    Section("ladder", "speed", 60, "ladder:rungs"),
+    Section("ladder-runs", "speed", 120, "ladder:runs"),
     Section("light", "speed", 90, "stage1:light"),
     Section("tiny", "speed", 90, "stage2:sides", ("tiny",)),
     Section("tiny-online", "speed", 70, "stage2:online", ("tiny",)),

@@ -35,14 +35,14 @@ def bare(bench: Bench, model: str, arithmetic: str, own_bf16: bool = False) -> f
         return s.teacher_batch / seconds_of(lambda: run(x), calls, bench.device)
 
 
-def stage1(bench: Bench, model: str, arithmetic: str, images: int, cache: str = "") -> float:
+def stage1(bench: Bench, model: str, arithmetic: str, images: int, cache: str = "", name: str = "") -> float:
     """Views per second of the second half of stage 1's loop; says what it is bound by, and its peak on the device."""
     watch, keys = Watch(), teacher_keys(arithmetic)
     spine.Progress = watch  # type: ignore[assignment, attr-defined]  # the name that the stage looks up
     report = spine.cache_teacher(bench.config(model, images, keys, cache or f"{model} {arithmetic}"), quiet=True)
     rate, whole = watch.second_half(), report.images / report.loop_seconds
     bench.say(
-        f"{arithmetic} stage 1",
+        name or f"{arithmetic} stage 1",
         rate,
         "views/s",
         f"{peak_mib(bench.device):,.0f} MiB; {report.bound_by}; {whole:,.0f} over all {report.images:,} in "
