@@ -20,8 +20,9 @@ from torch import Tensor
 
 import cskd.pipeline.cache_teacher as spine
 import cskd.pipeline.unit_line as unit_line
-from benchmarks.gpu.bench import Bench, computing, seconds_of, teacher_keys
-from benchmarks.gpu.stage1 import stage1
+from benchmarks.gpu.bench import Bench, computing, teacher_keys
+from benchmarks.gpu.clocks import seconds_of
+from benchmarks.gpu.stage1 import WORKERS, stage1
 from cskd.codecs.envelope import EnvelopeCodec
 from cskd.config import Config
 from cskd.dataset.inventory import open_inventory
@@ -152,9 +153,8 @@ def runs(bench: Bench) -> None:
         ("one stream, graph", OneStream, graphed(load_teacher)),
     ):
         with mock.patch.object(unit_line, "Lanes", lanes), mock.patch.object(spine, "load_teacher", load):
-            bench.attempt(
-                name, stage1, bench, bench.sizes.teacher, ARITHMETIC, bench.sizes.few // 2, name, f"{name}, stage 1"
-            )
+            arguments = (bench, bench.sizes.teacher, ARITHMETIC, WORKERS[ARITHMETIC])
+            bench.attempt(name, stage1, *arguments, cache=name, row=f"{name}, stage 1")
 
 
 def _config(bench: Bench, cache: str) -> Config:
