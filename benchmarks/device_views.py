@@ -40,7 +40,7 @@ from cskd.config import RecipeConfig
 from cskd.dataset.images import decode
 from cskd.seeds import mix64
 from cskd.views.digest import pixel_crc, view_digest
-from cskd.views.mix_pixels import mix_pixels
+from cskd.views.mix_pixels import _mix_batch, mix_pixels
 from cskd.views.mixing import pair_params
 from cskd.views.on_device import make_views, pixel_crcs, plan_views
 from cskd.views.ops import apply
@@ -193,10 +193,15 @@ def work(images: list[Image], batch: int) -> dict[str, float]:
     plan = plan_views(params, [image.shape[:2] for image in own])
     pixels = torch.from_numpy(np.concatenate([image.reshape(-1, 3) for image in own]))
     with FlopCounterMode(display=False) as flops, Work() as moved:
-        pixel_crcs(make_views(pixels, plan))
+        views = make_views(pixels, plan)
+        pixel_crcs(views)
+    pairs, box = torch.arange(batch).flip(0), torch.tensor([[50, 150, 50, 150]]).expand(batch, 4)
+    with Work() as mixed:
+        _mix_batch(views, pairs, torch.arange(batch).remainder(3).to(torch.uint8), torch.full((batch,), 40000), box)
     return {
         "launches": moved.launches,
         "moved_mb": round(moved.bytes / batch / 1e6, 2),
+        "mixing_mb": round(mixed.bytes / batch / 1e6, 2),
         "gflop": round(flops.get_total_flops() / batch / 1e9, 3),
     }
 
@@ -231,7 +236,10 @@ def main() -> int:
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, Pillow {PIL.__version__}; {name}")
     images = sample_images(args.views)
     found = work(images, args.batch)
-    print("{launches} launches a batch; {moved_mb} MB and {gflop} GFLOP a view".format(**found), flush=True)
+    print(
+        "{launches} launches a batch; {moved_mb} MB and {gflop} GFLOP a view, mixing {mixing_mb} MB".format(**found),
+        flush=True,
+    )
     found |= compare(images, args.views, args.batch, device, args.mixed) | {"device": name, "batch": args.batch}
     print("".join(f"{key:<14}{value:>10} us a view\n" for key, value in found.items() if key.endswith("_us")))
     print(f"{found['different']} of {found['views']} views differ")
