@@ -99,7 +99,7 @@ def read(road: str, source: LiveViews, args: argparse.Namespace, scratch: Path) 
             kept.append((inputs.mixed(batch).cpu(), crcs))
         if road == "plain":
             return kept, {}
-        for _ in itertools.islice(coming, args.workers):  # what lay ready, and buffers that were not page-locked yet
+        for _ in itertools.islice(coming, args.workers * (args.prefetch + 1)):  # until each buffer has been page-locked
             pass
         if cuda:
             torch.cuda.synchronize()

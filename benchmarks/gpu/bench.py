@@ -1,12 +1,11 @@
-"""What the sections of `benchmarks.gpu` share: sizes, made data and weights, configs, clocks, where figures go."""
+"""What the sections of `benchmarks.gpu` share: sizes, made data and weights, configs, where figures go."""
 
 from __future__ import annotations
 
 import io
 import json
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from benchmarks.train_step import wait_for_device
+from benchmarks.gpu.clocks import count_buffers
 from cskd.config import Config, from_dict
 from cskd.dataset.inventory import Sample, open_inventory, write_inventory
 from cskd.loading.stream import _start_deaf_to_interrupts
@@ -53,8 +52,8 @@ class Sizes:
     light: str  # a teacher that the loader holds up
     small: str  # of the checks
     teacher_batch: int
-    few: int  # images of stage 1 with the teacher
-    many: int  # images of stage 1 with the light teacher, and of stage 2: no epoch ends while the clock runs
+    few: int  # images that parts are tried on
+    many: int  # images of stage 1 with the light teacher, and of stage 2
     check: int  # images of the checks
     workers: int
     calls: int  # timed calls of a forward or kernel
@@ -182,9 +181,11 @@ class Bench:
         cache: str,
         student: StudentRun | None = None,
         method: str = "cskd-hard",
+        cache_workers: int = 0,
         **train: Any,
     ) -> Config:
-        """Of both stages: ImageNet's recipe, as configs/imagenet_deit_tiny.yaml has it. Each has an output of its own."""
+        """Of both stages: ImageNet's recipe, as configs/imagenet_deit_tiny.yaml has it. Each has an output of its own.
+        cache_workers: of stage 1; 0: all."""
         s, self.runs = self.sizes, self.runs + 1
         student = student or s.students["tiny"]
         return from_dict(
@@ -204,7 +205,7 @@ class Bench:
                 "cache": {
                     "path": str(self.work / f"cache {cache}"),
                     "views": VIEWS,
-                    "workers": s.workers,
+                    "workers": cache_workers or s.workers,
                     "device": str(self.device),
                 },
                 "student": {"model": student.model, "kwargs": s.student_kwargs},
@@ -245,97 +246,6 @@ def computing(arithmetic: str, device: torch.device) -> AbstractContextManager[N
     return computing_in("float32" if precision == "tf32" and device.type == "cpu" else precision, device)
 
 
-class Enough(Exception):  # noqa: N818  # not an error
-    """Raised out of a training loop whose steps are timed: the rest of the run says nothing."""
-
-
-class Watch:
-    """Stands where a stage has its progress line. Notes when how much was done; in stage 2 what the loop waited for.
-
-    warm, steps: of stage 2, where the first is waited for and the last one ends the run. each: called with every step's
-    number.
-    """
-
-    def __init__(self, warm: int = 0, steps: int = 0, each: Callable[[int], None] | None = None) -> None:
-        self.points: list[tuple[float, int]] = []
-        self.waited = self.seconds = self.wait_share = self.loader_rate = self.teacher_ms = 0.0
-        self._warm, self._steps, self._each, self._seen = warm, steps, each, 0
-        self._parts: dict[str, float] = {}
-        self._before: dict[str, float] = {}
-
-    def __call__(self, *_: object, **__: object) -> Watch:
-        return self
-
-    def __enter__(self) -> Watch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, done: int, loss: Callable[[], str] | None = None) -> None:
-        """After every chunk of stage 1, every step of stage 2."""
-        self._seen += 1
-        if self._each:
-            self._each(self._seen)
-        if loss and self._seen in (self._warm, self._warm + self._steps):
-            wait_for_device()
-        self.points.append((time.perf_counter(), done))
-        if loss and self._seen == self._warm:
-            self.waited, self._before = 0.0, dict(self._parts)
-        if loss and self._steps and self._seen == self._warm + self._steps:
-            self._finish()
-            raise Enough
-
-    def timed_start(self, results: Iterator[Any], seconds: dict[str, float]) -> Iterator[Any]:
-        """In place of the loop's own: the time that the loop waits for each batch."""
-        self._parts = seconds
-        while True:
-            clock = time.perf_counter()
-            try:
-                result = next(results)
-            except StopIteration:
-                return
-            self.waited += time.perf_counter() - clock
-            yield result
-
-    def _finish(self) -> None:
-        (begun, before), (end, after) = self.points[self._warm - 1], self.points[-1]
-        spent = {name: value - self._before[name] for name, value in self._parts.items()}
-        self.seconds = (end - begun) / self._steps
-        self.wait_share = self.waited / (end - begun)
-        self.loader_rate = (after - before) / max(1e-9, spent["decode"] + spent["augment"])  # of one worker
-        self.teacher_ms = 1e3 * spent["teacher"] / self._steps
-
-    def second_half(self) -> float:
-        """Units per second of the second half; of a long run without the last point, after the last commit."""
-        return second_half(self.points[:-1] if len(self.points) > 12 else self.points)
-
-
-def second_half(points: list[tuple[float, int]]) -> float:
-    """Units per second, from the first point with half of the work done to the last."""
-    half = next(i for i, (_, done) in enumerate(points) if 2 * done >= points[-1][1])
-    (begun, before), (end, after) = points[min(half, max(0, len(points) - 2))], points[-1]
-    return (after - before) / max(1e-9, end - begun)
-
-
-def seconds_of(job: Callable[[], object], calls: int, device: torch.device, warm: int = 5) -> float:
-    """Seconds per call on the device, by its own clock; the first calls are not counted."""
-    for _ in range(warm):
-        job()
-    if device.type != "cuda":
-        clock = time.perf_counter()
-        for _ in range(calls):
-            job()
-        return (time.perf_counter() - clock) / calls
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(calls):
-        job()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / 1e3 / calls
-
-
 def peak_mib(device: torch.device) -> float:
     """Peak MiB of tensors on the device since `release`."""
     return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
@@ -354,4 +264,5 @@ def release() -> None:
 def begin(out: Path, work: Path, tiny: bool, device: str) -> Bench:
     """In the process of a section: the device is touched here first; the server of workers starts meanwhile."""
     _start_deaf_to_interrupts()
+    count_buffers()
     return Bench(out, work, TINY if tiny else FULL, pick_device(device))

@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from benchmarks.gpu.bench import RECIPE, VIEWS, Bench, second_half, seconds_of
+from benchmarks.gpu.bench import RECIPE, VIEWS, Bench
+from benchmarks.gpu.clocks import second_half, seconds_of
 from cskd.codecs import get_codec
 from cskd.config import RecipeConfig
 from cskd.dataset.inventory import open_inventory

@@ -16,7 +16,8 @@ import torch
 
 import cskd.pipeline.cache_teacher as stage1_spine
 import cskd.pipeline.train as stage2_spine
-from benchmarks.gpu.bench import Bench, StudentRun, Watch, release, teacher_keys
+from benchmarks.gpu.bench import Bench, StudentRun, release, teacher_keys
+from benchmarks.gpu.clocks import Watch
 from cskd.config import Config
 from cskd.dataset.inventory import open_inventory
 from cskd.pipeline.care.recompute import recompute

@@ -16,7 +16,8 @@ from timm.task import TokenDistillationTask
 from timm.utils.model_ema import ModelEmaV3
 
 import cskd.pipeline.train as spine
-from benchmarks.gpu.bench import Bench, Enough, Watch, peak_mib, release, teacher_keys
+from benchmarks.gpu.bench import Bench, StudentRun, peak_mib, release, teacher_keys
+from benchmarks.gpu.clocks import Enough, Watch, buffers
 from benchmarks.gpu.stage1 import stage2_cache
 from cskd.config import Config
 from cskd.dataset.inventory import open_inventory
@@ -40,15 +41,22 @@ def step_config(bench: Bench, student: str, method: str, online: bool = False, *
     """Of a run whose steps are timed. The cache is the light teacher's; online the large one runs, at its fastest."""
     s = bench.sizes
     run = s.students[student]
-    stop = min(int((run.warm + run.steps) * WORKERS_NEVER_STOP), s.many // run.batch)
+    stop = int((warm_of(bench, run) + run.steps) * WORKERS_NEVER_STOP)
     model, keys = (s.teacher if online else s.light), teacher_keys("bf16+fold")
     return bench.config(model, s.many, keys, "stage 2", run, method, **{"max_steps": stop, **train})
+
+
+def warm_of(bench: Bench, run: StudentRun) -> int:
+    """Steps of a run with a loader before the clock runs: until all of its buffers are there, and no epoch ends while it
+    runs."""
+    warm, epoch = max(run.warm, buffers(bench.sizes.workers)) + 2, bench.sizes.many // run.batch
+    return warm if warm // epoch == (warm + run.steps) // epoch else -(-warm // epoch) * epoch + 2
 
 
 def timed(bench: Bench, student: str, config: Config, online: bool, each: Callable[[int], None] | None = None) -> Watch:
     """The loop of `cskd.pipeline.train` itself, until its steps are timed."""
     run = bench.sizes.students[student]
-    watch = Watch(run.warm, run.steps, each)
+    watch = Watch(warm_of(bench, run), run.steps, each)
     spine.Progress = watch  # type: ignore[assignment, attr-defined]  # the names that the stage looks up
     spine.timed_start = watch.timed_start  # type: ignore[attr-defined]
     if online:  # every image can be decoded: said as an earlier start of the run would
@@ -59,7 +67,7 @@ def timed(bench: Bench, student: str, config: Config, online: bool, each: Callab
         spine.train(config, online=online, quiet=True)
     except Enough:
         return watch
-    raise RuntimeError(f"the run ended after {len(watch.points)} steps, expected more than {run.warm + run.steps}")
+    raise RuntimeError(f"the run ended after {len(watch.points)} steps, expected more than {watch.wanted}")
 
 
 def side(bench: Bench, student: str, name: str, method: str, online: bool = False, **train: Any) -> float:
@@ -78,7 +86,7 @@ def side(bench: Bench, student: str, name: str, method: str, online: bool = Fals
         name,
         1e3 * watch.seconds,
         "ms/step",
-        f"{bound}, waits {100 * watch.wait_share:.0f} %; {run.batch / watch.seconds:,.0f} views/s; "
+        f"{bound}, waits {100 * watch.wait_share:.0f} %; {watch.new_buffers}; {run.batch / watch.seconds:,.0f} views/s; "
         f"workers can {loader:,.0f}; {peak_mib(bench.device):,.0f} MiB; {teacher}{time.perf_counter() - begun:.0f} s in all",
     )
     return 1e3 * watch.seconds
@@ -168,7 +176,8 @@ def timm_kd(bench: Bench) -> None:
         tasks, batches = opened.batches()
         inputs, clock = InputMaker(opened.student.mean, opened.student.std, device), 0.0
         with tasks:
-            for step in range(run.warm + run.steps):
+            warm = warm_of(bench, run)
+            for step in range(warm + run.steps):
                 batch = next(batches)
                 pixels, labels = inputs.mixed(batch), mixed_labels(batch, device)
                 target = torch.full((run.batch, s.classes), 0.1 / s.classes, device=device)
@@ -180,7 +189,7 @@ def timm_kd(bench: Bench) -> None:
                 loss.backward()
                 optimizer.step()
                 average.update(model, step=step)
-                if step + 1 == run.warm:
+                if step + 1 == warm:
                     loss.item()
                     clock = time.perf_counter()
             loss.item()

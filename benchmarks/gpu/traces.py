@@ -9,9 +9,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import cskd.pipeline.cache_teacher as stage1_spine
-from benchmarks.gpu.bench import Bench, Watch, teacher_keys
-from benchmarks.gpu.stage1 import stage2_cache
-from benchmarks.gpu.stage2 import step_config, timed
+from benchmarks.gpu.bench import Bench, teacher_keys
+from benchmarks.gpu.clocks import Watch, buffers
+from benchmarks.gpu.stage1 import WORKERS, stage2_cache
+from benchmarks.gpu.stage2 import step_config, timed, warm_of
 
 TOP = 12  # kernels that are named
 STEPS = 3  # that are traced
@@ -84,15 +85,17 @@ def busy_and_gaps(spans: Iterable[tuple[float, float]]) -> tuple[float, list[flo
 def trace_stage2(bench: Bench) -> None:
     """Cached steps, after the warm-up."""
     stage2_cache(bench)
-    warm = bench.sizes.students["tiny"].warm
-    trace = Trace(bench, "tiny cached", warm + 1, warm + 1 + min(STEPS, bench.sizes.students["tiny"].steps - 1))
+    run = bench.sizes.students["tiny"]
+    warm = warm_of(bench, run)
+    trace = Trace(bench, "tiny cached", warm + 1, warm + 1 + min(STEPS, run.steps - 1))
     timed(bench, "tiny", step_config(bench, "tiny", "cskd-hard"), False, trace)
 
 
 def trace_stage1(bench: Bench) -> None:
     """Chunks from the middle of the loop: at three views of 256 images each, five are a second at 3,800 views/s."""
-    s, keys = bench.sizes, teacher_keys("bf16+fold")
-    chunks = s.few // 2 // s.teacher_batch
-    trace = Trace(bench, "stage 1", chunks // 2, chunks // 2 + min(5, chunks // 3))
+    s, keys, workers = bench.sizes, teacher_keys("bf16+fold"), min(bench.sizes.workers, WORKERS["bf16+fold"])
+    chunks = buffers(workers) + 10
+    trace = Trace(bench, "stage 1", chunks - 9, chunks - 4)
     stage1_spine.Progress = Watch(each=trace)  # type: ignore[assignment, attr-defined]
-    stage1_spine.cache_teacher(bench.config(s.teacher, s.few // 2, keys, "trace"), quiet=True)
+    config = bench.config(s.teacher, chunks * s.teacher_batch, keys, "trace", cache_workers=workers)
+    stage1_spine.cache_teacher(config, quiet=True)

@@ -55,17 +55,18 @@ def _linear(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], l
 
 
 def _mix_batch(views_BHWC: Tensor, partner_B: Tensor, mode_B: Tensor, lam_B: Tensor, box_B4: Tensor) -> Tensor:
-    """All rows at once: few kernels, for a device that runs a batch in parallel."""
-    pixels = views_BHWC.permute(0, 3, 1, 2).float()
-    other = pixels[partner_B]
-    height, width = pixels.shape[-2:]
-    lam = torch.where(mode_B == MIXUP, lam_B, ONE).to(torch.float32)[:, None, None, None] / ONE
-    mixed = torch.where((mode_B == MIXUP)[:, None, None, None], pixels * lam + other * (1.0 - lam), pixels)
-    rows, columns = _counting(height, pixels.device), _counting(width, pixels.device)
+    """All rows at once: few kernels, for a device that runs a batch in parallel. Of bytes while that will do: they are a
+    quarter of what float32 reads and writes."""
+    other = views_BHWC[partner_B]
+    rows, columns = (_counting(n, views_BHWC.device) for n in views_BHWC.shape[1:3])
     in_rows = (rows >= box_B4[:, 0:1]) & (rows < box_B4[:, 1:2])  # [B, H]
     in_columns = (columns >= box_B4[:, 2:3]) & (columns < box_B4[:, 3:4])  # [B, W]
     cut = (mode_B == CUTMIX)[:, None, None] & in_rows[:, :, None] & in_columns[:, None, :]
-    return torch.where(cut[:, None], other, mixed)
+    own = torch.where(cut[..., None], other, views_BHWC)
+    lam = torch.where(mode_B == MIXUP, lam_B, ONE).to(torch.float32)[:, None, None, None] / ONE
+    mixed = own * lam
+    mixed += other * (1.0 - lam)
+    return mixed.permute(0, 3, 1, 2)
 
 
 def _mix_rows(

@@ -12,8 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.gpu.bench import Enough, Watch, second_half
+from benchmarks.gpu import clocks
+from benchmarks.gpu.bench import FULL, TINY, Bench, Sizes
+from benchmarks.gpu.clocks import Enough, Watch, buffers, second_half
+from benchmarks.gpu.stage2 import warm_of
 from benchmarks.gpu.traces import busy_and_gaps
 from tests.benchmarks.test_benchmark_train_step import Gpu
 
@@ -88,3 +92,25 @@ def test_the_rate_is_that_of_the_second_half() -> None:
 
 def test_time_in_which_kernels_overlap_counts_once() -> None:
     assert busy_and_gaps([(0, 4), (2, 6), (3, 5), (8, 10)]) == (8, [2], 10)
+
+
+@pytest.mark.parametrize("student", ["tiny", "small", "base"])
+@pytest.mark.parametrize("sizes", [FULL, TINY])
+def test_the_clock_of_a_run_starts_when_all_buffers_are_there_and_sees_no_end_of_an_epoch(
+    student: str, sizes: Sizes, tmp_path: Path
+) -> None:
+    run, bench = sizes.students[student], Bench(tmp_path, tmp_path, sizes, torch.device("cpu"))
+    warm, epoch = warm_of(bench, run), sizes.many // run.batch
+    assert warm > buffers(sizes.workers)
+    assert warm // epoch == (warm + run.steps) // epoch
+    assert warm % epoch
+
+
+def test_buffers_that_come_while_the_clock_runs_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clocks, "NEW_BUFFERS", came := [])
+    watch = Watch()
+    for done in range(1, 9):
+        if done in (1, 2, 6):
+            came.append(0.02)
+        watch.update(done)
+    assert watch.new_buffers == "1 new buffers of 20 ms"

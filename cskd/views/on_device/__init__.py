@@ -9,15 +9,16 @@ whatever its size. Nothing waits for the device. Why each result is the CPU's, o
 
     torch operations                                why they give the same bytes
     index_select, gather, index_copy_, cat, stack,  move values; rows that are written are all different
-      where, arange, zeros, repeat_interleave
+      where, arange, (new_)zeros, repeat_interleave
     floats to uint8, to int32                       truncation of values in range, or of whole numbers
-    + - * // % << >> & ^ | of int32, int64          whole numbers in range; in the noise they wrap around as uint64 does
+    + - * // % << >> & ^ | of uint8, int16, int32,  whole numbers in range; in the noise they wrap around as uint64 does
+      int64
     sum, cumsum, scatter_add_ of int64; amin, amax  exact in any order, so that atomic additions do no harm
     scatter_add_ of floats                          one number a place, and zeros
-    bmm of float32, float64                         whole numbers below 2^24, 2^53: exact in any order, fused or not;
-                                                    float64 where float32's products may be TF32 (`resizing`)
-    + - * of float32, float64                       a kernel each, so one correctly rounded IEEE operation that nothing
-                                                    fuses: not to be compiled; no add with alpha, addcmul, lerp
+    bmm of float32, float64                         fewer than 2^24, 2^53 of one unit: exact in any order, fused or not;
+                                                    TF32 is off meanwhile; float64 where it is not (`resizing`)
+    + - * of float32, float64, also by whole        a kernel each, so one correctly rounded IEEE operation that nothing
+      numbers                                       fuses: not to be compiled; no add with alpha, addcmul, lerp
     div of two float64 tensors                      correctly rounded; with a number on either side torch would multiply
                                                     by a reciprocal
     floor, ceil, clamp_, comparisons                exact
@@ -37,6 +38,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from cskd.machine.arithmetic import float32_products
 from cskd.views.geometry import Fill
 from cskd.views.on_device.buffer import Writer
 from cskd.views.on_device.checksum import pixel_crcs
@@ -139,8 +141,9 @@ def make_views(images: Sequence[Tensor] | Tensor, plan: Plan) -> Tensor:
     pixels = images if isinstance(images, Tensor) else torch.cat([image.reshape(-1, 3) for image in images])
     count, size = plan.shape
     views = torch.empty((count, size, size, 3), dtype=torch.uint8, device=pixels.device)
-    for bucket in plan.buckets:
-        views.index_copy_(0, bucket.rows.of(plan.words), bucket.run(pixels, plan.words))
+    with float32_products(tf32=False, device=pixels.device):
+        for bucket in plan.buckets:
+            views.index_copy_(0, bucket.rows.of(plan.words), bucket.run(pixels, plan.words))
     for step in plan.steps:
         step.run(views, plan.words)
     return views

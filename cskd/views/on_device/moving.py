@@ -117,22 +117,24 @@ class Turns:
         place -= 0.5
         whole = place.floor()
         t = (place - whole)[..., None]
-        steps = torch.arange(-1, 3, device=views.device).view(4, 1, 1)
-        columns, lines = (whole.to(torch.int64)[:, :, None] + steps).clamp_(0, size - 1).unbind(1)  # [n, 4, S, S]
+        steps = torch.arange(-1, 3, dtype=torch.int32, device=views.device).view(4, 1, 1)
+        index = torch.int32 if views.numel() < 1 << 31 else torch.int64
+        columns, lines = (whole.to(index)[:, :, None] + steps).clamp_(0, size - 1).unbind(1)  # [n, 4, S, S]
         lines += rows.view(-1, 1, 1, 1) * size
         source = lines[:, None] * size + columns[:, :, None]  # [n, 4 of columns, 4 of lines, S, S]
-        near = views.view(-1, 3).index_select(0, source.view(-1)).view(*source.shape, 3).double()
+        near = views.view(-1, 3).index_select(0, source.view(-1)).view(*source.shape, 3).to(torch.int16)
         across = _cubic(near, t[:, :1])
         turned = _cubic(across, t[:, 1]).clamp_(0.0, 255.0).to(torch.uint8)
         views.index_copy_(0, rows, torch.where(inside[..., None], turned, self.fill.of(words)[:, None, None]))
 
 
 def _cubic(near: Tensor, t: Tensor) -> Tensor:
-    """Pillow's BICUBIC of float64 [n, 4, ..] at t of the way from the second to the third, its order of operations."""
+    """Pillow's BICUBIC of [n, 4, ..] at t of the way from the second to the third, float64, in its order of operations.
+    Of whole numbers all before the first product with t are, too: int16 moves a quarter of the bytes."""
     p0, p1, p2, p3 = near.unbind(1)
-    third = (p0 - p1).mul_(2.0).add_(p2).sub_(p3)
+    third = (p0 - p1).mul_(2).add_(p2).sub_(p3)
     fourth = (p1 - p0).sub_(p2).add_(p3)
-    return fourth.mul_(t).add_(third).mul_(t).add_(p2 - p0).mul_(t).add_(p1)
+    return (fourth * t).add_(third).mul_(t).add_(p2 - p0).mul_(t).add_(p1)
 
 
 def turn_matrix(degrees: float, size: int) -> tuple[tuple[float, float, float], tuple[float, float, float]]:

@@ -3,8 +3,9 @@
 Source: torch's uint8 bicubic with antialiasing on the CPU (`HelperInterpBase::_compute_index_ranges_int16_weights` and
 the loops that use it in aten/src/ATen/native/cpu): columns first, rounded to uint8, then rows; 16-bit weights from
 float64, sums in int32. The weights are reckoned here on the host in the same float64 operations; the sums are whole
-numbers. A dimension that keeps its size has weights of exactly one, a flip reverses the columns of its matrix, padding
-are rows and columns of zeros.
+numbers of 2 ** -precision. They are of pixels less 128, which halves the largest, so that float32 holds all of them
+where a crop is up to four times as large as the view. A dimension that keeps its size has weights of exactly one, a flip
+reverses the columns of its matrix, padding are rows and columns of zeros.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from cskd.views.recipe import ViewParams
 
 # Shapes: n views of a bucket, H W its largest crop, S pixels of a view, K weights of a pixel, P pixels of all images
 
-_MAX_PIXELS = 1 << 24  # of a bucket, padding included: 50 MB of uint8, 200 MB of float32
+_MAX_PIXELS = 1 << 25  # of a bucket, padding included: 100 MB of uint8, 400 MB of float32
 _MAX_WASTE = 2.0  # how many times its crops' pixels a bucket may hold
 _MAX_PRECISION, _WEIGHT_BITS = 22, 15
-_LIMB = 8  # bits of the lower half of a weight
-_MAX_FLOAT32_WEIGHTS = 257  # 257 * 255 * 255 is below 2 ** 24: sums of so many products are exact in float32
+_FLOAT32 = 1 << 24  # whole numbers up to here are exact in float32
+_MIDDLE = 128  # which pixels are counted from
 
 
 class Weights(NamedTuple):
@@ -38,13 +39,25 @@ class Weights(NamedTuple):
     first: NDArray[np.int64]  # [S]
     weights: NDArray[np.int16]  # [S, K]
     precision: int
+    offset: NDArray[np.float64]  # [S], what rounding the sum of pixels less 128 to one of pixels adds to it
+    small: bool  # whether float32 holds every sum of some of the products with pixels less 128, and all sums of pixels up to 255
+
+    @classmethod
+    def of(cls, first: NDArray[np.int64], weights: NDArray[np.int16], precision: int) -> Weights:
+        """Those that a bucket needs, with what follows from them."""
+        one, middle = 1 << precision, _MIDDLE * weights.sum(1, dtype=np.int64)
+        largest = _MIDDLE * int(np.abs(weights, dtype=np.int32).sum(1).max())
+        return cls(first, weights, precision, middle / one + 0.5, max(largest, (_MIDDLE << 1) * one) <= _FLOAT32)
+
+    def flipped(self) -> Weights:
+        return self._replace(first=self.first[::-1], weights=self.weights[::-1], offset=self.offset[::-1])
 
 
-@functools.lru_cache(maxsize=8192)  # about 5 KB each; sides of crops are a few hundred different numbers
+@functools.lru_cache(maxsize=8192)  # about 7 KB each; sides of crops are a few hundred different numbers
 def resize_weights(length: int, size: int) -> Weights:
     """The weights by which `length` pixels become `size`, as torch reckons them for uint8."""
     first, scaled, precision = scaled_weights(length, size)
-    return Weights(first, np.where(scaled < 0, scaled - 0.5, scaled + 0.5).astype(np.int16), precision)
+    return Weights.of(first, np.where(scaled < 0, scaled - 0.5, scaled + 0.5).astype(np.int16), precision)
 
 
 def scaled_weights(length: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.float64], int]:
@@ -78,15 +91,16 @@ def _keys(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Side:
-    """One dimension of a bucket. pixels: int64 [n], of each crop; first: int64 [n, S]; weights: int16 [n, S, K];
-    precision, and half = 2 ** (precision - 1): int32 [n]; longest: the largest of `pixels`."""
+    """One dimension of a bucket. pixels: int64 [n], of each crop; first: int64 [n, S]; weights: int16 [n, S, K]; unit, that of
+    the weights: float64 [n, 1, 1]; offset: float64 [n, S]; longest: the largest of `pixels`; small: see `Weights`."""
 
     pixels: Slot
     first: Slot
     weights: Slot
-    precision: Slot
-    half: Slot
+    unit: Slot
+    offset: Slot
     longest: int
+    small: bool
 
     @classmethod
     def put(cls, writer: Writer, lengths: list[int], each: list[Weights]) -> Side:
@@ -95,37 +109,25 @@ class Side:
         weights = np.zeros((len(each), size, count), np.int16)
         for row, w in zip(weights, each, strict=True):
             row[:, : w.weights.shape[1]] = w.weights
-        precision = np.array([w.precision for w in each], np.int32)
         return cls(
             writer.put(np.array(lengths)),
             writer.put(np.stack([w.first for w in each])),
             writer.put(weights),
-            writer.put(precision),
-            writer.put(np.int32(1) << (precision - 1)),
+            writer.put(np.ldexp(1.0, [-w.precision for w in each])[:, None, None]),
+            writer.put(np.stack([w.offset for w in each])),
             max(lengths),
+            all(w.small for w in each),
         )
 
     def matrix(self, words: Tensor, exact: torch.dtype) -> Tensor:
-        """The weights as whole numbers: [n, S, longest] in float64, [n, 2 * S, longest] as two halves in float32."""
-        weights = self.weights.of(words)
-        n, size, count = weights.shape
+        """The weights: [n, S, longest]."""
+        values = self.weights.of(words) * self.unit.of(words).to(exact)
+        n, size, count = values.shape
         steps = torch.arange(count, device=words.device)
         where = (self.first.of(words)[:, :, None] + steps).clamp_(
             max=self.longest - 1
         )  # zeros lie behind the last pixel
-        halves = [weights] if exact == torch.float64 else [weights >> _LIMB, weights & ((1 << _LIMB) - 1)]
-        values = torch.stack(halves, 1).to(exact)
-        dense = torch.zeros((n, len(halves), size, self.longest), dtype=exact, device=words.device)
-        dense.scatter_add_(3, where[:, None].expand(values.shape), values)
-        return dense.view(n, -1, self.longest)
-
-    def rounded(self, words: Tensor, sums: Tensor) -> Tensor:
-        """Sums [n, halves, ..] to pixels 0..255, int32 [n, ..]."""
-        total = sums[:, 0].to(torch.int32)
-        if sums.shape[1] == 2:
-            total = (total << _LIMB) + sums[:, 1].to(torch.int32)
-        half, precision = (slot.of(words).view(-1, *[1] * (total.dim() - 1)) for slot in (self.half, self.precision))
-        return ((total + half) >> precision).clamp_(0, 255)
+        return values.new_zeros((n, size, self.longest)).scatter_add_(2, where, values)
 
 
 @dataclass(frozen=True)
@@ -160,26 +162,27 @@ class Bucket:
         x = torch.minimum(torch.arange(self.across.longest, device=words.device), side_x)
         starts = self.corner.of(words)[:, None] + y * self.stride.of(words)[:, None]
         crops = pixels_P3.index_select(0, (starts[:, :, None] + x[:, None, :]).view(-1))
+        crops = crops.bitwise_xor_(_MIDDLE).view(torch.int8)  # less 128
         n, height, width = len(y), y.shape[1], x.shape[1]
-        exact = _exact_dtype(max(self.across.weights.shape[2], self.down.weights.shape[2]), words.device)
+        exact = _exact_dtype(self.across.small and self.down.small, words.device)
         lines = crops.view(n, height, width, 3).permute(0, 1, 3, 2).to(exact, memory_format=torch.contiguous_format)
         sums = torch.bmm(lines.view(n, height * 3, width), self.across.matrix(words, exact).mT)
-        narrow = self.across.rounded(words, sums.view(n, height * 3, -1, self.size).transpose(1, 2))
-        columns = narrow.to(exact).view(n, height, 3 * self.size)
+        sums += (self.across.offset.of(words) - _MIDDLE).to(exact)[:, None]
+        columns = sums.floor_().clamp_(-_MIDDLE, _MIDDLE - 1).view(n, height, 3 * self.size)
         sums = torch.bmm(self.down.matrix(words, exact), columns)
-        views = self.down.rounded(words, sums.view(n, -1, self.size, 3, self.size))
+        sums += self.down.offset.of(words).to(exact)[..., None]
+        views = sums.clamp_(0.0, 255.5).view(n, -1, 3, self.size)
         return views.permute(0, 1, 3, 2).to(torch.uint8, memory_format=torch.contiguous_format)
 
 
-def _exact_dtype(weights: int, device: torch.device) -> torch.dtype:
+def _exact_dtype(small: bool, device: torch.device) -> torch.dtype:
     """In which products of whole numbers and their sums are exact, whatever their order, fused or not.
 
-    float32 holds those of halves of weights; where its matrix products may be less than float32's (TF32), float64.
+    float32 holds those of `small` weights; where its matrix products may be less than float32's (TF32), float64.
     """
     backends: Any = torch.backends
     precision = (backends.cuda if device.type == "cuda" else backends.mkldnn).matmul.fp32_precision
-    exact = precision in ("ieee", "none") and weights <= _MAX_FLOAT32_WEIGHTS
-    return torch.float32 if exact else torch.float64
+    return torch.float32 if small and precision in ("ieee", "none") else torch.float64
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ class Source:
             down = _window(resize_weights(height, size), crop.top - params.padding)
             across = _window(resize_weights(width, size), crop.left - params.padding)
         if params.flip:
-            across = Weights(across.first[::-1], across.weights[::-1], across.precision)
+            across = across.flipped()
         return cls(corner, width, high, wide, across, down)
 
 
@@ -221,7 +224,7 @@ def _window(w: Weights, begin: int) -> Weights:
     inside = (i >= 0) & (i < size)
     i = np.clip(i, 0, size - 1)
     weights = np.where(inside[:, None], w.weights[i], np.int16(0))
-    return Weights(np.where(inside, w.first[i], 0), weights, w.precision)
+    return Weights.of(np.where(inside, w.first[i], 0), weights, w.precision)
 
 
 def buckets(sources: Sequence[Source]) -> Iterator[list[int]]:
