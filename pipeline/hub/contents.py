@@ -51,8 +51,8 @@ _FOLDERS = re.compile(r"""(?<![\w:/.~*-])~?/(?:[^\s/'",;:()\[\]{}]+/)+(?=[^\s/])
 
 @dataclass(frozen=True)
 class HubFile:
-    """path: in the repository. source: a file of this machine, the bytes themselves, or the store that has them by `path`. last: after all others, since it makes the
-    repository be a run or a cache. fixed: its name holds the hash of its bytes. made: generated; a card that somebody wrote on
+    """path: in the repository. source: a file of this machine, the bytes themselves, or the store that has them by `path`. last:
+    after all others, since it makes the repository be a run or a cache. fixed: its name holds the hash of its bytes. made: generated; a card that somebody wrote on
     the hub stays."""
 
     path: str
@@ -81,9 +81,8 @@ def opened(source: Path, repo: str, allow_incomplete: bool) -> Iterator[Contents
     if not is_remote(source):
         yield contents_of(local_path(source, "RUN|CACHE"), repo, allow_incomplete)
         return
-    storage = open_storage(
-        location_text(str(source), "RUN|CACHE", write=True)
-    )  # what is only read has no list of its files
+    where = location_text(str(source), "RUN|CACHE", write=True)  # a store that is only read has no list of its files
+    storage = open_storage(where)
     if has_cache(storage):
         found = _cache(storage, repo, allow_incomplete)
         _refuse_limits(storage.location, found.files)
