@@ -27,9 +27,18 @@ def did_you_mean(name: str, known: Collection[str], cutoff: float = 0.6) -> str:
 
 def nearest(name: str, known: Collection[str], cutoff: float = 0.6) -> str | None:
     """The known name that is most like one, whatever their case; None where none is near."""
-    shown = {alike(one)[:_LONGEST]: one for one in list(known)[:_MOST]}
-    found = difflib.get_close_matches(alike(name)[:_LONGEST], list(shown), n=1, cutoff=cutoff)
+    wanted, names = alike(name)[:_LONGEST], list(known)[:_MOST]
+    words = wanted.count("_") + 1
+    longest_first = sorted(names, key=lambda one: (-len(one), one)) if words > 1 else []  # so that the shortest stays
+    begins = {_begin(one, words): one for one in longest_first}
+    shown = begins | {alike(one)[:_LONGEST]: one for one in names}
+    found = difflib.get_close_matches(wanted, list(shown), n=1, cutoff=cutoff)
     return shown[found[0]] if found else None
+
+
+def _begin(name: str, words: int) -> str:
+    """The first words of a name, so that `deit_tny` is like `deit_tiny_patch16_224`."""
+    return "_".join(alike(name)[:_LONGEST].split("_")[:words])
 
 
 def alike(name: str) -> str:
