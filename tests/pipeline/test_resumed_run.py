@@ -267,6 +267,22 @@ def test_a_new_learning_rate_holds_from_the_step_of_the_resume_on_and_is_written
     assert rows[0]["lr"] <= 1e-4
 
 
+def test_a_resumed_run_says_where_it_goes_on_and_another_student_is_refused_by_its_key(
+    cached: Path, tmp_path: Path
+) -> None:
+    begun = settings(cached, tmp_path / "run", max_steps=3)
+    assert not [note for note in train(begun, quiet=True).notes if "goes on" in note]
+    other = dataclasses.replace(
+        begun, student=dataclasses.replace(begun.student, model="deit_small_distilled_patch16_224")
+    )
+    with pytest.raises(
+        ConfigError, match=r"was begun with student\.model = deit_tiny\w+, now it is deit_small\w+; set it back"
+    ):
+        train(other, quiet=True)
+    report = train(settings(cached, tmp_path / "run", max_steps=4), quiet=True)
+    assert f"the run in {tmp_path / 'run'} goes on after step 3 of 4" in report.notes
+
+
 def test_a_record_that_is_none_is_refused(cached: Path, tmp_path: Path) -> None:
     state = RunState(Ranks(), torch.device("cpu"), ("label",), 5)
     for record in ([1], {"changes": [1]}, {"losses": 3, "counted": 3}, {"teacher_forwards": "many"}, "text"):
