@@ -246,6 +246,7 @@ def refuse_unfit(location: str, what: str = "cache.path") -> str:
             "put it on one that has (--set cache.path=...)"
         )
     if error is not None:
+        error.filename = str(root)  # not the name of what was tried
         raise error
     return "writable, has hard links"
 
