@@ -182,7 +182,7 @@ def cache_teacher(
     more: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[MORE]...",
+            metavar="MORE",
             parser=_path("CONFIG"),
             help="Configs of more teachers, in the same pass over the images.",
         ),
@@ -384,7 +384,9 @@ def export(
             parser=_path("OUT", objects=True), help="Folder or address for the tars, or for the other cache."
         ),
     ],
-    more_blends: Annotated[list[str] | None, typer.Argument(metavar="", hidden=True, help="Further blends.")] = None,
+    more_blends: Annotated[
+        list[str] | None, typer.Argument(metavar="BLEND", hidden=True, help="Further blends.")
+    ] = None,
     data: Data = None,
     blends: Annotated[
         list[str] | None,

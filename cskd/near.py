@@ -10,6 +10,7 @@ from pathlib import Path
 
 _LONGEST = 80  # characters of a name that are compared: difflib's time grows with the square of it
 _MOST = 4000  # names that are compared
+_BEGUN = 0.9  # ratio from which a name is taken for the beginning of a longer one
 
 
 def did_you_mean(name: str, known: Collection[str], cutoff: float = 0.6) -> str:
@@ -27,9 +28,20 @@ def did_you_mean(name: str, known: Collection[str], cutoff: float = 0.6) -> str:
 
 def nearest(name: str, known: Collection[str], cutoff: float = 0.6) -> str | None:
     """The known name that is most like one, whatever their case; None where none is near."""
-    shown = {alike(one)[:_LONGEST]: one for one in list(known)[:_MOST]}
-    found = difflib.get_close_matches(alike(name)[:_LONGEST], list(shown), n=1, cutoff=cutoff)
-    return shown[found[0]] if found else None
+    wanted, names = alike(name)[:_LONGEST], list(known)[:_MOST]
+    words = wanted.count("_") + 1
+    longest_first = sorted(names, key=lambda one: (-len(one), one)) if words > 1 else []  # so that the shortest stays
+    begins = {_begin(one, words): one for one in longest_first}
+    whole = {alike(one)[:_LONGEST]: one for one in names}
+    for shown, limit in ((begins, max(cutoff, _BEGUN)), (whole, cutoff)):
+        if found := difflib.get_close_matches(wanted, list(shown), n=1, cutoff=limit):
+            return shown[found[0]]
+    return None
+
+
+def _begin(name: str, words: int) -> str:
+    """The first words of a name, so that `deit_tny` is like `deit_tiny_patch16_224`."""
+    return "_".join(alike(name)[:_LONGEST].split("_")[:words])
 
 
 def alike(name: str) -> str:

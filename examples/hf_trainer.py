@@ -69,5 +69,7 @@ def main(cache: str | Path, output: str | Path, epochs: int = 2, batch: int = 8,
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     torch.manual_seed(0)
     print(f"loss of the last step: {main(sys.argv[1], 'runs/hf')[-1]:.3f}")

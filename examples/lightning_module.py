@@ -56,4 +56,6 @@ def main(cache: str | Path, epochs: int = 2, batch: int = 8, **trainer: Any) -> 
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     main(sys.argv[1])

@@ -22,4 +22,6 @@ def main(cache: str | Path) -> cskd.ReplaySample:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     main(sys.argv[1])

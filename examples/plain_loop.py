@@ -41,6 +41,7 @@ def main(cache: str | Path, epochs: int = 2, batch: int = 8, workers: int = 0) -
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
+        print(f"epoch {epoch}: mean loss {sum(losses[-len(loader) :]) / len(loader):.3f} over {len(loader)} steps")
     return losses
 
 
@@ -51,4 +52,6 @@ def patch_map(logits_BNK: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    print(main(sys.argv[1], workers=2))
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    main(sys.argv[1], workers=2)

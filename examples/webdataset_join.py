@@ -23,5 +23,7 @@ def joined(shards: str, targets: str, view: int) -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
     found = ["paug.json" in sample for sample in joined(sys.argv[1], sys.argv[2], int(sys.argv[3]))]
     print(f"{sum(found):,} of {len(found):,} images joined with their targets ({sum(found) / len(found):.0%})")

@@ -77,6 +77,14 @@ _SECTIONS = {"student": StudentConfig, "loss": LossConfig, "train": TrainConfig}
 
 def refuse_conflicts(config: Config, cache: Cache) -> None:
     """ConfigError for a key of the config that contradicts the cache; keys that were not written don't count."""
+    facts = cache.identity.teacher
+    halved = facts.get("autocast", "none")
+    runs_in = facts.get("dtype", "float32") if halved == "none" else halved
+    if config.teacher.precision not in ("auto", runs_in) and "teacher.precision" in config.given:
+        raise ConfigError(
+            f"teacher.precision is {config.teacher.precision}, the cache {cache.location} was made in {runs_in}; leave it out "
+            "or set it so, or make another cache"
+        )
     for key in sorted(config.given):
         section, _, name = key.partition(".")
         if section == "recipe" or (section == "teacher" and name in _TEACHER):

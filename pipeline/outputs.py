@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import shutil
 import tempfile
 import time
 import uuid
@@ -104,6 +105,17 @@ def refuse_run_output(config: Config) -> None:
             f"train.output {output}: nothing can be made in {there} ({e.strerror}); set another, --set train.output=runs/x"
         ) from None
     refuse_foreign(output)
+
+
+def refuse_full(output: Path, model: torch.nn.Module, averaged: bool) -> None:
+    """ConfigError where a new run's disk can't hold the least that it writes: weights, averaged ones, and both in a resume state."""
+    least = sum(p.numel() * p.element_size() for p in model.parameters()) * (4 if averaged else 2)
+    free = shutil.disk_usage(next(path for path in (output, *output.absolute().parents) if path.exists())).free
+    if free < least:
+        raise ConfigError(
+            f"train.output {output}: its disk has {free / 1e6:,.0f} MB free, and weights and one resume state take more than "
+            f"{least / 1e6:,.0f} MB; make room, or set another, --set train.output=..."
+        )
 
 
 def run_output(config: Config) -> Path:
@@ -246,6 +258,7 @@ def refuse_unfit(location: str, what: str = "cache.path") -> str:
             "put it on one that has (--set cache.path=...)"
         )
     if error is not None:
+        error.filename = str(root)  # not the name of what was tried
         raise error
     return "writable, has hard links"
 

@@ -422,6 +422,7 @@ def half_notes(autocast: str, device: torch.device) -> list[str]:
     if half(autocast, device) != "fp16":
         return []
     why = f"train.autocast auto is fp16: {device} has no bf16" if autocast == "auto" else "train.autocast is fp16"
+    why += ", which is slower than float32 on a CPU" if device.type == "cpu" else ""
     return [f"{why}; the loss is scaled, and steps whose gradients overflow are left out: skipped_steps in the metrics"]
 
 

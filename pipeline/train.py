@@ -34,7 +34,7 @@ from cskd.pipeline.run_state import stopped
 from cskd.pipeline.saving import Pace
 from cskd.pipeline.setup import device_of
 from cskd.pipeline.show.metrics import MetricsLog, reached
-from cskd.pipeline.show.progress import Progress, bound_by, print_lines, say, timed_start
+from cskd.pipeline.show.progress import Progress, bound_by, print_lines, rate, say, timed_start
 from cskd.pipeline.show.trackers import Trackers
 from cskd.pipeline.train_step import TrainStep
 from cskd.pipeline.training_run import TrainingRun, open_run
@@ -191,9 +191,9 @@ def _train(run: TrainingRun, update: TrainStep, quiet: bool) -> TrainReport:
 def render(report: TrainReport, console: Console) -> None:
     """The report for people."""
     stepping = report.seconds - report.other_seconds
-    rate = report.images / stepping if stepping > 0 else 0.0
     did = (
-        f"{report.steps} steps, {report.images:,} images in {report.seconds:.1f} s ({rate:.0f} images/s while stepping), "
+        f"{report.steps} step{'s' * (report.steps != 1)}, {report.images:,} images in {report.seconds:.1f} s "
+        f"({rate(report.images, stepping, 'images')} while stepping), "
         f"teacher forwards {report.teacher_forwards}"
         if report.steps
         else "finished before, nothing to do; for another run set another train.output"

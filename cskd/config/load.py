@@ -18,6 +18,7 @@ from typing import Annotated, Any, get_args
 import yaml
 
 from cskd.config.bounds import bound_of, holds, written
+from cskd.config.other_trainers import elsewhere, same_precision
 from cskd.config.schema import Config, Precision
 from cskd.config.yaml_text import EXPECTED, MAX_BYTES, Words, as_read, misread, read_yaml
 from cskd.errors import ConfigError, CskdError, PathError, shortened, why
@@ -353,22 +354,11 @@ def _build(cls: type[Any], raw: dict[str, Any], prefix: str, reading: _Reading) 
 
 def _unknown(key: Any, known: Collection[str], prefix: str) -> ConfigError:
     key = shortened(key, 80) if isinstance(key, str) else _short(key, 80)
-    if meant := _MEANT.get(f"{prefix}{key}".removeprefix("train.").lower()):
-        return ConfigError(f"unknown key '{prefix}{key}'; here it is '{meant}'")
+    if said := elsewhere(key, prefix):
+        return ConfigError(f"unknown key '{prefix}{key}'; {said}")
     inside = did_you_mean(prefix + key, [prefix + name for name in known if nearest(key, [name], 0.5)], 0.0)
     hint = inside or did_you_mean(key, _all_keys(), 0.5) or "expected one of " + ", ".join(known)
     return ConfigError(f"unknown key '{prefix}{key}'; {hint}")
-
-
-# What other trainers call a key, where the nearest name would be another one.
-_MEANT = {
-    **dict.fromkeys(("batch_size", "batchsize", "bs", "batch"), "train.global_batch"),
-    **dict.fromkeys(("learning_rate", "learningrate", "base_lr"), "train.lr"),
-    **dict.fromkeys(("amp", "mixed_precision", "fp16", "bf16"), "train.autocast"),
-    **dict.fromkeys(("num_workers", "n_workers"), "train.workers"),
-    **dict.fromkeys(("wd",), "train.weight_decay"),
-    **dict.fromkeys(("output_dir", "out", "save_dir"), "train.output"),
-}
 
 
 def _all_keys() -> list[str]:
@@ -428,7 +418,7 @@ def _wrong(kind: Any, value: Any, key: str, reading: _Reading) -> ConfigError:
     if texts and none and "none" in texts:
         hint = "write none"
     elif texts and not read:
-        hint = did_you_mean(str(value), texts)
+        hint = same_precision(str(value), texts) or did_you_mean(str(value), texts)
     elif typing.get_origin(kind) is Annotated and (":" in word or not isinstance(number, float) or number < 0):
         hint = ""
     elif read and misread(word, value) and str not in options:

@@ -110,7 +110,7 @@ def find_file(path: Path) -> tuple[Path, str | None]:
             raise ValueError(
                 "is a checkpoint of torch.distributed: convert it with torch.distributed.checkpoint.format_utils"
                 if sharded
-                else f"is a folder without {', '.join(_FOLDER[:2])} or an index of such; give a file"
+                else f"is a folder without {', '.join(_FOLDER[:2])} or an index of such"
             )
         path = found
     if not path.is_file():

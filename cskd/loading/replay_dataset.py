@@ -111,6 +111,10 @@ class ReplayDataset(Dataset[ReplaySample]):
 
     def __getitems__(self, indices: Sequence[int]) -> ReplayBatch:
         """Items as one batch: DataLoader calls this where it has a whole batch to ask for."""
+        if texts := [i for i in indices if isinstance(i, str)]:
+            raise TypeError(
+                f"item {texts[0]!r} is a text, expected a number; by its key: dataset.sample({texts[0]!r}, view=0)"
+            )
         if wrong := [i for i in indices if not -len(self) <= i < len(self)]:
             raise IndexError(
                 f"item {wrong[0]} of {len(self)} ({self.views} views of {self.images} images), expected 0..{len(self) - 1}"

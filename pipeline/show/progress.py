@@ -74,7 +74,7 @@ class Progress:
         if not self._quiet and kind is None and self._done > self.start:
             seconds = self._clock() - self._begun
             made = self._done - self.start
-            self._print(f"{made:,} {self.unit} in {duration(seconds)}, {_rate(made, seconds, self.unit)}")
+            self._print(f"{made:,} {self.unit} in {duration(seconds)}, {rate(made, seconds, self.unit)}")
 
     def update(self, done: int, **fields: Shown) -> None:
         """`done` units of the total are finished; shown when it is time, with `fields` after the figures."""
@@ -106,7 +106,7 @@ class Progress:
     def _line(self, now: float, done: int, fields: Mapping[str, Shown]) -> str:
         seconds, made = now - self._recent[0][0], done - self._recent[0][1]
         whole = f" of {self.total:,} {self.unit} ({done / self.total:.0%})" if self.total else f" {self.unit}"
-        parts = [f"{done:,}{whole}", _rate(made, seconds, self.unit)]
+        parts = [f"{done:,}{whole}", rate(made, seconds, self.unit)]
         if made > 0 and done < self.total:
             parts.append(f"{duration((self.total - done) * seconds / made)} left")
         parts += [f"{name} {value if isinstance(value, str) else value()}" for name, value in fields.items()]
@@ -189,7 +189,7 @@ def bound_by(
         return "bound by nothing: no time was spent"
     pool = max(pools, key=lambda p: p.busy)
     longest = max(pool.seconds, key=lambda name: pool.seconds[name])
-    each = " · ".join(f"{name} {_rate(units, s, unit)}" for s, name in sorted(parts, reverse=True))
+    each = " · ".join(f"{name} {rate(units, s, unit)}" for s, name in sorted(parts, reverse=True))
     line = f"bound by {longest} (busy {duration(min(pool.busy, elapsed))} of {duration(elapsed)}): {each}"
     if not cores or len(pools) < 2 or not (rest := max(p.busy for p in pools[1:])):
         return line
@@ -218,6 +218,7 @@ def duration(seconds: float) -> str:
     return f"{whole} s"
 
 
-def _rate(count: int, seconds: float, unit: str) -> str:
-    rate = count / seconds if seconds > 0 else 0.0
-    return f"{rate:,.0f} {unit}/s" if rate >= 10 or rate == 0 else f"{rate:.2f} {unit}/s"
+def rate(count: int, seconds: float, unit: str) -> str:
+    """So many in so long, as people say it: '1,500 images/s', '0.38 images/s'."""
+    each = count / seconds if seconds > 0 else 0.0
+    return f"{each:,.0f} {unit}/s" if each >= 10 or each == 0 else f"{each:.2f} {unit}/s"

@@ -32,10 +32,18 @@ def test_one_sample(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(body.splitlines()) == 5
 
 
-def test_a_loop_of_ones_own_learns(cache: Path) -> None:
+@pytest.mark.parametrize("name", ["look", "plain_loop", "webdataset_join"])
+def test_an_example_without_its_arguments_says_how_it_is_called(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [name])
+    with pytest.raises(SystemExit, match=rf"python \S*{name}\.py "):
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+
+
+def test_a_loop_of_ones_own_learns(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from examples import plain_loop
 
     losses = plain_loop.main(cache, epochs=6)
+    assert capsys.readouterr().out.count("mean loss") == 6
     assert len(losses) == 12 and np.mean(losses[-4:]) < np.mean(losses[:4])
 
 

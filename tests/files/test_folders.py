@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -22,6 +23,7 @@ from cskd.files.folders import MARKER, kind_of, mark, refuse_output
 from cskd.files.writer import sole_writer
 from cskd.packing.index import index
 from cskd.packing.pack import pack
+from cskd.pipeline import outputs
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.care.repair import repair
 from cskd.pipeline.conflicts import own_output
@@ -293,6 +295,16 @@ def test_a_cache_is_made_or_repaired_not_both(home: Path) -> None:
     assert files(cache) == before and not (cache / CLAIMS).exists()
     repair(cache, data=home / "data", quiet=True)
     assert files(cache).keys() - before.keys() == {"sealed.json", "index.jsonl.zst"} and not (cache / CLAIMS).exists()
+
+
+def test_a_place_that_can_not_be_written_to_is_named_and_not_what_was_tried_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = OSError(errno.EROFS, "Read-only file system", str(tmp_path / ".cskd-links-x"))
+    monkeypatch.setattr(outputs, "hard_link_error", lambda _: refused)
+    with pytest.raises(OSError, match="Read-only") as e:
+        outputs.refuse_unfit(str(tmp_path / "cache"))
+    assert e.value.filename == str(tmp_path / "cache")
 
 
 def test_a_disk_without_hard_links_is_found_before_the_teacher_is_loaded(

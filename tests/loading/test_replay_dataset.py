@@ -183,6 +183,13 @@ def test_pixels_are_in_0_to_1_where_no_mean_and_std_are_given(root: Path, datase
     assert torch.allclose((plain - mean) / std, dataset[3].image, atol=1e-5)
 
 
+def test_a_key_in_place_of_a_number_is_told_where_keys_go(dataset: ReplayDataset) -> None:
+    with pytest.raises(
+        TypeError, match=r"item 'a/b' is a text, expected a number; by its key: dataset\.sample\('a/b', view=0\)"
+    ):
+        dataset["a/b"]  # type: ignore[index]
+
+
 @pytest.mark.parametrize("item", [63, -64, 10**9])
 def test_an_item_that_is_not_there_ends_iteration_as_python_expects(dataset: ReplayDataset, item: int) -> None:
     with pytest.raises(IndexError, match="3 views of 21 images"):

@@ -36,6 +36,12 @@ def test_every_command_is_in_a_group_and_every_option_has_help(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+def test_a_usage_line_names_each_argument_by_a_word(name: str) -> None:
+    pieces = COMMANDS[name].collect_usage_pieces(COMMANDS[name].make_context(name, [], resilient_parsing=True))
+    assert not [piece for piece in pieces if "[[" in piece or piece.startswith(("[]", " "))], pieces
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_example_is_a_line_of_that_command_that_parses(name: str) -> None:
     word, line = COMMANDS[name].epilog.split(": ", 1)
     program, command, *arguments = shlex.split(line.split(" > ")[0])

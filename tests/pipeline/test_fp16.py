@@ -184,6 +184,7 @@ def test_auto_is_fp16_on_gpus_without_bf16(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert half("auto", GPU) == kind
     assert [half(setting, GPU) for setting in ("none", "bf16", "fp16")] == ["none", "bf16", "fp16"]
+    assert ["slower than float32" in note for note in half_notes("fp16", torch.device("cpu"))] == [True]
     said = half_notes("auto", GPU)
     assert [note.partition(";")[0] for note in said] == ["train.autocast auto is fp16: cuda:0 has no bf16"] * (
         kind == "fp16"

@@ -67,6 +67,21 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 MISTAKES = [
     ("train DIR/c.yaml --set train.batch_size=8", ["unknown key 'train.batch_size'", "it is 'train.global_batch'"]),
     ("train DIR/c.yaml --set train.learning_rate=1", ["unknown key 'train.learning_rate'", "it is 'train.lr'"]),
+    ("train DIR/c.yaml --set train.drop_path=0.1", ["unknown key 'train.drop_path'", "it is 'student.drop_path'"]),
+    ("train DIR/c.yaml --set recipe.reprob=0.25", ["unknown key 'recipe.reprob'", "here it is 'recipe.erase'"]),
+    ("train DIR/c.yaml --set recipe.aa=rand-m9", ["unknown key 'recipe.aa'", "here it is 'recipe.randaugment'"]),
+    ("train DIR/c.yaml --set train.sched=step", ["unknown key 'train.sched'", "not here: the learning rate", "cosine"]),
+    ("train DIR/c.yaml --set recipe.vflip=0.5", ["unknown key 'recipe.vflip'", "not here: views are never turned"]),
+    ("train DIR/c.yaml --set teacher.precision=fp32", ["teacher.precision is 'fp32'", "write float32"]),
+    ("train DIR/c.yaml --set train.autocast=fp32", ["train.autocast is 'fp32'", "write none"]),
+    (
+        "train DIR/c.yaml --set teacher.precision=bf16",
+        ["teacher.precision is bf16", "was made in float32", "leave it out"],
+    ),
+    (
+        "train DIR/c.yaml --set student.model=deit_tny",
+        ["student.model 'deit_tny' is no model of timm", "did you mean 'deit_tiny_patch16_224'?"],
+    ),
     ("train DIR/c.yaml --set train.lr=0,001", ["train.lr is '0,001'", "expected a number"]),
     ("train DIR/c.yaml --set train.output=1:30", ["train.output is 90", "write '1:30' in quotes"]),
     ("train DIR/c.yaml --set train.seed=1e18", ["train.seed is", "write 1000000000000000000"]),
@@ -248,6 +263,10 @@ MISTAKES = [
     (
         "cache-teacher DIR/new.yaml --set teacher.weights=DIR/model.bin",
         ["teacher.weights", "give a state dict, .safetensors or of torch.save"],
+    ),
+    (
+        "cache-teacher DIR/new.yaml --set teacher.weights=DIR/empty",
+        ["DIR/empty is a folder without model", "or an index of such; give a .safetensors or .pth file, or 'hub'"],
     ),
     (
         "cache-teacher DIR/new.yaml --set teacher.precision=int8",

@@ -20,7 +20,7 @@ from cskd.config import Config
 from cskd.pipeline import doctor as doctor_module
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.doctor import doctor, render
-from cskd.pipeline.show.progress import Pool, Progress, bound_by, duration
+from cskd.pipeline.show.progress import Pool, Progress, bound_by, duration, rate
 from cskd.pipeline.train import train
 from cskd.pipeline.training_run import TrainingRun
 from tests.caches import make_tiny_data
@@ -269,3 +269,11 @@ def test_doctor_reports_a_broken_installation_instead_of_failing_with_it(monkeyp
     out = io.StringIO()
     render(report, Console(file=out, width=200))
     assert "file [1]" in out.getvalue()
+
+
+def test_a_speed_below_one_is_not_told_as_zero() -> None:
+    assert [rate(*of, "images") for of in ((64, 236.0), (1, 0.0), (3000, 2.0))] == [
+        "0.27 images/s",
+        "0 images/s",
+        "1,500 images/s",
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import cskd.pipeline.training_run
 from cskd.config import Config
 from cskd.errors import ConfigError, StudentError
 from cskd.machine.ranks import Ranks
+from cskd.pipeline import outputs
 from cskd.pipeline.conflicts import as_begun, change_note, changed_on_resume, refuse_other_run
 from cskd.pipeline.run_state import RunState
 from cskd.pipeline.show.metrics import read_metrics
@@ -265,6 +267,33 @@ def test_a_new_learning_rate_holds_from_the_step_of_the_resume_on_and_is_written
     assert [row.get("changed") for row in rows] == [text, None]
     assert json.loads((tmp_path / "run" / "config.json").read_text())["cskd"]["changed"] == [text]
     assert rows[0]["lr"] <= 1e-4
+
+
+def test_a_resumed_run_says_where_it_goes_on_and_another_student_is_refused_by_its_key(
+    cached: Path, tmp_path: Path
+) -> None:
+    begun = settings(cached, tmp_path / "run", max_steps=3)
+    assert not [note for note in train(begun, quiet=True).notes if "goes on" in note]
+    other = dataclasses.replace(
+        begun, student=dataclasses.replace(begun.student, model="deit_small_distilled_patch16_224")
+    )
+    with pytest.raises(
+        ConfigError, match=r"was begun with student\.model = deit_tiny\w+, now it is deit_small\w+; set it back"
+    ):
+        train(other, quiet=True)
+    report = train(settings(cached, tmp_path / "run", max_steps=4), quiet=True)
+    assert f"the run in {tmp_path / 'run'} goes on after step 3 of 4" in report.notes
+
+
+def test_a_disk_that_can_not_hold_the_weights_is_refused_before_the_first_step(
+    cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outputs, "shutil", SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=1000)))
+    with pytest.raises(
+        ConfigError, match=r"run: its disk has 0 MB free, and weights and one resume state take more than"
+    ):
+        train(settings(cached, tmp_path / "run"), quiet=True)
+    assert not (tmp_path / "run" / "resume").exists()
 
 
 def test_a_record_that_is_none_is_refused(cached: Path, tmp_path: Path) -> None:
