@@ -175,13 +175,14 @@ def test_a_loss_of_an_update_that_was_left_out_counts_in_no_mean(every: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("bf16", "capability", "kind"), [(True, (9, 0), "bf16"), (False, (7, 5), "fp16"), (False, (6, 1), "none")]
+    ("capability", "kind"), [((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16"), ((6, 1), "none")]
 )
-def test_auto_is_fp16_on_gpus_without_bf16(
-    monkeypatch: pytest.MonkeyPatch, bf16: bool, capability: tuple[int, int], kind: str
+def test_auto_is_fp16_on_gpus_without_bf16_whatever_others_have(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], kind: str
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    of = {GPU: capability, torch.device("cuda", 1): (7, 5) if kind == "bf16" else (9, 0)}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", of.__getitem__)
     assert half("auto", GPU) == kind
     assert [half(setting, GPU) for setting in ("none", "bf16", "fp16")] == ["none", "bf16", "fp16"]
     said = half_notes("auto", GPU)
