@@ -127,7 +127,7 @@ class Bare:
 
     def __init__(self, name: str, facts: dict[str, Any], weights: Path, device: str) -> None:
         self.device, self.batch = pick_device(device), facts["batch"]
-        model = build_model(name, facts["kwargs"])
+        model: Any = build_model(name, facts["kwargs"])
         state = {
             k: v.float() if v.is_floating_point() else v for k, v in safetensors.torch.load_file(str(weights)).items()
         }

@@ -297,7 +297,8 @@ def _timm(side: dict[str, Any]) -> dict[str, Any]:
     criterion = SoftTargetCrossEntropy()
     if side["side"] == "timm kd":
         model.set_distilled_training(True)
-        teacher = build_model(TEACHER, {}).to(device).to(memory_format=torch.channels_last)
+        teacher: Any = build_model(TEACHER, {}).to(device)
+        teacher = teacher.to(memory_format=torch.channels_last)
         task: Any = TokenDistillationTask(model, teacher, criterion, distill_type="hard", device=device, verbose=False)
     else:
         task = ClassificationTask(model, criterion=criterion, device=device, verbose=False)

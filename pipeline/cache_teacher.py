@@ -32,6 +32,7 @@ from cskd.files.paths import is_remote, location_text
 from cskd.loading.feed import fed
 from cskd.loading.shards_ahead import shards_of_passes
 from cskd.loading.stage1 import ChunkMaker
+from cskd.machine.arithmetic import float32_products
 from cskd.machine.launch import launched, worker
 from cskd.machine.threads import Threads, begun_with, brief_turns, choose_threads, computing_with
 from cskd.pipeline.clean_check import clean_check
@@ -124,7 +125,8 @@ def cache_teachers(
     threads = choose_threads(config.cache.threads, "cache.threads", config.cache.workers, gpu=gpu)
     # Of the ranks of torchrun the first one speaks for all, since it counts what all make.
     quiet, start = quiet or not launched().speaks, time.perf_counter()
-    with computing_with(threads.count), brief_turns(gpu):
+    # Not by TF32 what lanes encode and measure next to one another, either: the setting is the whole process's.
+    with computing_with(threads.count), brief_turns(gpu), float32_products(False, device):
         jobs = [_job(one, device, moved, quiet) for one in configs]
         refuse_other_images([job.setup.inventory for job in jobs], configs)
         with explained(device, lambda probe: batch_advice(jobs[0].setup.teacher, config, probe)):

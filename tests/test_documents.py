@@ -129,7 +129,7 @@ def test_the_page_of_commands_has_every_option_with_its_default_in_tables_of_two
             if getattr(parameter, "hidden", False):
                 continue
             words = parameter.opts if parameter.param_type_name == "option" else [parameter.metavar or parameter.name]
-            shown = [row[2] for row in rows if words[0] in re.split(r"[` ,]", row[1].replace("\\|", "|"))]
+            shown = [row[2] for row in rows if words[0] in re.split(r"[` ,:]", row[1].replace("\\|", "|"))]
             default = parameter.default if isinstance(parameter.default, int | float | str) else None
             expected = f"[default: {default}" if default is not None and not isinstance(default, bool) else ""
             assert shown and expected in shown[0], (name, words)

@@ -20,7 +20,7 @@ def bare(bench: Bench, model: str, arithmetic: str, own_bf16: bool = False) -> f
     own_bf16: weights and input in bf16, in place of autocast.
     """
     s = bench.sizes
-    net = build_model(model, {"num_classes": s.classes})
+    net: Any = build_model(model, {"num_classes": s.classes})
     net.load_state_dict(load_file(bench.weights(model)))
     net = net.to(bench.device).eval().to(memory_format=torch.channels_last)
     x = torch.randn(s.teacher_batch, 3, s.pixels, s.pixels, device=bench.device)

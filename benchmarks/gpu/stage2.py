@@ -160,7 +160,7 @@ def timm_kd(bench: Bench) -> None:
     config = step_config(bench, "tiny", "none")
     model: Any = timm.create_model(run.model, num_classes=s.classes, img_size=s.pixels, **s.student_kwargs).to(device)
     model.set_distilled_training(True)
-    teacher = build_model(s.teacher, {"num_classes": s.classes})
+    teacher: Any = build_model(s.teacher, {"num_classes": s.classes})
     load_weights(teacher, bench.weights(s.teacher))
     teacher = teacher.to(device).to(memory_format=torch.channels_last)
     task: Any = TokenDistillationTask(

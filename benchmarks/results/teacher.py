@@ -134,7 +134,7 @@ class Run:
         self.args, self.device = args, device
         self.train, self.val = Images.of(args.train, device), Images.of(args.val, device)
         torch.manual_seed(0)
-        model = NETWORKS[args.network](args.blocks, args.widths, args.kernels)
+        model: Any = NETWORKS[args.network](args.blocks, args.widths, args.kernels)
         if args.init:
             model.load_state_dict(load_file(args.init))
         self.model = model.to(device).to(memory_format=torch.channels_last)

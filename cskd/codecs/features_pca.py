@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 from cskd.codecs.base import Arrays, Field, Outputs
 from cskd.codecs.features import FeaturesCodec
 from cskd.codecs.streams import NUMBERS, StreamedCodec, cosine_axes, narrow, rounded
+from cskd.codecs.tabled import exact
 from cskd.errors import CodecError
 
 if TYPE_CHECKING:
@@ -99,11 +100,9 @@ class FeaturesPcaCodec(StreamedCodec, FeaturesCodec):
         x = self._validated(outputs).flatten(2)
         t, parts = self.tables(x.device), []
         for i in range(0, len(x), ROWS):
-            y = (
-                torch.einsum("rc,bcn,fn->brf", t["encode"], x[i : i + ROWS] - t["mean"][:, None], t["cosine"])
-                / t["steps"]
-            )
-            q = rounded(y, DEAD)
+            part = (t["encode"], x[i : i + ROWS] - t["mean"][:, None], t["cosine"])
+            y = torch.einsum("rc,bcn,fn->brf", *map(exact, part)).float()
+            q = rounded(y / t["steps"], DEAD)
             if not self.soft:
                 parts.append([q.short().cpu()])
                 continue

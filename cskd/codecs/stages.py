@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from cskd.codecs.base import Arrays, Codec, Field, Outputs
 from cskd.codecs.bits import MAX_BITS, MIN_BITS, packed_length
 from cskd.codecs.streams import NUMBERS, StreamedCodec, cosine_axes, narrow, rounded
-from cskd.codecs.tabled import MAP_FIELDS, TabledCodec, checked_map, finite, pack_map, unpack_map
+from cskd.codecs.tabled import MAP_FIELDS, TabledCodec, checked_map, exact, finite, pack_map, unpack_map
 from cskd.errors import CodecError
 
 if TYPE_CHECKING:
@@ -186,7 +186,8 @@ class StagePcaCodec(StreamedCodec, StageCodec):
         """A batch as arrays. Raises CodecError for what is not finite float32 of the codec's shape."""
         x = self._validated(outputs)
         t = self.tables(x.device)
-        y = _forward(x, t["basis"], t["mean"], (t["rows"], t["cols"])) / t["step"]
+        basis, mean, *axes = (exact(t[name]) for name in ("basis", "mean", "rows", "cols"))
+        y = _forward(exact(x), basis, mean, axes).float() / t["step"]
         return {"coefficient": narrow(rounded(y, DEAD).short().cpu().numpy())}
 
     def map_torch(self, tensors: dict[str, Tensor]) -> Tensor:

@@ -65,6 +65,12 @@ class TabledCodec(Codec):
         raise NotImplementedError
 
 
+def exact(x: Tensor) -> Tensor:
+    """What is multiplied to be stored: on CUDA in float64. Whether float32 is rounded to TF32 there is a setting of the whole
+    process, which another thread's forward may have on."""
+    return x.double() if x.is_cuda else x
+
+
 def pack_map(x_BChw: Tensor, bits: int) -> Arrays:
     """Float32 maps as the arrays of `MAP_FIELDS`."""
     packed, low, step = pack_levels(x_BChw.permute(0, 2, 3, 1), bits)

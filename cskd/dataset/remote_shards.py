@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,6 +51,9 @@ class Listed(Protocol):
     def shard_path(self, shard: int) -> Path: ...
 
 
+_opening = threading.Lock()
+
+
 @dataclass(frozen=True)
 class RemoteShards:
     """Where the shards of an inventory are: an address, as `location_text` has it. Cheap to pickle."""
@@ -58,9 +61,13 @@ class RemoteShards:
     location: str
     node: NodeCache
 
-    @cached_property
+    @property
     def storage(self) -> Storage:
-        return open_storage(self.location, "the data set")
+        """Opened when it is asked for first, by whichever of several threads; from Python 3.12 on cached_property has no lock."""
+        with _opening:
+            opened: Storage = self.__dict__.get("storage") or open_storage(self.location, "the data set")
+            self.__dict__["storage"] = opened
+            return opened
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RemoteShards, (self.location, self.node)

@@ -13,7 +13,8 @@ import torch
 from cskd.errors import ConfigError
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_FP16 = 7, 0  # compute capability of the first CUDA devices with fast products of fp16
+# Compute capability of the first CUDA devices with fast products of such numbers.
+_FP16, _BF16 = (7, 0), (8, 0)
 
 
 def precision_here(precision: str, device: torch.device, key: str) -> str:
@@ -41,8 +42,8 @@ def half(setting: str, device: torch.device) -> str:
 
 
 def _gains_by_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cuda":  # torch.cuda.is_bf16_supported asks the current device, which may be another one
+        return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= _BF16
     return device.type == "cpu" and cpu_has_bf16()
 
 

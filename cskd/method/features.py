@@ -59,13 +59,13 @@ def bilinear(x_BChw: Tensor, grid: tuple[int, int]) -> Tensor:
     h, w = x_BChw.shape[2:]
     if (h, w) == grid:
         return x_BChw
-    rows, cols = (_weights(n, m).to(x_BChw) for n, m in zip((h, w), grid, strict=True))
+    rows, cols = (_weights(n, m, x_BChw.dtype, x_BChw.device) for n, m in zip((h, w), grid, strict=True))
     return rows @ x_BChw @ cols.T
 
 
-@cache
-def _weights(n: int, m: int) -> Tensor:
-    """float64 [m, n]: what each of m cells takes of n."""
+@cache  # each copied to a device once: a copy out of plain memory waits for all that the device is at
+def _weights(n: int, m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[m, n]: what each of m cells takes of n."""
     each = torch.eye(n, dtype=torch.float64)[None]
     found = F.adaptive_avg_pool1d(each, m) if m <= n else F.interpolate(each, m, mode="linear", align_corners=False)
-    return found[0].T.contiguous()
+    return found[0].T.contiguous().to(device, dtype)

@@ -246,11 +246,12 @@ def dkd_loss(student: Tensor, teacher: Tensor, label: Tensor, tau: float, alpha:
     at = label[:, None]
     log_student, log_teacher = (F.log_softmax(logits / tau, dim=1) for logits in (student, teacher))
     own_student, own_teacher = log_student.gather(1, at), log_teacher.gather(1, at)
-    others = torch.ones_like(student, dtype=torch.bool).scatter(1, at, False)
-    rest_student, rest_teacher = (logits[others].view(len(logits), -1) / tau for logits in (student, teacher))
+    others = torch.arange(student.shape[1] - 1, device=student.device).repeat(len(student), 1)
+    others += others >= at  # not by a mask: how many it selects is known when the device has computed it
+    rest_student, rest_teacher = (logits.gather(1, others) / tau for logits in (student, teacher))
     log_rest_student, log_rest_teacher = (F.log_softmax(rest, dim=1) for rest in (rest_student, rest_teacher))
     mass_student, mass_teacher = (
-        logs[others].view(len(logs), -1).logsumexp(1, keepdim=True) for logs in (log_student, log_teacher)
+        logs.gather(1, others).logsumexp(1, keepdim=True) for logs in (log_student, log_teacher)
     )
     pair_student, pair_teacher = torch.cat([own_student, mass_student], 1), torch.cat([own_teacher, mass_teacher], 1)
     target = F.kl_div(pair_student, pair_teacher, reduction="sum", log_target=True)

@@ -13,6 +13,7 @@ from timm.optim._optim_factory import create_optimizer_v2, list_optimizers
 from timm.scheduler.scheduler_factory import create_scheduler_v2
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from cskd.config.schema import TrainConfig
 from cskd.errors import ConfigError, one_line
@@ -72,7 +73,7 @@ class Optimisation:
         )
         self._epoch_steps = steps_per_epoch if config.lr_every == "epoch" else 0
         fp16 = half(config.autocast, device) == "fp16"
-        self.scaler = torch.amp.GradScaler(device.type) if fp16 else None
+        self.scaler = GradScaler(device.type) if fp16 else None
         self.skipped: Tensor | None = None
         self._ema = None if config.ema is None else ModelEmaV3(student, decay=config.ema, use_warmup=config.ema_warmup)
 

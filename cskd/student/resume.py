@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from cskd.errors import NotFiniteError, StudentError
 from cskd.files.checkpoint import MAX_HEADER, check_safetensors
@@ -327,7 +328,7 @@ def _scaler_state(path: Path, state: Any) -> dict[str, Any] | None:
     """The loss scale of a state; None where it has none, which leaves that of a new run. StudentError for one that is none."""
     if state is None:
         return None
-    own = torch.amp.GradScaler("cpu").state_dict()
+    own = GradScaler("cpu").state_dict()
     sound = isinstance(state, dict) and state.keys() == own.keys()
     if (
         not sound

@@ -129,5 +129,7 @@ def threads_of_a_lane(device: torch.device, reentrant: bool) -> contextlib.Abstr
 
 
 def _begin(device: torch.device, threads: int) -> None:
+    if device.type == "cuda":  # each thread has its own, the first GPU: to go back to it would begin a context there
+        torch.cuda.set_device(device)
     if device.type == "cpu":
         torch.set_num_threads(threads)  # of this thread alone, and of those begun later

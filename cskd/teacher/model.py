@@ -287,9 +287,8 @@ def load_teacher(config: TeacherConfig, class_names: Sequence[str], device: torc
     preprocess = _preprocess(config, built.stated, image_size, notes)
     prepare = Prepare(preprocess, device, config.channels_last)
     precision = precision_here(config.precision, device, "teacher.precision")
-    model = model.to(device)
-    if config.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+    layout: dict[str, Any] = {"memory_format": torch.channels_last} if config.channels_last else {}
+    model = model.to(device, **layout)
     images = _probe_pixels(image_size)[:2]
     _count(len(images))
     with torch.no_grad(), full_precision(device):

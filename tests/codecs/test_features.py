@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cskd.codecs import Outputs, get_codec, known_own
 from cskd.codecs.base import Arrays
 from cskd.codecs.features import FeaturesCodec
 from cskd.codecs.features_pca import cosines
+from cskd.codecs.stages import StageCodec
 from cskd.errors import CodecError
 
 GRID, C = (2, 3), 16
@@ -180,3 +184,35 @@ def test_a_name_of_a_cache_is_known_again() -> None:
     for name, stored in names.items():
         assert get_codec(name, 12, GRID).name == get_codec(stored, 12, GRID).name == stored
         assert known_own(name) == name, "and is not taken for a class of a user's module"
+
+
+class Products(TorchDispatchMode):
+    """The dtypes that are multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes = set[torch.dtype]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.convolution.default):
+            self.dtypes.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["features:pca8", "stage:layer2:pca4"])
+def test_what_a_gpu_stores_does_not_depend_on_tf32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec, x = get_codec(name, 5, GRID), maps(5, 3)
+    if isinstance(codec, StageCodec):
+        tables = codec.fit([maps(40, 1)])
+        codec.use_tables(lambda: tables)
+        of = Outputs(torch.zeros(5, 5, *GRID), torch.zeros(5, 5), None, None, {"layer2": x})
+    else:
+        codec, tables = made(name, 5)
+        of = outputs(tables, x)
+    here = codec.encode_outputs(of)
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    with Products() as products:
+        there = codec.encode_outputs(of)
+    assert products.dtypes == {torch.float64}
+    for field, numbers in here.items():  # those that lie between two steps may be rounded to the other one
+        assert there[field].dtype == numbers.dtype and np.mean(there[field] != numbers) < 0.02

@@ -6,7 +6,9 @@ import functools
 import http.server
 import os
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from cskd.dataset.inventory import Inventory, open_inventory
-from cskd.dataset.remote_shards import SHARD
+from cskd.dataset.remote_shards import SHARD, RemoteShards
 from cskd.dataset.shard_reader import FEW, ShardReader
 from cskd.errors import ConfigError, CskdError, DataError, StorageError
 from cskd.storage import Storage, join, open_storage
@@ -39,6 +41,21 @@ def remote(request: pytest.FixtureRequest, local: Inventory, tmp_path: Path) -> 
         return
     with serving(local.root.parent) as address:
         yield address
+
+
+def test_threads_that_copy_shards_share_one_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    opened = list[str]()
+
+    def slow(location: str, key: str) -> Storage:
+        time.sleep(0.05)
+        opened.append(location)
+        return open_storage(str(tmp_path))
+
+    monkeypatch.setattr("cskd.dataset.remote_shards.open_storage", slow)
+    remote = RemoteShards("s3://bucket/data", NodeCache(tmp_path))
+    with ThreadPoolExecutor(4) as pool:
+        each = list(pool.map(lambda _: remote.storage, range(4)))
+    assert opened == ["s3://bucket/data"] and all(one is each[0] for one in each)
 
 
 @contextmanager

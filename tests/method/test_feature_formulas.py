@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cskd.config import LossConfig
 from cskd.config.schema import LossTerm
 from cskd.errors import ConfigError, StudentError
-from cskd.method.features import MapShape
+from cskd.method.features import MapShape, bilinear
 from cskd.method.losses import DistillationLoss, FeatureTargets, HardTargets, MixedLabels, StudentOutput
 from cskd.method.terms import needs, refuse_gaps
 from cskd.student.projections import Projections
@@ -57,6 +58,25 @@ def test_a_term_of_features_is_its_formula(target: Any, kind: Any, standardise: 
     total, terms = loss(output, LABELS, FeatureTargets(torch.from_numpy(maps)))
     assert float(terms[term.title]) == pytest.approx(expected, rel=1e-12)
     assert float(total) == pytest.approx(np.log(K) + 0.5 * expected)
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies to another device or dtype."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_weights_of_another_grid_are_copied_to_a_device_once() -> None:
+    x = torch.arange(48.0).view(1, 2, 4, 6)
+    first = bilinear(x, (7, 3))
+    with Copies() as copies:  # each would wait for what the device is at
+        assert torch.equal(bilinear(x, (7, 3)), first)
+        assert not copies.count
+        assert bilinear(x.double(), (7, 3)).dtype == torch.float64
 
 
 def test_features_stand_next_to_classes_and_have_a_gradient_when_they_do_not_count() -> None:

@@ -9,12 +9,22 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cskd.config import LossConfig, from_dict, load_config
 from cskd.config.schema import LossTerm
 from cskd.errors import ConfigError
 from cskd.method.losses import BothTargets, DistillationLoss, HardTargets, MixedLabels, SoftTargets, StudentOutput
-from cskd.method.terms import expanded, needs, own_terms, read_heads, refuse_gaps, trained_heads, unread_keys
+from cskd.method.terms import (
+    cells_term,
+    expanded,
+    needs,
+    own_terms,
+    read_heads,
+    refuse_gaps,
+    trained_heads,
+    unread_keys,
+)
 
 B, K, H, W = 5, 7, 2, 3
 Array = NDArray[np.float64]
@@ -86,6 +96,28 @@ def test_decoupled_kd(batch: tuple[StudentOutput, MixedLabels, BothTargets]) -> 
     # KL(p || q) = KL of the pair + (1 - p_t) * KL among the others: with that weight in place of beta it is plain KD.
     plain = value(term("distillation", "global", "kl", tau=tau), batch) / tau**2
     assert plain == pytest.approx(kl(softmax(logits[0]), softmax(logits[1])), rel=1e-9)
+
+
+EVERY_KIND = [
+    term("class", "label"),
+    term("distillation", "global", "ce"),
+    term("distillation", "global", "kl", standardise=True),
+    term("class", "global", "dkd"),
+    term("patches", "cells", "ce"),
+    term("patches", "cells", "kl", decay="local"),
+]
+
+
+@pytest.mark.parametrize("one", EVERY_KIND, ids=lambda one: one.title)
+def test_no_term_waits_for_the_numbers_of_a_device(
+    batch: tuple[StudentOutput, MixedLabels, BothTargets], one: LossTerm
+) -> None:
+    # Fake tensors have none: what asks for one, or selects by a mask, raises.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        total, _ = DistillationLoss(LossConfig("terms", terms=[one]), cells_term(LossConfig("terms", terms=[one])))(
+            *batch
+        )
+    assert total.shape == ()
 
 
 @pytest.mark.parametrize("decay", [None, "local"])

@@ -18,6 +18,7 @@ from cskd.config import Config, TrainConfig
 from cskd.errors import ConfigError, NotFiniteError, StudentError
 from cskd.machine.arithmetic import arithmetic, float32_products, half
 from cskd.machine.ranks import Ranks
+from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.evaluate import evaluate_checkpoint
 from cskd.pipeline.run_state import _MOST_SKIPS, RunState
 from cskd.pipeline.setup import half_notes
@@ -175,13 +176,14 @@ def test_a_loss_of_an_update_that_was_left_out_counts_in_no_mean(every: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("bf16", "capability", "kind"), [(True, (9, 0), "bf16"), (False, (7, 5), "fp16"), (False, (6, 1), "none")]
+    ("capability", "kind"), [((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16"), ((6, 1), "none")]
 )
-def test_auto_is_fp16_on_gpus_without_bf16(
-    monkeypatch: pytest.MonkeyPatch, bf16: bool, capability: tuple[int, int], kind: str
+def test_auto_is_fp16_on_gpus_without_bf16_whatever_others_have(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], kind: str
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    of = {GPU: capability, torch.device("cuda", 1): (7, 5) if kind == "bf16" else (9, 0)}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", of.__getitem__)
     assert half("auto", GPU) == kind
     assert [half(setting, GPU) for setting in ("none", "bf16", "fp16")] == ["none", "bf16", "fp16"]
     assert ["slower than float32" in note for note in half_notes("fp16", torch.device("cpu"))] == [True]
@@ -206,7 +208,7 @@ def test_the_report_says_which_products_are_tf32(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("on", [True, False])
-def test_training_asks_for_its_products_and_an_evaluation_for_exact_ones(
+def test_training_asks_for_its_products_and_a_cache_and_an_evaluation_for_exact_ones(
     cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on: bool
 ) -> None:
     asked: list[tuple[bool, torch.device]] = []
@@ -215,11 +217,13 @@ def test_training_asks_for_its_products_and_an_evaluation_for_exact_ones(
         asked.append((tf32, device))
         return float32_products(tf32, device)
 
-    for module in ("train", "evaluate"):
+    for module in ("cache_teacher", "train", "evaluate"):
         monkeypatch.setattr(f"cskd.pipeline.{module}.float32_products", noted)
-    train(settings(cached, tmp_path / "run", max_steps=1, tf32=on, autocast="none"), quiet=True)
+    config = settings(cached, tmp_path / "run", max_steps=1, tf32=on, autocast="none")
+    cache_teacher(config, quiet=True)
+    train(config, quiet=True)
     evaluate_checkpoint(tmp_path / "run", cached / "val", 8, 0, None, "cpu", True)
-    assert asked == [(on, CPU), (False, CPU)]
+    assert asked == [(False, CPU), (on, CPU), (False, CPU)]
 
 
 def test_products_are_set_on_cuda_devices_alone_and_set_back() -> None:

@@ -316,7 +316,7 @@ MISTAKES = [
         "pack DIR/source DIR/out --split trian",
         ["DIR/source holds no folder of images for '--split trian'", "name one of them"],
     ),
-    ("pack DIR/source DIR/out --short-side 0", ["Invalid value for '--short-side': Input should be greater th"]),
+    ("pack DIR/source DIR/out --short-side 0", ["Invalid value for '--short-side': "]),
     ("index DIR/nowhere/*.tar", ["no .tar files at DIR/nowhere/*.tar", "expected webdataset shards (decompressed)"]),
     ("index DIR/source", ["no .tar files at DIR/source", "expected webdataset shards (decompressed)"]),
     ("inspect DIR/nowhere", ["no cache at DIR/nowhere", "make one with `cskd cache-teacher CONFIG`"]),

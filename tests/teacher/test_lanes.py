@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -221,3 +223,12 @@ def test_an_interrupt_in_a_pass_leaves_whole_units_only(
     whole = cache_teacher(config(base, cache={"path": str(tmp_path / "whole")}), quiet=True)
     assert report.content_root == whole.content_root
     assert np.all(~open_cache(tmp_path / "cache").quarantined())
+
+
+def test_a_lane_has_its_device_as_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: dict[int, torch.device] = {}  # by thread
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.update({threading.get_ident(): device}))
+    monkeypatch.setattr(Lanes, "_stream", lambda _: contextlib.nullcontext())
+    with Lanes(torch.device("cuda", 1)) as lanes:
+        assert lanes.submit(lambda: current[threading.get_ident()]).result() == torch.device("cuda", 1)
+    assert threading.get_ident() not in current
