@@ -20,6 +20,7 @@ from cskd.codecs import Arrays, Codec
 from cskd.codecs.base import BLEND_ONE, hard_rank, quantise_blend
 from cskd.codecs.envelope import EnvelopeCodec
 from cskd.errors import CodecError
+from cskd.machine.arithmetic import full_precision
 from cskd.method.ckf import ckf_blend
 from cskd.method.losses import HardTargets, MixedLabels, SoftTargets
 from cskd.views.recipe import ViewParams, describe
@@ -125,7 +126,8 @@ class Targets:
         """Dense [B, K, h, w] and global [B, K] logits, float32, on the device."""
         codec = self._soft
         wide = {k: t.long() if t.dtype == torch.uint16 else t for k, t in self.arrays[codec.name].items()}
-        return codec.logits_torch({k: t.to(self.device, non_blocking=True) for k, t in wide.items()})
+        with full_precision(self.device):  # the codec states an error that TF32 would exceed
+            return codec.logits_torch({k: t.to(self.device, non_blocking=True) for k, t in wide.items()})
 
     def _numpy(self, codec: Codec) -> Arrays:
         return {name: tensor.numpy() for name, tensor in self.arrays[codec.name].items()}

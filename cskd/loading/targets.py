@@ -20,6 +20,7 @@ from cskd.errors import ConfigError, TeacherError
 from cskd.loading.epoch_table import prefixed
 from cskd.loading.joined import JoinedCaches
 from cskd.loading.sources import Batch, TargetSpec
+from cskd.machine.arithmetic import full_precision
 from cskd.method.ckf import blend_at, hard_targets
 from cskd.method.features import MapShape
 from cskd.method.losses import AnyTargets, BothTargets, FeatureTargets, HardTargets, MixedLabels, OfOne, SoftTargets
@@ -228,23 +229,24 @@ class _OfCache(_Targets):
                 if name.startswith(prefix)
             }
 
-        if self.needs.soft or self.needs.features:
-            stored = stored_of("target")
-            codec = self._codecs[self.soft_codec]
-            if isinstance(codec, FeaturesCodec) and self.needs.features:
-                features = codec.features_torch(stored)
-            if self.needs.soft:
-                if codec.cells:
-                    dense_BKhw, global_BK = codec.logits_torch(stored)
-                else:
-                    global_BK = codec.global_logits_torch(stored)
-                    dense_BKhw = global_BK[:, :, None, None].expand(-1, -1, *codec.grid)
-                soft = self.soft(global_BK, dense_BKhw, epoch)
-        stages = dict[str, Tensor]()
-        for stage, name in self.stages.items():
-            of = self._codecs[name]
-            assert isinstance(of, StageCodec)
-            stages[stage] = of.map_torch(stored_of(f"map.{name}"))
+        with full_precision(device):  # their codecs state an error that TF32 would exceed
+            if self.needs.soft or self.needs.features:
+                stored = stored_of("target")
+                codec = self._codecs[self.soft_codec]
+                if isinstance(codec, FeaturesCodec) and self.needs.features:
+                    features = codec.features_torch(stored)
+                if self.needs.soft:
+                    if codec.cells:
+                        dense_BKhw, global_BK = codec.logits_torch(stored)
+                    else:
+                        global_BK = codec.global_logits_torch(stored)
+                        dense_BKhw = global_BK[:, :, None, None].expand(-1, -1, *codec.grid)
+                    soft = self.soft(global_BK, dense_BKhw, epoch)
+            stages = dict[str, Tensor]()
+            for stage, name in self.stages.items():
+                of = self._codecs[name]
+                assert isinstance(of, StageCodec)
+                stages[stage] = of.map_torch(stored_of(f"map.{name}"))
         return _joined(hard, soft, features, stages)
 
 

@@ -13,6 +13,7 @@ from cskd.codecs import Arrays
 from cskd.codecs.base import BLEND_ONE, Outputs, direct_hard
 from cskd.codecs.features import FeaturesCodec
 from cskd.codecs.stages import StageCodec, stages_of
+from cskd.machine.arithmetic import full_precision
 from cskd.machine.devices import pick_device
 from cskd.machine.threads import begun_with, choose_threads, computing_with
 from cskd.pipeline.recorded_teacher import recorded_teacher
@@ -100,7 +101,11 @@ def recompute(cache: Cache, count: int, device: str, quiet: bool) -> Recomputed:
     if not teacher.reentrant:
         threads, _ = begun_with(cache.manifest.threads, threads, asked=False)
     total = min(count, made_views(cache))
-    with computing_with(threads.count), Progress("recompute", total, "views", quiet=quiet) as progress:
+    with (
+        computing_with(threads.count),
+        full_precision(teacher.device),  # what is decoded, not the teacher, which sets its own
+        Progress("recompute", total, "views", quiet=quiet) as progress,
+    ):
         for block, view, unit, rows in golden_rows(cache, count):
             read = {hard, soft or hard, features or hard, *stages}
             targets = {name: cache.read(block, view, name).targets for name in read}

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from cskd.config import Config, from_dict, to_dict
 from cskd.errors import ConfigError, StudentError
+from cskd.loading.replay_batch import Targets
 from cskd.loading.targets import CachedTargets, LiveTargets
 from cskd.method.losses import BothTargets, FeatureTargets, SoftTargets
 from cskd.pipeline.cache_teacher import cache_teacher
@@ -118,6 +120,28 @@ def test_the_features_of_a_pca_codec_will_do(base: Path) -> None:
     targets = CachedTargets(cache, settings(base, "pca").loss, 2)
     assert targets.maps == {"": (12, cache.grid)}
     assert (targets.spec(0).codec, targets.spec(0).also) == ("envelope", "pca")
+
+
+@pytest.mark.parametrize("name", ["features4", "featurespca12"])
+def test_what_a_cache_stores_is_decoded_in_full_precision_whatever_is_around(base: Path, name: str) -> None:
+    cache = open_cache(base / "cache")
+    cache.codecs = {"envelope": cache.codecs["envelope"], name: cache.codecs[name]}
+    loss = from_dict({"loss": {"method": "cskd-soft", "terms": [VKD]}}).loss
+    of_a_run, codec = CachedTargets(cache, loss, 2), cache.codecs[name]
+    stored = codec.take(cache.read(0, 0, name).targets, np.arange(4))
+    batch = {f"target.{field}": torch.from_numpy(array) for field, array in stored.items()}
+
+    def decoded() -> list[torch.Tensor]:
+        found = of_a_run.of(batch, 0, torch.device("cpu"))
+        assert isinstance(found, FeatureTargets) and isinstance(found.logits, SoftTargets)
+        assert found.features is not None and found.logits.dense_logits is not None
+        in_a_program = Targets.of({name: codec}, {name: stored}).logits_at(0.5)
+        return [found.features, found.logits.global_logits, found.logits.dense_logits, in_a_program]
+
+    alone = decoded()
+    with torch.autocast("cpu", torch.bfloat16):
+        around = decoded()
+    assert all(torch.equal(a, b) for a, b in zip(alone, around, strict=True))
 
 
 def test_a_teacher_grid_that_is_finer_than_the_student_is_refused(base: Path) -> None:
