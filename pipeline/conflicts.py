@@ -219,14 +219,26 @@ def refuse_other_run(begun: dict[str, Any], now: dict[str, Any], output: Path, d
     for key, old, new in differences(_filled(begun, now), now):
         if key in _NOTED:
             continue
+        by_key = f"set it back with --set {'train.views' if key == 'views' else key}={_written(old)}"
+        if isinstance(old, list) and isinstance(new, list):
+            by_key = "set it back in the config"
+            key, old, new = _within(key, old, new)
         back = {
             "cache": _cache_back(old, new, bool(now.get("online"))),
             "online": "start it with --online" if old else "start it without --online",
-        }.get(key, f"set it back with --set {'train.views' if key == 'views' else key}={_written(old)}")
+        }.get(key, by_key)
         raise ConfigError(
             f"the run in {output} was begun with {key} = {_written(old)}, now it is {_written(new)}; {back}, or start "
             "another run with --set train.output=..."
         )
+
+
+def _within(key: str, old: list[Any], new: list[Any]) -> tuple[str, Any, Any]:
+    """Where two lists of a key differ first: what is there, and both values."""
+    for i, pair in enumerate(zip(old, new, strict=False)):
+        for difference in differences(*pair, f"{key}[{i}]"):
+            return difference
+    return f"items of {key}", len(old), len(new)
 
 
 def _cache_back(old: Any, new: Any, online: bool) -> str:
