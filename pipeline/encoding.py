@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -60,7 +61,9 @@ def encoded_view(
         outputs = outputs._replace(labels=labels_B2)
     middle = time.perf_counter()
     targets = {name: codec.encode_outputs(outputs) for name, codec in codecs.items()}
-    errors = {name: measure(codec, targets[name], outputs) for name, codec in codecs.items()}
+    # What is decoded for this is multiplied in float32, and TF32 is a setting of the whole process.
+    with lanes.launching() if teacher.precision == "tf32" else contextlib.nullcontext():
+        errors = {name: measure(codec, targets[name], outputs) for name, codec in codecs.items()}
     known = {name: error for name, error in errors.items() if error is not None}
     return Encoded(targets, known, middle - begun, time.perf_counter() - middle)
 

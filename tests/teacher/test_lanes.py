@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,13 @@ import torch
 import cskd.teacher.lanes
 from cskd.codecs.base import Arrays
 from cskd.codecs.envelope import EnvelopeCodec
+from cskd.codecs.int8 import Int8Codec
+from cskd.dataset.inventory import open_inventory
 from cskd.errors import CodecError
 from cskd.files.claims import Claims
-from cskd.loading.stage1 import ChunkMaker, chunks
+from cskd.loading.stage1 import Chunk, ChunkMaker, chunks
 from cskd.pipeline.cache_teacher import cache_teacher
+from cskd.pipeline.encoding import encoded_view
 from cskd.store.cache import Cache, create_cache, open_cache
 from cskd.store.commit import read_commit
 from cskd.store.unit_builder import UnitBuilder
@@ -232,3 +237,28 @@ def test_a_lane_has_its_device_as_the_current_one(monkeypatch: pytest.MonkeyPatc
     with Lanes(torch.device("cuda", 1)) as lanes:
         assert lanes.submit(lambda: current[threading.get_ident()]).result() == torch.device("cuda", 1)
     assert threading.get_ident() not in current
+
+
+@pytest.mark.parametrize("precision", ["tf32", "float32"])
+def test_where_forwards_are_in_tf32_errors_are_measured_between_them(
+    base: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    c = config(base)
+    inventory = open_inventory(base / "train")
+    teacher = replace(load_teacher(c.teacher, inventory.classes, CPU, c.recipe.size), precision=precision)
+    maker, inside, seen = ChunkMaker(ViewMaker(inventory, c.recipe), inventory.id), [0], list[int]()
+
+    class Watched(Lanes):
+        @contextlib.contextmanager
+        def launching(self) -> Iterator[None]:
+            inside[0] += 1
+            yield
+            inside[0] -= 1
+
+    monkeypatch.setattr("cskd.pipeline.encoding.measure", lambda *_: seen.append(inside[0]))
+    chunk = maker(Chunk(0, (0,), 0, np.arange(4)))
+    mixing = (torch.arange(4), torch.zeros(4, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), torch.zeros(4, 4))
+    codecs = {"int8": Int8Codec(teacher.classes, teacher.grid)}
+    with Watched(CPU) as lanes:
+        encoded_view(teacher, codecs, lanes, chunk, 0, mixing, np.arange(4), torch.zeros(4, 2, dtype=torch.int64))
+    assert seen == [int(precision == "tf32")]
