@@ -134,9 +134,9 @@ def _add_all(
     counts: Counter[int] = Counter()
     empty, images = Tally(), 0
     for number, path in enumerate(paths):
-        before = keys.seen
-        for key, _, label, offset, size in samples.of(path, prefix=reading.prefix_of(path, data)):
-            if not keys.takes(key):
+        before, prefix = keys.seen, reading.prefix_of(path, data)
+        for key, _, label, offset, size in samples.of(path, prefix=prefix):
+            if not keys.takes(key.removeprefix(prefix)):
                 continue
             crc = google_crc32c.value(read_place(Place(str(path), offset, size)))
             writer.add(Sample(key, label, crc, number, offset, size))
