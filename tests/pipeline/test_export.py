@@ -26,7 +26,7 @@ from cskd.config import RecipeConfig
 from cskd.dataset.inventory import Inventory, Sample, ShardFile, write_inventory
 from cskd.errors import CskdError, PathError
 from cskd.pipeline.care.export import _shard_keys, export, export_cache, export_targets, nearest_logits
-from cskd.pipeline.care.export_out import FACTS, SUMS
+from cskd.pipeline.care.export_out import FACTS, SUMS, begin
 from cskd.pipeline.care.verify import verify
 from cskd.pipeline.look.inspect_cache import inspect
 from cskd.storage import open_storage
@@ -145,6 +145,24 @@ def test_the_error_of_cells_does_not_hide_which_codec_has_the_image_s_logits_bes
     cache: Any = SimpleNamespace(codecs=codecs)
     best = min(names, key=lambda name: float((found[name] - outputs.image).square().sum()))
     assert nearest_logits(cache, [SimpleNamespace(errors=errors)]) == best  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("names", "old"),
+    [(("int8", "topk2"), "int8"), (("topk2", "int8"), "topk2"), (("global8", "int8"), None)],
+)
+def test_an_export_that_goes_on_keeps_its_logits_also_where_an_older_version_began_it(
+    names: tuple[str, ...], old: str | None, tmp_path: Path
+) -> None:
+    codecs = {name: get_codec(name, 5, (3, 3)) for name in names}
+    cache: Any = SimpleNamespace(codecs=codecs, fingerprint="f", inventory=SimpleNamespace(id="i"), grid=(3, 3))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / FACTS).write_text('{"fingerprint": "f", "inventory": "i", "grid": [3, 3]}')
+    assert begin(cache, open_storage(tmp_path / "old"), {}, names[-1]) == old
+    assert [begin(cache, open_storage(tmp_path / "new"), {}, name) for name in (*names, None)] == [names[0]] * 3
+    (tmp_path / "new" / FACTS).write_text('{"fingerprint": "f", "inventory": "i", "grid": [3, 3], "logits": "topk9"}')
+    with pytest.raises(CskdError, match="holds an export with logits = topk9, this one has"):
+        begin(cache, open_storage(tmp_path / "new"), {}, names[0])
 
 
 def test_a_quarantined_sample_says_why_and_has_no_targets(cache: Cache, targets: Path) -> None:
