@@ -196,6 +196,15 @@ def test_the_shard_in_front_of_a_key_is_taken_for_no_split(tmp_path: Path) -> No
         assert {made.key(i) for i in range(made.n)} == {f"train-00{n}/k{i}" for n in (0, 1) for i in (0, 1)}
 
 
+def test_the_shard_in_front_of_a_key_is_named_by_where_it_lies_not_by_its_unpacked_copy(tmp_path: Path) -> None:
+    plain = tar(tmp_path / "in" / "a.tar", label_files("cls", 0, 1))
+    (tmp_path / "in" / "b.tar.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    made = [index(tmp_path / "in", out=tmp_path / out, key_prefix="shard") for out in ("out", "an/other")]
+    assert [[one.key(i) for i in range(one.n)] for one in made] == [["a/k0", "a/k1", "b/k0", "b/k1"]] * 2 and made[
+        0
+    ].id == made[1].id
+
+
 @pytest.mark.parametrize("option", [{"label_key": "class"}, {"key_prefix": "shard"}, {"allow_incomplete": True}])
 def test_what_is_said_of_shards_is_not_passed_over_for_a_source_that_has_none(
     tmp_path: Path, option: dict[str, Any]
