@@ -106,6 +106,7 @@ class Codec(ABC):
     soft: bool  # can it give logits, for soft targets
     cells: bool = True  # are they of each cell; False: of the image, which every cell then shows
     has_classes: bool = True  # does it hold targets of classes at all; False: a map of an earlier stage, or of a teacher without a classifier
+    fine_image: bool = False  # are the image's logits kept in 16 bits, whatever the cells' are
     reads_features: ClassVar[bool] = False  # does it store the feature map, see `cskd.codecs.features`
     error: str  # it makes, in words
     name: str

@@ -112,7 +112,7 @@ class GlobalBitsCodec(GlobalCodec):
         if not MIN_BITS <= bits <= MAX_BITS:
             raise CodecError(f"codec 'global:{bits}' has {bits} bits per logit, expected {MIN_BITS}..{MAX_BITS}")
         super().__init__(f"global{bits}", classes, grid)
-        self.bits = bits
+        self.bits, self.fine_image = bits, bits == MAX_BITS
         self.error = f"a logit is off by at most (max - min of its vector) / {2 * (2**bits - 1)}; cells are not held"
         self.fields |= {
             "packed": Field(("uint8",), ("sample", "byte")),

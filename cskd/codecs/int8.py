@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Int8Codec(Codec):
     """Soft targets from the whole map; hard ones nearly."""
 
-    exact_hard, soft = False, True
+    exact_hard, soft, fine_image = False, True, True
     error = "a dense logit is off by at most (max - min of its cell) / 510, a global one by (max - min) / 131070"
 
     def __init__(self, classes: int, grid: tuple[int, int]) -> None:

@@ -251,10 +251,10 @@ def _override(raw: dict[str, Any], override: str | tuple[str, Any], words: Words
     if not eq or not key.strip():
         raise ConfigError(f"--set {_short(override)} is not KEY=VALUE, for example --set train.epochs=10")
     key = key.strip()
-    *sections, last = key.split(".")
-    if any("[" in section for section in sections):
+    if "[" in key:
         whole = key.partition("[")[0]
-        raise ConfigError(f"{said}: {whole} is a list, set as a whole; write it in the file, or --set '{whole}=[...]'")
+        raise ConfigError(f"{said}: an item of a list is not set alone; write it in the file, or --set '{whole}=[...]'")
+    *sections, last = key.split(".")
     at = raw
     for section in sections:
         below = at.setdefault(section, {})

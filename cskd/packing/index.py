@@ -85,11 +85,12 @@ def index(
     try:
         labels = ShardLabels(classes, beside, label_key)
         with sole_writer(folder, "index it then"), new_inventory(folder) as writer:
+            prefixes = [reading.prefix_of(path, data) for path in paths]  # of where they lie, not of unpacked copies
             if out is not None:
                 paths = [Path(os.path.abspath(_plain(path, data, out))) for path in paths]
                 data = Path(os.path.commonpath([path.parent for path in paths]))
             samples, keys = ShardSamples(labels, allow_incomplete), KeySplit(key_split)
-            counts, empty = _add_all(writer, samples, paths, data, keys, reading, progress)
+            counts, empty = _add_all(writer, samples, paths, prefixes, keys, progress)
             check_keys(keys.folders, key_split, sum(counts.values()), paths)
             names, notes, relabel = labels.finish(counts)
             notes += [*missing_numbers(paths), *classes_held(names, [relabel[number] for number in counts])]
@@ -125,18 +126,17 @@ def _add_all(
     writer: InventoryWriter,
     samples: ShardSamples,
     paths: Sequence[Path],
-    data: Path,
+    prefixes: Sequence[str],
     keys: KeySplit,
-    reading: Reading,
     progress: IndexProgress | None,
 ) -> tuple[Counter[int], Tally]:
     """Add the samples of all shards. Returns: how many have each of the numbers of `ShardLabels.of`; shards that have none."""
     counts: Counter[int] = Counter()
     empty, images = Tally(), 0
-    for number, path in enumerate(paths):
+    for number, (path, prefix) in enumerate(zip(paths, prefixes, strict=True)):
         before = keys.seen
-        for key, _, label, offset, size in samples.of(path, prefix=reading.prefix_of(path, data)):
-            if not keys.takes(key):
+        for key, _, label, offset, size in samples.of(path, prefix=prefix):
+            if not keys.takes(key.removeprefix(prefix)):
                 continue
             crc = google_crc32c.value(read_place(Place(str(path), offset, size)))
             writer.add(Sample(key, label, crc, number, offset, size))

@@ -77,9 +77,11 @@ def open_source(
     Raises:  DataError for anything in the source that would change what it means if it were passed over.
     """
     src = Path(src)
-    if labels is not None and reading.given:
-        option = f"--{min(reading.given).replace('_', '-')}"
+    option = f"--{min(reading.given).replace('_', '-')}" if reading.given else ""
+    if option and labels is not None:
         raise DataError(f"{option} is for webdataset shards, which have no file of --labels; leave one of them out")
+    if option and src.is_file() and (is_zip(src) or is_table(src)):
+        raise DataError(f"{option} is for webdataset shards, and {src} is none; leave it out")
     if labels is None and (is_pattern(src) or (src.is_dir() and (reading.given or _holds_shards(src, split)))):
         return _all_shards(src, classes, split, reading, progress)
     if not src.exists():
@@ -265,11 +267,9 @@ def _shard_source(
     )
     empty, data = Tally(), Path(os.path.commonpath([shard.parent for shard in shown]))
     for number, shard in enumerate(shards):
-        before = keys.seen
-        for key, extension, label, offset, size in samples.of(
-            shard, shown[number], reading.prefix_of(shown[number], data)
-        ):
-            if keys.takes(key):
+        before, prefix = keys.seen, reading.prefix_of(shown[number], data)
+        for key, extension, label, offset, size in samples.of(shard, shown[number], prefix):
+            if keys.takes(key.removeprefix(prefix)):
                 listing.add(f"{key}.{extension}", 0, number, offset, size, label)
         if keys.seen == before:
             empty.add(shown[number].name)

@@ -232,7 +232,8 @@ def _commits(cache: Cache, views: int) -> dict[Place, Commit]:
 
 def nearest_logits(cache: Cache, commits: Iterable[Commit]) -> str | None:
     """Of the codecs that hold logits the one with the smallest error, as KL measured when the units were made; the first of those that
-    nobody measured. None where no codec holds any."""
+    nobody measured. One that keeps the image's in 16 bits goes before others, since what was measured is of its cells as well. None
+    where no codec holds any."""
     errors: dict[str, list[AnyMeasured]] = {name: [] for name, codec in cache.codecs.items() if codec.soft}
     for commit in commits:
         for name, error in commit.errors.items():
@@ -240,7 +241,7 @@ def nearest_logits(cache: Cache, commits: Iterable[Commit]) -> str | None:
     kl = {
         name: over_all.kl if isinstance(over_all := together(of), Measured) else math.inf for name, of in errors.items()
     }
-    return min(kl, key=kl.__getitem__, default=None)
+    return min(kl, key=lambda name: (not cache.codecs[name].fine_image, kl[name]), default=None)
 
 
 def _shards(cache: Cache, block: int) -> Iterator[tuple[int, int, int]]:

@@ -55,15 +55,16 @@ def open_out(out: Path, cache: Cache, kind: str) -> Storage:
 
 def begin(cache: Cache, out: Storage, what: dict[str, Any], logits: str | None) -> str | None:
     """Have `out` say what it is of. CacheError where it is of something else. logits: of which codec they should be. Returns: of which
-    they are; those of an export that was begun stay, of an older version the first that has any."""
+    they are; those of an export that was begun stay, of an older version the first codec's, where int8 or topk: of others it wrote none."""
     facts = {"fingerprint": cache.fingerprint, "inventory": cache.inventory.id, "grid": list(cache.grid), **what}
     facts["logits"], soft = logits, [name for name, codec in cache.codecs.items() if codec.soft]
+    of_old = next((name if name.startswith(("int8", "topk")) else None for name in soft), None)
     out.create(FACTS, json_bytes(facts))
     if out.stat(MARKER) is None:
         out.put(MARKER, marker("export"))
     try:
-        there = {"logits": next(iter(soft), None), **parse_json(out.get(FACTS, limit=MAX_TEXT))}
-        chosen = facts["logits"] = next((name for name in soft if name == there["logits"]), logits)
+        there = {"logits": of_old, **parse_json(out.get(FACTS, limit=MAX_TEXT))}
+        chosen = facts["logits"] = there["logits"] if there["logits"] in (None, *soft) else logits
         differs = [key for key in sorted(facts | there) if facts.get(key) != there.get(key)]
     except (ValueError, TypeError, AttributeError):
         raise CacheError(

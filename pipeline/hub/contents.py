@@ -21,7 +21,7 @@ from typing import Any, Literal
 from cskd.config import to_yaml
 from cskd.config.yaml_text import read_yaml
 from cskd.dataset.inventory_format import DTYPES, HEADER, header_bytes, header_hash, read_header
-from cskd.errors import CacheError, HubError, PathError, StudentError, counted
+from cskd.errors import CacheError, CskdError, HubError, PathError, StudentError, counted
 from cskd.files import claims
 from cskd.files.durable import json_bytes
 from cskd.files.folders import kind_of
@@ -96,11 +96,12 @@ def opened(source: Path, repo: str, allow_incomplete: bool) -> Iterator[Contents
     with tempfile.TemporaryDirectory(prefix="cskd-push-") as folder:
         for name in names:
             if "/" not in name and any(fnmatch(name, pattern) for pattern in (*_OF_A_RUN, *_PICTURES)):
-                (Path(folder) / name).write_bytes(storage.get(name))
+                with contextlib.suppress(FileNotFoundError):  # a run that goes on has replaced it
+                    (Path(folder) / name).write_bytes(storage.get(name))
         try:
             found = _run(Path(folder))
-        except StudentError as e:
-            raise StudentError(str(e).replace(folder, storage.location)) from None
+        except CskdError as e:
+            raise type(e)(str(e).replace(folder, storage.location)) from None
         _refuse_limits(storage.location, found.files)
         busy = (f"{storage.location} is being trained, or was killed ({LOCK}): its files may be of two epochs",)
         yield replace(found, notes=found.notes + (busy if LOCK in names else ()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,35 @@ def test_equal_keys_of_two_shards_are_told_apart_by_a_prefix(tmp_path: Path) -> 
         into(tmp_path / "?" / "x.tar")
     packed = into(tmp_path / "?" / "x.tar", key_prefix="shard")
     assert sorted(packed.key(i) for i in range(packed.n)) == keys and packed.made["key_prefix"] == "shard"
+
+
+def test_the_shard_in_front_of_a_key_is_taken_for_no_split(tmp_path: Path) -> None:
+    for name in ("train-000.tar", "train-001.tar"):
+        tar(tmp_path / "in" / name, label_files("cls", 0, 1))
+    for made in (index(tmp_path / "in", key_prefix="shard"), into(tmp_path / "in", key_prefix="shard")):
+        assert {made.key(i) for i in range(made.n)} == {f"train-00{n}/k{i}" for n in (0, 1) for i in (0, 1)}
+
+
+def test_the_shard_in_front_of_a_key_is_named_by_where_it_lies_not_by_its_unpacked_copy(tmp_path: Path) -> None:
+    plain = tar(tmp_path / "in" / "a.tar", label_files("cls", 0, 1))
+    (tmp_path / "in" / "b.tar.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    made = [index(tmp_path / "in", out=tmp_path / out, key_prefix="shard") for out in ("out", "an/other")]
+    assert [[one.key(i) for i in range(one.n)] for one in made] == [["a/k0", "a/k1", "b/k0", "b/k1"]] * 2 and made[
+        0
+    ].id == made[1].id
+
+
+@pytest.mark.parametrize("option", [{"label_key": "class"}, {"key_prefix": "shard"}, {"allow_incomplete": True}])
+def test_what_is_said_of_shards_is_not_passed_over_for_a_source_that_has_none(
+    tmp_path: Path, option: dict[str, Any]
+) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
+        file.writestr("cat/0.png", b"0")
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    said = f"--{next(iter(option)).replace('_', '-')} is for webdataset shards, and .* is none; leave it out"
+    for name in ("x.zip", "x.parquet"):
+        with pytest.raises(DataError, match=said):
+            into(tmp_path / name, **option)
 
 
 def test_pack_reads_shards_as_it_is_told_and_refuses_what_says_nothing(tmp_path: Path) -> None:

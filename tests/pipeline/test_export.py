@@ -17,15 +17,16 @@ from typing import Any
 import numcodecs.zstd
 import numpy as np
 import pytest
+import torch
 
 from cskd.codecs import get_codec
-from cskd.codecs.base import quantise_blend
-from cskd.codecs.measured import Measured, MeasuredMap
+from cskd.codecs.base import Outputs, quantise_blend
+from cskd.codecs.measured import Measured, MeasuredMap, measure
 from cskd.config import RecipeConfig
 from cskd.dataset.inventory import Inventory, Sample, ShardFile, write_inventory
 from cskd.errors import CskdError, PathError
 from cskd.pipeline.care.export import _shard_keys, export, export_cache, export_targets, nearest_logits
-from cskd.pipeline.care.export_out import FACTS, SUMS
+from cskd.pipeline.care.export_out import FACTS, SUMS, begin
 from cskd.pipeline.care.verify import verify
 from cskd.pipeline.look.inspect_cache import inspect
 from cskd.storage import open_storage
@@ -118,16 +119,50 @@ def test_each_tar_has_the_keys_of_its_shard_in_order_and_what_the_cache_holds(ca
 
 
 def test_logits_are_of_the_codec_with_the_smallest_error_that_was_measured() -> None:
-    codecs = {name: get_codec(name, 5, (3, 3)) for name in ("envelope", "topk:2", "int8", "global:8")}
-    kl = [{"topk:2": 0.5, "int8": 0.1}, {"topk:2": 0.1, "int8": 0.2}]
+    codecs = {name: get_codec(name, 5, (3, 3)) for name in ("envelope", "topk:2", "topk:3", "global:8")}
+    kl = [{"topk:2": 0.5, "topk:3": 0.1}, {"topk:2": 0.1, "topk:3": 0.2}]
     commits = [
         SimpleNamespace(errors={name: Measured(4, value, 0.0, 0.0) for name, value in one.items()} | lost)
         for one, lost in zip(kl, ({"stage": MeasuredMap(4, 0.0, 0.0)}, {}), strict=True)
     ]
     cache: Any = SimpleNamespace(codecs=codecs)
-    assert [nearest_logits(cache, some) for some in (commits, commits[1:], [])] == ["int8", "topk:2", "topk:2"]  # type: ignore[arg-type]
+    assert [nearest_logits(cache, some) for some in (commits, commits[1:], [])] == ["topk:3", "topk:2", "topk:2"]  # type: ignore[arg-type]
     cache.codecs = {"envelope": codecs["envelope"]}
     assert nearest_logits(cache, []) is None
+
+
+@pytest.mark.parametrize("names", [("global:8", "int8"), ("int8", "global:8"), ("topk:2", "global:8", "global:16")])
+def test_the_error_of_cells_does_not_hide_which_codec_has_the_image_s_logits_best(names: tuple[str, ...]) -> None:
+    dense = torch.from_numpy(np.random.default_rng(0).normal(0, 3, (8, 100, 4, 4))).float()
+    outputs = Outputs(dense=dense, image=dense.mean((2, 3)))
+    codecs = {name: get_codec(name, 100, (4, 4)) for name in names}
+    stored = {name: codec.encode_outputs(outputs) for name, codec in codecs.items()}
+    found = {
+        name: codec.global_logits_torch({key: torch.from_numpy(a) for key, a in stored[name].items()})
+        for name, codec in codecs.items()
+    }
+    errors = {name: measure(codec, stored[name], outputs, 8) for name, codec in codecs.items()}
+    cache: Any = SimpleNamespace(codecs=codecs)
+    best = min(names, key=lambda name: float((found[name] - outputs.image).square().sum()))
+    assert nearest_logits(cache, [SimpleNamespace(errors=errors)]) == best  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("names", "old"),
+    [(("int8", "topk2"), "int8"), (("topk2", "int8"), "topk2"), (("global8", "int8"), None)],
+)
+def test_an_export_that_goes_on_keeps_its_logits_also_where_an_older_version_began_it(
+    names: tuple[str, ...], old: str | None, tmp_path: Path
+) -> None:
+    codecs = {name: get_codec(name, 5, (3, 3)) for name in names}
+    cache: Any = SimpleNamespace(codecs=codecs, fingerprint="f", inventory=SimpleNamespace(id="i"), grid=(3, 3))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / FACTS).write_text('{"fingerprint": "f", "inventory": "i", "grid": [3, 3]}')
+    assert begin(cache, open_storage(tmp_path / "old"), {}, names[-1]) == old
+    assert [begin(cache, open_storage(tmp_path / "new"), {}, name) for name in (*names, None)] == [names[0]] * 3
+    (tmp_path / "new" / FACTS).write_text('{"fingerprint": "f", "inventory": "i", "grid": [3, 3], "logits": "topk9"}')
+    with pytest.raises(CskdError, match="holds an export with logits = topk9, this one has"):
+        begin(cache, open_storage(tmp_path / "new"), {}, names[0])
 
 
 def test_a_quarantined_sample_says_why_and_has_no_targets(cache: Cache, targets: Path) -> None:

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from cskd import cli
 from cskd.config import Config, TeacherConfig, from_dict
-from cskd.errors import CacheError, HubError, PathError, StudentError, TeacherError
+from cskd.errors import CacheError, ConfigError, HubError, PathError, StudentError, TeacherError
 from cskd.files import hub as addresses
 from cskd.files.writer import LOCK
 from cskd.machine.ranks import Ranks
@@ -43,6 +43,7 @@ from cskd.pipeline.look.check_config import check_config
 from cskd.pipeline.run_folder import RunFolder
 from cskd.pipeline.train import train
 from cskd.storage import open_storage
+from cskd.storage.objects import Objects
 from cskd.store.cache import open_cache
 from cskd.store.seal import seal_cache
 from cskd.student.checkpoint import load_student
@@ -257,8 +258,16 @@ def test_what_lies_on_an_object_store_is_pushed_as_from_its_folder(
         assert (there.source, there.notes) == (f"{s3}/{what}", [])
         assert push(Path(f"{s3}/{what}"), f"me/{what}", quiet=True).sent == 0
     assert max(staged) == 5
+    stored: Any = open_storage(f"{s3}/run")
+    listed, gone = Objects.list, replace(next(stored.list()), key="model_ema.safetensors")
     open_storage(f"{s3}/run").put(LOCK, b"{}")
     assert "is being trained, or was killed" in push(Path(f"{s3}/run"), "me/run", quiet=True).notes[0]
+    monkeypatch.setattr(Objects, "list", lambda *_: iter([*listed(stored), gone]))
+    assert gone.key not in [file.path for file in push(Path(f"{s3}/run"), "me/run", quiet=True).files]
+    monkeypatch.setattr(Objects, "list", listed)
+    open_storage(f"{s3}/run").put("resolved.yaml", b"a: [")
+    with pytest.raises(ConfigError, match=f"^{s3}/run/resolved.yaml is not readable"):
+        push(Path(f"{s3}/run"), "me/run", quiet=True)
     open_storage(f"{s3}/run").delete("config.json")
     with pytest.raises(StudentError, match=f"{s3}/run has no config.json"):
         push(Path(f"{s3}/run"), "me/run", quiet=True)

@@ -252,12 +252,16 @@ def test_passes_that_wait_for_a_writer_are_bounded_by_bytes_as_well_as_by_count(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: float, most: int
 ) -> None:
     """By count three writers may have three; one is always taken, however large it is, and the teacher makes the next."""
-    add_unit, feed, finish = Cache.add_unit, UnitLine.feed, UnitLine._finish
-    sizes, waiting = list[int](), list[int]()
+    add_unit, feed, finish, committed = Cache.add_unit, UnitLine.feed, UnitLine._finish, UnitLine._committed
+    sizes, waiting, awaited = list[int](), list[int](), threading.Event()
 
-    def slow(*arguments: Any) -> Any:
-        time.sleep(0.05)
+    def held_up(*arguments: Any) -> Any:
+        assert awaited.wait(60)
         return add_unit(*arguments)
+
+    def waits(self: UnitLine) -> None:
+        awaited.set()
+        committed(self)
 
     def fed(self: UnitLine, chunk: Any) -> None:
         feed(self, chunk)
@@ -268,7 +272,8 @@ def test_passes_that_wait_for_a_writer_are_bounded_by_bytes_as_well_as_by_count(
         sizes.append(self._writing[-1][1])
         monkeypatch.setattr(unit_line, "HELD", passes * max(sizes))
 
-    monkeypatch.setattr(Cache, "add_unit", slow)
+    monkeypatch.setattr(Cache, "add_unit", held_up)
+    monkeypatch.setattr(UnitLine, "_committed", waits)
     monkeypatch.setattr(UnitLine, "feed", fed)
     monkeypatch.setattr(UnitLine, "_finish", finished)
     monkeypatch.setattr(unit_line, "writers_of", lambda cores: 3)
