@@ -105,13 +105,17 @@ class Watch:
 
     def second_half(self) -> float:
         """Units per second of the second half; of a long run without the last point, after the last commit."""
-        return second_half(self.points[:-1] if len(self.points) > 12 else self.points)
+        return second_half(self._clocked)
+
+    @property
+    def _clocked(self) -> list[tuple[float, int]]:
+        return self.points[:-1] if not self._warm and len(self.points) > 12 else self.points
 
     @property
     def new_buffers(self) -> str:
         """Those that came while the clock ran, in words; of a stage without a warm-up, in its second half."""
-        first = self._warm - 1 if self._warm else half_of(self.points)
-        came = NEW_BUFFERS[self._taken_in[first] : self._taken_in[-1]]
+        first = self._warm - 1 if self._warm else half_of(self._clocked)
+        came = NEW_BUFFERS[self._taken_in[first] : self._taken_in[len(self._clocked) - 1]]
         return f"{len(came)} new buffers" + (f" of {1e3 * sum(came) / len(came):.0f} ms" if came else "")
 
 

@@ -147,7 +147,7 @@ COMMANDS = [
     ("push X me/net", "RUN|CACHE"),
 ]
 # Arguments and keys that may be the address of an object store.
-_ON_STORES = ("CACHE", "cache.path", "--data", "CHECKPOINT", "DATA", "train.output", "student.init")
+_ON_STORES = ("CACHE", "RUN|CACHE", "cache.path", "--data", "CHECKPOINT", "DATA", "train.output", "student.init")
 
 
 @pytest.mark.parametrize(
@@ -187,6 +187,7 @@ FROM_STORES = {
     ("evaluate", "data"),
     ("pack", "out"),
     ("export", "out"),
+    ("push", "source"),
 }  # and `--data` of every command
 ON_OBJECTS = {(command, "cache") for command in ("inspect", "verify", "repair", "gc", "export")}
 

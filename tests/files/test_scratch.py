@@ -118,7 +118,8 @@ Usage = namedtuple("Usage", "total used free")
 def test_a_small_disk_is_named_before_the_first_step_with_what_to_do(
     made: Path, tmp_path: Path, temp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(1000, 900, 100))
+    small, large = Usage(1000, 900, 100), Usage(10**12, 0, 10**12)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: small if Path(path).is_relative_to(temp) else large)
     with pytest.raises(CacheError, match=r"GB free, the tables of the targets to come may take .*; set train.scratch"):
         train(from_dict(settings(made, tmp_path / "run")), quiet=True)
     assert not list((tmp_path / "run").glob("resume/*")) and list(temp.iterdir()) == []
