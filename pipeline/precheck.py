@@ -328,7 +328,7 @@ CHECKS = (
         "the run",
         _run,
         "machine",
-        ("teacher", "train.output", "train.device", "the optimiser", "train.best", "data.val"),
+        ("teacher", "the cache", "train.output", "train.device", "the optimiser", "train.best", "data.val"),
     ),
 )
 _OF_TEACHER = ("teacher", "the cache", "the grid", "the run")
@@ -336,7 +336,7 @@ BEFORE_TEACHER = tuple(c for c in CHECKS if c.name not in _OF_TEACHER)
 # Of a plan, for which nothing is written: not where it would go.
 PLANNED = tuple(c for c in BEFORE_TEACHER if c.of in ("data", "student") and c.name != "train.output")
 ON_GRID = tuple(c for c in CHECKS if c.name == "the grid")
-WITH_TEACHER = tuple(c for c in CHECKS if c.name in ("the grid", "the run"))
+WITH_TEACHER = tuple(c for c in CHECKS if c.name in ("the cache", "the grid", "the run"))
 # What a run opens its parts by; its output was looked at when it took the lock, its cache and its resume states come after.
 TRAINING = tuple(
     c for c in CHECKS if c.of in ("student", "machine") and c.name not in ("loss", "train.output", "the run")
