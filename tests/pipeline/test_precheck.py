@@ -73,8 +73,9 @@ def test_what_a_cache_was_not_begun_with_is_all_that_is_said(
 ) -> None:
     if "data" in changes:
         changes = {"data": {"train": str(base / "val")}}
+    changed: dict[str, Any] = {"student": {"model": "vit_tinny_patch16_224"}, **changes}
     with pytest.raises(CacheError, match=said):
-        cache_teacher(config(base, student={"model": "vit_tinny_patch16_224"}, **changes))
+        cache_teacher(config(base, **changed))
     assert capsys.readouterr().err == ""
 
 
