@@ -19,6 +19,10 @@ from cskd.files.paths import is_remote, local_path
 from cskd.machine.ending import ended
 from cskd.pipeline.launch.options import Cluster, Options, takes
 from cskd.pipeline.show.arguments import (
+    OF_CACHE,
+    OF_CONFIG,
+    OF_DATA,
+    OF_RUN,
     AllowIncomplete,
     CachePath,
     Classes,
@@ -30,6 +34,7 @@ from cskd.pipeline.show.arguments import (
     LabelKey,
     Set,
     Split,
+    of_their_kinds,
 )
 from cskd.pipeline.show.arguments import path_of as _path
 from cskd.pipeline.show.report import print_report as _print
@@ -51,7 +56,8 @@ START, DATA, STAGES, CACHES, CONFIGS = "Begin", "Data", "Stages", "Caches", "Con
 
 def _command(group: str, example: str, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A command of a group, with a line of its help that can be typed as it is."""
-    return app.command(name, rich_help_panel=group, epilog=f"Example: {example}")
+    register = app.command(name, rich_help_panel=group, epilog=f"Example: {example}")
+    return lambda command: register(of_their_kinds(command, example.split()[1]))
 
 
 @app.callback(invoke_without_command=True)
@@ -183,7 +189,7 @@ def cache_teacher(
         list[Path] | None,
         typer.Argument(
             metavar="MORE",
-            parser=_path("CONFIG"),
+            parser=_path("CONFIG", takes=OF_CONFIG),
             help="Configs of more teachers, in the same pass over the images.",
         ),
     ] = None,
@@ -249,12 +255,15 @@ def evaluate(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            parser=_path("CHECKPOINT", hub=True, objects=True),
+            parser=_path("CHECKPOINT", hub=True, objects=True, takes=OF_RUN),
             help="Result folder of cskd train, or its hf:// or s3:// address.",
         ),
     ],
     data: Annotated[
-        Path, typer.Argument(parser=_path("DATA", objects=True), help="Folder made by cskd pack, or its address.")
+        Path,
+        typer.Argument(
+            parser=_path("DATA", objects=True, takes=OF_DATA), help="Folder made by cskd pack, or its address."
+        ),
     ],
     batch: Annotated[int, typer.Option(min=1, help="Images a forward.")] = 256,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode.")] = 2,
@@ -311,7 +320,7 @@ def inspect(
     student: Annotated[
         Path | None,
         typer.Option(
-            parser=_path("--student"),
+            parser=_path("--student", takes=OF_RUN),
             metavar="RUN",
             help="Compare a run of cskd train, or weights in it, cell by cell.",
         ),
@@ -337,7 +346,7 @@ def verify(
         Path,
         typer.Argument(
             metavar="CACHE|DATA",
-            parser=_path("CACHE", hub=True, objects=True),
+            parser=_path("CACHE|DATA", hub=True, objects=True, takes=(*OF_CACHE, *OF_DATA)),
             help="Folder made by cskd cache-teacher, pack or index, or its s3:// address; of a cache its hf:// address, too.",
         ),
     ],
@@ -426,7 +435,7 @@ def push(
         Path,
         typer.Argument(
             metavar="RUN|CACHE",
-            parser=_path("RUN|CACHE", objects=True),
+            parser=_path("RUN|CACHE", objects=True, takes=("run", "cache")),
             help="Folder of cskd train or cskd cache-teacher, or its s3://, gs:// or az:// address.",
         ),
     ],
@@ -454,7 +463,9 @@ def push(
 def doctor(
     config: Annotated[
         Path | None,
-        typer.Argument(metavar="CONFIG", parser=_path("CONFIG"), help="YAML config of the run to look at it for."),
+        typer.Argument(
+            metavar="CONFIG", parser=_path("CONFIG", takes=OF_CONFIG), help="YAML config of the run to look at it for."
+        ),
     ] = None,
     set_: Set = None,
     json_: Json = False,

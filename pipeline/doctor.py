@@ -22,6 +22,8 @@ from rich.text import Text
 import cskd
 from cskd.config import Config
 from cskd.config.schema import Tracker
+from cskd.dataset.inventory import open_inventory
+from cskd.errors import CskdError, shown
 from cskd.files.durable import hard_link_error
 from cskd.files.scratch import GB
 from cskd.loading.need import shared_bytes
@@ -145,6 +147,19 @@ def _processes(config: Config) -> Iterator[Check]:
     methods = multiprocessing.get_all_start_methods()
     slow = "no forkserver: workers take some seconds each to start"
     yield _row("start methods", ", ".join(methods), "forkserver" in methods, slow)
+
+
+def _images(config: Config) -> Iterator[Check]:
+    """Whether the images of a config are there; the rest of it is looked at by `cskd check`."""
+    for key, place in (("data.train", config.data.train), ("data.val", config.data.val)):
+        try:
+            if place:
+                inventory = open_inventory(Path(place))
+                inventory.check_shards()
+                yield Check(key, f"{len(inventory):,} images in {place}")
+        except (CskdError, OSError) as e:
+            wrong, _, advice = shown(e).partition("; ")
+            yield Check(key, wrong, "fail", advice)
 
 
 def _storage(config: Config) -> Iterator[Check]:
@@ -297,6 +312,7 @@ PROBES: dict[str, Callable[[Config], Iterable[Check]]] = {
     "JPEG decoder": _decoder,
     "crc32c": _checksum,
     "processes": _processes,
+    "images": _images,
     "storage": _storage,
     "torch": _devices,
     "threads": _threads,

@@ -33,6 +33,7 @@ from cskd.storage.mirror import Mirror, working_folder
 from cskd.storage.places import refuse_objects
 from cskd.storage.posix import Posix
 from cskd.store.format import MANIFEST, OWN_NAMES, PROBE
+from cskd.student.optim import Optimisation, numbers_per_weight
 
 LAST = ("resume",)  # a state is there once all that it tells of is
 FIRST_SPEAKS = 3.0  # seconds: torchrun ends all ranks once one has ended, and the first one knows why
@@ -107,15 +108,26 @@ def refuse_run_output(config: Config) -> None:
     refuse_foreign(output)
 
 
-def refuse_full(output: Path, model: torch.nn.Module, averaged: bool) -> None:
-    """ConfigError where a new run's disk can't hold the least that it writes: weights, averaged ones, and both in a resume state."""
-    least = sum(p.numel() * p.element_size() for p in model.parameters()) * (4 if averaged else 2)
+def refuse_full(config: Config, optimisation: Optimisation, steps: int) -> str:
+    """ConfigError where the disk of a new run can't hold what it keeps: exported weights, and resume states with their averages, the
+    optimiser's numbers and the best weights; one state more than `train.keep`, since the new one is there before the oldest goes.
+
+    Args:    steps: updates of an epoch, after each of which a state is saved. Returns: how much that is, in words.
+    """
+    train, output = config.train, run_output(config)
+    weights = sum(t.numel() * t.element_size() for t in optimisation.student.backbone.state_dict().values())
+    trained = sum(p.numel() * p.element_size() for g in optimisation.optimizer.param_groups for p in g["params"])
+    averaged, best = train.ema is not None, train.best is not None or train.export == "best"
+    epochs = min(train.epochs, -(-train.max_steps // steps) if train.max_steps else train.epochs)
+    state = weights * (1 + averaged) + int(trained * numbers_per_weight(train))
+    need = state * min(train.keep + 1, epochs) + weights * (1 + averaged + 2 * best)
     free = shutil.disk_usage(next(path for path in (output, *output.absolute().parents) if path.exists())).free
-    if free < least:
+    if free < need:
         raise ConfigError(
-            f"train.output {output}: its disk has {free / 1e6:,.0f} MB free, and weights and one resume state take more than "
-            f"{least / 1e6:,.0f} MB; make room, or set another, --set train.output=..."
+            f"train.output {output}: its disk has {free / 1e6:,.0f} MB free, and the run takes {need / 1e6:,.0f} MB, a resume state "
+            f"{state / 1e6:,.0f} MB of that; make room, set a smaller train.keep, or another --set train.output=..."
         )
+    return f"{need / 1e6:,.1f} MB, {free / 1e6:,.0f} MB are free"
 
 
 def run_output(config: Config) -> Path:

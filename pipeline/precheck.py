@@ -17,10 +17,11 @@ from typing import Literal
 from cskd.errors import ConfigError, CskdError, counted, shown
 from cskd.files.paths import is_remote
 from cskd.loading.targets import codec_for, refuse_unnamed, stage_codecs
+from cskd.machine.launch import launched
 from cskd.method.terms import needs, refuse_gaps, unread_keys
 from cskd.pipeline.codec_tables import refuse_head
 from cskd.pipeline.conflicts import as_begun, refuse_other_container, refuse_other_run, run_identity
-from cskd.pipeline.outputs import refuse_cache_output, refuse_run_output, refuse_unfit, run_output
+from cskd.pipeline.outputs import refuse_cache_output, refuse_full, refuse_run_output, refuse_unfit, run_output
 from cskd.pipeline.run_state import PROGRESS
 from cskd.pipeline.setup import Setup, from_images, image_sizes, view_notes, with_best
 from cskd.store.cache import open_cache, refuse_other_identity
@@ -119,7 +120,7 @@ def _not_asked(check: Check, setup: Setup) -> str:
         return "" if config.data.val else "empty: nothing is evaluated"
     if check.of in ("student", "machine") and not config.student.model:
         return "student.model is empty: stage 2 is not described"
-    if check.name in ("train.output", "the run") and not config.train.output:
+    if check.name in ("train.output", "room for the run", "the run") and not config.train.output:
         return "empty: `cskd train` will ask for it"
     return ""
 
@@ -211,6 +212,13 @@ def _read_codecs(setup: Setup) -> list[str]:
 def _train_output(setup: Setup) -> Found:
     refuse_run_output(setup.config)
     return setup.config.train.output, []
+
+
+def _train_room(setup: Setup) -> Found:
+    """For a new run, on the machine that writes it: one that goes on has its states already."""
+    if not launched().speaks or any((run_output(setup.config) / "resume").glob("step-*.safetensors")):
+        return "a run goes on", []
+    return refuse_full(setup.config, setup.optimisation, setup.plan.steps), []
 
 
 def _train_device(setup: Setup) -> Found:
@@ -323,12 +331,13 @@ CHECKS = (
     Check("train.workers", _train_memory, "machine", ("train.device",)),
     Check("train.opt", _schedule, "student"),
     Check("the optimiser", _optimiser, "student", ("student", "train.views", "train.opt")),
+    Check("room for the run", _train_room, "machine", ("train.output", "the optimiser")),
     Check("train.best", _best, "student", ("student",)),
     Check(
         "the run",
         _run,
         "machine",
-        ("teacher", "train.output", "train.device", "the optimiser", "train.best", "data.val"),
+        ("teacher", "the cache", "train.output", "train.device", "the optimiser", "train.best", "data.val"),
     ),
 )
 _OF_TEACHER = ("teacher", "the cache", "the grid", "the run")
@@ -336,7 +345,7 @@ BEFORE_TEACHER = tuple(c for c in CHECKS if c.name not in _OF_TEACHER)
 # Of a plan, for which nothing is written: not where it would go.
 PLANNED = tuple(c for c in BEFORE_TEACHER if c.of in ("data", "student") and c.name != "train.output")
 ON_GRID = tuple(c for c in CHECKS if c.name == "the grid")
-WITH_TEACHER = tuple(c for c in CHECKS if c.name in ("the grid", "the run"))
+WITH_TEACHER = tuple(c for c in CHECKS if c.name in ("the cache", "the grid", "the run"))
 # What a run opens its parts by; its output was looked at when it took the lock, its cache and its resume states come after.
 TRAINING = tuple(
     c for c in CHECKS if c.of in ("student", "machine") and c.name not in ("loss", "train.output", "the run")

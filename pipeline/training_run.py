@@ -48,7 +48,7 @@ from cskd.pipeline.conflicts import (
 from cskd.pipeline.evaluate import Found, score_heads
 from cskd.pipeline.live_stages import first_layers
 from cskd.pipeline.online import open_baseline, open_online
-from cskd.pipeline.outputs import LAST, refuse_full, run_output
+from cskd.pipeline.outputs import LAST, run_output
 from cskd.pipeline.precheck import TRAINING, refuse
 from cskd.pipeline.run_state import PROGRESS, RunState, named_bests
 from cskd.pipeline.setup import Setup, from_images, half_notes, open_cached, with_best
@@ -266,8 +266,6 @@ def open_run(
     refuse_gaps(config.loss, settings.epochs)
     if record is not None:  # before its tensors: another student's shapes would be all that can be said of it
         refuse_other_run({k: v for k, v in record.items() if k != PROGRESS}, identity, output, student.distilled)
-    elif ranks.first:
-        refuse_full(output, student.backbone, config.train.ema is not None)
     loaded = states.load(student, optimisation)
     ranks.refuse_differing(loaded.step if loaded else 0, device)
     stop = min(settings.epochs * plan.steps, settings.max_steps or 1 << 62)

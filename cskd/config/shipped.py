@@ -57,12 +57,14 @@ def as_text(all_of_them: ShippedConfigs) -> str:
 
 
 def copy_config(name: str | None, folder: Path) -> Path:
-    """Write one of them to folder/NAME.yaml. ConfigError without a name, PathError where that is there already."""
+    """Write one of them to folder/NAME.yaml, by which its own commands name it then. ConfigError without a name, PathError where
+    that is there already."""
     if not name:
         raise ConfigError("--copy writes one config and no name is given; for example: cskd configs cifar10 --copy")
     config = shipped_config(name)
     target = folder / f"{config.name}{_SUFFIX}"
-    if not put(target, config.text.encode(), first=True):
+    text = config.text.replace(f"configs/{target.name}", target.name)
+    if not put(target, text.encode(), first=True):
         raise PathError(
             f"{target} is there already; remove it, or write elsewhere: cskd configs {config.name} > my.yaml"
         )

@@ -34,7 +34,29 @@ _KIND_NAMES = {
     "demo": "the folder of a demo",
     "export": "an export of `cskd export`",
     "inventory": "an inventory without its shards",  # of a cache without a manifest yet, or of data whose shards are gone
+    **{"config": "a config", "weights": "a file of weights", "tar": "a tar file"},
 }
+_SUFFIXES = {
+    **dict.fromkeys((".yaml", ".yml"), "config"),
+    **dict.fromkeys((".safetensors", ".pt", ".pth", ".ckpt", ".bin"), "weights"),
+    ".tar": "tar",
+}
+_TAKEN = {
+    **{"config": "a config, which is a YAML file", "run": "the folder of a run", "weights": "its weights"},
+    **{"cache": "a cache", "data": "a packed data set"},
+}
+# What may be done with a thing of a kind, and the keys of a config that name one.
+_NEXT = {
+    "config": "`cskd check {0}` looks at it",
+    "run": "`cskd eval {0} DATA` gives its scores",
+    "weights": "`cskd eval {0} DATA` gives their scores",
+    "cache": "`cskd inspect {0}` shows it",
+    "data": "`cskd verify {0} --images` looks at it",
+    "demo": "give one of the folders in it",
+    "export": "a training loop of your own reads it, see docs/howto/webdataset.md",
+    "tar": "`cskd pack {0} OUT` makes a data set of it",
+}
+_KEYS = {"cache": "cache.path", "data": "data.train", "run": "train.output"}
 
 
 def mark(folder: Path, kind: str) -> None:
@@ -71,6 +93,36 @@ _OF_A_CACHE = {"manifest.json", "manifest.copy.json", "commits", "units"}
 _OF_A_RUN = {"resume", "metrics.jsonl", "model.safetensors", "unreadable.json", "scratch"}
 _TELLING = {*_OF_A_CACHE, *_OF_A_RUN, "inventory", "resolved.yaml", "images", "data"}
 _OF_A_DEMO = ("images/train", "data/train/inventory")
+
+
+def refuse_other_kind(path: str | Path, found: str | None, what: str, takes: Collection[str], command: str) -> None:
+    """PathError for an input that is of a kind which a command doesn't take: what it is, what is taken, and the next step. What
+    is of no kind that is known is left to its reader.
+
+    Args:    found: its kind, as of `kind_of_input`. what: the argument. takes: kinds.
+    """
+    if found is None or found in takes:
+        return
+    steps = [_NEXT.get(found, "give another path").format(path)]
+    config = path if found == "config" else Path(path) / "resolved.yaml" if found in ("run", "cache") else None
+    if config is not None and os.path.isfile(config):
+        if "config" in takes:
+            steps.insert(0, f"its config is {config}")
+        elif found != "cache" and (keys := [_KEYS[kind] for kind in takes if kind in _KEYS]):
+            steps.insert(0, f"{' or '.join(keys)} in {config} may be what is meant")
+    taken = " or ".join(_TAKEN[kind] for kind in takes if kind in _TAKEN)
+    option = f" {what}" if what.startswith("--") else ""
+    raise PathError(f"{what} {path} is {_said(found)}, and `cskd {command}{option}` takes {taken}; {', '.join(steps)}")
+
+
+def kind_of_input(path: Path) -> str | None:
+    """The kind of a folder, or that which the name of a file says."""
+    return kind_of_name(path.name) if path.is_file() else kind_of(path)
+
+
+def kind_of_name(name: str) -> str | None:
+    """What the name of a file says that it is."""
+    return _SUFFIXES.get(os.path.splitext(name)[1].lower())
 
 
 def refuse_output(

@@ -55,6 +55,9 @@ class HubAddress:
         return _COMMIT.fullmatch(self.revision) is not None
 
 
+_TRANSPORT = ("httpx", "httpcore", "requests")  # what the hub's client speaks by
+
+
 def is_hub(text: str | Path | None) -> bool:
     """Whether a text is meant as an address of the hub. A Path has lost one of the two slashes, which is seen to."""
     return text is not None and _SCHEME.match(str(text)) is not None
@@ -139,11 +142,25 @@ def _patterns(path: str) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def hub_calls(what: str, address: HubAddress, doing: str = "read") -> Iterator[None]:
-    """Calls of huggingface_hub: bars on terminals only, no log lines, each error as one line.
+    """Calls of huggingface_hub, as in `quiet_hub`, each error as one line.
 
     Args:    what: the key or argument. doing: 'read' or 'write'.
     Raises:  HubError; errors of the disk as they are.
     """
+    try:
+        with quiet_hub():
+            yield
+    except CskdError:
+        raise
+    except Exception as e:  # of the hub's client, its transport, and what they are built on
+        if (why := _why(e, address, doing)) is None:
+            raise
+        raise HubError(fitted(f"{what} {_shown(address)}: {why}")) from e
+
+
+@contextlib.contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Calls of huggingface_hub, ours or another library's: bars on terminals only, no log lines."""
     from huggingface_hub.utils import logging as hub_logging
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -154,25 +171,32 @@ def hub_calls(what: str, address: HubAddress, doing: str = "read") -> Iterator[N
         disable_progress_bars()
     try:
         yield
-    except CskdError:
-        raise
-    except Exception as e:  # of the hub's client, its transport, and what they are built on
-        if (why := _why(e, address, doing)) is None:
-            raise
-        raise HubError(fitted(f"{what} {_shown(address)}: {why}")) from e
     finally:
         hub_logging.set_verbosity(verbosity)
         if bars:
             enable_progress_bars()
 
 
+def refusal_of(error: Exception, repo: str) -> str | None:
+    """Cause and cure, as the second half of a line, of an error that another library met when it read a model of the hub; None
+    where the hub has nothing to do with it."""
+    of_the_hub = any(type(e).__module__.startswith((*_TRANSPORT, "huggingface_hub")) for e in _chain(error))
+    return _why(error, HubAddress("model", repo), "read") if of_the_hub else None
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error and what it came of."""
+    chain = [error]
+    while (below := chain[-1].__cause__ or chain[-1].__context__) is not None and below not in chain:
+        chain.append(below)
+    return chain
+
+
 def _why(error: Exception, address: HubAddress, doing: str) -> str | None:
     """Cause and cure, as the second half of a line; None for errors of this machine's disk."""
     from huggingface_hub import errors
 
-    chain: list[BaseException] = [error]
-    while (below := chain[-1].__cause__ or chain[-1].__context__) is not None and below not in chain:
-        chain.append(below)
+    chain = _chain(error)
     kinds = {type(e).__name__ for e in chain}
     status = next(
         (e.response.status_code for e in chain if isinstance(e, errors.HfHubHTTPError) and e.response is not None),
@@ -201,7 +225,7 @@ def _why(error: Exception, address: HubAddress, doing: str) -> str | None:
         return "the hub finds a file or commit too large; see its limits for the plan of this owner"
     if status is not None:
         return f"the hub answered {status} ({one_line(chain[0], 100)}); run the same command again later"
-    if any(type(e).__module__.partition(".")[0].startswith(("httpx", "httpcore", "requests")) for e in chain):
+    if any(type(e).__module__.startswith(_TRANSPORT) for e in chain):
         last = next(e for e in reversed(chain) if str(e))
         return f"the hub can't be reached ({one_line(last, 80)}); see to the network, and run the same command again"
     return f"{one_line(error, 140)}; run the same command again"

@@ -108,7 +108,23 @@ def _leave(signum: int, frame: FrameType | None) -> NoReturn:
     """At once, and with one line: the handler and the thread that watches may both come here."""
     if _leaving.acquire(timeout=1.0):
         _say_how_to_go_on()
+        # Of its own, and not waited for: what holds the main thread up may hold a lock of the tracker, too.
+        tidying = threading.Thread(target=_unlink_semaphores, daemon=True)
+        tidying.start()
+        tidying.join(1.0)
     os._exit(_code(signum))
+
+
+def _unlink_semaphores() -> None:
+    """Of the queues between this process and its workers: whoever leaves without it has Python's resource tracker print that they
+    leaked."""
+    synchronize, util = sys.modules.get("multiprocessing.synchronize"), sys.modules.get("multiprocessing.util")
+    if synchronize is None or util is None:
+        return
+    for finalizer in list(util._finalizer_registry.values()):
+        if getattr(finalizer, "_callback", None) is synchronize.SemLock._cleanup:
+            with contextlib.suppress(OSError):
+                finalizer()
 
 
 def _code(signum: int) -> int:

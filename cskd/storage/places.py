@@ -1,4 +1,4 @@
-"""What `cskd.files.folders.refuse_output` is of folders, of a prefix of an object store."""
+"""What `cskd.files.folders` says of folders, of a prefix of an object store."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from itertools import islice
 
 from cskd.errors import PathError
+from cskd.files.folders import kind_of_name
 from cskd.files.paths import is_remote, location_text
 from cskd.storage import Storage, open_storage
 
@@ -40,3 +41,17 @@ def refuse_objects(
             f"{what} {storage.location} holds {name[:80]}, which is no file of {kind}; give a place of its own"
         )
     return storage
+
+
+_TELLING = {  # the first that is there says the kind: a cache has an inventory, too
+    **dict.fromkeys(("manifest.json", "manifest.copy.json"), "cache"),
+    **dict.fromkeys(("inventory/inventory.json", "inventory.json"), "data"),
+    "resolved.yaml": "run",
+}
+
+
+def kind_of_objects(location: str, what: str) -> str | None:
+    """The kind of what lies at an address: 'cache', 'data' or 'run', else that which its name says. Raises PathError, StorageError."""
+    storage = open_storage(location, what)
+    there = (kind for name, kind in _TELLING.items() if storage.stat(name) is not None)
+    return next(there, None) or kind_of_name(location)

@@ -372,12 +372,14 @@ def first_difference(old: Any, new: Any) -> tuple[str, Any, Any] | None:
 
 
 def _by_config_keys(identity: Identity) -> dict[str, Any]:
-    """The facts of an identity, those of the teacher's arithmetic by the keys that set them today."""
+    """What a config sets of an identity, by today's keys; what follows from that, such as the grid, is left out."""
     facts, teacher = identity.facts, dict(identity.teacher)
     if {"autocast", "dtype"} <= teacher.keys():
         autocast, dtype = teacher.pop("autocast"), teacher.pop("dtype")
         teacher["precision"] = dtype if autocast == "none" else autocast
-    return {**facts, "teacher": teacher, "cache": {"device": teacher.pop("device", "cpu")}}
+    made = {"codecs": facts["codecs"], "device": teacher.pop("device", "cpu")}
+    images = f"inventory {identity.inventory[:12]}"
+    return {"cache": made, "data": {"train": images}, "recipe": facts["recipe"], "teacher": teacher}
 
 
 def _short(value: Any) -> str:

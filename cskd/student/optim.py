@@ -12,7 +12,7 @@ import torch
 from timm.optim._optim_factory import create_optimizer_v2, list_optimizers
 from timm.scheduler.scheduler_factory import create_scheduler_v2
 from timm.utils.model_ema import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from cskd.config.schema import TrainConfig
@@ -188,3 +188,18 @@ def _rounded_down(decay: float) -> str:
     """A decay with two digits of its distance from 1, never above it."""
     digits = len(f"{1 / (1 - decay):.0f}") + 1
     return f"{int(decay * 10**digits) / 10**digits:.{digits}f}"
+
+
+def numbers_per_weight(config: TrainConfig) -> float:
+    """Numbers that the optimiser keeps for each weight, found by one step on a small matrix; 0 of one that takes no step on a CPU."""
+    matrix = nn.ParameterDict({"weight": nn.Parameter(torch.zeros(64, 64))})
+    weight = matrix["weight"]
+    weight.grad = torch.ones_like(weight)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            optimizer: torch.optim.Optimizer = create_optimizer_v2(matrix, config.opt, lr=1e-3)
+            optimizer.step()
+    except Exception:  # those of other packages, which want CUDA
+        return 0.0
+    kept = [value for value in optimizer.state[weight].values() if isinstance(value, Tensor)]
+    return float(sum(value.numel() for value in kept) / weight.numel())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cskd.config import TeacherConfig
 from cskd.errors import CskdError, TeacherError, one_line
 from cskd.files.checkpoint import given_file
-from cskd.files.hub import is_hub, local_copy, parse_address, pin
+from cskd.files.hub import is_hub, local_copy, parse_address, pin, quiet_hub, refusal_of
 from cskd.files.own_code import OwnCode, entry_point_names, load_own, names_own_code, neighbours_of
 from cskd.files.weights import READ_BY_TIMM, misfit, read_weights
 from cskd.near import did_you_mean
@@ -86,12 +86,14 @@ def build_model(name: str, kwargs: dict[str, Any], pretrained: bool = False) -> 
             f"teacher.model {name!r} is no timm model; {hint.rstrip('?')}; torchvision's are torchvision:NAME, your own is path/to/file.py:build"
         )
     try:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
+        with quiet_hub():
+            model: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as e:  # timm, the hub's client and constructors raise whatever they like
         if pretrained:
+            repo = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None) or name
+            why = refusal_of(e, repo) or one_line(e, 100)
             raise TeacherError(
-                f"timm's weights of {name} can't be had ({one_line(e)}); give a file in teacher.weights, downloaded "
-                "elsewhere if need be"
+                f"timm's weights of {name} can't be had: {why}; or give a file in teacher.weights, downloaded elsewhere"
             ) from None
         raise TeacherError(f"timm can't build {name} with teacher.kwargs {kwargs}: {one_line(e)}") from None
     return model

@@ -2,41 +2,89 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from cskd.files.folders import kind_of_input, refuse_other_kind
+from cskd.files.hub import is_hub
 from cskd.files.paths import is_remote, local_path, local_text, location_text
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no progress.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; repeatable.")]
 
 
-def path_of(name: str, hub: bool = False, objects: bool = False) -> Callable[[str], Path]:
-    """The parser of a path: an address such as s3://... is refused by the name of its argument. hub: one of the hub is checked, and
-    downloaded by `local_path` when the command begins. objects: one of an object store is checked and kept."""
+@dataclass(frozen=True)
+class path_of:  # noqa: N801  # it is called as the function that parses
+    """The parser of a path: an address such as s3://... is refused by the name of its argument.
 
-    def path(text: str) -> Path:
-        if objects and is_remote(text):
-            return Path(location_text(text, name))
-        return Path(local_text(text, name, hub)) if hub and text else local_path(text, name)
+    hub: one of the hub is checked, and downloaded by `local_path` when the command begins. objects: one of an object store is checked
+    and kept. takes: kinds of `cskd.files.folders`; what is of another one is refused by `of_their_kinds`.
+    """
 
-    return path
+    name: str
+    hub: bool = False
+    objects: bool = False
+    takes: tuple[str, ...] = ()
+    __name__ = "path"  # of a parser, for typer
+
+    def __call__(self, text: str) -> Path:
+        if self.objects and is_remote(text):
+            return Path(location_text(text, self.name))
+        return Path(local_text(text, self.name, self.hub)) if self.hub and text else local_path(text, self.name)
+
+    def refuse_other_kind(self, path: Path, command: str) -> None:
+        """PathError for a path of another kind. What lies on the hub or on a web server is not looked at."""
+        if is_hub(path):
+            return
+        if not is_remote(path):
+            refuse_other_kind(path, kind_of_input(path), self.name, self.takes, command)
+        elif not (address := location_text(str(path), self.name)).startswith("http"):
+            from cskd.storage.places import kind_of_objects
+
+            refuse_other_kind(address, kind_of_objects(address, self.name), self.name, self.takes, command)
 
 
+def of_their_kinds(command: Callable[..., None], name: str) -> Callable[..., None]:
+    """A command that first refuses paths of other kinds than its parameters take."""
+    parsers = {
+        parameter.name: parser
+        for parameter in inspect.signature(command, eval_str=True).parameters.values()
+        for about in getattr(parameter.annotation, "__metadata__", ())
+        if isinstance(parser := getattr(about, "parser", None), path_of) and parser.takes
+    }
+
+    @functools.wraps(command)
+    def checked(**given: Any) -> None:
+        for key, parser in parsers.items():
+            for path in given[key] if isinstance(given[key], list) else [given[key]]:
+                if path is not None:
+                    parser.refuse_other_kind(path, name)
+        command(**given)
+
+    return checked
+
+
+# Kinds that an argument may be of. Shards may be gone, or lie elsewhere.
+OF_CONFIG, OF_CACHE, OF_DATA, OF_RUN = ("config",), ("cache",), ("data", "inventory"), ("run", "weights")
 ConfigPath = Annotated[
     Path,
     typer.Argument(
-        metavar="CONFIG", parser=path_of("CONFIG"), help="YAML config; `cskd configs` lists those to begin from."
+        metavar="CONFIG",
+        parser=path_of("CONFIG", takes=OF_CONFIG),
+        help="YAML config; `cskd configs` lists those to begin from.",
     ),
 ]
 CachePath = Annotated[
     Path,
     typer.Argument(
         metavar="CACHE",
-        parser=path_of("CACHE", objects=True),
+        parser=path_of("CACHE", objects=True, takes=OF_CACHE),
         help="Folder made by cskd cache-teacher, or its s3://, gs:// or az:// address.",
     ),
 ]
@@ -44,7 +92,7 @@ HubCachePath = Annotated[
     Path,
     typer.Argument(
         metavar="CACHE",
-        parser=path_of("CACHE", hub=True, objects=True),
+        parser=path_of("CACHE", hub=True, objects=True, takes=OF_CACHE),
         help="Folder made by cskd cache-teacher, or its hf://, s3://, gs:// or az:// address.",
     ),
 ]
@@ -52,7 +100,7 @@ Data = Annotated[
     Path | None,
     typer.Option(
         "--data",
-        parser=path_of("--data", objects=True),
+        parser=path_of("--data", objects=True, takes=OF_DATA),
         help="Folder or address of the image shards, where they have moved.",
     ),
 ]

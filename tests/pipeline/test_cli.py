@@ -356,3 +356,29 @@ cli.main()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (130, "\ninterrupted; go on with: cskd train 'a b.yaml'\n")
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="where semaphores have names in /dev/shm")
+def test_who_leaves_at_once_leaves_no_semaphore_and_no_word_of_one() -> None:
+    code = """
+import multiprocessing, os, signal, sys, time
+from cskd import cli
+from cskd.machine import ending
+
+def deaf(**_):
+    before = set(os.listdir("/dev/shm"))
+    queue = multiprocessing.get_context("forkserver").Queue()
+    print(*(name for name in set(os.listdir("/dev/shm")) - before if name.startswith("sem.mp-")), flush=True)
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    except SystemExit:
+        time.sleep(60)  # held up on its way out
+    return queue
+
+cli.app, ending.GRACE, sys.argv = deaf, 0.2, ["cskd", "train", "c.yaml"]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.strip()) == (130, "interrupted; go on with: cskd train c.yaml")
+    assert done.stdout.split() and not [name for name in done.stdout.split() if Path("/dev/shm", name).exists()]

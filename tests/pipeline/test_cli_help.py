@@ -12,6 +12,7 @@ import pytest
 import typer.main
 
 from cskd import cli
+from cskd.config.shipped import copy_config, shipped
 
 COMMAND: Any = typer.main.get_command(cli.app)
 COMMANDS: dict[str, Any] = COMMAND.commands
@@ -77,12 +78,20 @@ def test_configs_are_listed_printed_and_copied(
     assert code == 0 and "cifar10 " in listed
     _, text, _ = call(monkeypatch, capsys, "configs", "cifar10")
     assert call(monkeypatch, capsys, "configs", "cifar10", "--copy")[:2] == (0, "cifar10.yaml\n")
-    assert (tmp_path / "cifar10.yaml").read_text() == text
+    assert (tmp_path / "cifar10.yaml").read_text() == text.replace("configs/cifar10.yaml", "cifar10.yaml")
     for argv, words in ((["cifar10", "--copy"], "is there already"), (["--copy"], "no name"), (["x"], "nearest")):
         code, out, err = call(monkeypatch, capsys, "configs", *argv)
         assert (code, out) == (1, "") and words in err and err.count("\n") == 1
     names = [entry["name"] for entry in json.loads(call(monkeypatch, capsys, "configs", "--json")[1])["configs"]]
     assert names == [line.split()[0] for line in listed.splitlines()]
+
+
+@pytest.mark.parametrize("name", [one.name for one in shipped().configs])
+def test_the_commands_of_a_copied_config_name_the_copy(tmp_path: Path, name: str) -> None:
+    copy = copy_config(name, tmp_path)
+    calls = [line for line in copy.read_text().splitlines() if line.startswith("#   ") and "cskd " in line]
+    files = [word for line in calls for word in line.split(" > ")[0].split() if word.endswith(".yaml")]
+    assert copy.name in files and "configs/" not in " ".join(files)
 
 
 def test_a_resolved_config_says_where_each_value_is_from(

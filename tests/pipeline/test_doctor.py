@@ -18,12 +18,13 @@ import torch
 import cskd.machine.speed
 import cskd.pipeline.doctor
 from cskd import cli
-from cskd.config import Config, RecipeConfig, StudentConfig, TrainConfig
+from cskd.config import Config, RecipeConfig, StudentConfig, TrainConfig, from_dict
 from cskd.config.schema import Tracker
 from cskd.loading.raw_batches import batch_bytes
 from cskd.machine.cores import Cores
 from cskd.pipeline.doctor import OPTIONAL, PACKAGES, PROBES, Check, _batch_bytes, doctor, loader_row
 from cskd.pipeline.loader_speed import images_per_second, views_per_second
+from tests.caches import make_tiny_data
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -186,3 +187,16 @@ def test_the_doctor_itself_looks_at_everything_and_finds_this_installation_sound
     assert report.ok, [row for row in report.checks if row.state == "fail"]
     assert report.warnings == sum(row.state == "warn" for row in report.checks)
     assert {"CPU cores", "threads", "load", "speed"} <= {row.name for row in report.checks}
+
+
+def test_images_that_are_not_there_are_a_failure_with_what_to_do(tmp_path: Path) -> None:
+    make_tiny_data(tmp_path / "data")
+    found = from_dict({"data": {"train": str(tmp_path / "data"), "val": str(tmp_path / "none")}})
+    train, val = PROBES["images"](found)
+    assert (train.state, train.value) == ("ok", f"10 images in {tmp_path / 'data'}")
+    assert (val.name, val.state, val.advice) == ("data.val", "fail", "make one with 'cskd pack' or 'cskd index'")
+    assert f"no inventory at {tmp_path / 'none'}" in val.value
+    (tmp_path / "data" / "00000.tar").unlink()
+    gone, _ = PROBES["images"](found)
+    assert gone.state == "fail" and "00000.tar" in gone.value and gone.advice
+    assert list(PROBES["images"](Config())) == []

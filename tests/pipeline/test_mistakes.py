@@ -35,6 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "short.tar").write_bytes((folder / "data" / "00000.tar").read_bytes()[:700])
     (folder / "page.tar").write_text("<!doctype html><title>404</title>")
     (folder / "model.bin").write_bytes(b"\x80\x04 no weights")
+    (folder / "model.pkl").write_bytes(b"\x80\x04 no weights")
     (folder / "net.py").write_text("def bild(num_classes): ...\n")
     (folder / "broken.py").write_text("def build(:\n")
     (folder / "runs.py").write_text("import sys\nsys.exit(3)\n")
@@ -95,8 +96,8 @@ MISTAKES = [
     ("train DIR/twice.yaml", ["DIR/twice.yaml has the key train twice", "leave one out"]),
     ("train DIR/list.yaml", ["DIR/list.yaml holds a list", "cted sections such as 'teacher:' and 'train:'"]),
     (
-        "train DIR/short.tar",
-        ["DIR/short.tar is not readable YAML", "expected a file such as those that `cskd configs` lists"],
+        "train DIR/model.pkl",
+        ["DIR/model.pkl is not readable YAML", "expected a file such as those that `cskd configs` lists"],
     ),
     ("trian DIR/c.yaml", ["No such command 'trian'. Did you mean 'train'?"]),
     ("train DIR/c.yaml --sett train.epochs=3", ["No such option: --sett (Possible options: --set)"]),
@@ -320,7 +321,7 @@ MISTAKES = [
     ("index DIR/nowhere/*.tar", ["no .tar files at DIR/nowhere/*.tar", "expected webdataset shards (decompressed)"]),
     ("index DIR/source", ["no .tar files at DIR/source", "expected webdataset shards (decompressed)"]),
     ("inspect DIR/nowhere", ["no cache at DIR/nowhere", "make one with `cskd cache-teacher CONFIG`"]),
-    ("inspect DIR/data", ["no cache at DIR/data", "make one with `cskd cache-teacher CONFIG`"]),
+    ("inspect DIR/source", ["no cache at DIR/source", "make one with `cskd cache-teacher CONFIG`"]),
     ("inspect DIR/cache --sample 99", ["no sample number 99", "umber 99, expected a key or a number in 0..19"]),
     (
         "inspect DIR/cache --sample 0 --view 99",
@@ -336,11 +337,11 @@ MISTAKES = [
     ),
     ("verify DIR/source", ["no cache at DIR/source", "make one with `cskd cache-teacher CONFIG`"]),
     ("repair DIR/nowhere", ["no cache at DIR/nowhere", "give the folder that cache.path names"]),
-    ("gc DIR/data", ["no cache at DIR/data", "make one with `cskd cache-teacher CONFIG`"]),
+    ("gc DIR/source", ["no cache at DIR/source", "make one with `cskd cache-teacher CONFIG`"]),
     ("eval DIR/nowhere DIR/val", ["no file DIR/nowhere", "give the folder of a run, or a weight file in it"]),
     (
-        "eval DIR/cache DIR/val",
-        ["no file DIR/cache/model.safetensors", "give the folder of a run, or a weight file in it"],
+        "eval DIR/source DIR/val",
+        ["no file DIR/source/model.safetensors", "give the folder of a run, or a weight file in it"],
     ),
     ("doctor DIR/none.yaml", ["no config at DIR/none.yaml", "give the path of a YAML file; `cskd configs` lists"]),
 ]

@@ -13,7 +13,7 @@ import pytest
 import cskd.pipeline.cache_teacher
 import cskd.pipeline.online
 from cskd.config import Config
-from cskd.errors import ConfigError, CskdError, DataError, PlanError, StudentError, TeacherError
+from cskd.errors import CacheError, ConfigError, CskdError, DataError, PlanError, StudentError, TeacherError
 from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.look.inspect_cache import inspect
 from cskd.pipeline.train import train
@@ -57,6 +57,26 @@ def test_no_training_images_are_refused_before_anything_is_written(tmp_path: Pat
     with pytest.raises(ConfigError, match=r"data\.train is empty"):
         cache_teacher(settings, quiet=True)
     assert (list(tmp_path.iterdir()), tmp_path.stat().st_mtime_ns) == ([], before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"recipe": {"size": 40}}, r"was made with recipe\.size = 32, this config has 40; set recipe\.size back"),
+        ({"cache": {"codecs": ["envelope"]}}, r"was made with cache\.codecs = .*; set cache\.codecs back"),
+        ({"teacher": {"batch": 4}}, r"was made with teacher\.batch = 8, this config has 4; set teacher\.batch back"),
+        ({"data": {"train": "val"}}, r"was made with data\.train = .*; set data\.train back"),
+    ],
+)
+def test_what_a_cache_was_not_begun_with_is_all_that_is_said(
+    base: Path, changes: dict[str, dict[str, Any]], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "data" in changes:
+        changes = {"data": {"train": str(base / "val")}}
+    changed: dict[str, Any] = {"student": {"model": "vit_tinny_patch16_224"}, **changes}
+    with pytest.raises(CacheError, match=said):
+        cache_teacher(config(base, **changed))
+    assert capsys.readouterr().err == ""
 
 
 FAULTS: list[tuple[type[CskdError], str, dict[str, dict[str, Any]]]] = [

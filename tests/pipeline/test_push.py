@@ -359,7 +359,7 @@ def test_a_dry_run_asks_nobody(base: Path, hub: Hub, capsys: pytest.CaptureFixtu
         ("run", "you/run", "does not let this token write it"),
         ("run --private", "me/public", "is public, and --private was asked for"),
         ("run --revision " + "0" * 40, "me/run", "is no branch that can be written to"),
-        ("data", "me/run", "RUN|CACHE is"),
+        ("data", "me/run", "is a packed data set, and `cskd push` takes"),
         ("nothing", "me/run", "RUN|CACHE is"),
         ("run no-token", "me/run", "there is no token of the hub; run `hf auth login`, or set HF_TOKEN"),
         ("run reader", "me/run", "does not let this token write it"),

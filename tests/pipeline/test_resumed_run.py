@@ -14,11 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import cskd.pipeline.training_run
-from cskd.config import Config
+from cskd.config import Config, to_yaml
 from cskd.errors import ConfigError, StudentError
 from cskd.machine.ranks import Ranks
 from cskd.pipeline import outputs
 from cskd.pipeline.conflicts import as_begun, change_note, changed_on_resume, refuse_other_run
+from cskd.pipeline.look.check_config import check_config
 from cskd.pipeline.run_state import RunState
 from cskd.pipeline.show.metrics import read_metrics
 from cskd.pipeline.train import train
@@ -285,15 +286,28 @@ def test_a_resumed_run_says_where_it_goes_on_and_another_student_is_refused_by_i
     assert f"the run in {tmp_path / 'run'} goes on after step 3 of 4" in report.notes
 
 
-def test_a_disk_that_can_not_hold_the_weights_is_refused_before_the_first_step(
+def test_a_disk_that_can_not_hold_a_run_is_refused_before_the_first_step_and_by_check(
     cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outputs, "shutil", SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=1000)))
-    with pytest.raises(
-        ConfigError, match=r"run: its disk has 0 MB free, and weights and one resume state take more than"
-    ):
-        train(settings(cached, tmp_path / "run"), quiet=True)
-    assert not (tmp_path / "run" / "resume").exists()
+    """What a run of as many states as are kept leaves is the figure, but for one state and the small files."""
+    made = settings(cached, tmp_path / "run", epochs=3, ema=0.9, best="top1.class")
+    train(made, quiet=True)
+    left = [path.stat().st_size for path in (tmp_path / "run").rglob("*.safetensors")]
+    state = max(left)
+    new = dataclasses.replace(made, train=dataclasses.replace(made.train, output=str(tmp_path / "new")))
+    (tmp_path / "c.yaml").write_text(to_yaml(new))
+    disk = SimpleNamespace(free=(sum(left) + state) * 2)
+    monkeypatch.setattr(outputs, "shutil", SimpleNamespace(disk_usage=lambda _: disk))
+    room = lambda: next(r for r in check_config(tmp_path / "c.yaml").rows if r.name == "room for the run")  # noqa: E731
+    assert (room().state, made.train.keep, made.train.epochs) == ("ok", 2, 3)
+    need = float(room().found.split(" MB")[0].replace(",", "")) * 1e6
+    assert 0.85 * (sum(left) + state) < need < 1.15 * (sum(left) + state)
+    disk.free = int(need / 2)
+    assert room().state == "wrong" and "new: its disk has " in room().found and "train.keep" in room().found
+    with pytest.raises(ConfigError, match=r"new: its disk has \d+ MB free, and the run takes"):
+        train(new, quiet=True)
+    assert not (tmp_path / "new" / "resume").exists()
+    train(made, quiet=True)  # one that is there goes on
 
 
 def test_a_record_that_is_none_is_refused(cached: Path, tmp_path: Path) -> None:

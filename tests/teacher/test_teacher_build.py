@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 
 from cskd.config import TeacherConfig
@@ -139,6 +142,28 @@ def test_a_file_without_a_state_dict_is_refused(tmp_path: Path) -> None:
 def test_weights_out_of_reach_say_so_in_one_line() -> None:  # conftest puts the hub offline
     text = refusal(config(model="resnet18.a1_in1k", weights="hub", kwargs={}))
     assert "can't be had" in text and "give a file" in text
+
+
+def test_a_hub_out_of_reach_is_one_line_and_its_library_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    unreachable = type("ConnectError", (Exception,), {"__module__": "httpx"})
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+
+    def create(*_: object, **__: object) -> None:
+        logger.warning("Retrying in 1s [Retry 1/5].")
+        raise LocalEntryNotFoundError(f"An error happened {'and so on ' * 20}") from unreachable("no such host")
+
+    monkeypatch.setattr(timm, "create_model", create)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    logger.addHandler(handler)
+    try:
+        text = refusal(config(model="resnet18.a1_in1k", weights="hub", kwargs={}))
+    finally:
+        logger.removeHandler(handler)
+    assert said == []
+    assert "the hub can't be reached (ConnectError: no such host); see to the network" in text and "..." not in text
 
 
 def test_unknown_models_and_kwargs_are_named() -> None:
