@@ -138,7 +138,7 @@ COMMANDS = [
     ("inspect X", "CACHE"),
     ("inspect cache --data X", "--data"),
     ("inspect cache --png X", "--png"),
-    ("verify X", "CACHE"),
+    ("verify X", "CACHE|DATA"),
     ("verify cache --data X", "--data"),
     ("repair X", "CACHE"),
     ("repair cache --data X", "--data"),
@@ -147,7 +147,7 @@ COMMANDS = [
     ("push X me/net", "RUN|CACHE"),
 ]
 # Arguments and keys that may be the address of an object store.
-_ON_STORES = ("CACHE", "RUN|CACHE", "cache.path", "--data", "CHECKPOINT", "DATA", "train.output", "student.init")
+_ON_STORES = ("CACHE", "CACHE|DATA", "RUN|CACHE", "cache.path", "--data", "CHECKPOINT", "DATA", "train.output", "student.init")
 
 
 @pytest.mark.parametrize(
