@@ -147,7 +147,17 @@ COMMANDS = [
     ("push X me/net", "RUN|CACHE"),
 ]
 # Arguments and keys that may be the address of an object store.
-_ON_STORES = ("CACHE", "CACHE|DATA", "RUN|CACHE", "cache.path", "--data", "CHECKPOINT", "DATA", "train.output", "student.init")
+_ON_STORES = (
+    "CACHE",
+    "CACHE|DATA",
+    "RUN|CACHE",
+    "cache.path",
+    "--data",
+    "CHECKPOINT",
+    "DATA",
+    "train.output",
+    "student.init",
+)
 
 
 @pytest.mark.parametrize(
