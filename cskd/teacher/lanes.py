@@ -10,13 +10,13 @@ forward is under way.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self, TypeVar
 
 import torch
+from torch import nn
 
 from cskd.machine.threads import computing_with
 
@@ -31,7 +31,7 @@ class Dropped(BaseException):
 
 
 class Lanes:
-    """A context manager. `submit` never waits; at the end of an interrupted block what is under way is dropped at once.
+    """A context manager. `submit` never waits; at the end of an interrupted block what is under way ends at its next layer.
 
     Results do not depend on the number of lanes: a batch is worked on by one of them from end to end. reentrant: forwards may
     run in several threads at once. launch: held around a forward where lanes take turns; those of several teachers share one. The
@@ -42,10 +42,9 @@ class Lanes:
         self.count, threads = lanes_of(device, torch.get_num_threads(), reentrant)
         self._in_turn = device.type == "cuda" or not reentrant
         self._device, self._main_threads = device, torch.get_num_threads()
-        self._launch, self._lock = launch or threading.Lock(), threading.Lock()
-        self._running: set[int] = set()
+        self._launch = launch or threading.Lock()
         self._dropped = False
-        self._streams = threading.local()
+        self._own = threading.local()  # of each lane: its stream, and whether it works on a batch
         self._pool = ThreadPoolExecutor(self.count, "lane", initializer=_begin, initargs=(device, threads))
 
     @property
@@ -57,9 +56,8 @@ class Lanes:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if kind is not None:
-            self._drop()
-        self._pool.shutdown(wait=True, cancel_futures=kind is not None)
+        with self._dropping() if kind is not None else contextlib.nullcontext():
+            self._pool.shutdown(wait=True, cancel_futures=kind is not None)
         if self._device.type == "cpu":
             torch.set_num_threads(self._main_threads)  # also what threads begun from now on take
 
@@ -71,45 +69,47 @@ class Lanes:
     def launching(self) -> Iterator[None]:
         """Around a forward: one lane at a time where they take turns, as on a GPU, where precision is a setting of the whole
         process; then wait for it."""
-        if not self._in_turn:
+        with self._launch if self._in_turn else contextlib.nullcontext():
+            self._raise_if_dropped()
             yield
-            return
-        while not self._launch.acquire(timeout=0.5):  # a lane that was dropped may have kept it
-            if self._dropped:
-                raise Dropped
-        try:
-            yield
-        finally:
-            self._launch.release()
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
 
     def _run(self, job: Callable[..., T], *arguments: Any) -> T:
-        me = threading.get_ident()
-        with self._lock:
-            if self._dropped:
-                raise Dropped
-            self._running.add(me)
+        self._raise_if_dropped()
+        self._own.running = True
         try:
             with torch.no_grad(), self._stream():  # as for the probe: a program is compiled for one of both
                 return job(*arguments)
         finally:
-            with self._lock:
-                self._running.discard(me)
+            self._own.running = False
 
     def _stream(self) -> contextlib.AbstractContextManager[object]:
         if self._device.type != "cuda":
             return contextlib.nullcontext()
-        if not hasattr(self._streams, "own"):
-            self._streams.own = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        return torch.cuda.stream(self._streams.own)
+        if not hasattr(self._own, "stream"):
+            self._own.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        return torch.cuda.stream(self._own.stream)
 
-    def _drop(self) -> None:
-        """A forward may take seconds: an exception at the lane's next line of Python, between two layers, ends it."""
-        with self._lock:
-            self._dropped = True
-            for thread in self._running:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Dropped))
+    @contextlib.contextmanager
+    def _dropping(self) -> Iterator[None]:
+        """A forward may take seconds: a hook of all modules, only there while it is wanted, ends it at the next layer; a compiled
+        one runs to its end. (An exception sent to the thread from outside may fall into a callback that swallows it.)"""
+        self._dropped = True
+
+        def end(*_: object) -> None:
+            if getattr(self._own, "running", False):
+                raise Dropped
+
+        hook = nn.modules.module.register_module_forward_pre_hook(end)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _raise_if_dropped(self) -> None:
+        if self._dropped:
+            raise Dropped
 
 
 def lanes_of(device: torch.device, cores: int, reentrant: bool = True) -> tuple[int, int]:

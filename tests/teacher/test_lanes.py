@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import cskd.teacher.lanes
 from cskd.codecs.base import Arrays
@@ -188,23 +189,60 @@ def test_a_claim_is_given_back_after_the_commits_of_its_pass(
     assert given_back == [0, 1]
 
 
-def test_an_interrupt_drops_what_is_under_way_at_once_and_what_waits_is_never_begun() -> None:
-    begun = []
+class Layer(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.01)
+        return x
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_an_interrupt_ends_what_is_under_way_at_its_next_layer_and_what_waits_is_never_begun(in_turn: bool) -> None:
+    begun, ended = list[int](), list[int]()
+    forward = nn.Sequential(*[Layer() for _ in range(2000)])  # 20 s
 
     def slow(i: int) -> None:
         begun.append(i)
-        for _ in range(2000):  # a forward of many layers, 20 s
-            time.sleep(0.01)
+        with lanes.launching():
+            forward(torch.zeros(1))
+        ended.append(i)
 
     clock = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), Lanes(CPU) as lanes:
+    with pytest.raises(KeyboardInterrupt), Lanes(CPU, reentrant=not in_turn) as lanes:
         jobs = [lanes.submit(slow, i) for i in range(lanes.room)]
         while len(begun) < lanes.count:
             time.sleep(0.01)
         raise KeyboardInterrupt
     assert time.monotonic() - clock < 15
-    assert len(begun) == lanes.count
+    assert (len(begun), ended) == (lanes.count, [])
     assert all(job.cancelled() or isinstance(job.exception(), Dropped) for job in jobs)
+    assert nn.Sequential(Layer())(torch.ones(1)) == 1  # no hook is left
+
+
+def test_a_lane_that_is_dropped_ends_no_forward_of_another_thread() -> None:
+    """Two teachers have lanes of their own: those of the second go on when the first one's are dropped."""
+    begun, dropped, forward = threading.Event(), threading.Event(), nn.Sequential(Layer(), Layer())
+
+    def of_the_second() -> float:
+        assert dropped.wait(60)
+        return float(forward(torch.ones(1)))
+
+    def of_the_first() -> None:
+        begun.set()
+        try:
+            while True:
+                forward(torch.ones(1))
+        except Dropped:
+            dropped.set()
+            assert job.result(60) == 1.0  # while the first one's lanes are still being dropped
+            raise
+
+    with Lanes(CPU) as second:
+        job = second.submit(of_the_second)
+        with pytest.raises(KeyboardInterrupt), Lanes(CPU) as first:
+            of_first = first.submit(of_the_first)
+            assert begun.wait(60)
+            raise KeyboardInterrupt
+    assert isinstance(of_first.exception(), Dropped)
 
 
 def test_an_interrupt_in_a_pass_leaves_whole_units_only(
