@@ -10,7 +10,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -37,6 +37,9 @@ DEIT_TINY = "deit_tiny_distilled_patch16_224"
 MOST_IMAGES = 256  # of a step that is measured: enough to fill a GPU
 SECONDS = 0.4  # that each speed is measured for
 BUSY = 0.5  # processes that want to run, per core: more than the doctor itself on two cores
+SOME_IMAGES = 12  # whose decoding is measured
+RAW_SIDE = 256  # short side of raw members, pixels, for views of 224
+AS_IT_IS = "as it is"
 SLOWER = 0.8  # of one thread's speed: less than that is not noise
 # cskd's dependencies, and torchvision, which timm needs.
 PACKAGES = (
@@ -271,7 +274,7 @@ def _loader(config: Config) -> Iterator[Check]:
     import torch
 
     from cskd.machine.devices import pick_device
-    from cskd.pipeline.loader_speed import images_per_second, views_per_second
+    from cskd.pipeline.loader_speed import images_per_second
 
     if not torch.cuda.is_available():
         return
@@ -284,16 +287,56 @@ def _loader(config: Config) -> Iterator[Check]:
         value = f"not measured: there is no memory for {batch} images of {student.model} on {device}"
         yield Check("loader", value, "warn", "end what else holds its memory; else set train.micro_batch for a run")
         return
-    made = views_per_second(config.recipe, SECONDS)
-    yield loader_row(student.model, taken, made, threads.share)
+    yield loader_row(student.model, taken, worker_rates(config, SECONDS), threads.share)
 
 
-def loader_row(model: str, taken: float, made: float, cores: int) -> Check:
-    """That of images per second that a GPU takes, against the views per second that each core makes."""
-    needed = math.ceil(taken / made)
-    value = f"the GPU takes {taken:,.0f} images/s of {model}, a core makes {made:,.0f} views/s: {needed} cores, here are {cores}"
-    advice = "training waits for views: more cores for each GPU, a machine with fewer GPUs, or a larger student"
-    return _row("loader", value, cores >= needed, advice)
+def worker_rates(config: Config, seconds: float) -> dict[str, float]:
+    """Views per second of a core, of the config's images as they are and, in words, after each thing that makes it faster."""
+    from cskd.pipeline.loader_speed import packed_raw, views_per_second
+
+    images, recipe, repeats = _some_images(config), config.recipe, config.train.repeats
+    host, side = config.train.augment == "host", RAW_SIDE * config.recipe.size // 224
+    raw = packed_raw(images, side)
+    rates = {AS_IT_IS: views_per_second(recipe, seconds, images, repeats, host)}
+    rates[f"shards packed with --raw --short-side {side}"] = views_per_second(recipe, seconds, raw, repeats, host)
+    if host:
+        rates["train.augment: device"] = views_per_second(recipe, seconds, images, repeats, augment=False)
+    return rates
+
+
+def _some_images(config: Config) -> list[bytes]:
+    """A few images of data.train, from all over it; none where they can't be read, which other rows say."""
+    from cskd.views.maker import ViewMaker
+
+    try:
+        inventory = open_inventory(Path(config.data.train))
+        maker = ViewMaker(inventory, config.recipe)
+        found = [maker.encoded(i) for i in range(0, len(inventory), max(1, len(inventory) // SOME_IMAGES))]
+        return [data for data in found if _can_be_decoded(data)]
+    except (CskdError, OSError):
+        return []
+
+
+def _can_be_decoded(data: bytes) -> bool:
+    from cskd.dataset.images import decode
+
+    try:
+        decode(data)
+    except CskdError:
+        return False
+    return True
+
+
+def loader_row(model: str, taken: float, rates: Mapping[str, float], cores: int) -> Check:
+    """That of images per second that a GPU takes, against the views per second that each core makes (`worker_rates`)."""
+    needed = {how: math.ceil(taken / made) for how, made in rates.items()}
+    value = (
+        f"the GPU takes {taken:,.0f} images/s of {model}, a core makes {rates[AS_IT_IS]:,.0f} views/s: "
+        f"{needed[AS_IT_IS]} cores, here are {cores}"
+    )
+    fewer = [f"{how} ({n} cores)" for how, n in needed.items() if n < needed[AS_IT_IS]]
+    advice = f"training waits for views: {', '.join([*fewer, 'more cores for each GPU'])}, or a larger student"
+    return _row("loader", value, cores >= needed[AS_IT_IS], advice)
 
 
 def _combinations(config: Config) -> list[Check]:

@@ -15,6 +15,7 @@ from cskd.config import RecipeConfig, StudentConfig
 from cskd.dataset.images import decode
 from cskd.machine.arithmetic import autocast
 from cskd.method.losses import output_tensors
+from cskd.packing.payloads import Remake, encoded_again
 from cskd.seeds import mix64_array
 from cskd.student import build_student
 from cskd.views.digest import pixel_crc
@@ -26,17 +27,29 @@ CLASSES = 1000
 WARM = 3  # steps that are not counted: the first ones choose kernels and allocate
 
 
-def views_per_second(recipe: RecipeConfig, seconds: float, images: Sequence[bytes] = ()) -> float:
-    """Views that this thread makes as a loader worker: decoded, augmented, checked. images: encoded; none: of ImageNet's size."""
+def views_per_second(
+    recipe: RecipeConfig, seconds: float, images: Sequence[bytes] = (), repeats: int = 1, augment: bool = True
+) -> float:
+    """Views that this thread makes as a loader worker: `repeats` of each image that it decodes, augmented and checked.
+
+    images: encoded; none: of ImageNet's size. augment: false where the device makes the views, and a worker decodes alone.
+    """
     encoded = itertools.cycle(images or [photo()])
     seeds = mix64_array(np.arange(1 << 12, dtype=np.uint64)).tolist()
     done, clock = 0, time.perf_counter()
     while time.perf_counter() - clock < seconds or not done:
         image = decode(next(encoded))
         height, width = image.shape[:2]
-        pixel_crc(apply(image, sample_params(seeds[done % len(seeds)], height, width, recipe)))
-        done += 1
+        for _ in range(repeats):
+            if augment:
+                pixel_crc(apply(image, sample_params(seeds[done % len(seeds)], height, width, recipe)))
+            done += 1
     return done / (time.perf_counter() - clock)
+
+
+def packed_raw(images: Sequence[bytes], short_side: int) -> list[bytes]:
+    """Encoded images as `cskd pack --raw --short-side` would store them."""
+    return [encoded_again(image, Remake(short_side, raw=True)).data for image in images or [photo()]]
 
 
 def images_per_second(

@@ -34,7 +34,7 @@ from cskd.pipeline.run_state import stopped
 from cskd.pipeline.saving import Pace
 from cskd.pipeline.setup import device_of
 from cskd.pipeline.show.metrics import MetricsLog, reached
-from cskd.pipeline.show.progress import Progress, bound_by, print_lines, rate, say, timed_start
+from cskd.pipeline.show.progress import Progress, print_lines, rate, say, timed_start
 from cskd.pipeline.show.trackers import Trackers
 from cskd.pipeline.train_step import TrainStep
 from cskd.pipeline.training_run import TrainingRun, open_run
@@ -175,13 +175,7 @@ def _train(run: TrainingRun, update: TrainStep, quiet: bool) -> TrainReport:
         top1={name.removeprefix("top1."): top1 for name, top1 in last.items() if name.startswith("top1.")},
         score=run.score,
         arithmetic=run.arithmetic,
-        bound_by=bound_by(
-            run.pools(seconds, tasks.read_seconds),
-            time.perf_counter() - start_clock,
-            images,
-            cores=run.workers > 0,
-            queued=device.type == "cuda",
-        ),
+        bound_by=run.bound_by(seconds, tasks.read_seconds, time.perf_counter() - start_clock, images),
         notes=run.notes,
         weights=weights,
         reached=best,

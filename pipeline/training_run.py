@@ -52,7 +52,7 @@ from cskd.pipeline.outputs import LAST, run_output
 from cskd.pipeline.precheck import TRAINING, refuse
 from cskd.pipeline.run_state import PROGRESS, RunState, named_bests
 from cskd.pipeline.setup import Setup, from_images, half_notes, open_cached, with_best
-from cskd.pipeline.show.progress import Notes, Pool, say
+from cskd.pipeline.show.progress import NOTHING_TO_DECODE, Notes, Pool, bound_by, say
 from cskd.storage.mirror import Mirror
 from cskd.store.cache import Cache
 from cskd.store.format import RESOLVED
@@ -194,6 +194,14 @@ class TrainingRun:
             seconds, here = seconds | {both: seconds["teacher"] + seconds["student"]}, (both, "evaluate")
         apart = [Pool.of(self.workers, seconds, *loader), Pool.of(1, seconds, *here)] if self.workers else []
         return [*(apart or [Pool.of(1, seconds, *loader, *here)]), Pool(1, {"read": read_seconds})]
+
+    def bound_by(self, seconds: dict[str, float], read_seconds: float, elapsed: float, images: int) -> str:
+        """Which of them holds up the rest, see `bound_by`."""
+        on_gpu, relief = self.device.type == "cuda", dict(NOTHING_TO_DECODE)
+        if on_gpu and self.config.train.augment == "host":
+            relief["augment"] = "with train.augment: device the GPU does this"
+        pools = self.pools(seconds, read_seconds)
+        return bound_by(pools, elapsed, images, cores=self.workers > 0, queued=on_gpu, relief=relief)
 
     def save(self, step: int) -> None:
         """A state that the same command resumes from. NotFiniteError on every rank where it would not be finite."""

@@ -60,13 +60,14 @@ class Section:
 
 SECTIONS = (
     Section("ceilings", "speed", 30, "ceilings:ceilings"),
-    Section("loader", "speed", 40, "ceilings:loader"),
+    Section("loader", "speed", 60, "ceilings:loader"),
     Section("writer", "speed", 30, "ceilings:writer"),
     Section("regnety", "speed", 80, "stage1:regnety_best"),
     Section("ladder", "speed", 60, "ladder:rungs"),
     Section("ladder-runs", "speed", 120, "ladder:runs"),
     Section("light", "speed", 90, "stage1:light"),
     Section("tiny", "speed", 120, "stage2:sides", ("tiny",)),
+    Section("tiny-raw", "speed", 80, "stage2:sides", ("tiny", False, True)),
     Section("tiny-online", "speed", 80, "stage2:online", ("tiny",)),
     Section("same", "check", 70, "checks:hashes"),
     Section("weights", "check", 60, "checks:weights"),

@@ -47,6 +47,7 @@ class Sizes:
     pixels: int
     classes: int
     jpeg: tuple[int, int]  # width, height
+    short_side: int  # of the raw members that are made of them
     distinct: int  # JPEGs that are made; all images are these
     teacher: str
     light: str  # a teacher that the loader holds up
@@ -65,7 +66,7 @@ class Sizes:
 
 
 FULL = Sizes(
-    pixels=224, classes=1000, jpeg=(500, 375), distinct=64, teacher="regnety_160", light="mobilenetv2_100", small="resnet18",
+    pixels=224, classes=1000, jpeg=(500, 375), short_side=256, distinct=64, teacher="regnety_160", light="mobilenetv2_100", small="resnet18",
     teacher_batch=256, few=12288, many=26624, check=256, workers=16, calls=20, gigabyte=1 << 30, matrix=8192, seconds=3.0,
     students={
         "tiny": StudentRun("deit_tiny_distilled_patch16_224", 1024, 6, 14),
@@ -75,7 +76,7 @@ FULL = Sizes(
     student_kwargs={},
 )  # fmt: skip
 TINY = Sizes(
-    pixels=64, classes=10, jpeg=(80, 60), distinct=8, teacher="resnet10t", light="mobilenetv2_050", small="resnet10t",
+    pixels=64, classes=10, jpeg=(80, 60), short_side=48, distinct=8, teacher="resnet10t", light="mobilenetv2_050", small="resnet10t",
     teacher_batch=8, few=128, many=64, check=32, workers=2, calls=2, gigabyte=1 << 16, matrix=64, seconds=0.1,
     students={name: StudentRun("deit_tiny_distilled_patch16_224", 8, 1, 2) for name in ("tiny", "small", "base")},
     student_kwargs={"depth": 1},
@@ -92,6 +93,7 @@ class Bench:
     device: torch.device
     section: str = ""
     runs: int = field(default=0)
+    raw: bool = False  # shards of raw pixels, as `cskd pack --short-side 256 --raw` makes them, and a cache of those
 
     def say(self, name: str, value: float | str, unit: str = "", note: str = "") -> None:
         """A figure, or words: a line on the terminal and a row of gpu.jsonl, both at once."""
@@ -111,13 +113,15 @@ class Bench:
         return None
 
     def data(self, images: int) -> Path:
-        """Packed shards of so many images: a few JPEGs under many keys, in shards that are links to one file."""
-        folder, once = self.work / f"data {images}", self.work / "distinct"
+        """Packed shards of so many images: a few under many keys, in shards that are links to one file."""
+        kind, jpegs = "raw" if self.raw else "jpeg", self.work / "jpegs"
+        folder, once = self.work / f"data {kind} {images}", self.work / f"distinct {kind}"
         if (folder / "inventory").is_dir():
             return folder
         if not (once / "inventory").is_dir():
-            self._jpegs(self.work / "jpegs")
-            pack_data(self.work / "jpegs", once, quiet=True)
+            if not jpegs.is_dir():
+                self._jpegs(jpegs)
+            pack_data(jpegs, once, short_side=self.sizes.short_side if self.raw else None, raw=self.raw, quiet=True)
         source = open_inventory(once)
         folder.mkdir(exist_ok=True)
         per_shard = min(4096, images // 2)
@@ -173,6 +177,10 @@ class Bench:
             os.rename(f"{path}.partial", path)
         return path
 
+    def cache(self, name: str) -> Path:
+        """The folder of a cache of this name, of the shards at hand."""
+        return self.work / f"cache {name}{' raw' if self.raw else ''}"
+
     def config(
         self,
         model: str,
@@ -203,7 +211,7 @@ class Bench:
                 },
                 "recipe": {"size": s.pixels, **RECIPE},
                 "cache": {
-                    "path": str(self.work / f"cache {cache}"),
+                    "path": str(self.cache(cache)),
                     "views": VIEWS,
                     "workers": cache_workers or s.workers,
                     "device": str(self.device),

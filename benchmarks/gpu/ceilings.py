@@ -68,8 +68,17 @@ def ceilings(bench: Bench) -> None:
 
 
 def loader(bench: Bench) -> None:
-    """Views of the cores: of one, of all by processes, and by threads of one process."""
-    s = bench.sizes
+    """Views of the cores: of one, of all by processes, and by threads of one process; of JPEGs, and of shards of raw pixels."""
+    width, height = bench.sizes.jpeg
+    jpegs = loader_of(bench, f"JPEG {width} x {height}", ("processes", "threads"))
+    bench.raw = True
+    raw = loader_of(bench, f"raw, short side {bench.sizes.short_side}", ("processes",))
+    bench.say("raw / JPEG, processes", raw / jpegs)
+
+
+def loader_of(bench: Bench, images: str, ways: tuple[str, ...]) -> float:
+    """Returns views per second of all cores by the first of these ways."""
+    s, rates = bench.sizes, []
     inventory = open_inventory(bench.data(s.few))
     make = MakeViews(ViewMaker(inventory, RecipeConfig(size=s.pixels, **RECIPE)))  # type: ignore[arg-type]
     torch.set_num_threads(1)
@@ -77,19 +86,21 @@ def loader(bench: Bench) -> None:
     while (spent := time.perf_counter() - begun) < s.seconds:
         done += make(range(done // VIEWS % s.few, done // VIEWS % s.few + 1))
     one = done / spent
-    bench.say("decode and augment, one core", one, "views/s", f"{VIEWS} views per decoded image of {s.jpeg}")
+    bench.say(f"decode and augment, {images}, one core", one, "views/s", f"{VIEWS} views per image")
     cores = min(s.workers, os.cpu_count() or 1)
     per_task = max(1, int(one * s.seconds / 8) // VIEWS)
     tasks = [range(i * per_task % (s.few // 2), i * per_task % (s.few // 2) + per_task) for i in range(16 * cores)]
     with ThreadPoolExecutor(cores) as threads:
-        for name in ("processes", "threads"):
+        for name in ways:
             points, made = [(time.perf_counter(), 0)], 0
             for count in Stream(make, tasks, cores) if name == "processes" else threads.map(make, tasks):
                 made += count
                 points.append((time.perf_counter(), made))
             rate, python = second_half(points), platform.python_version() + ("" if locked() else ", free-threaded")
             words = f"{rate / one:.2f} times one core, Python {python}"
-            bench.say(f"decode and augment, {cores} {name}", rate, "views/s", words)
+            bench.say(f"decode and augment, {images}, {cores} {name}", rate, "views/s", words)
+            rates.append(rate)
+    return rates[0]
 
 
 def writer(bench: Bench) -> None:

@@ -108,5 +108,5 @@ def light(bench: Bench) -> None:
 
 def stage2_cache(bench: Bench) -> None:
     """That cache, made now where the section that times it made none."""
-    if not (bench.work / "cache stage 2" / "sealed.json").exists():
+    if not (bench.cache("stage 2") / "sealed.json").exists():
         stage1(bench, bench.sizes.light, "bf16+fold", images=bench.sizes.many, cache="stage 2")

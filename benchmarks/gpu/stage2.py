@@ -122,8 +122,10 @@ def bare(bench: Bench, student: str, name: str, method: str, **train: Any) -> fl
     return ms
 
 
-def sides(bench: Bench, student: str, compiled: bool = False) -> None:
-    """All sides of a student, and the ratios of those that came through."""
+def sides(bench: Bench, student: str, compiled: bool = False, raw: bool = False) -> None:
+    """All sides of a student, and the ratios of those that came through. raw: of the two whose views the host makes, on shards
+    of raw pixels."""
+    bench.raw = raw
     bench.attempt("cache", stage2_cache, bench)
     ms: dict[str, float] = {}
     jobs: tuple[tuple[str, Callable[..., float], str, dict[str, Any]], ...] = (
@@ -134,7 +136,7 @@ def sides(bench: Bench, student: str, compiled: bool = False) -> None:
         ("bare cskd-hard", bare, "cskd-hard", {}),
         *(() if compiled else (("bare none", bare, "none", {}),)),
     )
-    for name, run, method, more in jobs:
+    for name, run, method, more in jobs[2:4] if raw else jobs:
         found = bench.attempt(name, run, bench, student, name, method, compile=compiled, **more)
         ms |= {} if found is None else {name: found}
     for a, b, goal in (

@@ -289,9 +289,7 @@ def time_stage2(
             held: Batch = {name: t.clone() for name, t in batch.items()}
         spent["decode"], spent["augment"] = loading.tolist()
         views = step * run.plan.global_batch
-        bound = bound_by(
-            run.pools({**spent, "evaluate": 0.0}, tasks.read_seconds), elapsed, views, cores=run.workers > 0, queued=gpu
-        )
+        bound = run.bound_by({**spent, "evaluate": 0.0}, tasks.read_seconds, elapsed, views)
         took, counted = _counted(points)
         batch_rows, epoch = run.plan.global_batch, step // run.plan.steps
         alone = _seconds_of(lambda: update(held, epoch, step, spent), device, seconds / 3)

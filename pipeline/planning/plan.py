@@ -29,7 +29,7 @@ from cskd.loading.sources import LiveViews
 from cskd.machine.cores import usable_cores
 from cskd.machine.launch import launched
 from cskd.machine.threads import brief_turns, choose_threads, computing_with
-from cskd.pipeline.doctor import load_row, loader_row
+from cskd.pipeline.doctor import AS_IT_IS, load_row, loader_row
 from cskd.pipeline.loader_speed import views_per_second
 from cskd.pipeline.out_of_memory import explained, nothing_to_lower
 from cskd.pipeline.planning.costs import SHARED, Costs, Measured, Work, costs_of, hours, live_view, verdict
@@ -323,7 +323,7 @@ def _reading_note(read: float, decode: float) -> list[str]:
 def _cores(config: Config, device: torch.device, taken: float, made: float, core: float, share: int) -> str:
     """How many cores the loader of a device needs."""
     if device.type == "cuda":
-        row = loader_row(config.student.model, taken, made, share)
+        row = loader_row(config.student.model, taken, {AS_IT_IS: made}, share)
         return row.value + (f": {row.advice}" if row.advice else "")
     return (
         f"there is no GPU here; one needs a core for every {core:,.0f} images/s that it takes of {config.student.model} (this "

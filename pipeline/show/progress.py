@@ -146,6 +146,9 @@ class Notes:
         self._said = len(self.all)
 
 
+NOTHING_TO_DECODE = {"decode": "shards packed with `cskd pack --raw` leave nothing to decode"}
+
+
 @dataclass(frozen=True)
 class Pool:
     """Parts of the work that the same `workers` threads or processes do in turn; seconds of each, summed over them all."""
@@ -172,6 +175,7 @@ def bound_by(
     *,
     cores: bool = False,
     queued: bool = False,
+    relief: Mapping[str, str] = NOTHING_TO_DECODE,
 ) -> str:
     """Which part of the work holds up the rest, in one line, and how many units per second each part alone would do.
 
@@ -181,7 +185,8 @@ def bound_by(
     bound_by([Pool(2, {"decode": 0.8, "augment": 0.4}), Pool(1, {"teacher": 1.2, "encode": 0.1})], 1.5, 600)
     -> 'bound by teacher (busy 1.3 s of 1.5 s): teacher 500 images/s · decode 1,500 images/s · augment 3,000 images/s · ...'
 
-    cores: say too how many the first pool, the loader, needs to keep up with the busiest other one. queued: that one's seconds
+    cores: say too how many the first pool, the loader, needs to keep up with the busiest other one, and what relieves it
+    of the part that is named, where it holds up the rest. queued: that one's seconds
     are those in which its work was handed to a device, all of them only where the device holds the work up.
     """
     parts = [(s / pool.workers, name) for pool in pools for name, s in pool.seconds.items() if s > 0]
@@ -195,7 +200,8 @@ def bound_by(
         return line
     needed, at_most = sum(pools[0].seconds.values()) / rest, " at most" if queued and pool is pools[0] else ""
     cores_needed, had = counted(max(1, math.ceil(needed)), "core"), counted(pools[0].workers, "worker")
-    return f"{line}; to keep up, the loader needs {cores_needed}{at_most}, it had {had}"
+    less = f"; {relief[longest]}" if pool is pools[0] and longest in relief else ""
+    return f"{line}; to keep up, the loader needs {cores_needed}{at_most}, it had {had}{less}"
 
 
 def timed_start(results: Iterator[T], seconds: dict[str, float]) -> Iterator[T]:

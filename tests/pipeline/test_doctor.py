@@ -18,12 +18,23 @@ import torch
 import cskd.machine.speed
 import cskd.pipeline.doctor
 from cskd import cli
-from cskd.config import Config, RecipeConfig, StudentConfig, TrainConfig, from_dict
+from cskd.config import Config, DataConfig, RecipeConfig, StudentConfig, TrainConfig, from_dict
 from cskd.config.schema import Tracker
+from cskd.dataset.images import decode
 from cskd.loading.raw_batches import batch_bytes
 from cskd.machine.cores import Cores
-from cskd.pipeline.doctor import OPTIONAL, PACKAGES, PROBES, Check, _batch_bytes, doctor, loader_row
-from cskd.pipeline.loader_speed import images_per_second, views_per_second
+from cskd.pipeline.doctor import (
+    AS_IT_IS,
+    OPTIONAL,
+    PACKAGES,
+    PROBES,
+    Check,
+    _batch_bytes,
+    doctor,
+    loader_row,
+    worker_rates,
+)
+from cskd.pipeline.loader_speed import images_per_second, packed_raw, views_per_second
 from tests.caches import make_tiny_data
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -138,12 +149,26 @@ def test_the_speed_is_that_of_a_real_network_here_and_in_a_process_with_other_se
     assert cskd.machine.speed.steps_elsewhere(0, 0.01, {}) is None
 
 
-def test_the_loader_row_says_how_many_cores_the_gpu_needs() -> None:
-    enough, few = loader_row("deit", 3000.0, 200.0, 16), loader_row("deit", 3000.0, 190.0, 15)
+def test_the_loader_row_says_how_many_cores_the_gpu_needs_and_what_would_need_fewer() -> None:
+    enough = loader_row("deit", 3000.0, {AS_IT_IS: 200.0}, 16)
     assert enough == Check(
         "loader", "the GPU takes 3,000 images/s of deit, a core makes 200 views/s: 15 cores, here are 16"
     )
-    assert few.state == "warn" and "16 cores, here are 15" in few.value
+    few = loader_row("deit", 3000.0, {AS_IT_IS: 190.0, "raw": 400.0, "no help": 189.0}, 15)
+    assert few.state == "warn" and few.value.endswith("16 cores, here are 15")
+    assert few.advice.startswith("training waits for views: raw (8 cores), more cores for each GPU, or")
+
+
+def test_a_core_is_measured_on_the_images_of_the_config(tmp_path: Path) -> None:
+    make_tiny_data(tmp_path / "data", n=24, bad=[4])
+    config = Config(data=DataConfig(train=str(tmp_path / "data")), recipe=RecipeConfig(size=32))
+    images = cskd.pipeline.doctor._some_images(config)
+    assert len(images) == 11 and all(decode(data).shape[2] == 3 for data in images)
+    assert not cskd.pipeline.doctor._some_images(Config(data=DataConfig(train=str(tmp_path / "absent"))))
+    rates = worker_rates(config, 0.05)
+    assert list(rates) == [AS_IT_IS, "shards packed with --raw --short-side 36", "train.augment: device"]
+    there = replace(config, train=TrainConfig(augment="device"))
+    assert "train.augment: device" not in worker_rates(there, 0.05)
 
 
 def test_a_gpu_that_others_fill_is_no_broken_installation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +186,9 @@ def test_both_rates_are_measured_on_the_real_loader_and_a_real_student() -> None
     tiny = StudentConfig(model="deit_tiny_distilled_patch16_224", kwargs={"depth": 1, "embed_dim": 24, "num_heads": 2})
     for student in (tiny, replace(tiny, model="deit_tiny_patch16_224", tokens=["a"])):
         assert images_per_second(student, 32, 4, "none", torch.device("cpu"), 0.01) > 0
-    assert 2000 > views_per_second(RecipeConfig(randaugment="rand-m9-mstd0.5-inc1"), 0.2) > 5
+    recipe = RecipeConfig(randaugment="rand-m9-mstd0.5-inc1")
+    assert 2000 > views_per_second(recipe, 0.2) > 5
+    assert views_per_second(recipe, 0.2, packed_raw([], 256), augment=False) > 3 * views_per_second(recipe, 0.2)
 
 
 def test_shared_memory_is_asked_for_as_the_config_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,6 +180,22 @@ def test_bound_by_says_how_many_cores_the_loader_needs_to_keep_up() -> None:
     assert one.endswith("the loader needs 1 core, it had 1 worker")
 
 
+def test_a_loader_that_holds_up_the_rest_is_told_what_relieves_it() -> None:
+    student, words = Pool(1, {"student": 2.0}), {}
+    for device, augment in (("cuda", "host"), ("cuda", "device"), ("cpu", "host")):
+        train = SimpleNamespace(augment=augment)
+        run: Any = SimpleNamespace(device=torch.device(device), workers=4, config=SimpleNamespace(train=train))
+        for part in ("decode", "augment"):
+            run.pools = lambda *_, part=part: [Pool(4, {part: 14.0}), student]
+            words[device, augment, part] = TrainingRun.bound_by(run, {}, 0.0, 6.0, 100).split("it had 4 workers")[1]
+        run.pools = lambda *_: [Pool(4, {"decode": 1.0}), student]
+        assert TrainingRun.bound_by(run, {}, 0.0, 6.0, 100).endswith("it had 4 workers")
+    raw = "; shards packed with `cskd pack --raw` leave nothing to decode"
+    assert {words[key] for key in words if key[2] == "decode"} == {raw}
+    assert words["cuda", "host", "augment"] == "; with train.augment: device the GPU does this"
+    assert words["cuda", "device", "augment"] == words["cpu", "host", "augment"] == ""
+
+
 def test_bound_by_counts_together_what_the_same_workers_do() -> None:
     """Neither part of the loader takes as long as the student, but its two processes do both."""
     loader, main = Pool(2, {"decode": 1.6, "augment": 1.4}), Pool(1, {"student": 1.2})
