@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +23,30 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if os.environ.get("CSKD_TEST_DEVICE") != "cuda":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download weights fails at once
+# Whichever test starts the fork server first: without it every loader worker after that one imports torch by itself.
+multiprocessing.set_forkserver_preload(["cskd.loading.stage1", "cskd.loading.raw_batches"])
 
-# The same examples in every run, and no failure because a machine is busy.
-hypothesis.settings.register_profile("cskd", deadline=None, derandomize=True)
+# The same examples in every run, and no failure because a machine is busy: neither is slow data an error.
+hypothesis.settings.register_profile(
+    "cskd", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("cskd")
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector, which the tests of memory call, has no need to look through all modules and tests each time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test draws without a generator of its own does not depend on which tests this process has run before."""
+    random.seed(0)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(0)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +56,14 @@ def sample_data() -> Path:
     if not (path / "data").is_dir() or not (path / "teachers").is_dir():
         pytest.skip(f"no sample data at {path}; set CSKD_DATA to a folder with data/ and teachers/")
     return path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """No test takes the power away, and a process that is killed loses nothing of what it wrote."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

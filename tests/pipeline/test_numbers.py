@@ -100,7 +100,7 @@ def test_progress_of_a_resumed_stage_1_begins_where_the_first_stopped(
             super().__exit__(*error)
 
     monkeypatch.setattr("cskd.pipeline.cache_teacher.Progress", Spy)
-    grown = settings(base)
+    grown = settings(base, name="grown run")  # one of its own: another test trains from all views
     grown = dataclasses.replace(grown, cache=dataclasses.replace(grown.cache, path=str(base / "grown"), views=1))
     cache_teacher(grown, quiet=True)
     cache_teacher(dataclasses.replace(grown, cache=dataclasses.replace(grown.cache, views=3)), quiet=True)
