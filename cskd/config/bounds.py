@@ -90,13 +90,14 @@ def written(value: Any, levels: int = 20) -> str:
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)
 
 
-def _split(kind: Any) -> tuple[Any, list[Any]]:
+@cache  # there are as many as fields, and each is asked for with every config
+def _split(kind: Any) -> tuple[Any, tuple[Any, ...]]:
     """(type without null where that leaves one type, bounds one by one) of an annotation."""
     inner, *marks = typing.get_args(kind) if typing.get_origin(kind) is Annotated else (kind,)
     if typing.get_origin(inner) in (types.UnionType, typing.Union):
         options = [option for option in typing.get_args(inner) if option is not type(None)]
         inner = options[0] if len(options) == 1 else inner
-    return inner, [one for mark in marks for one in (mark if isinstance(mark, GroupedMetadata) else (mark,))]
+    return inner, tuple(one for mark in marks for one in (mark if isinstance(mark, GroupedMetadata) else (mark,)))
 
 
 def _interval(of: dict[type, Any]) -> list[str]:
