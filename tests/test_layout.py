@@ -58,10 +58,16 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(tree(path)))
+
+
+@cache
 def imports(path: Path) -> set[str]:
     """Top-level names of everything a file imports, at its top or inside functions."""
     found = set()
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -79,9 +85,8 @@ def test_no_module_takes_from_the_top_of_the_package_more_than_its_version() -> 
     """The contracts leave out what `cskd` offers, which may be of any floor."""
     taken = set()
     for path in SOURCES:
-        nodes = list(ast.walk(tree(path)))
-        whole = any(isinstance(n, ast.Import) and any(a.name == "cskd" for a in n.names) for n in nodes)
-        for node in nodes:
+        whole = any(isinstance(n, ast.Import) and any(a.name == "cskd" for a in n.names) for n in nodes(path))
+        for node in nodes(path):
             if isinstance(node, ast.ImportFrom) and node.module == "cskd":
                 taken |= {f"{named(path)}: {alias.name}" for alias in node.names}
             elif whole and isinstance(node, ast.Attribute) and ast.unparse(node.value) == "cskd":
@@ -125,9 +130,16 @@ def run_python(code: str) -> None:
 
 def calls(path: Path) -> Iterator[tuple[int, str, dict[str | None, ast.expr]]]:
     """(line, dotted name of what is called, keyword arguments) of each call in a file."""
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Call):
-            yield node.lineno, ast.unparse(node.func), {k.arg: k.value for k in node.keywords}
+            yield node.lineno, dotted(node.func), {k.arg: k.value for k in node.keywords}
+
+
+def dotted(name: ast.expr) -> str:
+    """`a.b.c`, without what is no name: `ast.unparse` of every call takes seconds."""
+    if isinstance(name, ast.Attribute):
+        return f"{dotted(name.value)}.{name.attr}"
+    return name.id if isinstance(name, ast.Name) else ""
 
 
 def is_constant(value: ast.expr | None, expected: bool) -> bool:
@@ -136,8 +148,8 @@ def is_constant(value: ast.expr | None, expected: bool) -> bool:
 
 def unsafe(path: Path) -> Iterator[str]:
     """What in a file could run code that a data file brings, or hand text to a shell."""
-    text = ast.unparse(tree(path)).replace("pickle.UnpicklingError", "").replace("import pickle\n", "")
     for module in sorted(imports(path) & {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}):
+        text = ast.unparse(tree(path)).replace("pickle.UnpicklingError", "").replace("import pickle\n", "")
         if re.search(rf"\b{module}\b", text):  # naming the error by which a refused file shows itself is fine
             yield f"{named(path)}: uses {module}"
     for line, name, keywords in calls(path):

@@ -33,24 +33,31 @@ from cskd.pipeline.train import train
 from tests.caches import make_tiny_cache, make_tiny_data
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    """A project: images of two classes, data/, caches/one, runs/one (with its marker), demo/ and, as old versions left
-    them, old_run/ and old_demo/."""
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of two classes, data/, caches/one, runs/one (with its marker), demo/ and, as old versions left them, old_run/
+    and old_demo/."""
+    folder = tmp_path_factory.mktemp("project")
     for name in ("ant", "bee"):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "0.png")
-    cache = make_tiny_cache(tmp_path / "caches")
-    cache.root.rename(tmp_path / "caches" / "one")
-    (tmp_path / "caches" / "data").rename(tmp_path / "data")
-    own_output(tmp_path / "runs" / "one")
-    (tmp_path / "demo").mkdir()
-    mark(tmp_path / "demo", "demo")
-    (tmp_path / "old_run" / "resume").mkdir(parents=True)
-    (tmp_path / "old_run" / "resolved.yaml").touch()
+        (folder / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "images" / name / "0.png")
+    cache = make_tiny_cache(folder / "caches")
+    cache.root.rename(folder / "caches" / "one")
+    (folder / "caches" / "data").rename(folder / "data")
+    own_output(folder / "runs" / "one")
+    (folder / "demo").mkdir()
+    mark(folder / "demo", "demo")
+    (folder / "old_run" / "resume").mkdir(parents=True)
+    (folder / "old_run" / "resolved.yaml").touch()
     for name in ("images/train", "data/train/inventory"):
-        (tmp_path / "old_demo" / name).mkdir(parents=True)
-    return tmp_path
+        (folder / "old_demo" / name).mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def home(project: Path, tmp_path: Path) -> Path:
+    """A copy of the project."""
+    return Path(shutil.copytree(project, tmp_path, dirs_exist_ok=True))
 
 
 def config(home: Path, **sections: dict[str, Any]) -> Config:

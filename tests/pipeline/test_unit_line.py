@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 import threading
 import time
 from collections import defaultdict, deque
@@ -159,16 +160,23 @@ def test_an_interrupt_says_how_much_it_cost(
     assert re.search(pattern, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("damage", ["torn", "no file of ours", "other versions", "of another view", "twice"])
-def test_a_draft_that_is_damaged_or_foreign_is_passed_over(
-    long: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
-) -> None:
-    data, content = long
-    cache = tmp_path / "cache"
+@pytest.fixture(scope="module")
+def cut(long: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of which a pass was cut."""
+    cache = tmp_path_factory.mktemp("cut") / "cache"
     with pytest.MonkeyPatch.context() as patch:
         cut_after(patch, 8, killed=False)
         with pytest.raises(Cut):
-            cache_teacher(saving(data, cache), quiet=True)
+            cache_teacher(saving(long[0], cache), quiet=True)
+    return cache
+
+
+@pytest.mark.parametrize("damage", ["torn", "no file of ours", "other versions", "of another view", "twice"])
+def test_a_draft_that_is_damaged_or_foreign_is_passed_over(
+    long: tuple[Path, str], cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    data, content = long
+    cache = Path(shutil.copytree(cut, tmp_path / "cache"))
     found = drafts(cache)
     assert len(found) > 3
     for path in found:
