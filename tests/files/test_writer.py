@@ -16,6 +16,7 @@ import pytest
 
 import cskd.files.claims
 import cskd.files.writer
+from cskd import cli
 from cskd.errors import PathError
 from cskd.files.claims import LEASE, Claims, _host, owner_of, signed
 from cskd.files.writer import LOCK, sole_writer
@@ -92,9 +93,20 @@ def test_a_writer_on_another_machine_is_seen_to_live_or_waited_for(
     monkeypatch.setattr(cskd.files.writer, "LOOK", 0.01)
     lock, told = tmp_path / LOCK, list[str]()
     lock.write_text("elsewhere/boot/pid 7\n55 2026-01-01 00:00:00\n")
-    with pytest.raises(PathError, match="by process 7 on elsewhere since 2026-01-01 00:00:00"):
-        threading.Timer(0.2, lambda: os.utime(lock)).start()
-        take(tmp_path)
+    refused = threading.Event()
+
+    def beats() -> None:
+        while not refused.wait(0.05):
+            os.utime(lock)
+
+    owner = threading.Thread(target=beats)
+    owner.start()
+    try:
+        with pytest.raises(PathError, match="by process 7 on elsewhere since 2026-01-01 00:00:00"):
+            take(tmp_path)
+    finally:
+        refused.set()
+        owner.join()
     monkeypatch.setattr(cskd.files.claims, "LEASE", 0.5)
     with sole_writer(tmp_path, "x", tell=told.append):
         assert pid_of(lock) == os.getpid()
@@ -137,22 +149,32 @@ def test_a_folder_that_nothing_was_put_into_is_taken_away_again(tmp_path: Path) 
     assert (tmp_path / "mine").is_dir()
 
 
-@pytest.mark.parametrize(
-    "launch",
-    [
-        [],
-        pytest.param(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], marks=pytest.mark.slow),
-    ],
-)
-def test_training_into_a_folder_that_is_written_to_is_refused_at_once_on_all_ranks(
-    tmp_path: Path, holder: subprocess.Popen[str], launch: list[str]
-) -> None:
+@pytest.fixture
+def refused(tmp_path: Path, holder: subprocess.Popen[str]) -> str:
+    """A config with a folder that is written to; what its training is refused with, without the name of the rank."""
     (tmp_path / "c.yaml").write_text(json.dumps({"train": {"output": str(tmp_path / "out"), "device": "cpu"}}))
+    return f"cskd: {tmp_path / 'out'} is being written to by process {holder.pid}"
+
+
+def test_training_into_a_folder_that_is_written_to_is_refused_at_once(
+    tmp_path: Path, refused: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["cskd", "train", str(tmp_path / "c.yaml")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    err = capsys.readouterr().err
+    assert end.value.code == 1 and err.startswith(refused) and err.count("\n") == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK]
+
+
+@pytest.mark.slow
+def test_training_into_a_folder_that_is_written_to_is_refused_on_all_ranks(tmp_path: Path, refused: str) -> None:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [sys.executable, *launch, str(ROOT / "cli.py"), "train", str(tmp_path / "c.yaml")]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
     lines = [line for line in done.stderr.splitlines() if line.startswith("cskd: ")]
-    assert done.returncode == 1 and f"cskd: {tmp_path / 'out'} is being written to by process {holder.pid}" in lines[0]
+    assert done.returncode == 1 and refused in lines[0]
     # The second rank may be ended before it can speak.
     assert len(lines) == 1 or (
         lines[1].startswith("cskd: rank 1") and (lines[0][6:] in lines[1] or "see its line" in lines[1])

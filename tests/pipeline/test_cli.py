@@ -274,26 +274,20 @@ def test_a_run_with_workers_that_is_cut_resumes_where_it_stood(made: Path, tmp_p
     assert json.loads(run("train", made / "c.yaml", *sets, *more, "--json").out)["steps"] == 1
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of which a pass takes seconds."""
-    folder = tmp_path_factory.mktemp("large")
-    make_tiny_data(folder / "data", n=2000, block=1000, shard=500)
-    return folder / "data"
-
-
 @pytest.mark.parametrize("kind", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_stage_1_that_is_interrupted_drops_its_unit_at_once_and_resumes(
-    large: Path, tmp_path: Path, kind: signal.Signals
-) -> None:
-    """Its claims are given back, no file of the unit is left, and the line it prints finishes the cache."""
-    (tmp_path / "net.py").write_text(TEACHER)
-    c = tiny_config(tmp_path, data={"train": str(large)}, cache={"path": str(tmp_path / "cache"), "views": 9})
+def test_stage_1_that_is_interrupted_drops_its_unit_at_once_and_resumes(tmp_path: Path, kind: signal.Signals) -> None:
+    """Its claims are given back, no file of the unit is left, and the line it prints finishes the cache. From its first unit
+    on the teacher takes a second for a batch, and so minutes for the rest."""
+    slow = f'        any(pathlib.Path({str(tmp_path)!r}).glob("cache/commits/*/*.json")) and time.sleep(1)\n'
+    line = "        return self.body(x)\n"
+    assert line in TEACHER
+    (tmp_path / "net.py").write_text(f"import pathlib, time\n{TEACHER.replace(line, slow + line)}")
+    make_tiny_data(tmp_path / "train", n=40, block=20, shard=20)
+    c = tiny_config(tmp_path, cache={"path": str(tmp_path / "cache"), "views": 30})
     (tmp_path / "c.yaml").write_text(to_yaml(c))
     process = start("cache-teacher", tmp_path / "c.yaml", "--json")
     try:
         wait_for(process, lambda: list((tmp_path / "cache" / "commits").glob("*/*.json")))
-        time.sleep(0.2)  # into the next pass
         process.send_signal(kind)
         clock = time.monotonic()
         out, err = process.communicate(timeout=60)
