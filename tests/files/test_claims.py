@@ -116,16 +116,27 @@ def test_an_owner_that_lives_keeps_its_claim(tmp_path: Path, monkeypatch: pytest
 
 
 def test_processes_on_one_cache_share_the_work(tmp_path: Path) -> None:
-    """Each view is made once, by one of them, and the cache is that of a process alone."""
-    (tmp_path / "net.py").write_text(TEACHER)
+    """Each view is made once, by one of them, and the cache is that of a process alone. The other one comes first, and stops
+    in its first pass until this one has made another."""
+    line = "        return self.body(x)\n"
+    stop = '        while cache and list(cache.glob("claims/b*")) and not list(cache.glob("commits/*/*")): time.sleep(0.01)\n'
+    assert line in TEACHER
+    net = TEACHER.replace(line, stop + line)
+    (tmp_path / "net.py").write_text(
+        f'import os, pathlib, time\ncache = "STOPS" in os.environ and pathlib.Path(os.environ["STOPS"])\n{net}'
+    )
     make_tiny_data(tmp_path / "train", n=60, block=20, shard=10)
     alone = cache_teacher(config(tmp_path, cache={"path": str(tmp_path / "alone"), "views": 9}), quiet=True)
     (tmp_path / "c.yaml").write_text(to_yaml(config(tmp_path, cache={"views": 9})))
     command = [sys.executable, str(ROOT / "cli.py"), "cache-teacher", str(tmp_path / "c.yaml"), "--json"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    running = [subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    reports = [json.loads(process.communicate(timeout=240)[0]) for process in running]
-    assert sum(report["images"] for report in reports) == alone.images == 540
-    assert {report["content_root"] for report in reports} == {alone.content_root}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "STOPS": str(tmp_path / "cache")}
+    other = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+    while not held(tmp_path / "cache"):
+        assert other.poll() is None
+        time.sleep(0.01)
+    mine = cache_teacher(config(tmp_path, cache={"views": 9}), quiet=True)
+    its = json.loads(other.communicate(timeout=240)[0])
+    assert min(mine.images, its["images"]) > 0 and mine.images + its["images"] == alone.images == 540
+    assert mine.content_root == its["content_root"] == alone.content_root
     assert verify(tmp_path / "cache", quiet=True).sound
     assert not (tmp_path / "cache" / "claims").exists()

@@ -107,8 +107,9 @@ def test_a_killed_run_s_scratch_is_cleared_by_the_next_start(made: Path, tmp_pat
     process.wait(60)
     assert len(list(temp.glob("cskd-*"))) == (kind == signal.SIGKILL)
     step = max(int(p.stem.removeprefix("step-")) for p in (tmp_path / "run").glob("resume/step-*.safetensors"))
-    done = subprocess.run([*command, "--set", f"train.max_steps={step + 1}"], cwd=ROOT, env=env, capture_output=True)
-    assert done.returncode == 0, done.stderr
+    more = settings(made, tmp_path / "run", 4000)
+    more["train"]["max_steps"] = step + 1
+    assert train(from_dict(more), quiet=True).steps == 1
     assert list(temp.glob("cskd-*")) == []
 
 

@@ -122,6 +122,7 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_says_so(base: Path, one:
         assert mixed["loss"] == pytest.approx(alone["loss"], rel=0.05)
 
 
+@pytest.mark.slow  # its parts in one process: tests/pipeline/test_many_devices.py, tests/files/test_claims.py
 def test_stage_1_under_torchrun_shares_the_work_and_reports_once(base: Path) -> None:
     """Without a process group: through claims alone."""
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "cli.py")]

@@ -25,7 +25,7 @@ def met(store: Store, order: tuple[int, ...]) -> list[Store]:
         for rank in order:
             found[rank] = pool.submit(store_of_this_start, store, rank, len(order))
             time.sleep(0.05)
-        return [found[rank].result(10) for rank in range(len(order))]
+        return [found[rank].result(60) for rank in range(len(order))]
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
@@ -33,7 +33,7 @@ def met(store: Store, order: tuple[int, ...]) -> list[Store]:
 def test_ranks_of_a_later_start_read_nothing_of_an_earlier_one(before: int, order: tuple[int, ...]) -> None:
     """Of more ranks, of fewer or of as many, of which one had died before it got its answer."""
     store = HashStore()
-    store.set_timeout(timedelta(seconds=5))
+    store.set_timeout(timedelta(seconds=60))
     for one in met(store, tuple(range(before))):
         one.set("address", "of a rank that is dead")
     store.set("cskd/rank/1", "drawn by a rank that died")

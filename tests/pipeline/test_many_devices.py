@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from cskd.pipeline.cache_teacher import cache_teacher
 from cskd.pipeline.care.verify import verify
 from cskd.pipeline.many_devices import cache_teacher_on
 from cskd.pipeline.passes import missing_passes
+from cskd.pipeline.show.report import print_report
 from tests.caches import make_tiny_cache, make_tiny_data
 from tests.pipeline.test_pipeline import TEACHER, config
 
@@ -131,6 +133,21 @@ def test_each_begins_elsewhere_and_all_make_the_same_passes(tmp_path: Path) -> N
     assert passes == [(0, (0,)), (1, (0, 2))]
     assert missing_passes(cache, 1) == passes[::-1]
     assert missing_passes(cache, 2) == passes
+
+
+def test_of_the_ranks_of_torchrun_the_first_one_speaks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each makes what the others have not made, without a process group."""
+    (tmp_path / "net.py").write_text(TEACHER)
+    make_tiny_data(tmp_path / "train", n=10)
+    for rank in "10":
+        for name, value in (_TWO | {"RANK": rank, "LOCAL_RANK": rank}).items():
+            monkeypatch.setenv(name, value)
+        print_report(cache_teacher(config(tmp_path, cache={"views": 1 + (rank == "0")})), True, None)
+        said = capsys.readouterr()
+        assert (said.out.count("\n"), bool(said.err)) == (int(rank == "0"), rank == "0")
+    assert json.loads(said.out)["units"] == 1 and verify(tmp_path / "cache", quiet=True).sealed
 
 
 def test_under_torchrun_devices_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ def test_every_kind_of_file_is_found_and_brought_back_byte_for_byte(cache: Path,
     whole = files(made)
     rng = np.random.default_rng(0)
     for name, data in whole.items():
+        if name.startswith(("commits/b00000/", "units/b00000/")):
+            continue  # of these kinds are those of the other block, too
         flip(cache / name, int(rng.integers(8 * len(data))))
         try:
             found = verify(cache, quiet=True)
