@@ -7,6 +7,7 @@ for all. Local data sets are handed on as they are.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -85,7 +86,8 @@ class _Copier:
             held.close()
 
     def _run(self) -> None:
-        with ThreadPoolExecutor(AT_ONCE, "shard") as pool:
+        # Where the disk or the plan fails: whoever reads or draws meets the same, and says so.
+        with contextlib.suppress(CskdError, OSError), ThreadPoolExecutor(AT_ONCE, "shard") as pool:
             for need in self._needs:
                 remote, size = need.inventory.remote, need.inventory.shards[need.shard].bytes
                 if remote is None:

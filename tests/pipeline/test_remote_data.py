@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from cskd.pipeline.train import train
 from cskd.storage import join, open_storage
 from cskd.storage.fetch import fetched
 from cskd.storage.mirror import Mirror
-from cskd.storage.node_cache import node_cache, use_node_cache
+from cskd.storage.node_cache import NodeCache, node_cache, use_node_cache
 from tests.caches import make_tiny_data
 from tests.data_sources import folder
 from tests.dataset.test_remote_shards import upload
@@ -158,6 +161,20 @@ def test_each_shard_is_fetched_once_and_before_it_is_asked_for(s3: str, tmp_path
     counts = inventory.remote.storage.counts
     assert (counts.requests, counts.read) == (6, sum(shard.bytes for shard in local.shards))
     assert reader.inventory.remote.storage.counts.requests == 0  # all were there
+
+
+def test_a_disk_that_fails_in_the_thread_that_copies_ahead_is_left_to_who_reads(tmp_path: Path) -> None:
+    class Full(NodeCache):
+        def room(self) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    inventory = make_tiny_data(tmp_path / "data")
+    inventory.remote = RemoteShards("s3://b/x", Full(tmp_path / "node"))
+    tasks = ahead(range(3), all_needs(inventory, 3))
+    assert next(tasks) == 0
+    for thread in [one for one in threading.enumerate() if one.name == "shards ahead"]:
+        thread.join(60)  # with an error of its own pytest fails this test
+    assert list(tasks) == [1, 2]
 
 
 def test_the_shards_of_an_epoch_come_in_the_order_of_its_plan(tmp_path: Path) -> None:
