@@ -187,7 +187,8 @@ def test_a_pair_draws_the_same_mixing_from_either_side() -> None:
 
 
 def test_modes_and_lambdas_follow_the_recipe() -> None:
-    drawn = [pair_params(a, a + 10**6, RecipeConfig(size=32, mix_prob=0.8)) for a in range(6000)]
+    recipe = RecipeConfig(size=32, mix_prob=0.8)
+    drawn = [pair_params(a, a + 10**6, recipe) for a in range(6000)]
     mode = np.array([d[0] for d in drawn])
     assert np.mean(mode == NONE) == pytest.approx(0.2, abs=0.025)
     assert np.mean(mode == CUTMIX) == pytest.approx(0.4, abs=0.025)
@@ -197,8 +198,9 @@ def test_modes_and_lambdas_follow_the_recipe() -> None:
 
 
 def test_a_cutmix_lambda_is_what_its_box_leaves() -> None:
+    recipe = RecipeConfig(size=32, mixup=0.0)
     for a in range(500):
-        mode, lam, (top, bottom, left, right) = pair_params(a, a + 1, RecipeConfig(size=32, mixup=0.0))
+        mode, lam, (top, bottom, left, right) = pair_params(a, a + 1, recipe)
         if mode == CUTMIX:
             assert lam == round((1 - (bottom - top) * (right - left) / 1024) * ONE)
 
