@@ -19,7 +19,7 @@ from rich.console import Console
 
 import cskd
 from cskd.errors import HubError, PathError, counted
-from cskd.files.hub import FORM, HubAddress, hub_calls, is_hub, parse_address, repo_exists
+from cskd.files.hub import FORM, HubAddress, hub_calls, is_hub, parse_address, repo_exists, waiting_for_hub
 from cskd.files.paths import location_text
 from cskd.files.read import parse_json, read_file
 from cskd.files.temporary import temporary_folder
@@ -141,7 +141,8 @@ def _push(
     api = huggingface_hub.HfApi(library_name="cskd", library_version=cskd.__version__)
     where: dict[str, Any] = {"repo_id": target.repo, "repo_type": target.kind, "revision": target.revision or None}
     with hub_calls("REPO", target, "write"):
-        is_private = _open_repo(api, target, private)
+        with waiting_for_hub(f"REPO {target.repo!r}", "it later: the same command goes on"):
+            is_private = _open_repo(api, target, private)
         there = {f.path: f for f in api.list_repo_tree(recursive=True, **where) if hasattr(f, "blob_id")}
         _refuse_another(api, found, target, there, where)
         changed = [file for file in found.files if not _same(file, there.get(file.path))]
