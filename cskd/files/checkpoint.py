@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from cskd.files.folders import called
 from cskd.files.inert import Name, NoPickleError, Storage, Stored, Thing, read_pickle
 from cskd.files.read import open_regular, parse_json
 from cskd.near import absent
@@ -124,6 +125,8 @@ def given_file(path: Path) -> Path:
     try:
         find_file(path)
     except ValueError as e:
+        if path.is_dir() and (kind := called(path)) is not None:
+            raise ValueError(f"{path} is {kind}, which holds no weights") from None
         raise ValueError(f"no file {absent(path)}" if not path.exists() else f"{path} {e}") from None
     return path
 
@@ -176,7 +179,7 @@ def contents(path: Path, model_bytes: int, opened: ExitStack) -> Contents:
     for magic, what in _OTHERS:
         if head.lstrip().startswith(magic):
             raise ValueError(f"is {what}")
-    if path.suffix in (".onnx", ".tflite", ".pb", ".mlmodel", ".index"):
+    if path.suffix in (".onnx", ".tflite", ".pb", ".mlmodel", ".index", ".yaml", ".yml", ".txt", ".csv", ".py", ".png"):
         raise ValueError(f"is a {path.suffix} file: only weights of PyTorch are read")
     return _of_pickles(file, length, limit)
 

@@ -48,13 +48,11 @@ def put_inventory(storage: Storage, inventory: Inventory) -> None:
     if isinstance(storage, Posix):
         if not (storage.root / INVENTORY).exists():
             copy_inventory(inventory, storage.root)
+        _refuse_another(storage, inventory)
         return
     header = (inventory.path / HEADER).read_bytes()
     if not storage.create(f"{INVENTORY}/{HEADER}", header):
-        if (other := inventory_id(storage)) != inventory.id:
-            raise DataError(
-                f"{storage.location} holds the inventory {other[:12]} already, expected {inventory.id[:12]}; take another place"
-            )
+        _refuse_another(storage, inventory)
         end = time.monotonic() + WAIT
         while not _whole(storage) and time.monotonic() < end:
             time.sleep(LOOK)
@@ -66,6 +64,13 @@ def put_inventory(storage: Storage, inventory: Inventory) -> None:
     if not _whole(storage):
         for name in FILES:
             storage.put(name, (inventory.path / name.removeprefix(f"{INVENTORY}/")).read_bytes())
+
+
+def _refuse_another(storage: Storage, inventory: Inventory) -> None:
+    if (other := inventory_id(storage)) != inventory.id:
+        raise DataError(
+            f"{storage.location} holds the inventory {other[:12]} already, expected {inventory.id[:12]}; take another place"
+        )
 
 
 def check_inventory(storage: Storage) -> None:

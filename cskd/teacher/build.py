@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cskd.config import TeacherConfig
 from cskd.errors import CskdError, TeacherError, one_line
 from cskd.files.checkpoint import given_file
+from cskd.files.folders import called
 from cskd.files.hub import is_hub, local_copy, parse_address, pin, quiet_hub, refusal_of, waiting_for_hub
 from cskd.files.own_code import OwnCode, entry_point_names, load_own, names_own_code, neighbours_of
 from cskd.files.waiting import said_when_long
@@ -84,6 +85,8 @@ def build_model(name: str, kwargs: dict[str, Any], pretrained: bool = False) -> 
     known = timm.list_models()
     if ":" not in name and name.partition(".")[0] not in known:
         hint = did_you_mean(name, [*known, *entry_point_names(GROUP)]) or "timm.list_models() lists them"
+        if Path(name).exists():
+            hint = f"it is {called(name) or 'a path'}: weights are given by teacher.weights, next to the name of their model"
         raise TeacherError(
             f"teacher.model {name!r} is no timm model; {hint.rstrip('?')}; torchvision's are torchvision:NAME, your own is path/to/file.py:build"
         )
