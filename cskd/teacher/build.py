@@ -20,6 +20,7 @@ from cskd.errors import CskdError, TeacherError, one_line
 from cskd.files.checkpoint import given_file
 from cskd.files.folders import called
 from cskd.files.hub import is_hub, local_copy, parse_address, pin, quiet_hub, refusal_of, waiting_for_hub
+from cskd.files.not_weights import one_part
 from cskd.files.own_code import OwnCode, entry_point_names, load_own, names_own_code, neighbours_of
 from cskd.files.waiting import said_when_long
 from cskd.files.weights import READ_BY_TIMM, misfit, read_weights
@@ -231,8 +232,8 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
     if faults := misfit(weights.tensors, expected):
         taken = f"{weights.taken}: " if weights.taken else ""
         raise TeacherError(
-            f"teacher.weights: {path} does not fit the model ({taken}{faults}); check teacher.model and teacher.kwargs, such "
-            "as num_classes"
+            f"teacher.weights: {path} does not fit the model ({taken}{faults}); "
+            + (one_part(path) or "check teacher.model and teacher.kwargs, such as num_classes")
         )
     model.load_state_dict(weights.tensors, strict=False)  # only counters can be missing here
     return weights.notes
