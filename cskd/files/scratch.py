@@ -49,7 +49,7 @@ def refuse_scratch(where: str) -> None:
     """CacheError where nothing can be written in `train.scratch`, which has to be there: a disk that is not mounted is not made
     up for by a folder on another one. PathError where it lies in a cache, a data set or a run."""
     above = scratch_above(where)
-    if where:
+    if where and not above.is_file():
         refuse_output(above, None, "train.scratch")
     if not above.is_dir():
         raise CacheError(_refused(above, "it is no folder" if above.exists() else "it is not there"))
