@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -106,3 +107,15 @@ def test_where_there_are_no_locks_a_folder_is_made_and_nothing_swept(
     with temporary_folder("push") as folder:
         assert folder.is_dir() and (temp / "cskd-push-x").exists()
     assert not folder.parent.exists()
+
+
+def test_what_is_copied_or_made_for_a_while_lies_in_such_a_folder() -> None:
+    """Else a kill leaves it for good. The others are probes, which hold nothing, and the scratch of a run, which is held later."""
+    probes = {"cskd/files/durable.py", "pipeline/outputs.py", "cskd/files/scratch.py", "cskd/files/temporary.py"}
+    made = {
+        str(path.relative_to(ROOT))
+        for folder in ("cskd", "pipeline")
+        for path in (ROOT / folder).rglob("*.py")
+        if {"mkdtemp(", "TemporaryDirectory("} & {f"{word}(" for word in re.findall(r"\w+(?=\()", path.read_text())}
+    }
+    assert made == probes
