@@ -87,7 +87,7 @@ def pack(
     src: Annotated[
         Path,
         typer.Argument(
-            parser=_path("SRC"),
+            parser=_path("SRC", takes=("images", "tar", *OF_DATA)),
             help="Folder of class folders, a tar, tar.gz or zip of one, parquet files, or webdataset shards.",
         ),
     ],
@@ -140,7 +140,7 @@ def index(
         list[Path],
         typer.Argument(
             metavar="SHARDS...",
-            parser=_path("SHARDS"),
+            parser=_path("SHARDS", takes=("shards", "tar", *OF_DATA)),
             help="webdataset shards: folders, .tar files, quoted globs, or names with {000..146}.",
         ),
     ],

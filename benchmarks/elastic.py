@@ -22,11 +22,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -34,7 +36,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # in its documentation, not in its __all__
 
-import cskd.pipeline.train_step
 from benchmarks.tiny_teacher import TINY_TEACHER
 from cskd import cli
 from cskd.config import Config, from_dict, to_yaml
@@ -121,8 +122,8 @@ def measured(folder: Path, lose: int, back: bool) -> dict[str, Any]:
         Image.fromarray(noise.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(path)
     pack_data(folder / "images", folder / "data", shard_size=24, block=48, quiet=True)
     cache_teacher(config(folder, "whole"), quiet=True)
-    record(folder / "record whole", 0.0)
-    train(config(folder, "whole"), quiet=True)
+    with recording(folder / "record whole", 0.0):
+        train(config(folder, "whole"), quiet=True)
     (folder / "c.yaml").write_text(to_yaml(config(folder, "run")))
     ended, said = with_a_loss(folder, lose, back)
     for log in [] if ended else sorted(folder.glob("agent*.log")):
@@ -201,13 +202,14 @@ def agent(folder: Path, port: int, number: int) -> subprocess.Popen[bytes]:
 
 def worker(arguments: Sequence[str]) -> None:
     """In a rank: `cskd` with these arguments, which writes down what each step is fed."""
-    record(Path(os.environ["CSKD_RECORD"]), PAUSE)
     sys.argv = ["cskd", *arguments]
-    cli.main()
+    with recording(Path(os.environ["CSKD_RECORD"]), PAUSE):
+        cli.main()
 
 
-def record(folder: Path, pause: float) -> None:
-    """From now on write down each step of this process, once it is done."""
+@contextmanager
+def recording(folder: Path, pause: float) -> Iterator[None]:
+    """Write down each step of this process, once it is done."""
     folder.mkdir(exist_ok=True)
     real: Callable[..., Any] = TrainStep.__call__
 
@@ -222,7 +224,8 @@ def record(folder: Path, pause: float) -> None:
             time.sleep(0.05)
         return result
 
-    setattr(cskd.pipeline.train_step.TrainStep, "__call__", recorded)  # noqa: B010
+    with mock.patch.object(TrainStep, "__call__", recorded):
+        yield
 
 
 def fed(folder: Path) -> list[Fed]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ from cskd.dataset.inventory import Inventory, open_inventory
 from cskd.dataset.inventory_format import DTYPES, HEADER, INVENTORY_FOLDER
 from cskd.errors import DataError, counted
 from cskd.files.paths import is_remote, location_text
+from cskd.files.temporary import temporary_folder
 from cskd.packing.index import index
 from cskd.packing.names import CLASSES_FILE
 from cskd.packing.pack import pack
@@ -106,7 +106,7 @@ def _folder_for(out: Path) -> Iterator[Path]:
         yield out
         return
     refuse_objects(location_text(str(out), "OUT", write=True), "OUT", "a data set", _of_data, CLASSES_FILE)
-    with tempfile.TemporaryDirectory(prefix="cskd-pack-") as folder:
+    with temporary_folder("pack") as folder:
         yield Path(folder, "data")
 
 

@@ -27,7 +27,7 @@ from cskd.pipeline.setup import Setup, from_images, image_sizes, view_notes, wit
 from cskd.store.cache import open_cache, refuse_other_identity
 from cskd.store.manifest import has_cache
 from cskd.student.checkpoint import ResumeStates
-from cskd.student.optim import refuse_schedule
+from cskd.student.optim import refuse_schedule, schedule_notes
 from cskd.student.warm_start import checkpoint_file
 from cskd.teacher.build import weight_file
 from cskd.views.fit import image_notes, refuse_views
@@ -246,7 +246,7 @@ def _init_file(setup: Setup) -> Found:
 def _schedule(setup: Setup) -> Found:
     refuse_schedule(setup.config.train)
     train = setup.config.train
-    return f"{train.opt}, {train.epochs:,} epochs, {train.warmup_epochs:g} of them warm up", []
+    return f"{train.opt}, {train.epochs:,} epochs, {train.warmup_epochs:g} of them warm up", schedule_notes(train)
 
 
 def _student(setup: Setup) -> Found:

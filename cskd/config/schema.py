@@ -45,6 +45,7 @@ Range = Annotated[list[Annotated[float, Gt(0)]], Len(2, 2), Predicate(rising)]
 Noise = Annotated[list[Annotated[float, Ge(1e-6), Le(1)]], Len(3, 3), Unit("R, G, B in [0, 1]")]
 Colour = Annotated[list[Annotated[float, Ge(0), Le(1)]], Len(3, 3), Unit("R, G, B in [0, 1]")]
 Rgb = Annotated[list[float] | None, Len(3, 3), Unit("R, G, B in [0, 1]")]
+Spread = Annotated[list[Annotated[float, Gt(0)]] | None, Len(3, 3), Unit("R, G, B in [0, 1]")]
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,15 @@ class TeacherConfig(Section):
     null = as built."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments for timm's or torchvision's constructor, or for `build()`."""
-    input_size: Annotated[int | None, Le(8192), Unit("pixels")] = None
+    input_size: Annotated[int | None, Ge(1), Le(8192), Unit("pixels")] = None
     """Side of the square input; null = the model's own."""
     mean: Rgb = None
     """Subtracted from the pixels; null = the model's own."""
-    std: Rgb = None
+    std: Spread = None
     """The pixels are divided by it; null = the model's own."""
     interpolation: Literal["bicubic", "bilinear"] | None = None
     """How the clean-image check resizes; null = the model's own."""
-    crop_pct: Annotated[float | None, Unit("share of the short side")] = None
+    crop_pct: Annotated[float | None, Gt(0), Le(1), Unit("share of the short side")] = None
     """What the clean-image check sees of an image; null = the model's own."""
     classes: str | list[int] | None = None
     """From label to teacher output: a list of indices; a file of the teacher's class names; `shift:N` (output k + N for label
@@ -118,7 +119,7 @@ class TeacherConfig(Section):
     """Images of one forward, whole quads of 4. Part of the fingerprint."""
     check_images: Annotated[int, Ge(1), Le(1 << 20), Unit("images")] = 512
     """Clean images for the top-1 check before the first unit."""
-    min_top1: Annotated[float | None, Unit("share")] = None
+    min_top1: Annotated[float | None, Ge(0), Le(1), Unit("share")] = None
     """Refuse a teacher below this top-1; null = clearly above chance, about twice."""
     check: Literal["refuse", "note"] = "refuse"
     """Whether what that check finds against the teacher stops stage 1, or is noted."""
@@ -220,7 +221,7 @@ class StudentConfig(Section):
     """Checkpoint to start from, `FILE:KEY`, or an `hf://` address; position embeddings are resized to this student's grid."""
     mean: Rgb = None
     """Subtracted from the pixels; null = the model's own."""
-    std: Rgb = None
+    std: Spread = None
     """The pixels are divided by it; null = the model's own."""
     drop_path: Annotated[float, Ge(0), Lt(1), Unit("probability")] = 0.0
     """Probability that a residual branch is left out; CSKD's is 0, DeiT's 0.1."""
@@ -448,7 +449,7 @@ class TrainConfig(Section):
     """Any name of timm's optimiser factory."""
     lr: Annotated[float, Ge(0)] = 1e-3
     """Highest learning rate."""
-    lr_batch: Annotated[int | None, Unit("views")] = None
+    lr_batch: Annotated[int | None, Ge(1), Unit("views")] = None
     """`lr` holds for this batch and is scaled linearly; null = `lr` is used as it is."""
     weight_decay: Annotated[float, Ge(0)] = 0.05
     """Weight decay of the optimiser."""

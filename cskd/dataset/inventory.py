@@ -38,6 +38,7 @@ from cskd.dataset.look_alikes import look_alike
 from cskd.dataset.remote_shards import RemoteShards, fetched_inventory, lost_shards
 from cskd.errors import DataError
 from cskd.files.durable import put, sync
+from cskd.files.folders import OF_DATA, other_kind
 from cskd.files.paths import is_remote, local_path, location_text
 from cskd.files.read import file_sha256
 from cskd.seeds import U64, key_hash
@@ -139,6 +140,8 @@ class Inventory:
         if not lost:
             return
         first, n = next(iter(lost.values())), len(self.shards)
+        if len(lost) == n and not self.remote and (why_not := other_kind(self.root, OF_DATA)):
+            raise DataError(f"{self.root} {why_not}")
         if len(lost) == n > 1:
             raise DataError(f"none of the {n} image shards is there as it was: {first}")
         raise DataError(first + (f" (and {len(lost) - 1} more of {n} shards)" if len(lost) > 1 else ""))

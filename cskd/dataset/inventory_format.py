@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from cskd.dataset.inventory_checks import MEND, check_header
 from cskd.errors import DataError, LimitError, why
 from cskd.files.durable import json_hash, sync
+from cskd.files.folders import OF_DATA, other_kind
 from cskd.files.read import file_sha256, open_regular, parse_json, read_file
 from cskd.near import absent
 
@@ -65,6 +66,8 @@ def read_header(path: Path) -> dict[str, Any]:
     try:
         header = parse_json(read_file(path / HEADER))
     except (FileNotFoundError, NotADirectoryError):
+        if why_not := other_kind(path, OF_DATA):
+            raise DataError(f"{path} {why_not}") from None
         raise DataError(
             f"no inventory at {absent(path) if not path.exists() else path}; make one with 'cskd pack' or 'cskd index'"
         ) from None

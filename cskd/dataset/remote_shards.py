@@ -18,11 +18,14 @@ from numpy.typing import NDArray
 from cskd.dataset.inventory_checks import MEND
 from cskd.dataset.inventory_format import DTYPES, HEADER, INVENTORY_FOLDER, read_header, verify_files
 from cskd.errors import DataError, why
+from cskd.files.folders import OF_DATA, other_kind
 from cskd.files.paths import location_text
 from cskd.files.read import MAX_TEXT, open_regular
+from cskd.near import absent
 from cskd.storage import Storage, join, open_storage
 from cskd.storage.fetch import download
 from cskd.storage.node_cache import Held, NodeCache, copy_name, node_cache, say_fetched_again
+from cskd.storage.places import kind_of_objects
 
 FIND_SHARDS = "restore it, or say where the shards are: data.train or data.val in the config, or --data of inspect, verify and repair"
 ASKED_AT_ONCE = 32  # shards whose size is asked for, of a web server, which can't list them
@@ -134,7 +137,8 @@ def lost_shards(inventory: Listed, remote: RemoteShards | None) -> dict[int, str
         try:
             found = there[name] if there is not None else _size(inventory.shard_path(shard))
         except (FileNotFoundError, KeyError):
-            lost[shard] = f"shard {name} is not in {remote.location if remote else inventory.root}; {FIND_SHARDS}"
+            place = remote.location if remote else inventory.root if inventory.root.exists() else absent(inventory.root)
+            lost[shard] = f"shard {name} is not in {place}; {FIND_SHARDS}"
         except OSError as e:
             lost[shard] = f"{where} can't be read: {why(e)}"
         else:
@@ -169,6 +173,8 @@ def fetched_inventory(address: str) -> tuple[Path, str, Held]:
     if header is None and (header := _read(storage, HEADER)) is not None:
         prefix, location = "", location.rpartition("/")[0]
     if header is None:
+        if why_not := other_kind(location, OF_DATA, kind_of_objects(location, "the data set")):
+            raise DataError(f"{location} {why_not}")
         raise DataError(f"no inventory at {location}; make one with 'cskd pack' or 'cskd index', and copy it there")
     columns = [f"{prefix}{name}.npy" for name in DTYPES]
     name = copy_name(storage.location, header)

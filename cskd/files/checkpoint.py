@@ -21,7 +21,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from cskd.files.folders import called
 from cskd.files.inert import Name, NoPickleError, Storage, Stored, Thing, read_pickle
+from cskd.files.not_weights import not_weights, not_weights_zip, one_part
 from cskd.files.read import open_regular, parse_json
 from cskd.near import absent
 
@@ -48,28 +50,6 @@ _SAFE = {
     **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16},
 }
 _ARRAYS = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1"}
-# First bytes, what they begin, and what to do about it.
-_OTHERS = (
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes"),
-    (b"\x93NUMPY", "a single NumPy array"),
-    (b"GGUF", "a GGUF file"),
-    (b"\x1f\x8b", "compressed by gzip: unpack it first"),
-    (b"BZh", "compressed by bzip2: unpack it first"),
-    (b"\xfd7zXZ", "compressed by xz: unpack it first"),
-    (b"\x28\xb5\x2f\xfd", "compressed by zstd: unpack it first"),
-    (b"7z\xbc\xaf", "a 7z archive: unpack it first"),
-    (b"Rar!", "a RAR archive: unpack it first"),
-    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself: run git lfs pull"),
-    (b"<", "a web page in place of the file: download it again"),
-)
-# Members of a zip that tell what it is.
-_ZIPS = (
-    ("constants.pkl", "a TorchScript program: load it with torch.jit.load"),
-    ("serialized_exported_program.json", "a program of torch.export"),
-    ("archive_format", "a program of torch.export"),
-    ("model.weights.h5", "a model of Keras"),
-    ("extern_modules", "a torch.package: load it with torch.package.PackageImporter"),
-)
 
 
 @dataclass(frozen=True)
@@ -107,9 +87,12 @@ def find_file(path: Path) -> tuple[Path, str | None]:
         found = next((path / name for name in _FOLDER if (path / name).is_file()), None)
         if found is None:
             sharded = (path / ".metadata").exists() or any(path.glob("*.distcp"))
+            parts = any(one_part(part) for part in path.iterdir())
             raise ValueError(
                 "is a checkpoint of torch.distributed: convert it with torch.distributed.checkpoint.format_utils"
                 if sharded
+                else "holds parts of a checkpoint without their index: copy or download that too"
+                if parts
                 else f"is a folder without {', '.join(_FOLDER[:2])} or an index of such"
             )
         path = found
@@ -124,6 +107,8 @@ def given_file(path: Path) -> Path:
     try:
         find_file(path)
     except ValueError as e:
+        if path.is_dir() and (kind := called(path)) is not None:
+            raise ValueError(f"{path} is {kind}, which holds no weights") from None
         raise ValueError(f"no file {absent(path)}" if not path.exists() else f"{path} {e}") from None
     return path
 
@@ -171,13 +156,8 @@ def contents(path: Path, model_bytes: int, opened: ExitStack) -> Contents:
         return _of_safetensors(path, opened)
     if head.lstrip()[:1] == b"{":
         return _of_index(path, file, model_bytes, opened)
-    if head[257:262] == b"ustar":
-        raise ValueError("is a tar, or of torch.save before 2017: unpack it, or save it again")
-    for magic, what in _OTHERS:
-        if head.lstrip().startswith(magic):
-            raise ValueError(f"is {what}")
-    if path.suffix in (".onnx", ".tflite", ".pb", ".mlmodel", ".index"):
-        raise ValueError(f"is a {path.suffix} file: only weights of PyTorch are read")
+    if (what := not_weights(path, head)) is not None:
+        raise ValueError(f"is {what}")
     return _of_pickles(file, length, limit)
 
 
@@ -209,6 +189,8 @@ def _of_index(path: Path, file: IO[bytes], model_bytes: int, opened: ExitStack) 
     shards = sorted({str(name) for name in names.values()})
     if len(shards) > MAX_SHARDS or any(name != os.path.basename(name) or name in ("", "..") for name in shards):
         raise ValueError(f"names more than {MAX_SHARDS} files, or files outside its folder")
+    if gone := [name for name in shards if not path.with_name(name).is_file()]:
+        raise ValueError(f"names {gone[0][:80]}, which is not next to it: copy or download all {len(shards)} files")
     check_size(path, sum(path.with_name(name).stat().st_size for name in shards), model_bytes)
     found = Contents()
     for name in shards:
@@ -226,14 +208,8 @@ def _of_zip(file: IO[bytes], length: int, limit: int, opened: ExitStack) -> Cont
         archive = opened.enter_context(zipfile.ZipFile(file))
         members = {info.filename: info for info in archive.infolist()}
         base = {name.rpartition("/")[2] for name in members}
-        if base and all(name.endswith(".npy") for name in base):
-            raise ValueError(
-                "is a .npz of NumPy arrays, as Google's ViT is published; build the model with timm.create_model(NAME, "
-                "checkpoint_path=FILE)"
-            )
-        for name, what in _ZIPS:
-            if name in base:
-                raise ValueError(f"is {what}")
+        if (what := not_weights_zip(base)) is not None:
+            raise ValueError(f"is {what}")
         if any(i.compress_type != zipfile.ZIP_STORED or i.compress_size != i.file_size for i in members.values()):
             raise ValueError("is a compressed zip, which torch.save does not write: unpack it")
         if sum(info.file_size for info in members.values()) > length:
@@ -250,7 +226,7 @@ def _of_zip(file: IO[bytes], length: int, limit: int, opened: ExitStack) -> Cont
     except NoPickleError as e:
         raise ValueError(f"is a damaged checkpoint: {e}") from None
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as e:
-        raise ValueError(f"is a damaged zip: {e}") from None
+        raise ValueError(f"is a damaged zip ({e}): copy or download it again") from None
 
     def numbers(key: str) -> bytearray:
         info = members.get(f"{root}data/{key}")

@@ -35,15 +35,19 @@ _KIND_NAMES = {
     "export": "an export of `cskd export`",
     "inventory": "an inventory without its shards",  # of a cache without a manifest yet, or of data whose shards are gone
     **{"config": "a config", "weights": "a file of weights", "tar": "a tar file"},
+    **{"page": "a page for a browser", "picture": "a picture"},
 }
 _SUFFIXES = {
     **dict.fromkeys((".yaml", ".yml"), "config"),
     **dict.fromkeys((".safetensors", ".pt", ".pth", ".ckpt", ".bin"), "weights"),
     ".tar": "tar",
+    **dict.fromkeys((".html", ".htm"), "page"),
+    **dict.fromkeys((".png", ".jpg", ".jpeg"), "picture"),
 }
 _TAKEN = {
     **{"config": "a config, which is a YAML file", "run": "the folder of a run", "weights": "its weights"},
     **{"cache": "a cache", "data": "a packed data set"},
+    **{"images": "images in folders or archives", "shards": "webdataset shards"},
 }
 # What may be done with a thing of a kind, and the keys of a config that name one.
 _NEXT = {
@@ -55,7 +59,9 @@ _NEXT = {
     "demo": "give one of the folders in it",
     "export": "a training loop of your own reads it, see docs/howto/webdataset.md",
     "tar": "`cskd pack {0} OUT` makes a data set of it",
+    "page": "open it in a browser",
 }
+OF_DATA = ("data", "inventory")  # what is given as data: its shards may be gone, or lie elsewhere
 _KEYS = {"cache": "cache.path", "data": "data.train", "run": "train.output"}
 
 
@@ -101,8 +107,29 @@ def refuse_other_kind(path: str | Path, found: str | None, what: str, takes: Col
 
     Args:    found: its kind, as of `kind_of_input`. what: the argument. takes: kinds.
     """
+    option = f" {what}" if what.startswith("--") else ""
+    if said := _other_kind(path, found, takes):
+        kind, taken, steps = said
+        raise PathError(f"{what} {path} is {kind}, and `cskd {command}{option}` takes {taken}; {steps}")
+
+
+def other_kind(path: str | Path, takes: Collection[str], found: str | None = None) -> str | None:
+    """Why what lies at a path that a config names is of another kind than those: what it is, what is expected and the next step, in
+    words that follow the path; None where it is of none that is known. found: its kind, where that is known."""
+    if (found := found or kind_of_input(Path(path))) is not None:
+        said = _other_kind(path, found, takes)
+        return said and "is {}, expected {}; {}".format(*said)
+    # The folder above several is often given.
+    if inside := sorted(p.name for p, kind in _below(Path(path), 1) if kind in takes):
+        some = ", ".join(inside[:3]) + ", ..." * (len(inside) > 3)
+        return f"is the folder above {some}, expected {_taken(takes)}; give {path}/{inside[0]}"
+    return None
+
+
+def _other_kind(path: str | Path, found: str | None, takes: Collection[str]) -> tuple[str, str, str] | None:
+    """What it is, what is taken, and the next step."""
     if found is None or found in takes:
-        return
+        return None
     steps = [_NEXT.get(found, "give another path").format(path)]
     config = path if found == "config" else Path(path) / "resolved.yaml" if found in ("run", "cache") else None
     if config is not None and os.path.isfile(config):
@@ -110,9 +137,17 @@ def refuse_other_kind(path: str | Path, found: str | None, what: str, takes: Col
             steps.insert(0, f"its config is {config}")
         elif found != "cache" and (keys := [_KEYS[kind] for kind in takes if kind in _KEYS]):
             steps.insert(0, f"{' or '.join(keys)} in {config} may be what is meant")
-    taken = " or ".join(_TAKEN[kind] for kind in takes if kind in _TAKEN)
-    option = f" {what}" if what.startswith("--") else ""
-    raise PathError(f"{what} {path} is {_said(found)}, and `cskd {command}{option}` takes {taken}; {', '.join(steps)}")
+    return _said(found), _taken(takes), ", ".join(steps)
+
+
+def _taken(takes: Collection[str]) -> str:
+    return " or ".join(_TAKEN[kind] for kind in takes if kind in _TAKEN)
+
+
+def called(path: str | Path) -> str | None:
+    """What lies at a path, in words; None where it is of no kind that is known."""
+    kind = kind_of_input(Path(path))
+    return kind and _said(kind)
 
 
 def kind_of_input(path: Path) -> str | None:
@@ -136,6 +171,8 @@ def refuse_output(
     Raises:  PathError.
     """
     real = Path(os.path.realpath(local_path(folder, what)))
+    if real.is_file():
+        raise PathError(f"{what} {folder} is {called(real) or 'a file'}, expected a folder; give another one")
     given = {key: Path(os.path.realpath(path)) for key, path in (inputs or {}).items()}
     for key, path in given.items():
         if _same(real, path):
@@ -170,10 +207,10 @@ def _refuse_inside(
                 raise PathError(f"{shown} lies in {key} {path}; give a folder outside of it")
 
 
-def _below(folder: Path) -> Iterator[tuple[Path, str | None]]:
-    """The folders below one, DEPTH deep, with their kinds; what a folder of ours holds is its own affair."""
+def _below(folder: Path, depth: int = DEPTH) -> Iterator[tuple[Path, str | None]]:
+    """The folders below one, so deep, with their kinds; what a folder of ours holds is its own affair."""
     level, left = [folder], MOST_LOOKED_AT
-    for _ in range(DEPTH):
+    for _ in range(depth):
         deeper: list[Path] = []
         for path in level:
             with contextlib.suppress(OSError), os.scandir(path) as entries:

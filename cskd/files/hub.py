@@ -22,6 +22,7 @@ from typing import Literal
 from urllib.parse import quote, unquote
 
 from cskd.errors import CskdError, HubError, PathError, fitted, one_line
+from cskd.files.waiting import said_when_long
 
 FORM = "hf://[datasets/]OWNER/NAME[@REVISION][/PATH]"
 PINS = "hub.json"  # of a run or a cache: address as it was written -> the same with its commit
@@ -148,7 +149,12 @@ def hub_calls(what: str, address: HubAddress, doing: str = "read") -> Iterator[N
     Raises:  HubError; errors of the disk as they are.
     """
     try:
-        with quiet_hub():
+        with (
+            quiet_hub(),
+            waiting_for_hub(f"{what} {_shown(address)}", "a folder or file here in its place")
+            if doing == "read"
+            else contextlib.nullcontext(),
+        ):
             yield
     except CskdError:
         raise
@@ -175,6 +181,13 @@ def quiet_hub() -> Iterator[None]:
         hub_logging.set_verbosity(verbosity)
         if bars:
             enable_progress_bars()
+
+
+def waiting_for_hub(what: str, instead: str) -> contextlib.AbstractContextManager[None]:
+    """Say what is asked of the hub, where it takes long. instead: what does without a network."""
+    from huggingface_hub import constants
+
+    return said_when_long(f"{what} from {constants.ENDPOINT}", f"without a network give {instead}")
 
 
 def refusal_of(error: Exception, repo: str) -> str | None:

@@ -79,7 +79,7 @@ def read_pickle(file: IO[bytes], storages: dict[str, str] | None = None) -> Any:
     except NoPickleError:
         raise
     except Exception as e:  # whatever opcodes in a wrong order come to
-        raise NoPickleError(f"no whole pickle: {type(e).__name__}") from None
+        raise NoPickleError("no whole pickle") from e
 
 
 class _Machine:

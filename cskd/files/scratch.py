@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cskd.errors import CacheError
 from cskd.files.folders import refuse_output
+from cskd.files.temporary import PREFIX, sweep
 
 GB = 1e9
 
@@ -27,8 +28,10 @@ def new_scratch(output: Path, rank: int = 0, where: str = "") -> Path:
 
 
 def clear_scratch(output: Path, where: str = "") -> None:
-    """Remove what dead runs left: in `where`, among temporary files, and, of older versions, in the output folder. For the one
-    writer of `output`."""
+    """Remove what dead runs left, of this output whether they held it or not: in `where`, among temporary files, and, of older
+    versions, in the output folder. For the one writer of `output`."""
+    for above in {scratch_above(where), scratch_above("")}:
+        sweep(above)
     lefts = {left for above in {scratch_above(where), scratch_above("")} for left in above.glob(f"{_prefix(output)}*")}
     for left in lefts:
         with contextlib.suppress(FileNotFoundError):
@@ -46,7 +49,7 @@ def refuse_scratch(where: str) -> None:
     """CacheError where nothing can be written in `train.scratch`, which has to be there: a disk that is not mounted is not made
     up for by a folder on another one. PathError where it lies in a cache, a data set or a run."""
     above = scratch_above(where)
-    if where:
+    if where and not above.is_file():
         refuse_output(above, None, "train.scratch")
     if not above.is_dir():
         raise CacheError(_refused(above, "it is no folder" if above.exists() else "it is not there"))
@@ -107,4 +110,4 @@ def _refused(above: Path, why: str) -> str:
 def _prefix(output: Path) -> str:
     there = os.stat(output)  # in two containers one path may be two folders
     identity = f"{os.path.realpath(output)} {there.st_dev} {there.st_ino}"
-    return f"cskd-{hashlib.sha256(identity.encode()).hexdigest()[:12]}-"
+    return f"{PREFIX}{hashlib.sha256(identity.encode()).hexdigest()[:12]}-"

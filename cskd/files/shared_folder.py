@@ -17,6 +17,7 @@ from pathlib import Path
 from threading import Event
 
 from cskd.errors import CacheError, RankError, fitted
+from cskd.files.temporary import alive, hold, is_held
 
 POLL = 0.02  # seconds between two looks at what is waited for
 LOOK = 0.5  # seconds between two looks at whether the others live
@@ -24,7 +25,7 @@ _LONGEST = 200  # characters of another's reason
 
 
 class SharedFolder:
-    """`path`, for process `number` of the `count` that use it. Alone, nothing is locked and nobody is waited for."""
+    """`path`, for process `number` of the `count` that use it. Alone, nobody is waited for, and a folder without locks will do."""
 
     def __init__(self, path: Path, number: int = 0, count: int = 1) -> None:
         self.path, self.number, self.count = path, number, count
@@ -32,11 +33,10 @@ class SharedFolder:
 
     def enter(self) -> SharedFolder:
         """Say that this process lives; all have to, before any waits. CacheError where the folder is not there, or has no locks."""
-        if self.count > 1:
-            try:
-                self._lock = os.open(self._alive(self.number), os.O_RDWR | os.O_CREAT, 0o600)
-                fcntl.flock(self._lock, fcntl.LOCK_EX)  # others hold it for moments, to see whether this one does
-            except OSError as e:
+        try:
+            self._lock = hold(self.path, self.number)
+        except OSError as e:
+            if self.count > 1:
                 raise CacheError(
                     f"{self.path} can't be shared by the {self.count} ranks of this machine ({e.strerror}); set train.scratch "
                     "to a folder on a local disk that all of them see"
@@ -55,10 +55,8 @@ class SharedFolder:
         """Numbers of the others that have left, or have ended in any other way."""
         found = set()
         for other in self._others:
-            with contextlib.suppress(FileNotFoundError), _opened(self._alive(other)) as fd:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
+            with contextlib.suppress(FileNotFoundError):
+                if is_held(alive(self.path, other)):
                     continue
             found.add(other)
         return found
@@ -109,9 +107,6 @@ class SharedFolder:
     @property
     def _others(self) -> set[int]:
         return set(range(self.count)) - {self.number}
-
-    def _alive(self, number: int) -> Path:
-        return self.path / f"alive{number}"
 
     def _refuse(self, gone: set[int], what: str) -> None:
         for other in sorted(self._others):

@@ -210,7 +210,9 @@ def _nothing(found: Contents, model: Mapping[str, Tensor], key: str | None) -> s
         )
     if not found.entries:
         objects = f", but objects of {_few(found.objects)}" if found.objects else ""
-        return f"holds no state dict, and no tensors at all{objects}"
+        if "torch._utils._rebuild_tensor_v2" in found.objects:
+            return "is of pickle.dump, which does not keep tensors apart from objects: save it by torch.save"
+        return f"holds no state dict, and no tensor that has a name{objects}"
     names = [e.name for e in found.entries]
     if key is not None:
         under = list(dict.fromkeys(e.home.rstrip(".") or "the top level" for e in found.entries))

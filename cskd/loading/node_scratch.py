@@ -23,7 +23,7 @@ def node_scratch(
     """
     launch = launch or launched()
     if ranks.count == 1:
-        return SharedFolder(new_scratch(output, 0, where))
+        return SharedFolder(new_scratch(output, 0, where)).enter()
     first = ranks.rank - launch.local
     name = torch.zeros((1, _LONGEST), dtype=torch.int64, device=device)
     if launch.local == 0:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from cskd.config.bounds import written
 from cskd.config.schema import Decay, LossConfig, LossTerm
 from cskd.errors import ConfigError, shortened
 from cskd.files.own_code import load_own
@@ -203,8 +204,14 @@ def refuse_other_tokens(config: LossConfig, model: str, tokens: Sequence[str]) -
 
 
 def refuse_gaps(config: LossConfig, epochs: int) -> None:
-    """ConfigError for an epoch of a run, from 0, in which no term counts."""
+    """ConfigError for an epoch of a run, from 0, in which no term counts, and for a term that counts in none."""
     terms = expanded(config)
+    for i, term in enumerate(config.terms):
+        if term.epochs and (term.epochs[0] or 0) > epochs - 1:
+            raise ConfigError(
+                f"loss.terms[{i}].epochs is {written(term.epochs)} and train.epochs {epochs}: the term counts in no epoch of 0 to "
+                f"{epochs - 1}; let it begin earlier, leave it out, or train longer"
+            )
     borders = {
         0,
         *(-int(-edge // 1) for term in terms for edge in term.epochs or () if edge is not None),

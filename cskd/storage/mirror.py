@@ -24,6 +24,7 @@ from cskd.files import claims
 from cskd.files.durable import make_folder
 from cskd.files.folders import MARKER
 from cskd.files.read import parse_json
+from cskd.files.temporary import hold, sweep
 from cskd.files.writer import LOCK, by
 from cskd.storage import Storage, is_remote, open_storage
 from cskd.storage.base import check_key
@@ -49,6 +50,7 @@ class Mirror:
         self.folder = working_folder(location)
         self._storage: Storage = open_storage(location, what)
         self._there: dict[str, tuple[int, int]] = {}  # key -> size and time here of what was put or fetched
+        self._held: int | None = None
         self._token = uuid.uuid4().hex
 
     def names(self) -> dict[str, int]:
@@ -77,7 +79,10 @@ class Mirror:
         self.folder.parent.parent.mkdir(mode=0o700, exist_ok=True)
         if (above := self.folder.parent.parent).is_symlink() or above.stat().st_uid != os.getuid():
             raise PathError(f"{above} is another user's, or a link; set TMPDIR to a folder of your own")
+        sweep(above, "")
         make_folder(self.folder)
+        with contextlib.suppress(OSError):  # no locks there: what a killed process leaves then stays
+            self._held = hold(self.folder.parent)
         for key, size in names.items():
             path = self.folder / check_key(key)
             make_folder(path.parent)
@@ -128,6 +133,9 @@ class Mirror:
 
     def clear(self) -> None:
         """Remove the working folder."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
         shutil.rmtree(self.folder.parent, ignore_errors=True)
 
     def _writer(self) -> dict[str, object] | None:

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cskd.errors import LIMITS, ConfigError, CskdError, DataError, fitted, why
+from cskd.files.folders import refuse_output
 
 LOCK = ".lock"
 GB = 1e9
@@ -192,7 +193,10 @@ _ours = [NodeCache(default_folder())]
 
 
 def use_node_cache(folder: str | None, gb: float | None) -> NodeCache:
-    """The node cache that this process reads through from now on, by `data.node_cache` and `data.node_cache_gb`."""
+    """The node cache that this process reads through from now on, by `data.node_cache` and `data.node_cache_gb`. PathError where it lies
+    in a cache, a data set or a run."""
+    if folder:
+        refuse_output(Path(folder), None, "data.node_cache")
     _ours[0] = NodeCache(Path(folder).absolute() if folder else default_folder(), None if gb is None else int(gb * GB))
     return _ours[0]
 

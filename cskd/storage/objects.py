@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import random
@@ -14,6 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 from cskd.errors import StorageError, printable, shortened
+from cskd.files.waiting import SOON, said_when_long
 from cskd.storage.base import Contents, Counts, Range, Stat, check_key
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 IN_FLIGHT = 64  # requests at the same time: 200 objects of 700 bytes at 30 ms take 0.15 s, one after the other 6.3
 TRIES = 6  # of a request that obstore does not ask again for: see `_passing`
+SILENT = 15.0  # seconds without an answer after which that is said, where the store has answered before
 AGAIN = 15.0  # seconds after which none is begun: obstore's own tries took them
 WHOLE = 1 << 25  # bytes that are put by one request; more in parts
 # Before the first answer little patience: a wrong endpoint or missing credentials are to be known within seconds.
@@ -90,7 +93,8 @@ class Objects:
                 time.sleep(_backoff(tried))
             self.counts.add(written=len(data))
             try:
-                obstore.put(self._store, key, data, mode="create")
+                with self._waiting():
+                    obstore.put(self._store, key, data, mode="create")
             except AlreadyExistsError:
                 pass  # by another writer, or by this call, whose first answer was lost
             except FileNotFoundError as e:
@@ -167,6 +171,10 @@ class Objects:
             raise self._explain(e) from None
 
     def _run(self, call: Callable[..., T], *arguments: object) -> T:
+        with self._waiting():
+            return self._tried(call, *arguments)
+
+    def _tried(self, call: Callable[..., T], *arguments: object) -> T:
         """One request, again where that may help. Raises as `Storage` says."""
         from obstore.exceptions import BaseError
 
@@ -184,6 +192,14 @@ class Objects:
             else:
                 self._answered = True
                 return answer
+
+    def _waiting(self) -> contextlib.AbstractContextManager[None]:
+        """Say where an answer does not come; once the store has answered, later: obstore asks again for minutes, and much takes long."""
+        endpoint = os.environ.get(_ENDPOINTS.get(self.scheme, ""), "")
+        cure = f"check {_ENDPOINTS[self.scheme]}" if self.scheme in _ENDPOINTS else "check the address"
+        what = f"{self.location}{f' from {endpoint}' if endpoint else ''}"
+        cure += " and the network, or give a local path"
+        return said_when_long(what, cure, SILENT if self._answered else SOON)
 
     def _pause(self, error: Exception, tried: int, begun: float) -> float | None:
         """Seconds until a request that failed is tried again. None: it is given up."""
@@ -245,8 +261,9 @@ class Objects:
 
         self.counts.add(len(ranges))
         try:
-            async with asyncio.TaskGroup() as group:  # the first failure ends the others
-                tasks = [group.create_task(one(wanted)) for wanted in ranges]
+            with self._waiting():
+                async with asyncio.TaskGroup() as group:  # the first failure ends the others
+                    tasks = [group.create_task(one(wanted)) for wanted in ranges]
         except* FileNotFoundError as e:
             raise self._lost(e.exceptions[0]) from None
         except* BaseError as e:

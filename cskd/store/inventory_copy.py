@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from cskd.dataset.inventory import Inventory, open_inventory
 from cskd.dataset.inventory_format import DTYPES, HEADER, check_copy, copy_inventory, read_header
 from cskd.errors import CacheError, DataError
 from cskd.files.read import MAX_TEXT
+from cskd.files.temporary import temporary_folder
 from cskd.storage import Storage, join
 from cskd.storage.posix import Posix
 from cskd.store.format import INVENTORY
@@ -48,13 +48,11 @@ def put_inventory(storage: Storage, inventory: Inventory) -> None:
     if isinstance(storage, Posix):
         if not (storage.root / INVENTORY).exists():
             copy_inventory(inventory, storage.root)
+        _refuse_another(storage, inventory)
         return
     header = (inventory.path / HEADER).read_bytes()
     if not storage.create(f"{INVENTORY}/{HEADER}", header):
-        if (other := inventory_id(storage)) != inventory.id:
-            raise DataError(
-                f"{storage.location} holds the inventory {other[:12]} already, expected {inventory.id[:12]}; take another place"
-            )
+        _refuse_another(storage, inventory)
         end = time.monotonic() + WAIT
         while not _whole(storage) and time.monotonic() < end:
             time.sleep(LOOK)
@@ -68,14 +66,21 @@ def put_inventory(storage: Storage, inventory: Inventory) -> None:
             storage.put(name, (inventory.path / name.removeprefix(f"{INVENTORY}/")).read_bytes())
 
 
+def _refuse_another(storage: Storage, inventory: Inventory) -> None:
+    if (other := inventory_id(storage)) != inventory.id:
+        raise DataError(
+            f"{storage.location} holds the inventory {other[:12]} already, expected {inventory.id[:12]}; take another place"
+        )
+
+
 def check_inventory(storage: Storage) -> None:
     """Check every byte of a cache's copy. Raises DataError, OSError naming the first file that is not as it was written."""
     if isinstance(storage, Posix):
         check_copy(storage.root / INVENTORY)
         return
-    with tempfile.TemporaryDirectory(prefix="cskd-inventory-") as made:
-        _download(storage, Path(made))
-        _located(storage, Path(made), check_copy)
+    with temporary_folder("inventory") as made:
+        _download(storage, made)
+        _located(storage, made, check_copy)
 
 
 def remove_inventory(storage: Storage) -> None:
@@ -91,9 +96,9 @@ def inventory_id(storage: Storage) -> str:
     """Which data set a cache's copy says it is of. DataError where there is none, or its header is damaged."""
     if isinstance(storage, Posix):
         return str(read_header(storage.root / INVENTORY)["id"])
-    with tempfile.TemporaryDirectory(prefix="cskd-inventory-") as made:
-        _download(storage, Path(made), ())
-        return str(_located(storage, Path(made), read_header)["id"])
+    with temporary_folder("inventory") as made:
+        _download(storage, made, ())
+        return str(_located(storage, made, read_header)["id"])
 
 
 def _download(storage: Storage, folder: Path, files: Sequence[str] = FILES) -> None:
@@ -125,13 +130,10 @@ def _on_this_machine(storage: Storage, header: bytes) -> Path:
     if (folder / HEADER).is_file():
         return folder
     base.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=base, prefix=".copy-"))
-    try:
+    with temporary_folder("inventory", base, hidden=True) as made:
         _download(storage, made)
         _located(storage, made, check_copy)
         if (made / HEADER).read_bytes() == header:
             with contextlib.suppress(OSError):  # another process was first
                 os.rename(made, folder)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
     return folder

@@ -14,10 +14,12 @@ import numpy as np
 from cskd.config import to_yaml
 from cskd.errors import CacheError
 from cskd.files.durable import json_bytes, json_hash
+from cskd.files.folders import other_kind
 from cskd.files.hub import is_hub
 from cskd.files.read import MAX_TEXT, parse_json
 from cskd.near import absent
 from cskd.storage import Place, is_remote, join, open_storage
+from cskd.storage.places import kind_of_objects
 from cskd.store.format import FORMAT, MANIFEST, MANIFEST_COPY, MANIFEST_FORMATS, RESOLVED
 from cskd.store.identity import Facts, Identity
 
@@ -139,16 +141,14 @@ def read_manifest(root: Place, name: str = MANIFEST) -> Manifest:
     except FileNotFoundError:
         if name == MANIFEST and storage.stat(MANIFEST_COPY):
             raise CacheError(f"{path} is missing; {RESTORE}") from None
-        if not is_remote(root) and storage.stat(RESOLVED) and storage.stat("config.json"):
-            raise CacheError(
-                f"{root} is a run of `cskd train`, expected a cache; `cskd eval {root} DATA` gives its scores, and cache.path of "
-                f"{join(root, RESOLVED)} names its cache where it had one"
-            ) from None
+        if why_not := other_kind(root, ("cache",), kind_of_objects(root, "the cache") if is_remote(root) else None):
+            raise CacheError(f"{root} {why_not}") from None
         there = is_remote(root) or Path(root).exists()
         said = f"no cache at {root} ({name} is missing)" if there else f"no cache at {absent(Path(root))}"
         raise CacheError(f"{said}; make one with `cskd cache-teacher CONFIG`") from None
     except NotADirectoryError:
-        raise CacheError(f"{root} is a file, expected a cache, made by `cskd cache-teacher CONFIG`") from None
+        found = other_kind(root, ("cache",)) or "is a file, expected a cache, made by `cskd cache-teacher CONFIG`"
+        raise CacheError(f"{root} {found}") from None
     except (ValueError, OSError) as e:
         raise CacheError(f"{path} is not readable: {e}; {RESTORE}") from None
     if not isinstance(raw, dict):

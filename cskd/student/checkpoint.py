@@ -177,9 +177,13 @@ def load_student(path: Path) -> tuple[Student, dict[str, Any]]:
     path = fetched(path, "the checkpoint")
     weights = path / MODEL if path.is_dir() else path
     beside = weights.with_name("config.json")
-    for file in (weights, beside):
-        if not file.is_file():
-            raise StudentError(f"no file {absent(file)}; give the folder of a run, or a weight file in it")
+    if not weights.is_file():
+        raise StudentError(f"no file {absent(weights)}; give the folder of a run, or a weight file in it")
+    if not beside.is_file():
+        raise StudentError(
+            f"{weights} has no {beside.name} next to it, which says of what model it is; give the folder of a run, or a weight "
+            "file in it"
+        )
     try:
         facts: dict[str, Any] = parse_json(read_file(beside))
         config, classes, size = _described(facts)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from cskd.config.schema import LossConfig, StudentConfig
 from cskd.errors import StudentError
+from cskd.files.folders import called
 from cskd.files.weights import READ_BY_TIMM
 from cskd.method.losses import StudentOutput
 from cskd.method.terms import HEADS, TOKEN, read_heads, refuse_other_tokens, trained_heads
@@ -402,6 +403,10 @@ def _check_name(name: str) -> None:
     if not timm.is_model(name):
         known = timm.list_models()
         hint = did_you_mean(name.partition(".")[0], known) or "timm.list_models('deit*') lists some"
+        if Path(name).exists():
+            hint = (
+                f"it is {called(name) or 'a path'}: weights are given by student.init, next to the name of their model"
+            )
         raise StudentError(f"student.model {name!r} is no model of timm {timm.__version__}; {hint}")
 
 

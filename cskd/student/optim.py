@@ -141,6 +141,17 @@ def refuse_schedule(config: TrainConfig) -> None:
         raise ConfigError(f"train.opt is {config.opt!r}, expected the name of an optimiser of timm; {hint}")
 
 
+def schedule_notes(config: TrainConfig) -> list[str]:
+    """Of learning rates that go the other way than their names say."""
+    peak = scaled_lr(config)
+    ends = {"warmup_lr": config.warmup_lr if config.warmup_epochs else 0.0, "min_lr": config.min_lr}
+    return [
+        f"train.{name} is {end:g} and the highest learning rate {peak:g}: it {way}; set a smaller train.{name}"
+        for (name, end), way in zip(ends.items(), ("falls in the warm-up", "rises after it"), strict=True)
+        if end > peak
+    ]
+
+
 def scaled_lr(config: TrainConfig) -> float:
     """The peak learning rate: `train.lr`, times global_batch / lr_batch where `train.lr_batch` is set."""
     return config.lr if config.lr_batch is None else config.lr * config.global_batch / config.lr_batch

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cskd.errors import StudentError, counted, one_line
 from cskd.files.checkpoint import given_file
+from cskd.files.not_weights import one_part
 from cskd.files.read import parse_json, read_file
 from cskd.files.weights import first_not_finite, read_weights
 from cskd.storage.fetch import fetched
@@ -198,7 +199,8 @@ def _check(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) ->
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise StudentError(f"{path} is of another model: {', '.join(problems[:3])}{more}; choose another student.init")
+        next_step = one_part(path) or "choose another student.init"
+        raise StudentError(f"{path} is of another model: {', '.join(problems[:3])}{more}; {next_step}")
     if odd := first_not_finite(state):
         raise StudentError(f"{path} has values in {odd} that are not finite; choose another student.init")
 

@@ -18,14 +18,18 @@ from torch import Tensor, nn
 from cskd.config import TeacherConfig
 from cskd.errors import CskdError, TeacherError, one_line
 from cskd.files.checkpoint import given_file
-from cskd.files.hub import is_hub, local_copy, parse_address, pin, quiet_hub, refusal_of
+from cskd.files.folders import called
+from cskd.files.hub import is_hub, local_copy, parse_address, pin, quiet_hub, refusal_of, waiting_for_hub
+from cskd.files.not_weights import one_part
 from cskd.files.own_code import OwnCode, entry_point_names, load_own, names_own_code, neighbours_of
+from cskd.files.waiting import said_when_long
 from cskd.files.weights import READ_BY_TIMM, misfit, read_weights
 from cskd.near import did_you_mean
 from cskd.storage.fetch import fetched
 
 TORCHVISION = "torchvision:"
 GROUP = "cskd.teachers"  # of entry points
+_OFFLINE = "a file: --set teacher.weights=FILE"
 
 
 @dataclass
@@ -82,11 +86,16 @@ def build_model(name: str, kwargs: dict[str, Any], pretrained: bool = False) -> 
     known = timm.list_models()
     if ":" not in name and name.partition(".")[0] not in known:
         hint = did_you_mean(name, [*known, *entry_point_names(GROUP)]) or "timm.list_models() lists them"
+        if Path(name).exists():
+            hint = f"it is {called(name) or 'a path'}: weights are given by teacher.weights, next to the name of their model"
         raise TeacherError(
             f"teacher.model {name!r} is no timm model; {hint.rstrip('?')}; torchvision's are torchvision:NAME, your own is path/to/file.py:build"
         )
     try:
-        with quiet_hub():
+        with (
+            quiet_hub(),
+            waiting_for_hub(f"timm's weights of {name}", _OFFLINE) if pretrained else contextlib.nullcontext(),
+        ):
             model: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as e:  # timm, the hub's client and constructors raise whatever they like
         if pretrained:
@@ -157,8 +166,10 @@ def _from_torchvision(config: TeacherConfig) -> Built:
     published = models.get_model_weights(name).DEFAULT
     # Two that would otherwise draw slow random weights, with a warning.
     plain = {} if hub or name not in ("googlenet", "inception_v3") else {"init_weights": False}
+    whence = f"the weights of {config.model} from {published.url.partition('/models')[0]}"
     try:
-        model = models.get_model(name, weights=published if hub else None, **plain | config.kwargs)
+        with said_when_long(whence, f"without a network give {_OFFLINE}") if hub else contextlib.nullcontext():
+            model = models.get_model(name, weights=published if hub else None, **plain | config.kwargs)
     except Exception as e:  # a download, or a constructor
         if hub:
             raise TeacherError(
@@ -221,8 +232,8 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
     if faults := misfit(weights.tensors, expected):
         taken = f"{weights.taken}: " if weights.taken else ""
         raise TeacherError(
-            f"teacher.weights: {path} does not fit the model ({taken}{faults}); check teacher.model and teacher.kwargs, such "
-            "as num_classes"
+            f"teacher.weights: {path} does not fit the model ({taken}{faults}); "
+            + (one_part(path) or "check teacher.model and teacher.kwargs, such as num_classes")
         )
     model.load_state_dict(weights.tensors, strict=False)  # only counters can be missing here
     return weights.notes

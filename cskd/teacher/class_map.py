@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from cskd.dataset.classes import MAX_CLASS_BYTES, MAX_CLASSES, parse_classes
 from cskd.errors import DataError, TeacherError
+from cskd.files.folders import called
 from cskd.files.read import read_file
 from cskd.near import absent, did_you_mean
 from cskd.storage.fetch import fetched
@@ -120,6 +121,10 @@ def _from_file(path: Path, class_names: Sequence[str], outputs: int) -> list[int
         raise TeacherError(
             f"teacher.classes: no file {absent(path)}; give one class name a line, a list of outputs, shift:N, or one "
             f"of {', '.join(ORDERS)}"
+        ) from None
+    except IsADirectoryError:
+        raise TeacherError(
+            f"teacher.classes: {path} is {called(path) or 'a folder'}, expected a file with one class name a line"
         ) from None
     except (OSError, ValueError, RuntimeError) as e:  # RuntimeError: no home folder for a ~
         reason = " ".join(str(e).split())

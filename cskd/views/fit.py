@@ -80,11 +80,16 @@ def teacher_notes(view: int, size: int, own: Grid, grid: Grid, stated: int | Non
 
 
 def refuse_views(recipe: RecipeConfig) -> None:
-    """ConfigError for a recipe by which views may hold nothing of their image."""
+    """ConfigError for a recipe by which views may hold nothing of their image, or are never cut out of it."""
     if recipe.crop == "padded" and recipe.padding >= recipe.size:
         raise ConfigError(
             f"recipe.padding is {recipe.padding} and recipe.size {recipe.size}: some views would be padding alone; set a "
             f"padding below {recipe.size}, CIFAR's is 4 of 32"
+        )
+    if recipe.crop == "resized" and recipe.scale[0] > 1:
+        raise ConfigError(
+            f"recipe.scale is {recipe.scale}, shares of an image's area, and no cut is larger than its image: every view would be "
+            "the whole one; set a first share of at most 1, DeiT's are [0.08, 1.0]"
         )
 
 

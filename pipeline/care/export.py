@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from cskd.codecs.base import quantise_blend
-from cskd.codecs.measured import AnyMeasured, Measured, together
+from cskd.codecs.measured import BLENDS, AnyMeasured, Measured, together
 from cskd.dataset.images import decoded_size
 from cskd.dataset.inventory import Inventory
 from cskd.dataset.shard_reader import ShardReader, shard_file
@@ -231,16 +231,16 @@ def _commits(cache: Cache, views: int) -> dict[Place, Commit]:
 
 
 def nearest_logits(cache: Cache, commits: Iterable[Commit]) -> str | None:
-    """Of the codecs that hold logits the one with the smallest error, as KL measured when the units were made; the first of those that
-    nobody measured. One that keeps the image's in 16 bits goes before others, since what was measured is of its cells as well. None
-    where no codec holds any."""
+    """Of the codecs that hold logits one that keeps the image's in 16 bits; else the one whose error there, as KL, is known to be the
+    smallest: of a codec without cells what was measured when the units were made, of one with cells the measured mean over blends times
+    their number, since the image's is one of the terms. The first of those that nobody measured. None where no codec holds any."""
     errors: dict[str, list[AnyMeasured]] = {name: [] for name, codec in cache.codecs.items() if codec.soft}
     for commit in commits:
         for name, error in commit.errors.items():
             errors.get(name, []).append(error)
-    kl = {
-        name: over_all.kl if isinstance(over_all := together(of), Measured) else math.inf for name, of in errors.items()
-    }
+    over_all = {name: together(of) for name, of in errors.items()}
+    terms = {name: len(BLENDS) if cache.codecs[name].cells else 1 for name in errors}
+    kl = {name: terms[name] * of.kl if isinstance(of, Measured) else math.inf for name, of in over_all.items()}
     return min(kl, key=lambda name: (not cache.codecs[name].fine_image, kl[name]), default=None)
 
 

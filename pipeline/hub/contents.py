@@ -11,7 +11,6 @@ import csv
 import io
 import json
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -27,6 +26,7 @@ from cskd.files.durable import json_bytes
 from cskd.files.folders import kind_of
 from cskd.files.paths import is_remote, local_path, location_text
 from cskd.files.read import parse_json, read_file
+from cskd.files.temporary import temporary_folder
 from cskd.files.writer import LOCK, by
 from cskd.near import absent
 from cskd.pipeline.hub.cards import CARD, cache_card
@@ -93,15 +93,15 @@ def opened(source: Path, repo: str, allow_incomplete: bool) -> Iterator[Contents
         raise PathError(
             f"RUN|CACHE is {storage.location}, which holds neither; expected the address of a run or of a cache"
         )
-    with tempfile.TemporaryDirectory(prefix="cskd-push-") as folder:
+    with temporary_folder("push") as folder:
         for name in names:
             if "/" not in name and any(fnmatch(name, pattern) for pattern in (*_OF_A_RUN, *_PICTURES)):
                 with contextlib.suppress(FileNotFoundError):  # a run that goes on has replaced it
-                    (Path(folder) / name).write_bytes(storage.get(name))
+                    (folder / name).write_bytes(storage.get(name))
         try:
-            found = _run(Path(folder))
+            found = _run(folder)
         except CskdError as e:
-            raise type(e)(str(e).replace(folder, storage.location)) from None
+            raise type(e)(str(e).replace(str(folder), storage.location)) from None
         _refuse_limits(storage.location, found.files)
         busy = (f"{storage.location} is being trained, or was killed ({LOCK}): its files may be of two epochs",)
         yield replace(found, notes=found.notes + (busy if LOCK in names else ()))

@@ -9,7 +9,6 @@ commit  in parts; last what makes the repository be a run or a cache, so that ha
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -20,9 +19,10 @@ from rich.console import Console
 
 import cskd
 from cskd.errors import HubError, PathError, counted
-from cskd.files.hub import FORM, HubAddress, hub_calls, is_hub, parse_address, repo_exists
+from cskd.files.hub import FORM, HubAddress, hub_calls, is_hub, parse_address, repo_exists, waiting_for_hub
 from cskd.files.paths import location_text
 from cskd.files.read import parse_json, read_file
+from cskd.files.temporary import temporary_folder
 from cskd.pipeline.hub.cards import CARD, MADE
 from cskd.pipeline.hub.contents import Contents, HubFile, opened
 from cskd.pipeline.model_card import unedited
@@ -141,7 +141,8 @@ def _push(
     api = huggingface_hub.HfApi(library_name="cskd", library_version=cskd.__version__)
     where: dict[str, Any] = {"repo_id": target.repo, "repo_type": target.kind, "revision": target.revision or None}
     with hub_calls("REPO", target, "write"):
-        is_private = _open_repo(api, target, private)
+        with waiting_for_hub(f"REPO {target.repo!r}", "it later: the same command goes on"):
+            is_private = _open_repo(api, target, private)
         there = {f.path: f for f in api.list_repo_tree(recursive=True, **where) if hasattr(f, "blob_id")}
         _refuse_another(api, found, target, there, where)
         changed = [file for file in found.files if not _same(file, there.get(file.path))]
@@ -233,7 +234,7 @@ def _same(file: HubFile, there: Any) -> bool:
 @contextmanager
 def _here(part: list[HubFile]) -> Iterator[dict[str, Path | bytes]]:
     """What a commit sends, by path: of files on an object store copies, which go with the commit, so that the disk holds one part."""
-    with tempfile.TemporaryDirectory(prefix="cskd-push-") as folder:
+    with temporary_folder("push") as folder:
         sources = {file.path: file.source for file in part if isinstance(file.source, Path | bytes)}
         stored = {file.path: file for file in part if file.path not in sources}
 

@@ -22,6 +22,7 @@ from rich.console import Console
 from cskd.config import load_config
 from cskd.errors import ConfigError, DataError, PathError, fitted, why
 from cskd.files.durable import put
+from cskd.files.folders import refuse_output
 from cskd.files.hub import is_hub
 from cskd.pipeline.launch import kubernetes, ray_text, slurm
 from cskd.pipeline.launch.job import Job
@@ -113,6 +114,7 @@ def _job(config: Path, overrides: list[str] | None, output: Path | None, options
         stages = (2,)
     options = replace(options, name=options.name or name_of(config.stem))
     place = (output or Path("launch") / str(options.name)).absolute()
+    refuse_output(place, None, "--output")
     job = Job(settings, config.absolute(), tuple(overrides or ()), Path.cwd(), place, options, stages)
     for what, text in (("CONFIG", str(job.config)), ("--output", str(place)), ("the current folder", str(job.folder))):
         if not text.isprintable():

@@ -12,16 +12,15 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, NoReturn
 
 from cskd.config import load_config
 from cskd.config.load import config_text
 from cskd.errors import ConfigError, CskdError, fitted, one_line, said
+from cskd.files.temporary import temporary_folder
 from cskd.machine.ending import logged
 from cskd.machine.launch import WORKER, WORKERS, launched, without_launch
 from cskd.pipeline.cache_teacher import CacheReport, cache_teacher
@@ -253,8 +252,8 @@ class _Node:
 @contextlib.contextmanager
 def _file(text: str) -> Any:
     """The config as a file of this machine."""
-    with tempfile.TemporaryDirectory(prefix="cskd-launch-") as folder:
-        path = Path(folder) / "config.yaml"
+    with temporary_folder("launch") as folder:
+        path = folder / "config.yaml"
         path.write_text(text, encoding="utf-8")
         yield str(path)
 

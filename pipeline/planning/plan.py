@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from cskd.config import Config
 from cskd.errors import ConfigError
 from cskd.files.paths import is_remote, location_text
 from cskd.files.scratch import GB
+from cskd.files.temporary import temporary_folder
 from cskd.loading.plan import PlanSpec
 from cskd.loading.sources import LiveViews
 from cskd.machine.cores import usable_cores
@@ -116,8 +116,8 @@ def plan(
     notes.add(teacher.notes)
     notes.say()
     where = _disk(config)
-    with tempfile.TemporaryDirectory(prefix=".cskd-plan-", dir=where) as folder:
-        return _plan(config, students, seconds, begun, data, teacher, where, Path(folder), notes)
+    with temporary_folder("plan", where, hidden=True) as folder:
+        return _plan(config, students, seconds, begun, data, teacher, where, folder, notes)
 
 
 def _plan(

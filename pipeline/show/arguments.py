@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from cskd.files.folders import OF_DATA as OF_DATA
 from cskd.files.folders import kind_of_input, refuse_other_kind
 from cskd.files.hub import is_hub
 from cskd.files.paths import is_remote, local_path, local_text, location_text
@@ -70,8 +71,8 @@ def of_their_kinds(command: Callable[..., None], name: str) -> Callable[..., Non
     return checked
 
 
-# Kinds that an argument may be of. Shards may be gone, or lie elsewhere.
-OF_CONFIG, OF_CACHE, OF_DATA, OF_RUN = ("config",), ("cache",), ("data", "inventory"), ("run", "weights")
+# Kinds that an argument may be of.
+OF_CONFIG, OF_CACHE, OF_RUN = ("config",), ("cache",), ("run", "weights")
 ConfigPath = Annotated[
     Path,
     typer.Argument(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.elastic import BATCH, EPOCH, EPOCHS, Fed, main, sequence
+from benchmarks.elastic import BATCH, EPOCH, EPOCHS, Fed, main, recording, sequence
+from cskd.pipeline.train_step import TrainStep
 
 
 def test_the_sequence_is_of_the_steps_that_led_to_the_weights() -> None:
@@ -22,6 +24,13 @@ def test_the_sequence_is_of_the_steps_that_led_to_the_weights() -> None:
         f"2 ranks: steps 0 .. 3 ({BATCH} views each)",
         f"1 rank: steps 3 .. 5 (3 .. 3 again, whose weights were lost; {BATCH} views each)",
     ]
+
+
+def test_what_a_benchmark_records_ends_with_it(tmp_path: Path) -> None:
+    plain = TrainStep.__call__
+    with recording(tmp_path / "record", 0.0):
+        assert TrainStep.__call__ is not plain
+    assert TrainStep.__call__ is plain
 
 
 @pytest.mark.slow

@@ -277,3 +277,22 @@ def test_the_two_keys_of_older_configs_that_are_one_now_are_read() -> None:
             from_dict({"teacher": wrong})
     with pytest.raises(ConfigError, match=r"teacher\.autocast is .*set that alone"):
         from_dict({"teacher": {"precision": "bf16", "autocast": "bf16"}})
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "expected"),
+    [
+        ("train", "lr_batch", 0, "at least 1, or null"),
+        ("student", "std", [0, 0, 0], "3 values, each above 0, or null"),
+        ("teacher", "std", [-1, 1, 1], "3 values, each above 0, or null"),
+        ("teacher", "crop_pct", 5, "above 0, at most 1, or null"),
+        ("teacher", "crop_pct", 0, "above 0, at most 1, or null"),
+        ("teacher", "min_top1", 1.5, "from 0 to 1, or null"),
+        ("teacher", "input_size", 0, "from 1 to 8,192, or null"),
+    ],
+)
+def test_a_number_that_nothing_can_be_done_with_is_refused_where_it_is_read(
+    section: str, key: str, value: Any, expected: str
+) -> None:
+    """Not by a division by zero, nor by losses that are no numbers."""
+    assert f"{section}.{key} is " in (text := refusal({section: {key: value}})) and f"expected {expected}" in text

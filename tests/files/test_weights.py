@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cskd.files.inert import NoPickleError, Thing, read_pickle
+from cskd.files.not_weights import one_part
 from cskd.files.weights import misfit, read_weights
 
 State = dict[str, Tensor]
@@ -202,13 +203,16 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "JSON": (lambda: b'{"a": 1}', "no weight_map"),
     "an index that leads out": (lambda: b'{"weight_map": {"fc.weight": "../w.pth"}}', "outside its folder"),
     "a tar": (lambda: b"x".ljust(257, b"\0") + b"ustar", "is a tar"),
-    "nothing": (lambda: b"", "no checkpoint"),
+    "nothing": (lambda: b"", "is empty: copy or download it again"),
+    "pickle.dump": (lambda: b"\x80\x02}X\1\0\0\0actorch._utils\n_rebuild_tensor_v2\n)Rs.", r"of pickle\.dump, .*: save it by torch\.save"),
+    "XML": (lambda: b"<?xml version='1.0'?><net/>", "an XML file: only weights of PyTorch"),
+    "other bytes": (lambda: b"\x08\x07\x12\x07pytorch", r"no checkpoint, or a damaged one \([a-z ]+\)$"),
     "no tensors": (lambda: saved({"epoch": 3}), "no state dict"),
     "objects": (lambda: saved({"args": ARGS}), "objects of argparse.Namespace"),
     "another network": (lambda: saved(nn.Linear(2, 2).state_dict()), "no name of this model, but 2: weight, bias; the model"),
     "cut off": (lambda: saved(STATE)[:-300], "damaged"),
     "cut off, old": (lambda: saved(STATE, _use_new_zipfile_serialization=False)[:-30], "damaged"),
-    "sparse": (lambda: saved({"fc.weight": torch.ones(5, 4).to_sparse()}), "no tensors at all"),
+    "sparse": (lambda: saved({"fc.weight": torch.ones(5, 4).to_sparse()}), "no tensor that has a name"),
     "quantised": (lambda: saved(STATE | {"fc.weight": torch.ones(5, 4, dtype=torch.int8)}), "not quantised"),
     "complex": (lambda: saved(STATE | {"fc.weight": torch.ones(5, 4, dtype=torch.complex64)}), "torch.complex64"),
     "one number repeated": (lambda: saved({"fc.weight": torch.ones(1).expand(5, 4)}), "repeats its numbers"),
@@ -222,6 +226,29 @@ def test_what_is_no_state_dict_is_refused_by_its_name(tmp_path: Path, name: str)
     with pytest.raises(ValueError, match=reason) as e:
         read_weights(tmp_path / "w.pth", MODEL)
     assert len(str(e.value)) < 230 and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".msgpack", ".engine", ".pdparams", ".tflite"])
+def test_a_file_of_another_library_is_refused_by_its_suffix(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"w{suffix}").write_bytes(b"\x08\x07\x12\x07pytorch")
+    with pytest.raises(ValueError, match=f"is a {suffix} file: only weights of PyTorch are read"):
+        read_weights(tmp_path / f"w{suffix}", MODEL)
+
+
+def test_parts_of_a_checkpoint_are_read_by_their_index_and_nothing_less(tmp_path: Path) -> None:
+    names = {key: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, key in enumerate(MODEL)}
+    for part in set(names.values()):
+        save_file({key: STATE[key] for key, name in names.items() if name == part}, tmp_path / part)
+    with pytest.raises(ValueError, match=r"holds parts of a checkpoint without their index: copy or download that too"):
+        read_weights(tmp_path, MODEL)
+    one = tmp_path / names["fc.weight"]
+    assert one_part(one) == "it is one of 2 parts: give model.safetensors.index.json, next to all of them"
+    assert one_part(tmp_path / "model.safetensors") is None
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    assert read_weights(tmp_path, MODEL).tensors.keys() == MODEL.keys()
+    one.unlink()
+    with pytest.raises(ValueError, match=f"names {one.name}, which is not next to it: copy or download all 2 files"):
+        read_weights(tmp_path, MODEL)
 
 
 class Evil:

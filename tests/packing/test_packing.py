@@ -383,6 +383,6 @@ def test_a_file_where_a_folder_goes_is_named(tmp_path: Path) -> None:
     source.mkdir(parents=True)
     (source / "x.png").write_bytes(b"1")
     out.write_text("mine")
-    with pytest.raises(DataError, match="out is a file, expected a folder"):
+    with pytest.raises(PathError, match="out is a file, expected a folder"):
         pack(tmp_path / "src", out)
     assert out.read_text() == "mine"

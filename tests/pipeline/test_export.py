@@ -21,6 +21,7 @@ import torch
 
 from cskd.codecs import get_codec
 from cskd.codecs.base import Outputs, quantise_blend
+from cskd.codecs.measured import BLENDS as MEASURED_AT
 from cskd.codecs.measured import Measured, MeasuredMap, measure
 from cskd.config import RecipeConfig
 from cskd.dataset.inventory import Inventory, Sample, ShardFile, write_inventory
@@ -127,8 +128,30 @@ def test_logits_are_of_the_codec_with_the_smallest_error_that_was_measured() -> 
     ]
     cache: Any = SimpleNamespace(codecs=codecs)
     assert [nearest_logits(cache, some) for some in (commits, commits[1:], [])] == ["topk:3", "topk:2", "topk:2"]  # type: ignore[arg-type]
+    for of_cells, best in (
+        (0.05, "topk:2"),
+        (0.1, "global:8"),
+    ):  # a mean over five blends: the image's may be all of it
+        errors = {"topk:2": Measured(4, of_cells, 0.0, 0.0), "global:8": Measured(4, 0.3, 0.0, 0.0)}
+        assert nearest_logits(cache, [SimpleNamespace(errors=errors)]) == best  # type: ignore[list-item]
     cache.codecs = {"envelope": codecs["envelope"]}
     assert nearest_logits(cache, []) is None
+
+
+@pytest.mark.parametrize("name", ["topk:1", "topk:20", "int8"])
+@pytest.mark.parametrize("spread", [0.0, 0.1, 3.0])
+def test_the_image_s_error_is_at_most_the_number_of_blends_times_the_one_that_was_measured(
+    name: str, spread: float
+) -> None:
+    rng = np.random.default_rng(1)  # of cells alike the image's error is as large as theirs
+    dense = torch.from_numpy(rng.normal(0, 3, (8, 100, 1, 1)) + spread * rng.normal(0, 1, (8, 100, 4, 4))).float()
+    outputs = Outputs(dense=dense, image=dense.mean((2, 3)))
+    codec = get_codec(name, 100, (4, 4))
+    stored = codec.encode_outputs(outputs)
+    found = codec.global_logits_torch({key: torch.from_numpy(a) for key, a in stored.items()}).log_softmax(1)
+    true, measured = outputs.image.log_softmax(1), measure(codec, stored, outputs, 8)
+    assert isinstance(measured, Measured)
+    assert float((true.exp() * (true - found)).sum(1).mean()) <= len(MEASURED_AT) * measured.kl * 1.0001 + 1e-6
 
 
 @pytest.mark.parametrize("names", [("global:8", "int8"), ("int8", "global:8"), ("topk:2", "global:8", "global:16")])

@@ -177,7 +177,7 @@ MISTAKES = [
     ),
     (
         "train DIR/c.yaml --set cache.path=DIR/data",
-        ["no cache at DIR/data", "make one with `cskd cache-teacher CONFIG`"],
+        ["DIR/data is a packed data set, expected a cache", "`cskd verify DIR/data --images` looks at it"],
     ),
     (
         "train DIR/c.yaml --set cache.path=ftp://bucket/cache",
@@ -187,7 +187,7 @@ MISTAKES = [
     ("train DIR/c.yaml --set data.val=DIR/source", ["data.val", "make one with 'cskd pack' or 'cskd index'"]),
     (
         "train DIR/c.yaml --set data.val=DIR/cache",
-        ["data.val", "restore it, or say where the shards are: data.train or data."],
+        ["data.val: DIR/cache is a cache, expected a packed data set", "`cskd inspect DIR/cache` shows it"],
     ),
     (
         "train DIR/c.yaml --set data.val=DIR/others",

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from PIL import Image
 
 from cskd import cli
 from cskd.files.folders import mark
@@ -23,6 +25,7 @@ KINDS = {
     "demo": ("the folder of a demo", "give one of the folders in it"),
     "export": ("an export of `cskd export`", "docs/howto/webdataset.md"),
     "data/00000.tar": ("a tar file", "`cskd pack {} OUT` makes a data set of it"),
+    "look.html": ("a page for a browser", "open it in a browser"),
 }
 RUN = ("run", "run/model.safetensors")
 # A command line, with {} for the thing; what it takes; how the line says that
@@ -40,6 +43,34 @@ LINES = [
     ("push {} me/x --dry-run", ("run", "cache"), "`cskd push` takes the folder of a run or a cache"),
     ("inspect cache --data {}", ("data",), "`cskd inspect --data` takes a packed data set"),
     ("inspect cache --student {}", RUN, "`cskd inspect --student` takes the folder of a run or its weights"),
+    ("pack {} out", ("data", "data/00000.tar"), "`cskd pack` takes images in folders or archives or a packed data set"),
+    ("index {}", ("data", "data/00000.tar"), "`cskd index` takes webdataset shards or a packed data set"),
+]
+# A command line, with {} for the value of a key; what it may be; how the line says that
+KEYS = [
+    *((f"{command} --set data.{key}={{}}", ("data",), "expected a packed data set")
+      for command in ("train keys.yaml", "cache-teacher new.yaml") for key in ("train", "val")),
+    ("train keys.yaml --set cache.path={}", ("cache",), "expected a cache"),
+    ("train keys.yaml --set train.caches.x={}", ("cache",), "expected a cache"),
+    ("cache-teacher new.yaml --set teacher.model={}", (), "weights are given by teacher.weights"),
+    ("train keys.yaml --set student.model={}", (), "weights are given by student.init"),
+]  # fmt: skip
+# The same of folders alone: of a file what is in it counts. And of outputs, of which those of each kind go on.
+FOLDERS = [
+    ("cache-teacher new.yaml --set teacher.weights={}", "run", "which holds no weights; give a"),
+    ("train keys.yaml --set student.init={}", "run", "which holds no weights; give a .safetensors, a .pt or a run's"),
+    ("cache-teacher new.yaml --set teacher.classes={}", "", "one class name a line"),
+    ("train keys.yaml --set train.output={}", "run", "give "),
+    ("cache-teacher new.yaml --set cache.path={}", "cache", "give "),
+    ("train keys.yaml --set train.scratch={}", "demo", "give "),
+    ("train keys.yaml --set data.node_cache={}", "demo", "give "),
+    ("export cache {}", "export", "give "),
+    ("export cache {} --container webdataset", "cache", "give "),
+    ("pack images {}", "data", "give "),
+    ("index data/00000.tar --out {}", "data", "give "),
+    ("demo {}", "demo", "give "),
+    ("launch slurm keys.yaml --output {}", "demo", "give "),
+    ("launch slurm keys.yaml --output {} --dry-run", "demo", "give "),
 ]
 
 
@@ -54,6 +85,23 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / kind).mkdir()
         mark(folder / kind, kind)
     (folder / "c.yaml").write_text("train:\n  epochs: 3\n")
+    (folder / "look.html").write_text("<!doctype html><title>x</title>")
+    for i in range(2):
+        (folder / "images" / "ab"[i]).mkdir(parents=True)
+        Image.new("RGB", (40, 40), (i * 100, 50, 50)).save(folder / "images" / "ab"[i] / "0.png")
+    config = {
+        "data": {"train": "data", "val": "data"},
+        "cache": {"path": "cache"},
+        "student": {
+            "model": "deit_tiny_distilled_patch16_224",
+            "kwargs": {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 1},
+        },
+        "loss": {"method": "deit-hard"},
+        "train": {"output": "newrun", "epochs": 3, "global_batch": 4, "warmup_epochs": 1, "workers": 0},
+    }
+    (folder / "keys.yaml").write_text(yaml.safe_dump(config))
+    teacher = {"model": "resnet10t", "kwargs": {"num_classes": 5}}
+    (folder / "new.yaml").write_text(yaml.safe_dump(config | {"teacher": teacher, "cache": {"path": "new"}}))
     return folder
 
 
@@ -79,6 +127,65 @@ def test_a_thing_of_another_kind_is_named_with_the_next_step(
         if thing not in taken:
             err = refused(monkeypatch, capsys, command.format(thing))
             assert f"{thing} is {kind}, and " in err and said in err and step.format(thing) in err
+
+
+@pytest.mark.parametrize("line", KEYS, ids=lambda line: line[0])
+def test_a_thing_of_another_kind_that_a_config_names_is_named(
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    line: tuple[str, tuple[str, ...], str],
+) -> None:
+    monkeypatch.chdir(home)
+    command, taken, said = line
+    for thing, (kind, step) in KINDS.items():
+        if thing not in taken:
+            err = refused(monkeypatch, capsys, command.format(thing))
+            assert f"{thing} is {kind}, " in err or f"it is {kind}: " in err
+            assert said in err and (step.format(thing) in err or ".model=" in command)
+
+
+@pytest.mark.parametrize("line", FOLDERS, ids=lambda line: line[0])
+def test_a_folder_of_another_kind_is_refused_and_nothing_is_written(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: tuple[str, str, str]
+) -> None:
+    monkeypatch.chdir(home)
+    command, taken, said = line
+    before = {path: path.stat().st_mtime_ns for path in home.rglob("*")}
+    for thing, (kind, _) in KINDS.items():
+        if (home / thing).is_dir() and thing != taken:
+            err = refused(monkeypatch, capsys, command.format(thing))
+            assert (f"{thing} is {kind}" in err or f" are both {thing}" in err) and said in err
+    if "--set" not in command:
+        assert "c.yaml is a config, expected a folder" in refused(monkeypatch, capsys, command.format("c.yaml"))
+    assert before == {path: path.stat().st_mtime_ns for path in home.rglob("*")}
+
+
+def test_the_folder_above_what_is_meant_says_what_is_in_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(home)
+    for name in ("a", "b"):
+        shutil.copytree("data", f"sets/{name}")
+        shutil.copytree("cache", f"caches/{name}")
+    of_data = "sets is the folder above a, b, expected a packed data set; give sets/a"
+    for line in ("eval run sets", "train keys.yaml --set data.train=sets", "train keys.yaml --set data.val=sets"):
+        assert of_data in refused(monkeypatch, capsys, line)
+    assert "caches is the folder above a, b, expected a cache; give caches/a" in refused(
+        monkeypatch, capsys, "inspect caches"
+    )
+
+
+def test_a_cache_is_not_begun_in_a_folder_with_another_inventory(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_tiny_data(tmp_path / "other", n=8)
+    for shard in (tmp_path / "other").glob("*.tar"):
+        shard.unlink()
+    monkeypatch.chdir(home)
+    line = f"export cache {tmp_path}/other --container webdataset"
+    assert "other holds the inventory " in refused(monkeypatch, capsys, line)
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["inventory"]
 
 
 def test_the_config_that_leads_to_what_is_meant_is_named(

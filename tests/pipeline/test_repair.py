@@ -192,10 +192,12 @@ def test_without_the_images_no_unit_is_withdrawn_and_one_line_says_where_they_we
     flip(next((cache / "units" / "b00000").glob("v0000.envelope.*")), 99)
     (cache / "resolved.yaml").unlink()
     before = files(cache)
-    with pytest.raises(
-        DataError, match=r"cache: 1 file restored, 1 unit can't be made again: no inventory at .*--data"
-    ):
+    restored = "cache: 1 file restored, 1 unit can't be made again"
+    with pytest.raises(DataError, match=rf"{restored}: .* is the folder above elsewhere, .*; give .*elsewhere"):
         repair(cache, data=tmp_path, quiet=True)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"1 unit can't be made again: no inventory at .*--data"):
+        repair(cache, data=tmp_path / "empty", quiet=True)
     make_tiny_data(tmp_path / "other", n=30, block=20, shard=10)
     with pytest.raises(DataError, match=r"other holds the data set"):
         repair(cache, data=tmp_path / "other", quiet=True)

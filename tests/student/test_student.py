@@ -21,7 +21,7 @@ from cskd.errors import ConfigError, StudentError
 from cskd.method.losses import DistillationLoss, HardTargets, MixedLabels
 from cskd.student import StudentOutput, build_student, eval_heads
 from cskd.student.model import Student
-from cskd.student.optim import Optimisation, reseed_step, scaled_lr
+from cskd.student.optim import Optimisation, reseed_step, scaled_lr, schedule_notes
 
 DEIT, PLAIN = "deit_tiny_distilled_patch16_224", "vit_tiny_patch16_224"
 TINY: dict[str, Any] = {"patch_size": 4, "depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -379,6 +379,16 @@ def test_garbage_and_pickled_code_are_refused(tmp_path: Path, capsys: pytest.Cap
 
 
 # --- the optimiser ---
+
+
+def test_learning_rates_that_go_the_other_way_are_said() -> None:
+    assert schedule_notes(TrainConfig()) == schedule_notes(TrainConfig(lr=1e-5, warmup_lr=1e-5)) == []
+    assert schedule_notes(TrainConfig(lr=1e-7, lr_batch=512, global_batch=1024, warmup_lr=0)) == [
+        "train.min_lr is 1e-05 and the highest learning rate 2e-07: it rises after it; set a smaller train.min_lr"
+    ]
+    assert "it falls in the warm-up; set a smaller train.warmup_lr" in schedule_notes(TrainConfig(warmup_lr=1))[0]
+    assert schedule_notes(TrainConfig(warmup_lr=1, warmup_epochs=0)) == []
+
 
 RECIPE = TrainConfig(epochs=20, global_batch=64, warmup_epochs=2.5, lr=1e-3, warmup_lr=1e-6, min_lr=1e-5)
 

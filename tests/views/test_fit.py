@@ -166,5 +166,13 @@ def test_views_that_may_be_padding_alone_are_refused() -> None:
     refuse_views(dataclasses.replace(recipe, crop="center"))
 
 
+def test_cuts_that_are_all_larger_than_their_image_are_refused() -> None:
+    recipe = RecipeConfig(size=32, scale=[2.0, 3.0])
+    with pytest.raises(ConfigError, match=r"recipe.scale is \[2.0, 3.0\], .* every view would be the whole one"):
+        refuse_views(recipe)
+    refuse_views(dataclasses.replace(recipe, scale=[1.0, 3.0]))
+    refuse_views(dataclasses.replace(recipe, crop="center"))
+
+
 def test_multiples_are_the_nearest_ones() -> None:
     assert (multiples(200, 16), multiples(8, 16)) == ("192 or 208", "16")

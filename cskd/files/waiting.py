@@ -1,0 +1,38 @@
+"""A line about what is being waited for, where an answer from another machine takes longer than a moment: those who ask for it try
+again in silence, some of them for minutes."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+from cskd.errors import fitted
+
+SOON = 2.0  # seconds until the line: of a first answer, which comes within one where there is a network
+AGAIN = 300.0  # seconds in which a process does not repeat a line
+_said: dict[str, float] = {}
+
+
+@contextlib.contextmanager
+def said_when_long(what: str, cure: str, after: float = SOON) -> Iterator[None]:
+    """Say on standard error what this context waits for, where it takes longer than `after` seconds.
+
+    Args:    what: and from where. cure: what to do where no answer comes.
+    """
+    timer = threading.Timer(after, _say, (fitted(f"note: waiting for {what}; {cure}"),))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _say(line: str) -> None:
+    now = time.monotonic()
+    if now - _said.get(line, -AGAIN) >= AGAIN:
+        _said[line] = now
+        print(line, file=sys.stderr, flush=True)
