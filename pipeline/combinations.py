@@ -54,8 +54,10 @@ def _unpaired(facts: Facts) -> str:
         return ""
     of_torch, of_vision = numbers(torch)[:2], numbers(vision)[:2]
     builds = [build for build in (torch.partition("+")[2], vision.partition("+")[2]) if build]
-    # torch 2.0 came with torchvision 0.15, and each minor version since with the next.
-    paired = len(of_torch) < 2 or of_torch[0] != 2 or of_vision == (0, of_torch[1] + 15)
+    # torch 2.0 came with torchvision 0.15, and each minor version since with the next. From 0.29 on torchvision is built on
+    # torch's stable interface, and takes newer ones, too: 0.29.2 says torch>=2.14.0.
+    its_own = (0, of_torch[1] + 15) if of_torch[1:] and of_torch[0] == 2 else of_vision
+    paired = of_vision == its_own or (0, 29) <= of_vision < its_own
     cpu_and_cuda = "cpu" in builds and ("+cpu" not in torch or "+cpu" not in vision) and facts.system != "Darwin"
     return f"torch {torch}, torchvision {vision}" if not paired or cpu_and_cuda or len(set(builds)) > 1 else ""
 
@@ -172,7 +174,7 @@ COMBINATIONS = (
     Combination(
         "torch and torchvision",
         _unpaired,
-        "torchvision's operators are built for one torch: importing timm ends with 'operator torchvision::nms does not exist'",
+        "torchvision's operators are built for one torch, or for none older: importing timm ends with 'operator torchvision::nms does not exist'",
         "install both in one command from one index: pip install -U torch torchvision",
         "pytorch/pytorch#157648, pytorch/vision#8985, tenstorrent/tt-forge#890",
         "fail",

@@ -30,6 +30,8 @@ FOUND = [
     ("versions", of(timm="0.9.16") | {"floors": FLOORS}, "timm 0.9.16 (needs 1.0.20)"),
     ("versions", of(simplejpeg="1.7.2") | {"floors": FLOORS}, "simplejpeg 1.7.2"),
     ("torch and torchvision", of(torch="2.14.1", torchvision="0.28.0"), "torchvision 0.28.0"),
+    ("torch and torchvision", of(torch="2.15.0", torchvision="0.28.0"), "torchvision 0.28.0"),
+    ("torch and torchvision", of(torch="2.13.0", torchvision="0.29.2"), "torchvision 0.29.2"),
     ("torch and torchvision", of(torch="2.14.1+cpu", torchvision="0.29.1"), "torch 2.14.1+cpu"),
     ("torch and torchvision", of(torch="2.14.1", torchvision="0.29.1+cpu"), "torchvision 0.29.1+cpu"),
     ("torch and torchvision", of(torch="2.14.1+cu126", torchvision="0.29.1+cu132"), "+cu132"),
@@ -66,6 +68,8 @@ SOUND: list[dict[str, Any]] = [
     of(torch="2.14.1", torchvision="0.29.1"),
     of(torch="2.14.1+cpu", torchvision="0.29.1+cpu"),
     of(torch="2.15.0+cu132", torchvision="0.30.0+cu132"),
+    of(torch="2.15.0", torchvision="0.29.2"),  # which says torch>=2.14.0
+    of(torch="2.11.0", torchvision="0.26.0"),
     of(torch="3.0.0", torchvision="1.0.0"),  # nothing is known of them
     of(torch="2.14.1a0+git123", torchvision="0.29.1a0+git123"),
     of(pillow="13.0.0"),
