@@ -31,6 +31,7 @@ _WORK = """\
 # {notice} seconds before the time is over the work is asked to save what it has, and the {what} is queued again.
 finish() {{
   trap - USR1 TERM
+  work=$!  # a signal may come before the line below has it
   [ -z "$work" ] || {terminate}
   wait "$work"
 }}

@@ -16,7 +16,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from cskd.codecs.base import direct_hard, quantise_blend
-from cskd.errors import CacheError, CodecError, DataError, ReplayError
+from cskd.errors import CacheError, CodecError, DataError, PathError, ReplayError
 from cskd.loading.cached_views import find_sample
 from cskd.pipeline.look.inspect_cache import inspect, render
 from cskd.pipeline.look.inspect_sample import (
@@ -236,7 +236,7 @@ def test_what_can_not_be_shown_is_refused_with_the_reason(cache: Cache) -> None:
     with pytest.raises(CacheError, match="no cache"):
         inspect(cache.root / "nothing")
     (cache.root.parent / "file").touch()
-    with pytest.raises(DataError, match="can't be written"):
+    with pytest.raises(PathError, match="file is a file, expected a folder; give another one"):
         inspect(cache.root, sample=0, png=cache.root.parent / "file" / "x.png")
 
 

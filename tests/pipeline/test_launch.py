@@ -139,6 +139,15 @@ def test_work_that_ended_well_at_the_last_moment_is_not_queued_again(work: Path)
     assert process.wait(120) == 0 and len(calls(work)) == 1
 
 
+def test_a_signal_right_after_the_work_was_begun_finds_it(work: Path) -> None:
+    (work / "bin/cskd").write_text(STUB + "trap 'exit 0' TERM\nwhile :; do sleep 0.01; done\n")
+    write("slurm", Options())
+    script = work / "out/stage1.sbatch"
+    before, line, after = script.read_text().partition("work=$!\nwait")
+    script.write_text(f"{before}sleep 0.3; kill -USR1 $$\n{line}{after}")  # bash has not been told which process it is
+    assert subprocess.run(["bash", str(script)], timeout=20).returncode == 0 and len(calls(work)) == 1
+
+
 def test_stage_2_is_submitted_to_begin_after_stage_1(work: Path) -> None:
     (work / "bin/sbatch").write_text(STUB + "echo '11;cluster'\n")
     report = launch("slurm", Path("my.yaml"), None, None, Options(name="x"), submit=True)
