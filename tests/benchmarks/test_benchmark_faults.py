@@ -49,7 +49,7 @@ def test_counts_of_several_runs_are_added(tmp_path: Path) -> None:
         ("training", "import cskd.student.optim as o; import torch; o.reseed_step = lambda *a: torch.seed()"),
         (
             "races",  # the last record counts, as with a rename
-            "import cskd.store.commit as c; from cskd.files.durable import put; c.put = lambda p, b, first=0: put(p, b)",
+            "import cskd.files.durable as d; put = d.put; d.put = lambda path, data, *, first=False: put(path, data)",
         ),
     ],
 )
