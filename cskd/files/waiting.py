@@ -24,7 +24,8 @@ def said_when_long(what: str, cure: str, after: float = SOON) -> Iterator[None]:
     """
     timer = threading.Timer(after, _say, (fitted(f"note: waiting for {what}; {cure}"),))
     timer.daemon = True
-    timer.start()
+    with contextlib.suppress(RuntimeError):  # while the interpreter ends there are no new threads
+        timer.start()
     try:
         yield
     finally:
