@@ -150,7 +150,10 @@ def holder(path: Path) -> Owner | None:
 
 def held(root: Path) -> int:
     """How many claims on a cache have an owner that lives."""
-    return sum(not _stale(path) for path in (root / CLAIMS).glob("[!.]*"))
+    try:
+        return sum(not _stale(path) for path in (root / CLAIMS).glob("[!.]*"))
+    except FileNotFoundError:  # the last one was given back, and the folder with it, while they were listed
+        return 0
 
 
 def _read(path: Path) -> str:

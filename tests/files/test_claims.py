@@ -103,6 +103,16 @@ def test_a_claim_that_is_another_s_by_now_is_not_given_back(tmp_path: Path) -> N
         path.unlink()
 
 
+def test_claims_that_are_given_back_while_they_are_counted_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> None:
+        raise FileNotFoundError("claims")
+
+    monkeypatch.setattr(Path, "glob", gone)
+    assert held(tmp_path) == 0
+
+
 def test_an_owner_that_lives_keeps_its_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cskd.files.claims, "BEAT", 0.02)
     with Claims(tmp_path) as claims:
