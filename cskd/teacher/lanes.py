@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 MOST_LANES = 8  # lanes of a CPU: each holds a batch's activations
 AHEAD = 2  # batches that wait for each lane, so that none runs dry while the main thread waits for images
+LOOK = 0.5  # seconds between two looks at whether a lane that waits for its turn is still wanted: another teacher's take seconds
 
 
 class Dropped(BaseException):
@@ -69,11 +70,20 @@ class Lanes:
     def launching(self) -> Iterator[None]:
         """Around a forward: one lane at a time where they take turns, as on a GPU, where precision is a setting of the whole
         process; then wait for it."""
-        with self._launch if self._in_turn else contextlib.nullcontext():
+        with self._turn() if self._in_turn else contextlib.nullcontext():
             self._raise_if_dropped()
             yield
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        while not self._launch.acquire(timeout=LOOK):
+            self._raise_if_dropped()
+        try:
+            yield
+        finally:
+            self._launch.release()
 
     def _run(self, job: Callable[..., T], *arguments: Any) -> T:
         self._raise_if_dropped()

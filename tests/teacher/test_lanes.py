@@ -246,6 +246,31 @@ def test_a_lane_that_is_dropped_ends_no_forward_of_another_thread() -> None:
     assert isinstance(of_first.exception(), Dropped)
 
 
+def test_a_lane_that_is_dropped_does_not_wait_for_the_turns_of_another_teacher() -> None:
+    turn, held, dropped = threading.Lock(), threading.Event(), threading.Event()
+
+    def of_the_second() -> None:
+        with second.launching():
+            held.set()
+            assert dropped.wait(20)
+
+    def of_the_first() -> None:
+        begun.set()
+        with first.launching():
+            raise AssertionError("it is not wanted any more")
+
+    with Lanes(CPU, False, turn) as second:
+        job, begun = second.submit(of_the_second), threading.Event()
+        assert held.wait(60)
+        with pytest.raises(KeyboardInterrupt), Lanes(CPU, False, turn) as first:
+            of_first = first.submit(of_the_first)
+            assert begun.wait(60)
+            raise KeyboardInterrupt
+        dropped.set()
+        job.result(60)
+    assert isinstance(of_first.exception(), Dropped)
+
+
 def test_an_interrupt_in_a_pass_leaves_whole_units_only(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
