@@ -18,7 +18,7 @@ from cskd.errors import ConfigError, CskdError, counted, shown
 from cskd.files.paths import is_remote
 from cskd.loading.targets import codec_for, refuse_unnamed, stage_codecs
 from cskd.machine.launch import launched
-from cskd.method.terms import needs, refuse_gaps, unread_keys
+from cskd.method.terms import idle_terms, needs, refuse_gaps, unread_keys
 from cskd.pipeline.codec_tables import refuse_head
 from cskd.pipeline.conflicts import as_begun, refuse_other_container, refuse_other_run, run_identity
 from cskd.pipeline.outputs import refuse_cache_output, refuse_full, refuse_run_output, refuse_unfit, run_output
@@ -131,7 +131,8 @@ def _train_images(setup: Setup) -> Found:
 
 
 def _views(setup: Setup) -> Found:
-    refuse_views(setup.recipe)
+    if not setup.begun:  # a cache is finished by the recipe that it was begun with
+        refuse_views(setup.recipe)
     return f"views of {setup.recipe.size} x {setup.recipe.size} pixels", image_notes(
         image_sizes(setup.maker), setup.recipe
     )
@@ -198,7 +199,7 @@ def _loss(setup: Setup) -> Found:
                 look(loss, open_cache(path, images=False).codecs, path, name)
     if unread := unread_keys(loss, setup.config.given):
         found.append(f"which does not read {', '.join(unread)}")
-    return ", ".join(found), []
+    return ", ".join(found), idle_terms(loss, setup.config.train.epochs)
 
 
 def _read_codecs(setup: Setup) -> list[str]:

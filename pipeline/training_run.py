@@ -36,7 +36,7 @@ from cskd.machine.launch import restart_notes
 from cskd.machine.ranks import Ranks
 from cskd.machine.threads import Threads, begun_with
 from cskd.method.ckf import blend_at
-from cskd.method.terms import AGREEMENT, cells_term, expanded, needs_teacher, refuse_gaps, terms_of
+from cskd.method.terms import AGREEMENT, cells_term, expanded, idle_terms, needs_teacher, refuse_gaps, terms_of
 from cskd.pipeline.conflicts import (
     as_begun,
     changed_on_resume,
@@ -272,6 +272,7 @@ def open_run(
     config = with_best(config, student)
     identity = run_identity(config, views, plan.views, ranks.count, online, device, val, setup.micro_batch)
     refuse_gaps(config.loss, settings.epochs)
+    notes.add(idle_terms(config.loss, settings.epochs))
     if record is not None:  # before its tensors: another student's shapes would be all that can be said of it
         refuse_other_run({k: v for k, v in record.items() if k != PROGRESS}, identity, output, student.distilled)
     loaded = states.load(student, optimisation)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
@@ -23,9 +22,9 @@ def rising(pair: list[float]) -> bool:
 
 
 def span(pair: list[float | None]) -> bool:
-    """[first, end] with 0 <= first < end and an epoch from first on before end, end null = to the last"""
+    """[first, end] with 0 <= first <= end, end null = to the last"""
     first, end = pair
-    return first is not None and first >= 0 and (end is None or math.ceil(first) < end)
+    return first is not None and first >= 0 and (end is None or first <= end)
 
 
 def is_head(name: str) -> bool:

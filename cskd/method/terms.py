@@ -203,15 +203,18 @@ def refuse_other_tokens(config: LossConfig, model: str, tokens: Sequence[str]) -
         )
 
 
+def idle_terms(config: LossConfig, epochs: int) -> list[str]:
+    """Notes of terms that count in no epoch of a run: a short trial of a loss with stages ends before the last ones, or a slip."""
+    return [
+        f"loss.terms[{i}].epochs is {written(term.epochs)} and train.epochs {epochs}: the term counts in no epoch of 0 to {epochs - 1}"
+        for i, term in enumerate(config.terms)
+        if not any(counts(term, epoch) for epoch in range(epochs))
+    ]
+
+
 def refuse_gaps(config: LossConfig, epochs: int) -> None:
-    """ConfigError for an epoch of a run, from 0, in which no term counts, and for a term that counts in none."""
+    """ConfigError for an epoch of a run, from 0, in which no term counts."""
     terms = expanded(config)
-    for i, term in enumerate(config.terms):
-        if term.epochs and (term.epochs[0] or 0) > epochs - 1:
-            raise ConfigError(
-                f"loss.terms[{i}].epochs is {written(term.epochs)} and train.epochs {epochs}: the term counts in no epoch of 0 to "
-                f"{epochs - 1}; let it begin earlier, leave it out, or train longer"
-            )
     borders = {
         0,
         *(-int(-edge // 1) for term in terms for edge in term.epochs or () if edge is not None),

@@ -146,8 +146,8 @@ def test_maps_of_another_grid_and_targets_without_a_map_are_refused() -> None:
         ({"head": "tokens", "target": "pooled", "kind": "mse", "resize": "finer"}, "does not read resize"),
         ({"head": "block:x", "target": "stage:s3", "kind": "mse"}, "head is 'block:x', expected one of class"),
         ({"head": "block:1", "target": "stage:", "kind": "mse"}, "target is 'stage:', expected one of label"),
-        ({"epochs": [None, 2]}, "0 <= first < end and an epoch from first on before end"),
-        ({"epochs": [3, 2]}, "0 <= first < end and an epoch from first on before end"),
+        ({"epochs": [None, 2]}, "0 <= first <= end, end null = to the last"),
+        ({"epochs": [3, 2]}, "0 <= first <= end, end null = to the last"),
         *[({"target": "global", "kind": kind}, "expected ce, kl, dkd") for kind in ("mse", "smooth_l1", "cosine")],
         ({"target": "global", "projection": "orthogonal"}, "does not read projection; leave it out"),
         *[

@@ -229,3 +229,24 @@ def test_a_student_that_meets_the_cells_badly_is_noted_by_both_stages(base: Path
     assert kept is not None and not any(
         "patches are averaged" in note for note in kept
     )  # of a student, not of the cache
+
+
+def test_what_is_said_or_refused_now_keeps_nothing_that_was_begun_before_from_going_on(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe that no new cache may have, and a loss with a term that counts in no epoch of the run."""
+    terms = [{"head": "class", "target": "label"}, {"head": "distillation", "target": "global", "epochs": [3, None]}]
+    settings = config(
+        base,
+        recipe={"scale": [1.1, 1.2]},
+        cache={"path": str(tmp_path / "cache")},
+        loss={"method": "terms", "terms": terms},
+        train={"output": str(tmp_path / "run"), "max_steps": 1},
+    )
+    with pytest.raises(ConfigError, match=r"recipe\.scale"):
+        cache_teacher(settings, quiet=True)
+    with monkeypatch.context() as older:
+        older.setattr("cskd.pipeline.precheck.refuse_views", lambda _: None)
+        assert cache_teacher(settings, quiet=True).units
+    idle = "loss.terms[1].epochs is [3.0, null] and train.epochs 3: the term counts in no epoch of 0 to 2"
+    assert idle in cache_teacher(settings, quiet=True).notes and idle in train(settings, quiet=True).notes
