@@ -34,6 +34,8 @@ def said_when_long(what: str, cure: str, after: float = SOON) -> Iterator[None]:
 
 def _say(line: str) -> None:
     now = time.monotonic()
+    if sys.stderr is None:  # closed by who called: print would take standard output
+        return
     if now - _said.get(line, -AGAIN) >= AGAIN:
         _said[line] = now
         print(line, file=sys.stderr, flush=True)

@@ -100,3 +100,13 @@ def test_the_line_comes_while_the_wait_lasts_and_is_not_repeated(
         with said_when_long("x from y", "give z", 0.05):
             time.sleep(0.4)
             assert capsys.readouterr().err == line
+
+
+def test_without_standard_error_the_line_does_not_come_among_the_results(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of `cskd ... --json 2>&-`: printing to no file is printing to standard output."""
+    monkeypatch.setattr(waiting, "_said", {})
+    monkeypatch.setattr("sys.stderr", None)
+    waiting._say("note: waiting")
+    assert capsys.readouterr().out == ""
