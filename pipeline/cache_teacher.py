@@ -40,13 +40,13 @@ from cskd.pipeline.codec_tables import fit_tables, refit_lost, refuse_head
 from cskd.pipeline.joint_line import feed_all, joint_passes, joint_tasks, refuse_apart, refuse_other_images
 from cskd.pipeline.measure_precision import measure_precision
 from cskd.pipeline.out_of_memory import Probe, explained, nothing_to_lower
+from cskd.pipeline.outputs import use_own_node_cache
 from cskd.pipeline.passes import has_claims, views_left
 from cskd.pipeline.precheck import BEFORE_TEACHER, WITH_TEACHER, refuse
 from cskd.pipeline.setup import Setup, device_of
 from cskd.pipeline.show.progress import Notes, Progress, bound_by, duration, print_lines, say
 from cskd.pipeline.unit_line import UnitLine, unit_line
 from cskd.storage import open_storage
-from cskd.storage.node_cache import use_node_cache
 from cskd.store.cache import Cache, create_cache
 from cskd.store.identity import identity_of
 from cskd.store.manifest import Manifest, has_cache, write_resolved
@@ -119,7 +119,7 @@ def cache_teachers(
     """
     refuse_apart(configs)
     config = configs[0]
-    use_node_cache(config.data.node_cache, config.data.node_cache_gb)
+    use_own_node_cache(config)
     device, moved = device_of(config, "cache")
     gpu = device.type == "cuda"
     threads = choose_threads(config.cache.threads, "cache.threads", config.cache.workers, gpu=gpu)

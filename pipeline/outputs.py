@@ -30,6 +30,7 @@ from cskd.pipeline.draw.confusion import to_csv
 from cskd.pipeline.show.progress import say
 from cskd.storage import Storage, open_storage
 from cskd.storage.mirror import Mirror, working_folder
+from cskd.storage.node_cache import use_node_cache
 from cskd.storage.places import refuse_objects
 from cskd.storage.posix import Posix
 from cskd.store.format import MANIFEST, OWN_NAMES, PROBE
@@ -47,6 +48,17 @@ FILES = {
     TABLE: ("table of `cskd eval --confusion`", to_csv([], [])),
     "--html": ("page of `cskd inspect`", PAGE_START),
 }
+
+
+def use_own_node_cache(config: Config) -> None:
+    """`use_node_cache` as a config says. PathError, too, where it lies in what is still to be made: the same command goes on there."""
+    node = config.data.node_cache
+    use_node_cache(node, config.data.node_cache_gb)
+    for key, text in (("cache.path", config.cache.path), ("train.output", config.train.output)):
+        if not node or not text or is_remote(text) or is_hub(text):
+            continue
+        if Path(os.path.realpath(node)).is_relative_to(os.path.realpath(text)):
+            raise PathError(f"data.node_cache {node} lies in {key} {text}; give a folder outside of it")
 
 
 def refuse_cache_output(config: Config) -> None:

@@ -28,7 +28,7 @@ from cskd.machine.ranks import running_ranks
 from cskd.machine.stops import heeded
 from cskd.machine.threads import brief_turns, choose_threads, computing_with
 from cskd.pipeline.out_of_memory import explained, nothing_to_lower
-from cskd.pipeline.outputs import mirrored_run, sole_run
+from cskd.pipeline.outputs import mirrored_run, sole_run, use_own_node_cache
 from cskd.pipeline.run_folder import RunFolder
 from cskd.pipeline.run_state import stopped
 from cskd.pipeline.saving import Pace
@@ -39,7 +39,6 @@ from cskd.pipeline.show.trackers import Trackers
 from cskd.pipeline.train_step import TrainStep
 from cskd.pipeline.training_run import TrainingRun, open_run
 from cskd.storage import join
-from cskd.storage.node_cache import use_node_cache
 from cskd.teacher.model import teacher_images
 
 
@@ -67,7 +66,7 @@ def train(config: Config, verify_replay: bool = True, online: bool = False, quie
 
     verify_replay: check every view against the digest in the cache. online: no cache, the teacher runs at every step.
     """
-    use_node_cache(config.data.node_cache, config.data.node_cache_gb)
+    use_own_node_cache(config)
     device, notes = device_of(config, "train")
     quiet = quiet or not launched().speaks
     say(notes, quiet)

@@ -13,10 +13,10 @@ from cskd.config import read_config
 from cskd.config.pins import TEACHER, pinned
 from cskd.errors import MOST, CskdError, counted, fitted, printable, shown
 from cskd.files.hub import is_hub
+from cskd.pipeline.outputs import use_own_node_cache
 from cskd.pipeline.precheck import CHECKS, Finding, findings
 from cskd.pipeline.setup import Setup, open_cached
 from cskd.pipeline.show.progress import print_lines
-from cskd.storage.node_cache import use_node_cache
 from cskd.store.manifest import has_cache
 
 _STYLES = {"ok": "green", "wrong": "bold red", "open": "dim"}
@@ -50,8 +50,11 @@ def check_config(path: str | Path, overrides: list[str] | None = None) -> Config
         config, wrong = read_config(path, overrides)
     except CskdError as e:
         return _report([Row("config", "wrong", shown(e), [])])
-    use_node_cache(config.data.node_cache, config.data.node_cache_gb)
     rows = [Row("config", "wrong", shown(e), []) for e in wrong] or [Row("config", "ok", str(path), [])]
+    try:
+        use_own_node_cache(config)
+    except CskdError as e:
+        rows.append(Row("data.node_cache", "wrong", shown(e), []))
     try:
         config, _ = pinned(config, () if is_hub(config.cache.path) else TEACHER, config.cache.path or ".")
     except (CskdError, OSError) as e:

@@ -32,6 +32,7 @@ from cskd.machine.threads import brief_turns, choose_threads, computing_with
 from cskd.pipeline.doctor import AS_IT_IS, load_row, loader_row
 from cskd.pipeline.loader_speed import views_per_second
 from cskd.pipeline.out_of_memory import explained, nothing_to_lower
+from cskd.pipeline.outputs import use_own_node_cache
 from cskd.pipeline.planning.costs import SHARED, Costs, Measured, Work, costs_of, hours, live_view, verdict
 from cskd.pipeline.planning.measure import (
     CodecSize,
@@ -50,7 +51,6 @@ from cskd.pipeline.planning.sample import VAL_IMAGES, DataFacts, copied, is_pack
 from cskd.pipeline.precheck import PLANNED, refuse
 from cskd.pipeline.setup import Setup, device_of, training_images
 from cskd.pipeline.show.progress import Notes, print_lines
-from cskd.storage.node_cache import use_node_cache
 from cskd.store.cache import open_cache
 from cskd.store.manifest import has_cache
 from cskd.teacher.model import Teacher, load_teacher
@@ -106,7 +106,7 @@ def plan(
         raise ConfigError(
             "student.model is empty; name the ViT to plan for, for example --set student.model=deit_tiny_patch16_224"
         )
-    use_node_cache(config.data.node_cache, config.data.node_cache_gb)
+    use_own_node_cache(config)
     device, moved = device_of(config, "cache")
     load = load_row(usable_cores().count)
     notes.add([*moved, *([f"load {load.value}: {load.advice}; plan again when it has ended"] if load.advice else [])])

@@ -219,3 +219,22 @@ def test_what_lies_on_an_object_store_is_named_too(
             for thing in {"run", "cache", "data", "data/00000.tar"} - set(taken):
                 err = refused(monkeypatch, capsys, command.format(f"{s3}/{thing}"))
                 assert f"{s3}/{thing} is {KINDS[thing][0]}, and " in err and said in err
+
+
+@pytest.mark.parametrize("command", ["train keys.yaml", "cache-teacher new.yaml", "plan new.yaml", "check keys.yaml"])
+def test_a_node_cache_in_what_a_command_is_to_make_is_refused_at_once_and_not_when_it_goes_on(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(sys, "argv", ["cskd", *command.split(), "--set", "data.node_cache=newrun/copies"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    said = capsys.readouterr()
+    assert (
+        stop.value.code == 1
+        and "data.node_cache newrun/copies lies in train.output newrun; give" in said.out + said.err
+    )
+    assert (said.out.count("\nok ") > 5) == command.startswith(
+        "check"
+    )  # what is wrong with one line keeps no other away
+    assert not (home / "newrun").exists()
