@@ -187,6 +187,8 @@ def waiting_for_hub(what: str, instead: str) -> contextlib.AbstractContextManage
     """Say what is asked of the hub, where it takes long. instead: what does without a network."""
     from huggingface_hub import constants
 
+    if constants.HF_HUB_OFFLINE:  # nobody is asked: a large model takes its time to build
+        return contextlib.nullcontext()
     return said_when_long(f"{what} from {constants.ENDPOINT}", f"without a network give {instead}")
 
 

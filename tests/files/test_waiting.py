@@ -92,6 +92,15 @@ def test_who_waits_is_told_what_for_and_what_does_without(
         assert err.count("\n") == lines and (not lines or err.startswith(f"note: waiting for {words.format(slow)}"))
 
 
+def test_offline_the_hub_is_not_waited_for(
+    slow: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CskdError):
+        of_timm(slow, monkeypatch)
+    assert capsys.readouterr().err == ""
+
+
 def test_the_line_comes_while_the_wait_lasts_and_is_not_repeated(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
