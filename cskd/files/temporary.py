@@ -45,7 +45,7 @@ def hold(folder: Path, number: int = 0) -> int:
     fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
-        os.pwrite(fd, socket.gethostname().encode(), 0)
+        os.pwrite(fd, _host(), 0)
         os.rename(new, path)  # locked before its name is there: nobody sees it free
     except OSError:
         os.close(fd)
@@ -84,5 +84,9 @@ def _left(folder: Path) -> bool:
     if folder.is_symlink() or not folder.is_dir() or folder.stat().st_uid != os.getuid():
         return False
     users = list(folder.glob(f"{_ALIVE}[0-9]*"))
-    here = socket.gethostname()  # a lock may not be seen from another machine
-    return bool(users) and all(user.read_text() == here and not is_held(user) for user in users)
+    return bool(users) and all(user.read_bytes() == _host() and not is_held(user) for user in users)
+
+
+def _host() -> bytes:
+    """A lock may not be seen from another machine."""
+    return os.fsencode(socket.gethostname())

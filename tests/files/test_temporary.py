@@ -78,6 +78,9 @@ def test_only_what_is_known_to_be_left_is_removed(tmp_path: Path, temp: Path) ->
     elsewhere = temp / "cskd-push-x"
     elsewhere.mkdir()
     (elsewhere / "alive0").write_text("another-machine")
+    odd = temp / "cskd-push-odd"  # of a disk that lost power, or a host whose name is no UTF-8
+    odd.mkdir()
+    (odd / "alive0").write_bytes(b"\xff")
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "alive0").write_text(socket.gethostname())
     (temp / "cskd-push-link").symlink_to(tmp_path / "precious")
@@ -88,6 +91,7 @@ def test_only_what_is_known_to_be_left_is_removed(tmp_path: Path, temp: Path) ->
     with temporary_folder("push") as folder:
         assert list(folder.iterdir()) == [] and folder.parent.stat().st_mode & 0o077 == 0
         assert (temp / "cskd-mine" / "work").exists() and older.exists() and elsewhere.exists() and half.exists()
+        assert odd.exists()
         assert (tmp_path / "precious" / "alive0").exists()
     assert not folder.parent.exists()
     other.leave()
