@@ -14,6 +14,7 @@ from cskd.errors import fitted
 SOON = 2.0  # seconds until the line: of a first answer, which comes within one where there is a network
 AGAIN = 300.0  # seconds in which a process does not repeat a line
 _said: dict[str, float] = {}
+_one_says = threading.Lock()  # of many requests at once
 
 
 @contextlib.contextmanager
@@ -36,6 +37,7 @@ def _say(line: str) -> None:
     now = time.monotonic()
     if sys.stderr is None:  # closed by who called: print would take standard output
         return
-    if now - _said.get(line, -AGAIN) >= AGAIN:
-        _said[line] = now
-        print(line, file=sys.stderr, flush=True)
+    with _one_says:
+        if now - _said.get(line, -AGAIN) >= AGAIN:
+            _said[line] = now
+            print(line, file=sys.stderr, flush=True)

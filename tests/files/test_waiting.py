@@ -6,6 +6,7 @@ import http.server
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import timm
@@ -109,6 +110,24 @@ def test_the_line_comes_while_the_wait_lasts_and_is_not_repeated(
         with said_when_long("x from y", "give z", 0.05):
             time.sleep(0.4)
             assert capsys.readouterr().err == line
+
+
+def test_of_many_threads_that_wait_for_one_thing_one_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slowly(dict[str, float]):
+        def get(self, *arguments: Any) -> Any:
+            found = super().get(*arguments)
+            time.sleep(0.05)
+            return found
+
+    said: list[str] = []
+    monkeypatch.setattr(waiting, "_said", Slowly())
+    monkeypatch.setattr("builtins.print", lambda line, **_: said.append(line))
+    threads = [threading.Thread(target=waiting._say, args=("note: waiting",)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert said == ["note: waiting"]
 
 
 def test_without_standard_error_the_line_does_not_come_among_the_results(
