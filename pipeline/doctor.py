@@ -23,7 +23,7 @@ import cskd
 from cskd.config import Config
 from cskd.config.schema import Tracker
 from cskd.dataset.inventory import open_inventory
-from cskd.errors import CskdError, shown
+from cskd.errors import CskdError, counted, shown
 from cskd.files.durable import hard_link_error
 from cskd.files.scratch import GB
 from cskd.loading.need import shared_bytes
@@ -332,9 +332,9 @@ def loader_row(model: str, taken: float, rates: Mapping[str, float], cores: int)
     needed = {how: math.ceil(taken / made) for how, made in rates.items()}
     value = (
         f"the GPU takes {taken:,.0f} images/s of {model}, a core makes {rates[AS_IT_IS]:,.0f} views/s: "
-        f"{needed[AS_IT_IS]} cores, here are {cores}"
+        f"{counted(needed[AS_IT_IS], 'core')}, here are {cores}"
     )
-    fewer = [f"{how} ({n} cores)" for how, n in needed.items() if n < needed[AS_IT_IS]]
+    fewer = [f"{how} ({counted(n, 'core')})" for how, n in needed.items() if n < needed[AS_IT_IS]]
     advice = f"training waits for views: {', '.join([*fewer, 'more cores for each GPU'])}, or a larger student"
     return _row("loader", value, cores >= needed[AS_IT_IS], advice)
 

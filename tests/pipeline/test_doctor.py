@@ -154,9 +154,9 @@ def test_the_loader_row_says_how_many_cores_the_gpu_needs_and_what_would_need_fe
     assert enough == Check(
         "loader", "the GPU takes 3,000 images/s of deit, a core makes 200 views/s: 15 cores, here are 16"
     )
-    few = loader_row("deit", 3000.0, {AS_IT_IS: 190.0, "raw": 400.0, "no help": 189.0}, 15)
+    few = loader_row("deit", 3000.0, {AS_IT_IS: 190.0, "raw": 400.0, "rawer": 3000.0, "no help": 189.0}, 15)
     assert few.state == "warn" and few.value.endswith("16 cores, here are 15")
-    assert few.advice.startswith("training waits for views: raw (8 cores), more cores for each GPU, or")
+    assert few.advice.startswith("training waits for views: raw (8 cores), rawer (1 core), more cores for each GPU, or")
 
 
 def test_a_core_is_measured_on_the_images_of_the_config(tmp_path: Path) -> None:
