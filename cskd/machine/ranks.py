@@ -135,17 +135,18 @@ def running_ranks(device: torch.device) -> Iterator[Ranks]:
     words = _Words(ranks.rank, ranks.total(time.time_ns() if ranks.first else 0, device))
     words.watch()
     try:
-        yield ranks
-        dist.destroy_process_group()  # on CUDA it may wait for the others
-    except (KeyboardInterrupt, SystemExit):
+        try:
+            yield ranks
+            dist.destroy_process_group()  # on CUDA it may wait for the others
+        except Exception as e:
+            if _of_a_peer(e):
+                raise words.why_gone(e) from e
+            words.say(str(e) if isinstance(e, CskdError) else one_line(e))
+            raise
+    except (KeyboardInterrupt, SystemExit):  # also while it asks why another is gone
         if (heard := words.heard(0.0)) is not None and heard.code not in SIGNALLED:
             raise RankError(words.line(heard)) from None  # torchrun interrupts the others where one has failed
         words.say("interrupted", INTERRUPTED)
-        raise
-    except Exception as e:
-        if _of_a_peer(e):
-            raise words.why_gone(e) from e
-        words.say(str(e) if isinstance(e, CskdError) else one_line(e))
         raise
     finally:
         words.ended.set()

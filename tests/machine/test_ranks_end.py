@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # in its documentation, not in its __all__
 
 import cskd.machine.ranks
-from cskd.errors import ConfigError
+from cskd.errors import ConfigError, RankError
 from cskd.machine.launch import Launch, command_line, launched, restart_notes
-from cskd.machine.ranks import running_ranks
+from cskd.machine.ranks import _Heard, _Words, running_ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # The command line with one command of its own. Leaving the group takes longer than anyone waits, as NCCL's may.
@@ -119,6 +120,37 @@ def test_ranks_that_finish_leave_in_good_order(tmp_path: Path) -> None:
     process = torchrun(tmp_path, "fine")
     _, err = process.communicate(timeout=100)
     assert process.returncode == 0 and not lines(err), err
+
+
+def test_a_rank_that_is_interrupted_while_it_asks_why_another_is_gone_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun interrupts it as soon as the other has failed, which may be before the store has answered."""
+
+    class Interrupted(_Words):
+        def __init__(self, *_: int) -> None:
+            self.rank, self.ended = 0, threading.Event()
+            self.answers = iter(list[SystemExit | _Heard]([SystemExit(143), _Heard(1, 1, "shard 7 is cut off")]))
+
+        def heard(self, seconds: float) -> _Heard | None:
+            answer = next(self.answers)
+            if isinstance(answer, SystemExit):
+                raise answer
+            return answer
+
+        def watch(self) -> None: ...
+
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cskd.machine.ranks, "rendezvous", lambda *_, **about: iter([(HashStore(), 0, 2)]))
+    monkeypatch.setattr(cskd.machine.ranks, "store_of_this_start", lambda *_: None)
+    monkeypatch.setattr(cskd.machine.ranks, "_Words", Interrupted)
+    monkeypatch.setattr(cskd.machine.ranks.Ranks, "total", lambda *_: 1)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **about: None)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    with (
+        pytest.raises(RankError, match="rank 0 stops because rank 1 failed: shard 7 is cut off"),
+        running_ranks(torch.device("cpu")),
+    ):
+        raise RuntimeError("[gloo] Connection closed by peer")
 
 
 def test_two_ranks_on_one_gpu_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
