@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import math
 import multiprocessing
@@ -13,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -23,7 +24,7 @@ import cskd
 from cskd.config import Config
 from cskd.config.schema import Tracker
 from cskd.dataset.inventory import open_inventory
-from cskd.errors import CskdError, counted, shown
+from cskd.errors import CskdError, ImageError, counted, shown
 from cskd.files.durable import hard_link_error
 from cskd.files.scratch import GB
 from cskd.loading.need import shared_bytes
@@ -32,6 +33,9 @@ from cskd.machine.launch import launched
 from cskd.machine.threads import WAITING, Threads, choose_threads, users_count
 from cskd.pipeline.combinations import COMBINATIONS
 from cskd.pipeline.machine_facts import Facts, gather
+
+if TYPE_CHECKING:
+    from cskd.views.maker import ViewMaker
 
 DEIT_TINY = "deit_tiny_distilled_patch16_224"
 MOST_IMAGES = 256  # of a step that is measured: enough to fill a GPU
@@ -311,20 +315,17 @@ def _some_images(config: Config) -> list[bytes]:
     try:
         inventory = open_inventory(Path(config.data.train))
         maker = ViewMaker(inventory, config.recipe)
-        found = [maker.encoded(i) for i in range(0, len(inventory), max(1, len(inventory) // SOME_IMAGES))]
-        return [data for data in found if _can_be_decoded(data)]
+        return list(_decodable(maker, range(0, len(inventory), max(1, len(inventory) // SOME_IMAGES))))
     except (CskdError, OSError):
         return []
 
 
-def _can_be_decoded(data: bytes) -> bool:
-    from cskd.dataset.images import decode
-
-    try:
-        decode(data)
-    except CskdError:
-        return False
-    return True
+def _decodable(maker: ViewMaker, samples: Iterable[int]) -> Iterator[bytes]:
+    """Those of these images, as they are stored, that can be decoded."""
+    for sample in samples:
+        with contextlib.suppress(ImageError):
+            maker.image(sample)
+            yield maker.encoded(sample)
 
 
 def loader_row(model: str, taken: float, rates: Mapping[str, float], cores: int) -> Check:

@@ -136,7 +136,7 @@ def sides(bench: Bench, student: str, compiled: bool = False, raw: bool = False)
         ("bare cskd-hard", bare, "cskd-hard", {}),
         *(() if compiled else (("bare none", bare, "none", {}),)),
     )
-    for name, run, method, more in jobs[2:4] if raw else jobs:
+    for name, run, method, more in [job for job in jobs if not raw or (job[1] is side and not job[3])]:
         found = bench.attempt(name, run, bench, student, name, method, compile=compiled, **more)
         ms |= {} if found is None else {name: found}
     for a, b, goal in (

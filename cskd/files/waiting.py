@@ -23,7 +23,7 @@ def said_when_long(what: str, cure: str, after: float = SOON) -> Iterator[None]:
 
     Args:    what: and from where. cure: what to do where no answer comes.
     """
-    timer = threading.Timer(after, _say, (fitted(f"note: waiting for {what}; {cure}"),))
+    timer = threading.Timer(after, _say, (f"note: waiting for {what}; {cure}",))
     timer.daemon = True
     with contextlib.suppress(RuntimeError):  # while the interpreter ends there are no new threads
         timer.start()
@@ -40,4 +40,4 @@ def _say(line: str) -> None:
     with _one_says:
         if now - _said.get(line, -AGAIN) >= AGAIN:
             _said[line] = now
-            print(line, file=sys.stderr, flush=True)
+            print(fitted(line), file=sys.stderr, flush=True)

@@ -171,6 +171,7 @@ class Objects:
             raise self._explain(e) from None
 
     def _run(self, call: Callable[..., T], *arguments: object) -> T:
+        """`_tried`, and said where it takes long."""
         with self._waiting():
             return self._tried(call, *arguments)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,16 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     return err
 
 
+def refusals(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: tuple[str, tuple[str, ...], str]
+) -> Iterator[tuple[str, str, str, str]]:
+    """Each thing that the command of a line does not take: its kind, its next step, and what is said."""
+    command, taken, _ = line
+    for thing, (kind, step) in KINDS.items():
+        if thing not in taken:
+            yield thing, kind, step.format(thing), refused(monkeypatch, capsys, command.format(thing))
+
+
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line[0])
 def test_a_thing_of_another_kind_is_named_with_the_next_step(
     home: Path,
@@ -122,11 +133,8 @@ def test_a_thing_of_another_kind_is_named_with_the_next_step(
     line: tuple[str, tuple[str, ...], str],
 ) -> None:
     monkeypatch.chdir(home)
-    command, taken, said = line
-    for thing, (kind, step) in KINDS.items():
-        if thing not in taken:
-            err = refused(monkeypatch, capsys, command.format(thing))
-            assert f"{thing} is {kind}, and " in err and said in err and step.format(thing) in err
+    for thing, kind, step, err in refusals(monkeypatch, capsys, line):
+        assert f"{thing} is {kind}, and " in err and line[2] in err and step in err
 
 
 @pytest.mark.parametrize("line", KEYS, ids=lambda line: line[0])
@@ -137,12 +145,9 @@ def test_a_thing_of_another_kind_that_a_config_names_is_named(
     line: tuple[str, tuple[str, ...], str],
 ) -> None:
     monkeypatch.chdir(home)
-    command, taken, said = line
-    for thing, (kind, step) in KINDS.items():
-        if thing not in taken:
-            err = refused(monkeypatch, capsys, command.format(thing))
-            assert f"{thing} is {kind}, " in err or f"it is {kind}: " in err
-            assert said in err and (step.format(thing) in err or ".model=" in command)
+    for thing, kind, step, err in refusals(monkeypatch, capsys, line):
+        assert f"{thing} is {kind}, " in err or f"it is {kind}: " in err
+        assert line[2] in err and (step in err or ".model=" in line[0])
 
 
 @pytest.mark.parametrize("line", FOLDERS, ids=lambda line: line[0])
