@@ -17,7 +17,7 @@ from cskd.config import TeacherConfig
 from cskd.errors import CskdError
 from cskd.files import waiting
 from cskd.files.paths import local_path
-from cskd.files.waiting import said_when_long
+from cskd.files.waiting import SOON, said_when_long
 from cskd.storage import open_storage
 from cskd.teacher.build import build
 from tests.s3 import use_endpoint
@@ -85,7 +85,14 @@ def test_who_waits_is_told_what_for_and_what_does_without(
     name: str, slow: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     call, words = CALLS[name]
-    for pause, lines in ((0.0, 0), (2.4, 1)):
+    timer = threading.Timer
+
+    def of_other_seconds(after: float, *arguments: Any) -> threading.Timer:
+        assert after == SOON
+        return timer(0.1 if Slow.pause else 60.0, *arguments)
+
+    monkeypatch.setattr(threading, "Timer", of_other_seconds)
+    for pause, lines in ((0.0, 0), (2.4, 1)):  # far from 60 and 0.1, as a busy machine needs
         monkeypatch.setattr(Slow, "pause", pause)
         with pytest.raises((CskdError, OSError)):
             call(slow, monkeypatch)
